@@ -1,0 +1,36 @@
+"""How it travels: topology, connection, publisher, consumer, retry levels, dead letters."""
+
+from broker.connection import connect
+from broker.consumer import Consumer
+from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
+from broker.messages import Delivery, Message, dead_message, redriven_message, retry_message, task_message
+from broker.publisher import Publisher
+from broker.retry import RETRY_LEVELS, backoff, retry_level
+from broker.settings import BrokerSettings
+from broker.topology import Difference, Topology, dead_queue, routing_key, topology_for, work_queue
+
+__all__ = [
+    "RETRY_LEVELS",
+    "BrokerSettings",
+    "BrokerUnavailable",
+    "Consumer",
+    "Delivery",
+    "Difference",
+    "Message",
+    "PublishRejected",
+    "Publisher",
+    "Topology",
+    "TopologyMismatch",
+    "Unroutable",
+    "backoff",
+    "connect",
+    "dead_message",
+    "dead_queue",
+    "redriven_message",
+    "retry_level",
+    "retry_message",
+    "routing_key",
+    "task_message",
+    "topology_for",
+    "work_queue",
+]

@@ -1,0 +1,263 @@
+"""A connection to RabbitMQ on a thread of its own, made again with backoff for as long as it is wanted."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pika
+from pika.adapters.select_connection import IOLoop
+from pika.channel import Channel
+from pika.exceptions import (
+    AMQPConnectionError,
+    ChannelClosedByBroker,
+    ConnectionClosedByBroker,
+    ConnectionClosedByClient,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+from broker.errors import BrokerUnavailable
+from broker.retry import backoff
+from broker.settings import BrokerSettings
+from broker.topology import Topology, mismatch
+from schemas import InferqError
+
+_log = logging.getLogger(__name__)
+
+_REFUSED_WAIT = 10.0
+"""Seconds between attempts where the broker refuses us: wrong credentials do not mend themselves soon."""
+
+
+class BrokerThread:
+    """Owns one connection with one channel. All AMQP happens on its thread, all callbacks too.
+
+    A subclass gets the channel in `_opened`, once the topology stands, and hears of its loss in `_lost`.
+    Several URLs are tried in turn.
+    """
+
+    def __init__(self, settings: BrokerSettings, *, name: str, topology: Topology | None = None) -> None:
+        self.name = name
+        self._settings = settings
+        self._parameters = itertools.cycle(settings.connections(name))
+        self._topology = topology
+        self._loop: IOLoop | None = None
+        self._connection: pika.SelectConnection | None = None
+        self._channel: Channel | None = None
+        self._ready = threading.Event()
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._refused = False
+        self.last_error: InferqError | None = None
+        self.blocked_reason: str | None = None
+        self._thread = threading.Thread(target=self._run, name=f"amqp {name}", daemon=True)
+
+    # What other threads may call.
+
+    def start(self) -> None:
+        """Begin connecting, in the background."""
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the channel is open and its topology stands."""
+        return self._ready.is_set()
+
+    def wait_connected(self, timeout: float) -> None:
+        """Wait until connected. Raises what stands in the way after `timeout` seconds."""
+        if not self._ready.wait(timeout):
+            raise self.last_error or BrokerUnavailable(f"RabbitMQ did not answer within {timeout:g} s")
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Close the connection and end the thread; waits up to `timeout` seconds for it."""
+        self._closing.set()
+        self._call(self._shut)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    # What runs on the connection's thread.
+
+    def _opened(self, channel: Channel) -> None:
+        raise NotImplementedError
+
+    def _lost(self) -> None:
+        """The channel is gone; nothing sent on it can be acknowledged any more."""
+        raise NotImplementedError
+
+    def _idle(self) -> None:
+        """Called a few times a second, connected or not."""
+
+    def _blocked(self) -> None:
+        """The broker has stopped reading what we publish; `blocked_reason` says why."""
+
+    def _unblocked(self) -> None:
+        """The broker reads again."""
+
+    def _call(self, function: Callable[[], None]) -> bool:
+        """Run `function` on the connection's thread; False where there is no connection to run it on."""
+        with self._lock:
+            if self._loop is None:
+                return False
+            self._loop.add_callback_threadsafe(function)
+            return True
+
+    def _later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Run `function` on the connection's thread after a while; only from that thread itself."""
+        if self._loop is not None:
+            self._loop.call_later(seconds, function)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._connect_once()
+            if self._closing.is_set():
+                break
+            self._failures += 1
+            wait = _REFUSED_WAIT if self._refused else backoff(self._failures)
+            level = logging.ERROR if self._refused else logging.WARNING
+            _log.log(level, "%s: %s; next attempt in %.1f s", self.name, self.last_error, wait)
+            while wait > 0 and not self._closing.wait(min(wait, 0.2)):
+                wait -= 0.2
+                self._idle()
+        self._idle()
+
+    def _connect_once(self) -> None:
+        """One connection's life, from the attempt to its end."""
+        loop = IOLoop()
+        with self._lock:
+            self._loop = loop
+        self._refused = False
+        parameters = next(self._parameters)
+        where = f"RabbitMQ at {parameters.host}:{parameters.port}"
+        try:
+            self._connection = pika.SelectConnection(
+                parameters,
+                on_open_callback=self._connection_open,
+                on_open_error_callback=lambda _c, error: self._failed(where, error),
+                on_close_callback=lambda _c, error: self._failed(where, error),
+                custom_ioloop=loop,
+            )
+            self._connection.add_on_connection_blocked_callback(self._connection_blocked)
+            self._connection.add_on_connection_unblocked_callback(self._connection_unblocked)
+            self._tick(loop)
+            if not self._closing.is_set():
+                loop.start()
+        except Exception as error:
+            # Whatever breaks on this thread must not end it: the connection is made anew.
+            _log.exception("%s: the connection's thread met an error", self.name)
+            self.last_error = BrokerUnavailable(f"{where}: {error}")
+        finally:
+            with self._lock:
+                self._loop = None
+            self._ready.clear()
+            if self._channel is not None:
+                self._channel = None
+                self._lost()
+            self._connection = None
+            self.blocked_reason = None
+            with suppress(Exception):
+                loop.close()
+
+    def _tick(self, loop: IOLoop) -> None:
+        if self._closing.is_set() and self._connection is not None and self._connection.is_closed:
+            loop.stop()
+            return
+        self._idle()
+        loop.call_later(0.2, lambda: self._tick(loop))
+
+    def _connection_open(self, connection: pika.connection.Connection) -> None:
+        connection.channel(on_open_callback=self._channel_open)
+
+    def _channel_open(self, channel: Channel) -> None:
+        channel.add_on_close_callback(self._channel_closed)
+        if self._topology is None:
+            self._channel_ready(channel)
+        else:
+            self._topology.declare(channel, lambda: self._channel_ready(channel))
+
+    def _channel_ready(self, channel: Channel) -> None:
+        self._channel = channel
+        self._failures = 0
+        self.last_error = None
+        self._opened(channel)
+        self._ready.set()
+        _log.info("%s: connected", self.name)
+
+    def _channel_closed(self, channel: Channel, reason: Exception) -> None:
+        if self._closing.is_set() or self._connection is None or not self._connection.is_open:
+            return
+        # A channel that the broker closes takes the connection with it: one way to recover, not two.
+        if isinstance(reason, ChannelClosedByBroker):
+            inequivalent = reason.reply_code == 406 and "inequivalent arg" in reason.reply_text
+            if inequivalent or (reason.reply_code == 404 and channel is not self._channel):
+                self._refused = True
+                self.last_error = mismatch(reason)
+            else:
+                self.last_error = BrokerUnavailable(f"RabbitMQ closed the channel: {reason.reply_text}")
+        self._connection.close(320, "channel closed")
+
+    def _failed(self, where: str, error: BaseException | str) -> None:
+        if isinstance(error, ProbableAuthenticationError) or (
+            isinstance(error, ConnectionClosedByBroker) and error.reply_code == 403
+        ):
+            self._refused = True
+            self.last_error = BrokerUnavailable(
+                f"{where} refuses the user name or password; check INFERQ_AMQP_URL"
+            )
+        elif isinstance(error, ProbableAccessDeniedError) or (
+            isinstance(error, ConnectionClosedByBroker) and error.reply_code == 530
+        ):
+            self._refused = True
+            self.last_error = BrokerUnavailable(
+                f"{where} refuses the virtual host: {error}; check INFERQ_AMQP_URL and the user's permissions"
+            )
+        elif not isinstance(error, ConnectionClosedByClient):
+            self.last_error = BrokerUnavailable(f"{where} cannot be reached: {_reason(error)}")
+        if self._loop is not None:
+            self._loop.stop()
+
+    def _shut(self) -> None:
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            connection.close()
+        elif self._loop is not None and (connection is None or not connection.is_closing):
+            self._loop.stop()
+
+    def _connection_blocked(self, _connection: object, frame: pika.frame.Method[Any]) -> None:
+        self.blocked_reason = str(frame.method.reason or "an alarm")
+        _log.warning("%s: RabbitMQ has blocked publishing: %s", self.name, self.blocked_reason)
+        self._blocked()
+
+    def _connection_unblocked(self, _connection: object, _frame: object) -> None:
+        self.blocked_reason = None
+        _log.info("%s: RabbitMQ accepts publishing again", self.name)
+        self._unblocked()
+
+
+def _reason(error: BaseException | str) -> str:
+    """The innermost cause that pika names, which is the one that tells a person something."""
+    if isinstance(error, AMQPConnectionError) and error.args and isinstance(error.args[0], BaseException):
+        return _reason(error.args[0])
+    for name in ("exception", "error"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _reason(inner)
+    return str(error) or type(error).__name__
+
+
+def connect(settings: BrokerSettings, *, name: str) -> pika.BlockingConnection:
+    """A plain connection for a command that runs and ends. Raises BrokerUnavailable."""
+    parameters = settings.connections(name)
+    where = " or ".join(f"{p.host}:{p.port}" for p in parameters)
+    try:
+        return pika.BlockingConnection(parameters)
+    except (ProbableAuthenticationError, ProbableAccessDeniedError) as error:
+        raise BrokerUnavailable(
+            f"RabbitMQ at {where} refuses the user, password or virtual host; check INFERQ_AMQP_URL"
+        ) from error
+    except (AMQPConnectionError, OSError) as error:
+        raise BrokerUnavailable(f"RabbitMQ at {where} cannot be reached: {_reason(error)}") from error

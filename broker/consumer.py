@@ -1,0 +1,253 @@
+"""Consuming with prefetch=1 from the lanes of one task type, the most urgent first.
+
+An idle consumer is subscribed to all its lanes. The first delivery ends the subscriptions of the other
+lanes; once it is settled, the lanes above its own are asked for a message (`basic.get`, a round trip each)
+before the acknowledgement lets the next one of the same lane in. A message that arrives although one is in
+hand is given back at once. With one lane none of this happens: prefetch does it all.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import pika
+from pika import spec
+from pika.channel import Channel
+
+from broker.connection import BrokerThread
+from broker.messages import Delivery
+from broker.settings import BrokerSettings
+from broker.topology import Topology
+
+_log = logging.getLogger(__name__)
+
+_SETTLE_SECONDS = 0.02
+"""How long a lane that may hold more is waited for before the other lanes are subscribed to again."""
+
+
+class Consumer(BrokerThread):
+    """Hands out one delivery at a time from `queues`, given with the most urgent lane first.
+
+    `next` and the settling calls belong to one working thread; nothing they do waits for the network.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        queues: Sequence[str],
+        *,
+        name: str,
+        topology: Topology | None = None,
+    ) -> None:
+        if not queues:
+            raise ValueError("a consumer needs at least one queue")
+        super().__init__(settings, name=f"{name} consumer", topology=topology)
+        self._lanes = tuple(queues)
+        self._inbox: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._epoch = 0
+        self._tags: dict[str, str] = {}
+        self._wanted = False
+        self._current: int | None = None
+        self._on_empty: Callable[[], None] | None = None
+        self._stopped = threading.Event()
+
+    # The working thread's side.
+
+    def next(self, timeout: float) -> Delivery | None:
+        """The next delivery, or None if none came within `timeout` seconds.
+
+        Asking is what makes a lane deliver: a consumer that is not asked holds no message back from others.
+        """
+        if not self._wanted and not self._stopped.is_set():
+            self._wanted = True
+            self._call(self._subscribe_all)
+        try:
+            return self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def ack(self, delivery: Delivery, *, more: bool = True) -> None:
+        """Done with it. `more` says that the next delivery is wanted at once."""
+        self._settle(delivery, more=more, finish=lambda channel: channel.basic_ack(delivery.tag))
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Let another worker have it, as it was."""
+        self._settle(
+            delivery, more=False, finish=lambda channel: channel.basic_nack(delivery.tag, requeue=True)
+        )
+
+    def stop(self) -> None:
+        """Take no more deliveries; the one in hand can still be settled."""
+        self._stopped.set()
+        self._wanted = False
+        self._call(self._unsubscribe)
+
+    def close(self, timeout: float = 5.0) -> None:
+        self._stopped.set()
+        super().close(timeout)
+
+    def _settle(self, delivery: Delivery, *, more: bool, finish: Callable[[Channel], None]) -> None:
+        self._wanted = more and not self._stopped.is_set()
+
+        def on_thread() -> None:
+            channel = self._channel
+            if channel is None or not channel.is_open or delivery.epoch != self._epoch:
+                # Its channel is gone, and the broker hands the message out again.
+                if self._wanted:
+                    self._subscribe_all()
+                return
+            if not self._wanted:
+                self._unsubscribe()
+                self._current = None
+                finish(channel)
+                return
+            self._look_above(channel, 0, finish)
+
+        self._call(on_thread)
+
+    # The connection's thread.
+
+    def _opened(self, channel: Channel) -> None:
+        self._epoch += 1
+        self._tags.clear()
+        self._current = None
+        self._on_empty = None
+        channel.basic_qos(prefetch_count=1)
+        channel.add_callback(self._got_nothing, [spec.Basic.GetEmpty], one_shot=False)
+        channel.add_on_cancel_callback(self._cancelled)
+        if self._wanted:
+            self._subscribe_all()
+
+    def _lost(self) -> None:
+        self._tags.clear()
+        self._current = None
+
+    def _subscribe_all(self) -> None:
+        """Subscribe to every lane, from the most urgent down, until one of them delivers."""
+        channel = self._channel
+        if channel is None or not channel.is_open or not self._wanted or self._current is not None:
+            return
+        for lane, name in enumerate(self._lanes):
+            if name not in self._tags:
+                # One at a time: a less urgent lane is asked only after a more urgent one had its say.
+                self._subscribe(channel, lane, then=self._subscribe_all)
+                return
+
+    def _subscribe(self, channel: Channel, lane: int, then: Callable[[], None]) -> None:
+        name = self._lanes[lane]
+        epoch = self._epoch
+
+        def deliver(
+            _channel: Channel,
+            method: spec.Basic.Deliver,
+            properties: pika.BasicProperties,
+            body: bytes,
+        ) -> None:
+            if self._current is not None or not self._wanted:
+                # A race: another lane was faster, or the subscription was about to end.
+                channel.basic_nack(_tag(method), requeue=True)
+                return
+            self._take(channel, lane, _delivery(name, epoch, method, properties, body))
+
+        self._tags[name] = channel.basic_consume(name, deliver, callback=lambda _frame: then())
+
+    def _take(self, channel: Channel, lane: int, delivery: Delivery) -> None:
+        self._current = lane
+        self._wanted = False
+        self._inbox.put(delivery)
+        for name in self._lanes:
+            if name != delivery.queue:
+                self._cancel(channel, name)
+
+    def _cancel(self, channel: Channel, name: str) -> None:
+        tag = self._tags.pop(name, None)
+        if tag is not None:
+            channel.basic_cancel(tag)
+
+    def _unsubscribe(self) -> None:
+        channel = self._channel
+        if channel is None or not channel.is_open:
+            return
+        for name in self._lanes:
+            self._cancel(channel, name)
+
+    def _look_above(self, channel: Channel, lane: int, finish: Callable[[Channel], None]) -> None:
+        """Ask the lanes from `lane` up to the current one for a message; then `finish` the one in hand."""
+        current = self._current
+        if current is None or lane >= current:
+            self._finish_in_lane(channel, finish)
+            return
+        name = self._lanes[lane]
+        epoch = self._epoch
+
+        def got(
+            _channel: Channel,
+            method: spec.Basic.GetOk,
+            properties: pika.BasicProperties,
+            body: bytes,
+        ) -> None:
+            # The old lane must not deliver once its message is settled: first the cancel, then the ack.
+            self._cancel(channel, self._lanes[current])
+            finish(channel)
+            self._current = None
+            if self._wanted:
+                self._take(channel, lane, _delivery(name, epoch, method, properties, body))
+            else:
+                channel.basic_nack(_tag(method), requeue=True)
+
+        self._on_empty = lambda: self._look_above(channel, lane + 1, finish)
+        channel.basic_get(name, got)
+
+    def _got_nothing(self, _frame: object) -> None:
+        on_empty, self._on_empty = self._on_empty, None
+        if on_empty is not None:
+            on_empty()
+
+    def _finish_in_lane(self, channel: Channel, finish: Callable[[Channel], None]) -> None:
+        lane, self._current = self._current, None
+        finish(channel)
+        if len(self._lanes) > 1 and lane is not None and self._lanes[lane] in self._tags:
+            # More of the same lane is probably on its way; subscribing to all would cost it the time.
+            self._later(_SETTLE_SECONDS, self._subscribe_all)
+        else:
+            self._subscribe_all()
+
+    def _cancelled(self, frame: pika.frame.Method[Any]) -> None:
+        # The queue was deleted or its node went away: a fresh channel declares and subscribes anew.
+        _log.warning("%s: RabbitMQ cancelled consumer %s", self.name, frame.method.consumer_tag)
+        if self._connection is not None:
+            with suppress(Exception):
+                self._connection.close(320, "consumer cancelled")
+
+
+def _delivery(
+    queue_name: str,
+    epoch: int,
+    method: spec.Basic.Deliver | spec.Basic.GetOk,
+    properties: pika.BasicProperties,
+    body: bytes,
+) -> Delivery:
+    timestamp = None
+    with suppress(TypeError, ValueError, OverflowError, OSError):
+        timestamp = datetime.fromtimestamp(properties.timestamp, UTC) if properties.timestamp else None
+    return Delivery(
+        queue=queue_name,
+        tag=_tag(method),
+        epoch=epoch,
+        body=body,
+        routing_key=method.routing_key or "",
+        headers=properties.headers or {},
+        redelivered=bool(method.redelivered),
+        message_id=properties.message_id,
+        timestamp=timestamp,
+    )
+
+
+def _tag(method: spec.Basic.Deliver | spec.Basic.GetOk) -> int:
+    return int(method.delivery_tag or 0)

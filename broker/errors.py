@@ -1,0 +1,45 @@
+"""What can go wrong between us and RabbitMQ.
+
+schemas.Outage
+├── BrokerUnavailable   not connected, or no confirm in time: whether the broker has it is not known
+└── PublishRejected     the broker refused the message (a queue at its length limit)
+schemas.InferqError
+├── Unroutable          no queue is bound for the message's routing key
+└── TopologyMismatch    the broker has a queue or exchange of that name with other arguments
+"""
+
+from __future__ import annotations
+
+from schemas import InferqError, Outage
+
+
+class BrokerUnavailable(Outage):
+    """RabbitMQ cannot be reached, is blocked by an alarm, or did not confirm in time."""
+
+    code = "broker_unavailable"
+
+    def __init__(self, message: str, *, retry_after: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PublishRejected(Outage):
+    """RabbitMQ refused a message, most likely because its queue is at its length limit."""
+
+    code = "publish_rejected"
+
+    def __init__(self, message: str, *, retry_after: float = 30.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unroutable(InferqError):
+    """No queue is bound for a message's routing key."""
+
+    code = "unroutable"
+
+
+class TopologyMismatch(InferqError):
+    """The broker's queues or exchanges are not those that inferq needs."""
+
+    code = "topology_mismatch"

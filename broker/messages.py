@@ -1,0 +1,145 @@
+"""Messages as they go onto the broker and come off it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pika
+
+from broker.topology import DEAD, TASKS, retry_exchange, routing_key
+from schemas import InferqError, Priority, Task
+
+ATTEMPT = "x-attempt"
+REDRIVES = "x-redrives"
+ENGINE_DEATHS = "x-engine-deaths"
+DEAD_PREFIX = "x-dead-"
+TRACEPARENT = "traceparent"
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is published: always persistent, always mandatory."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    message_id: str | None = None
+    type: str | None = None
+
+    def properties(self) -> pika.BasicProperties:
+        return pika.BasicProperties(
+            content_type="application/json",
+            delivery_mode=2,
+            message_id=self.message_id,
+            type=self.type,
+            timestamp=int(datetime.now(UTC).timestamp()),
+            headers=dict(self.headers),
+        )
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message that the broker has handed us and that waits for its acknowledgement.
+
+    `epoch` tells the channel that it came on from later ones: a delivery of a lost channel can no longer
+    be acknowledged, and the broker delivers it again.
+    """
+
+    queue: str
+    tag: int
+    epoch: int
+    body: bytes
+    routing_key: str
+    headers: Mapping[str, Any]
+    redelivered: bool
+    message_id: str | None = None
+    timestamp: datetime | None = None
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, from 1. A header that is not a positive number counts as absent."""
+        return _count(self.headers, ATTEMPT, least=1)
+
+    @property
+    def redrives(self) -> int:
+        return _count(self.headers, REDRIVES)
+
+    @property
+    def engine_deaths(self) -> int:
+        """How many engine processes earlier attempts of this task have taken down."""
+        return _count(self.headers, ENGINE_DEATHS)
+
+    @property
+    def deliveries(self) -> int:
+        """How often the broker has handed this copy out before; 0 on the first time."""
+        return _count(self.headers, "x-delivery-count")
+
+
+def _count(headers: Mapping[str, Any], name: str, *, least: int = 0) -> int:
+    value = headers.get(name, least)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else least
+
+
+def task_message(
+    task: Task, *, attempt: int = 1, redrives: int = 0, traceparent: str | None = None
+) -> Message:
+    """The message that submits a task."""
+    headers: dict[str, Any] = {ATTEMPT: attempt}
+    if redrives:
+        headers[REDRIVES] = redrives
+    if traceparent:
+        headers[TRACEPARENT] = traceparent
+    return Message(
+        TASKS, routing_key(task.task_type, task.priority), task.body(), headers, task.task_id, task.task_type
+    )
+
+
+def retry_message(
+    delivery: Delivery, *, type_name: str, priority: Priority, seconds: int, engine_deaths: int = 0
+) -> Message:
+    """A fresh copy of a delivery that returns to its queue as the next attempt, `seconds` from now."""
+    headers = {**_kept(delivery.headers), ATTEMPT: delivery.attempt + 1}
+    if engine_deaths:
+        headers[ENGINE_DEATHS] = engine_deaths
+    key = routing_key(type_name, priority)
+    return Message(retry_exchange(seconds), key, delivery.body, headers, delivery.message_id, type_name)
+
+
+def dead_message(
+    delivery: Delivery, *, type_name: str, priority: Priority, error: InferqError, worker: str
+) -> Message:
+    """A copy of a delivery for the dead-letter queue, whose headers say why it ended there."""
+    headers = {
+        **_kept(delivery.headers),
+        f"{DEAD_PREFIX}reason": error.code,
+        f"{DEAD_PREFIX}error": error.message[:4000],
+        f"{DEAD_PREFIX}attempts": delivery.attempt,
+        f"{DEAD_PREFIX}worker": worker,
+        f"{DEAD_PREFIX}time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    key = routing_key(type_name, priority)
+    return Message(DEAD, key, delivery.body, headers, delivery.message_id, type_name)
+
+
+def redriven_message(delivery: Delivery) -> Message:
+    """A dead letter as a first attempt again; one redrive more on its count."""
+    headers = {
+        name: value
+        for name, value in _kept(delivery.headers).items()
+        if name not in (ATTEMPT, ENGINE_DEATHS) and not name.startswith(DEAD_PREFIX)
+    }
+    headers |= {ATTEMPT: 1, REDRIVES: delivery.redrives + 1}
+    return Message(TASKS, delivery.routing_key, delivery.body, headers, delivery.message_id)
+
+
+def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """The headers that go on with a copy: not the broker's own account of the message's past.
+
+    RabbitMQ 4 ignores x-death on a republished message and 3.x counts on from it, so it is never copied.
+    """
+    broker_made = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
+    return {name: value for name, value in headers.items() if not name.startswith(broker_made)}

@@ -1,0 +1,224 @@
+"""Publishing with confirms, pipelined: many messages on their way at once, each with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pika
+from pika import spec
+from pika.channel import Channel
+
+from broker.connection import BrokerThread
+from broker.errors import BrokerUnavailable, PublishRejected, Unroutable
+from broker.messages import Message
+from broker.settings import BrokerSettings
+from broker.topology import Topology
+
+
+@dataclass(eq=False)
+class _Pending:
+    message: Message
+    deadline: float
+    properties: pika.BasicProperties
+    returned: str | None = None
+    sent: bool = False
+    future: Future[None] = field(default_factory=Future)
+
+
+class Publisher(BrokerThread):
+    """Publishes persistent, mandatory messages and waits for the broker's confirm of each.
+
+    Safe from many threads and from asyncio. At most `publish_window` messages are unconfirmed at a time.
+    What a lost connection leaves unconfirmed is sent again on the next, so a message may arrive twice but
+    is never dropped: its future either succeeds, once the broker has confirmed it, or raises
+
+    - BrokerUnavailable: no confirm within the limit. Where the message had been sent, the broker may have it.
+    - PublishRejected: the broker refused it.
+    - Unroutable: no queue is bound for its routing key.
+    """
+
+    def __init__(self, settings: BrokerSettings, *, name: str, topology: Topology | None = None) -> None:
+        super().__init__(settings, name=f"{name} publisher", topology=topology)
+        self._window = threading.BoundedSemaphore(settings.publish_window)
+        self._waiting: deque[_Pending] = deque()
+        self._unconfirmed: dict[int, _Pending] = {}
+        self._last_tag = 0
+        self._wake_due = False
+        self._blocked_since: float | None = None
+
+    def publish(self, message: Message, *, timeout: float | None = None) -> Future[None]:
+        """Send a message; the future resolves once the broker has confirmed it.
+
+        Blocks while the window is full. `timeout` bounds, in seconds, the wait for a place and for the
+        confirm together; the default is the setting `publish_timeout`.
+        """
+        pending = self._pending(message, timeout)
+        if not self._window.acquire(timeout=max(0.0, pending.deadline - time.monotonic())):
+            raise self._late("the publish window stayed full")
+        return self._send(pending)
+
+    async def confirm(self, message: Message, *, timeout: float | None = None) -> None:
+        """Send a message and wait for its confirm, from asyncio. Raises what `publish` gives."""
+        pending = self._pending(message, timeout)
+        if not self._window.acquire(blocking=False):
+            wait = max(0.0, pending.deadline - time.monotonic())
+            if not await asyncio.to_thread(self._window.acquire, timeout=wait):
+                raise self._late("the publish window stayed full")
+        await asyncio.wrap_future(self._send(pending))
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Wait up to `timeout` seconds for what is unconfirmed, then close; the rest raises."""
+        deadline = time.monotonic() + timeout
+        while self._busy() and self.connected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        super().close(timeout)
+        self._fail_all(BrokerUnavailable("the publisher was closed before the broker confirmed"))
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._unconfirmed)
+
+    def _pending(self, message: Message, timeout: float | None) -> _Pending:
+        if self._closing.is_set():
+            raise BrokerUnavailable("the publisher is closed")
+        limit = self._settings.publish_timeout if timeout is None else timeout
+        return _Pending(message, time.monotonic() + limit, message.properties())
+
+    def _send(self, pending: _Pending) -> Future[None]:
+        # From here on the answer is ours to give: a caller's cancel cannot take the message back.
+        pending.future.set_running_or_notify_cancel()
+        self._waiting.append(pending)
+        if not self._wake_due:
+            self._wake_due = True
+            if not self._call(self._drain):
+                self._wake_due = False
+        return pending.future
+
+    def _late(self, what: str) -> BrokerUnavailable:
+        if self.blocked_reason is not None:
+            what = f"RabbitMQ blocks publishing ({self.blocked_reason})"
+        elif self.last_error is not None:
+            what = self.last_error.message
+        return BrokerUnavailable(what)
+
+    # On the connection's thread.
+
+    def _opened(self, channel: Channel) -> None:
+        self._last_tag = 0
+        channel.add_on_return_callback(self._returned)
+        channel.confirm_delivery(self._confirmed, callback=lambda _frame: self._drain())
+
+    def _lost(self) -> None:
+        for pending in reversed(self._unconfirmed.values()):
+            pending.returned = None
+            self._waiting.appendleft(pending)
+        self._unconfirmed.clear()
+        self._blocked_since = None
+
+    def _blocked(self) -> None:
+        self._blocked_since = time.monotonic()
+
+    def _unblocked(self) -> None:
+        self._blocked_since = None
+        self._drain()
+
+    def _drain(self) -> None:
+        self._wake_due = False
+        channel = self._channel
+        if channel is None or not channel.is_open or self._blocked_since is not None:
+            return
+        now = time.monotonic()
+        while self._waiting:
+            pending = self._waiting.popleft()
+            if pending.deadline <= now:
+                self._resolve(pending, self._late("the broker did not confirm in time"))
+                continue
+            message = pending.message
+            self._last_tag += 1
+            self._unconfirmed[self._last_tag] = pending
+            pending.sent = True
+            channel.basic_publish(
+                message.exchange, message.routing_key, message.body, pending.properties, mandatory=True
+            )
+
+    def _returned(
+        self,
+        _channel: Channel,
+        method: spec.Basic.Return,
+        properties: pika.BasicProperties,
+        _body: bytes,
+    ) -> None:
+        # A return carries no delivery tag; it precedes the confirm of the message that it concerns.
+        for pending in self._unconfirmed.values():
+            message = pending.message
+            if pending.returned is None and (message.exchange, message.routing_key, message.message_id) == (
+                method.exchange,
+                method.routing_key,
+                properties.message_id,
+            ):
+                pending.returned = method.reply_text
+                return
+
+    def _confirmed(self, frame: pika.frame.Method[Any]) -> None:
+        method = frame.method
+        tag = method.delivery_tag
+        tags = [tag]
+        if method.multiple:
+            tags = list(itertools.takewhile(lambda unconfirmed: unconfirmed <= tag, self._unconfirmed))
+        for confirmed in tags:
+            pending = self._unconfirmed.pop(confirmed, None)
+            if pending is None:
+                continue
+            message = pending.message
+            where = f"exchange {message.exchange!r}, routing key {message.routing_key!r}"
+            if isinstance(method, spec.Basic.Nack):
+                self._resolve(
+                    pending, PublishRejected(f"RabbitMQ refused the message ({where}); is the queue full?")
+                )
+            elif pending.returned is not None:
+                self._resolve(pending, Unroutable(f"no queue takes the message ({where})"))
+            else:
+                self._resolve(pending, None)
+
+    def _idle(self) -> None:
+        now = time.monotonic()
+        if self._closing.is_set() and not self._thread.is_alive():
+            return
+        blocked = self._blocked_since
+        too_long = blocked is not None and now - blocked > self._settings.amqp_blocked_limit
+        self._expire(lambda pending: too_long or pending.deadline <= now)
+
+    def _expire(self, due: Callable[[_Pending], bool]) -> None:
+        for _ in range(len(self._waiting)):
+            pending = self._waiting.popleft()
+            if due(pending):
+                after = " after it was sent once" if pending.sent else ""
+                self._resolve(pending, self._late(f"the broker did not take the message in time{after}"))
+            else:
+                self._waiting.append(pending)
+        now = time.monotonic()
+        for tag, pending in list(self._unconfirmed.items()):
+            # Sent and unanswered: its tag goes with it, so that a late answer finds nobody.
+            if pending.deadline <= now:
+                del self._unconfirmed[tag]
+                self._resolve(pending, self._late("the broker did not confirm the message in time"))
+
+    def _fail_all(self, error: BrokerUnavailable) -> None:
+        while self._waiting:
+            self._resolve(self._waiting.popleft(), error)
+        while self._unconfirmed:
+            self._resolve(self._unconfirmed.popitem()[1], error)
+
+    def _resolve(self, pending: _Pending, error: Exception | None) -> None:
+        self._window.release()
+        if error is None:
+            pending.future.set_result(None)
+        else:
+            pending.future.set_exception(error)

@@ -1,0 +1,74 @@
+"""The broker's settings."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import pika
+from pydantic import Field
+
+from schemas import InstallationError, Settings
+
+
+class BrokerSettings(Settings):
+    """How RabbitMQ is reached."""
+
+    amqp_url: str = Field(
+        "amqp://guest:guest@127.0.0.1:5672/%2F",
+        description="RabbitMQ, `amqp://` or `amqps://`; several nodes of a cluster separated by commas.",
+    )
+    amqp_ca_file: Path | None = Field(None, description="CA certificates for `amqps://` (else the system's).")
+    amqp_cert_file: Path | None = Field(None, description="Client certificate for `amqps://`.")
+    amqp_key_file: Path | None = Field(None, description="Key of the client certificate.")
+    amqp_heartbeat: int = Field(30, ge=5, le=3600, description="Seconds between heartbeats.")
+    amqp_connect_timeout: float = Field(
+        10.0, gt=0, description="Seconds that one connection attempt may take."
+    )
+    amqp_blocked_limit: float = Field(
+        10.0, gt=0, description="Seconds that a memory or disk alarm may hold publishing before it raises."
+    )
+    publish_window: int = Field(1000, ge=1, description="Messages published and not yet confirmed, at most.")
+    publish_timeout: float = Field(30.0, gt=0, description="Seconds to wait for a confirm before raising.")
+
+    def connections(self, name: str) -> list[pika.URLParameters]:
+        """The parameters of each node, in the order given; `name` shows in the broker's connection list.
+
+        Raises InstallationError for a URL that cannot be one or a certificate that cannot be read.
+        """
+        urls = [url.strip() for url in self.amqp_url.split(",") if url.strip()]
+        if not urls:
+            raise InstallationError("INFERQ_AMQP_URL is empty; give amqp://user:password@host:5672/vhost")
+        return [self._parameters(url, name) for url in urls]
+
+    def _parameters(self, url: str, name: str) -> pika.URLParameters:
+        scheme = url.partition("://")[0]
+        if scheme not in ("amqp", "amqps"):
+            raise InstallationError(
+                f"INFERQ_AMQP_URL has the scheme {scheme!r}; it must start with amqp:// or amqps://"
+            )
+        try:
+            parameters = pika.URLParameters(url)
+        except (ValueError, TypeError, IndexError) as error:
+            raise InstallationError(f"INFERQ_AMQP_URL cannot be read: {error}") from error
+        parameters.heartbeat = self.amqp_heartbeat
+        parameters.socket_timeout = self.amqp_connect_timeout
+        parameters.stack_timeout = self.amqp_connect_timeout
+        # Blocking is watched by whoever publishes; pika's own limit would drop the whole connection.
+        parameters.blocked_connection_timeout = None
+        parameters.connection_attempts = 1
+        parameters.client_properties = {"connection_name": f"inferq {name}"}
+        if scheme == "amqps":
+            parameters.ssl_options = pika.SSLOptions(self._tls(), parameters.host)
+        return parameters
+
+    def _tls(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self.amqp_ca_file)
+            if self.amqp_cert_file is not None:
+                context.load_cert_chain(self.amqp_cert_file, self.amqp_key_file)
+        except (OSError, ssl.SSLError) as error:
+            raise InstallationError(
+                f"INFERQ_AMQP_CA_FILE, _CERT_FILE or _KEY_FILE cannot be read: {error}"
+            ) from error
+        return context

@@ -1,0 +1,247 @@
+"""The exchanges and queues, as data; applied idempotently, and checked against what a broker has.
+
+All load-bearing properties are queue arguments, not policies, so that a bare broker is safe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+from pika.channel import Channel
+from pika.exceptions import ChannelClosedByBroker
+
+from broker.errors import TopologyMismatch
+from broker.retry import RETRY_LEVELS
+from schemas import PRIORITIES, Priority
+
+TASKS = "inference.tasks"
+DEAD = "inference.dead"
+UNROUTABLE = "inference.unroutable"
+
+DELIVERY_LIMIT = 100
+"""Deliveries of one message before the broker itself gives it up. It is the last net, far above our own
+count of attempts: before RabbitMQ 4.3 a delivery that is merely given back counts too."""
+
+NO_DELIVERY_LIMIT = 1_000_000_000
+"""RabbitMQ 4 limits quorum queues to 20 deliveries by default; where people look at messages and put them
+back, that would drop them. 3.x refuses -1, its later name for no limit."""
+
+
+def routing_key(type_name: str, priority: Priority = "normal") -> str:
+    return f"task_type.{type_name}.{priority}"
+
+
+def work_queue(type_name: str, priority: Priority = "normal") -> str:
+    return f"inference.{type_name}.{priority}"
+
+
+def dead_queue(type_name: str) -> str:
+    return f"inference.dead.{type_name}"
+
+
+def retry_exchange(seconds: int) -> str:
+    """The name of a retry level: of its fanout exchange, and of its queue."""
+    return f"inference.retry.{seconds}s"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    name: str
+    kind: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def declaration(self) -> tuple[str, dict[str, Any]]:
+        return "exchange_declare", {
+            "exchange": self.name,
+            "exchange_type": self.kind,
+            "durable": True,
+            "arguments": self.arguments,
+        }
+
+
+@dataclass(frozen=True)
+class Queue:
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def declaration(self) -> tuple[str, dict[str, Any]]:
+        return "queue_declare", {
+            "queue": self.name,
+            "durable": True,
+            "arguments": {"x-queue-type": "quorum", **self.arguments},
+        }
+
+
+@dataclass(frozen=True)
+class Binding:
+    exchange: str
+    queue: str
+    routing_key: str = ""
+
+    def declaration(self) -> tuple[str, dict[str, Any]]:
+        return "queue_bind", {
+            "queue": self.queue,
+            "exchange": self.exchange,
+            "routing_key": self.routing_key,
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which a broker differs from the topology."""
+
+    kind: str
+    name: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Exchanges, queues and bindings, in an order in which they can be declared."""
+
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+    bindings: tuple[Binding, ...]
+
+    def declarations(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each AMQP declaration as the name of pika's channel method and its arguments."""
+        parts: list[Exchange | Queue | Binding] = [*self.exchanges, *self.queues, *self.bindings]
+        return [part.declaration() for part in parts]
+
+    def apply(self, channel: BlockingChannel) -> None:
+        """Declare everything that is missing. Raises TopologyMismatch at the first thing that differs."""
+        for method, arguments in self.declarations():
+            try:
+                getattr(channel, method)(**arguments)
+            except ChannelClosedByBroker as error:
+                raise mismatch(error) from error
+
+    def declare(self, channel: Channel, done: Callable[[], None]) -> None:
+        """Declare everything on an asynchronous channel, pipelined, and then call `done`.
+
+        Where something differs the broker closes the channel; `mismatch` explains the closing.
+        """
+        declarations = self.declarations()
+        for method, arguments in declarations[:-1]:
+            getattr(channel, method)(**arguments, callback=_ignore)
+        method, arguments = declarations[-1]
+        getattr(channel, method)(**arguments, callback=lambda _frame: done())
+
+    def differences(self, connection: BlockingConnection) -> list[Difference]:
+        """What a broker lacks or has otherwise; changes nothing there.
+
+        AMQP cannot be asked for bindings, so those are not compared; `apply` makes them.
+        """
+        found = []
+        parts: list[Exchange | Queue] = [*self.exchanges, *self.queues]
+        for part in parts:
+            kind = "exchange" if isinstance(part, Exchange) else "queue"
+            method, arguments = part.declaration()
+            # Passively first: declaring in full what is not there would create it.
+            missing = _refusal(connection, method, {**arguments, "passive": True})
+            if missing is not None:
+                problem = "is missing" if missing.reply_code == 404 else missing.reply_text
+                found.append(Difference(kind, part.name, problem))
+                continue
+            refused = _refusal(connection, method, arguments)
+            if refused is not None:
+                found.append(Difference(kind, part.name, _explain(refused.reply_text)))
+        return found
+
+
+def _ignore(_frame: object) -> None:
+    return
+
+
+def _refusal(
+    connection: BlockingConnection, method: str, arguments: dict[str, Any]
+) -> ChannelClosedByBroker | None:
+    channel = connection.channel()  # a refusal closes the channel, so each question has its own
+    try:
+        getattr(channel, method)(**arguments)
+    except ChannelClosedByBroker as error:
+        return error
+    channel.close()
+    return None
+
+
+_INEQUIVALENT = re.compile(
+    r"inequivalent arg '(?P<argument>[^']+)' for (?P<kind>exchange|queue) '(?P<name>[^']+)' in vhost "
+    r"'(?P<vhost>[^']*)': received (?P<ours>.+?) but current is (?P<theirs>.+)$"
+)
+
+
+def mismatch(error: ChannelClosedByBroker) -> TopologyMismatch:
+    """The broker's refusal of a declaration, naming the queue, the argument and both values."""
+    found = _INEQUIVALENT.search(error.reply_text)
+    subject = f"{found['kind']} {found['name']!r} in vhost {found['vhost']!r}: " if found else ""
+    return TopologyMismatch(f"{subject}{_explain(error.reply_text)}")
+
+
+def _explain(reply_text: str) -> str:
+    found = _INEQUIVALENT.search(reply_text)
+    if not found:
+        return reply_text
+    return (
+        f"argument {found['argument']!r} is {_value(found['theirs'])} on the broker and should be "
+        f"{_value(found['ours'])}; drain and delete the {found['kind']}, then run: inferq topology apply"
+    )
+
+
+def _value(text: str) -> str:
+    # "the value '5000' of type 'signedint'" in RabbitMQ's words.
+    quoted = re.search(r"'([^']*)'", text)
+    return quoted[1] if quoted else text.strip()
+
+
+def topology_for(type_names: Iterable[str]) -> Topology:
+    """Everything that tasks of these types need, shared parts included."""
+    exchanges = [
+        Exchange(UNROUTABLE, "fanout"),
+        Exchange(TASKS, "topic", {"alternate-exchange": UNROUTABLE}),
+        Exchange(DEAD, "topic", {"alternate-exchange": UNROUTABLE}),
+    ]
+    queues = [Queue(UNROUTABLE, {"x-delivery-limit": NO_DELIVERY_LIMIT})]
+    bindings = [Binding(UNROUTABLE, UNROUTABLE)]
+    for seconds in RETRY_LEVELS:
+        name = retry_exchange(seconds)
+        # A fanout keeps the routing key, so an expired message returns to the queue that it came from.
+        exchanges.append(Exchange(name, "fanout"))
+        queues.append(Queue(name, {"x-message-ttl": seconds * 1000, **_dead_lettering(TASKS)}))
+        bindings.append(Binding(name, name))
+    for type_name in type_names:
+        queues.append(Queue(dead_queue(type_name), {"x-delivery-limit": NO_DELIVERY_LIMIT}))
+        bindings.append(Binding(DEAD, dead_queue(type_name), f"task_type.{type_name}.#"))
+        for priority in PRIORITIES:
+            queue, key = work_queue(type_name, priority), routing_key(type_name, priority)
+            queues.append(
+                Queue(
+                    queue,
+                    {
+                        "x-delivery-limit": DELIVERY_LIMIT,
+                        **_dead_lettering(DEAD),
+                        # Set, because a message put on the queue directly has a routing key of its own.
+                        "x-dead-letter-routing-key": key,
+                    },
+                )
+            )
+            bindings.append(Binding(TASKS, queue, key))
+            if priority == "normal":
+                bindings.append(Binding(TASKS, queue, f"task_type.{type_name}"))
+    return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+
+
+def _dead_lettering(exchange: str) -> dict[str, Any]:
+    # At-least-once needs all three: https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
+    return {
+        "x-dead-letter-exchange": exchange,
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }

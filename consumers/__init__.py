@@ -1,0 +1,1 @@
+"""Who works: the worker, its engine process, and the engines."""

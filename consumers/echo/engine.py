@@ -1,0 +1,32 @@
+"""The echo engine."""
+
+from __future__ import annotations
+
+import time
+
+from consumers.echo import EchoOutput, EchoTask
+from consumers.engine import Context, Engine
+from schemas import EngineInfo
+
+_STEP = 0.05
+"""Seconds between two looks at whether to stop."""
+
+
+class EchoEngine(Engine[EchoTask]):
+    """Waits for the task's delay, reporting progress, and gives its payload back."""
+
+    def load(self) -> EngineInfo:
+        return EngineInfo(name="echo", version="1", model="none", device="cpu")
+
+    def run(self, task: EchoTask, context: Context) -> EchoOutput:
+        if task.delay:
+            self._wait(task.delay, context)
+        return EchoOutput(payload=task.payload)
+
+    @staticmethod
+    def _wait(delay: float, context: Context) -> None:
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < delay:
+            context.check_abort()
+            context.progress(waited / delay, "waiting")
+            time.sleep(min(_STEP, delay - waited))

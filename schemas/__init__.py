@@ -1,0 +1,55 @@
+"""What travels: the task, its result, its status and events, and the installed task types."""
+
+from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
+from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
+from schemas.settings import Settings
+from schemas.status import END_STATES, Event, EventData, EventType, State, TaskStatus
+from schemas.task import (
+    INPUT_SCHEMES,
+    MAX_BODY_BYTES,
+    PRIORITIES,
+    CallbackEvent,
+    InputUrl,
+    Options,
+    Priority,
+    Task,
+    TaskId,
+    new_task_id,
+)
+from schemas.types import TaskType, describe_faults, get_type, installed_types, parse_task
+
+__all__ = [
+    "END_STATES",
+    "INPUT_SCHEMES",
+    "MAX_BODY_BYTES",
+    "PRIORITIES",
+    "Artifact",
+    "CallbackEvent",
+    "EndState",
+    "EngineInfo",
+    "ErrorInfo",
+    "Event",
+    "EventData",
+    "EventType",
+    "InferqError",
+    "InputUrl",
+    "InstallationError",
+    "InvalidTask",
+    "Options",
+    "Outage",
+    "Priority",
+    "Result",
+    "Settings",
+    "State",
+    "Task",
+    "TaskId",
+    "TaskStatus",
+    "TaskType",
+    "Timings",
+    "TransientFailure",
+    "describe_faults",
+    "get_type",
+    "installed_types",
+    "new_task_id",
+    "parse_task",
+]

@@ -1,0 +1,122 @@
+"""What a task ends with: one result, or one failure that says why."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
+
+from schemas.errors import InferqError, InvalidTask
+from schemas.task import Task, TaskId, Tenant, TypeName
+
+EndState = Literal["succeeded", "failed", "cancelled"]
+
+
+class Artifact(BaseModel):
+    """A file that a task produced, stored beside its result."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    url: str
+    content_type: str
+    bytes: int
+    sha256: str
+
+
+class Timings(BaseModel):
+    """Seconds per stage of the attempt that ended the task; `queued` counts from the task's creation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    queued: float | None = None
+    fetch: float = 0.0
+    inference: float = 0.0
+    upload: float = 0.0
+
+
+class EngineInfo(BaseModel):
+    """What computed the output."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: str
+    model: str
+    device: str
+
+
+class ErrorInfo(BaseModel):
+    """Why a task failed. `retryable` says whether the same task may succeed if it is redriven."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str
+    message: str
+    retryable: bool
+
+    @classmethod
+    def of(cls, error: InferqError) -> ErrorInfo:
+        retryable = not isinstance(error, InvalidTask)
+        return cls(code=error.code, message=error.message[:4000], retryable=retryable)
+
+
+class Result(BaseModel):
+    """The record of how a task ended: `result.json` when it succeeded, else `failure.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task_id: TaskId
+    task_type: TypeName | Literal[""] = Field(description="Empty where the message was too broken to say.")
+    tenant: Tenant
+    status: EndState
+    output: JsonValue = None
+    artifacts: tuple[Artifact, ...] = ()
+    attempts: int = Field(ge=0)
+    timings: Timings = Timings()
+    engine: EngineInfo | None = None
+    error: ErrorInfo | None = None
+    batch_id: str | None = None
+    metadata: dict[str, JsonValue] = {}
+    worker: str | None = None
+    created_at: AwareDatetime | None = None
+    started_at: AwareDatetime | None = None
+    finished_at: AwareDatetime
+    digest: str | None = Field(None, description="SHA-256 of the task's content; none if it was unreadable.")
+    redrives: int = Field(0, ge=0, description="How often the task had been redriven when it ended.")
+
+    @classmethod
+    def failure(
+        cls,
+        task: Task,
+        error: InferqError,
+        *,
+        attempts: int,
+        finished_at: datetime,
+        status: EndState = "failed",
+        timings: Timings | None = None,
+        engine: EngineInfo | None = None,
+        worker: str | None = None,
+        started_at: datetime | None = None,
+        redrives: int = 0,
+    ) -> Result:
+        """How `task` ended without an output."""
+        return cls(
+            task_id=task.task_id,
+            task_type=task.task_type,
+            tenant=task.tenant,
+            status=status,
+            attempts=attempts,
+            timings=timings or Timings(),
+            engine=engine,
+            error=ErrorInfo.of(error),
+            batch_id=task.batch_id,
+            metadata=task.metadata,
+            worker=worker,
+            created_at=task.created_at,
+            started_at=started_at,
+            finished_at=finished_at,
+            digest=task.digest(),
+            redrives=redrives,
+        )

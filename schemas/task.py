@@ -1,0 +1,108 @@
+"""The task: what a producer asks for, and the only body that travels on the work queues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Literal, get_args
+
+import uuid_utils
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    field_validator,
+)
+
+MAX_BODY_BYTES = 64 * 1024
+"""The largest task body; anything larger goes by reference (an input URL)."""
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+"""All priorities, the most urgent first."""
+
+CallbackEvent = Literal["started", "progress", "completed"]
+
+TaskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+TypeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+
+INPUT_SCHEMES = ("https", "http", "s3", "data", "inferq")
+InputUrl = Annotated[
+    str,
+    StringConstraints(pattern=rf"^({'|'.join(INPUT_SCHEMES)}):.+"),
+    Field(
+        description="Where the input is: `https:`, `http:`, `s3:`, `data:`, or `inferq:` (an uploaded file).",
+        json_schema_extra={"format": "uri", "inferq-input": "file"},
+    ),
+]
+CallbackUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", max_length=2048)]
+
+
+class Options(BaseModel):
+    """Engine options of one task type; a type's own options derive from this. Unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Task(BaseModel):
+    """What every task says, whatever its type. A type's own task adds its inputs, flat, and its options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    task_id: TaskId = Field(description="The same id, for one tenant, is the same task.")
+    task_type: TypeName
+    options: Options = Options()
+    priority: Priority = "normal"
+    tenant: Tenant = "default"
+    callback_url: CallbackUrl | None = Field(None, description="Where to notify.")
+    callback_events: tuple[CallbackEvent, ...] = Field(("completed",), description="Of what to notify.")
+    expires_at: AwareDatetime | None = Field(None, description="When it stops being worth starting.")
+    time_limit: float | None = Field(
+        None, gt=0, le=86400, description="Seconds that one run may take; the default is the type's."
+    )
+    batch_id: TaskId | None = None
+    metadata: dict[str, JsonValue] = Field({}, description="Echoed in the result and in callbacks.")
+    created_at: AwareDatetime | None = None
+
+    @field_validator("expires_at", "created_at", mode="after")
+    @classmethod
+    def _within_the_calendar(cls, value: datetime | None) -> datetime | None:
+        # A time near year 1 or 9999 with an offset cannot be moved to UTC without overflowing.
+        if value is not None and not 1970 <= value.year <= 9000:
+            raise ValueError("the year must lie between 1970 and 9000")
+        return value
+
+    def body(self) -> bytes:
+        """The UTF-8 JSON that goes onto the queue: only what differs from the defaults."""
+        return self.model_dump_json(exclude_defaults=True).encode()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the task asks for, so that the same id with another content shows.
+
+        Defaults and `created_at` do not count: the bare message and one that spells the defaults out are
+        the same task, and so is one that a gateway has stamped.
+        """
+        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"created_at"})
+        canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def inputs(self) -> Mapping[str, str]:
+        """The inputs to be fetched before a run: field name → URL, in the order of the fields."""
+        found = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            value = getattr(self, name)
+            if isinstance(extra, dict) and extra.get("inferq-input") == "file" and value is not None:
+                found[name] = value
+        return found
+
+
+def new_task_id() -> str:
+    """A fresh task id that sorts by the time it was made (UUID version 7, RFC 9562)."""
+    return str(uuid_utils.uuid7())

@@ -1,0 +1,172 @@
+"""The installed task types, found by entry point, and the union of their tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, reduce
+from importlib.metadata import EntryPoint, entry_points
+from operator import or_
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from schemas.errors import InstallationError, InvalidTask
+from schemas.task import MAX_BODY_BYTES, Task
+
+ENTRY_POINT_GROUP = "inferq.engines"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskType:
+    """A kind of work: the shape of its task and output, and the engine that does it.
+
+    `engine` is a `module:Class` path that only an engine process imports, so that whoever merely submits
+    or routes tasks never loads a framework. `arguments` names the inputs that the command line takes by
+    position. `time_limit` is in seconds.
+    """
+
+    name: str
+    task: type[Task]
+    output: type[BaseModel]
+    engine: str
+    arguments: tuple[str, ...] = ()
+    time_limit: float = 300.0
+    max_attempts: int = 5
+    summary: str = ""
+    distribution: str = ""
+
+
+@cache
+def installed_types() -> Mapping[str, TaskType]:
+    """Every installed task type by name, in alphabetical order.
+
+    A plug-in that cannot be imported is left out and logged: it must not keep the others from working.
+    """
+    found: dict[str, TaskType] = {}
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
+        try:
+            task_type = _load(point)
+        except Exception as error:  # noqa: BLE001, RUF100 - a plug-in may raise anything on import
+            _log.error("task type %r from %r is left out: %s", point.name, point.value, error)
+            continue
+        if point.name in found:
+            _log.error(
+                "task type %r is installed twice, by %r and %r: the first is used",
+                point.name,
+                found[point.name].distribution,
+                task_type.distribution,
+            )
+            continue
+        found[point.name] = task_type
+    return MappingProxyType(found)
+
+
+def _load(point: EntryPoint) -> TaskType:
+    task_type = point.load()
+    if not isinstance(task_type, TaskType):
+        raise InstallationError(f"{point.value} is not a schemas.TaskType but {task_type!r}")
+    if task_type.name != point.name:
+        raise InstallationError(f"the entry point says {point.name!r}, the type itself {task_type.name!r}")
+    return replace(task_type, distribution=point.dist.name if point.dist else "")
+
+
+def get_type(name: str) -> TaskType:
+    """The installed type of that name. Raises InvalidTask, naming those there are, where it is unknown."""
+    types = installed_types()
+    if name not in types:
+        raise _unknown(name)
+    return types[name]
+
+
+def _unknown(name: str) -> InvalidTask:
+    known = ", ".join(installed_types()) or "none"
+    return InvalidTask(f"task_type {name!r} is not known here; known are: {known}", code="unknown_task_type")
+
+
+def parse_task(body: bytes | str | Mapping[str, Any]) -> Task:
+    """The task in a message body (UTF-8 JSON) or in a decoded mapping, validated by its own type.
+
+    Raises InvalidTask, with every fault named by its field, for anything else.
+    """
+    if isinstance(body, Mapping):
+        try:
+            body = json.dumps(body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidTask(f"the task is not JSON: {error}", code="not_json") from error
+    if isinstance(body, str):
+        body = body.encode("utf-8", "surrogatepass")
+    if len(body) > MAX_BODY_BYTES:
+        raise InvalidTask(
+            f"the task has {len(body)} bytes, the limit is {MAX_BODY_BYTES}; pass large inputs by URL",
+            code="task_too_large",
+        )
+    if b"NaN" in body or b"Infinity" in body:
+        _refuse_constants(body)
+    try:
+        task: Task = _union().validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from error
+    return task
+
+
+def _refuse_constants(body: bytes) -> None:
+    # The validating parser lets these through in free-form values, though RFC 8259 has no such literals.
+    def refuse(name: str) -> None:
+        raise InvalidTask(f"the task is not JSON: {name} is not a JSON number", code="not_json")
+
+    try:
+        json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return  # the validating parser says what is wrong
+
+
+@cache
+def _union() -> TypeAdapter[Any]:
+    types = installed_types()
+    if not types:
+        raise InstallationError(f"no task type is installed (entry-point group {ENTRY_POINT_GROUP!r})")
+    models = [task_type.task for task_type in types.values()]
+    if len(models) == 1:
+        return TypeAdapter(models[0])
+    return TypeAdapter(Annotated[reduce(or_, models), Field(discriminator="task_type")])  # type: ignore[arg-type]
+
+
+def _explain(error: ValidationError) -> InvalidTask:
+    faults = error.errors(include_url=False, include_context=True)
+    first = faults[0]
+    if first["type"] == "union_tag_invalid" or (
+        first["type"] == "literal_error" and first["loc"][-1] == "task_type"
+    ):
+        return _unknown(str(first["ctx"].get("tag", first["input"])))
+    if first["type"] == "json_invalid":
+        return InvalidTask(f"the task is not JSON: {first['ctx']['error']}", code="not_json")
+    return InvalidTask("; ".join(describe_faults(error)))
+
+
+def describe_faults(error: ValidationError) -> list[str]:
+    """One line for each fault of a validation: the field's path and what is wrong with it."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        path = [str(part) for part in fault["loc"]]
+        if path and path[0] in installed_types():
+            path = path[1:]  # the union's tag says nothing that the reader does not know
+        where = ".".join(path) or "task"
+        match fault["type"]:
+            case "missing":
+                what = "is missing"
+            case "union_tag_not_found":
+                where, what = "task_type", "is missing"
+            case "extra_forbidden":
+                what = "is unknown"
+            case _:
+                shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
+                shown = shown if len(shown) <= 80 else shown[:77] + "..."
+                what = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}, got {shown}"
+        lines.append(f"{where}: {what}")
+    return lines

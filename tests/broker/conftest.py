@@ -1,0 +1,41 @@
+"""What the broker's tests do to a broker."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import RabbitMQ
+from tests.proxy import TcpProxy
+
+
+def set_memory_alarm(node: RabbitMQ, raised: bool) -> None:
+    """Raise or clear the memory alarm, which blocks whoever publishes."""
+    ctl = node.node.server.with_name("rabbitmqctl")
+    subprocess.run(
+        [ctl, "set_vm_memory_high_watermark", "0.0000001" if raised else "0.9"],
+        env=node.parts[-1].env,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def proxied() -> Iterator[Callable[[str], tuple[str, TcpProxy]]]:
+    """Puts a proxy in front of a URL's server: gives the URL through the proxy, and the proxy."""
+    proxies = []
+
+    def make(url: str) -> tuple[str, TcpProxy]:
+        port = urlsplit(url).port
+        assert port is not None
+        proxy = TcpProxy(port)
+        proxies.append(proxy)
+        return url.replace(f":{port}/", f":{proxy.port}/"), proxy
+
+    yield make
+    for proxy in proxies:
+        proxy.close()

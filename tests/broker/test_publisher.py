@@ -1,0 +1,239 @@
+"""The publisher, against a real RabbitMQ."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pika
+import pytest
+
+from broker import (
+    BrokerSettings,
+    BrokerUnavailable,
+    Message,
+    Publisher,
+    PublishRejected,
+    Unroutable,
+    connect,
+    task_message,
+    topology_for,
+    work_queue,
+)
+from schemas import InferqError, parse_task
+from tests.broker.conftest import set_memory_alarm
+from tests.conftest import RabbitMQ
+from tests.proxy import TcpProxy
+
+QUEUE = work_queue("echo")
+
+
+def message(number: int) -> Message:
+    return task_message(parse_task({"task_id": f"t{number}", "task_type": "echo", "payload": number}))
+
+
+def drained(settings: BrokerSettings, count: int, *, deadline: float = 20) -> Counter[str]:
+    """The ids of the messages in the queue, once there are `count` or the deadline has passed."""
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    seen: Counter[str] = Counter()
+    end = time.monotonic() + deadline
+    while sum(seen.values()) < count and time.monotonic() < end:
+        method, properties, _body = channel.basic_get(QUEUE, auto_ack=True)
+        if method is None:
+            time.sleep(0.01)
+        else:
+            seen[str(properties.message_id)] += 1
+    connection.close()
+    return seen
+
+
+@pytest.fixture
+def settings(fresh_amqp_url: str) -> BrokerSettings:
+    return BrokerSettings(amqp_url=fresh_amqp_url, publish_timeout=10)
+
+
+@pytest.fixture
+def publisher(settings: BrokerSettings) -> Iterator[Publisher]:
+    publisher = Publisher(settings, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    publisher.wait_connected(10)
+    yield publisher
+    publisher.close()
+
+
+def test_every_message_of_many_threads_is_confirmed_and_queued_once(
+    publisher: Publisher, settings: BrokerSettings
+) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        futures = list(threads.map(lambda n: publisher.publish(message(n)), range(2000)))
+    for future in futures:
+        future.result(10)
+    seen = drained(settings, 2000)
+    assert len(seen) == 2000
+    assert set(seen.values()) == {1}
+
+
+async def test_asyncio_tasks_can_publish_beyond_the_window(settings: BrokerSettings) -> None:
+    narrow = settings.model_copy(update={"publish_window": 3})
+    publisher = Publisher(narrow, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    try:
+        await asyncio.gather(*(publisher.confirm(message(n)) for n in range(100)))
+    finally:
+        await asyncio.to_thread(publisher.close)
+    assert len(drained(settings, 100)) == 100
+
+
+def test_messages_are_durable_and_say_what_they_are(publisher: Publisher, settings: BrokerSettings) -> None:
+    publisher.publish(message(1)).result(10)
+    connection = connect(settings, name="test")
+    method, properties, body = connection.channel().basic_get(QUEUE, auto_ack=True)
+    connection.close()
+    assert method is not None
+    assert body == b'{"task_id":"t1","task_type":"echo","payload":1}'
+    assert properties.delivery_mode == 2
+    assert properties.message_id == "t1"
+    assert properties.type == "echo"
+    assert properties.content_type == "application/json"
+    assert properties.headers["x-attempt"] == 1
+    assert abs(properties.timestamp - time.time()) < 60
+
+
+def test_an_unroutable_message_raises(publisher: Publisher) -> None:
+    lost = Message("inference.retry.5s", "x", b"{}")  # a fanout with a queue: routable
+    publisher.publish(lost).result(10)
+    nowhere = Message("amq.direct", "no.such.key", b"{}", message_id="m1")
+    good = publisher.publish(message(1))
+    bad = publisher.publish(nowhere)
+    with pytest.raises(Unroutable, match=r"no\.such\.key"):
+        bad.result(10)
+    good.result(10)
+
+
+def test_a_task_type_without_a_queue_is_kept_as_unroutable(
+    publisher: Publisher, settings: BrokerSettings
+) -> None:
+    publisher.publish(Message("inference.tasks", "task_type.unheard-of", b"{}")).result(10)
+    connection = connect(settings, name="test")
+    method, _properties, _body = connection.channel().basic_get("inference.unroutable", auto_ack=True)
+    connection.close()
+    assert method is not None
+    assert method.routing_key == "task_type.unheard-of"
+
+
+def test_a_full_queue_rejects_what_does_not_fit(
+    publisher: Publisher, settings: BrokerSettings, shared_rabbitmq: RabbitMQ
+) -> None:
+    vhost = settings.amqp_url.rpartition("/")[2]
+    shared_rabbitmq.management.put(
+        f"/policies/{vhost}/short",
+        json={"pattern": r"^inference\.echo\.", "apply-to": "queues", "definition": {"max-length": 5}},
+    ).raise_for_status()
+    outcomes: Counter[str] = Counter()
+    end = time.monotonic() + 20  # the policy takes a moment to reach the queue
+    while not outcomes["rejected"] and time.monotonic() < end:
+        try:
+            publisher.publish(message(1)).result(10)
+            outcomes["confirmed"] += 1
+        except PublishRejected as error:
+            assert "queue full" in error.message
+            outcomes["rejected"] += 1
+    assert outcomes["rejected"]
+
+
+def test_what_a_lost_connection_left_unconfirmed_is_sent_again(
+    settings: BrokerSettings, proxied: Callable[[str], tuple[str, TcpProxy]]
+) -> None:
+    url, proxy = proxied(settings.amqp_url)
+    publisher = Publisher(
+        settings.model_copy(update={"amqp_url": url}), name="test", topology=topology_for(["echo"])
+    )
+    publisher.start()
+    futures = {}
+    for n in range(3000):
+        futures[f"t{n}"] = publisher.publish(message(n), timeout=30)
+        if n % 500 == 250:
+            publisher.wait_connected(10)
+            proxy.cut()
+    for future in futures.values():
+        future.result(30)
+    publisher.close()
+    assert set(drained(settings, 3000)) == set(futures)
+
+
+def test_a_publisher_without_a_broker_raises_within_its_limit() -> None:
+    publisher = Publisher(BrokerSettings(amqp_url="amqp://127.0.0.1:1/"), name="test")
+    publisher.start()
+    began = time.monotonic()
+    future = publisher.publish(message(1), timeout=0.5)
+    with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1 cannot be reached"):
+        future.result(10)
+    assert time.monotonic() - began < 5
+    publisher.close()
+
+
+def test_nothing_is_sent_after_the_caller_was_told_that_it_failed(rabbit_node: RabbitMQ) -> None:
+    settings = BrokerSettings(amqp_url=rabbit_node.url)
+    publisher = Publisher(settings, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    publisher.wait_connected(10)
+    rabbit_node.kill()
+    with pytest.raises(BrokerUnavailable):
+        publisher.publish(message(1), timeout=0.3).result(10)
+    late = publisher.publish(message(2), timeout=60)
+    rabbit_node.start()
+    late.result(60)
+    publisher.close()
+    assert set(drained(settings, 2, deadline=1)) == {"t2"}
+
+
+def test_wrong_credentials_are_named_and_not_tried_in_a_hot_loop(
+    fresh_amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = pika.URLParameters(fresh_amqp_url)
+    publisher = Publisher(BrokerSettings(amqp_url=f"amqp://nobody:wrong@{url.host}:{url.port}/"), name="test")
+    publisher.start()
+    with pytest.raises(BrokerUnavailable, match="refuses the user name or password"):
+        publisher.wait_connected(3)
+    publisher.close()
+    assert sum("next attempt" in record.message for record in caplog.records) == 1
+
+
+def test_a_memory_alarm_makes_publishing_raise_after_its_limit(rabbit_node: RabbitMQ) -> None:
+    settings = BrokerSettings(amqp_url=rabbit_node.url, amqp_blocked_limit=0.5)
+    publisher = Publisher(settings, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    publisher.wait_connected(10)
+    set_memory_alarm(rabbit_node, True)
+    try:
+        with pytest.raises(BrokerUnavailable, match="blocks publishing"):
+            for n in range(200):
+                publisher.publish(message(n), timeout=3).result(10)
+                time.sleep(0.02)
+    finally:
+        set_memory_alarm(rabbit_node, False)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            publisher.publish(message(1), timeout=1).result(5)
+            break
+        except BrokerUnavailable:
+            continue
+    else:
+        pytest.fail("publishing did not resume after the alarm")
+    publisher.close()
+
+
+def test_closing_fails_what_was_not_confirmed() -> None:
+    publisher = Publisher(BrokerSettings(amqp_url="amqp://127.0.0.1:1/"), name="test")
+    publisher.start()
+    future = publisher.publish(message(1))
+    publisher.close(0.2)
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        future.result(5)
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        publisher.publish(message(2))
