@@ -2,6 +2,7 @@
 
 from broker.connection import connect
 from broker.consumer import Consumer
+from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
 from broker.messages import Delivery, Message, dead_message, redriven_message, retry_message, task_message
 from broker.publisher import Publisher
@@ -14,9 +15,13 @@ __all__ = [
     "BrokerSettings",
     "BrokerUnavailable",
     "Consumer",
+    "DeadLetter",
+    "DeadLetters",
     "Delivery",
     "Difference",
+    "Filter",
     "Message",
+    "NoDeadLetters",
     "PublishRejected",
     "Publisher",
     "Topology",

@@ -29,6 +29,9 @@ from schemas import InferqError
 
 _log = logging.getLogger(__name__)
 
+# Every lost connection is reported here in one line; pika would add a page of stack for each.
+logging.getLogger("pika").setLevel(logging.CRITICAL)
+
 _REFUSED_WAIT = 10.0
 """Seconds between attempts where the broker refuses us: wrong credentials do not mend themselves soon."""
 

@@ -56,6 +56,8 @@ class Consumer(BrokerThread):
         self._current: int | None = None
         self._on_empty: Callable[[], None] | None = None
         self._stopped = threading.Event()
+        self._settled = threading.Event()
+        self._settled.set()
 
     # The working thread's side.
 
@@ -89,27 +91,35 @@ class Consumer(BrokerThread):
         self._call(self._unsubscribe)
 
     def close(self, timeout: float = 5.0) -> None:
+        """Settle what is being settled, give back the rest, and end."""
         self._stopped.set()
+        self._settled.wait(timeout)
         super().close(timeout)
 
     def _settle(self, delivery: Delivery, *, more: bool, finish: Callable[[Channel], None]) -> None:
         self._wanted = more and not self._stopped.is_set()
+        self._settled.clear()
+
+        def settled(channel: Channel) -> None:
+            finish(channel)
+            self._settled.set()
 
         def on_thread() -> None:
             channel = self._channel
             if channel is None or not channel.is_open or delivery.epoch != self._epoch:
                 # Its channel is gone, and the broker hands the message out again.
-                if self._wanted:
-                    self._subscribe_all()
+                self._settled.set()
+                self._subscribe_all()
                 return
             if not self._wanted:
                 self._unsubscribe()
                 self._current = None
-                finish(channel)
+                settled(channel)
                 return
-            self._look_above(channel, 0, finish)
+            self._look_above(channel, 0, settled)
 
-        self._call(on_thread)
+        if not self._call(on_thread):
+            self._settled.set()
 
     # The connection's thread.
 
@@ -125,6 +135,7 @@ class Consumer(BrokerThread):
             self._subscribe_all()
 
     def _lost(self) -> None:
+        self._settled.set()
         self._tags.clear()
         self._current = None
 
@@ -153,7 +164,7 @@ class Consumer(BrokerThread):
                 # A race: another lane was faster, or the subscription was about to end.
                 channel.basic_nack(_tag(method), requeue=True)
                 return
-            self._take(channel, lane, _delivery(name, epoch, method, properties, body))
+            self._take(channel, lane, delivery_from(name, epoch, method, properties, body))
 
         self._tags[name] = channel.basic_consume(name, deliver, callback=lambda _frame: then())
 
@@ -197,7 +208,7 @@ class Consumer(BrokerThread):
             finish(channel)
             self._current = None
             if self._wanted:
-                self._take(channel, lane, _delivery(name, epoch, method, properties, body))
+                self._take(channel, lane, delivery_from(name, epoch, method, properties, body))
             else:
                 channel.basic_nack(_tag(method), requeue=True)
 
@@ -226,13 +237,14 @@ class Consumer(BrokerThread):
                 self._connection.close(320, "consumer cancelled")
 
 
-def _delivery(
+def delivery_from(
     queue_name: str,
     epoch: int,
     method: spec.Basic.Deliver | spec.Basic.GetOk,
     properties: pika.BasicProperties,
     body: bytes,
 ) -> Delivery:
+    """A delivery as pika hands it over, in our own terms."""
     timestamp = None
     with suppress(TypeError, ValueError, OverflowError, OSError):
         timestamp = datetime.fromtimestamp(properties.timestamp, UTC) if properties.timestamp else None

@@ -2,9 +2,9 @@
 
 schemas.Outage
 ├── BrokerUnavailable   not connected, or no confirm in time: whether the broker has it is not known
-└── PublishRejected     the broker refused the message (a queue at its length limit)
+├── PublishRejected     the broker refused the message (a queue at its length limit)
+└── Unroutable          no queue is bound for the message's routing key: part of the topology is gone
 schemas.InferqError
-├── Unroutable          no queue is bound for the message's routing key
 └── TopologyMismatch    the broker has a queue or exchange of that name with other arguments
 """
 
@@ -33,7 +33,7 @@ class PublishRejected(Outage):
         self.retry_after = retry_after
 
 
-class Unroutable(InferqError):
+class Unroutable(Outage):
     """No queue is bound for a message's routing key."""
 
     code = "unroutable"

@@ -183,7 +183,8 @@ class Publisher(BrokerThread):
                     pending, PublishRejected(f"RabbitMQ refused the message ({where}); is the queue full?")
                 )
             elif pending.returned is not None:
-                self._resolve(pending, Unroutable(f"no queue takes the message ({where})"))
+                advice = "run: inferq topology apply"
+                self._resolve(pending, Unroutable(f"no queue takes the message ({where}); {advice}"))
             else:
                 self._resolve(pending, None)
 

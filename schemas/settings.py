@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,10 +16,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="INFERQ_", extra="ignore", frozen=True)
 
     @classmethod
-    def load(cls) -> Self:
-        """These settings from the environment. Raises InstallationError, naming each bad variable."""
+    def load(cls, **given: Any) -> Self:
+        """These settings from the environment, and from what is given, which goes first.
+
+        Raises InstallationError, naming each bad variable.
+        """
         try:
-            return cls()
+            return cls(**given)
         except ValidationError as error:
             prefix = str(cls.model_config.get("env_prefix", ""))
             faults = [

@@ -23,7 +23,7 @@ from broker import (
     topology_for,
     work_queue,
 )
-from schemas import InferqError, parse_task
+from schemas import parse_task
 from tests.broker.conftest import set_memory_alarm
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
@@ -36,17 +36,19 @@ def message(number: int) -> Message:
 
 
 def drained(settings: BrokerSettings, count: int, *, deadline: float = 20) -> Counter[str]:
-    """The ids of the messages in the queue, once there are `count` or the deadline has passed."""
+    """How often each id is in the queue, once there are `count` and no more, or the deadline has passed."""
     connection = connect(settings, name="test")
     channel = connection.channel()
     seen: Counter[str] = Counter()
     end = time.monotonic() + deadline
-    while sum(seen.values()) < count and time.monotonic() < end:
+    while time.monotonic() < end:
         method, properties, _body = channel.basic_get(QUEUE, auto_ack=True)
-        if method is None:
-            time.sleep(0.01)
-        else:
+        if method is not None:
             seen[str(properties.message_id)] += 1
+        elif len(seen) >= count:
+            break
+        else:
+            time.sleep(0.01)
     connection.close()
     return seen
 

@@ -1,0 +1,199 @@
+"""Dead letters: read them, send them back to work, or throw them away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self, cast
+
+import pika
+from pika.exceptions import AMQPError, ChannelClosedByBroker, NackError, UnroutableError
+
+from broker.connection import connect
+from broker.consumer import delivery_from
+from broker.errors import BrokerUnavailable, Unroutable
+from broker.messages import DEAD_PREFIX, Delivery, redriven_message
+from broker.settings import BrokerSettings
+from broker.topology import dead_queue
+from schemas import InferqError
+
+
+class NoDeadLetters(InferqError):
+    """There is no dead-letter queue of that type on the broker."""
+
+    code = "no_dead_letters"
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A message that could not be done, and why."""
+
+    delivery: Delivery
+    task_id: str | None
+    reason: str
+    error: str
+    attempts: int
+    worker: str | None
+    time: datetime | None
+
+    @classmethod
+    def of(cls, delivery: Delivery) -> DeadLetter:
+        """Reads the headers: ours where a worker buried it, RabbitMQ's own where the broker gave it up."""
+        headers = delivery.headers
+
+        def text(name: str) -> str | None:
+            value = headers.get(f"{DEAD_PREFIX}{name}")
+            return str(value) if value is not None else None
+
+        reason = text("reason")
+        error = text("error")
+        if reason is None:
+            reason = str(headers.get("x-first-death-reason") or "unknown")
+            error = (
+                f"RabbitMQ gave the message up ({reason}) from queue {headers.get('x-first-death-queue')!r}"
+            )
+        attempts = headers.get(f"{DEAD_PREFIX}attempts")
+        return cls(
+            delivery=delivery,
+            task_id=delivery.message_id,
+            reason=reason,
+            error=error or "",
+            attempts=attempts if isinstance(attempts, int) else delivery.attempt,
+            worker=text("worker"),
+            time=_time(headers) or delivery.timestamp,
+        )
+
+
+def _time(headers: object) -> datetime | None:
+    if not isinstance(headers, dict):
+        return None
+    text = headers.get(f"{DEAD_PREFIX}time")
+    if isinstance(text, str):
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            return None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    deaths = headers.get("x-death")
+    if isinstance(deaths, list) and deaths and isinstance(deaths[0].get("time"), datetime):
+        first: datetime = deaths[0]["time"]
+        return first if first.tzinfo else first.replace(tzinfo=UTC)
+    return None
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which dead letters are meant; what is None does not restrict. `since` is timezone-aware."""
+
+    reason: str | None = None
+    since: datetime | None = None
+    task_id: str | None = None
+    limit: int | None = None
+
+    def matches(self, letter: DeadLetter) -> bool:
+        return (
+            (self.reason is None or letter.reason == self.reason)
+            and (self.task_id is None or letter.task_id == self.task_id)
+            and (self.since is None or (letter.time is not None and letter.time >= self.since))
+        )
+
+
+class DeadLetters:
+    """The dead letters of one task type, oldest first. Use as a context manager.
+
+    Each call looks at no more messages than stood in the queue when it began, and everything that it does
+    not take stays there. Raises BrokerUnavailable, and NoDeadLetters for a type without a queue.
+    """
+
+    def __init__(self, settings: BrokerSettings, type_name: str) -> None:
+        self._settings = settings
+        self._queue = dead_queue(type_name)
+        self._type_name = type_name
+
+    def __enter__(self) -> Self:
+        self._connection = connect(self._settings, name="dead letters")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._connection.is_open:
+            self._connection.close()
+
+    def read(self, wanted: Filter = Filter()) -> list[DeadLetter]:
+        """The dead letters that match; they stay where they are."""
+        channel = self._open()
+        found = list(self._matching(channel, wanted))
+        channel.close()  # gives back all that was looked at
+        return found
+
+    def redrive(self, wanted: Filter = Filter()) -> list[DeadLetter]:
+        """Send those that match back to their work queues, as first attempts.
+
+        Each is published and confirmed before it is taken from the dead letters: an interruption may leave
+        one in both places, which is harmless, and none in neither.
+        """
+        channel = self._open()
+        channel.confirm_delivery()
+        moved: list[DeadLetter] = []
+        for letter in self._matching(channel, wanted):
+            message = redriven_message(letter.delivery)
+            try:
+                channel.basic_publish(
+                    message.exchange,
+                    message.routing_key,
+                    message.body,
+                    message.properties(),
+                    mandatory=True,
+                )
+            except UnroutableError as error:
+                raise Unroutable(
+                    f"no queue takes routing key {message.routing_key!r}; run: inferq topology apply"
+                ) from error
+            except (NackError, AMQPError) as error:
+                raise BrokerUnavailable(
+                    f"RabbitMQ did not take task {letter.task_id!r} back: {error!r}; "
+                    f"{len(moved)} were redriven before it"
+                ) from error
+            channel.basic_ack(letter.delivery.tag)
+            moved.append(letter)
+        channel.close()
+        return moved
+
+    def purge(self, wanted: Filter = Filter()) -> list[DeadLetter]:
+        """Throw away those that match."""
+        channel = self._open()
+        gone: list[DeadLetter] = []
+        for letter in self._matching(channel, wanted):
+            channel.basic_ack(letter.delivery.tag)
+            gone.append(letter)
+        channel.close()
+        return gone
+
+    def _open(self) -> pika.adapters.blocking_connection.BlockingChannel:
+        channel = self._connection.channel()
+        try:
+            self._count = channel.queue_declare(self._queue, passive=True).method.message_count or 0
+        except ChannelClosedByBroker as error:
+            raise NoDeadLetters(
+                f"the broker has no queue {self._queue!r}: no worker of type {self._type_name!r} ever "
+                "ran there; check the type and INFERQ_AMQP_URL"
+            ) from error
+        return channel
+
+    def _matching(
+        self, channel: pika.adapters.blocking_connection.BlockingChannel, wanted: Filter
+    ) -> Iterator[DeadLetter]:
+        found = 0
+        for _ in range(self._count):
+            if wanted.limit is not None and found >= wanted.limit:
+                return
+            method, properties, body = channel.basic_get(self._queue)
+            if method is None or properties is None or body is None:
+                return
+            letter = DeadLetter.of(delivery_from(self._queue, 0, method, properties, cast(bytes, body)))
+            if wanted.matches(letter):
+                found += 1
+                yield letter

@@ -1,0 +1,128 @@
+"""What to do next with a delivery: pure functions from what is known to a decision.
+
+Nothing here touches the broker, the store or the engine, so every case can be tried without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from broker import retry_level
+from schemas import InferqError, InvalidTask, Result, Task
+
+MAX_ENGINE_DEATHS = 3
+"""A task that has taken down this many engine processes is poison."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Compute it."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """It has ended already, as `ended` says; there is nothing left to do but to acknowledge."""
+
+    ended: Result
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Its owner has cancelled it: record that, without a run."""
+
+
+@dataclass(frozen=True)
+class Expire:
+    """It is no longer worth starting: record that, without a run."""
+
+    error: InferqError
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Try again `seconds` from now, as the next attempt."""
+
+    seconds: int
+    error: InferqError
+    engine_deaths: int
+
+
+@dataclass(frozen=True)
+class Bury:
+    """It cannot be done: dead-letter it for `error`. `record`: whether its owner's record ends with it."""
+
+    error: InferqError
+    record: bool = True
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a delivery before its run."""
+
+    task: Task
+    type_name: str
+    redrives: int
+    now: datetime
+    ended: Result | None = None
+    recorded_digest: str | None = None
+    cancel_requested: bool = False
+
+
+def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
+    """Whether to run a delivery, and if not, why not."""
+    task = facts.task
+    digest = task.digest()
+    if task.task_type != facts.type_name:
+        return Bury(
+            InvalidTask(
+                f"the task is of type {task.task_type!r} and came on a queue of type {facts.type_name!r}; "
+                f"publish it to exchange 'inference.tasks' with routing key 'task_type.{task.task_type}'",
+                code="wrong_queue",
+            )
+        )
+    known = facts.ended.digest if facts.ended is not None else facts.recorded_digest
+    if known is not None and known != digest:
+        # The id belongs to the other task, and so does its record.
+        return Bury(
+            InvalidTask(
+                f"task_id {task.task_id!r} of tenant {task.tenant!r} already names a task with other "
+                "content; choose another id",
+                code="id_conflict",
+            ),
+            record=False,
+        )
+    # A failure without a digest is that of an unreadable message with this id, not of this task.
+    if (
+        known is not None
+        and facts.ended is not None
+        and (facts.ended.status == "succeeded" or facts.ended.redrives >= facts.redrives)
+    ):
+        return Skip(facts.ended)
+    if facts.cancel_requested:
+        return Cancel()
+    if task.expires_at is not None and task.expires_at <= facts.now:
+        return Expire(
+            InvalidTask(
+                f"the task expired at {task.expires_at.isoformat()} before it was started", code="expired"
+            )
+        )
+    return Run()
+
+
+def after_failure(
+    error: InferqError, *, attempt: int, max_attempts: int, engine_deaths: int, engine_died: bool
+) -> Retry | Bury:
+    """Whether a failed attempt is followed by another. `engine_deaths` counts those of earlier attempts."""
+    if isinstance(error, InvalidTask):
+        return Bury(error)
+    deaths = engine_deaths + engine_died
+    if deaths >= MAX_ENGINE_DEATHS:
+        return Bury(
+            InvalidTask(
+                f"the task has ended {deaths} engine processes; the last time: {error}", code="poison"
+            )
+        )
+    if attempt >= max_attempts:
+        return Bury(error)
+    return Retry(retry_level(attempt), error, deaths)

@@ -1,0 +1,117 @@
+"""What a worker and its engine process say to each other: JSON lines of a fixed form over a pipe.
+
+Inputs and outputs are files in the scratch folder; their names, a small output and progress travel.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+from schemas import EngineInfo
+
+INLINE_OUTPUT_BYTES = 256 * 1024
+"""The largest output (as JSON) that travels inline; a larger one becomes the artifact `output.json`."""
+
+OUTPUT_ARTIFACT = "output.json"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class FileNote(_Message):
+    """A file in the scratch folder."""
+
+    path: Path
+    content_type: str
+    bytes: int = 0
+
+
+class Run(_Message):
+    """Compute this task."""
+
+    kind: Literal["run"] = "run"
+    task: str
+    scratch: Path
+    inputs: dict[str, FileNote] = {}
+
+
+class Abort(_Message):
+    """Stop the run in hand at the next opportunity."""
+
+    kind: Literal["abort"] = "abort"
+
+
+class Ready(_Message):
+    """Loaded and warmed up."""
+
+    kind: Literal["ready"] = "ready"
+    engine: EngineInfo
+
+
+class Unable(_Message):
+    """The engine cannot be loaded."""
+
+    kind: Literal["unable"] = "unable"
+    code: str
+    message: str
+    permanent: bool
+
+
+class Progress(_Message):
+    """How far the run is."""
+
+    kind: Literal["progress"] = "progress"
+    fraction: float
+    note: str
+
+
+class Done(_Message):
+    """The run's output and the artifacts that it wrote; `seconds` is what the engine took."""
+
+    kind: Literal["done"] = "done"
+    output: JsonValue
+    artifacts: dict[str, FileNote] = {}
+    seconds: float
+
+
+class Failed(_Message):
+    """The run failed."""
+
+    kind: Literal["failed"] = "failed"
+    code: str
+    message: str
+    invalid: bool
+    seconds: float
+
+
+class Aborted(_Message):
+    """The run stopped because it was asked to."""
+
+    kind: Literal["aborted"] = "aborted"
+
+
+FromWorker = Annotated[Run | Abort, Field(discriminator="kind")]
+FromEngine = Annotated[Ready | Unable | Progress | Done | Failed | Aborted, Field(discriminator="kind")]
+
+_from_worker: TypeAdapter[Run | Abort] = TypeAdapter(FromWorker)
+_from_engine: TypeAdapter[Ready | Unable | Progress | Done | Failed | Aborted] = TypeAdapter(FromEngine)
+
+
+def send(pipe: Connection, message: BaseModel) -> None:
+    """Raises OSError where the other side is gone."""
+    pipe.send_bytes(message.model_dump_json().encode())
+
+
+def from_worker(pipe: Connection) -> Run | Abort:
+    """Raises EOFError where the worker is gone."""
+    return _from_worker.validate_json(pipe.recv_bytes())
+
+
+def from_engine(pipe: Connection) -> Ready | Unable | Progress | Done | Failed | Aborted:
+    """Raises EOFError where the engine process is gone."""
+    return _from_engine.validate_json(pipe.recv_bytes())

@@ -1,0 +1,73 @@
+"""What a worker counts, in Prometheus' terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+
+@dataclass(frozen=True)
+class WorkerMetrics:
+    """One worker's metrics, in a registry of their own."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    tasks: Counter = field(init=False)
+    stage_seconds: Histogram = field(init=False)
+    busy_slots: Gauge = field(init=False)
+    ready_slots: Gauge = field(init=False)
+    paused: Gauge = field(init=False)
+    engine_starts: Counter = field(init=False)
+    engine_deaths: Counter = field(init=False)
+    status_outages: Counter = field(init=False)
+
+    def __post_init__(self) -> None:
+        def add(name: str, metric: Counter | Gauge | Histogram) -> None:
+            object.__setattr__(self, name, metric)
+
+        registry = self.registry
+        add(
+            "tasks",
+            Counter(
+                "inferq_worker_tasks",
+                "Deliveries settled, by what became of them: succeeded, failed, cancelled, retried, skipped, "
+                "given_back.",
+                ["task_type", "outcome"],
+                registry=registry,
+            ),
+        )
+        add(
+            "stage_seconds",
+            Histogram(
+                "inferq_worker_stage_seconds",
+                "Seconds per stage of a task that succeeded: queued, fetch, inference, upload.",
+                ["task_type", "stage"],
+                buckets=_SECONDS,
+                registry=registry,
+            ),
+        )
+        add("busy_slots", Gauge("inferq_worker_busy_slots", "Slots with a task in hand.", registry=registry))
+        add(
+            "ready_slots",
+            Gauge("inferq_worker_ready_slots", "Slots with a loaded engine.", registry=registry),
+        )
+        add(
+            "paused",
+            Gauge(
+                "inferq_worker_paused",
+                "1 while the worker waits for a service that is away.",
+                ["service"],
+                registry=registry,
+            ),
+        )
+        add("engine_starts", Counter("inferq_engine_starts", "Engine processes loaded.", registry=registry))
+        add(
+            "engine_deaths",
+            Counter("inferq_engine_deaths", "Engine processes that ended during a run.", registry=registry),
+        )
+        add(
+            "status_outages",
+            Counter("inferq_status_outages", "Status changes that Redis did not take.", registry=registry),
+        )

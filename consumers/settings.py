@@ -1,0 +1,67 @@
+"""The worker's settings."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from schemas import PRIORITIES, Priority, Settings
+
+
+class WorkerSettings(Settings):
+    """How a worker behaves."""
+
+    worker_name: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
+        description="The name that results, dead letters and logs give this worker.",
+    )
+    lanes: Annotated[tuple[Priority, ...], NoDecode] = Field(
+        PRIORITIES, min_length=1, description="The priorities that this worker serves, separated by commas."
+    )
+    slots: int = Field(
+        1, ge=1, le=64, description="Tasks at a time; each slot is an engine process of its own."
+    )
+    max_attempts: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="Attempts before a task fails for good (default: the type's, mostly 5).",
+    )
+    grace_seconds: float = Field(
+        30.0, ge=0, description="Seconds that a task in hand may go on after SIGTERM; then it is given back."
+    )
+    start_limit: float = Field(
+        600.0, gt=0, description="Seconds that an engine may take to load and warm up."
+    )
+    abort_grace: float = Field(
+        1.0,
+        ge=0,
+        description="Seconds that an engine has to stop a cancelled run before its process is killed.",
+    )
+    scratch_dir: Path = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()),
+        description="Where inputs and outputs lie in a run.",
+    )
+    probe_host: str = Field(
+        "127.0.0.1", description="Address of /healthz, /readyz and /metrics; 0.0.0.0 in a container."
+    )
+    probe_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; none: not served."
+    )
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @field_validator("lanes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("lanes", mode="after")
+    @classmethod
+    def _most_urgent_first(cls, value: tuple[Priority, ...]) -> tuple[Priority, ...]:
+        return tuple(priority for priority in PRIORITIES if priority in value)

@@ -1,0 +1,352 @@
+"""One delivery from its arrival to its acknowledgement."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from broker import Consumer, Delivery, Message, dead_message, retry_message
+from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
+from consumers.engine_messages import Done, Failed, FileNote
+from consumers.engine_messages import Run as RunMessage
+from consumers.engine_process import AbortReason, EngineDied, EngineProcess, RunAborted, Watch
+from consumers.surroundings import GracePassed, Surroundings
+from schemas import (
+    Artifact,
+    ErrorInfo,
+    InferqError,
+    InvalidTask,
+    Priority,
+    Result,
+    Task,
+    Timings,
+    TransientFailure,
+    parse_task,
+)
+from storage import UnreadableResult
+
+_log = logging.getLogger(__name__)
+
+
+class TaskRun:
+    """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        consumer: Consumer,
+        engine: EngineProcess,
+        delivery: Delivery,
+        lane: Priority,
+    ) -> None:
+        self._around = surroundings
+        self._consumer = consumer
+        self._engine = engine
+        self._delivery = delivery
+        self._lane = lane
+        self._token = f"{delivery.attempt}-{uuid.uuid4().hex[:12]}"
+        self._scratch = surroundings.settings.scratch_dir / f"inferq-{self._token}"
+        self._started_at = datetime.now(UTC)
+
+    def complete(self) -> None:
+        """Do whatever this delivery needs, and settle it."""
+        try:
+            outcome = self._outcome()
+        except (GracePassed, RunAborted):
+            outcome = "given_back"
+            self._consumer.give_back(self._delivery)
+            _log.info("%s: given back, the worker is stopping", self._name())
+        else:
+            self._consumer.ack(self._delivery, more=self._engine.alive and not self._around.stopping)
+        finally:
+            self._clean()
+        self._around.metrics.tasks.labels(self._around.task_type.name, outcome).inc()
+
+    def _clean(self) -> None:
+        try:
+            self._scratch.rmdir()  # most often it was never made, or is empty
+        except FileNotFoundError:
+            return
+        except OSError:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _outcome(self) -> str:
+        try:
+            task = parse_task(self._delivery.body)
+        except InvalidTask as error:
+            return self._refuse(error)
+        try:
+            return self._decide(task)
+        except UnreadableResult as error:
+            return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
+
+    # Before the run.
+
+    def _decide(self, task: Task) -> str:
+        around, delivery = self._around, self._delivery
+        name = around.task_type.name
+        begun = None
+        if task.task_type == name:
+            begun = around.tell(
+                partial(
+                    around.status.begin,
+                    task,
+                    attempt=delivery.attempt,
+                    redrives=delivery.redrives,
+                    worker=around.settings.worker_name,
+                    started_at=self._started_at,
+                )
+            )
+        facts = Facts(
+            task=task,
+            type_name=name,
+            redrives=delivery.redrives,
+            now=self._started_at,
+            ended=around.patiently("object store", partial(around.results.load, task.tenant, task.task_id)),
+            recorded_digest=begun.digest if begun else None,
+            cancel_requested=begun.cancel_requested if begun else False,
+        )
+        match before_run(facts):
+            case Run():
+                return self._attempt(task)
+            case Skip(ended):
+                around.tell(partial(around.status.ended, ended))
+                return "skipped"
+            case Cancel():
+                return self._cancelled(task)
+            case Expire(error):
+                self._record(self._failure(task, error))
+                return "failed"
+            case Bury() as bury:
+                return self._bury(task, bury)
+
+    def _refuse(self, error: InvalidTask) -> str:
+        """Dead-letter a message that is no task; its owner gets a failure where the message names one."""
+        _log.warning("%s: refused: %s", self._name(), error)
+        self._publish(self._dead(error))
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            broken = json.loads(self._delivery.body)
+            record = Result(
+                task_id=broken["task_id"],
+                task_type=self._around.task_type.name,
+                tenant=broken.get("tenant", "default"),
+                status="failed",
+                attempts=self._delivery.attempt,
+                error=ErrorInfo.of(error),
+                worker=self._around.settings.worker_name,
+                started_at=self._started_at,
+                finished_at=datetime.now(UTC),
+                redrives=self._delivery.redrives,
+            )
+            known = self._around.tell(partial(self._around.status.get, record.tenant, record.task_id))
+            if known is None:  # an id that another, readable task goes by is left to that one
+                self._record(record)
+        return "failed"
+
+    # The run.
+
+    def _attempt(self, task: Task) -> str:
+        around = self._around
+        timings = {"queued": self._queued(task)}
+        engine_died = False
+        try:
+            began = time.monotonic()
+            inputs = self._fetch(task)
+            timings["fetch"] = time.monotonic() - began
+            answer = self._compute(task, inputs)
+            timings["inference"] = answer.seconds
+            if isinstance(answer, Done):
+                return self._succeeded(task, answer, timings)
+            error: InferqError
+            if answer.invalid:
+                error = InvalidTask(answer.message, code=answer.code)
+            else:
+                error = TransientFailure(answer.message, code=answer.code)
+        except RunAborted as aborted:
+            if aborted.reason == "cancelled":
+                return self._cancelled(task)
+            raise
+        except EngineDied as died:
+            error, engine_died = died, True
+            around.metrics.engine_deaths.inc()
+        except (InvalidTask, TransientFailure) as failed:
+            error = failed
+        verdict = after_failure(
+            error,
+            attempt=self._delivery.attempt,
+            max_attempts=around.settings.max_attempts or around.task_type.max_attempts,
+            engine_deaths=self._delivery.engine_deaths,
+            engine_died=engine_died,
+        )
+        match verdict:
+            case Retry():
+                return self._retry(task, verdict)
+            case Bury():
+                return self._bury(task, verdict, Timings(**timings))
+
+    def _fetch(self, task: Task) -> dict[str, FileNote]:
+        inputs = {}
+        for name, url in task.inputs().items():
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            # An outage of our own store delays the fetch; another's failure is the task's.
+            fetch = partial(self._around.fetcher.fetch, url, self._scratch, name, tenant=task.tenant)
+            fetched = self._around.patiently("object store", fetch)
+            inputs[name] = FileNote(path=fetched.path, content_type=fetched.content_type, bytes=fetched.bytes)
+        return inputs
+
+    def _compute(self, task: Task, inputs: dict[str, FileNote]) -> Done | Failed:
+        around = self._around
+        tenant, task_id = task.tenant, task.task_id
+
+        def progress(fraction: float, note: str) -> None:
+            around.tell(partial(around.status.progress, tenant, task_id, fraction, note))
+
+        def abort() -> AbortReason | None:
+            if around.grace_passed:
+                return "shutdown"
+            if around.tell(partial(around.status.cancel_requested, tenant, task_id)):
+                return "cancelled"
+            return None
+
+        return self._engine.run(
+            RunMessage(task=self._delivery.body.decode(), scratch=self._scratch, inputs=inputs),
+            watch=Watch(progress, abort),
+            time_limit=task.time_limit or around.task_type.time_limit,
+            abort_grace=around.settings.abort_grace,
+        )
+
+    def _queued(self, task: Task) -> float | None:
+        since = task.created_at or self._delivery.timestamp
+        return max(0.0, (self._started_at - since).total_seconds()) if since else None
+
+    # After the run.
+
+    def _succeeded(self, task: Task, done: Done, timings: dict[str, float | None]) -> str:
+        around = self._around
+        began = time.monotonic()
+        artifacts = tuple(self._upload(task, name, note) for name, note in done.artifacts.items())
+        timings["upload"] = time.monotonic() - began
+        result = Result(
+            task_id=task.task_id,
+            task_type=task.task_type,
+            tenant=task.tenant,
+            status="succeeded",
+            output=done.output,
+            artifacts=artifacts,
+            attempts=self._delivery.attempt,
+            timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
+            engine=self._engine.info,
+            batch_id=task.batch_id,
+            metadata=task.metadata,
+            worker=around.settings.worker_name,
+            created_at=task.created_at,
+            started_at=self._started_at,
+            finished_at=datetime.now(UTC),
+            digest=task.digest(),
+            redrives=self._delivery.redrives,
+        )
+        kept = self._record(result)
+        if kept is not result and artifacts:
+            discard = partial(around.results.discard, task.tenant, task.task_id, attempt_token=self._token)
+            around.patiently("object store", discard)
+        for stage, seconds in result.timings.model_dump(exclude_none=True).items():
+            around.metrics.stage_seconds.labels(task.task_type, stage).observe(seconds)
+        return "succeeded" if kept is result else "skipped"
+
+    def _upload(self, task: Task, name: str, note: FileNote) -> Artifact:
+        return self._around.patiently(
+            "object store",
+            partial(
+                self._around.results.save_artifact,
+                task.tenant,
+                task.task_id,
+                name,
+                Path(note.path),
+                note.content_type,
+                attempt_token=self._token,
+            ),
+        )
+
+    def _record(self, result: Result) -> Result:
+        """Write how the task ended, once; the status follows what is kept."""
+        around = self._around
+        kept = around.patiently("object store", partial(around.results.save, result))
+        around.tell(partial(around.status.ended, kept))
+        return kept
+
+    def _retry(self, task: Task, retry: Retry) -> str:
+        attempt = self._delivery.attempt
+        _log.warning(
+            "%s: attempt %d failed, next in %d s: %s", self._name(), attempt, retry.seconds, retry.error
+        )
+        # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
+        self._publish(
+            retry_message(
+                self._delivery,
+                type_name=task.task_type,
+                priority=self._lane,
+                seconds=retry.seconds,
+                engine_deaths=retry.engine_deaths,
+            )
+        )
+        self._around.tell(
+            partial(
+                self._around.status.retrying,
+                task,
+                attempt=attempt,
+                redrives=self._delivery.redrives,
+                error=ErrorInfo.of(retry.error),
+            )
+        )
+        return "retried"
+
+    def _bury(self, task: Task, bury: Bury, timings: Timings | None = None) -> str:
+        _log.warning("%s: failed: %s", self._name(), bury.error)
+        # The dead letter first: a crash after the record alone would pass for a task that is done with.
+        self._publish(self._dead(bury.error))
+        if bury.record:
+            self._record(self._failure(task, bury.error, timings=timings))
+        return "failed"
+
+    def _cancelled(self, task: Task) -> str:
+        error = InvalidTask("the task was cancelled", code="cancelled")
+        self._record(self._failure(task, error).model_copy(update={"status": "cancelled"}))
+        return "cancelled"
+
+    def _failure(self, task: Task, error: InferqError, *, timings: Timings | None = None) -> Result:
+        return Result.failure(
+            task,
+            error,
+            attempts=self._delivery.attempt,
+            finished_at=datetime.now(UTC),
+            timings=timings,
+            engine=self._engine.info,
+            worker=self._around.settings.worker_name,
+            started_at=self._started_at,
+            redrives=self._delivery.redrives,
+        )
+
+    def _dead(self, error: InferqError) -> Message:
+        return dead_message(
+            self._delivery,
+            type_name=self._around.task_type.name,
+            priority=self._lane,
+            error=error,
+            worker=self._around.settings.worker_name,
+        )
+
+    def _publish(self, message: Message) -> None:
+        def confirmed() -> None:
+            self._around.publisher.publish(message).result()
+
+        self._around.patiently("RabbitMQ", confirmed)
+
+    def _name(self) -> str:
+        return f"task {self._delivery.message_id or 'without an id'} on {self._delivery.queue}"

@@ -1,0 +1,226 @@
+"""The worker: one light process that takes tasks one at a time per slot and has them computed.
+
+The life of a delivery: parse → ended, cancelled or expired already? → fetch the inputs into a scratch
+folder → run in the slot's engine process → upload the artifacts → write `result.json` once → status → ack.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import suppress
+
+from broker import BrokerSettings, Consumer, Publisher, backoff, topology_for, work_queue
+from consumers.engine_process import EngineProcess, RunAborted
+from consumers.metrics import WorkerMetrics
+from consumers.probes import ProbeServer, Readiness
+from consumers.settings import WorkerSettings
+from consumers.surroundings import GracePassed, Surroundings
+from consumers.task_run import TaskRun
+from schemas import InstallationError, TaskType, TransientFailure
+from storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
+
+_log = logging.getLogger(__name__)
+
+_IDLE_LOOK_SECONDS = 0.5
+"""How long an idle slot waits for a task before it looks after its engine."""
+
+
+class Worker:
+    """Works for one task type until it is told to stop.
+
+    `stop` and `reload` may be called from any thread, and from signal handlers.
+    """
+
+    def __init__(
+        self,
+        task_type: TaskType,
+        settings: WorkerSettings,
+        broker: BrokerSettings,
+        storage: StorageSettings,
+    ) -> None:
+        self._task_type = task_type
+        self._settings = settings
+        self._broker = broker
+        self.metrics = WorkerMetrics()
+        store = open_store(storage)
+        self._publisher = Publisher(
+            broker, name=settings.worker_name, topology=topology_for([task_type.name])
+        )
+        self._surroundings = Surroundings(
+            settings=settings,
+            task_type=task_type,
+            store=store,
+            results=ResultStore(store),
+            fetcher=Fetcher(store, storage),
+            status=StatusIndex.from_settings(storage),
+            publisher=self._publisher,
+            metrics=self.metrics,
+        )
+        self._slots = [_Slot(number, self._surroundings, broker) for number in range(settings.slots)]
+        self.probes: ProbeServer | None = None
+        if settings.probe_port is not None:
+            self.probes = ProbeServer(
+                settings.probe_host,
+                settings.probe_port,
+                healthy=lambda: all(slot.is_alive() for slot in self._slots),
+                readiness=self.readiness,
+                registry=self.metrics.registry,
+            )
+
+    def run(self) -> None:
+        """Work until stopped. Raises InstallationError where the engine cannot work on this machine."""
+        self._publisher.start()
+        for slot in self._slots:
+            slot.start()
+        if self.probes is not None:
+            self.probes.start()
+        try:
+            for slot in self._slots:
+                # In slices, so that signals are served while waiting.
+                while slot.is_alive():
+                    slot.join(0.2)
+        finally:
+            self.stop(hurry=True)
+            self._publisher.close()
+            if self.probes is not None:
+                self.probes.close()
+        for slot in self._slots:
+            if slot.fatal is not None:
+                raise slot.fatal
+
+    def stop(self, *, hurry: bool = False) -> None:
+        """Take no more tasks; finish those in hand within the grace period, or give them back at once."""
+        self._surroundings.stop(0.0 if hurry else self._settings.grace_seconds)
+        for slot in self._slots:
+            slot.stop_consuming()
+
+    def reload(self) -> None:
+        """Load the engines anew beside the running ones, and swap between two tasks."""
+        for slot in self._slots:
+            slot.reload_requested.set()
+
+    def readiness(self) -> Readiness:
+        """Whether every slot would take a task at this moment."""
+        waiting = [reason for slot in self._slots if (reason := slot.waiting_for)]
+        waiting += self._surroundings.pauses()
+        if self._surroundings.stopping:
+            waiting.append("the end: the worker is shutting down")
+        return Readiness(not waiting, tuple(waiting))
+
+
+class _Slot(threading.Thread):
+    """One engine process and one consumer, and the thread that serves both."""
+
+    def __init__(self, number: int, surroundings: Surroundings, broker: BrokerSettings) -> None:
+        super().__init__(name=f"slot {number}", daemon=True)
+        self._surroundings = surroundings
+        task_type, settings = surroundings.task_type, surroundings.settings
+        self._consumer = Consumer(
+            broker,
+            [work_queue(task_type.name, lane) for lane in settings.lanes],
+            name=f"{settings.worker_name}/{number}",
+            topology=topology_for([task_type.name]),
+        )
+        self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
+        self._engine = EngineProcess(task_type.name)
+        self._successor: EngineProcess | None = None
+        self.reload_requested = threading.Event()
+        self.fatal: InstallationError | None = None
+        self._engine_ready = False
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What keeps this slot from taking a task; None if nothing does."""
+        if not self._engine_ready:
+            return f"{self.name}: its engine to load"
+        if not self._consumer.connected:
+            return f"{self.name}: {self._consumer.last_error or 'RabbitMQ'}"
+        return None
+
+    def stop_consuming(self) -> None:
+        self._consumer.stop()
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        except (RunAborted, GracePassed):
+            _log.info("%s: stopped", self.name)
+        except InstallationError as error:
+            self.fatal = error
+            self._surroundings.stop(self._surroundings.settings.grace_seconds)
+        finally:
+            self._engine_ready = False
+            self._consumer.close()
+            self._engine.close()
+            if self._successor is not None:
+                self._successor.kill()
+
+    def _serve(self) -> None:
+        around = self._surroundings
+        self._load_engine()
+        around.patiently("object store", around.store.ping)
+        self._consumer.start()
+        while not around.stopping:
+            if not self._engine.alive:
+                self._load_engine()
+            self._swap_engine()
+            delivery = self._consumer.next(_IDLE_LOOK_SECONDS)
+            if delivery is None:
+                continue
+            if around.stopping or not self._engine.alive:
+                self._consumer.give_back(delivery)
+                continue
+            with around.metrics.busy_slots.track_inprogress():
+                run = TaskRun(around, self._consumer, self._engine, delivery, self._lane_of[delivery.queue])
+                run.complete()
+
+    def _load_engine(self) -> None:
+        """Load until it succeeds; only what can never work ends it."""
+        around = self._surroundings
+        self._engine_ready = False
+        failures = 0
+        while True:
+            began = time.monotonic()
+            self._engine.close()
+            self._engine.spawn()
+            try:
+                info = self._engine.wait_ready(
+                    limit=around.settings.start_limit, stopping=lambda: around.stopping
+                )
+                break
+            except TransientFailure as error:
+                failures += 1
+                wait = backoff(failures)
+                _log.error("%s: %s; next start in %.1f s", self.name, error, wait)
+                around.sleep(wait)
+        self._engine_ready = True
+        around.metrics.engine_starts.inc()
+        _log.info(
+            "%s: %s %s on %s is ready after %.1f s",
+            self.name, info.name, info.version, info.device, time.monotonic() - began,
+        )  # fmt: skip
+
+    def _swap_engine(self) -> None:
+        """Start a successor where one is asked for, and take it where it is ready."""
+        if self.reload_requested.is_set():
+            self.reload_requested.clear()
+            if self._successor is not None:
+                self._successor.kill()
+            self._successor = EngineProcess(self._surroundings.task_type.name)
+            self._successor.spawn()
+        successor = self._successor
+        if successor is None or not successor.has_answered:
+            return
+        self._successor = None
+        try:
+            info = successor.wait_ready(limit=1)
+        except (InstallationError, TransientFailure) as error:
+            _log.error("%s: the new engine does not load, the old one stays: %s", self.name, error)
+            return
+        old, self._engine = self._engine, successor
+        self._surroundings.metrics.engine_starts.inc()
+        _log.info("%s: now %s %s, model %s", self.name, info.name, info.version, info.model)
+        with suppress(OSError):
+            old.close()

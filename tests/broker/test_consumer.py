@@ -1,0 +1,242 @@
+"""The consumer, against a real RabbitMQ."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from broker import (
+    BrokerSettings,
+    Consumer,
+    Delivery,
+    Publisher,
+    connect,
+    task_message,
+    topology_for,
+    work_queue,
+)
+from schemas import Priority, parse_task
+from tests.proxy import TcpProxy
+
+LANES: tuple[Priority, ...] = ("high", "normal", "low")
+TOPOLOGY = topology_for(["echo"])
+
+
+@pytest.fixture
+def settings(fresh_amqp_url: str) -> BrokerSettings:
+    return BrokerSettings(amqp_url=fresh_amqp_url)
+
+
+@pytest.fixture
+def submit(settings: BrokerSettings) -> Iterator[Callable[..., None]]:
+    publisher = Publisher(settings, name="test", topology=TOPOLOGY)
+    publisher.start()
+
+    def publish(task_id: str, priority: Priority = "normal") -> None:
+        task = parse_task({"task_id": task_id, "task_type": "echo", "priority": priority})
+        publisher.publish(task_message(task)).result(10)
+
+    yield publish
+    publisher.close()
+
+
+@pytest.fixture
+def consume(settings: BrokerSettings) -> Iterator[Callable[..., Consumer]]:
+    consumers = []
+
+    def start(lanes: tuple[Priority, ...] = LANES, url: str | None = None) -> Consumer:
+        chosen = settings if url is None else settings.model_copy(update={"amqp_url": url})
+        queues = [work_queue("echo", lane) for lane in lanes]
+        consumer = Consumer(chosen, queues, name="test", topology=TOPOLOGY)
+        consumer.start()
+        consumer.wait_connected(10)
+        consumers.append(consumer)
+        return consumer
+
+    yield start
+    for consumer in consumers:
+        consumer.close()
+
+
+def take(consumer: Consumer, timeout: float = 10) -> Delivery:
+    delivery = consumer.next(timeout)
+    assert delivery is not None, "nothing was delivered"
+    return delivery
+
+
+def waiting(settings: BrokerSettings) -> int:
+    """How many messages are ready in the lanes: neither delivered nor gone."""
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    count = sum(
+        channel.queue_declare(work_queue("echo", lane), passive=True).method.message_count for lane in LANES
+    )
+    connection.close()
+    return count
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 10) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("lanes", [("normal",), LANES])
+def test_one_delivery_at_a_time_in_order(
+    submit: Callable[..., None],
+    consume: Callable[..., Consumer],
+    lanes: tuple[Priority, ...],
+    settings: BrokerSettings,
+) -> None:
+    for n in range(20):
+        submit(f"t{n}")
+    consumer = consume(lanes)
+    seen = []
+    for left in range(19, -1, -1):
+        delivery = take(consumer)
+        assert consumer.next(0.02) is None
+        eventually(lambda left=left: waiting(settings) == left)
+        seen.append(delivery.message_id)
+        consumer.ack(delivery)
+    assert seen == [f"t{n}" for n in range(20)]
+    eventually(lambda: waiting(settings) == 0)
+
+
+def test_lanes_are_served_from_the_most_urgent_down(
+    submit: Callable[..., None], consume: Callable[..., Consumer]
+) -> None:
+    for n in range(5):
+        for lane in reversed(LANES):
+            submit(f"{lane}{n}", lane)
+    consumer = consume()
+    seen = []
+    for _ in range(15):
+        delivery = take(consumer)
+        seen.append(str(delivery.message_id))
+        consumer.ack(delivery)
+    assert seen == [f"{lane}{n}" for lane in LANES for n in range(5)]
+
+
+def test_an_urgent_task_overtakes_a_backlog(
+    submit: Callable[..., None], consume: Callable[..., Consumer]
+) -> None:
+    for n in range(50):
+        submit(f"low{n}", "low")
+    consumer = consume()
+    for n in range(10):
+        delivery = take(consumer)
+        submit(f"high{n}", "high")
+        consumer.ack(delivery)
+        urgent = take(consumer)
+        assert urgent.message_id == f"high{n}"
+        consumer.ack(urgent)
+
+
+def test_a_busy_consumer_leaves_other_lanes_to_an_idle_one(
+    submit: Callable[..., None], consume: Callable[..., Consumer]
+) -> None:
+    busy, idle = consume(), consume()
+    submit("low", "low")
+    first = None
+    while first is None:
+        first = busy.next(0.05)
+        if first is None and (other := idle.next(0.05)) is not None:
+            busy, idle, first = idle, busy, other
+    for n in range(10):
+        submit(f"high{n}", "high")
+        delivery = take(idle, timeout=2)
+        assert delivery.message_id == f"high{n}"
+        idle.ack(delivery)
+    busy.ack(first)
+
+
+def test_a_consumer_that_is_not_asked_holds_nothing_back(
+    submit: Callable[..., None], consume: Callable[..., Consumer], settings: BrokerSettings
+) -> None:
+    for lanes in (("normal",), LANES):
+        lazy, keen = consume(lanes), consume(lanes)
+        submit("first")
+        delivery = take(lazy)
+        lazy.ack(delivery, more=False)
+        submit("second")
+        assert take(keen).message_id == "second"
+        lazy.close()
+        keen.close()
+        drain = consume()
+        drain.ack(take(drain))
+        drain.close()
+        eventually(lambda: waiting(settings) == 0)
+
+
+@pytest.mark.parametrize("lanes", [("normal",), LANES])
+def test_what_is_given_back_comes_again(
+    submit: Callable[..., None], consume: Callable[..., Consumer], lanes: tuple[Priority, ...]
+) -> None:
+    submit("t1")
+    consumer = consume(lanes)
+    consumer.give_back(take(consumer))
+    again = take(consumer)
+    assert again.message_id == "t1"
+    assert again.redelivered
+    assert again.attempt == 1
+    consumer.ack(again)
+    assert consumer.next(0.2) is None
+
+
+@pytest.mark.parametrize("lanes", [("normal",), LANES])
+def test_a_cut_connection_redelivers_what_was_in_hand(
+    submit: Callable[..., None],
+    consume: Callable[..., Consumer],
+    settings: BrokerSettings,
+    proxied: Callable[[str], tuple[str, TcpProxy]],
+    lanes: tuple[Priority, ...],
+) -> None:
+    url, proxy = proxied(settings.amqp_url)
+    consumer = consume(lanes, url)
+    for n in range(5):
+        submit(f"t{n}")
+        lost = take(consumer)
+        proxy.cut()
+        eventually(lambda: not consumer.connected)
+        consumer.ack(lost)  # too late: it must neither raise nor acknowledge another's delivery
+        again = take(consumer)
+        assert again.message_id == lost.message_id == f"t{n}"
+        assert again.epoch > lost.epoch
+        consumer.ack(again)
+    eventually(lambda: waiting(settings) == 0)
+
+
+@pytest.mark.parametrize("lanes", [("normal",), LANES])
+def test_a_deleted_queue_is_declared_and_consumed_anew(
+    submit: Callable[..., None],
+    consume: Callable[..., Consumer],
+    settings: BrokerSettings,
+    lanes: tuple[Priority, ...],
+) -> None:
+    consumer = consume(lanes)
+    assert consumer.next(0.1) is None
+    connection = connect(settings, name="test")
+    connection.channel().queue_delete(work_queue("echo"))
+    connection.close()
+    eventually(lambda: not consumer.connected or consumer.next(0.01) is not None)
+    consumer.wait_connected(10)
+    submit("t1")
+    delivery = take(consumer)
+    assert delivery.message_id == "t1"
+    consumer.ack(delivery)
+
+
+def test_stopping_takes_no_more_and_still_settles(
+    submit: Callable[..., None], consume: Callable[..., Consumer], settings: BrokerSettings
+) -> None:
+    submit("t1")
+    submit("t2")
+    consumer = consume()
+    delivery = take(consumer)
+    consumer.stop()
+    consumer.ack(delivery)
+    assert consumer.next(0.3) is None
+    eventually(lambda: waiting(settings) == 1)

@@ -1,0 +1,132 @@
+"""The topology on a real RabbitMQ, and the retry levels on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+
+from broker import (
+    RETRY_LEVELS,
+    BrokerSettings,
+    Publisher,
+    Topology,
+    TopologyMismatch,
+    backoff,
+    connect,
+    retry_level,
+    topology_for,
+)
+from broker.topology import Queue
+
+
+@pytest.fixture
+def settings(fresh_amqp_url: str) -> BrokerSettings:
+    return BrokerSettings(amqp_url=fresh_amqp_url)
+
+
+def apply(settings: BrokerSettings, topology: Topology) -> None:
+    connection = connect(settings, name="test")
+    try:
+        topology.apply(connection.channel())
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+def differences(settings: BrokerSettings, topology: Topology) -> list[str]:
+    connection = connect(settings, name="test")
+    try:
+        return [str(difference) for difference in topology.differences(connection)]
+    finally:
+        connection.close()
+
+
+def changed(topology: Topology, name: str, argument: str, value: object) -> Topology:
+    queues = tuple(
+        Queue(queue.name, {**queue.arguments, argument: value}) if queue.name == name else queue
+        for queue in topology.queues
+    )
+    return dataclasses.replace(topology, queues=queues)
+
+
+def test_it_is_applied_twice_and_then_agrees(settings: BrokerSettings) -> None:
+    topology = topology_for(["echo", "ocr"])
+    missing = differences(settings, topology)
+    assert "queue 'inference.echo.normal': is missing" in missing
+    assert len(missing) == len(topology.exchanges) + len(topology.queues)
+    apply(settings, topology)
+    apply(settings, topology)
+    assert differences(settings, topology) == []
+
+
+def test_a_mismatch_names_the_queue_the_argument_and_both_values(settings: BrokerSettings) -> None:
+    ours = topology_for(["echo"])
+    apply(settings, changed(ours, "inference.retry.5s", "x-message-ttl", 7000))
+    with pytest.raises(TopologyMismatch) as caught:
+        apply(settings, ours)
+    for part in ("inference.retry.5s", "x-message-ttl", "7000", "5000", "inferq topology apply"):
+        assert part in str(caught.value)
+    (difference,) = differences(settings, ours)
+    assert "'x-message-ttl' is 7000 on the broker and should be 5000" in difference
+
+
+def test_a_publisher_that_meets_a_mismatch_says_so(settings: BrokerSettings) -> None:
+    ours = topology_for(["echo"])
+    apply(settings, changed(ours, "inference.echo.low", "x-delivery-limit", 7))
+    publisher = Publisher(settings, name="test", topology=ours)
+    publisher.start()
+    with pytest.raises(TopologyMismatch, match=r"inference\.echo\.low.*x-delivery-limit.*7.*100"):
+        publisher.wait_connected(2)
+    publisher.close()
+
+
+@pytest.mark.parametrize("key", ["task_type.echo", "task_type.echo.high", "task_type.echo.low"])
+def test_a_retried_message_returns_to_the_queue_it_came_from(settings: BrokerSettings, key: str) -> None:
+    fast = changed(topology_for(["echo"]), "inference.retry.5s", "x-message-ttl", 200)
+    apply(settings, fast)
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    channel.confirm_delivery()
+    channel.basic_publish("inference.retry.5s", key, b"{}", mandatory=True)
+    queue = f"inference.echo.{'normal' if key == 'task_type.echo' else key.rpartition('.')[2]}"
+    end = time.monotonic() + 10
+    method = None
+    while method is None and time.monotonic() < end:
+        method, _properties, _body = channel.basic_get(queue, auto_ack=True)
+    connection.close()
+    assert method is not None
+    assert method.routing_key == key
+
+
+def test_a_message_that_the_broker_gives_up_is_dead_lettered_under_its_type(settings: BrokerSettings) -> None:
+    apply(settings, changed(topology_for(["echo"]), "inference.echo.normal", "x-delivery-limit", 1))
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    channel.confirm_delivery()
+    # Put on the queue by its name: the routing key is not one of ours.
+    channel.basic_publish("", "inference.echo.normal", b"{}", mandatory=True)
+    end = time.monotonic() + 20
+    dead = None
+    while dead is None and time.monotonic() < end:
+        method, _properties, _body = channel.basic_get("inference.echo.normal")
+        if method is not None:
+            channel.basic_reject(method.delivery_tag, requeue=True)
+        dead, _properties, _body = channel.basic_get("inference.dead.echo", auto_ack=True)
+    connection.close()
+    assert dead is not None
+    assert dead.routing_key == "task_type.echo.normal"
+
+
+def test_each_failure_waits_longer_up_to_the_last_level() -> None:
+    assert [retry_level(n) for n in (1, 2, 3, 4, 5, 6, 99)] == [5, 30, 120, 600, 3600, 3600, 3600]
+    assert tuple(sorted(RETRY_LEVELS)) == RETRY_LEVELS
+    with pytest.raises(ValueError, match="from 1"):
+        retry_level(0)
+
+
+def test_backoff_grows_to_its_cap_and_never_to_nothing() -> None:
+    for failures in (0, 1, 5, 50, 10_000):
+        assert 0.1 <= backoff(failures) <= 15.0
+    assert backoff(10) > 7
