@@ -39,7 +39,8 @@ class ProbeServer:
         def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
             match environ.get("PATH_INFO"):
                 case "/metrics":
-                    return metrics(environ, start_response)
+                    exposition: Iterable[bytes] = metrics(environ, start_response)
+                    return exposition
                 case "/healthz":
                     return _json(start_response, healthy(), {"healthy": healthy()})
                 case "/readyz":

@@ -14,6 +14,7 @@ from schemas.task import (
     Priority,
     Task,
     TaskId,
+    input_fields,
     new_task_id,
 )
 from schemas.types import TaskType, describe_faults, get_type, installed_types, parse_task
@@ -49,6 +50,7 @@ __all__ = [
     "TransientFailure",
     "describe_faults",
     "get_type",
+    "input_fields",
     "installed_types",
     "new_task_id",
     "parse_task",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Literal, get_args
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import uuid_utils
 from pydantic import (
@@ -33,12 +34,19 @@ TypeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 INPUT_SCHEMES = ("https", "http", "s3", "data", "inferq")
+
+
+class _InputMark:
+    """Tells an input's URL from other texts."""
+
+
 InputUrl = Annotated[
     str,
+    _InputMark(),
     StringConstraints(pattern=rf"^({'|'.join(INPUT_SCHEMES)}):.+"),
     Field(
         description="Where the input is: `https:`, `http:`, `s3:`, `data:`, or `inferq:` (an uploaded file).",
-        json_schema_extra={"format": "uri", "inferq-input": "file"},
+        json_schema_extra={"format": "uri"},
     ),
 ]
 CallbackUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", max_length=2048)]
@@ -94,13 +102,24 @@ class Task(BaseModel):
 
     def inputs(self) -> Mapping[str, str]:
         """The inputs to be fetched before a run: field name → URL, in the order of the fields."""
-        found = {}
-        for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            value = getattr(self, name)
-            if isinstance(extra, dict) and extra.get("inferq-input") == "file" and value is not None:
-                found[name] = value
-        return found
+        return {name: url for name in input_fields(type(self)) if (url := getattr(self, name)) is not None}
+
+
+@cache
+def input_fields(model: type[Task]) -> tuple[str, ...]:
+    """The fields of a task type that name an input to be fetched: those annotated with InputUrl."""
+    return tuple(
+        name for name, field in model.model_fields.items() if _is_input(field.annotation, field.metadata)
+    )
+
+
+def _is_input(annotation: Any, metadata: Sequence[Any]) -> bool:
+    return any(isinstance(item, _InputMark) for item in metadata) or any(
+        _is_input(get_args(part)[0], part.__metadata__)
+        if get_origin(part) is Annotated
+        else _is_input(part, ())
+        for part in get_args(annotation)
+    )
 
 
 def new_task_id() -> str:

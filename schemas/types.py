@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from schemas.errors import InstallationError, InvalidTask
+from schemas.settings import Settings
 from schemas.task import MAX_BODY_BYTES, Task
 
 ENTRY_POINT_GROUP = "inferq.engines"
@@ -28,7 +29,7 @@ class TaskType:
 
     `engine` is a `module:Class` path that only an engine process imports, so that whoever merely submits
     or routes tasks never loads a framework. `arguments` names the inputs that the command line takes by
-    position. `time_limit` is in seconds.
+    position. `time_limit` is in seconds. `settings` are the engine's own, for the table of all settings.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TaskType:
     time_limit: float = 300.0
     max_attempts: int = 5
     summary: str = ""
+    settings: type[Settings] | None = None
     distribution: str = ""
 
 

@@ -1,0 +1,116 @@
+"""From what a person types to the fields of a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, JsonValue
+
+from producer.client import Client
+from schemas import INPUT_SCHEMES, InvalidTask, TaskType, input_fields
+
+
+@dataclass(frozen=True)
+class Given:
+    """One input as it was typed: passed on as it is, or the file to be uploaded in its place."""
+
+    text: str
+    file: Path | None = None
+    as_json: bool = False
+
+    def value(self, client: Client) -> JsonValue:
+        if self.file is not None:
+            return client.upload(self.file)
+        return _read(self.text) if self.as_json else self.text
+
+
+def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[str, JsonValue]:
+    """`K=V` pairs as fields of a task; a name that only the type's options have goes there.
+
+    Raises InvalidTask for a pair without `=` and a name that neither has.
+    """
+    fields: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = {}
+    known = task_type.task.model_fields
+    known_options = _options_of(task_type)
+    for assignment in assignments:
+        name, sign, text = assignment.partition("=")
+        if not sign or not name:
+            raise InvalidTask(f"--set {assignment!r} is not of the form name=value")
+        plain = name.removeprefix("options.")
+        if name in known and name != "options":
+            fields[name] = _read(text)
+        elif plain in known_options:
+            options[plain] = _read(text)
+        else:
+            names = [*(n for n in known if n != "options"), *known_options]
+            raise InvalidTask(
+                f"--set {name}: {task_type.name} has no such field or option; it has {', '.join(names)}"
+            )
+    return fields | ({"options": options} if options else {})
+
+
+def _options_of(task_type: TaskType) -> Mapping[str, object]:
+    options = task_type.task.model_fields["options"].annotation
+    return options.model_fields if isinstance(options, type) and issubclass(options, BaseModel) else {}
+
+
+def _read(text: str) -> JsonValue:
+    try:
+        value: JsonValue = json.loads(text)
+    except ValueError:
+        return text
+    return value
+
+
+def bundle(
+    task_type: TaskType, inputs: Sequence[str], *, given: Mapping[str, JsonValue]
+) -> list[dict[str, Given]]:
+    """The positional inputs, one mapping of field to input for each task that they make.
+
+    A type with two positional inputs takes them in pairs. Those that `given` has already are not asked for.
+    """
+    names = [name for name in task_type.arguments if name not in given and f"{name}_url" not in given]
+    if not inputs:
+        return [{}]
+    if not names:
+        raise InvalidTask(f"{task_type.name} takes no further inputs; got {inputs[0]!r}")
+    if len(inputs) % len(names):
+        raise InvalidTask(
+            f"{task_type.name} takes {len(names)} inputs a task ({', '.join(names)}); got {len(inputs)}"
+        )
+    return [
+        dict(_place(task_type, name, text) for name, text in zip(names, inputs[start:], strict=False))
+        for start in range(0, len(inputs), len(names))
+    ]
+
+
+def _place(task_type: TaskType, name: str, text: str) -> tuple[str, Given]:
+    """Which field an input belongs to: a text's twin with `_url` takes files and URLs."""
+    fields = task_type.task.model_fields
+    is_url = text.partition(":")[0].lower() in INPUT_SCHEMES
+    files = input_fields(task_type.task)
+    file = Path(text)
+    for candidate in (name, f"{name}_url"):
+        if candidate not in files:
+            continue
+        if is_url:
+            return candidate, Given(text)
+        if _is_file(file):
+            return candidate, Given(text, file)
+    if name in files:
+        raise InvalidTask(
+            f"{text!r} is neither a file here nor a URL ({', '.join(f'{s}:' for s in INPUT_SCHEMES)})",
+            code="input_not_found",
+        )
+    return name, Given(text, as_json=fields[name].annotation is not str)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text that no file could be named
+        return False

@@ -1,0 +1,138 @@
+"""inferq dead: tasks that could not be done."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+
+from broker import BrokerSettings, DeadLetter, DeadLetters, Filter
+from producer.cli.output import JsonFlag, console, print_json, print_table
+from schemas import InvalidTask, get_type
+
+app = typer.Typer(no_args_is_help=True)
+
+Type = Annotated[str, typer.Argument(metavar="TYPE", help="The task type.")]
+Reason = Annotated[str | None, typer.Option(help="Only those of this reason, e.g. not_an_image.")]
+Since = Annotated[str | None, typer.Option(help="Only those since then: 30m, 12h, 7d, or a date and time.")]
+TaskId = Annotated[str | None, typer.Option("--id", help="Only this task.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def _moment(text: str) -> datetime:
+    if text[-1:] in _UNITS and text[:-1].isdigit():
+        return datetime.now(UTC) - timedelta(**{_UNITS[text[-1]]: int(text[:-1])})
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidTask(f"--since {text!r} is neither a span such as 12h nor a date and time") from error
+    return moment if moment.tzinfo else moment.astimezone()
+
+
+def _filter(reason: str | None, since: str | None, task_id: str | None, limit: int | None) -> Filter:
+    return Filter(reason, _moment(since) if since else None, task_id, limit)
+
+
+def _letters(task_type: str) -> DeadLetters:
+    return DeadLetters(BrokerSettings.load(), get_type(task_type).name)
+
+
+def _facts(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "task_id": letter.task_id,
+        "reason": letter.reason,
+        "error": letter.error,
+        "attempts": letter.attempts,
+        "worker": letter.worker,
+        "time": letter.time.isoformat() if letter.time else None,
+    }
+
+
+def _print(letters: list[DeadLetter], as_json: bool) -> None:
+    if as_json:
+        print_json([_facts(letter) for letter in letters])
+    elif letters:
+        rows = [list(_facts(letter).values()) for letter in letters]
+        print_table(["task", "reason", "error", "attempts", "worker", "time"], rows)
+
+
+@app.command("list")
+def list_(
+    task_type: Type,
+    reason: Reason = None,
+    since: Since = None,
+    task_id: TaskId = None,
+    limit: Limit = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the dead letters of a type, the oldest first."""
+    with _letters(task_type) as letters:
+        found = letters.read(_filter(reason, since, task_id, limit))
+    _print(found, as_json)
+    if not found and not as_json:
+        console.print("none")
+
+
+@app.command()
+def show(task_type: Type, task_id: str) -> None:
+    """Print one task's dead letters whole, message and headers included, as JSON."""
+    with _letters(task_type) as letters:
+        found = letters.read(Filter(task_id=task_id))
+    if not found:
+        raise InvalidTask(f"no dead letter of type {task_type!r} has the id {task_id!r}", code="not_found")
+    print_json(
+        [
+            _facts(letter)
+            | {
+                "routing_key": letter.delivery.routing_key,
+                "headers": {name: str(value) for name, value in letter.delivery.headers.items()},
+                "body": letter.delivery.body.decode(errors="replace"),
+            }
+            for letter in found
+        ]
+    )
+
+
+@app.command()
+def redrive(
+    task_type: Type,
+    reason: Reason = None,
+    since: Since = None,
+    task_id: TaskId = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Send dead letters back to work, as first attempts."""
+    wanted = _filter(reason, since, task_id, limit)
+    with _letters(task_type) as letters:
+        found = letters.read(wanted) if dry_run else letters.redrive(wanted)
+    _print(found, as_json)
+    if not as_json:
+        console.print(f"{len(found)} {'would be ' if dry_run else ''}redriven")
+
+
+@app.command()
+def purge(
+    task_type: Type,
+    reason: Reason = None,
+    since: Since = None,
+    task_id: TaskId = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Throw dead letters away; their failures stay on record."""
+    wanted = _filter(reason, since, task_id, limit)
+    if not dry_run and not yes:
+        typer.confirm("Throw these dead letters away for good?", abort=True, err=True)
+    with _letters(task_type) as letters:
+        found = letters.read(wanted) if dry_run else letters.purge(wanted)
+    _print(found, as_json)
+    if not as_json:
+        console.print(f"{len(found)} {'would be ' if dry_run else ''}purged")

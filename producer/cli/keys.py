@@ -1,0 +1,48 @@
+"""inferq keys: the gateway's API keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from producer.cli.output import JsonFlag, console, print_json, print_table
+from producer.keys import KeyFile
+from producer.settings import GatewaySettings
+
+app = typer.Typer(no_args_is_help=True)
+
+File = Annotated[Path | None, typer.Option("--file", help="The key file (default: INFERQ_API_KEYS_FILE).")]
+
+
+def _keys(file: Path | None) -> KeyFile:
+    return KeyFile(file or GatewaySettings.load().api_keys_file)
+
+
+@app.command()
+def add(
+    tenant: Annotated[str, typer.Argument(help="Whose tasks the key may see and submit.")],
+    name: Annotated[str, typer.Option(help="A note of what the key is for.")] = "",
+    file: File = None,
+) -> None:
+    """Make a key and print it, this once; the file keeps no more than its hash."""
+    console.print(_keys(file).add(tenant, name=name), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_(file: File = None, as_json: JsonFlag = False) -> None:
+    """List the keys' ids, tenants and notes."""
+    found = _keys(file).list()
+    if as_json:
+        print_json(list(found))
+    else:
+        print_table(
+            ["id", "tenant", "name", "created"], [(k.key_id, k.tenant, k.name, k.created) for k in found]
+        )
+
+
+@app.command()
+def remove(key_id: str, file: File = None) -> None:
+    """Make a key worthless, at once."""
+    _keys(file).remove(key_id)

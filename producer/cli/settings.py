@@ -1,0 +1,104 @@
+"""inferq settings: every variable, what it does, its default and its value here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from producer.cli.output import JsonFlag, print_json, print_table
+from schemas import Settings, installed_types
+
+app = typer.Typer()
+
+_SECRETS = ("PASSWORD", "SECRET", "_KEY")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable that inferq reads."""
+
+    name: str
+    default: str
+    description: str
+    read_by: str
+
+
+def variables() -> list[Variable]:
+    """Every variable of every part that is installed, in alphabetical order."""
+    # Loading the types loads the settings that their engines read.
+    for task_type in installed_types().values():
+        _ = task_type.settings
+    found: dict[str, Variable] = {}
+    for model in _models(Settings):
+        prefix = str(model.model_config.get("env_prefix", ""))
+        for name, field in model.model_fields.items():
+            variable = f"{prefix}{name}".upper()
+            if variable in found:
+                continue
+            found[variable] = Variable(variable, _default(field), field.description or "", model.__name__)
+    return [found[name] for name in sorted(found)]
+
+
+def _models(parent: type[Settings]) -> Iterator[type[Settings]]:
+    for model in parent.__subclasses__():
+        yield model
+        yield from _models(model)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "(found out)"
+    if field.default in (None, PydanticUndefined, ()):
+        return ""
+    return _plain(field.default)
+
+
+def _plain(value: Any) -> str:
+    match value:
+        case SecretStr():
+            return "***"
+        case bool():
+            return str(value).lower()
+        case tuple() | list():
+            return ",".join(map(str, value))
+        case _:
+            return str(value)
+
+
+def _shown(name: str) -> str:
+    value = os.environ.get(name, "")
+    secret = any(part in name for part in _SECRETS) and not name.endswith("_FILE")
+    if value and (secret or "@" in value):
+        return "(set)"
+    return value
+
+
+@app.command()
+def settings(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of the documentation.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the settings: environment variables, their defaults, and what is set here."""
+    found = variables()
+    if markdown:
+        typer.echo("# Settings\n\nThis page is made by `inferq settings --markdown`.\n")
+        typer.echo("| variable | default | what it does |\n| --- | --- | --- |")
+        for variable in found:
+            default = f"`{variable.default}`" if variable.default else ""
+            typer.echo(f"| `{variable.name}` | {default} | {variable.description} |")
+    elif as_json:
+        print_json([vars(v) | {"value": _shown(v.name) or None} for v in found])
+    else:
+        print_table(
+            ["variable", "value here", "default", "what it does"],
+            [(v.name, _shown(v.name), v.default, v.description) for v in found],
+        )

@@ -1,0 +1,206 @@
+"""inferq submit, status, result, cancel, list: what a user does with tasks, through the gateway."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import JsonValue
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from producer.cli.arguments import bundle, parse_assignments
+from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
+from producer.client import Client
+from schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type
+
+app = typer.Typer()
+
+TaskId = Annotated[str, typer.Argument(metavar="ID")]
+Out = Annotated[Path | None, typer.Option("--out", help="Save results and artifacts below this folder.")]
+
+
+@app.command()
+def submit(
+    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="The task type, e.g. ocr.")],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE|URL|TEXT]...", help="The inputs, one task for each.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="A field or an option of the task.")
+    ] = None,
+    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
+    task_id: Annotated[str | None, typer.Option("--id", help="An id of your own, for a single task.")] = None,
+    callback: Annotated[str | None, typer.Option(metavar="URL", help="Where to notify of the end.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and print the result.")] = False,
+    out: Out = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Submit tasks: files are uploaded, URLs and texts are passed on. Exit status 1 if a task fails.
+
+    --set takes a field of the task or, where there is no such field, one of its options; the value is read
+    as JSON, else as text:  inferq submit ocr page.png --set annotated=true --wait
+    """
+    chosen = get_type(task_type)
+    if priority not in get_args(Priority):
+        raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
+    fields = parse_assignments(chosen, assignments or [])
+    bundles = bundle(chosen, inputs or [], given=fields)
+    if task_id is not None and len(bundles) > 1:
+        raise InvalidTask(f"--id names one task, and these inputs make {len(bundles)}")
+    with Client() as client:
+        submitted = []
+        for parts in bundles:
+            options, rest = _split(fields | {name: part.value(client) for name, part in parts.items()})
+            submitted.append(
+                client.submit(
+                    chosen.name,
+                    task_id=task_id,
+                    priority=priority,  # type: ignore[arg-type] # checked above
+                    callback_url=callback,
+                    options=options,
+                    **rest,
+                )
+            )
+            if not (wait or out or as_json):
+                console.print(submitted[-1].task_id, markup=False, highlight=False)
+        if wait or out:
+            _finish(client, [status.task_id for status in submitted], out, as_json)
+        elif as_json:
+            print_json(submitted)
+
+
+def _split(fields: dict[str, JsonValue]) -> tuple[dict[str, JsonValue] | None, dict[str, Any]]:
+    options = fields.get("options")
+    rest = {name: value for name, value in fields.items() if name != "options"}
+    return (options if isinstance(options, dict) else None), rest
+
+
+def _finish(client: Client, task_ids: list[str], out: Path | None, as_json: bool) -> None:
+    results = []
+    for task_id in task_ids:
+        _follow(client, task_id)
+        result = client.result(task_id, wait=30)
+        results.append(result)
+        if out is not None:
+            _save(client, result, out)
+    if as_json:
+        print_json(results)
+    else:
+        for result in results:
+            _show(result)
+    if any(result.status != "succeeded" for result in results):
+        raise typer.Exit(1)
+
+
+def _follow(client: Client, task_id: str) -> None:
+    """Show the task's progress until its end; on standard error, and only where a person sees it."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    ) as bars:
+        bar = bars.add_task(task_id, total=1.0, note="queued")
+        for event in client.events(task_id):
+            note = event.data.note or event.data.state
+            bars.update(bar, completed=event.data.progress or 0.0, note=note)
+
+
+def _save(client: Client, result: Result, out: Path) -> None:
+    folder = out / result.task_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(result.model_dump_json(indent=2, exclude_none=True), "utf-8")
+    for artifact in result.artifacts:
+        client.download(result.task_id, artifact.name, folder / artifact.name)
+
+
+def _show(result: Result) -> None:
+    if result.error is not None:
+        complain(f"{result.task_id} {result.status} ({result.error.code}): {result.error.message}")
+        return
+    text = result.output.get("text") if isinstance(result.output, dict) else None
+    shown = text if isinstance(text, str) else json.dumps(result.output, ensure_ascii=False, indent=2)
+    console.rule(result.task_id)
+    console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    for artifact in result.artifacts:
+        console.print(f"{artifact.name}: {artifact.url}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(task_id: TaskId, as_json: JsonFlag = False) -> None:
+    """Show where a task stands."""
+    with Client() as client:
+        found = client.status(task_id)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(["", ""], found.model_dump(mode="json", exclude_none=True).items())
+
+
+@app.command()
+def result(
+    task_id: TaskId,
+    wait: Annotated[float | None, typer.Option(help="Seconds to wait for the end.")] = None,
+    out: Out = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print how a task ended. Exit status 1 if it failed, or has not ended."""
+    with Client() as client:
+        found = client.result(task_id, wait=wait)
+        if out is not None:
+            _save(client, found, out)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+    if found.status != "succeeded":
+        raise typer.Exit(1)
+
+
+@app.command()
+def cancel(task_id: TaskId, as_json: JsonFlag = False) -> None:
+    """Cancel a task: a queued one never starts, a running one stops within a second or so."""
+    with Client() as client:
+        found = client.cancel(task_id)
+    if as_json:
+        print_json(found)
+    else:
+        console.print(f"{found.task_id}: {'cancelled' if found.ended else 'will be cancelled'}", markup=False)
+
+
+@app.command("list")
+def list_(
+    task_type: Annotated[str | None, typer.Option("--type", help="Only this type.")] = None,
+    state: Annotated[str | None, typer.Option("--status", help="Only in this state.")] = None,
+    batch_id: Annotated[str | None, typer.Option("--batch", help="Only of this batch.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: JsonFlag = False,
+) -> None:
+    """List tasks, the newest first."""
+    if state is not None and state not in get_args(State):
+        raise InvalidTask(f"--status {state!r} is none of {', '.join(get_args(State))}")
+    with Client() as client:
+        pages = client.list(task_type=task_type, status=state, batch_id=batch_id)  # type: ignore[arg-type]
+        found = list(_first(pages, limit))
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ["task", "type", "state", "attempt", "created", "error"],
+        [
+            (t.task_id, t.task_type, t.state, t.attempt, t.created_at, t.error.message if t.error else None)
+            for t in found
+        ],
+    )
+
+
+def _first(tasks: Iterator[TaskStatus], count: int) -> Iterator[TaskStatus]:
+    for _, task in zip(range(count), tasks, strict=False):
+        yield task

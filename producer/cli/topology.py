@@ -1,0 +1,85 @@
+"""inferq topology: show, apply and check the exchanges and queues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import pika
+import typer
+
+from broker import BrokerSettings, Topology, connect, topology_for
+from producer.cli.output import JsonFlag, console, print_json, print_table
+from schemas import get_type, installed_types
+
+app = typer.Typer(no_args_is_help=True)
+
+Types = Annotated[
+    str | None, typer.Option("--types", help="Task types, e.g. ocr,ner (default: all installed).")
+]
+
+
+def _topology(types: str | None) -> Topology:
+    names = [name.strip() for name in types.split(",")] if types else list(installed_types())
+    return topology_for(get_type(name).name for name in names)
+
+
+@contextmanager
+def _connection() -> Iterator[pika.BlockingConnection]:
+    connection = connect(BrokerSettings.load(), name="topology")
+    try:
+        yield connection
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+@app.command()
+def show(types: Types = None, as_json: JsonFlag = False) -> None:
+    """Print what inferq needs on a broker; asks no broker."""
+    wanted = _topology(types)
+    if as_json:
+        print_json([{"declare": method, **arguments} for method, arguments in wanted.declarations()])
+        return
+    rows: list[tuple[str, str, str]] = []
+    for exchange in wanted.exchanges:
+        rows.append((f"{exchange.kind} exchange", exchange.name, _arguments(exchange.arguments)))
+    for queue in wanted.queues:
+        rows.append(("quorum queue", queue.name, _arguments(queue.arguments)))
+    for binding in wanted.bindings:
+        rows.append(("binding", f"{binding.exchange} → {binding.queue}", binding.routing_key))
+    print_table(["kind", "name", "arguments"], rows)
+
+
+def _arguments(arguments: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+
+
+@app.command()
+def apply(types: Types = None) -> None:
+    """Declare on the broker whatever is missing."""
+    wanted = _topology(types)
+    with _connection() as connection:
+        wanted.apply(connection.channel())
+    console.print(f"{len(wanted.exchanges)} exchanges, {len(wanted.queues)} queues: as they should be")
+
+
+@app.command()
+def check(types: Types = None, as_json: JsonFlag = False) -> None:
+    """Compare the broker with what inferq needs; changes nothing. Exit status 1 where it differs.
+
+    Bindings are not compared, because AMQP cannot be asked for them; `apply` makes them.
+    """
+    wanted = _topology(types)
+    with _connection() as connection:
+        found = wanted.differences(connection)
+    if as_json:
+        print_json([{"kind": d.kind, "name": d.name, "problem": d.problem} for d in found])
+    else:
+        for difference in found:
+            console.print(str(difference), markup=False, soft_wrap=True)
+        if not found:
+            console.print("the broker has all exchanges and queues, with the right arguments")
+    if found:
+        raise typer.Exit(1)

@@ -1,0 +1,156 @@
+"""Writes what travels as documents for other languages: JSON Schema for each type, and AsyncAPI 3.
+
+`python -m schemas.publish FOLDER` writes them, with `--check` it only tells whether they are stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from schemas.result import Result
+from schemas.status import Event, TaskStatus
+from schemas.task import MAX_BODY_BYTES, PRIORITIES
+from schemas.types import TaskType, installed_types
+
+DISTRIBUTION = "inferq"
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def documents(types: Mapping[str, TaskType]) -> dict[str, str]:
+    """Every document, by its file name, for these task types."""
+    found = {
+        "result.schema.json": _schema(Result),
+        "status.schema.json": _schema(TaskStatus),
+        "event.schema.json": _schema(Event),
+        "asyncapi.json": asyncapi(types),
+    }
+    for name, task_type in types.items():
+        found[f"task.{name}.schema.json"] = _schema(task_type.task)
+        found[f"output.{name}.schema.json"] = _schema(task_type.output)
+    return {
+        name: json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        for name, content in sorted(found.items())
+    }
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$schema": _DIALECT, **model.model_json_schema()}
+
+
+def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
+    """The AsyncAPI 3.0 document: what to publish where, and what comes back in events.
+
+    https://www.asyncapi.com/docs/reference/specification/v3.0.0
+    """
+    models: list[type[BaseModel]] = [t.task for t in types.values()] + [Event]
+    named, shared = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    channels: dict[str, Any] = {}
+    messages: dict[str, Any] = {}
+    operations: dict[str, Any] = {}
+    for name, task_type in types.items():
+        messages[name] = {
+            "name": name,
+            "title": task_type.summary or name,
+            "contentType": "application/json",
+            "payload": named[(task_type.task, "validation")],
+            "headers": {"$ref": "#/components/schemas/TaskHeaders"},
+            "bindings": {
+                "amqp": {"contentEncoding": "utf-8", "messageType": name, "bindingVersion": "0.3.0"}
+            },
+        }
+        channels[name] = {
+            "address": f"task_type.{name}.{{priority}}",
+            "description": f"The routing key `task_type.{name}` without a priority means normal.",
+            "parameters": {"priority": {"enum": list(PRIORITIES), "default": "normal"}},
+            "messages": {name: {"$ref": f"#/components/messages/{name}"}},
+            "bindings": {
+                "amqp": {
+                    "is": "routingKey",
+                    "exchange": {"name": "inference.tasks", "type": "topic", "durable": True, "vhost": "/"},
+                    "bindingVersion": "0.3.0",
+                }
+            },
+        }
+        operations[f"submit_{name}"] = {
+            "action": "send",
+            "channel": {"$ref": f"#/channels/{name}"},
+            "summary": f"Submit a task: {task_type.summary or name}.",
+            "messages": [{"$ref": f"#/channels/{name}/messages/{name}"}],
+            "bindings": {"amqp": {"deliveryMode": 2, "mandatory": True, "bindingVersion": "0.3.0"}},
+        }
+    messages["event"] = {
+        "name": "event",
+        "title": "Something that happened to a task",
+        "contentType": "application/json",
+        "payload": named[(Event, "validation")],
+    }
+    channels["callbacks"] = {
+        "address": None,
+        "description": "A task's `callback_url`: events in the form of Standard Webhooks.",
+        "messages": {"event": {"$ref": "#/components/messages/event"}},
+    }
+    operations["be_notified"] = {
+        "action": "receive",
+        "channel": {"$ref": "#/channels/callbacks"},
+        "messages": [{"$ref": "#/channels/callbacks/messages/event"}],
+    }
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "inferq",
+            "version": version(DISTRIBUTION),
+            "description": f"Tasks are durable UTF-8 JSON messages of at most {MAX_BODY_BYTES} bytes.",
+            "license": {"name": "Apache-2.0"},
+        },
+        "defaultContentType": "application/json",
+        "servers": {"broker": {"host": "localhost:5672", "protocol": "amqp", "protocolVersion": "0.9.1"}},
+        "channels": channels,
+        "operations": operations,
+        "components": {"messages": messages, "schemas": {**shared["$defs"], "TaskHeaders": _HEADERS}},
+    }
+
+
+_HEADERS = {
+    "type": "object",
+    "description": "All optional.",
+    "properties": {
+        "x-attempt": {"type": "integer", "minimum": 1, "description": "Which attempt this is; 1 if absent."},
+        "traceparent": {"type": "string", "description": "W3C Trace Context, passed on with every copy."},
+    },
+}
+
+
+def main() -> None:
+    """Write or check the documents of the types that this distribution itself brings."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--check", action="store_true")
+    given = arguments.parse_args()
+    folder: Path = given.folder
+    wanted = documents({n: t for n, t in installed_types().items() if t.distribution == DISTRIBUTION})
+    present = {path.name: path.read_text("utf-8") for path in folder.glob("*.json")}
+    if given.check:
+        stale = sorted(n for n in wanted.keys() | present.keys() if wanted.get(n) != present.get(n))
+        if stale:
+            sys.exit(f"stale in {folder}: {', '.join(stale)}; run: make schemas")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in present.keys() - wanted.keys():
+        (folder / name).unlink()
+    for name, text in wanted.items():
+        (folder / name).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

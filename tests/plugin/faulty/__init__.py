@@ -1,0 +1,40 @@
+"""A task type that fails on demand: a distribution of its own, put on the path by tests."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from schemas import InputUrl, Options, Task, TaskType
+
+Fault = Literal[
+    "none", "crash", "exit", "hang", "hang_hard", "invalid", "transient", "error", "memory", "artifact",
+    "missing_artifact", "progress", "big", "bad_output", "noise",
+]  # fmt: skip
+
+
+class FaultyOptions(Options):
+    times: int = 10_000
+    """How many attempts, by the marker file, the fault befalls."""
+    marker: str | None = None
+
+
+class FaultyTask(Task):
+    task_type: Literal["faulty"]
+    fault: Fault = "none"
+    file_url: InputUrl | None = None
+    options: FaultyOptions = FaultyOptions()
+
+
+class FaultyOutput(BaseModel):
+    value: str
+
+
+task_type = TaskType(
+    name="faulty",
+    task=FaultyTask,
+    output=FaultyOutput,
+    engine="faulty.engine:FaultyEngine",
+    time_limit=20,
+)

@@ -1,0 +1,79 @@
+"""The engine that fails on demand; it notes each start in the task's marker file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from consumers.engine import Context, Engine
+from faulty import FaultyTask
+from schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
+
+
+class FaultyEngine(Engine[FaultyTask]):
+    def load(self) -> EngineInfo:
+        switch = os.environ.get("FAULTY_LOAD")
+        if switch and Path(switch).is_file():
+            match Path(switch).read_text().strip():
+                case "installation":
+                    raise InstallationError("faulty is not installed right; install it")
+                case "error":
+                    raise RuntimeError("cannot load")
+                case "die":
+                    os._exit(3)
+                case "slow":
+                    time.sleep(3600)
+        version = Path(switch).read_text().strip() if switch and Path(switch).is_file() else "1"
+        return EngineInfo(name="faulty", version=version, model="none", device="cpu")
+
+    def run(self, task: FaultyTask, context: Context) -> Mapping[str, Any]:
+        starts = 1
+        if task.options.marker:
+            marker = Path(task.options.marker)
+            with marker.open("a") as file:
+                file.write("start\n")
+            starts = len(marker.read_text().splitlines())
+        print("engines print things")  # noqa: T201 - as frameworks do
+        fault = task.fault if starts <= task.options.times else "none"
+        match fault:
+            case "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "exit":
+                sys.exit(4)
+            case "hang":
+                while True:
+                    context.check_abort()
+                    time.sleep(0.02)
+            case "hang_hard":
+                time.sleep(3600)
+            case "invalid":
+                raise InvalidTask("this will never do", code="never")
+            case "transient":
+                raise TransientFailure("not this time", code="not_now")
+            case "error":
+                raise RuntimeError("a bug")
+            case "memory":
+                raise MemoryError
+            case "artifact":
+                context.artifact("note.txt", "text/plain").write_text("a note")
+            case "missing_artifact":
+                context.artifact("note.txt", "text/plain")
+            case "progress":
+                for step in range(20):
+                    context.progress(step / 20, f"step {step}")
+                    time.sleep(0.1)
+            case "noise":
+                while True:
+                    context.progress(0.5, "busy")
+                    time.sleep(0.01)
+            case "big":
+                return {"value": "x" * 2_000_000}
+            case "bad_output":
+                return {"wrong": 1}
+        value = context.inputs["file_url"].path.read_text() if context.inputs else "fine"
+        return {"value": value}

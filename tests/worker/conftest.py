@@ -1,0 +1,175 @@
+"""A worker in a process of its own, as it runs in a container, with everything real around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pika
+import pytest
+import redis
+
+from broker import BrokerSettings, DeadLetter, DeadLetters, connect, topology_for
+from producer.up.part import free_ports
+from schemas import Result, TaskStatus
+from storage import ObjectStore, ResultStore, StatusIndex, StorageSettings, open_store
+from tests.conftest import RabbitMQ
+
+PLUGIN = Path(__file__).parents[1] / "plugin"
+
+
+def eventually(condition: Callable[[], Any], timeout: float = 20, what: str = "it") -> Any:
+    """The condition's value, once it is true."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not come about in {timeout:g} s"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass
+class Site:
+    """Where workers work: a virtual host, a Redis database, a folder; and the settings that name them."""
+
+    env: dict[str, str]
+    folder: Path
+    broker: BrokerSettings
+    store: ObjectStore
+    results: ResultStore
+    status: StatusIndex
+    workers: list[WorkerProcess] = field(default_factory=list)
+
+    def worker(self, type_name: str = "faulty", **settings: str) -> WorkerProcess:
+        """Start a worker; returns once it is ready."""
+        worker = WorkerProcess(self, type_name, settings)
+        self.workers.append(worker)
+        worker.wait_ready()
+        return worker
+
+    def publish(
+        self,
+        message: dict[str, Any] | bytes,
+        *,
+        key: str | None = None,
+        exchange: str = "inference.tasks",
+        headers: dict[str, Any] | None = None,
+    ) -> str:
+        """Publish as a producer in any language would; gives the task's id."""
+        if isinstance(message, dict):
+            message = {"task_id": uuid.uuid4().hex, "task_type": "faulty", **message}
+            key = key or f"task_type.{message['task_type']}"
+        body = message if isinstance(message, bytes) else json.dumps(message).encode()
+        connection = connect(self.broker, name="test")
+        channel = connection.channel()
+        topology_for(["faulty", "echo"]).apply(channel)
+        channel.confirm_delivery()
+        properties = pika.BasicProperties(delivery_mode=2, headers=headers)
+        channel.basic_publish(exchange, key or "task_type.faulty", body, properties, mandatory=True)
+        connection.close()
+        return str(message["task_id"]) if isinstance(message, dict) else ""
+
+    def ended(self, task_id: str, timeout: float = 20) -> Result:
+        found = eventually(lambda: self.results.load("default", task_id), timeout, f"the end of {task_id}")
+        assert isinstance(found, Result)
+        return found
+
+    def state(self, task_id: str) -> TaskStatus | None:
+        return self.status.get("default", task_id)
+
+    def dead(self, type_name: str = "faulty") -> list[DeadLetter]:
+        with DeadLetters(self.broker, type_name) as letters:
+            return letters.read()
+
+    def depth(self, queue: str) -> int:
+        connection = connect(self.broker, name="test")
+        count = connection.channel().queue_declare(queue, passive=True).method.message_count
+        connection.close()
+        return int(count)
+
+
+class WorkerProcess:
+    """`inferq worker` as a process."""
+
+    def __init__(self, site: Site, type_name: str, settings: dict[str, str]) -> None:
+        self.port = free_ports(1)[0]
+        self.log = site.folder / f"worker-{uuid.uuid4().hex[:6]}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "producer.cli", "worker", type_name],
+                env=site.env | {"INFERQ_PROBE_PORT": str(self.port), **settings},
+                stdout=log,
+                stderr=log,
+            )
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5)
+
+    def ready(self) -> bool:
+        try:
+            return self.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_ready(self) -> None:
+        def ready_or_gone() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return self.ready()
+
+        eventually(ready_or_gone, 30, "a ready worker")
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return next(int(pid) for file in children for pid in file.read_text().split())
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+    def discard(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def site(fresh_amqp_url: str, shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path: Path) -> Iterator[Site]:
+    # Of a queue's own time to live and a policy's the shorter holds: the first retry comes at once.
+    shared_rabbitmq.management.put(
+        f"/policies/{fresh_amqp_url.rpartition('/')[2]}/hurry",
+        json={"pattern": r"^inference\.retry\.", "apply-to": "queues", "definition": {"message-ttl": 400}},
+    ).raise_for_status()
+    address = urlsplit(redis_url)._replace(path="/7").geturl()
+    own = {
+        "INFERQ_AMQP_URL": fresh_amqp_url,
+        "INFERQ_REDIS_URL": address,
+        "INFERQ_STORE_URL": (tmp_path / "store").as_uri(),
+        "INFERQ_SCRATCH_DIR": str(tmp_path / "scratch"),
+        "PYTHONPATH": str(PLUGIN),
+    }
+    storage = StorageSettings(redis_url=address, store_url=own["INFERQ_STORE_URL"])
+    store = open_store(storage)
+    place = Site(
+        env=os.environ | own,
+        folder=tmp_path,
+        broker=BrokerSettings(amqp_url=fresh_amqp_url),
+        store=store,
+        results=ResultStore(store),
+        status=StatusIndex.from_settings(storage),
+    )
+    yield place
+    for worker in place.workers:
+        worker.discard()
+    place.status.close()
+    with redis.Redis.from_url(address) as connection:
+        connection.flushdb()

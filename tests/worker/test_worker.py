@@ -1,0 +1,390 @@
+"""The worker as a process, with a real broker, Redis, store and engine process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from broker import DeadLetters
+from schemas import parse_task
+from tests.worker.conftest import Site, WorkerProcess, eventually
+
+
+def starts(marker: Path) -> int:
+    return len(marker.read_text().splitlines()) if marker.exists() else 0
+
+
+def test_the_bare_message_of_any_producer_becomes_a_result(site: Site) -> None:
+    site.worker("echo")
+    task_id = site.publish({"task_id": "echo_001", "task_type": "echo", "payload": {"page": 1}})
+    result = site.ended(task_id)
+    assert result.status == "succeeded"
+    assert result.output == {"payload": {"page": 1}}
+    assert result.attempts == 1
+    assert result.engine is not None
+    assert result.engine.name == "echo"
+    state = eventually(lambda: (s := site.state(task_id)) and s.ended and s)
+    assert state.state == "succeeded"
+    eventually(lambda: site.depth("inference.echo.normal") == 0)
+
+
+@pytest.mark.parametrize("priority", ["high", "normal", "low"])
+def test_every_lane_is_served(site: Site, priority: str) -> None:
+    site.worker("echo")
+    task_id = site.publish(
+        {"task_type": "echo", "priority": priority, "payload": 1}, key=f"task_type.echo.{priority}"
+    )
+    assert site.ended(task_id).status == "succeeded"
+
+
+def test_artifacts_and_inputs_go_through_the_store(site: Site) -> None:
+    site.worker()
+    site.store.put("files/default/in.txt", b"from the store")
+    task_id = site.publish({"fault": "artifact", "file_url": "inferq:in.txt"})
+    result = site.ended(task_id)
+    assert result.output == {"value": "from the store"}
+    (artifact,) = result.artifacts
+    assert (artifact.name, artifact.content_type, artifact.bytes) == ("note.txt", "text/plain", 6)
+    assert site.store.get(site.results.artifact_key("default", task_id, "note.txt")) == b"a note"
+    scratch = site.folder / "scratch"
+    eventually(lambda: not list(scratch.iterdir()), what="a clean scratch folder")
+
+
+def test_a_large_output_becomes_an_artifact(site: Site) -> None:
+    site.worker()
+    result = site.ended(site.publish({"fault": "big"}))
+    assert result.output is None
+    (artifact,) = result.artifacts
+    assert artifact.name == "output.json"
+    stored = site.store.get(site.results.artifact_key("default", result.task_id, "output.json"))
+    assert len(json.loads(stored)["value"]) == 2_000_000
+
+
+def test_the_parent_is_light_and_loads_no_framework(site: Site) -> None:
+    worker = site.worker("ocr", INFERQ_OCR_THREADS="1")
+    parent = psutil.Process(worker.process.pid)
+    maps = {Path(m.path).name for m in parent.memory_maps()}
+    for framework in ("onnxruntime", "torch", "paddle", "cv2"):
+        assert not [name for name in maps if framework in name], f"the parent has loaded {framework}"
+    assert parent.memory_info().rss < 150 * 2**20
+    (engine,) = parent.children()
+    assert [m for m in engine.memory_maps() if "onnxruntime" in m.path]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"{not json", "not_json"),
+        (b"\xff\xfe\x00", "not_json"),
+        (b"[]", "invalid_task"),
+        (b'{"task_id": "bad id!", "task_type": "faulty"}', "invalid_task"),
+        (b'{"task_id": "m1", "task_type": "faulty", "surprise": 1}', "invalid_task"),
+        (b'{"task_id": "m1", "task_type": "faulty", "options": {"surprise": 1}}', "invalid_task"),
+        (b'{"task_id": "m1", "task_type": "nonsense"}', "unknown_task_type"),
+        (b'{"task_id": "m1", "task_type": "echo"}', "wrong_queue"),
+        (
+            b'{"task_id": "m1", "task_type": "faulty", "metadata": {"x": "' + b"y" * 70_000 + b'"}}',
+            "task_too_large",
+        ),
+    ],
+)
+def test_a_malformed_message_is_dead_lettered_with_its_reason_and_stops_nobody(
+    site: Site, body: bytes, reason: str
+) -> None:
+    site.worker()
+    site.publish(body, exchange="", key="inference.faulty.normal")
+    task_id = site.publish({})
+    assert site.ended(task_id).status == "succeeded"
+    (letter,) = eventually(site.dead, what="a dead letter")
+    assert letter.reason == reason
+    assert letter.error
+    assert letter.attempts == 1
+    assert letter.worker
+    assert letter.time is not None
+    assert letter.delivery.body == body
+    if b'"m1"' in body:
+        failure = site.ended("m1")
+        assert failure.status == "failed"
+        assert failure.error is not None
+        assert failure.error.code == reason
+
+
+def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
+    site.worker()
+    task_id = site.publish({"fault": "invalid"})
+    result = site.ended(task_id)
+    assert result.status == "failed"
+    assert result.attempts == 1
+    assert result.error is not None
+    assert (result.error.code, result.error.retryable) == ("never", False)
+    (letter,) = eventually(site.dead)
+    assert (letter.reason, letter.task_id or letter.delivery.message_id) == ("never", None)
+    assert site.depth("inference.retry.5s") == 0
+
+
+@pytest.mark.parametrize("fault", ["transient", "error", "memory", "bad_output", "missing_artifact"])
+def test_what_may_pass_is_retried_after_a_while(site: Site, fault: str, tmp_path: Path) -> None:
+    site.worker()
+    task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(tmp_path / "m")}})
+    state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)
+    assert state.error is not None
+    result = site.ended(task_id)
+    assert result.status == "succeeded"
+    assert result.attempts == 2
+    assert starts(tmp_path / "m") == 2
+
+
+def test_the_last_attempt_ends_in_a_failure_and_a_dead_letter_that_can_be_redriven(
+    site: Site, tmp_path: Path
+) -> None:
+    site.worker(INFERQ_MAX_ATTEMPTS="1")
+    task_id = site.publish(
+        {"task_id": "t1", "fault": "transient", "options": {"times": 2, "marker": str(tmp_path / "m")}}
+    )
+    assert site.ended(task_id).status == "failed"
+    eventually(site.dead)
+    with DeadLetters(site.broker, "faulty") as letters:
+        (moved,) = letters.redrive()
+    assert moved.reason == "not_now"
+    eventually(lambda: starts(tmp_path / "m") == 2)
+    (letter,) = eventually(site.dead)
+    assert letter.delivery.redrives == 1
+    with DeadLetters(site.broker, "faulty") as letters:
+        letters.redrive()
+    result = eventually(
+        lambda: (r := site.results.load("default", task_id)) and r.status == "succeeded" and r
+    )
+    assert result.redrives == 2
+    state = eventually(lambda: (s := site.state(task_id)) and s.state == "succeeded" and s)
+    assert state.error is None
+    assert site.dead() == []
+
+
+@pytest.mark.parametrize("fault", ["crash", "exit"])
+def test_an_engine_that_dies_costs_one_attempt_and_the_worker_goes_on(
+    site: Site, fault: str, tmp_path: Path
+) -> None:
+    worker = site.worker()
+    task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(tmp_path / "m")}})
+    other = site.publish({})
+    assert site.ended(other).status == "succeeded"
+    result = site.ended(task_id)
+    assert (result.status, result.attempts) == ("succeeded", 2)
+    assert "inferq_engine_deaths_total 1.0" in worker.get("/metrics").text
+
+
+def test_a_task_that_has_killed_three_engines_is_poison(site: Site) -> None:
+    site.worker()
+    task_id = site.publish({"fault": "crash"}, headers={"x-engine-deaths": 2, "x-attempt": 3})
+    result = site.ended(task_id)
+    assert result.error is not None
+    assert result.error.code == "poison"
+    (letter,) = eventually(site.dead)
+    assert letter.reason == "poison"
+
+
+@pytest.mark.parametrize("fault", ["hang", "hang_hard", "noise"])
+def test_a_run_over_its_time_limit_is_stopped(site: Site, fault: str, tmp_path: Path) -> None:
+    site.worker()
+    task_id = site.publish(
+        {"fault": fault, "time_limit": 0.5, "options": {"times": 1, "marker": str(tmp_path / "m")}}
+    )
+    state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)
+    assert state.error.code == "time_limit"
+    assert site.ended(task_id).status == "succeeded"
+
+
+@pytest.mark.parametrize("fault", ["hang", "hang_hard", "noise"])
+def test_a_running_task_can_be_cancelled(site: Site, fault: str) -> None:
+    site.worker()
+    task_id = site.publish({"fault": fault})
+    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    site.status.request_cancel("default", task_id)
+    asked = time.monotonic()
+    result = site.ended(task_id)
+    assert time.monotonic() - asked < 5
+    assert result.status == "cancelled"
+    assert site.dead() == []
+    assert site.ended(site.publish({})).status == "succeeded"
+
+
+def test_a_queued_task_that_is_cancelled_never_starts(site: Site) -> None:
+    message = {"task_id": "t1", "task_type": "echo", "payload": 1}
+    site.status.submit(parse_task(message))
+    site.status.request_cancel("default", "t1")
+    site.publish(message)
+    site.worker("echo")
+    result = site.ended("t1")
+    assert result.status == "cancelled"
+    assert result.output is None
+    assert result.timings.inference == 0
+    assert site.depth("inference.dead.echo") == 0
+
+
+def test_progress_shows_while_it_runs(site: Site) -> None:
+    site.worker()
+    task_id = site.publish({"fault": "progress"})
+    seen = []
+    while site.results.load("default", task_id) is None:
+        if (state := site.state(task_id)) and state.progress is not None:
+            seen.append(state.progress)
+        time.sleep(0.02)
+    assert seen == sorted(seen)
+    assert len(set(seen)) >= 3
+
+
+def test_the_same_task_many_times_has_one_result(site: Site, tmp_path: Path) -> None:
+    site.worker()
+    marker = tmp_path / "m"
+    message = {"task_id": "twice", "options": {"marker": str(marker)}}
+    for _ in range(10):
+        site.publish(message)
+    first = site.ended("twice")
+    eventually(lambda: site.depth("inference.faulty.normal") == 0)
+    site.publish(message)
+    site.ended(site.publish({}))
+    assert starts(marker) == 1
+    assert site.results.load("default", "twice") == first
+
+
+def test_the_same_id_with_other_content_is_dead_lettered_and_changes_nothing(site: Site) -> None:
+    site.worker()
+    site.publish({"task_id": "mine", "metadata": {"a": 1}})
+    first = site.ended("mine")
+    site.publish({"task_id": "mine", "metadata": {"a": 2}})
+    (letter,) = eventually(site.dead)
+    assert letter.reason == "id_conflict"
+    assert site.results.load("default", "mine") == first
+    state = site.state("mine")
+    assert state is not None
+    assert state.state == "succeeded"
+
+
+def test_an_expired_task_ends_as_such(site: Site, tmp_path: Path) -> None:
+    site.worker()
+    marker = tmp_path / "m"
+    task_id = site.publish({"expires_at": "2020-01-01T00:00:00Z", "options": {"marker": str(marker)}})
+    result = site.ended(task_id)
+    assert result.error is not None
+    assert result.error.code == "expired"
+    assert starts(marker) == 0
+
+
+def test_sigterm_finishes_the_task_in_hand_and_takes_no_other(site: Site, tmp_path: Path) -> None:
+    worker = site.worker()
+    task_id = site.publish({"fault": "progress"})
+    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    other = site.publish({})
+    assert worker.stop() == 0
+    assert site.ended(task_id).status == "succeeded"
+    assert site.results.load("default", other) is None
+    assert site.depth("inference.faulty.normal") == 1
+
+
+@pytest.mark.parametrize("fault", ["hang", "hang_hard"])
+def test_a_task_that_outlasts_the_grace_period_is_given_back_unharmed(site: Site, fault: str) -> None:
+    worker = site.worker(INFERQ_GRACE_SECONDS="0.5")
+    task_id = site.publish({"fault": fault})
+    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    assert worker.stop() == 0
+    assert site.results.load("default", task_id) is None
+    connection_depth = eventually(lambda: site.depth("inference.faulty.normal"))
+    assert connection_depth == 1
+    assert site.depth("inference.retry.5s") == 0
+
+
+def test_two_sigints_stop_at_once(site: Site) -> None:
+    worker = site.worker()
+    task_id = site.publish({"fault": "hang_hard"})
+    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    worker.process.send_signal(signal.SIGINT)
+    eventually(lambda: not worker.ready())
+    began = time.monotonic()
+    worker.stop(signal.SIGINT)
+    assert time.monotonic() - began < 5
+    eventually(lambda: site.depth("inference.faulty.normal") == 1)
+
+
+def test_a_killed_workers_task_runs_elsewhere_and_its_engine_is_gone(site: Site) -> None:
+    first = site.worker()
+    task_id = site.publish({"fault": "progress"})
+    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    engine = first.engine_pid()
+    first.process.kill()
+    first.process.wait()
+    eventually(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == "zombie")
+    site.worker()
+    result = site.ended(task_id)
+    assert result.status == "succeeded"
+
+
+def test_a_killed_engine_is_replaced_while_idle(site: Site) -> None:
+    worker = site.worker()
+    old = worker.engine_pid()
+    os.kill(old, signal.SIGKILL)
+    task_id = site.publish({})
+    assert site.ended(task_id).attempts == 1
+    assert worker.engine_pid() != old
+
+
+def test_an_engine_that_cannot_work_here_ends_the_worker_with_its_reason(site: Site, tmp_path: Path) -> None:
+    switch = tmp_path / "load"
+    switch.write_text("installation")
+    worker = WorkerProcess(site, "faulty", {"FAULTY_LOAD": str(switch)})
+    site.workers.append(worker)
+    assert worker.process.wait(20) == 1
+    assert "faulty is not installed right; install it" in worker.log.read_text()
+
+
+@pytest.mark.parametrize("failure", ["error", "die", "slow"])
+def test_an_engine_that_fails_to_load_is_tried_again(site: Site, tmp_path: Path, failure: str) -> None:
+    switch = tmp_path / "load"
+    switch.write_text(failure)
+    worker = WorkerProcess(site, "faulty", {"FAULTY_LOAD": str(switch), "INFERQ_START_LIMIT": "3"})
+    site.workers.append(worker)
+    eventually(lambda: "next start in" in worker.log.read_text())
+    assert not worker.ready()
+    assert "its engine to load" in worker.get("/readyz").text
+    assert worker.get("/healthz").status_code == 200
+    switch.unlink()
+    worker.wait_ready()
+    assert site.ended(site.publish({})).status == "succeeded"
+
+
+def test_sighup_swaps_the_engine_between_tasks_and_keeps_the_old_one_if_the_new_fails(
+    site: Site, tmp_path: Path
+) -> None:
+    switch = tmp_path / "load"
+    worker = site.worker(FAULTY_LOAD=str(switch))
+    switch.write_text("error")
+    worker.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "the old one stays" in worker.log.read_text())
+    assert site.ended(site.publish({})).engine.version == "1"  # type: ignore[union-attr]
+    switch.write_text("2")
+    worker.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "now faulty 2" in worker.log.read_text())
+    assert site.ended(site.publish({})).engine.version == "2"  # type: ignore[union-attr]
+
+
+def test_two_slots_work_at_the_same_time(site: Site) -> None:
+    site.worker("echo", INFERQ_SLOTS="2")
+    tasks = [site.publish({"task_type": "echo", "delay": 1.5}) for _ in range(2)]
+    eventually(lambda: all((s := site.state(task)) and s.state == "running" for task in tasks), 1.4)
+    for task in tasks:
+        assert site.ended(task).status == "succeeded"
+
+
+def test_bad_settings_are_named(site: Site) -> None:
+    worker = WorkerProcess(site, "echo", {"INFERQ_SLOTS": "many", "INFERQ_LANES": "urgent"})
+    site.workers.append(worker)
+    assert worker.process.wait(20) == 1
+    said = worker.log.read_text()
+    assert "INFERQ_SLOTS" in said
+    assert "INFERQ_LANES" in said
+    assert "Traceback" not in said
