@@ -245,8 +245,7 @@ def _reason(error: BaseException | str) -> str:
     """The innermost cause that pika names, which is the one that tells a person something."""
     if isinstance(error, AMQPConnectionError) and error.args and isinstance(error.args[0], BaseException):
         return _reason(error.args[0])
-    for name in ("exception", "error"):
-        inner = getattr(error, name, None)
+    for inner in (getattr(error, "exception", None), *reversed(getattr(error, "exceptions", ()))):
         if isinstance(inner, BaseException):
             return _reason(inner)
     return str(error) or type(error).__name__

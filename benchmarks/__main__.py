@@ -1,0 +1,151 @@
+"""`make bench`: measures, prints both sides of each comparison, and writes RESULTS.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.site import Site, site
+
+Say = Callable[[str], None]
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    arguments.add_argument("--quick", action="store_true", help="a tenth of the work, and nothing is written")
+    arguments.add_argument(
+        "--only", choices=["publish", "drain", "latency", "ocr"], action="append", help="only this part"
+    )
+    given = arguments.parse_args()
+    parts = given.only or ["publish", "drain", "latency", "ocr"]
+    share = 10 if given.quick else 1
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    say("# Benchmarks")
+    say("")
+    say("Made by `make bench`: both sides of each comparison in one run, on one broker and one machine.")
+    say("What counts is the ratios; machines differ and are noisy.")
+    with site() as ground:
+        os.environ.update(ground.environment())
+        for part in parts:
+            say("")
+            {"publish": _publish, "drain": _drain, "latency": _latency, "ocr": _ocr}[part](ground, share, say)
+        say("")
+        _machine(say)
+    if not given.quick and not given.only:
+        RESULTS.write_text("\n".join(lines) + "\n", "utf-8")
+        print(f"written to {RESULTS}")
+
+
+def _publish(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.contestants import Celery, Dramatiq, Inferq
+    from benchmarks.measure import publish_rates
+
+    contestants = [Inferq(ground), Celery(ground), Dramatiq(ground)]
+    rates = publish_rates(
+        contestants,
+        count=lambda c: (20_000 if isinstance(c, Inferq) else 2_000) // share,
+        rounds=3,
+    )
+    say("## Publishing, each task confirmed by the broker")
+    say("")
+    _table(say, "tasks/s", rates, reference=contestants[1].name)
+    for contestant in contestants:
+        contestant.close()
+
+
+def _drain(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.contestants import Celery, Dramatiq, Inferq
+    from benchmarks.measure import drain_rates
+
+    contestants = [
+        Inferq(ground, fsync=False),
+        Inferq(ground),
+        Inferq(ground, lanes="high,normal,low"),
+        Celery(ground),
+        Dramatiq(ground),
+    ]
+    rates = drain_rates(contestants, count=2_000 // share, rounds=3)
+    say("## Draining through one worker, one task at a time, result recorded")
+    say("")
+    say(
+        "inferq: quorum queue, prefetch=1, engine in a process of its own, status in Redis, result as a file:"
+    )
+    say("with fsync, as by default, and without, since the Redis of the others does not wait for the disk.")
+    say("Celery: quorum queue, late acks, prefork, result in Redis. Dramatiq: classic queue, one thread.")
+    say("")
+    _table(say, "tasks/s", rates, reference=contestants[3].name)
+    for contestant in contestants:
+        contestant.close()
+
+
+def _latency(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.contestants import Celery, Dramatiq, Inferq
+    from benchmarks.measure import idle_latencies
+
+    contestants = [
+        Inferq(ground), Inferq(ground, lanes="high,normal,low"), Celery(ground), Dramatiq(ground),
+    ]  # fmt: skip
+    found = idle_latencies(contestants, count=400 // share)
+    say("## Idle latency: from before the publish to the start of the task's body")
+    say("")
+    p50 = {name: statistics.median(seconds) * 1000 for name, seconds in found.items()}
+    p95 = {name: statistics.quantiles(seconds, n=20)[-1] * 1000 for name, seconds in found.items()}
+    reference = contestants[2].name
+    say("| | p50 ms | p95 ms | p50, times Celery's |")
+    say("| --- | ---: | ---: | ---: |")
+    for name in found:
+        say(f"| {name} | {p50[name]:.2f} | {p95[name]:.2f} | {p50[name] / p50[reference]:.2f} |")
+    for contestant in contestants:
+        contestant.close()
+
+
+def _ocr(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.ocr import pages_per_second
+
+    whole, bare = pages_per_second(ground, pages=max(4, 20 // share), rounds=3 if share == 1 else 1)
+    say("## OCR, pages per second: the whole system against the bare engine in a loop")
+    say("")
+    say("| | pages/s | of the bare engine |")
+    say("| --- | ---: | ---: |")
+    say(f"| inferq, queue to stored result | {whole:.2f} | {whole / bare:.3f} |")
+    say(f"| the engine in a `for` loop | {bare:.2f} | 1 |")
+
+
+def _table(say: Say, unit: str, rates: dict[str, float], *, reference: str) -> None:
+    say(f"| | {unit} | times {reference} |")
+    say("| --- | ---: | ---: |")
+    for name, rate in rates.items():
+        say(f"| {name} | {rate:,.0f} | {rate / rates[reference]:.2f} |")
+
+
+def _machine(say: Say) -> None:
+    rabbitmq = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", "rabbitmq-server"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    say(
+        f"{datetime.now(UTC):%Y-%m-%d}; {os.cpu_count()} cores, {platform.machine()}, {platform.system()} "
+        f"{platform.release()}; Python {platform.python_version()}, "
+        f"RabbitMQ {rabbitmq.stdout or 'of unknown version'}, pika {version('pika')}, "
+        f"celery {version('celery')}, dramatiq {version('dramatiq')}, rapidocr {version('rapidocr')}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""A task type whose output is when its engine started: what the queue itself costs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from schemas import Task, TaskType
+
+
+class ClockTask(Task):
+    task_type: Literal["clock"]
+    payload: str = ""
+
+
+class ClockOutput(BaseModel):
+    started: float
+    payload: str
+
+
+task_type = TaskType(name="clock", task=ClockTask, output=ClockOutput, engine="clock.engine:ClockEngine")

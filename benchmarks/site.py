@@ -1,0 +1,109 @@
+"""The ground that all contestants share: one private RabbitMQ, one private Redis, one folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker import BrokerSettings
+from producer.up.part import Part, free_ports
+from producer.up.process import spawn, stop
+from producer.up.rabbitmq import RabbitNode, RabbitPorts
+from producer.up.redis import RedisServer
+from storage import ObjectStore, ResultStore, StorageSettings, open_store
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where everything is."""
+
+    folder: Path
+    amqp_url: str
+    redis_url: str
+    store_url: str
+
+    def broker(self) -> BrokerSettings:
+        return BrokerSettings(amqp_url=self.amqp_url)
+
+    def store(self) -> ObjectStore:
+        return open_store(StorageSettings(store_url=self.store_url, redis_url=self.redis_url))
+
+    def results(self) -> ResultStore:
+        return ResultStore(self.store())
+
+    def environment(self, **more: str) -> dict[str, str]:
+        path = os.pathsep.join([str(HERE / "plugin"), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        return (
+            os.environ
+            | {
+                "PYTHONPATH": path,
+                "INFERQ_AMQP_URL": self.amqp_url,
+                "INFERQ_REDIS_URL": self.redis_url,
+                "INFERQ_STORE_URL": self.store_url,
+                "INFERQ_LOG_LEVEL": "WARNING",
+                "BENCH_AMQP_URL": self.amqp_url,
+                "BENCH_REDIS_URL": self.redis_url,
+            }
+            | more
+        )
+
+    @contextmanager
+    def process(self, *argv: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A contestant's process, ended in good order."""
+        log = self.folder / f"{Path(argv[0]).name}-{time.monotonic_ns()}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(argv, env=self.environment(**environment), stdout=out, stderr=out)
+        try:
+            yield process
+            if process.poll() is not None:
+                raise RuntimeError(f"{argv} ended early:\n{log.read_text()[-3000:]}")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def inferq_worker(
+        self, type_name: str, **settings: str
+    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        argv = (sys.executable, "-m", "producer.cli", "worker", type_name)
+        return self.process(*argv, **settings)
+
+
+@contextmanager
+def site() -> Iterator[Site]:
+    """A site of its own, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
+        folder = Path(name)
+        node = RabbitNode.prepare(folder / "rabbitmq", RabbitPorts(*free_ports(5)))
+        server = RedisServer.prepare(folder / "redis", free_ports(1)[0])
+        running: list[tuple[subprocess.Popen[bytes], Part]] = []
+        try:
+            for part in (*node.parts(), server.part()):
+                running.append((spawn(part, folder / f"{part.name}.log"), part))
+                wait_until(lambda part=part: part.probe() is None, part.start_limit)
+            yield Site(folder, node.url, server.url, (folder / "store").as_uri())
+        finally:
+            for process, part in reversed(running):
+                stop(process, part)
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 120.0, *, pause: float = 0.02) -> None:
+    """Wait for a condition, `limit` seconds at most."""
+    end = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {limit:g} s in vain")
+        time.sleep(pause)

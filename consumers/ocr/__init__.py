@@ -1,0 +1,89 @@
+"""ocr: reads the text on a picture or a document, line by line, with boxes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from consumers.ocr.selection import check_selection
+from consumers.ocr.settings import OcrSettings
+from schemas import InputUrl, Options, Task, TaskType
+
+PageSelection = Annotated[
+    str,
+    StringConstraints(max_length=200, pattern=r"^[0-9]{1,6}(-[0-9]{0,6})?(,[0-9]{1,6}(-[0-9]{0,6})?)*$"),
+    AfterValidator(check_selection),
+]
+
+
+class OcrOptions(Options):
+    """What to read, and what to leave behind."""
+
+    annotated: bool = Field(
+        False, description="Also draw the boxes: annotated.png, for further pages annotated-2.png and so on."
+    )
+    min_score: float = Field(0.5, ge=0, le=1, description="Lines less certain than this are left out.")
+    pages: PageSelection | None = Field(
+        None,
+        description="Which pages of a document to read, such as `1-3,7` or `5-`; the default is all of them. "
+        "What lies beyond the document's end is passed over, as long as at least one page is left.",
+        examples=["1-3,7"],
+    )
+
+
+class OcrTask(Task):
+    """Reads a picture (PNG, JPEG, TIFF, WebP, GIF, BMP, JPEG 2000, AVIF, PPM) or a PDF."""
+
+    task_type: Literal["ocr"]
+    image_url: InputUrl
+    options: OcrOptions = OcrOptions()
+
+
+Point = tuple[float, float]
+Box = tuple[Point, Point, Point, Point]
+
+
+class Line(BaseModel):
+    """A line of text, and where it stands."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    score: float = Field(ge=0, le=1, description="How certain the reading is.")
+    box: Box = Field(
+        description="Its corners [x, y] in pixels of the upright page, clockwise from the text's top left."
+    )
+
+
+class Page(BaseModel):
+    """One page, turned upright as its file says, with its lines in reading order."""
+
+    model_config = ConfigDict(frozen=True)
+
+    page: int = Field(ge=1, description="Its number in the document.")
+    width: int = Field(description="Pixels.")
+    height: int = Field(description="Pixels.")
+    text: str = Field(description="The lines, one per row.")
+    lines: tuple[Line, ...]
+
+
+class OcrOutput(BaseModel):
+    """What was read. A plain picture is a document of one page."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str = Field(description="All pages' text, an empty row between two pages.")
+    page_count: int = Field(ge=1, description="How many pages the document has, read or not.")
+    pages: tuple[Page, ...] = Field(description="The pages that were read.")
+
+
+task_type = TaskType(
+    name="ocr",
+    task=OcrTask,
+    output=OcrOutput,
+    engine="consumers.ocr.engine:OcrEngine",
+    arguments=("image_url",),
+    summary="reads the text on pictures and documents",
+    settings=OcrSettings,
+)

@@ -1,0 +1,30 @@
+"""Draws what was read onto a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from consumers.ocr import Line
+from consumers.ocr.backend import RgbPage
+
+_BOX = (226, 38, 77)
+_START = (20, 120, 220)
+
+
+def draw_boxes(page: RgbPage, lines: Iterable[Line], path: Path) -> None:
+    """Write the page as a PNG with a frame around each line, and a dot where its text begins."""
+    picture = Image.fromarray(page)
+    pen = ImageDraw.Draw(picture)
+    width = max(2, round(max(picture.size) / 800))
+    for line in lines:
+        pen.line([*line.box, line.box[0]], fill=_BOX, width=width, joint="curve")
+        pen.circle(line.box[0], 2 * width, fill=_START)
+    picture.save(path, format="PNG", compress_level=3)
+
+
+def artifact_name(number: int) -> str:
+    """annotated.png for page 1, annotated-2.png and so on for those after it."""
+    return "annotated.png" if number == 1 else f"annotated-{number}.png"

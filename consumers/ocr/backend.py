@@ -1,0 +1,117 @@
+"""What an OCR library must do for us, and the geometry that the libraries share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from consumers.ocr import Box, Line
+from schemas import EngineInfo, TransientFailure
+
+RgbPage = NDArray[np.uint8]
+"""An upright page: `(height, width, 3) uint8`, RGB."""
+
+TALL = 1.5
+"""From this ratio of height to width on, PP-OCR takes a box for a line that runs up or down the page."""
+
+_MARGIN = 16
+"""Pixels of border that a page gets: detectors miss text that touches the edge."""
+_SHORTEST_SIDE = 320
+"""Pixels that a page is at least padded to: on smaller ones detectors find nothing."""
+
+
+_OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "resourceexhausted", "alloc_failed")
+
+
+class Backend(Protocol):
+    """An OCR library with its models loaded."""
+
+    info: EngineInfo
+
+    def read(self, page: RgbPage) -> list[Line]:
+        """The lines on a page, in any order; boxes in pixels of `page`.
+
+        Raises schemas.TransientFailure (`gpu_out_of_memory`) where the GPU's memory does not suffice now.
+        """
+
+
+def detection_scale(height: int, width: int, megapixels: float) -> float:
+    """By what factor (at most 1) a page is scaled down before its lines are looked for."""
+    return min(1.0, float(np.sqrt(megapixels * 1e6 / (height * width))))
+
+
+def pad(page: RgbPage) -> tuple[RgbPage, int, int]:
+    """The page within a border of its own edge colours, and the border's width at the left and the top."""
+    height, width = page.shape[:2]
+    across = max(_MARGIN, -(-(_SHORTEST_SIDE - width) // 2))
+    down = max(_MARGIN, -(-(_SHORTEST_SIDE - height) // 2))
+    border = np.concatenate([page[0], page[-1], page[:, 0], page[:, -1]])
+    colour = [float(value) for value in np.median(border, axis=0)]
+    padded = cv2.copyMakeBorder(page, down, down, across, across, cv2.BORDER_CONSTANT, value=colour)
+    return np.asarray(padded, np.uint8), across, down
+
+
+def cut(page: RgbPage, corners: NDArray[np.float32]) -> RgbPage:
+    """What stands within `corners` (`(4, 2)`, clockwise), straightened: the first corner is its top left."""
+    top, right, bottom, left = (float(np.linalg.norm(corners[i] - corners[(i + 1) % 4])) for i in range(4))
+    width, height = max(1, round(max(top, bottom))), max(1, round(max(left, right)))
+    flat = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    transform = cv2.getPerspectiveTransform(corners.astype(np.float32), flat)
+    line = cv2.warpPerspective(
+        page, transform, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+    )
+    return np.asarray(line, np.uint8)
+
+
+def turn(corners: NDArray[np.float32], quarters: int) -> NDArray[np.float32]:
+    """The same corners, beginning `quarters` corners further on, clockwise."""
+    return np.roll(corners, -quarters, axis=0)
+
+
+def as_box(corners: Sequence[Sequence[float]] | NDArray[np.float32], height: int, width: int) -> Box:
+    """Corners as they go into the output: within the page, to a tenth of a pixel."""
+    points = [
+        (round(min(max(float(x), 0.0), width), 1), round(min(max(float(y), 0.0), height), 1))
+        for x, y in corners
+    ]
+    return (points[0], points[1], points[2], points[3])
+
+
+def ratio(corners: NDArray[np.float32]) -> float:
+    """How much higher than wide a box is."""
+    across = float(np.linalg.norm(corners[0] - corners[1]) + np.linalg.norm(corners[2] - corners[3]))
+    down = float(np.linalg.norm(corners[1] - corners[2]) + np.linalg.norm(corners[3] - corners[0]))
+    return down / max(across, 1e-6)
+
+
+def is_tall(corners: NDArray[np.float32]) -> bool:
+    """Whether a box counts as a line that runs up or down the page."""
+    return ratio(corners) >= TALL
+
+
+def bgr(image: RgbPage) -> RgbPage:
+    """The channel order of OpenCV, which both libraries expect."""
+    return np.ascontiguousarray(image[:, :, ::-1])
+
+
+def gpu_number(device: str) -> int:
+    """Which GPU a device setting (`gpu`, `cuda`, `cuda:N`) means."""
+    return int(device.partition(":")[2] or 0)
+
+
+def out_of_memory(error: BaseException, height: int, width: int) -> TransientFailure | None:
+    """What to raise for a library's error on a page, if it says that the GPU's memory ran out."""
+    cause: BaseException | None = error
+    while cause is not None:
+        said = f"{type(cause).__name__} {cause}".lower()
+        if any(sign in said for sign in _OUT_OF_MEMORY):
+            return TransientFailure(
+                f"the GPU has too little free memory for a page of {width}×{height} pixels",
+                code="gpu_out_of_memory",
+            )
+        cause = cause.__cause__
+    return None

@@ -1,0 +1,116 @@
+"""The OCR engine: pages in, lines out, whichever library does the reading."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from consumers.engine import Context, Engine
+from consumers.ocr import OcrOptions, OcrOutput, OcrTask, Page
+from consumers.ocr.annotate import artifact_name, draw_boxes
+from consumers.ocr.backend import Backend, RgbPage
+from consumers.ocr.images import Document, Limits, open_document
+from consumers.ocr.layout import reading_order
+from consumers.ocr.selection import select_pages
+from consumers.ocr.settings import OcrSettings
+from schemas import EngineInfo, InvalidTask
+
+
+class OcrEngine(Engine[OcrTask]):
+    """Reads documents page by page; one page is in memory at a time."""
+
+    def __init__(self) -> None:
+        self._settings = OcrSettings.load()
+        self._loaded: Backend | None = None
+
+    def load(self) -> EngineInfo:
+        """Load the library that INFERQ_OCR_BACKEND names onto the device that INFERQ_DEVICE names."""
+        self._loaded = load_backend(self._settings)
+        return self._loaded.info
+
+    def warm_up(self) -> None:
+        """Read a made-up page: libraries choose kernels and grow their memory on the first one."""
+        self._backend.read(_sample_page())
+
+    def run(self, task: OcrTask, context: Context) -> OcrOutput:
+        """Read the pages that the task asks for."""
+        limits = Limits(max_pixels=self._settings.ocr_max_pixels, dpi=self._settings.ocr_dpi)
+        with open_document(context.inputs["image_url"].path, limits) as document:
+            numbers = self._choose_pages(task.options.pages, document)
+            pages = []
+            for done, number in enumerate(numbers):
+                context.check_abort()
+                context.progress(done / len(numbers), f"page {number} of {document.page_count}")
+                pages.append(self._read(document.page(number), number, task.options, context))
+        context.progress(1.0, "read")
+        return OcrOutput(
+            text="\n\n".join(page.text for page in pages if page.text),
+            page_count=document.page_count,
+            pages=tuple(pages),
+        )
+
+    def close(self) -> None:
+        self._loaded = None
+
+    @property
+    def _backend(self) -> Backend:
+        if self._loaded is None:
+            raise RuntimeError("the OCR engine is used before load()")
+        return self._loaded
+
+    def _choose_pages(self, selection: str | None, document: Document) -> list[int]:
+        numbers = select_pages(selection, document.page_count)
+        if len(numbers) > self._settings.ocr_max_pages:
+            raise InvalidTask(
+                f"{len(numbers)} pages were asked for, one task may read {self._settings.ocr_max_pages}: "
+                f"name fewer in options.pages (or raise INFERQ_OCR_MAX_PAGES)",
+                code="too_many_pages",
+            )
+        return numbers
+
+    def _read(self, image: RgbPage, number: int, options: OcrOptions, context: Context) -> Page:
+        lines = reading_order([line for line in self._backend.read(image) if line.score >= options.min_score])
+        if options.annotated:
+            draw_boxes(image, lines, context.artifact(artifact_name(number), "image/png"))
+        return Page(
+            page=number,
+            width=image.shape[1],
+            height=image.shape[0],
+            text="\n".join(line.text for line in lines),
+            lines=tuple(lines),
+        )
+
+
+def load_backend(settings: OcrSettings) -> Backend:
+    """The backend that the settings ask for, with its models loaded.
+
+    Raises InstallationError where the library or the device is not there: never another in its place.
+    """
+    threads = settings.ocr_threads or len(os.sched_getaffinity(0))
+    if settings.ocr_backend == "paddleocr":
+        from consumers.ocr.paddle import PaddleBackend
+
+        return PaddleBackend(
+            device=settings.device,
+            computes_with=settings.ocr_device,
+            threads=threads,
+            model_dir=settings.ocr_model_dir,
+            detect_megapixels=settings.ocr_detect_megapixels,
+        )
+    from consumers.ocr.rapid import RapidBackend
+
+    device = settings.device
+    if settings.ocr_device == "cpu" or (settings.ocr_device == "gpu" and device == "cpu"):
+        device = settings.ocr_device
+    return RapidBackend(device=device, threads=threads, detect_megapixels=settings.ocr_detect_megapixels)
+
+
+def _sample_page() -> RgbPage:
+    picture = Image.new("RGB", (1240, 1000), "white")
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(28)
+    for row in range(12):
+        pen.text((80, 60 + 75 * row), f"{row}: a line to warm up with, 0123456789", font=font, fill="black")
+    return np.array(picture, np.uint8)

@@ -1,0 +1,148 @@
+"""In which order a page's lines are read.
+
+Rows run from top to bottom and are read from left to right, as in a form or a table, except where the
+text stands in columns of prose: there each column is read to its end. Up and down are taken from the way
+most of the text runs, so that a page on its side or slightly askew is read like an upright one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from consumers.ocr import Line
+
+_SPANNING = 0.55
+"""A line wider than this share of the text is not part of a column."""
+_COLUMN_LINES = 3
+_COLUMN_WIDTH = 6.0
+"""How wide a column of prose is at least, in line heights: the columns of a table are often narrower."""
+_COLUMN_FILL = 0.6
+"""How much of its column's width the middle one of its lines fills at least: a table's cells fill less."""
+_GUTTER = 0.7
+"""How wide the gap between two columns is at least, in line heights."""
+
+
+@dataclass(frozen=True, order=True)
+class _Placed:
+    """A line in the page's own frame, in which text runs along x and rows follow along y."""
+
+    y: float
+    left: float
+    right: float
+    height: float
+    line_key: tuple[str, float, tuple[tuple[float, float], ...]]
+    index: int
+
+    @property
+    def width(self) -> float:
+        return self.right - self.left
+
+
+def reading_order(lines: Sequence[Line]) -> list[Line]:
+    """The same lines, each once, as a person would read them. Their order of arrival has no influence."""
+    if not lines:
+        return []
+    angle = _text_direction(lines)
+    placed = sorted(_place(index, line, angle) for index, line in enumerate(lines))
+    return [lines[item.index] for section in _sections(placed) for item in section]
+
+
+def _text_direction(lines: Iterable[Line]) -> float:
+    """The angle (radians, clockwise on the page) along which most characters run."""
+    weights = [0, 0, 0, 0]
+    angles: list[list[float]] = [[], [], [], []]
+    for line in lines:
+        (x0, y0), (x1, y1) = line.box[0], line.box[1]
+        if (x0, y0) == (x1, y1):
+            continue
+        angle = math.atan2(y1 - y0, x1 - x0)
+        quarter = round(angle / (math.pi / 2)) % 4
+        # Short lines say little about the slant.
+        weight = len(line.text)
+        weights[quarter] += weight
+        slant = math.remainder(angle - quarter * math.pi / 2, 2 * math.pi)
+        angles[quarter].extend([slant] * min(weight, 100))
+    quarter = weights.index(max(weights))
+    slants = sorted(angles[quarter])
+    return quarter * math.pi / 2 + (slants[len(slants) // 2] if slants else 0.0)
+
+
+def _place(index: int, line: Line, angle: float) -> _Placed:
+    cos, sin = math.cos(angle), math.sin(angle)
+    xs = [x * cos + y * sin for x, y in line.box]
+    ys = [y * cos - x * sin for x, y in line.box]
+    return _Placed(
+        y=math.fsum(ys) / 4,
+        left=min(xs),
+        right=max(xs),
+        height=max(math.fsum((ys[2], ys[3], -ys[0], -ys[1])) / 2, 1.0),
+        line_key=(line.text, line.score, line.box),
+        index=index,
+    )
+
+
+def _sections(placed: Sequence[_Placed]) -> list[list[_Placed]]:
+    """The page cut into pieces that are read one after another; `placed` is sorted."""
+    extent = max(item.right for item in placed) - min(item.left for item in placed)
+    spanning = [item for item in placed if item.width > _SPANNING * extent]
+    bands: list[list[_Placed]] = [[] for _ in range(len(spanning) + 1)]
+    between = 0
+    for item in placed:
+        if between < len(spanning) and item is spanning[between]:
+            between += 1
+        else:
+            bands[between].append(item)
+    sections: list[list[_Placed]] = []
+    loose: list[_Placed] = []
+    for number, band in enumerate(bands):
+        columns = _columns(band)
+        if columns:
+            sections += _rows(loose)
+            loose = []
+            for column in columns:
+                sections += _rows(column)
+        else:
+            loose += band
+        if number < len(spanning):
+            loose.append(spanning[number])
+    return sections + _rows(loose)
+
+
+def _columns(band: Sequence[_Placed]) -> list[list[_Placed]]:
+    """The columns of prose, left to right, that a band consists of; none where it is anything else."""
+    if len(band) < 2 * _COLUMN_LINES:
+        return []
+    height = sorted(item.height for item in band)[len(band) // 2]
+    columns: list[list[_Placed]] = []
+    reach = -math.inf
+    for item in sorted(band, key=lambda item: (item.left, item)):
+        if item.left - reach >= _GUTTER * height:
+            columns.append([])
+        columns[-1].append(item)
+        reach = max(reach, item.right)
+    if len(columns) < 2 or not all(_is_prose(column, height) for column in columns):
+        return []
+    return columns
+
+
+def _is_prose(column: Sequence[_Placed], height: float) -> bool:
+    width = max(item.right for item in column) - min(item.left for item in column)
+    middle = sorted(item.width for item in column)[len(column) // 2]
+    return len(column) >= _COLUMN_LINES and width >= _COLUMN_WIDTH * height and middle >= _COLUMN_FILL * width
+
+
+def _rows(items: Iterable[_Placed]) -> list[list[_Placed]]:
+    rows: list[list[_Placed]] = []
+    for item in sorted(items):
+        if rows and _same_row(rows[-1], item):
+            rows[-1].append(item)
+        else:
+            rows.append([item])
+    return [sorted(row, key=lambda item: (item.left, item)) for row in rows]
+
+
+def _same_row(row: Sequence[_Placed], item: _Placed) -> bool:
+    # Against the row's latest member as well, so that one tall line does not swallow two rows.
+    return all(abs(item.y - other.y) <= 0.5 * min(item.height, other.height) for other in (row[0], row[-1]))

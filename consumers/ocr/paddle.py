@@ -1,0 +1,224 @@
+"""PaddleOCR 3: on paddlepaddle (CPU or GPU), or on onnxruntime without it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from consumers.ocr import Line
+from consumers.ocr.backend import (
+    RgbPage,
+    as_box,
+    bgr,
+    detection_scale,
+    gpu_number,
+    is_tall,
+    out_of_memory,
+    pad,
+    turn,
+)
+from schemas import EngineInfo, InstallationError
+
+_ROLES = {"_det": "text_detection", "_rec": "text_recognition", "_textline_ori": "textline_orientation"}
+"""How the names of PaddleOCR's models end → what its parameters call them."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    folder: Path
+
+
+class PaddleBackend:
+    """Detection and recognition, with the orientation of lines where a model for it is there."""
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        computes_with: Literal["cpu", "gpu", "onnxruntime"] | None,
+        threads: int,
+        model_dir: Path | None,
+        detect_megapixels: float,
+    ) -> None:
+        """Loads the models.
+
+        `device` is `cpu`, `gpu`, `cuda` or `cuda:N`; `computes_with` overrides it (`cpu`, `gpu`) or says
+        that onnxruntime computes on it. Raises InstallationError where a library, a model or the device is
+        not there.
+        """
+        self._detect_megapixels = detect_megapixels
+        on_onnxruntime = computes_with == "onnxruntime"
+        on_gpu = computes_with == "gpu" or (computes_with != "cpu" and device != "cpu")
+        place = f"gpu:{gpu_number(device)}" if on_gpu else "cpu"
+        models = _find_models(model_dir) if model_dir is not None else {}
+        if models:
+            # Nothing is missing, so nobody needs asking where it could be downloaded.
+            os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
+        self._ocr = _load(
+            {
+                **{f"{role}_model_name": model.name for role, model in models.items()},
+                **{f"{role}_model_dir": str(model.folder) for role, model in models.items()},
+                "use_doc_orientation_classify": False,
+                "use_doc_unwarping": False,
+                "use_textline_orientation": not models or "textline_orientation" in models,
+                "text_recognition_batch_size": 16 if on_gpu else 1,
+                "device": place,
+                **_engine(models, on_onnxruntime=on_onnxruntime, on_gpu=on_gpu, threads=threads),
+            },
+            check=lambda: _check_device(place, models, on_onnxruntime=on_onnxruntime),
+        )
+        self.info = EngineInfo(
+            name="paddleocr",
+            version=version("paddleocr"),
+            model="+".join(models[role].name for role in _ROLES.values() if role in models) or "default",
+            device=f"{place} (onnxruntime)" if on_onnxruntime else place,
+        )
+
+    def read(self, page: RgbPage) -> list[Line]:
+        """The lines on the page."""
+        height, width = page.shape[:2]
+        padded, left, top = pad(page)
+        scale = detection_scale(padded.shape[0], padded.shape[1], self._detect_megapixels)
+        try:
+            found = self._ocr.predict(
+                bgr(padded),
+                text_det_limit_type="max",
+                text_det_limit_side_len=max(32, round(max(padded.shape[:2]) * scale)),
+                text_rec_score_thresh=0.0,
+            )[0]
+        except Exception as error:
+            failure = out_of_memory(error, height, width)
+            if failure is None:
+                raise
+            raise failure from error
+        polygons = found["rec_polys"]
+        # Without a model for it, the orientation is -1 throughout, and the key absent on an empty page.
+        flips = list(found.get("textline_orientation_angles", [])) or [-1] * len(polygons)
+        lines = []
+        for polygon, text, score, flip in zip(
+            polygons, found["rec_texts"], found["rec_scores"], flips, strict=True
+        ):
+            if not text.strip():
+                continue
+            corners = np.asarray(polygon, np.float32) - np.array([left, top], np.float32)
+            # PaddleOCR turns a tall line to the left, and one that stands on its head by half a turn.
+            corners = turn(corners, (1 if is_tall(corners) else 0) + (2 if flip == 1 else 0))
+            certainty = min(max(float(score), 0.0), 1.0)
+            lines.append(Line(text=text, score=certainty, box=as_box(corners, height, width)))
+        return lines
+
+
+def _load(parameters: dict[str, Any], *, check: Callable[[], None]) -> Any:
+    try:
+        from paddleocr import PaddleOCR
+    except ImportError as error:
+        raise InstallationError(
+            f"PaddleOCR cannot be imported ({error}): pip install 'inferq[paddleocr]', or set "
+            "INFERQ_OCR_BACKEND=rapidocr",
+            code="engine_not_installed",
+        ) from error
+    logging.getLogger("paddlex").setLevel(logging.WARNING)
+    check()
+    try:
+        return PaddleOCR(**parameters)
+    except Exception as error:
+        raise InstallationError(
+            f"PaddleOCR's models cannot be loaded: {error}; set INFERQ_OCR_MODEL_DIR to a folder that has "
+            "them",
+            code="engine_not_loadable",
+        ) from error
+
+
+def _engine(models: dict[str, _Model], *, on_onnxruntime: bool, on_gpu: bool, threads: int) -> dict[str, Any]:
+    if on_onnxruntime:
+        return {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": threads}}
+    if on_gpu:
+        return {"engine": "paddle"}
+    static: dict[str, Any] = {"cpu_threads": threads, "run_mode": "mkldnn"}
+    if models and all((model.folder / "inference.pdmodel").exists() for model in models.values()):
+        # Paddle 3.3 cannot run these older programs on oneDNN through its new representation
+        # (ConvertPirAttribute2RuntimeAttribute is not supported).
+        static["enable_new_ir"] = False
+    return {"engine": "paddle", "engine_config": {"paddle_static": static}}
+
+
+def _check_device(place: str, models: dict[str, _Model], *, on_onnxruntime: bool) -> None:
+    """Raises InstallationError where a framework or the GPU is missing, before any of them falls back."""
+    on_gpu = place != "cpu"
+    number = gpu_number(place)
+    if on_onnxruntime:
+        _check_onnxruntime(number if on_gpu else None, models)
+        return
+    try:
+        paddle = import_module("paddle")
+    except ImportError as error:
+        raise InstallationError(
+            f"paddlepaddle cannot be imported ({error}): install paddlepaddle or paddlepaddle-gpu, or set "
+            "INFERQ_OCR_DEVICE=onnxruntime",
+            code="engine_not_installed",
+        ) from error
+    if on_gpu and not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > number):
+        raise InstallationError(
+            f"OCR is to run on {place}, but paddlepaddle {paddle.__version__} finds no such GPU: install "
+            "paddlepaddle-gpu and the driver, or set INFERQ_DEVICE=cpu",
+            code="device_unavailable",
+        )
+
+
+def _check_onnxruntime(number: int | None, models: dict[str, _Model]) -> None:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InstallationError(
+            f"onnxruntime cannot be imported ({error}): pip install onnxruntime", code="engine_not_installed"
+        ) from error
+    if number is None:
+        return
+    offered = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" in offered and "text_detection" in models:
+        # That it is offered does not mean that it starts: it falls back to the CPU without an error.
+        session = onnxruntime.InferenceSession(
+            str(models["text_detection"].folder / "inference.onnx"),
+            providers=[("CUDAExecutionProvider", {"device_id": number})],
+        )
+        offered = session.get_providers()
+    if "CUDAExecutionProvider" not in offered:
+        raise InstallationError(
+            f"OCR is to run on gpu:{number}, but onnxruntime cannot start CUDA (it offers "
+            f"{', '.join(offered)}): install onnxruntime-gpu and the driver, or set INFERQ_DEVICE=cpu",
+            code="device_unavailable",
+        )
+
+
+def _find_models(folder: Path) -> dict[str, _Model]:
+    """The models below a folder, by the role that their names say."""
+    found: dict[str, _Model] = {}
+    for description in sorted(folder.glob("*/inference.yml")):
+        name = str(yaml.safe_load(description.read_text(encoding="utf-8"))["Global"]["model_name"])
+        for ending, role in _ROLES.items():
+            if name.endswith(ending):
+                if role in found:
+                    raise InstallationError(
+                        f"INFERQ_OCR_MODEL_DIR {folder} has two {role} models, {found[role].name} and "
+                        f"{name}: leave one",
+                        code="bad_model_dir",
+                    )
+                found[role] = _Model(name, description.parent)
+    missing = [role for role in ("text_detection", "text_recognition") if role not in found]
+    if missing:
+        raise InstallationError(
+            f"INFERQ_OCR_MODEL_DIR {folder} has no {' and no '.join(missing)} model: it must hold one folder "
+            "for each, with an inference.yml that names it",
+            code="bad_model_dir",
+        )
+    return found

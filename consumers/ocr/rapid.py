@@ -1,0 +1,192 @@
+"""RapidOCR: PP-OCR on onnxruntime, with the weights that come in its wheel."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from consumers.ocr import Line
+from consumers.ocr.backend import (
+    TALL,
+    RgbPage,
+    as_box,
+    bgr,
+    cut,
+    detection_scale,
+    gpu_number,
+    is_tall,
+    out_of_memory,
+    pad,
+    ratio,
+    turn,
+)
+from schemas import EngineInfo, InstallationError
+
+_SINGLE_CHARACTER = 3.0
+"""Up to this ratio a tall box may as well be one narrow character that stands upright."""
+_CERTAIN = 0.9
+"""How certain the orientation classifier must be to count."""
+_WIDEST_LINE = 60
+"""Recognition's time and memory grow with a line's ratio of width to height: wider ones are squeezed."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    text: str
+    score: float
+
+
+class RapidBackend:
+    """PP-OCRv6 small: detection, orientation, recognition."""
+
+    def __init__(self, *, device: str, threads: int, detect_megapixels: float) -> None:
+        """Loads the models onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`).
+
+        Raises InstallationError where RapidOCR, its weights or the device are not there.
+        """
+        self._detect_megapixels = detect_megapixels
+        on_gpu = device != "cpu"
+        # Lines of different lengths in one batch are padded to the longest, which costs a CPU more than
+        # batching saves (0.59 against 0.50 s a page); a GPU needs the batch.
+        parameters: dict[str, Any] = {
+            "Global.log_level": "critical",
+            "Global.use_preprocess_img": False,
+            # Scaling is done here: the library's own would shrink the page for recognition too.
+            "Det.limit_type": "max",
+            "Det.limit_side_len": 1_000_000,
+            "Rec.rec_batch_num": 16 if on_gpu else 1,
+            "EngineConfig.onnxruntime.intra_op_num_threads": min(threads, os.cpu_count() or 1),
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+        if on_gpu:
+            parameters["EngineConfig.onnxruntime.use_cuda"] = True
+            parameters["EngineConfig.onnxruntime.cuda_ep_cfg.device_id"] = gpu_number(device)
+            parameters["EngineConfig.onnxruntime.cuda_ep_cfg.cudnn_conv_algo_search"] = "HEURISTIC"
+        self._ocr = _load(parameters)
+        providers = self._ocr.text_det.session.session.get_providers()
+        if on_gpu and "CUDAExecutionProvider" not in providers:
+            raise InstallationError(
+                f"INFERQ_DEVICE={device}, but onnxruntime could not start CUDA (it offers "
+                f"{', '.join(providers)}): check the driver, CUDA and cuDNN, or set INFERQ_DEVICE=cpu",
+                code="device_unavailable",
+            )
+        self.info = EngineInfo(
+            name="rapidocr", version=version("rapidocr"), model="PP-OCRv6_small", device=device
+        )
+
+    def read(self, page: RgbPage) -> list[Line]:
+        """The lines on the page, whichever way up each of them stands."""
+        height, width = page.shape[:2]
+        try:
+            boxes = self._detect(page)
+            return [
+                Line(text=reading.text, score=reading.score, box=as_box(corners, height, width))
+                for corners, reading in self._recognize(page, boxes)
+                if reading.text.strip()
+            ]
+        except Exception as error:
+            failure = out_of_memory(error, height, width)
+            if failure is None:
+                raise
+            raise failure from error
+
+    def _detect(self, page: RgbPage) -> NDArray[np.float32]:
+        """The lines' corners, `(n, 4, 2)`, clockwise from the top left, in pixels of the page."""
+        scale = detection_scale(page.shape[0], page.shape[1], self._detect_megapixels)
+        if scale < 1:
+            page = np.asarray(
+                cv2.resize(page, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8
+            )
+        padded, left, top = pad(page)
+        boxes = self._ocr.text_det(bgr(padded)).boxes
+        if boxes is None:
+            return np.empty((0, 4, 2), np.float32)
+        found = (np.asarray(boxes, np.float32) - np.array([left, top], np.float32)) / np.float32(scale)
+        return np.clip(found, 0, np.array([page.shape[1], page.shape[0]], np.float32) / np.float32(scale))
+
+    def _recognize(
+        self, page: RgbPage, boxes: NDArray[np.float32]
+    ) -> list[tuple[NDArray[np.float32], _Reading]]:
+        """Each line with the corners as the text runs.
+
+        A classifier says which lines stand on their heads. It errs on short ones, so where it disagrees
+        with most of the page a line is read both ways, and the more certain reading holds.
+        """
+        upright = [turn(corners, 1) if is_tall(corners) else corners for corners in boxes]
+        candidates: list[tuple[int, NDArray[np.float32]]] = []
+        flips = self._flips([cut(page, corners) for corners in upright])
+        sideways = sum(1 for corners in boxes if is_tall(corners)) * 2 > len(boxes)
+        for tall in (False, True):
+            group = [index for index, corners in enumerate(boxes) if is_tall(corners) == tall]
+            certain = [flips[index] for index in group if flips[index] is not None]
+            usual = sum(1 for flip in certain if flip) * 2 > len(certain)
+            for index in group:
+                candidates.append((index, turn(upright[index], 2 if usual else 0)))
+                if flips[index] is not usual:
+                    candidates.append((index, turn(upright[index], 0 if usual else 2)))
+                if tall and ratio(boxes[index]) < _SINGLE_CHARACTER:
+                    candidates.append((index, boxes[index]))
+                if sideways and not tall and ratio(boxes[index]) > 1 / TALL:
+                    candidates += [(index, turn(boxes[index], quarters)) for quarters in (1, 3)]
+        readings = self._read_lines([cut(page, corners) for _, corners in candidates])
+        best: dict[int, tuple[NDArray[np.float32], _Reading]] = {}
+        for (index, corners), reading in zip(candidates, readings, strict=True):
+            if index not in best or reading.score > best[index][1].score:
+                best[index] = (corners, reading)
+        return [best[index] for index in sorted(best)]
+
+    def _flips(self, lines: Sequence[RgbPage]) -> list[bool | None]:
+        """For each line whether it stands on its head; None where that is not certain."""
+        if not lines:
+            return []
+        answers = self._ocr.text_cls([bgr(line) for line in lines]).cls_res
+        return [label == "180" if score > _CERTAIN else None for label, score in answers]
+
+    def _read_lines(self, lines: Sequence[RgbPage]) -> list[_Reading]:
+        if not lines:
+            return []
+        from rapidocr.ch_ppocr_rec import TextRecInput
+
+        result = self._ocr.text_rec(TextRecInput(img=[bgr(_squeeze(line)) for line in lines]))
+        return [
+            _Reading(text, min(max(float(score), 0.0), 1.0))
+            for text, score in zip(result.txts, result.scores, strict=True)
+        ]
+
+
+def _load(parameters: dict[str, Any]) -> Any:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise InstallationError(
+            f"RapidOCR cannot be imported ({error}): pip install 'inferq[ocr]'", code="engine_not_installed"
+        ) from error
+    logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
+    try:
+        ocr = RapidOCR(params=parameters)
+        # The models are loaded at their first use: detection by this, the other two by a lone line.
+        blank = np.full((64, 320, 3), 255, np.uint8)
+        ocr(blank, use_det=True, use_cls=False, use_rec=False)
+        ocr(blank, use_det=False, use_cls=True, use_rec=True)
+    except Exception as error:
+        raise InstallationError(
+            f"RapidOCR's models cannot be loaded: {error}", code="engine_not_loadable"
+        ) from error
+    return ocr
+
+
+def _squeeze(line: RgbPage) -> RgbPage:
+    height, width = line.shape[:2]
+    if width <= height * _WIDEST_LINE:
+        return line
+    return np.asarray(
+        cv2.resize(line, (height * _WIDEST_LINE, height), interpolation=cv2.INTER_AREA), np.uint8
+    )

@@ -1,0 +1,97 @@
+"""What kind of file this is, by its first bytes."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+
+from schemas import InvalidTask
+
+_HEAD = 1024
+"""Bytes that are looked at. A PDF's header may come this late (ISO 32000-1, annex H.3.4.1)."""
+
+
+class Kind(Enum):
+    """A kind of file that can be read."""
+
+    PNG = "PNG"
+    JPEG = "JPEG"
+    GIF = "GIF"
+    BMP = "BMP"
+    TIFF = "TIFF"
+    WEBP = "WebP"
+    JPEG2000 = "JPEG 2000"
+    AVIF = "AVIF"
+    PPM = "PPM"
+    PDF = "PDF"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The names of Pillow's decoders for it; no other is let near the file."""
+        return ("JPEG", "MPO") if self is Kind.JPEG else (self.name,)
+
+
+_SIGNATURES: tuple[tuple[bytes, Kind], ...] = (
+    (rb"\x89PNG\r\n\x1a\n", Kind.PNG),
+    (rb"\xff\xd8\xff", Kind.JPEG),
+    (rb"GIF8[79]a", Kind.GIF),
+    (rb"(II\*\0|MM\0\*|II\+\0|MM\0\+)", Kind.TIFF),
+    (rb"RIFF....WEBP", Kind.WEBP),
+    (rb"(\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51)", Kind.JPEG2000),
+    (rb"....ftyp(avif|avis|mif1.{4,40}avif)", Kind.AVIF),
+    (rb"P[1-6]\s", Kind.PPM),
+    (rb"BM.{4}\0\0\0\0", Kind.BMP),
+    (rb".{0,1019}%PDF-", Kind.PDF),
+)
+
+_REFUSED: tuple[tuple[bytes, str], ...] = (
+    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC picture: convert it to JPEG or PNG"),
+    (rb"....ftyp", "a video"),
+    (rb"\x1a\x45\xdf\xa3", "a video"),
+    (rb"PK\x03\x04", "a ZIP archive or an Office document: send its pages as PDF or pictures"),
+    (rb"\xd0\xcf\x11\xe0", "an Office document: save it as PDF"),
+    (rb"\x1f\x8b", "gzip-compressed"),
+    (rb"%!PS", "PostScript: convert it to PDF"),
+)
+
+_MARKUP: tuple[tuple[bytes, str], ...] = (
+    (rb"(?s)(<\?xml|<!--|<!doctype svg|<svg).*<svg|<svg", "an SVG drawing: render it to PNG first"),
+    (rb"<!doctype html|<html|<head|<body", "an HTML page, perhaps an error or a login page"),
+    (rb"<\?xml|<[a-z]", "XML"),
+    (rb"[{\[]", "JSON or text"),
+)
+
+
+def sniff(path: Path) -> Kind:
+    """The kind of the file at `path`.
+
+    Raises InvalidTask: `empty_file`, `truncated_image` where it breaks off within its signature, or
+    `not_an_image`, with what it is instead where that shows.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if not head:
+        raise InvalidTask("the input file is empty", code="empty_file")
+    for pattern, kind in _SIGNATURES:
+        if re.match(pattern, head, re.DOTALL):
+            return kind
+    raise InvalidTask(f"the input is not an image but {_describe(head)}", code="not_an_image")
+
+
+def _describe(head: bytes) -> str:
+    for pattern, what in _REFUSED:
+        if re.match(pattern, head, re.DOTALL):
+            return what
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for pattern, what in _MARKUP:
+        if re.match(pattern, text):
+            return what
+    if not head.strip(b"\0"):
+        return "a run of zero bytes"
+    try:
+        # Cut within a character, the last bytes may be incomplete.
+        head.decode("utf-8") if len(head) < _HEAD else head[:-4].decode("utf-8", "strict")
+    except UnicodeDecodeError:
+        return "of an unknown kind; known are PNG, JPEG, TIFF, WebP, GIF, BMP, JPEG 2000, AVIF, PPM and PDF"
+    return "text"

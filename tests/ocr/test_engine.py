@@ -1,0 +1,306 @@
+"""Reading with RapidOCR, the way a worker does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from consumers.engine import Context, TaskAborted
+from consumers.ocr import Line, OcrOutput
+from consumers.ocr.backend import out_of_memory
+from consumers.ocr.engine import OcrEngine, load_backend
+from consumers.ocr.settings import OcrSettings
+from schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
+from tests.ocr.conftest import Sample, ocr_task, sample
+
+Read = Callable[..., OcrOutput]
+
+
+def ink_in(page: np.ndarray, box: list[tuple[float, float]], *, margin: int) -> tuple[float, float]:
+    """The shares of dark pixels inside a box, and in a band of `margin` pixels around it."""
+    mask = Image.new("L", (page.shape[1], page.shape[0]))
+    ImageDraw.Draw(mask).polygon(box, fill=1)
+    inside = np.asarray(mask, bool)
+    xs, ys = [x for x, _ in box], [y for _, y in box]
+    around = np.zeros_like(inside)
+    around[
+        int(max(min(ys) - margin, 0)) : int(max(ys)) + margin,
+        int(max(min(xs) - margin, 0)) : int(max(xs)) + margin,
+    ] = True
+    dark = page.min(axis=2) < 128
+    return float(dark[inside].mean()), float(dark[around & ~inside].mean())
+
+
+@pytest.mark.parametrize("name", ["invoice", "notice"])
+def test_the_sample_pages_are_read_to_the_letter(read: Read, name: str) -> None:
+    page = sample(name)
+    output = read(page.path)
+    assert output.text.splitlines() == page.lines
+    assert [line.text for line in output.pages[0].lines] == page.lines
+    assert output.page_count == 1
+    assert (output.pages[0].page, output.pages[0].width, output.pages[0].height) == (1, 1240, 1000)
+    assert all(line.score > 0.9 for line in output.pages[0].lines)
+    pixels = np.asarray(page.image)
+    for line in output.pages[0].lines:
+        inside, around = ink_in(pixels, list(line.box), margin=4)
+        assert inside > 0.05, line
+        assert around < inside / 4, line
+
+
+@pytest.mark.parametrize(("name", "quarter"), [("invoice", 90), ("notice", 180), ("notice", 270)])
+def test_a_page_scanned_the_wrong_way_up_is_read_all_the_same(
+    read: Read, tmp_path: Path, name: str, quarter: int
+) -> None:
+    page = sample(name)
+    turned = page.image.rotate(quarter, expand=True)
+    turned.save(tmp_path / "a.png")
+    output = read(tmp_path / "a.png")
+    assert output.text.splitlines() == page.lines
+    # The corners begin where the text begins, so cut out by them it stands upright.
+    first = output.pages[0].lines[0]
+    (x0, y0), (x1, y1) = first.box[0], first.box[1]
+    direction = {90: (0, -1), 180: (-1, 0), 270: (0, 1)}[quarter]
+    assert ((x1 - x0) * direction[0] + (y1 - y0) * direction[1]) > 250
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_exif_turns_the_page_and_its_boxes(
+    read: Read, invoice: Sample, tmp_path: Path, orientation: int
+) -> None:
+    stored = invoice.image.rotate({3: 180, 6: 90, 8: 270}[orientation], expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.jpg", quality=98, subsampling=0, exif=exif)
+    page = read(tmp_path / "a.jpg").pages[0]
+    assert page.text.splitlines() == invoice.lines
+    assert (page.width, page.height) == (1240, 1000)
+    assert np.abs(np.array(page.lines[0].box[0]) - (76, 69)).max() < 12
+
+
+def test_a_skewed_scan_is_read_in_order(read: Read, invoice: Sample, tmp_path: Path) -> None:
+    invoice.image.rotate(-4, expand=True, fillcolor=(252, 252, 250)).save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png").text.splitlines() == invoice.lines
+
+
+def test_small_print_on_a_large_scan_is_found(read: Read, tmp_path: Path) -> None:
+    page = Image.new("RGB", (4000, 3000), "white")
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default(15)
+    expected = [f"Clause {number}: the small print counts" for number in range(1, 9)]
+    for number, text in enumerate(expected):
+        pen.text((150 + 400 * number, 150 + 330 * number), text, font=font, fill="black")
+    page.save(tmp_path / "a.png")
+    output = read(tmp_path / "a.png")
+    assert output.text.splitlines() == expected
+    for number, line in enumerate(output.pages[0].lines):
+        assert np.abs(np.array(line.box[0]) - (150 + 400 * number, 150 + 330 * number)).max() < 14
+
+
+def strip(width: int, height: int, size: int, text: str) -> Image.Image:
+    image = Image.new("L", (width, height), 255)
+    ImageDraw.Draw(image).text(
+        (width // 2, height // 2), text, font=ImageFont.load_default(size), anchor="mm"
+    )
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (strip(200, 26, 20, "Harbour 42"), "Harbour 42"),
+        (strip(3000, 60, 36, "Harbour 42"), "Harbour 42"),
+        (strip(40, 40, 26, "7"), "7"),
+        (strip(60, 1400, 20, "A-12"), "A-12"),
+        (strip(1, 1, 10, ""), ""),
+        (strip(300, 300, 10, ""), ""),
+    ],
+    ids=["one line", "long strip", "one digit", "tall strip", "one pixel", "blank"],
+)
+def test_pictures_of_odd_shapes(read: Read, tmp_path: Path, image: Image.Image, text: str) -> None:
+    image.save(tmp_path / "a.png")
+    output = read(tmp_path / "a.png")
+    assert output.text == text
+    assert output.pages[0].text == text
+    assert len(output.pages[0].lines) == bool(text)
+
+
+def make_document(path: Path) -> None:
+    pages = [strip(600, 200, 40, f"Page number {number}").convert("RGB") for number in (1, 2, 3)]
+    pages.insert(2, Image.new("RGB", (600, 200), "white"))
+    pages[0].save(path, save_all=True, append_images=pages[1:], resolution=100)
+
+
+@pytest.mark.parametrize("kind", ["pdf", "tiff"])
+def test_documents_are_read_page_by_page(
+    engine: OcrEngine, make_context: Callable[..., Context], tmp_path: Path, kind: str
+) -> None:
+    make_document(tmp_path / f"a.{kind}")
+    reports: list[tuple[float, str]] = []
+    output = engine.run(ocr_task(), make_context(tmp_path / f"a.{kind}", reports))
+    assert isinstance(output, OcrOutput)
+    assert output.page_count == 4
+    assert [page.page for page in output.pages] == [1, 2, 3, 4]
+    assert output.text == "Page number 1\n\nPage number 2\n\nPage number 3"
+    assert output.pages[2].lines == ()
+    assert [fraction for fraction, _ in reports] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert reports[1][1] == "page 2 of 4"
+
+
+def test_only_the_pages_asked_for_are_read(read: Read, tmp_path: Path) -> None:
+    make_document(tmp_path / "a.pdf")
+    output = read(tmp_path / "a.pdf", pages="4,2")
+    assert output.page_count == 4
+    assert [page.page for page in output.pages] == [2, 4]
+    assert output.text == "Page number 2\n\nPage number 3"
+    with pytest.raises(InvalidTask, match="the document has 4 pages"):
+        read(tmp_path / "a.pdf", pages="5-")
+
+
+def test_more_pages_than_one_task_may_read_are_refused(
+    read: Read, engine: OcrEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_document(tmp_path / "a.pdf")
+    monkeypatch.setattr(engine, "_settings", OcrSettings(ocr_max_pages=2))
+    with pytest.raises(InvalidTask, match=r"4 pages.*may read 2.*options\.pages") as caught:
+        read(tmp_path / "a.pdf")
+    assert caught.value.code == "too_many_pages"
+    assert len(read(tmp_path / "a.pdf", pages="1-2").pages) == 2
+
+
+def test_a_run_stops_between_pages_when_it_is_asked_to(
+    engine: OcrEngine, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    make_document(tmp_path / "a.tiff")
+    reports: list[tuple[float, str]] = []
+    context = make_context(tmp_path / "a.tiff", reports, lambda: len(reports) == 2)
+    with pytest.raises(TaskAborted):
+        engine.run(ocr_task(), context)
+    assert len(reports) == 2
+
+
+def test_the_boxes_are_drawn_where_that_is_asked_for(
+    engine: OcrEngine, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    make_document(tmp_path / "a.tiff")
+    context = make_context(tmp_path / "a.tiff")
+    output = engine.run(ocr_task(annotated=True, pages="1-2"), context)
+    assert isinstance(output, OcrOutput)
+    assert [artifact.name for artifact in context.artifacts] == ["annotated.png", "annotated-2.png"]
+    for artifact, page in zip(context.artifacts, output.pages, strict=True):
+        assert artifact.content_type == "image/png"
+        with Image.open(artifact.path) as drawn:
+            assert drawn.size == (page.width, page.height)
+            corner = [round(value) for value in page.lines[0].box[2]]
+            assert drawn.getpixel((corner[0], corner[1])) == (226, 38, 77)
+
+
+def test_without_being_asked_nothing_is_left_behind(
+    engine: OcrEngine, make_context: Callable[..., Context], invoice: Sample
+) -> None:
+    context = make_context(invoice.path)
+    engine.run(ocr_task(), context)
+    assert context.artifacts == []
+
+
+def test_uncertain_lines_are_left_out(read: Read, invoice: Sample) -> None:
+    scores = sorted(line.score for line in read(invoice.path, min_score=0).pages[0].lines)
+    middle = scores[len(scores) // 2]
+    kept = read(invoice.path, min_score=middle).pages[0].lines
+    assert len(kept) == sum(score >= middle for score in scores)
+    assert all(line.score >= middle for line in kept)
+
+
+def test_the_engine_says_what_it_is_and_warms_up() -> None:
+    engine = OcrEngine()
+    info = engine.load()
+    assert (info.name, info.model, info.device) == ("rapidocr", "PP-OCRv6_small", "cpu")
+    assert info.version[0].isdigit()
+    engine.warm_up()
+    engine.close()
+    with pytest.raises(RuntimeError, match=r"before load"):
+        engine.warm_up()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_an_error_and_never_a_slow_cpu(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    monkeypatch.setenv("INFERQ_DEVICE", device)
+    with pytest.raises(InstallationError, match=f"INFERQ_DEVICE={device}") as caught:
+        OcrEngine().load()
+    assert caught.value.code == "device_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("INFERQ_DEVICE", "tpu"), ("INFERQ_OCR_BACKEND", "tesseract"), ("INFERQ_OCR_THREADS", "0")],
+)
+def test_a_setting_that_means_nothing_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InstallationError, match=name):
+        OcrEngine()
+
+
+def test_ocr_may_have_a_device_of_its_own() -> None:
+    assert load_backend(OcrSettings(device="gpu", ocr_device="cpu")).info.device == "cpu"
+    if "CUDAExecutionProvider" not in pytest.importorskip("onnxruntime").get_available_providers():
+        with pytest.raises(InstallationError, match="CUDA"):
+            load_backend(OcrSettings(ocr_device="gpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0. Cannot allocate 2.1GB"),
+        RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory"),
+        RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 4096"),
+    ],
+)
+def test_a_gpu_out_of_memory_is_worth_another_attempt(error: Exception) -> None:
+    failure = out_of_memory(error, 3000, 2000)
+    assert isinstance(failure, TransientFailure)
+    assert failure.code == "gpu_out_of_memory"
+    assert "2000×3000" in failure.message
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    engine: OcrEngine, make_context: Callable[..., Context], invoice: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert out_of_memory(ValueError("a bad shape"), 1, 1) is None
+
+    def fail(error: Exception) -> None:
+        def detect(_: object) -> object:
+            raise error
+
+        monkeypatch.setattr(engine._backend._ocr, "text_det", detect)  # type: ignore[attr-defined]
+
+    fail(ValueError("a bad shape"))
+    with pytest.raises(ValueError, match="a bad shape"):
+        engine.run(ocr_task(), make_context(invoice.path))
+    fail(RuntimeError("CUDA out of memory"))
+    with pytest.raises(TransientFailure) as caught:
+        engine.run(ocr_task(), make_context(invoice.path))
+    assert caught.value.__cause__ is not None
+
+
+def test_any_backend_will_do(make_context: Callable[..., Context], invoice: Sample) -> None:
+    class Fixed:
+        info = EngineInfo(name="fixed", version="1", model="none", device="cpu")
+
+        def read(self, page: np.ndarray) -> list[Line]:
+            assert page.shape == (1000, 1240, 3)
+            return [Line(text="b", score=0.9, box=((0, 50), (9, 50), (9, 60), (0, 60))),
+                    Line(text="a", score=0.9, box=((0, 10), (9, 10), (9, 20), (0, 20)))]  # fmt: skip
+
+    engine = OcrEngine()
+    engine._loaded = Fixed()
+    assert engine.run(ocr_task(), make_context(invoice.path)).text == "a\nb"
