@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plugin.clock import ClockOutput
+from clock import ClockOutput
+
 from benchmarks.site import Site
 from broker import Publisher, task_message, topology_for
 from schemas import parse_task

@@ -71,7 +71,7 @@ def _bare_engine() -> Iterator[Callable[[Path], None]]:
             engine.run(
                 task,  # type: ignore[arg-type]
                 Context(
-                    scratch=Path(folder),
+                    folder=Path(folder),
                     inputs={"image_url": given},
                     report=lambda _fraction, _note: None,
                     abort_requested=lambda: False,

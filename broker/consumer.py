@@ -1,7 +1,7 @@
 """Consuming with prefetch=1 from the lanes of one task type, the most urgent first.
 
 An idle consumer is subscribed to all its lanes. The first delivery ends the subscriptions of the other
-lanes; once it is settled, the lanes above its own are asked for a message (`basic.get`, a round trip each)
+lanes; once it is settled, the lanes above its own are asked whether they hold a message (a round trip each)
 before the acknowledgement lets the next one of the same lane in. A message that arrives although one is in
 hand is given back at once. With one lane none of this happens: prefetch does it all.
 """
@@ -54,6 +54,7 @@ class Consumer(BrokerThread):
         self._tags: dict[str, str] = {}
         self._wanted = False
         self._current: int | None = None
+        self._taken = 0
         self._on_empty: Callable[[], None] | None = None
         self._stopped = threading.Event()
         self._settled = threading.Event()
@@ -170,6 +171,7 @@ class Consumer(BrokerThread):
 
     def _take(self, channel: Channel, lane: int, delivery: Delivery) -> None:
         self._current = lane
+        self._taken += 1
         self._wanted = False
         self._inbox.put(delivery)
         for name in self._lanes:
@@ -189,13 +191,28 @@ class Consumer(BrokerThread):
             self._cancel(channel, name)
 
     def _look_above(self, channel: Channel, lane: int, finish: Callable[[Channel], None]) -> None:
-        """Ask the lanes from `lane` up to the current one for a message; then `finish` the one in hand."""
+        """Ask the lanes from `lane` up to the current one for a message; then `finish` the one in hand.
+
+        The question is a passive declaration, which the queue's leader answers from memory; `basic.get`
+        would be a command in the queue's log each time, whether there is a message or not.
+        """
         current = self._current
         if current is None or lane >= current:
             self._finish_in_lane(channel, finish)
             return
         name = self._lanes[lane]
-        epoch = self._epoch
+
+        def counted(frame: pika.frame.Method[Any]) -> None:
+            if frame.method.message_count:
+                self._get(channel, lane, finish)
+            else:
+                self._look_above(channel, lane + 1, finish)
+
+        channel.queue_declare(name, passive=True, callback=counted)
+
+    def _get(self, channel: Channel, lane: int, finish: Callable[[Channel], None]) -> None:
+        """Take a message from a more urgent lane, unless another worker was faster."""
+        name, epoch, current = self._lanes[lane], self._epoch, self._current
 
         def got(
             _channel: Channel,
@@ -204,7 +221,8 @@ class Consumer(BrokerThread):
             body: bytes,
         ) -> None:
             # The old lane must not deliver once its message is settled: first the cancel, then the ack.
-            self._cancel(channel, self._lanes[current])
+            if current is not None:
+                self._cancel(channel, self._lanes[current])
             finish(channel)
             self._current = None
             if self._wanted:
@@ -225,7 +243,8 @@ class Consumer(BrokerThread):
         finish(channel)
         if len(self._lanes) > 1 and lane is not None and self._lanes[lane] in self._tags:
             # More of the same lane is probably on its way; subscribing to all would cost it the time.
-            self._later(_SETTLE_SECONDS, self._subscribe_all)
+            taken = self._taken
+            self._later(_SETTLE_SECONDS, lambda: self._subscribe_all() if self._taken == taken else None)
         else:
             self._subscribe_all()
 

@@ -43,13 +43,22 @@ class ArtifactFile:
 
 @dataclass(frozen=True)
 class Context:
-    """What one run may ask: its inputs, a scratch folder, and a way to report and to be stopped."""
+    """What one run may ask: its inputs, a scratch folder, and a way to report and to be stopped.
 
-    scratch: Path
+    `folder` is where the scratch folder is, or will be once somebody asks for it.
+    """
+
+    folder: Path
     inputs: Mapping[str, InputFile]
     report: Callable[[float, str], None]
     abort_requested: Callable[[], bool]
     artifacts: list[ArtifactFile] = field(default_factory=list)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of the run's own, for whatever it likes; gone after the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
 
     def progress(self, fraction: float, note: str = "") -> None:
         """Say how far the run is, from 0 to 1, and what it is doing."""

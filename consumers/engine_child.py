@@ -113,9 +113,8 @@ def _load_class(task_type: TaskType) -> type[Engine[Any]]:
 
 def _run(engine: Engine[Any], task_type: TaskType, run: Run, pipe: Connection) -> BaseModel:
     began = time.monotonic()
-    run.scratch.mkdir(parents=True, exist_ok=True)
     context = Context(
-        scratch=run.scratch,
+        folder=run.scratch,
         inputs={
             name: InputFile(note.path, note.bytes, note.content_type) for name, note in run.inputs.items()
         },

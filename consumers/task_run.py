@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -54,6 +55,7 @@ class TaskRun:
         self._token = f"{delivery.attempt}-{uuid.uuid4().hex[:12]}"
         self._scratch = surroundings.settings.scratch_dir / f"inferq-{self._token}"
         self._started_at = datetime.now(UTC)
+        self._answers: list[Callable[[], bool]] = []
 
     def complete(self) -> None:
         """Do whatever this delivery needs, and settle it."""
@@ -65,6 +67,9 @@ class TaskRun:
             _log.info("%s: given back, the worker is stopping", self._name())
         else:
             self._consumer.ack(self._delivery, more=self._engine.alive and not self._around.stopping)
+            # The status was sent before the ack; its answer comes while the broker sends the next task.
+            for answer in self._answers:
+                self._around.tell(answer)
         finally:
             self._clean()
         self._around.metrics.tasks.labels(self._around.task_type.name, outcome).inc()
@@ -117,7 +122,7 @@ class TaskRun:
             case Run():
                 return self._attempt(task)
             case Skip(ended):
-                around.tell(partial(around.status.ended, ended))
+                self._tell_end(ended)
                 return "skipped"
             case Cancel():
                 return self._cancelled(task)
@@ -278,8 +283,13 @@ class TaskRun:
         """Write how the task ended, once; the status follows what is kept."""
         around = self._around
         kept = around.patiently("object store", partial(around.results.save, result))
-        around.tell(partial(around.status.ended, kept))
+        self._tell_end(kept)
         return kept
+
+    def _tell_end(self, result: Result) -> None:
+        answer = self._around.tell(partial(self._around.status.ended_soon, result))
+        if answer is not None:
+            self._answers.append(answer)
 
     def _retry(self, task: Task, retry: Retry) -> str:
         attempt = self._delivery.attempt

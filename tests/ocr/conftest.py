@@ -64,7 +64,7 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
     ) -> Context:
         collected = reports if reports is not None else []
         return Context(
-            scratch=tmp_path,
+            folder=tmp_path,
             inputs={"image_url": InputFile(path, path.stat().st_size, "application/octet-stream")},
             report=lambda fraction, note: collected.append((fraction, note)),
             abort_requested=abort,

@@ -1,0 +1,120 @@
+# Each target does its own set-up; a second run finds it done. What was installed for what is remembered in .make/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+DECLARED := setup.cfg pyproject.toml constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo up test lint bench schemas clean system
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: .make/run | system ## install what running inferq needs, here and in .venv
+
+demo: .make/run | system ## read two pages with a worker, queue and gateway of its own
+	@exec $(BIN)/python examples/demo.py
+
+up: .make/run | system ## start everything on this machine; Ctrl-C stops it
+	@exec $(BIN)/inferq up
+
+test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
+	@$(BIN)/python -m pytest --cov --cov-fail-under=90 $(ARGS)
+
+lint: .make/lint ## check style, types, the walls between the rooms, and the published schemas
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m schemas.publish --check docs/schemas
+
+bench: .make/bench | system ## measure what the queue itself costs
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+schemas: .make/run ## write the published schemas anew
+	@$(BIN)/python -m schemas.publish docs/schemas
+
+clean: ## remove what was built and measured; .venv and the data of `inferq up` stay
+	@rm -rf .make build dist inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \
+		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# One stamp per set of extras. Installing one set leaves the others in place.
+.make/run: EXTRAS := up,client,ocr
+.make/test: EXTRAS := up,client,ocr,test
+.make/lint: EXTRAS := up,client,ocr,test,lint
+.make/bench: EXTRAS := up,client,ocr,bench
+.make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
+	@mkdir -p .make
+	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"
+	$(BIN)/python -m pip install -qq --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+define SUDO_OR_SAY
+may_install() { [ "$$(id -u)" = 0 ] && as_root() { "$$@"; } || { sudo -n true 2>/dev/null && as_root() { sudo -n "$$@"; }; }; }
+apt() {
+	if ! command -v apt-get >/dev/null || ! may_install; then
+		echo "Not installed here, and this user may not install them: $$*" >&2
+		echo "Please run:  sudo apt-get install -y --no-install-recommends $$*" >&2
+		exit 1
+	fi
+	echo "Installing with apt-get: $$*"
+	mkdir -p .make
+	# The packages would start and enable services; inferq starts private ones, and only those.
+	local policy=/usr/sbin/policy-rc.d
+	if [ ! -e $$policy ]; then
+		trap "as_root rm -f $$policy" EXIT
+		printf '#!/bin/sh\nexit 101\n' | as_root tee $$policy >/dev/null
+		as_root chmod 755 $$policy
+	fi
+	if ! { as_root apt-get update -qq && as_root env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends "$$@"; } >.make/apt.log 2>&1; then
+		tail -n 15 .make/apt.log >&2
+		echo "apt-get failed (its output is in .make/apt.log). Please install: $$*" >&2
+		exit 1
+	fi
+	if [ -d /run/systemd/system ]; then
+		for package in "$$@"; do
+			as_root systemctl disable --quiet "$$package" 2>/dev/null || true
+		done
+	fi
+}
+endef
+
+.venv/pyvenv.cfg:
+	@$(SUDO_OR_SAY)
+	fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; }
+	find_python() { for python in python3 python3.11 python3.12; do if fits $$python; then echo $$python; return; fi; done; }
+	python=$$(find_python)
+	if [ -z "$$python" ]; then
+		apt python3 python3-venv
+		python=$$(find_python)
+	fi
+	if [ -z "$$python" ]; then
+		echo "Python 3.11 or 3.12 is needed; python3 here is $$(python3 --version 2>&1). Please install python3.11 and its venv module." >&2
+		exit 1
+	fi
+	if ! $$python -c 'import ensurepip' 2>/dev/null; then
+		apt $$(basename $$(readlink -f $$(command -v $$python)))-venv
+	fi
+	echo "Making .venv with $$($$python --version)"
+	rm -rf .venv
+	$$python -m venv .venv
+
+# Looked at every time: it costs nothing, and a stamp would not notice a package that was removed.
+system:
+	@$(SUDO_OR_SAY)
+	missing=()
+	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test bench,$(MAKECMDGOALS))" ]; then
+		compgen -G '/usr/lib/rabbitmq/bin/rabbitmq-server' >/dev/null \
+			|| compgen -G '/usr/lib/rabbitmq/lib/*/sbin/rabbitmq-server' >/dev/null \
+			|| [ -x "$${RABBITMQ_HOME:-/opt/rabbitmq}/sbin/rabbitmq-server" ] || missing+=(rabbitmq-server)
+	fi
+	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test bench,$(MAKECMDGOALS))" ]; then
+		command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
+	fi
+	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi

@@ -1,0 +1,426 @@
+"""A Python client of the gateway: `Client`, and `AsyncClient` with the same methods to be awaited.
+
+    with Client() as inferq:
+        page = inferq.upload("page.png")
+        task = inferq.submit("ocr", image_url=page, wait=30)
+        print(inferq.result(task.task_id).output)
+
+Errors:
+
+    schemas.InferqError
+    └── ApiError              the gateway's problem: `status`, `code`, `title`, `detail`, `errors`
+        ├── InvalidRequest    400, 413, 422: what was sent is wrong
+        ├── Unauthorized      401, 403: no key, an unknown one, or another tenant's
+        ├── NotFound          404: no such task, artifact or file
+        ├── Conflict          409: the id belongs to another task, or the task is past that
+        │   └── NotEnded      it has no result yet, or did not end within the time given
+        └── Unavailable       503, or nothing answered at all, however often it was tried
+
+What fails for want of a connection, or with 503, is tried again, with growing pauses or after the time that
+the gateway names; every call may be repeated without harm.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import anyio
+import httpx
+from anyio import to_thread
+from pydantic import JsonValue
+
+from producer.flows import (
+    ApiError,
+    Conflict,
+    Flow,
+    Flows,
+    Following,
+    InvalidRequest,
+    NotEnded,
+    NotFound,
+    Outcome,
+    Send,
+    Sleep,
+    Unauthorized,
+    Unavailable,
+    Uploaded,
+    artifact_path,
+    parsed,
+    task_body,
+)
+from producer.settings import ClientSettings
+from producer.transfers import CHUNK_BYTES, Source, Upload, opened, target, whole_file
+from schemas import CallbackEvent, Event, Priority, Result, State, TaskStatus, new_task_id
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "Client",
+    "Conflict",
+    "InvalidRequest",
+    "NotEnded",
+    "NotFound",
+    "Unauthorized",
+    "Unavailable",
+]
+
+T = TypeVar("T")
+
+
+class Client:
+    """The gateway, for ordinary code. Safe to use from many threads.
+
+    `api_url` and `api_key` default to the settings INFERQ_API_URL and INFERQ_API_KEY. `timeout` is in seconds
+    and counts for each request, on top of what it is asked to wait. `transport` replaces the network.
+    """
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 30.0,
+        retries: int = 4,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        url, headers = _credentials(api_url, api_key)
+        self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+        self._timeout = timeout
+        self._flows = Flows(retries)
+
+    def upload(self, source: Source, *, filename: str | None = None, content_type: str | None = None) -> str:
+        """Send a file (a path, bytes, or an open binary file) and give the `inferq:` URL to use as an input.
+
+        It is streamed. `filename` only lends its extension; a path's own is the default.
+        """
+        with opened(source) as upload:
+            described = upload.described(filename, content_type)
+
+            def send(_: Send) -> httpx.Response:
+                upload.rewind()
+                content = iter(upload.read, b"")
+                return self._http.post("/v1/files", content=content, timeout=self._timeout, **described)
+
+            request = self._flows.request(Send("POST", "/v1/files"), repeatable=upload.repeatable)
+            return parsed(Uploaded, self._run(request, send)).url
+
+    def submit(
+        self,
+        task_type: str,
+        *,
+        task_id: str | None = None,
+        options: Mapping[str, JsonValue] | None = None,
+        priority: Priority = "normal",
+        callback_url: str | None = None,
+        callback_events: Sequence[CallbackEvent] | None = None,
+        expires_at: datetime | None = None,
+        time_limit: float | None = None,
+        batch_id: str | None = None,
+        metadata: Mapping[str, JsonValue] | None = None,
+        wait: float | None = None,
+        **inputs: JsonValue,
+    ) -> TaskStatus:
+        """Submit a task: once this returns it is accepted. `wait` waits up to that many seconds for its end.
+
+        The id is made here where none is given, so that a repeat after a lost answer is the same task.
+        """
+        body = task_body(
+            task_id or new_task_id(),
+            task_type,
+            inputs,
+            options=options,
+            priority=priority,
+            callback_url=callback_url,
+            callback_events=callback_events,
+            expires_at=expires_at,
+            time_limit=time_limit,
+            batch_id=batch_id,
+            metadata=metadata,
+        )
+        return self._run(self._flows.submit(body, wait))
+
+    def status(self, task_id: str) -> TaskStatus:
+        """Where the task stands."""
+        return self._run(self._flows.status(task_id))
+
+    def result(self, task_id: str, wait: float | None = None) -> Result:
+        """How the task ended. Raises NotEnded where it has not, after waiting up to `wait` seconds for it."""
+        return self._run(self._flows.result(task_id, wait))
+
+    def wait(self, task_id: str, timeout: float | None = None) -> TaskStatus:
+        """Wait for the task's end. Raises NotEnded after `timeout` seconds."""
+        return self._run(self._flows.wait(task_id, timeout))
+
+    def cancel(self, task_id: str) -> TaskStatus:
+        """Ask for the task to be cancelled. Raises Conflict where it has ended otherwise."""
+        return self._run(self._flows.cancel(task_id))
+
+    def list(
+        self,
+        *,
+        task_type: str | None = None,
+        status: State | None = None,
+        batch_id: str | None = None,
+        page_size: int = 100,
+    ) -> Iterator[TaskStatus]:
+        """Tasks, the newest first; further pages are fetched as they are needed."""
+        filters = {"task_type": task_type, "status": status, "batch_id": batch_id, "limit": page_size}
+        cursor = None
+        while True:
+            page = self._run(self._flows.page(filters, cursor))
+            yield from page.items
+            if (cursor := page.cursor) is None:
+                return
+
+    def events(self, task_id: str) -> Iterator[Event]:
+        """Where the task stands, then every event until its end; connects again where it is cut off."""
+        following = Following(task_id, self._flows.retries)
+        while True:
+            try:
+                with self._http.stream(**following.arguments(self._timeout)) as response:
+                    if not response.is_success:
+                        response.read()
+                        following.failed(response)
+                    else:
+                        for chunk in response.iter_raw():
+                            yield from following.news(chunk)
+                            if following.ended:
+                                return
+            except httpx.TransportError as error:
+                following.failed(error)
+            time.sleep(following.pause())
+
+    def download(self, task_id: str, name: str, path: str | os.PathLike[str]) -> Path:
+        """Get an artifact into a file, or under its name into a folder. It appears whole or not at all."""
+        file = target(path, name)
+
+        def fetch(send: Send) -> httpx.Response:
+            with self._http.stream(**send.arguments(self._timeout)) as response:
+                if not response.is_success:
+                    response.read()
+                    return response
+                with whole_file(file) as part:
+                    for chunk in response.iter_bytes(CHUNK_BYTES):
+                        part.write(chunk)
+                    part.check(response)
+                return response
+
+        self._run(self._flows.request(Send("GET", artifact_path(task_id, name))), fetch)
+        return file
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, flow: Flow[T], send: Callable[[Send], httpx.Response] | None = None) -> T:
+        send = send or self._send
+        outcome: Outcome = None
+        while True:
+            try:
+                step = flow.send(outcome)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+            outcome = None
+            if isinstance(step, Sleep):
+                time.sleep(step.seconds)
+                continue
+            try:
+                outcome = send(step)
+            except httpx.TransportError as error:
+                outcome = error
+
+    def _send(self, send: Send) -> httpx.Response:
+        return self._http.request(**send.arguments(self._timeout))
+
+
+class AsyncClient:
+    """The gateway, for asynchronous code (asyncio or trio). Everything else is as `Client` has it."""
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 30.0,
+        retries: int = 4,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        url, headers = _credentials(api_url, api_key)
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, transport=transport)
+        self._timeout = timeout
+        self._flows = Flows(retries)
+
+    async def upload(
+        self, source: Source, *, filename: str | None = None, content_type: str | None = None
+    ) -> str:
+        """See Client.upload."""
+        with opened(source) as upload:
+            described = upload.described(filename, content_type)
+
+            async def send(_: Send) -> httpx.Response:
+                upload.rewind()
+                content = _read_async(upload)
+                return await self._http.post("/v1/files", content=content, timeout=self._timeout, **described)
+
+            request = self._flows.request(Send("POST", "/v1/files"), repeatable=upload.repeatable)
+            return parsed(Uploaded, await self._run(request, send)).url
+
+    async def submit(
+        self,
+        task_type: str,
+        *,
+        task_id: str | None = None,
+        options: Mapping[str, JsonValue] | None = None,
+        priority: Priority = "normal",
+        callback_url: str | None = None,
+        callback_events: Sequence[CallbackEvent] | None = None,
+        expires_at: datetime | None = None,
+        time_limit: float | None = None,
+        batch_id: str | None = None,
+        metadata: Mapping[str, JsonValue] | None = None,
+        wait: float | None = None,
+        **inputs: JsonValue,
+    ) -> TaskStatus:
+        """See Client.submit."""
+        body = task_body(
+            task_id or new_task_id(),
+            task_type,
+            inputs,
+            options=options,
+            priority=priority,
+            callback_url=callback_url,
+            callback_events=callback_events,
+            expires_at=expires_at,
+            time_limit=time_limit,
+            batch_id=batch_id,
+            metadata=metadata,
+        )
+        return await self._run(self._flows.submit(body, wait))
+
+    async def status(self, task_id: str) -> TaskStatus:
+        """See Client.status."""
+        return await self._run(self._flows.status(task_id))
+
+    async def result(self, task_id: str, wait: float | None = None) -> Result:
+        """See Client.result."""
+        return await self._run(self._flows.result(task_id, wait))
+
+    async def wait(self, task_id: str, timeout: float | None = None) -> TaskStatus:
+        """See Client.wait."""
+        return await self._run(self._flows.wait(task_id, timeout))
+
+    async def cancel(self, task_id: str) -> TaskStatus:
+        """See Client.cancel."""
+        return await self._run(self._flows.cancel(task_id))
+
+    async def list(
+        self,
+        *,
+        task_type: str | None = None,
+        status: State | None = None,
+        batch_id: str | None = None,
+        page_size: int = 100,
+    ) -> AsyncIterator[TaskStatus]:
+        """See Client.list."""
+        filters = {"task_type": task_type, "status": status, "batch_id": batch_id, "limit": page_size}
+        cursor = None
+        while True:
+            page = await self._run(self._flows.page(filters, cursor))
+            for item in page.items:
+                yield item
+            if (cursor := page.cursor) is None:
+                return
+
+    async def events(self, task_id: str) -> AsyncIterator[Event]:
+        """See Client.events."""
+        following = Following(task_id, self._flows.retries)
+        while True:
+            try:
+                async with self._http.stream(**following.arguments(self._timeout)) as response:
+                    if not response.is_success:
+                        await response.aread()
+                        following.failed(response)
+                    else:
+                        async for chunk in response.aiter_raw():
+                            for event in following.news(chunk):
+                                yield event
+                            if following.ended:
+                                return
+            except httpx.TransportError as error:
+                following.failed(error)
+            await anyio.sleep(following.pause())
+
+    async def download(self, task_id: str, name: str, path: str | os.PathLike[str]) -> Path:
+        """See Client.download."""
+        file = target(path, name)
+
+        async def fetch(send: Send) -> httpx.Response:
+            async with self._http.stream(**send.arguments(self._timeout)) as response:
+                if not response.is_success:
+                    await response.aread()
+                    return response
+                with whole_file(file) as part:
+                    async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                        await to_thread.run_sync(part.write, chunk)
+                    part.check(response)
+                return response
+
+        await self._run(self._flows.request(Send("GET", artifact_path(task_id, name))), fetch)
+        return file
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, flow: Flow[T], send: Callable[[Send], Awaitable[httpx.Response]] | None = None) -> T:
+        send = send or self._send
+        outcome: Outcome = None
+        while True:
+            try:
+                step = flow.send(outcome)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+            outcome = None
+            if isinstance(step, Sleep):
+                await anyio.sleep(step.seconds)
+                continue
+            try:
+                outcome = await send(step)
+            except httpx.TransportError as error:
+                outcome = error
+
+    async def _send(self, send: Send) -> httpx.Response:
+        return await self._http.request(**send.arguments(self._timeout))
+
+
+async def _read_async(upload: Upload) -> AsyncIterator[bytes]:
+    while chunk := await to_thread.run_sync(upload.read):
+        yield chunk
+
+
+def _credentials(api_url: str | None, api_key: str | None) -> tuple[str, dict[str, str]]:
+    settings = ClientSettings.load()
+    key = api_key or (settings.api_key.get_secret_value() if settings.api_key is not None else None)
+    return api_url or settings.api_url, {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,0 +1,108 @@
+"""The HTTP gateway as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from anyio import to_thread
+from fastapi import FastAPI
+
+from broker.publisher import Publisher
+from broker.settings import BrokerSettings
+from broker.topology import topology_for
+from producer.gateway import events, files, health, openapi, problems, tasks
+from producer.gateway.access import Access
+from producer.gateway.health import ReadinessProbe
+from producer.gateway.hub import EventHub
+from producer.gateway.metrics import Metrics
+from producer.gateway.services import Services, TaskPublisher
+from producer.gateway.submission import Submitter
+from producer.keys import KeyFile
+from producer.settings import GatewaySettings
+from schemas import installed_types
+from storage.objects import open_store
+from storage.results import ResultStore
+from storage.settings import StorageSettings
+from storage.status import StatusIndex
+
+_CLOSE_SECONDS = 5.0
+
+
+def create_app(
+    settings: GatewaySettings | None = None,
+    *,
+    storage: StorageSettings | None = None,
+    broker: BrokerSettings | None = None,
+    publisher: TaskPublisher | None = None,
+) -> FastAPI:
+    """The gateway. Settings that are not given come from the environment.
+
+    It connects to nothing before it is started, and starts whatever is away. `app.state.services.closing`,
+    once set, ends event streams and waiting requests; the server sets it when it stops.
+    Raises InstallationError for settings that cannot work.
+    """
+    settings = settings or GatewaySettings.load()
+    storage = storage or StorageSettings.load()
+    if publisher is None:
+        topology = topology_for(installed_types())
+        publisher = Publisher(broker or BrokerSettings.load(), name="gateway", topology=topology)
+    store = open_store(storage)
+    keys = KeyFile(settings.api_keys_file)
+    keys.list()  # a file that cannot be read is an error of the start, not of the first request
+    metrics = Metrics()
+    services = Services(
+        settings=settings,
+        api_url=storage.api_url.rstrip("/"),
+        keys=keys,
+        status=StatusIndex.from_settings(storage),
+        store=store,
+        results=ResultStore(store),
+        publisher=publisher,
+        hub=EventHub(storage.redis_url, timeout=storage.redis_timeout),
+        metrics=metrics,
+        closing=asyncio.Event(),
+    )
+    app = FastAPI(
+        title="inferq",
+        version=version("inferq"),
+        description="A distributed task queue for AI inference.",
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.state.submitter = Submitter(services)
+    app.state.readiness = ReadinessProbe(services)
+    problems.register(app)
+    app.add_middleware(Access, metrics=metrics)
+    for part in (tasks, events, files, health):
+        app.include_router(part.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend it
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        app.openapi_schema = openapi.build(app)
+    return app.openapi_schema
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    services.publisher.start()
+    services.hub.start()
+    try:
+        yield
+    finally:
+        services.closing.set()
+        services.hub.wake()
+        await app.state.submitter.finish()
+        await services.hub.close()
+        await to_thread.run_sync(services.publisher.close, _CLOSE_SECONDS)
+        await to_thread.run_sync(services.status.close)

@@ -1,0 +1,165 @@
+"""Where a task stands: asked of Redis first, and of the object store wherever Redis does not know."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime, timedelta
+
+from pydantic import TypeAdapter, ValidationError
+
+from producer.gateway.problems import not_found
+from producer.gateway.services import Services
+from schemas import Event, EventData, EventType, InferqError, Outage, Result, State, TaskId, TaskStatus
+from storage.status import StatusOutage
+
+_DOUBTED_AFTER = timedelta(seconds=60)
+_INLINE_OUTPUT_BYTES = 16 * 1024
+_EVENT_OF_STATE: dict[State, EventType] = {
+    "queued": "task.queued",
+    "running": "task.started",
+    "retrying": "task.retrying",
+    "succeeded": "task.succeeded",
+    "failed": "task.failed",
+    "cancelled": "task.cancelled",
+}
+_TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
+
+_log = logging.getLogger(__name__)
+
+
+def checked_id(task_id: str) -> str:
+    """`task_id` itself. Raises Refused (404) for one that no task can have."""
+    try:
+        return _TASK_ID.validate_python(task_id)
+    except ValidationError as error:
+        raise unknown(task_id) from error
+
+
+def unknown(task_id: str) -> InferqError:
+    return not_found(f"task {task_id!r}")
+
+
+async def find_result(services: Services, tenant: str, task_id: str) -> Result | None:
+    """The record of how the task ended, None where it has not. Raises StoreOutage."""
+    return await services.on_store(services.results.load, tenant, task_id)
+
+
+async def find_status(
+    services: Services, tenant: str, task_id: str, *, doubt: bool = False
+) -> TaskStatus | None:
+    """Where the task stands; None where nobody knows it.
+
+    Redis is an index that may have missed an end, so one that it has long called unfinished (or, with
+    `doubt`, that it calls unfinished at all) is looked for in the object store too. Raises an Outage where
+    whoever would know is away.
+    """
+    outage: Outage | None = None
+    status: TaskStatus | None = None
+    try:
+        status = await services.on_redis(services.status.get, tenant, task_id)
+    except StatusOutage as error:
+        outage = error
+    if status is not None and (status.ended or not (doubt or _doubtful(status))):
+        return status
+    try:
+        result = await find_result(services, tenant, task_id)
+    except Outage:
+        if status is None:
+            raise
+        return status
+    if result is None:
+        if status is None and outage is not None:
+            raise outage
+        return status
+    return status_of(result) if status is None else await _mended(services, status, result)
+
+
+async def require_status(services: Services, tenant: str, task_id: str) -> TaskStatus:
+    """Where the task stands. Raises Refused (404) where there is no such task."""
+    status = await find_status(services, tenant, checked_id(task_id))
+    if status is None:
+        raise unknown(task_id)
+    return status
+
+
+def status_of(result: Result) -> TaskStatus:
+    """The status that a task's record amounts to."""
+    return TaskStatus(
+        task_id=result.task_id,
+        task_type=result.task_type,
+        tenant=result.tenant,
+        state=result.status,
+        attempt=max(result.attempts, 1),
+        progress=1.0 if result.status == "succeeded" else None,
+        batch_id=result.batch_id,
+        worker=result.worker,
+        error=result.error,
+        created_at=result.created_at,
+        started_at=result.started_at,
+        finished_at=result.finished_at,
+        cancel_requested=result.status == "cancelled",
+    )
+
+
+def event_of_status(status: TaskStatus) -> Event:
+    """The event that tells a newcomer where the task stands."""
+    type_ = _EVENT_OF_STATE[status.state]
+    if status.state == "running" and status.progress is not None:
+        type_ = "task.progress"
+    return Event(
+        type=type_,
+        timestamp=status.finished_at or datetime.now(UTC),
+        data=EventData(
+            task_id=status.task_id,
+            task_type=status.task_type,
+            tenant=status.tenant,
+            state=status.state,
+            attempt=status.attempt,
+            progress=status.progress,
+            note=status.progress_note,
+            batch_id=status.batch_id,
+            error=status.error,
+        ),
+    )
+
+
+def event_of_result(result: Result) -> Event:
+    """The event of a task's end, with its output where that is small enough to travel inline."""
+    small = len(json.dumps(result.output)) <= _INLINE_OUTPUT_BYTES
+    return Event(
+        type=_EVENT_OF_STATE[result.status],
+        timestamp=result.finished_at,
+        data=EventData(
+            task_id=result.task_id,
+            task_type=result.task_type,
+            tenant=result.tenant,
+            state=result.status,
+            attempt=max(result.attempts, 1),
+            progress=1.0 if result.status == "succeeded" else None,
+            batch_id=result.batch_id,
+            error=result.error,
+            output=result.output if small else None,
+            metadata=result.metadata,
+        ),
+    )
+
+
+def _doubtful(status: TaskStatus) -> bool:
+    since = status.started_at or status.created_at
+    return since is None or datetime.now(UTC) - since > _DOUBTED_AFTER
+
+
+async def _mended(services: Services, status: TaskStatus, result: Result) -> TaskStatus:
+    """Tell Redis of an end that it missed, so that lists and waiting readers learn of it too.
+
+    A failure changes nothing where the task has been redriven since: then Redis knows better.
+    """
+    try:
+        await services.on_redis(services.status.ended, result)
+        return await services.on_redis(services.status.get, result.tenant, result.task_id) or status_of(
+            result
+        )
+    except StatusOutage as error:
+        _log.warning("task %s: its end is not in Redis: %s", result.task_id, error)
+        return status_of(result) if result.status == "succeeded" else status

@@ -1,0 +1,55 @@
+"""What the gateway counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+_REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+_PUBLISH_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """The gateway's metrics, in a registry of their own, so that one process may hold two gateways."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._registry)
+        self.requests = Counter(
+            "inferq_http_requests",
+            "HTTP requests by method, route template and status.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+        self.request_seconds = Histogram(
+            "inferq_http_request_seconds",
+            "Seconds until an HTTP answer was complete, by method and route template.",
+            ["method", "route"],
+            buckets=_REQUEST_SECONDS,
+            registry=self._registry,
+        )
+        self.tasks_submitted = Counter(
+            "inferq_tasks_submitted",
+            "Tasks that the broker has confirmed, by type.",
+            ["task_type"],
+            registry=self._registry,
+        )
+        self.publish_seconds = Histogram(
+            "inferq_publish_seconds",
+            "Seconds until the broker confirmed a task.",
+            buckets=_PUBLISH_SECONDS,
+            registry=self._registry,
+        )
+        self.uploaded_bytes = Counter(
+            "inferq_uploaded_bytes", "Bytes of files uploaded.", registry=self._registry
+        )
+        self.event_streams = Gauge(
+            "inferq_event_streams", "Event streams that are open now.", registry=self._registry
+        )
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self._registry)

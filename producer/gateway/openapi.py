@@ -1,0 +1,60 @@
+"""The OpenAPI document, with the schema of every installed task type as what a submission may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from producer.gateway.problems import MEDIA_TYPE, Problem
+from schemas import installed_types
+
+_REF = "#/components/schemas/{model}"
+_FILLED_IN = ("task_id",)
+
+
+def build(app: FastAPI) -> dict[str, Any]:
+    """The document of `app`'s routes, its submissions spelled out by task type."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+    types = installed_types()
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(Problem, "serialization")]
+    for task_type in types.values():
+        models += [(task_type.task, "validation"), (task_type.output, "serialization")]
+    references, definitions = models_json_schema(models, ref_template=_REF)
+    schemas |= definitions.get("$defs", {})
+    mapping = {}
+    for task_type in types.values():
+        reference = references[task_type.task, "validation"]["$ref"]
+        mapping[task_type.name] = reference
+        schema = schemas[reference.rpartition("/")[2]]
+        # The gateway fills these in, though a task on the queue has them always.
+        schema["required"] = [name for name in schema.get("required", ()) if name not in _FILLED_IN]
+        schema["x-inferq-output"] = references[task_type.output, "serialization"]
+    task = {
+        "oneOf": [{"$ref": reference} for reference in mapping.values()],
+        "discriminator": {"propertyName": "task_type", "mapping": mapping},
+    }
+    schemas["AnyTask"] = task
+    body = {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _REF.format(model="AnyTask")}}},
+    }
+    document["paths"]["/v1/tasks"]["post"]["requestBody"] = body
+    document["paths"]["/v1/tasks/{task_id}"]["put"]["requestBody"] = body
+    problem = {
+        "description": "Anything else: a problem document (RFC 9457)",
+        "content": {MEDIA_TYPE: {"schema": references[Problem, "serialization"]}},
+    }
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = problem
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    return document

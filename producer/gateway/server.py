@@ -1,0 +1,91 @@
+"""Running the gateway with uvicorn."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+import uvicorn
+from fastapi import FastAPI
+
+from producer.gateway.app import create_app
+from producer.gateway.services import Services
+from producer.settings import GatewaySettings
+from schemas import InstallationError
+
+_BACKLOG = 2048
+_KEEP_ALIVE_SECONDS = 30
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but whoever waits for long (event streams, `Prefer: wait`) is told when it stops."""
+
+    def __init__(self, app: FastAPI, *, grace: float) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            lifespan="on",
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=max(1, round(grace)),
+        )
+        super().__init__(config)
+        self._services: Services = app.state.services
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._services.closing.set()
+        self._services.hub.wake()
+        await super().shutdown(sockets)
+
+
+def serve(
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    settings: GatewaySettings | None = None,
+    app: FastAPI | None = None,
+    on_listening: Callable[[str], None] | None = None,
+) -> None:
+    """Run the gateway until SIGTERM or SIGINT; requests in hand get `shutdown_grace` seconds to finish.
+
+    Port 0 takes a free one; `on_listening` is told the URL. Raises InstallationError where the address
+    cannot be had.
+    """
+    settings = settings or GatewaySettings.load()
+    host = settings.gateway_host if host is None else host
+    port = settings.gateway_port if port is None else port
+    listener = listen(host, port)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal that stopped it once more when it is done; SIGTERM would end us with it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with listener, suppress(KeyboardInterrupt):
+        server = Server(app or create_app(settings), grace=settings.shutdown_grace)
+        if on_listening is not None:
+            on_listening(url_of(listener))
+        server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises InstallationError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise InstallationError(
+            f"the gateway cannot listen on {host}:{port}: {error.strerror or error}; "
+            "free it, or set INFERQ_GATEWAY_HOST and INFERQ_GATEWAY_PORT",
+            code="cannot_listen",
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """The HTTP URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,96 @@
+"""What the routes work with: the settings, the stores, the publisher, and how blocking calls are made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, ParamSpec, Protocol, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import Depends, Request
+
+from broker.messages import Message
+from producer.gateway.hub import EventHub
+from producer.gateway.metrics import Metrics
+from producer.keys import KeyFile
+from producer.settings import GatewaySettings
+from storage.objects import ObjectStore
+from storage.results import ResultStore
+from storage.status import StatusIndex
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_REDIS_THREADS = 32
+_STORE_THREADS = 64
+
+
+class TaskPublisher(Protocol):
+    """What the gateway needs of broker.publisher.Publisher."""
+
+    blocked_reason: str | None
+
+    @property
+    def connected(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    async def confirm(self, message: Message, *, timeout: float | None = None) -> None: ...
+
+    def close(self, timeout: float = 5.0) -> None: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """One gateway's surroundings. `closing` is set when it stops: whoever waits for long ends then.
+
+    Calls to Redis, to the object store and uploads each have threads of their own, so that a slow one of
+    them never holds up the others.
+    """
+
+    settings: GatewaySettings
+    api_url: str
+    keys: KeyFile
+    status: StatusIndex
+    store: ObjectStore
+    results: ResultStore
+    publisher: TaskPublisher
+    hub: EventHub
+    metrics: Metrics
+    closing: asyncio.Event
+    _redis_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REDIS_THREADS))
+    _store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_STORE_THREADS))
+    _upload_threads: CapacityLimiter = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_upload_threads", CapacityLimiter(self.settings.max_uploads))
+
+    async def on_redis(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a blocking call to Redis on a thread."""
+        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._redis_threads)
+
+    async def on_store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a blocking call to the object store on a thread."""
+        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._store_threads)
+
+    async def on_upload(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call that lasts as long as a client takes to send."""
+        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._upload_threads)
+
+    def task_url(self, task_id: str) -> str:
+        return f"{self.api_url}{task_path(task_id)}"
+
+
+def task_path(task_id: str) -> str:
+    """The path of a task's own resource. `.` and `..` are ids too, and must not be taken for folders."""
+    return f"/v1/tasks/{'%2E' * len(task_id) if task_id in ('.', '..') else task_id}"
+
+
+async def services_of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Here = Annotated[Services, Depends(services_of)]

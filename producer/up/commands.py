@@ -1,0 +1,163 @@
+"""The commands `inferq up` and `inferq down`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from producer.up.folder import DataFolder
+from schemas import InferqError
+
+if TYPE_CHECKING:
+    from producer.up.supervisor import Report
+
+Data = Annotated[Path, typer.Option("--data", help="The folder where everything is kept between runs.")]
+
+DOWN_LIMIT = 120.0
+"""Seconds that a supervisor gets to stop in good order before `inferq down` insists."""
+
+INSIST_LIMIT = 40.0
+"""Seconds for each further step; the guard of a killed supervisor takes up to 30 s."""
+
+
+def up(
+    data: Data = Path(".inferq"),
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The gateway's port; 0 takes a free one and keeps it.")
+    ] = 8000,
+    types: Annotated[
+        str | None,
+        typer.Option(help="Task types to start a worker for, separated by commas; all installed ones."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once everything is ready; `inferq down` stops it.")
+    ] = False,
+) -> None:
+    """Start everything on this machine, a private RabbitMQ and Redis included."""
+    # Every command loads this module; only this one pays for what it takes.
+    from producer.up.detached import start_detached
+    from producer.up.foreground import Wish, keep_up
+    from producer.up.plan import choose_types
+
+    screen = _Screen(Console(), data, detach=detach)
+    try:
+        wish = Wish(data, port, choose_types(types))
+        if detach:
+            screen.ready(start_detached(wish, report=screen.report))
+        else:
+            keep_up(wish, report=screen.report, when_ready=lambda plan: screen.ready(plan.facts))
+            screen.stopped()
+    except InferqError as error:
+        screen.failed(error)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        screen.stopped()
+        raise typer.Exit(130) from None
+
+
+def down(data: Data = Path(".inferq")) -> None:
+    """Stop what `inferq up` started on a data folder, and wait until it is gone."""
+    console = Console(soft_wrap=True)
+    folder = DataFolder(data)
+    pid = folder.holder()
+    if not folder.held() or pid is None:
+        console.print(Text(f"inferq is not up on {folder.path}"))
+        return
+    # The last steps are for a supervisor that hangs: at once, and then by force, which its guard outlives.
+    for number, limit in (
+        (signal.SIGTERM, DOWN_LIMIT),
+        (signal.SIGTERM, INSIST_LIMIT),
+        (signal.SIGKILL, INSIST_LIMIT),
+    ):
+        if not _signal(pid, number) or _gone(folder, limit):
+            break
+    if not _gone(folder, INSIST_LIMIT):
+        console.print(Text(f"inferq (pid {pid}) on {folder.path} does not stop"), style="red")
+        raise typer.Exit(1)
+    console.print(Text(f"inferq on {folder.path} has stopped"))
+
+
+def _signal(pid: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _gone(folder: DataFolder, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while folder.held():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+class _Screen:
+    """What a person sees of it."""
+
+    def __init__(self, console: Console, data: Path, *, detach: bool) -> None:
+        self._console = console
+        self._data = data
+        self._detach = detach
+        self._since = time.monotonic()
+        self._up = False
+        self._starting: list[str] = []
+        self._status = console.status("Starting")
+        self._status.start()
+
+    def report(self, report: Report) -> None:
+        name = report.part
+        match report.stage:
+            case "starting":
+                self._starting.append(name)
+            case "ready":
+                self._starting = [each for each in self._starting if each != name]
+                self._line(f"  {name} is ready", f"({report.seconds:.1f} s)")
+            case "ended":
+                self._line(f"  {name} {report.text}", f"and starts again in {report.seconds:.1f} s")
+            case "failing":
+                self._line(f"  {name} fails again and again, and is tried on: it {report.text}", style="red")
+            case "stopping":
+                self._status.update("Stopping")
+                self._status.start()
+                return
+        if self._starting and not self._up:
+            self._status.update(Text("Starting " + ", ".join(self._starting)))
+
+    def ready(self, facts: Mapping[str, str]) -> None:
+        self._up = True
+        self._status.stop()
+        table = Table.grid(padding=(0, 2))
+        for label, text in facts.items():
+            table.add_row(Text(f"  {label}", style="dim"), Text(text, overflow="fold"))
+        self._console.print(
+            Text(f"inferq is ready ({time.monotonic() - self._since:.1f} s)", style="bold green")
+        )
+        self._console.print(table)
+        stop = f"inferq down --data {shlex.quote(str(self._data))}" if self._detach else "Ctrl-C"
+        self._console.print(Text(f"  Stop it with {stop}", style="dim"))
+
+    def stopped(self) -> None:
+        self._status.stop()
+        self._line("inferq has stopped")
+
+    def failed(self, error: InferqError) -> None:
+        self._status.stop()
+        self._line(f"inferq up: {error.message}", style="red")
+
+    def _line(self, text: str, aside: str = "", *, style: str = "") -> None:
+        self._console.print(
+            Text.assemble((text, style), " " if aside else "", (aside, "dim")), soft_wrap=True
+        )

@@ -1,0 +1,167 @@
+"""A supervisor in a process of its own: the starter sees it through its start, then leaves it alone.
+
+The two share a socket. The supervisor sends one JSON line for each thing that happens while it starts; if
+the starter goes away before everything is ready (or, where it is bound to the starter, ever), it stops
+everything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from producer.up.folder import DataFolder
+from producer.up.foreground import Wish, keep_up
+from producer.up.plan import Plan
+from producer.up.supervisor import Report, Supervisor
+from schemas import InferqError
+
+
+def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[str, str]:
+    """Start a supervisor that outlives this process; returns once all parts are ready.
+
+    Gives the plan's facts. Raises InferqError where the start fails; nothing runs then. Interrupted or
+    killed while it waits, the supervisor stops what it has started.
+    """
+    channel, process = _start(wish, bound=False)
+    with channel:
+        try:
+            return _until_ready(channel, process, wish, report)
+        except KeyboardInterrupt:
+            channel.close()
+            process.wait()
+            raise
+        finally:
+            # It goes on without us; its end is not ours to wait for.
+            process.returncode = process.poll() or 0
+
+
+@contextmanager
+def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mapping[str, str]]:
+    """Everything up for the length of a `with` block; the end of this process, however it comes, ends it too.
+
+    Gives the INFERQ_ variables that `<data>/env` holds. Raises InferqError where the start fails.
+    """
+    channel, process = _start(wish, bound=True)
+    try:
+        with channel:
+            _until_ready(channel, process, wish, report)
+            yield DataFolder(wish.data).kept_env()
+    finally:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # the second request to stop: at once
+            process.wait()
+            raise
+
+
+def _start(wish: Wish, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    order = {"data": str(wish.data), "port": wish.port, "types": wish.types, "bound": bound}
+    log = _log(wish)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    ours, theirs = socket.socketpair()
+    with theirs, log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "producer.up", str(theirs.fileno()), json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(theirs.fileno(),),
+        )
+    return ours, process
+
+
+def _log(wish: Wish) -> Path:
+    return DataFolder(wish.data).logs / "up.log"
+
+
+def _until_ready(
+    channel: socket.socket,
+    process: subprocess.Popen[bytes],
+    wish: Wish,
+    report: Callable[[Report], None],
+) -> Mapping[str, str]:
+    facts = _follow(channel, report)
+    if facts is None:
+        raise InferqError(
+            f"the supervisor ended (exit code {process.wait()}) before it was ready; see {_log(wish)}",
+            code="up_failed",
+        )
+    return facts
+
+
+def _follow(channel: socket.socket, report: Callable[[Report], None]) -> Mapping[str, str] | None:
+    with channel.makefile("r", encoding="utf-8") as lines:
+        for line in lines:
+            message = json.loads(line)
+            if "ready" in message:
+                ready: dict[str, str] = message["ready"]
+                return ready
+            if "failed" in message:
+                lines.read()  # until it has stopped everything
+                raise InferqError(message["failed"], code=message["code"])
+            report(Report(**message["report"]))
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    """The supervisor's side: the socket's descriptor, and the wish as JSON."""
+    channel = socket.socket(fileno=int(arguments[0]))
+    os.set_inheritable(channel.fileno(), False)
+    order = json.loads(arguments[1])
+    wish = Wish(Path(order["data"]), order["port"], tuple(order["types"]))
+    state = _Starter(channel, bound=order["bound"])
+    try:
+        keep_up(wish, report=state.report, when_ready=state.ready, watch=state.watch)
+    except InferqError as error:
+        print(f"inferq up: {error}", flush=True)  # noqa: T201 - this is its log
+        state.send({"failed": error.message, "code": error.code})
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        channel.close()
+    return 0
+
+
+class _Starter:
+    """Whoever waits for the supervisor to be ready, as the supervisor sees them."""
+
+    def __init__(self, channel: socket.socket, *, bound: bool) -> None:
+        self._channel = channel
+        self._bound = bound
+        self._waiting = True
+
+    def report(self, report: Report) -> None:
+        print(f"{report.part}: {report.stage} {report.text}".rstrip(), flush=True)  # noqa: T201 - its log
+        self.send({"report": asdict(report)})
+
+    def ready(self, plan: Plan) -> None:
+        self.send({"ready": dict(plan.facts)})
+        self._waiting = False
+
+    def watch(self, loop: asyncio.AbstractEventLoop, supervisor: Supervisor) -> None:
+        def gone() -> None:
+            loop.remove_reader(self._channel)
+            if self._waiting or self._bound:
+                self._waiting = False
+                supervisor.request_stop()
+
+        loop.add_reader(self._channel, gone)
+
+    def send(self, message: Mapping[str, object]) -> None:
+        if self._waiting:
+            try:
+                self._channel.sendall(json.dumps(message).encode() + b"\n")
+            except OSError:
+                return  # `watch` sees that they are gone

@@ -1,0 +1,60 @@
+"""A supervisor at work on a data folder, in this process: from the plan to the last part's end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from producer.up.folder import DataFolder
+from producer.up.plan import Plan, make_plan
+from producer.up.supervisor import Report, Supervisor
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `inferq up` was asked for. `types` are checked names; a `port` of 0 takes a free one."""
+
+    data: Path
+    port: int
+    types: tuple[str, ...]
+
+
+def keep_up(
+    wish: Wish,
+    *,
+    report: Callable[[Report], None],
+    when_ready: Callable[[Plan], None],
+    watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None = None,
+) -> None:
+    """Start everything, say so, and return once a signal has ended it all.
+
+    SIGINT, SIGTERM and SIGHUP stop in good order, a second one at once. `watch` may look for other reasons
+    to stop. Belongs to the main thread. Raises InferqError, everything stopped, where the start fails.
+    """
+    folder = DataFolder(wish.data)
+    held = folder.hold()
+    # Held until this process has ended, so that whoever waits for the folder finds nothing of it left.
+    asyncio.run(_keep_up(folder, held, wish, report, when_ready, watch))
+
+
+async def _keep_up(
+    folder: DataFolder,
+    held: int,
+    wish: Wish,
+    report: Callable[[Report], None],
+    when_ready: Callable[[Plan], None],
+    watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None,
+) -> None:
+    plan = make_plan(folder, port=wish.port, types=wish.types)
+    supervisor = Supervisor(plan.parts, folder.logs, mark=secrets.token_hex(16), report=report, held=held)
+    loop = asyncio.get_running_loop()
+    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in signals:
+        loop.add_signal_handler(number, supervisor.request_stop)
+    if watch is not None:
+        watch(loop, supervisor)
+    await supervisor.run(lambda: when_ready(plan))

@@ -1,0 +1,105 @@
+"""The last net of `inferq up`: a process that outlives a killed supervisor and ends what it left behind.
+
+It reads `+SESSION`, `~SESSION` and `-SESSION` lines on its standard input: the session of a part that was
+started, of a gentle one, and of one that is gone. When its input ends, everything in those sessions, and
+every process that carries the supervisor's mark in its environment, is killed; gentle parts are asked first,
+and have GRACE seconds. The kernel's parent-death signal reaches only the parts themselves; this reaches their
+children too.
+
+It runs as a plain script, on the standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+MARK = "INFERQ_UP_MARK"
+"""The environment variable whose value tells the processes of one supervisor from all others."""
+
+GENTLE = "-gentle"
+"""What the mark of a gentle part ends with."""
+
+GRACE = 30.0
+
+
+def members(sessions: Collection[int], mark: str) -> list[int]:
+    """The pids of all living processes in these sessions, or with this mark in their environment."""
+    needle = f"{MARK}={mark}".encode() if mark else b""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        pid = int(entry.name)
+        if pid == os.getpid():
+            continue
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            state, session = _status(entry)
+            if state in "ZX":
+                continue
+            # Another user's environment cannot be read, but nor can their processes be of ours.
+            if session in sessions or (needle and needle in (entry / "environ").read_bytes().split(b"\0")):
+                found.append(pid)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether that process runs; one that has ended and was not waited for does not."""
+    with contextlib.suppress(OSError):
+        return _status(Path("/proc") / str(pid))[0] not in "ZX"
+    return False
+
+
+def _status(entry: Path) -> tuple[str, int]:
+    """A process's state and session id."""
+    # The command's name, in parentheses, may hold anything.
+    fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return fields[0], int(fields[3])
+
+
+def kill_all(sessions: Collection[int], mark: str = "", *, seconds: float = 10.0) -> bool:
+    """Kill every member, those too that appear meanwhile. Gives whether none is left in time."""
+    end = time.monotonic() + seconds
+    while found := members(sessions, mark):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    hard: set[int] = set()
+    gentle: set[int] = set()
+    for line in sys.stdin:
+        session = int(line[1:])
+        hard.discard(session)
+        gentle.discard(session)
+        if line.startswith("+"):
+            hard.add(session)
+        elif line.startswith("~"):
+            gentle.add(session)
+    mark = sys.argv[1]
+    gone = kill_all(hard, mark)
+    end = time.monotonic() + GRACE
+    # The part itself leads its session. One that was still starting may have lost the first signal.
+    ticks = 0
+    while (waiting := [session for session in gentle if alive(session)]) and time.monotonic() < end:
+        if ticks % 20 == 0:
+            for session in waiting:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(session, signal.SIGTERM)
+        ticks += 1
+        time.sleep(0.05)
+    return 0 if kill_all(gentle, mark + GENTLE) and gone else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What `inferq up` starts: the parts, their ports, and the variables by which they find each other."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from producer.keys import KeyFile
+from producer.up.folder import DataFolder
+from producer.up.part import LOOPBACK, Part, port_free
+from producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake
+from producer.up.redis import RedisServer, ping
+from schemas import InferqError, installed_types
+
+_RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
+TENANT = "default"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to run. `variables` are the INFERQ_* ones; `facts` are for people, label → text."""
+
+    parts: tuple[Part, ...]
+    variables: Mapping[str, str]
+    facts: Mapping[str, str]
+
+
+def choose_types(names: str | None) -> tuple[str, ...]:
+    """The task types in a comma-separated list, or all that are installed.
+
+    Raises InferqError (`unknown_task_type`) for a name that is not installed.
+    """
+    installed = tuple(installed_types())
+    if names is None:
+        return installed
+    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in chosen if name not in installed]
+    if unknown or not chosen:
+        raise InferqError(
+            f"--types {names!r} names {', '.join(unknown) or 'no type'}; "
+            f"installed are: {', '.join(installed) or 'none'}",
+            code="unknown_task_type",
+        )
+    return chosen
+
+
+def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
+    """Prepare `folder` (which the caller holds) for the gateway on `port` and a worker for each type.
+
+    A `port` of 0 takes a free one and keeps it. A broker or a Redis that the environment names is used
+    instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
+    """
+    names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in types)]
+    if port == 0:
+        names.append("gateway")
+    elif not port_free(port):
+        raise InferqError(
+            f"port {port} is taken by another program; choose another with --port (0 takes a free one)",
+            code="port_taken",
+        )
+    ports = folder.ports(names)
+    port = port or ports["gateway"]
+
+    parts: list[Part] = []
+    facts = {"gateway": f"http://{LOOPBACK}:{port}", "workers": ", ".join(types)}
+
+    amqp_url = _from_environment("INFERQ_AMQP_URL", folder.path / "rabbitmq" / "password")
+    if amqp_url is None:
+        node = RabbitNode.prepare(
+            folder.path / "rabbitmq", RabbitPorts(*(ports[name] for name in _RABBIT_PORTS))
+        )
+        parts += node.parts()
+        amqp_url = node.url
+        facts["rabbitmq"] = f"{LOOPBACK}:{node.ports.amqp}, management at {node.management_url}"
+    else:
+        _must_answer("INFERQ_AMQP_URL", handshake(amqp_url))
+        facts["rabbitmq"] = "the one that INFERQ_AMQP_URL names"
+
+    redis_url = _from_environment("INFERQ_REDIS_URL", folder.path / "redis" / "password")
+    if redis_url is None:
+        server = RedisServer.prepare(folder.path / "redis", ports["redis"])
+        parts.append(server.part())
+        redis_url = server.url
+        facts["redis"] = f"{LOOPBACK}:{server.port}"
+    else:
+        _must_answer("INFERQ_REDIS_URL", ping(redis_url))
+        facts["redis"] = "the one that INFERQ_REDIS_URL names"
+
+    services = tuple(part.name for part in parts)
+    variables = {
+        "INFERQ_AMQP_URL": amqp_url,
+        "INFERQ_REDIS_URL": redis_url,
+        "INFERQ_STORE_URL": (folder.path / "store").as_uri(),
+        "INFERQ_API_URL": f"http://{LOOPBACK}:{port}",
+        "INFERQ_API_KEY": _api_key(folder),
+        "INFERQ_API_KEYS_FILE": str(folder.path / "keys.json"),
+    }
+    (folder.path / "store").mkdir(exist_ok=True)
+    folder.write_env(variables)
+    facts["data"] = f"{folder.path}, logs in {folder.logs}"
+    facts["other shells"] = f". {shlex.quote(_shortest(folder.env_file))}"
+
+    env = os.environ | variables
+    parts.append(_gateway(port, env, services))
+    parts += [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
+    return Plan(tuple(parts), variables, facts)
+
+
+def _gateway(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
+    return Part(
+        name="gateway",
+        argv=(sys.executable, "-m", "producer.cli", "gateway", "--host", LOOPBACK, "--port", str(port)),
+        env=env,
+        probe=lambda: http_ready(port),
+        needs=needs,
+        stop_rank=10,
+        grace=15,
+        start_limit=60,
+    )
+
+
+def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
+    return Part(
+        name=f"worker-{task_type}",
+        argv=(sys.executable, "-m", "producer.cli", "worker", task_type),
+        env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
+        probe=lambda: http_ready(port),
+        needs=needs,
+        stop_rank=0,
+        # A task in hand may go on for the worker's own grace (INFERQ_GRACE_SECONDS, 30 s) before that.
+        grace=40,
+        start_limit=300,
+    )
+
+
+def http_ready(port: int) -> str | None:
+    """Why `GET /readyz` on this loopback port does not answer 200, or None where it does."""
+    # Straight to the socket: a proxy in the environment has no business here.
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
+    try:
+        connection.request("GET", "/readyz")
+        answer = connection.getresponse()
+        text = answer.read(400).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        return f"port {port}: {error}"
+    finally:
+        connection.close()
+    return None if answer.status == 200 else f"/readyz says {answer.status} {text}".rstrip()
+
+
+def _from_environment(name: str, secret: Path) -> str | None:
+    """The service that the environment names, unless that is our own private one.
+
+    A shell that has sourced `<data>/env` names the private services of that folder, which do not run yet.
+    """
+    url = os.environ.get(name) or None
+    if url is None:
+        return None
+    try:
+        ours = secret.read_text(encoding="utf-8").strip()
+    except OSError:
+        return url
+    return None if ours and ours in url else url
+
+
+def _must_answer(name: str, reason: str | None) -> None:
+    if reason is not None:
+        raise InferqError(
+            f"what {name} names does not answer ({reason}); start it, correct {name}, or unset it for a "
+            "private one",
+            code="not_answering",
+        )
+
+
+def _api_key(folder: DataFolder) -> str:
+    keys = KeyFile(folder.path / "keys.json")
+    kept = folder.kept_env().get("INFERQ_API_KEY", "")
+    if kept and keys.tenant_of(kept) is not None:
+        return kept
+    return keys.add(TENANT, name="inferq up")
+
+
+def _shortest(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)

@@ -1,0 +1,74 @@
+"""Starting a part as a child that cannot outlive us, and ending it with everything that it started."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from producer.up.guard import GENTLE, MARK, kill_all
+from producer.up.part import Part
+
+LOG_BYTES = 10 * 1024 * 1024
+"""A log that has grown beyond this is moved aside when its part starts."""
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
+    """Start the part in a session of its own, its output appended to `log`, its environment marked.
+
+    The kernel kills it (asks it to stop, where it is gentle) when the calling *thread* ends, however that
+    comes about: call it on a thread that lives as long as the part may. Raises OSError where the program
+    cannot be started.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.replace(log.with_name(log.name + ".1"))
+    parent = os.getpid()
+    last_word = part.stop_signal if part.gentle else signal.SIGKILL
+
+    def die_with_parent() -> None:
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, last_word, 0, 0, 0)
+            if os.getppid() != parent:  # it died before the kernel knew
+                os._exit(1)
+
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            part.argv,
+            env={**part.env, MARK: mark + GENTLE if part.gentle else mark},
+            cwd=part.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+
+def stop(process: subprocess.Popen[bytes], part: Part) -> None:
+    """Ask the part to stop, wait for its grace, then kill it and whatever it left in its session."""
+    if process.poll() is None:
+        process.send_signal(part.stop_signal)
+        try:
+            process.wait(part.grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    kill_all({process.pid})
+
+
+def last_lines(log: Path, count: int = 8) -> list[str]:
+    """The last lines of a log, without the empty ones."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]

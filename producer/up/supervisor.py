@@ -1,0 +1,263 @@
+"""Starts the parts, keeps them running, and ends them: one task per part, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from producer.up import guard
+from producer.up.part import Part
+from producer.up.process import last_lines, spawn
+from schemas import InferqError
+
+Stage = Literal["starting", "ready", "ended", "failing", "stopping"]
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Seconds before a part that ended is started again: doubling from `first` to `most`.
+
+    It starts over once the part has stayed up for `steady` seconds. After `patience` ends in a row the part
+    counts as failing.
+    """
+
+    first: float = 0.5
+    most: float = 30.0
+    steady: float = 60.0
+    patience: int = 3
+
+    def delay(self, ends: int) -> float:
+        return float(min(self.first * 2 ** min(ends - 1, 32), self.most))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened to a part. `seconds` since it was started, or until it is started again."""
+
+    part: str
+    stage: Stage
+    text: str = ""
+    seconds: float = 0.0
+
+
+class PartFailed(InferqError):
+    """A part did not become ready when everything was started."""
+
+    code = "part_failed"
+
+
+@dataclass
+class _Running:
+    part: Part
+    process: subprocess.Popen[bytes]
+    ended: asyncio.Event
+    since: float = field(default_factory=time.monotonic)
+
+
+class Supervisor:
+    """Runs `parts` until it is told to stop; nothing that they started outlives it.
+
+    `request_stop` stops in good order; called again, at once. Both it and `run` belong to the main thread.
+    `mark` tells this supervisor's processes from all others, see `producer.up.guard`; `held` is a
+    descriptor that stays open until the last of them is gone.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        logs: Path,
+        *,
+        mark: str,
+        report: Callable[[Report], None],
+        held: int | None = None,
+        backoff: Backoff = Backoff(),
+    ) -> None:
+        self._parts = {part.name: part for part in parts}
+        self._logs = logs
+        self._mark = mark
+        self._report = report
+        self._held = held
+        self._backoff = backoff
+        self._running: dict[str, _Running] = {}
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    def request_stop(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    async def run(self, when_ready: Callable[[], None]) -> None:
+        """Start everything, call `when_ready`, and return once all has been stopped.
+
+        Raises PartFailed, everything stopped, where a part does not become ready; `when_ready` is not
+        called where a stop was requested before.
+        """
+        self._guard = _start_guard(self._mark, self._held)
+        self._ready = {name: asyncio.Event() for name in self._parts}
+        keepers = [asyncio.create_task(self._keep(part)) for part in self._parts.values()]
+        stop = asyncio.create_task(self._stop.wait())
+        ready = asyncio.create_task(self._all_ready())
+        try:
+            await asyncio.wait([*keepers, stop, ready], return_when=asyncio.FIRST_COMPLETED)
+            if not stop.done() and ready.done():
+                when_ready()
+                await asyncio.wait([*keepers, stop], return_when=asyncio.FIRST_COMPLETED)
+            for keeper in keepers:
+                if keeper.done():
+                    keeper.result()
+        finally:
+            self._stop.set()
+            for task in (*keepers, stop, ready):
+                task.cancel()
+            await asyncio.gather(*keepers, stop, ready, return_exceptions=True)
+            await self._end_all()
+            await asyncio.to_thread(_end_guard, self._guard)
+
+    async def _all_ready(self) -> None:
+        for event in self._ready.values():
+            await event.wait()
+
+    async def _keep(self, part: Part) -> None:
+        for name in part.needs:
+            if name in self._ready:
+                await self._ready[name].wait()
+        ends = 0
+        while True:
+            started = time.monotonic()
+            reason = await self._live(part)
+            if not self._ready[part.name].is_set():
+                raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
+            stayed = time.monotonic() - started
+            if part.name in self._running:
+                await self._end(part.name)
+            ends = 1 if stayed > self._backoff.steady else ends + 1
+            delay = self._backoff.delay(ends)
+            if ends < self._backoff.patience:
+                self._report(Report(part.name, "ended", reason, delay))
+            elif ends == self._backoff.patience:
+                self._report(Report(part.name, "failing", f"{reason}\n{self._excerpt(part)}", delay))
+            await asyncio.sleep(delay)
+
+    async def _live(self, part: Part) -> str:
+        """One life of a part, until its process has ended or did not become ready: why it is over."""
+        try:
+            running = self._start(part)
+        except OSError as error:
+            return f"cannot be started: {error}"
+        self._report(Report(part.name, "starting"))
+        end = running.since + part.start_limit
+        while (reason := await asyncio.to_thread(part.probe)) is not None or running.ended.is_set():
+            if running.ended.is_set():
+                return _how_it_ended(running.process)
+            if time.monotonic() > end:
+                return f"was not ready within {part.start_limit:.0f} s ({reason})"
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(running.ended.wait(), 0.1)
+        self._ready[part.name].set()
+        self._report(Report(part.name, "ready", seconds=time.monotonic() - running.since))
+        await running.ended.wait()
+        return _how_it_ended(running.process)
+
+    def _start(self, part: Part) -> _Running:
+        # No await between the start and the entry: a stop finds either neither or both.
+        process = spawn(part, self._log(part), mark=self._mark)
+        running = _Running(part, process, asyncio.Event())
+        self._running[part.name] = running
+        self._tell_guard(f"{'~' if part.gentle else '+'}{process.pid}\n")
+        loop = asyncio.get_running_loop()
+
+        def wait() -> None:
+            process.wait()
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(running.ended.set)
+
+        threading.Thread(target=wait, name=f"wait-{part.name}", daemon=True).start()
+        return running
+
+    async def _end_all(self) -> None:
+        ranks = sorted({running.part.stop_rank for running in self._running.values()})
+        for rank in ranks:
+            names = [name for name, running in self._running.items() if running.part.stop_rank == rank]
+            await asyncio.gather(*(self._end(name) for name in names))
+
+    async def _end(self, name: str) -> None:
+        """End a part's process, and then whatever is left in its session."""
+        running = self._running[name]
+        if not running.ended.is_set():
+            self._report(Report(name, "stopping"))
+            await self._ask_to_stop(running)
+            running.process.kill()
+            await running.ended.wait()
+        await asyncio.to_thread(guard.kill_all, {running.process.pid})
+        self._tell_guard(f"-{running.process.pid}\n")
+        del self._running[name]
+
+    async def _ask_to_stop(self, running: _Running) -> None:
+        # A program that is still starting may lose a signal (Erlang's does): those are asked again.
+        again = None if self._ready[running.part.name].is_set() else 1.0
+        waits = [asyncio.create_task(event.wait()) for event in (running.ended, self._hurry)]
+        end = time.monotonic() + running.part.grace
+        while (left := end - time.monotonic()) > 0:
+            running.process.send_signal(running.part.stop_signal)
+            done, _ = await asyncio.wait(
+                waits, timeout=min(left, again or left), return_when=asyncio.FIRST_COMPLETED
+            )
+            if done:
+                break
+        for wait in waits:
+            wait.cancel()
+
+    def _tell_guard(self, line: str) -> None:
+        # Without its guard, the supervisor still ends everything; only its own violent death would not.
+        with contextlib.suppress(OSError, ValueError):
+            if self._guard.stdin is not None:
+                self._guard.stdin.write(line.encode())
+                self._guard.stdin.flush()
+
+    def _log(self, part: Part) -> Path:
+        return self._logs / f"{part.name}.log"
+
+    def _excerpt(self, part: Part) -> str:
+        lines = last_lines(self._log(part))
+        return "\n".join([*(f"    {line}" for line in lines), f"    (from {self._log(part)})"])
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    code = process.returncode
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _start_guard(mark: str, held: int | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(guard.__file__)), mark],
+        stdin=subprocess.PIPE,
+        # Whoever reads our output must not have to wait for it.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=() if held is None else (held,),
+        env={name: value for name, value in os.environ.items() if name != guard.MARK},
+    )
+
+
+def _end_guard(process: subprocess.Popen[bytes]) -> None:
+    # Its input ends, it sweeps once more, and it ends too.
+    try:
+        process.communicate(timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        process.kill()
+        process.wait()

@@ -1,0 +1,42 @@
+"""Where it rests: objects, results, status, and the inputs that are fetched."""
+
+from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
+from storage.fetch import Fetched, Fetcher, ScratchOutage
+from storage.local import LocalStore
+from storage.objects import (
+    BadObjectKey,
+    ObjectInfo,
+    ObjectNotFound,
+    ObjectStore,
+    StoreOutage,
+    open_store,
+)
+from storage.results import ResultStore, UnreadableResult, folder, upload_key
+from storage.settings import StorageSettings
+from storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
+
+__all__ = [
+    "AddressPolicy",
+    "AddressRefused",
+    "BadObjectKey",
+    "Begun",
+    "Fetched",
+    "Fetcher",
+    "GuardedBackend",
+    "LocalStore",
+    "ObjectInfo",
+    "ObjectNotFound",
+    "ObjectStore",
+    "Page",
+    "ResultStore",
+    "ScratchOutage",
+    "StatusIndex",
+    "StatusOutage",
+    "StorageSettings",
+    "StoreOutage",
+    "Submission",
+    "UnreadableResult",
+    "folder",
+    "open_store",
+    "upload_key",
+]

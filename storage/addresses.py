@@ -1,0 +1,197 @@
+"""Which network addresses a stranger's URL may lead to, enforced where the connection is made.
+
+A name is resolved once, every address that it gives is checked, and the connection goes to a checked address
+itself, never to the name: an answer that changes between the check and the connection changes nothing.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ssl import SSLContext
+from typing import Any
+
+import httpcore
+
+from schemas import InvalidTask
+from storage.settings import Network
+
+Resolver = Callable[[str, int], Sequence[str]]
+"""Host name and port → IP addresses. Raises OSError or UnicodeError where the name has none."""
+
+# The special-purpose registries of IANA (RFC 6890), spelled out, as Python's own notion changes by release.
+_SPECIAL_V4 = tuple(
+    ip_network(network)
+    for network in (
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+        "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24",
+        "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+        "224.0.0.0/4", "240.0.0.0/4",
+        "168.63.129.16/32",  # public by number, but the platform of Azure to every machine in it
+    )
+)  # fmt: skip
+_GLOBAL_V6 = ip_network("2000::/3")
+_SPECIAL_V6 = tuple(
+    ip_network(network)
+    for network in ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20")
+)
+_NAT64 = ip_network("64:ff9b::/96")  # RFC 6052
+
+
+class AddressRefused(InvalidTask):
+    """The URL leads to a private, loopback, link-local or otherwise special address."""
+
+    code = "address_refused"
+
+
+class AddressPolicy:
+    """Public addresses, and those in the allowed networks."""
+
+    def __init__(self, allowed: Iterable[Network] = ()) -> None:
+        self._allowed = tuple(allowed)
+
+    def permits(self, address: str) -> bool:
+        """Whether a connection to this IP address may be made; an IPv6 zone (`%eth0`) does not count."""
+        try:
+            ip = ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        if isinstance(ip, IPv6Address) and ip.ipv4_mapped:
+            ip = ip.ipv4_mapped
+        if any(ip in network for network in self._allowed if network.version == ip.version):
+            return True
+        if isinstance(ip, IPv4Address):
+            return not any(ip in network for network in _SPECIAL_V4)
+        if ip in _NAT64:
+            return self.permits(str(IPv4Address(int(ip) & 0xFFFFFFFF)))
+        return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
+
+    def check(self, host: str, addresses: Sequence[str]) -> list[str]:
+        """Those addresses of the host that may be used. Raises AddressRefused where none may."""
+        permitted = [address for address in addresses if self.permits(address)]
+        if addresses and not permitted:
+            raise AddressRefused(
+                f"host {host!r} leads to {', '.join(addresses[:4])}, which is no public address; "
+                "an operator can allow its network"
+            )
+        return permitted
+
+
+def system_resolver(host: str, port: int) -> list[str]:
+    """The addresses that the system's resolver gives, in its order of preference."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+class GuardedBackend(httpcore.NetworkBackend):
+    """Connects an httpcore pool to permitted addresses only, and ends each exchange by its deadline.
+
+    The deadline holds for the thread that sets it by `deadline`, and bounds all that it does: resolving,
+    connecting, TLS, and every read and write, so that a server which sends a byte at a time gains nothing.
+    """
+
+    def __init__(self, policy: AddressPolicy, resolver: Resolver = system_resolver) -> None:
+        self._policy = policy
+        self._resolver = resolver
+        self._backend = httpcore.SyncBackend()
+        self._clock = _Clock()
+
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """What the calling thread does within the block may take that long."""
+        self._clock.ends = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._clock.ends = None
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        addresses = self._policy.check(host, self._resolve(host, port))
+        failure: Exception = httpcore.ConnectError(f"host {host!r} has no address")
+        for address in addresses[:4]:
+            try:
+                stream = self._backend.connect_tcp(
+                    address,
+                    port,
+                    timeout=self._clock.left(timeout, httpcore.ConnectTimeout),
+                    local_address=local_address,
+                    socket_options=socket_options,
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+            else:
+                return _TimedStream(stream, self._clock)
+        raise failure
+
+    def _resolve(self, host: str, port: int) -> Sequence[str]:
+        """The resolver's answer. It knows no time limit of its own, so that a thread waits for it."""
+        answers: queue.SimpleQueue[Sequence[str] | OSError | UnicodeError] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(self._resolver(host, port))
+            except (OSError, UnicodeError) as error:
+                answers.put(error)
+
+        left = self._clock.left(None, httpcore.ConnectTimeout)
+        threading.Thread(target=ask, name="resolve", daemon=True).start()
+        try:
+            answer = answers.get(timeout=left)
+        except queue.Empty as error:
+            raise httpcore.ConnectTimeout(f"resolving {host!r} took too long") from error
+        if isinstance(answer, UnicodeError):
+            raise InvalidTask(f"{host!r} is not a host name", code="bad_input_url") from answer
+        if isinstance(answer, OSError):
+            raise httpcore.ConnectError(f"host {host!r} cannot be resolved: {answer}") from answer
+        return answer
+
+
+class _Clock(threading.local):
+    """Until when the calling thread may go on (monotonic seconds)."""
+
+    ends: float | None = None
+
+    def left(self, timeout: float | None, expired: type[Exception]) -> float | None:
+        """The shorter of a timeout and what is left. Raises `expired` where nothing is."""
+        if self.ends is None:
+            return timeout
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise expired("the time limit of the whole exchange is over")
+        return left if timeout is None else min(left, timeout)
+
+
+class _TimedStream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream, clock: _Clock) -> None:
+        self._stream = stream
+        self._clock = clock
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._clock.left(timeout, httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._clock.left(timeout, httpcore.WriteTimeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        left = self._clock.left(timeout, httpcore.ConnectTimeout)
+        return _TimedStream(self._stream.start_tls(ssl_context, server_hostname, left), self._clock)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

@@ -1,0 +1,446 @@
+"""The status index: where each task stands, in Redis. Fast and shared, but not the truth: it may be lost.
+
+Every change is one Lua script, so that it is atomic, and carries an order number, so that it is idempotent
+and a late or repeated message never moves a task backwards. The scripts use keys that they work out
+themselves: this is for one Redis (or a failover pair), not for a Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Self
+
+import redis
+from pydantic import JsonValue
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from schemas import (
+    ErrorInfo,
+    Event,
+    EventData,
+    EventType,
+    InvalidTask,
+    Outage,
+    Result,
+    State,
+    Task,
+    TaskStatus,
+)
+from storage import status_scripts as scripts
+from storage.encoding import clean, to_json
+from storage.settings import StorageSettings
+
+MAX_PAGE = 500
+"""The most statuses that one page of a listing holds."""
+
+_FAST_FAIL_SECONDS = 1.0
+_SCAN_ROUNDS = 20
+_MAX_NOTE = 500
+_MAX_EVENT_OUTPUT = 8 * 1024
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
+
+
+class StatusOutage(Outage):
+    """Redis, which holds the status index, cannot be reached."""
+
+    code = "status_unavailable"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What became of a submission. `conflict`: the id is taken by a task with another content."""
+
+    new: bool
+    confirmed: bool
+    conflict: bool
+    status: TaskStatus
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What stood on record as a run began; `digest` is None where the task was not on record."""
+
+    cancel_requested: bool
+    digest: str | None
+    state: State
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of a listing. `cursor` leads to the next one; it is None at the end."""
+
+    items: tuple[TaskStatus, ...]
+    cursor: str | None
+
+
+class StatusIndex:
+    """The status of every task. Safe to use from many threads; any method may raise StatusOutage.
+
+    `retention` is in seconds and counts from a task's last change. After a lost connection every call
+    fails at once for a second, but for one that looks whether Redis is back.
+    """
+
+    def __init__(
+        self, redis: redis.Redis, *, retention: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._redis = redis
+        self._retention = max(1, round(retention))
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._down_until: float | None = None
+        self._down_reason = ""
+        self._scripts = {name: redis.register_script(source) for name, source in scripts.SOURCES.items()}
+
+    @classmethod
+    def from_settings(cls, settings: StorageSettings) -> Self:
+        client = redis.Redis.from_url(
+            settings.redis_url,
+            decode_responses=True,
+            socket_timeout=settings.redis_timeout,
+            socket_connect_timeout=settings.redis_timeout,
+            # A pooled connection may have died since: one more try, but never a second wait.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            max_connections=1000,
+        )
+        return cls(client, retention=settings.status_retention)
+
+    @staticmethod
+    def channel(tenant: str, task_id: str) -> str:
+        """The pub/sub channel that carries a task's events, each the JSON of a schemas.Event."""
+        return f"inferq:events:{tenant}:{task_id}"
+
+    def submit(self, task: Task, *, attempt: int = 1) -> Submission:
+        """Put a task on record, not yet confirmed, unless it is there already."""
+        reply = self._change(
+            "submit", task.tenant, task.task_id, [*_facts(task), attempt, secrets.token_hex(6)]
+        )
+        new, confirmed, conflict, *fields = reply
+        status = _status(task.tenant, task.task_id, fields)
+        return Submission(new=bool(new), confirmed=bool(confirmed), conflict=bool(conflict), status=status)
+
+    def confirm(self, task: Task) -> None:
+        """The broker has the task; publishes `task.queued`, once."""
+        event = _event("task.queued", task, "queued")
+        self._change("confirm", task.tenant, task.task_id, [*_facts(task), event])
+
+    def forget(self, task: Task) -> None:
+        """Undo `submit` where publishing failed; does nothing once the task is confirmed or has begun."""
+        self._change("forget", task.tenant, task.task_id, [task.digest()])
+
+    def begin(self, task: Task, *, attempt: int, redrives: int, worker: str, started_at: datetime) -> Begun:
+        """A run begins. A task with another digest than the one on record changes nothing."""
+        event = _event("task.started", task, "running", attempt=attempt, at=started_at)
+        digest, cancel, state = self._change(
+            "begin",
+            task.tenant,
+            task.task_id,
+            [*_facts(task), attempt, redrives, clean(worker), _micros(started_at), event],
+        )
+        return Begun(cancel_requested=bool(cancel), digest=digest or None, state=state)
+
+    def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
+        """How far a running task is, from 0 to 1; ignored unless it runs, and where it would go back."""
+        fraction = min(max(fraction, 0.0), 1.0) if fraction == fraction else 0.0
+        timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        self._change(
+            "progress", tenant, task_id, [repr(round(fraction, 4)), clean(note or "")[:_MAX_NOTE], timestamp]
+        )
+
+    def retrying(self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo) -> None:
+        """The attempt failed, and another one waits in a retry level."""
+        event = _event("task.retrying", task, "retrying", attempt=attempt, error=error)
+        self._change(
+            "retrying",
+            task.tenant,
+            task.task_id,
+            [*_facts(task), attempt, redrives, to_json(error), event],
+        )
+
+    def ended(self, result: Result) -> bool:
+        """The task ended. True for the call that moved it there, False where it already was.
+
+        A failure ends whatever attempt is on record of the same redrive; only a later redrive, or a success,
+        moves the task on from there. A success stands for ever.
+        """
+        return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
+
+    def ended_soon(self, result: Result) -> Callable[[], bool]:
+        """As `ended`, but only sent: what this gives waits for the answer, so other work can go between."""
+        arguments = self._end(result)
+
+        def whole_call() -> bool:
+            return bool(self._change("ended", result.tenant, result.task_id, arguments))
+
+        if self._down_until is not None:
+            return whole_call
+        pool = self._redis.connection_pool
+        try:
+            connection = pool.get_connection()
+        except redis.RedisError:
+            return whole_call
+        key = scripts.record_key(result.tenant, result.task_id)
+        try:
+            connection.send_command(  # type: ignore[no-untyped-call]
+                "EVALSHA", self._scripts["ended"].sha, 1, key,
+                *self._head(result.tenant, result.task_id), *arguments,
+            )  # fmt: skip
+        except redis.RedisError:
+            pool.release(connection)
+            return whole_call
+
+        def answer() -> bool:
+            try:
+                reply = connection.read_response()
+            except redis.RedisError:
+                connection.disconnect()  # type: ignore[no-untyped-call]
+                return whole_call()  # a repeated end gives its first answer again
+            finally:
+                pool.release(connection)
+            return bool(reply)
+
+        return answer
+
+    def _end(self, result: Result) -> Sequence[Any]:
+        facts = [
+            result.task_type,
+            "",
+            result.batch_id or "",
+            result.digest or "",
+            _micros(result.created_at),
+        ]
+        return [
+            *facts,
+            result.attempts,
+            result.redrives,
+            result.status,
+            _micros(result.started_at),
+            _micros(result.finished_at),
+            clean(result.worker or ""),
+            to_json(result.error) if result.error else "",
+            _end_event(result),
+            secrets.token_hex(6),
+        ]
+
+    def request_cancel(self, tenant: str, task_id: str) -> TaskStatus | None:
+        """Ask for a task to be cancelled; None where it is unknown. One that has ended stays as it is."""
+        fields = self._change("cancel", tenant, task_id, [])
+        return _status(tenant, task_id, fields) if fields else None
+
+    def cancel_requested(self, tenant: str, task_id: str) -> bool:
+        return bool(self._call(lambda: self._redis.hexists(scripts.record_key(tenant, task_id), "x")))
+
+    def get(self, tenant: str, task_id: str) -> TaskStatus | None:
+        reply = self._call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))
+        fields = [_text(part) for pair in reply.items() for part in pair]
+        return _status(tenant, task_id, fields) if fields else None
+
+    def list(
+        self,
+        tenant: str,
+        *,
+        task_type: str | None = None,
+        state: State | None = None,
+        batch_id: str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> Page:
+        """The tenant's tasks, newest first (by creation, then by id), at most MAX_PAGE at once.
+
+        A creation time before the retention or in the future counts as that limit. A page that had to pass
+        over very many others is cut short; its cursor leads on. Raises InvalidTask for a bad cursor.
+        """
+        limit = min(max(limit, 1), MAX_PAGE)
+        score, last = _read_cursor(cursor) if cursor else ("", "")
+        items: list[tuple[str, str, TaskStatus]] = []
+        for _ in range(_SCAN_ROUNDS):
+            wanted = limit + 1 - len(items)
+            reply = self._run(
+                "list",
+                [],
+                [tenant, task_type or "", state or "", batch_id or "", score, last, wanted],
+            )
+            score, last, *rows = reply
+            items += [(row[0], row[1], _status(tenant, row[1], row[2])) for row in rows]
+            if len(items) > limit:
+                items = items[:limit]
+                score, last = items[-1][:2]
+                break
+            if not last:
+                break
+        return Page(
+            items=tuple(status for *_, status in items), cursor=_write_cursor(score, last) if last else None
+        )
+
+    def ping(self) -> None:
+        """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
+        self._call(self._redis.ping)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _change(self, name: str, tenant: str, task_id: str, arguments: Sequence[Any]) -> Any:
+        return self._run(
+            name, [scripts.record_key(tenant, task_id)], [*self._head(tenant, task_id), *arguments]
+        )
+
+    def _head(self, tenant: str, task_id: str) -> Sequence[Any]:
+        return [tenant, task_id, self._retention, _micros(datetime.now(UTC))]
+
+    def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        script = self._scripts[name]
+        reply = self._call(lambda: script(keys=keys, args=arguments))
+        return _text(reply)
+
+    def _call(self, command: Callable[[], Any]) -> Any:
+        with self._lock:
+            if self._down_until is not None:
+                now = self._clock()
+                if now < self._down_until:
+                    raise StatusOutage(self._down_reason)
+                self._down_until = now + _FAST_FAIL_SECONDS  # this caller looks, the others go on failing
+        try:
+            reply = command()
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            reason = (
+                f"Redis at {self._address()} cannot be reached: {error}; "
+                "check that it runs, and INFERQ_REDIS_URL"
+            )
+            with self._lock:
+                self._down_until = self._clock() + _FAST_FAIL_SECONDS
+                self._down_reason = reason
+            raise StatusOutage(reason) from error
+        except redis.RedisError as error:
+            raise StatusOutage(f"Redis at {self._address()} refused a command: {error}") from error
+        with self._lock:
+            self._down_until = None
+        return reply
+
+    def _address(self) -> str:
+        options = self._redis.connection_pool.connection_kwargs
+        path = options.get("path")
+        return str(path) if path else f"{options.get('host', '?')}:{options.get('port', '?')}"
+
+
+def _facts(task: Task) -> list[Any]:
+    return [task.task_type, task.priority, task.batch_id or "", task.digest(), _micros(task.created_at)]
+
+
+def _event(
+    kind: EventType,
+    task: Task,
+    state: State,
+    *,
+    attempt: int = 1,
+    at: datetime | None = None,
+    error: ErrorInfo | None = None,
+) -> str:
+    data = EventData(
+        task_id=task.task_id,
+        task_type=task.task_type,
+        tenant=task.tenant,
+        state=state,
+        attempt=attempt,
+        batch_id=task.batch_id,
+        error=error,
+        metadata=task.metadata,
+    )
+    return to_json(Event(type=kind, timestamp=at or datetime.now(UTC), data=data))
+
+
+_END_EVENTS: dict[str, EventType] = {
+    "succeeded": "task.succeeded",
+    "failed": "task.failed",
+    "cancelled": "task.cancelled",
+}
+
+
+def _end_event(result: Result) -> str:
+    data = EventData(
+        task_id=result.task_id,
+        task_type=result.task_type,
+        tenant=result.tenant,
+        state=result.status,
+        attempt=max(result.attempts, 1),
+        progress=1.0 if result.status == "succeeded" else None,
+        batch_id=result.batch_id,
+        error=result.error,
+        output=_small(result.output),
+        metadata=result.metadata,
+    )
+    event = Event(type=_END_EVENTS[result.status], timestamp=result.finished_at, data=data)
+    return to_json(event)
+
+
+def _small(output: JsonValue) -> JsonValue:
+    return output if len(json.dumps(output)) <= _MAX_EVENT_OUTPUT else None
+
+
+def _status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
+    record = dict(zip(fields[::2], fields[1::2], strict=True))
+    error = record.get("e")
+    return TaskStatus(
+        task_id=task_id,
+        task_type=record.get("ty", ""),
+        tenant=tenant,
+        state=record["s"],
+        attempt=int(record.get("a", 1)),
+        priority=record.get("p") or "normal",
+        progress=float(record["g"]) if "g" in record else None,
+        progress_note=record.get("n") or None,
+        batch_id=record.get("b") or None,
+        worker=record.get("w") or None,
+        error=ErrorInfo.model_validate_json(error) if error else None,
+        created_at=_time(record.get("c")),
+        started_at=_time(record.get("st")),
+        finished_at=_time(record.get("f")),
+        cancel_requested="x" in record,
+    )
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [_text(part) for part in value]
+    return value
+
+
+def _micros(moment: datetime | None) -> str:
+    return "" if moment is None else str((moment - _EPOCH) // timedelta(microseconds=1))
+
+
+def _time(micros: str | None) -> datetime | None:
+    return _EPOCH + timedelta(microseconds=int(micros)) if micros else None
+
+
+def _write_cursor(score: str, task_id: str) -> str:
+    return base64.urlsafe_b64encode(f"{score}:{task_id}".encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> tuple[str, str]:
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+    except (ValueError, binascii.Error) as error:
+        raise _bad_cursor(cursor) from error
+    match = _CURSOR.fullmatch(raw)
+    if not match:
+        raise _bad_cursor(cursor)
+    return match[1], match[2]
+
+
+def _bad_cursor(cursor: str) -> InvalidTask:
+    return InvalidTask(
+        f"{cursor[:100]!r} is not a cursor of a task listing: pass the one that the page before gave",
+        code="bad_cursor",
+    )

@@ -1,0 +1,98 @@
+"""From what a person types to the fields of a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel
+
+from producer.cli.arguments import Given, bundle, parse_assignments
+from schemas import InputUrl, InvalidTask, Options, Task, TaskType, get_type
+
+
+class PairOptions(Options):
+    strength: float = 1.0
+
+
+class PairTask(Task):
+    task_type: Literal["pair"]
+    source_url: InputUrl
+    target_url: InputUrl
+    options: PairOptions = PairOptions()
+
+
+class WordsTask(Task):
+    task_type: Literal["words"]
+    text: str | None = None
+    text_url: InputUrl | None = None
+
+
+class Nothing(BaseModel):
+    pass
+
+
+PAIR = TaskType("pair", PairTask, Nothing, "x:y", arguments=("source_url", "target_url"))
+WORDS = TaskType("words", WordsTask, Nothing, "x:y", arguments=("text",))
+
+
+def test_one_task_for_each_input(tmp_path: Path) -> None:
+    page = tmp_path / "page.png"
+    page.write_bytes(b"x")
+    made = bundle(get_type("ocr"), [str(page), "https://example.com/a.png"], given={})
+    assert made == [
+        {"image_url": Given(str(page), page)},
+        {"image_url": Given("https://example.com/a.png")},
+    ]
+
+
+def test_two_inputs_make_a_pair(tmp_path: Path) -> None:
+    made = bundle(PAIR, ["s3://b/1", "s3://b/2", "s3://b/3", "s3://b/4"], given={})
+    assert [{name: given.text for name, given in parts.items()} for parts in made] == [
+        {"source_url": "s3://b/1", "target_url": "s3://b/2"},
+        {"source_url": "s3://b/3", "target_url": "s3://b/4"},
+    ]
+    with pytest.raises(InvalidTask, match="2 inputs a task"):
+        bundle(PAIR, ["s3://b/1"], given={})
+    assert list(bundle(PAIR, ["s3://b/1"], given={"source_url": "s3://b/0"})[0]) == ["target_url"]
+
+
+def test_a_text_may_be_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("words")
+    assert bundle(WORDS, [str(file)], given={}) == [{"text_url": Given(str(file), file)}]
+    assert bundle(WORDS, ["https://example.com/"], given={}) == [{"text_url": Given("https://example.com/")}]
+    long = "a text " * 2000
+    assert [list(parts) for parts in bundle(WORDS, [long, "\0"], given={})] == [["text"], ["text"]]
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(InvalidTask, match=r"'no-such\.png' is neither a file here nor a URL"):
+        bundle(get_type("ocr"), ["no-such.png"], given={})
+
+
+def test_echo_reads_json_and_text() -> None:
+    for text, value in (("3", 3), ('{"a": [1]}', {"a": [1]}), ("hello", "hello"), ("{", "{")):
+        (parts,) = bundle(get_type("echo"), [text], given={})
+        assert parts["payload"].value(None) == value  # type: ignore[arg-type]
+
+
+def test_assignments_find_their_field_or_option() -> None:
+    ocr = get_type("ocr")
+    assert parse_assignments(ocr, ["annotated=true", "options.min_score=0.3", "time_limit=5"]) == {
+        "time_limit": 5,
+        "options": {"annotated": True, "min_score": 0.3},
+    }
+    assert parse_assignments(ocr, ["batch_id=b=1"]) == {"batch_id": "b=1"}
+    for wrong in ("annotated", "=1", ""):
+        with pytest.raises(InvalidTask, match="name=value"):
+            parse_assignments(ocr, [wrong])
+    with pytest.raises(InvalidTask, match=r"no such field or option; it has .*annotated"):
+        parse_assignments(ocr, ["anotated=true"])
+
+
+def test_no_inputs_make_one_task_and_too_many_are_refused() -> None:
+    assert bundle(get_type("echo"), [], given={}) == [{}]
+    with pytest.raises(InvalidTask, match="no further inputs"):
+        bundle(get_type("echo"), ["x"], given={"payload": 1})

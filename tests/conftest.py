@@ -1,0 +1,183 @@
+"""A private RabbitMQ and Redis for the tests: on loopback, in a temporary folder, gone when pytest is."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+import pytest
+
+from producer.up.part import Part, free_ports
+from producer.up.process import last_lines, spawn, stop
+from producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
+from producer.up.redis import RedisServer
+
+# The kernel ends a child when the thread that started it ends, and a test may start one on a short-lived
+# thread: this one lives as long as pytest does.
+_spawner = ThreadPoolExecutor(1, thread_name_prefix="spawner")
+
+
+class Node:
+    """Parts that are started and ended together; `url` is where to reach what they serve.
+
+    Data is kept between `stop` or `kill` and `start`, and so are the ports.
+    """
+
+    def __init__(self, parts: tuple[Part, ...], logs: Path, url: str) -> None:
+        self.parts = parts
+        self.url = url
+        self._logs = logs
+        self._running: dict[str, Popen[bytes]] = {}
+        self._lock = threading.RLock()
+
+    def start(self) -> None:
+        """Start and wait until everything answers."""
+        with self._lock:
+            for part in self.parts:
+                process = self._running.get(part.name)
+                if process is None or process.poll() is not None:
+                    self._running[part.name] = _spawner.submit(spawn, part, self._log(part)).result()
+                self._wait_ready(part)
+
+    def stop(self) -> None:
+        """Stop in good order, the last part first."""
+        with self._lock:
+            for part in reversed(self.parts):
+                if process := self._running.pop(part.name, None):
+                    stop(process, part)
+
+    def kill(self) -> None:
+        """End it as a power failure would: SIGKILL to the main part, at once."""
+        with self._lock:
+            part = self.parts[-1]
+            if process := self._running.pop(part.name, None):
+                process.kill()
+                stop(process, part)
+
+    def discard(self) -> None:
+        """End everything at once: its data is not needed any more."""
+        with self._lock:
+            for part in reversed(self.parts):
+                if process := self._running.pop(part.name, None):
+                    process.kill()
+                    stop(process, part)
+
+    def pid(self) -> int:
+        """The process id of the main part."""
+        return self._running[self.parts[-1].name].pid
+
+    def _log(self, part: Part) -> Path:
+        return self._logs / f"{part.name}.log"
+
+    def _wait_ready(self, part: Part) -> None:
+        end = time.monotonic() + part.start_limit
+        while (reason := part.probe()) is not None:
+            process = self._running[part.name]
+            if process.poll() is not None or time.monotonic() > end:
+                log = "\n".join(last_lines(self._log(part), 20))
+                raise RuntimeError(f"{part.name} did not start ({process.poll()}): {reason}\n{log}")
+            time.sleep(0.05)
+
+
+class RabbitMQ(Node):
+    """A RabbitMQ node with one user, who may do everything, and an HTTP client for its management API."""
+
+    def __init__(self, folder: Path) -> None:
+        self.node = RabbitNode.prepare(folder, RabbitPorts(*free_ports(5)))
+        super().__init__(self.node.parts(), folder, self.node.url)
+        self.management = httpx.Client(
+            base_url=f"{self.node.management_url}/api", auth=(USER, self.node.password), timeout=30
+        )
+
+    def kill(self) -> None:
+        # RabbitMQ 3.10 brings the names of new quorum queues to disk up to a second late, and never serves
+        # those again whose names were lost: publishes to them are refused after a minute.
+        time.sleep(1.5)
+        super().kill()
+
+    def discard(self) -> None:
+        self.management.close()
+        super().discard()
+
+    @property
+    def port(self) -> int:
+        return self.node.ports.amqp
+
+    def add_vhost(self, name: str) -> str:
+        """Make a virtual host and give its AMQP URL."""
+        self.management.put(f"/vhosts/{name}", json={}).raise_for_status()
+        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        self.management.put(f"/permissions/{name}/{USER}", json=everything).raise_for_status()
+        return self.node.url_of(name)
+
+    def remove_vhost(self, name: str) -> None:
+        self.management.delete(f"/vhosts/{name}").raise_for_status()
+
+
+class Redis(Node):
+    def __init__(self, folder: Path) -> None:
+        self.server = RedisServer.prepare(folder, free_ports(1)[0])
+        super().__init__((self.server.part(),), folder, self.server.url)
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+
+def _started(make: Callable[[Path], Node], folder: Path) -> Iterator[Node]:
+    node = make(folder)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.discard()
+
+
+@pytest.fixture(scope="session")
+def shared_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """The node that all tests share: leave it running."""
+    yield from _started(RabbitMQ, tmp_path_factory.mktemp("rabbitmq"))
+
+
+@pytest.fixture(scope="session")
+def amqp_url(shared_rabbitmq: RabbitMQ) -> str:
+    """The shared node's default virtual host."""
+    return shared_rabbitmq.url
+
+
+@pytest.fixture
+def fresh_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
+    """A virtual host of the test's own on the shared node."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    yield shared_rabbitmq.add_vhost(name)
+    shared_rabbitmq.remove_vhost(name)
+
+
+@pytest.fixture
+def rabbit_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A node of the test's own, to stop, kill and start again: takes seconds, so only where needed."""
+    yield from _started(RabbitMQ, tmp_path_factory.mktemp("rabbit-node"))
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """The server that all tests share: leave it running."""
+    yield from _started(Redis, tmp_path_factory.mktemp("redis"))
+
+
+@pytest.fixture(scope="session")
+def redis_url(shared_redis: Redis) -> str:
+    """Database 0 of the shared server."""
+    return shared_redis.url
+
+
+@pytest.fixture
+def redis_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A server of the test's own, to stop, kill and start again."""
+    yield from _started(Redis, tmp_path_factory.mktemp("redis-node"))

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.gateway.events import _Shown
+from schemas import END_STATES, ErrorInfo, State
+from tests.conftest import Redis
+from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
+from tests.gateway.test_gateway_submit import ECHO
+
+
+class Stream:
+    """An open event stream."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+        self.comments = 0
+
+    def _lines(self) -> Iterator[str]:
+        rest = b""
+        for chunk in self._response.iter_raw():
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from (line.decode() for line in lines)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        name = None
+        for line in self._lines():
+            if line.startswith(":"):
+                self.comments += 1
+            elif line.startswith("event: "):
+                name = line[7:]
+            elif line.startswith("data: "):
+                event = json.loads(line[6:])
+                assert event["type"] == name
+                yield event
+
+
+def types(gateway: Gateway, task_id: str) -> list[str]:
+    with gateway.http.stream("GET", f"/v1/tasks/{task_id}/events") as response:
+        assert response.status_code == 200
+        return [event["type"] for event in Stream(response).events()]
+
+
+def test_a_stream_tells_where_the_task_stands_and_then_every_step(gateway: Gateway) -> None:
+    gateway.http.put("/v1/tasks/e", json=ECHO)
+    with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = Stream(response).events()
+        first = next(events)
+        assert (first["type"], first["data"]["state"]) == ("task.queued", "queued")
+        task = gateway.began("e", payload="hello")
+        assert next(events)["type"] == "task.started"
+        gateway.status.progress(gateway.tenant, "e", 0.5, "half way\u2028there")
+        progress = next(events)
+        assert (progress["type"], progress["data"]["progress"]) == ("task.progress", 0.5)
+        error = ErrorInfo(code="oom", message="no memory", retryable=True)
+        gateway.status.retrying(task, attempt=1, redrives=0, error=error)
+        assert next(events)["data"]["error"]["code"] == "oom"
+        gateway.end(task)
+        last = next(events)
+        assert (last["type"], last["data"]["output"]) == ("task.succeeded", {"payload": 1})
+        assert next(events, None) is None
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
+def test_the_stream_of_an_ended_task_is_one_event(gateway: Gateway, state: Any) -> None:
+    gateway.end(gateway.began("e", metadata={"k": 1}), state)
+    with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+        (event,) = Stream(response).events()
+    assert event["type"] == f"task.{state}"
+    assert event["data"]["metadata"] == {"k": 1}
+
+
+def test_a_large_output_does_not_travel_in_events(gateway: Gateway) -> None:
+    gateway.end(gateway.began("e"), output={"text": "x" * 100_000})
+    with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+        (event,) = Stream(response).events()
+    assert event["data"]["output"] is None
+
+
+def test_heartbeats_keep_a_quiet_stream_alive(gateway: Gateway) -> None:
+    task = gateway.began("e")
+    with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+        stream = Stream(response)
+        events = stream.events()
+        next(events)
+        threading.Timer(1.5, lambda: gateway.end(task)).start()
+        assert next(events)["type"] == "task.succeeded"
+    assert stream.comments >= 1
+
+
+def test_no_end_is_missed_however_close_to_the_start_of_a_stream(gateway: Gateway) -> None:
+    tasks = [gateway.began(f"race-{n}") for n in range(40)]
+
+    def follow(task_id: str) -> list[str]:
+        return types(gateway, task_id)
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        streams = [threads.submit(follow, task.task_id) for task in tasks]
+        for task in tasks:
+            gateway.end(task)
+        for stream in streams:
+            assert stream.result(20)[-1] == "task.succeeded"
+    assert time.monotonic() - begun < 10
+
+
+def test_several_readers_of_one_task_all_see_its_end(gateway: Gateway) -> None:
+    task = gateway.began("shared")
+    metric = "inferq_event_streams "
+    with ThreadPoolExecutor(5) as threads:
+        streams = [threads.submit(types, gateway, "shared") for _ in range(5)]
+        wait_until(lambda: f"{metric}5.0" in gateway.http.get("/metrics").text)
+        gateway.end(task)
+        assert [stream.result(10)[-1] for stream in streams] == ["task.succeeded"] * 5
+    wait_until(lambda: f"{metric}0.0" in gateway.http.get("/metrics").text)
+
+
+def test_a_reader_that_leaves_is_forgotten(gateway: Gateway) -> None:
+    gateway.began("e")
+    hub = gateway.server.config.app.state.services.hub  # type: ignore[union-attr]
+    with gateway.client(gateway.key) as client:
+        with client.stream("GET", "/v1/tasks/e/events") as response:
+            next(Stream(response).events())
+            assert hub._subscriptions
+    wait_until(lambda: not hub._subscriptions)
+    assert not hub._acked
+
+
+def test_redis_is_told_when_nobody_listens_any_more(gateway: Gateway, redis_url: str) -> None:
+    for n in range(5):
+        gateway.began(f"e{n}")
+    with ThreadPoolExecutor(5) as threads:
+        waits = [
+            threads.submit(gateway.http.get, f"/v1/tasks/e{n}", headers={"Prefer": "wait=1"})
+            for n in range(5)
+        ]
+        with redis.Redis.from_url(redis_url) as client:
+            pattern = f"inferq:events:{gateway.tenant}:*"
+            wait_until(lambda: len(client.pubsub_channels(pattern)) == 5)
+            assert {wait.result(10).json()["state"] for wait in waits} == {"running"}
+            wait_until(lambda: client.pubsub_channels(pattern) == [])
+
+
+def test_an_end_written_while_redis_was_away_still_ends_the_stream(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
+) -> None:
+    with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
+        task = gateway.began("e")
+        with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+            events = Stream(response).events()
+            assert next(events)["type"] == "task.started"
+            redis_node.kill()
+            gateway.end(task, redis=False)
+            assert next(events)["type"] == "task.succeeded"
+            assert next(events, None) is None
+
+
+def test_a_stream_goes_on_when_redis_is_back(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
+) -> None:
+    with running(tmp_path, redis_url=redis_node.url, publisher=publisher, events_heartbeat=60) as gateway:
+        task = gateway.began("e")
+        with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+            events = Stream(response).events()
+            assert next(events)["type"] == "task.started"
+            redis_node.kill()
+            redis_node.start()
+            # What the index has lost the worker tells again.
+            hub = gateway.server.config.app.state.services.hub  # type: ignore[union-attr]
+            wait_until(lambda: any(acked.is_set() for acked in hub._acked.values()))
+            gateway.began("e")
+            gateway.status.progress(gateway.tenant, "e", 0.7, None)
+            gateway.end(task)
+            begun = time.monotonic()
+            assert [event["type"] for event in events][-1] == "task.succeeded"
+            assert time.monotonic() - begun < 5
+
+
+def test_streams_end_when_the_gateway_stops(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
+    with running(tmp_path, redis_url=redis_url, publisher=publisher, shutdown_grace=30) as gateway:
+        gateway.began("e")
+        with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+            events = Stream(response).events()
+            next(events)
+            begun = time.monotonic()
+            gateway.server.should_exit = True
+            assert next(events, None) is None
+    assert time.monotonic() - begun < 5
+
+
+_STATES: list[State] = ["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(_STATES),
+            st.integers(1, 4),
+            st.none() | st.floats(0, 1),
+            st.booleans(),
+        )
+    )
+)
+def test_what_is_shown_never_goes_back(told: list[tuple[State, int, float | None, bool]]) -> None:
+    shown = _Shown()
+    passed = [
+        (state, attempt)
+        for state, attempt, progress, looked in told
+        if shown.advances(state, attempt, progress, looked=looked)
+    ]
+    order = {"queued": 0, "running": 1, "retrying": 2}
+    marks = [(9, 9) if state in END_STATES else (attempt, order[state]) for state, attempt in passed]
+    assert marks == sorted(marks)
+    if told:
+        assert passed[0] == told[0][:2]
+
+
+def test_events_overtaken_by_a_look_are_left_out() -> None:
+    shown = _Shown()
+    assert shown.advances("running", 1, 0.5, looked=True)
+    assert not shown.advances("queued", 1, None, looked=False)
+    assert not shown.advances("running", 1, None, looked=False)
+    assert not shown.advances("running", 1, 0.4, looked=False)
+    assert shown.advances("running", 1, 0.6, looked=False)
+    assert shown.advances("retrying", 1, None, looked=False)
+    assert shown.advances("running", 2, None, looked=False)
+    assert shown.advances("failed", 2, None, looked=False)
+    assert not shown.advances("running", 2, None, looked=False)

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from prometheus_client.parser import text_string_to_metric_families
+
+from producer.gateway import create_app, listen, url_of
+from producer.gateway.body import decode_object
+from producer.gateway.prefer import wait_seconds
+from producer.settings import GatewaySettings
+from schemas import InstallationError, InvalidTask
+from storage.settings import StorageSettings
+from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
+from tests.gateway.test_gateway_submit import ECHO, problem
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/nothing", "/v1", "/v1/nothing", "/v1/tasks/", "/v1/tasks/a/b/c", "/docs", "//v1/tasks"]
+)
+def test_what_is_not_there_is_a_problem_document(gateway: Gateway, path: str) -> None:
+    problem(gateway.http.get(path), 404, "not_found")
+
+
+def test_what_is_not_done_there_is_a_problem_document(gateway: Gateway) -> None:
+    response = gateway.http.delete("/v1/tasks/a")
+    problem(response, 405, "method_not_allowed")
+    assert {"GET", "PUT"} & {method.strip() for method in response.headers["allow"].split(",")}
+
+
+def test_every_answer_carries_the_security_headers(gateway: Gateway) -> None:
+    for path in ("/v1/tasks", "/nothing", "/healthz"):
+        headers = gateway.http.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert "server" not in headers
+        assert "access-control-allow-origin" not in headers
+
+
+def test_the_health_pages_are_open(gateway: Gateway) -> None:
+    assert gateway.get_openly("/healthz").json() == {"status": "ok"}
+    ready = gateway.get_openly("/readyz")
+    assert ready.status_code == 200
+    assert ready.json()["status"] == "ready"
+    assert set(ready.json()["checks"]) == {"broker", "store", "redis"}
+
+
+def test_a_blocking_broker_is_told(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+    publisher.blocked_reason = "low on memory"
+    ready = wait_until(lambda: (r := lone_gateway.http.get("/readyz")).json()["status"] == "degraded" and r)
+    assert ready.status_code == 200
+    assert "low on memory" in ready.json()["checks"]["broker"]["detail"]
+
+
+def test_metrics_count_by_template_and_never_by_what_strangers_send(own_gateway: Gateway) -> None:
+    own_gateway.http.put("/v1/tasks/a", json=ECHO)
+    own_gateway.http.get("/v1/tasks/secret-id")
+    own_gateway.http.get("/made/up/path")
+    own_gateway.http.request("NONSENSE", "/v1/tasks")
+    text = own_gateway.get_openly("/metrics").text
+    assert "secret-id" not in text
+    assert "made/up" not in text
+    assert "NONSENSE" not in text
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    put = (("method", "PUT"), ("route", "/v1/tasks/{task_id}"), ("status", "202"))
+    assert samples["inferq_http_requests_total", put] == 1
+    gone = (("method", "GET"), ("route", "/v1/tasks/{task_id}"), ("status", "404"))
+    assert samples["inferq_http_requests_total", gone] == 1
+    unmatched = (("method", "GET"), ("route", "unmatched"), ("status", "404"))
+    assert samples["inferq_http_requests_total", unmatched] == 1
+    assert samples["inferq_tasks_submitted_total", (("task_type", "echo"),)] == 1
+    assert samples["inferq_publish_seconds_count", ()] == 1
+
+
+def test_the_openapi_document_spells_out_the_task_types(gateway: Gateway) -> None:
+    document = gateway.get_openly("/openapi.json").json()
+    body = document["paths"]["/v1/tasks"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = {**body, "components": document["components"]}
+    validator = Draft202012Validator(schema)
+    assert validator.is_valid(ECHO)
+    assert not validator.is_valid({**ECHO, "nonsense": 1})
+    assert not validator.is_valid({"task_type": "nonsense"})
+    for path, operations in document["paths"].items():
+        for name, operation in operations.items():
+            assert "default" in operation["responses"], (name, path)
+            assert ("security" in operation) == (path.startswith("/v1") and "objects" not in path), path
+    assert not [name for name in document["components"]["schemas"] if "HTTPValidation" in name]
+    text = gateway.get_openly("/openapi.json").text
+    for reference in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert reference in document["components"]["schemas"]
+
+
+def test_each_request_is_one_line_in_the_log(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="inferq.access"):
+        gateway.http.get("/v1/tasks/line%0Abreak?signature=secret")
+        wait_until(lambda: [r for r in caplog.records if r.name == "inferq.access"])
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "inferq.access"]
+    assert line.startswith("GET '/v1/tasks/line\\nbreak' 404 ")
+    assert line.endswith(gateway.tenant)
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ([], None),
+        (["wait=5"], 5),
+        (["wait=0"], 0),
+        (["wait=100"], 60),
+        (["respond-async, wait=7"], 7),
+        (["return=minimal", "WAIT = 7; x=y"], 7),
+        (['wait="9"'], 9),
+        (["wait=-1"], None),
+        (["wait=1.5"], None),
+        (["wait=abc, wait=3"], 3),
+        (["waiting=3"], None),
+        (["wait"], None),
+        (["wait=2, wait=9"], 2),
+    ],
+)
+def test_the_prefer_header(headers: list[str], seconds: int | None) -> None:
+    assert wait_seconds(headers) == seconds
+
+
+@given(st.lists(st.text()))
+def test_no_prefer_header_breaks_anything(headers: list[str]) -> None:
+    seconds = wait_seconds(headers)
+    assert seconds is None or 0 <= seconds <= 60
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_a_body_is_an_object_or_refused(body: bytes) -> None:
+    try:
+        assert isinstance(decode_object(body), dict)
+    except InvalidTask as error:
+        assert error.code == "not_json"
+
+
+def test_a_taken_port_is_a_clear_error() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = int(url_of(taken).rpartition(":")[2])
+        with pytest.raises(InstallationError, match=f"cannot listen on 127.0.0.1:{port}"):
+            listen("127.0.0.1", port)
+
+
+def test_a_broken_key_file_is_an_error_of_the_start(tmp_path: Path, publisher: FakePublisher) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text("{")
+    with pytest.raises(InstallationError, match="INFERQ_API_KEYS_FILE"):
+        create_app(GatewaySettings(api_keys_file=keys), storage=StorageSettings(), publisher=publisher)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_the_process_serves_until_it_is_told_to_stop(
+    tmp_path: Path, redis_url: str, amqp_url: str, how: signal.Signals
+) -> None:
+    script = (
+        "from producer.gateway import serve; serve(port=0, on_listening=lambda url: print(url, flush=True))"
+    )
+    environment = {
+        **os.environ,
+        "INFERQ_REDIS_URL": redis_url,
+        "INFERQ_AMQP_URL": amqp_url,
+        "INFERQ_STORE_URL": (tmp_path / "store").as_uri(),
+        "INFERQ_API_KEYS_FILE": str(tmp_path / "keys.json"),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+
+        def lives() -> bool:
+            try:
+                return httpx.get(f"{url}/healthz", verify=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(lives)
+        process.send_signal(how)
+        assert process.wait(15) == 0
+
+
+def test_two_gateways_share_one_redis(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
+    with running(tmp_path, redis_url=redis_url, publisher=publisher) as one:
+        with running(tmp_path, redis_url=redis_url, publisher=publisher) as two:
+            task = one.task("t", payload="hello")
+            assert one.http.put("/v1/tasks/t", json=ECHO).status_code == 202
+            with two.client(one.key) as client:
+                assert client.put("/v1/tasks/t", json=ECHO).status_code == 202
+                one.end(task)
+                assert client.get("/v1/tasks/t").json()["state"] == "succeeded"
+    assert publisher.ids() == ["t"]

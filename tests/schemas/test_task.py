@@ -1,0 +1,197 @@
+"""Tasks: what is valid, what is refused and how it is told, and when two are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas import InvalidTask, get_type, installed_types, new_task_id, parse_task
+from schemas.publish import asyncapi, documents
+from schemas.task import MAX_BODY_BYTES, input_fields
+
+BARE = {"task_id": "ocr_001", "image_url": "https://example.com/images/id_card.jpg", "task_type": "ocr"}
+
+
+def test_the_bare_message_is_a_whole_task() -> None:
+    task = parse_task(json.dumps(BARE))
+    assert json.loads(task.body()) == BARE
+    assert task.inputs() == {"image_url": BARE["image_url"]}
+    assert (task.priority, task.tenant, task.callback_events) == ("normal", "default", ("completed",))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"task_type": "unheard"}, "'unheard' is not known here; known are: .*echo.*ocr"),
+        ({"task_type": 3}, "task_type"),
+        ({"colour": "red"}, "colour: is unknown"),
+        ({"options": {"colour": "red"}}, "options.colour: is unknown"),
+        ({"task_id": ""}, "task_id"),
+        ({"task_id": "a/b"}, "task_id"),
+        ({"task_id": "x" * 129}, "task_id"),
+        ({"task_id": "a\n"}, "task_id"),
+        ({"task_id": None}, "task_id"),
+        ({"image_url": "ftp://example.com/x"}, "image_url"),
+        ({"image_url": "file:///etc/passwd"}, "image_url"),
+        ({"image_url": ""}, "image_url"),
+        ({"priority": "urgent"}, "priority: input should be 'high', 'normal' or 'low', got \"urgent\""),
+        ({"tenant": "../other"}, "tenant"),
+        ({"tenant": ""}, "tenant"),
+        ({"callback_url": "javascript:alert(1)"}, "callback_url"),
+        ({"callback_events": ["never"]}, "callback_events"),
+        ({"expires_at": "2026-01-01T00:00:00"}, "expires_at.*timezone"),
+        ({"expires_at": "0001-01-01T00:00:00+14:00"}, "expires_at"),
+        ({"time_limit": 0}, "time_limit"),
+        ({"time_limit": 1e9}, "time_limit"),
+        ({"metadata": []}, "metadata"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(change: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InvalidTask, match=complaint):
+        parse_task(json.dumps(BARE | change))
+
+
+@pytest.mark.parametrize("field", ["task_id", "task_type", "image_url"])
+def test_what_is_missing_is_named(field: str) -> None:
+    with pytest.raises(InvalidTask, match=f"{field}: is missing"):
+        parse_task({name: value for name, value in BARE.items() if name != field})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"\xff", b"null", b"[]", b'"x"', b"1", b'{"a":' * 5000,
+        b'{"task_id": "a", "task_type": "echo", "payload": NaN}',
+        b'{"task_id": "a", "task_type": "echo", "payload": [-Infinity]}',
+        b'{"task_id": "a", "task_type": "echo", "payload": "\\ud800"}',
+    ],
+)  # fmt: skip
+def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidTask):
+        parse_task(body)
+
+
+def test_a_text_that_only_mentions_a_constant_is_fine() -> None:
+    task = parse_task(b'{"task_id": "a", "task_type": "echo", "payload": "NaN and Infinity"}')
+    assert json.loads(task.body())["payload"] == "NaN and Infinity"
+
+
+def test_a_body_may_have_exactly_so_many_bytes() -> None:
+    def body(size: int) -> bytes:
+        empty = json.dumps({"task_id": "a", "task_type": "echo", "payload": ""})
+        return empty.replace('""', '"' + "x" * (size - len(empty)) + '"').encode()
+
+    assert len(body(MAX_BODY_BYTES)) == MAX_BODY_BYTES
+    parse_task(body(MAX_BODY_BYTES))
+    with pytest.raises(InvalidTask, match="65537 bytes, the limit is 65536") as caught:
+        parse_task(body(MAX_BODY_BYTES + 1))
+    assert caught.value.code == "task_too_large"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(json_values, st.sampled_from(["high", "normal", "low"]))
+def test_a_task_survives_its_journey_with_its_digest(payload: object, priority: str) -> None:
+    task = parse_task({"task_id": "a", "task_type": "echo", "payload": payload, "priority": priority})
+    again = parse_task(task.body())
+    assert again == task
+    assert again.digest() == task.digest()
+
+
+@given(json_values, json_values)
+def test_other_content_has_another_digest(one: object, other: object) -> None:
+    first = parse_task({"task_id": "a", "task_type": "echo", "payload": one})
+    second = parse_task({"task_id": "a", "task_type": "echo", "payload": other})
+    same = json.dumps(json.loads(first.body()), sort_keys=True) == json.dumps(
+        json.loads(second.body()), sort_keys=True
+    )
+    assert (first.digest() == second.digest()) == same
+
+
+def test_fresh_ids_are_valid_and_sort_by_time() -> None:
+    ids = [new_task_id() for _ in range(1000)]
+    assert ids == sorted(ids)
+    assert len(set(ids)) == 1000
+    parse_task({**BARE, "task_id": ids[0]})
+
+
+def test_inputs_are_found_in_optional_fields_too() -> None:
+    from schemas import InputUrl, Task
+
+    class Many(Task):
+        plain: str = ""
+        one: InputUrl
+        two: InputUrl | None = None
+
+    assert input_fields(Many) == ("one", "two")
+
+
+def test_published_schemas_are_valid_and_agree_with_the_models() -> None:
+    published = documents(installed_types())
+    for name, text in published.items():
+        if name.endswith(".schema.json"):
+            jsonschema.Draft202012Validator.check_schema(json.loads(text))
+    schema = jsonschema.Draft202012Validator(json.loads(published["task.ocr.schema.json"]))
+    assert schema.is_valid(BARE)
+    assert not schema.is_valid({**BARE, "colour": "red"})
+    assert not schema.is_valid({**BARE, "task_id": "a b"})
+    assert not schema.is_valid({k: v for k, v in BARE.items() if k != "image_url"})
+
+
+def test_every_reference_of_the_asyncapi_document_leads_somewhere() -> None:
+    document = asyncapi(installed_types())
+
+    def references(node: object) -> list[str]:
+        if isinstance(node, dict):
+            own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+            return own + [r for value in node.values() for r in references(value)]
+        if isinstance(node, list):
+            return [r for value in node for r in references(value)]
+        return []
+
+    found = references(document)
+    assert len(found) > 10
+    for reference in found:
+        node: object = document
+        for part in reference.removeprefix("#/").split("/"):
+            assert isinstance(node, dict), reference
+            assert part in node, reference
+            node = node[part]
+
+
+def test_the_published_folder_is_checked(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    def publish(*more: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "schemas.publish", str(tmp_path), *more]
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    assert publish("--check").returncode == 1
+    assert publish().returncode == 0
+    assert publish("--check").returncode == 0
+    (tmp_path / "task.echo.schema.json").write_text("{}")
+    (tmp_path / "left-over.json").write_text("{}")
+    stale = publish("--check")
+    assert stale.returncode == 1
+    assert "left-over.json, task.echo.schema.json" in stale.stderr
+    assert publish().returncode == 0
+    assert publish("--check").returncode == 0
+
+
+def test_an_unknown_type_is_an_error_that_names_the_known() -> None:
+    with pytest.raises(InvalidTask, match=r"known are: .*echo"):
+        get_type("unheard")

@@ -1,0 +1,214 @@
+"""A private Redis and an S3 service over real HTTP, both on free loopback ports."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from storage import ObjectStore, StatusIndex, StorageSettings
+from storage.local import LocalStore
+from storage.s3 import S3Store, s3_client
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(1, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)
+
+
+class RedisServer:
+    """A redis-server that can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                "redis-server",
+                "--port",
+                str(self.port),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--dir",
+                self._folder,
+            ],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,
+        )
+
+        def answers() -> bool:
+            try:
+                with redis.Redis(port=self.port) as client:
+                    return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+        wait_until(answers)
+
+    def freeze(self, frozen: bool) -> None:
+        assert self._process
+        self._process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """One that the test may kill."""
+    server = RedisServer(tmp_path)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def redis_client(shared_redis: RedisServer) -> Iterator[redis.Redis]:
+    with redis.Redis(port=shared_redis.port, decode_responses=True) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def index(shared_redis: RedisServer, redis_client: redis.Redis) -> Iterator[StatusIndex]:
+    index = StatusIndex.from_settings(StorageSettings(redis_url=shared_redis.url))
+    yield index
+    index.close()
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        assert process.stdout
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _aws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.delenv("AWS_PROFILE", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3(s3_url: str, _aws: None) -> Iterator[S3Client]:
+    client = s3_client(s3_url)
+    yield client
+    client.close()
+
+
+_buckets = itertools.count()
+
+
+@pytest.fixture
+def bucket(s3: S3Client) -> str:
+    name = f"bucket-{next(_buckets)}"
+    s3.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def local_store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store", fsync=False)
+
+
+@pytest.fixture
+def s3_store(s3: S3Client, bucket: str) -> S3Store:
+    return S3Store(bucket, "some/prefix", client=s3)
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    found: ObjectStore = request.getfixturevalue(f"{request.param}_store")
+    return found
+
+
+@pytest.fixture
+def race() -> Callable[[int, Callable[[int], object]], list[object]]:
+    """Runs a function in many threads that begin together, and gives what each returned."""
+
+    def run(threads: int, function: Callable[[int], object]) -> list[object]:
+        barrier = threading.Barrier(threads)
+        results: list[object] = [None] * threads
+
+        def enter(number: int) -> None:
+            barrier.wait()
+            try:
+                results[number] = function(number)
+            except Exception as error:  # noqa: BLE001, RUF100 - shown by the test's own assertion
+                results[number] = error
+
+        workers = [threading.Thread(target=enter, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return results
+
+    return run

@@ -1,0 +1,253 @@
+"""What only the local-folder store promises: signed links, durability, and what a bad disk does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from schemas import InstallationError
+from storage import BadObjectKey, StoreOutage
+from storage.local import LocalStore
+
+Race = Callable[[int, Callable[[int], object]], list[object]]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def parts(url: str) -> tuple[str, int, str]:
+    split = urlsplit(url)
+    query = parse_qs(split.query)
+    key = unquote(split.path.removeprefix("/v1/objects/"))
+    return key, int(query["expires"][0]), query["signature"][0]
+
+
+@pytest.mark.parametrize("key", ["a/b.png", "a b+c&d=e?f#g%20h", "日本語/é.bin"])
+def test_a_signed_link_holds_until_it_expires_and_for_its_object_alone(tmp_path: Path, key: str) -> None:
+    clock = Clock()
+    store = LocalStore(tmp_path, api_url="https://api.example/base/", clock=clock)
+    url = store.signed_url(key, seconds=60)
+    assert url.startswith("https://api.example/base/v1/objects/")
+    assert url.isascii()
+    split = urlsplit(url.replace("/base", ""))
+    shown, expires, signature = parts(split.geturl())
+    assert shown == key
+    assert expires == 1_800_000_060
+    assert store.verify(key, expires=expires, signature=signature)
+    for forged in (signature[:-1], signature[:-1] + "é", "", signature.upper(), signature[::-1], "\ud800"):
+        assert not store.verify(key, expires=expires, signature=forged)
+    assert not store.verify(key, expires=expires + 1, signature=signature)
+    assert not store.verify(key + "x", expires=expires, signature=signature)
+    assert not store.verify("../" + key, expires=expires, signature=signature)
+    clock.now = expires + 0.5
+    assert not store.verify(key, expires=expires, signature=signature)
+
+
+def test_links_are_good_in_every_process_and_for_this_store_only(tmp_path: Path, race: Race) -> None:
+    stores = [LocalStore(tmp_path / "one") for _ in range(8)]
+    urls = race(8, lambda n: stores[n].signed_url("k", seconds=600))
+    assert all(isinstance(url, str) for url in urls), urls
+    _, expires, signature = parts(str(urls[0]))
+    assert all(store.verify("k", expires=expires, signature=signature) for store in stores)
+    assert not LocalStore(tmp_path / "two").verify("k", expires=expires, signature=signature)
+    secret = tmp_path / "one/.inferq/secret"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert signature not in secret.read_text()
+
+
+def test_a_damaged_secret_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / ".inferq").mkdir()
+    (tmp_path / ".inferq/secret").write_text("short")
+    with pytest.raises(InstallationError, match="delete it"):
+        LocalStore(tmp_path).signed_url("k", seconds=5)
+
+
+def test_a_link_lives_at_most_a_week(tmp_path: Path) -> None:
+    clock = Clock()
+    url = LocalStore(tmp_path, clock=clock).signed_url("k", seconds=10**9)
+    assert parts(url)[1] == clock.now + 7 * 86400
+
+
+def test_making_a_store_touches_nothing(tmp_path: Path) -> None:
+    LocalStore(tmp_path / "not/yet")
+    assert list(tmp_path.iterdir()) == []
+    assert list(LocalStore(tmp_path / "not/yet").list()) == []
+
+
+def test_deleting_leaves_no_empty_folders(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("a/b/c/one", b"")
+    store.put("a/two", b"")
+    store.delete("a/b/c/one")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["two"]
+    store.delete("a/two")
+    assert [p.name for p in tmp_path.iterdir()] == [".inferq"]
+
+
+def test_writing_and_deleting_neighbours_do_not_trip_each_other(tmp_path: Path, race: Race) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+
+    def act(number: int) -> object:
+        for _ in range(150):
+            store.put(f"deep/er/folder/{number}", b"x")
+            store.delete(f"deep/er/folder/{number}")
+        return True
+
+    assert race(6, act) == [True] * 6
+
+
+def test_a_killed_writer_leaves_nothing_that_shows_and_is_swept_later(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from storage.local import LocalStore\n"
+        "class Dies:\n"
+        "    def read(self, n):\n"
+        "        if not hasattr(self, 'once'):\n"
+        "            self.once = 1\n"
+        "            return b'x' * 100\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "LocalStore(Path(sys.argv[1])).put('k', Dies())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -9
+    left = list((tmp_path / ".inferq/partial").iterdir())
+    assert len(left) == 1
+    assert list(LocalStore(tmp_path).list()) == []
+    LocalStore(tmp_path).put("other", b"")
+    assert left[0].exists(), "it may still be another process's"
+    os.utime(left[0], (time.time() - 2 * 86400,) * 2)
+    LocalStore(tmp_path).put("other", b"")
+    assert not left[0].exists()
+
+
+@pytest.mark.parametrize("act", ["put", "create"])
+def test_with_fsync_file_and_folders_are_synced_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append(os.path.relpath(path, tmp_path))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    getattr(LocalStore(tmp_path), act)("a/b/c", b"data", content_type="text/plain")
+    assert synced[0].startswith(".inferq/partial/"), "the data comes before the name"
+    assert set(synced[1:]) == {"a/b", "a", "."}
+    synced.clear()
+    getattr(LocalStore(tmp_path), act)("a/b/d", b"data", content_type="text/plain")
+    assert synced[1:] == ["a/b"]
+    synced.clear()
+    getattr(LocalStore(tmp_path, fsync=False), act)("a/b/e", b"data", content_type="text/plain")
+    assert synced == []
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permission"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("where", ["write", "open", "link", "mkdir", "fsync"])
+def test_a_bad_disk_is_an_outage_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, says: str
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("old", b"old")
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, fail)
+        with pytest.raises(StoreOutage, match=says):
+            store.create("new/folder/k", b"data", content_type="text/plain")
+        if where in {"write", "open"}:
+            with pytest.raises(StoreOutage, match=says):
+                store.ping()
+    assert [info.key for info in store.list()] in (["old"], ["new/folder/k", "old"][where != "fsync" :])
+    assert list((tmp_path / ".inferq/partial").iterdir()) == []
+    assert store.create("newer/k", b"data", content_type="text/plain")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
+def test_a_folder_that_is_not_ours_is_an_outage(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreOutage, match="permission"):
+        LocalStore(tmp_path / "store").ping()
+
+
+def test_a_root_that_is_a_file_is_an_outage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreOutage):
+        LocalStore(tmp_path / "file").ping()
+    with pytest.raises(StoreOutage):
+        LocalStore(tmp_path / "file/below").put("k", b"")
+
+
+def test_a_key_cannot_be_a_folder_too(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    store.put("a/b", b"kept")
+    for key in ("a", "a/b/c", "a/b/c/d"):
+        with pytest.raises(BadObjectKey, match="folder"):
+            store.put(key, b"")
+        with pytest.raises(BadObjectKey, match="folder"):
+            store.create(key, b"", content_type="text/plain")
+    assert [info.key for info in store.list()] == ["a/b"]
+    assert store.get("a/b") == b"kept"
+
+
+def test_without_extended_attributes_only_the_type_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", unsupported)
+    store = LocalStore(tmp_path)
+    store.put("k.png", b"x", content_type="image/png")
+    store.put("k.json", b"x", content_type="application/json")
+    assert store.stat("k.png").content_type == "application/octet-stream"
+    assert store.stat("k.json").content_type == "application/json"
+
+
+def test_foreign_files_in_the_folder_do_not_break_a_listing(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("k", b"")
+    (tmp_path / "new\nline").write_text("")
+    os.close(os.open(os.fsencode(tmp_path) + b"/not-utf8-\xff", os.O_CREAT))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert [info.key for info in store.list()] == ["k"]
+
+
+def test_a_small_write_costs_little(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+
+    def once(number: int) -> float:
+        began = time.thread_time()
+        assert not list(store.list(f"tasks/default/{number}/", start_after=f"tasks/default/{number}/f"))
+        store.create(f"tasks/default/{number}/result.json", b"x" * 500, content_type="application/json")
+        return time.thread_time() - began
+
+    costs = sorted(once(number) for number in range(300))
+    assert costs[150] < 0.001, "seconds of CPU; about 0.0001 on an idle machine"

@@ -1,0 +1,721 @@
+"""The status index: every change once, never backwards, and quick to say that it is away."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from schemas import END_STATES, ErrorInfo, Event, InvalidTask, Result, Task, TaskStatus
+from storage import StatusIndex, StatusOutage, StorageSettings
+from storage.status_scripts import record_key
+from tests.storage.conftest import RedisServer, wait_until
+
+NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
+ERROR = ErrorInfo(code="boom", message="it broke", retryable=True)
+Race = Callable[[int, Callable[[int], object]], list[object]]
+
+
+class Job(Task):
+    task_type: Literal["job"] = "job"
+    text: str = "x"
+
+
+def job(task_id: str = "t1", **more: Any) -> Job:
+    return Job(task_id=task_id, **more)
+
+
+def end(
+    task: Task, status: str = "succeeded", *, attempts: int = 1, redrives: int = 0, **more: Any
+) -> Result:
+    return Result(
+        **{
+            "task_id": task.task_id, "task_type": task.task_type, "tenant": task.tenant,
+            "status": status, "attempts": attempts, "redrives": redrives, "finished_at": datetime.now(UTC),
+            "digest": task.digest(), "batch_id": task.batch_id,
+            "error": None if status == "succeeded" else ERROR, **more,
+        }
+    )  # fmt: skip
+
+
+def begin(index: StatusIndex, task: Task, attempt: int = 1, redrives: int = 0, worker: str = "w1") -> Any:
+    return index.begin(task, attempt=attempt, redrives=redrives, worker=worker, started_at=datetime.now(UTC))
+
+
+def known(index: StatusIndex, task: Task) -> TaskStatus:
+    status = index.get(task.tenant, task.task_id)
+    assert status
+    return status
+
+
+@pytest.fixture
+def events(redis_client: redis.Redis) -> Iterator[Callable[[], list[Event]]]:
+    """What was published since, for every task."""
+    listener: Any = redis_client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    listener.psubscribe("inferq:events:*")
+    wait_until(lambda: redis_client.pubsub_numpat() >= 1)
+    seen: list[Event] = []
+    marks = iter(range(10**6))
+
+    def collect() -> list[Event]:
+        mark = f"mark {next(marks)}"
+        redis_client.publish("inferq:events:mark", mark)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            message = listener.get_message(timeout=0.2)
+            if message is None or message["data"] is None or message["type"] != "pmessage":
+                continue
+            if message["data"] == mark:
+                found = list(seen)
+                seen.clear()
+                return found
+            event = Event.model_validate_json(message["data"])
+            assert message["channel"] == StatusIndex.channel(event.data.tenant, event.data.task_id)
+            seen.append(event)
+        raise AssertionError("the events did not come")
+
+    yield collect
+    listener.close()
+
+
+def test_a_task_goes_its_way_and_says_so(index: StatusIndex, events: Callable[[], list[Event]]) -> None:
+    task = job(tenant="acme", priority="high", batch_id="b1", metadata={"k": 1}, created_at=NOW)
+    submission = index.submit(task)
+    assert (submission.new, submission.confirmed, submission.conflict) == (True, False, False)
+    assert submission.status == TaskStatus(
+        task_id="t1",
+        task_type="job",
+        tenant="acme",
+        state="queued",
+        priority="high",
+        batch_id="b1",
+        created_at=NOW,
+    )
+    assert events() == []
+    index.confirm(task)
+    begun = begin(index, task)
+    assert (begun.cancel_requested, begun.digest, begun.state) == (False, task.digest(), "running")
+    index.progress("acme", "t1", 0.25, "reading 名前")
+    status = known(index, task)
+    assert (status.state, status.progress, status.progress_note, status.worker) == (
+        "running", 0.25, "reading 名前", "w1",
+    )  # fmt: skip
+    index.retrying(task, attempt=1, redrives=0, error=ERROR)
+    assert known(index, task).error == ERROR
+    begin(index, task, attempt=2, worker="w2")
+    assert index.ended(end(task, attempts=2, worker="w2", started_at=NOW, output={"n": 1}, metadata={"k": 1}))
+    status = known(index, task)
+    assert (status.state, status.attempt, status.error, status.progress) == ("succeeded", 2, None, 1.0)
+    assert status.started_at == NOW
+    assert status.created_at == NOW
+    found = events()
+    assert [event.type for event in found] == [
+        "task.queued", "task.started", "task.progress", "task.retrying", "task.started", "task.succeeded",
+    ]  # fmt: skip
+    assert {(e.data.task_type, e.data.batch_id) for e in found} == {("job", "b1")}
+    assert [event.data.attempt for event in found] == [1, 1, 1, 1, 2, 2]
+    assert (found[2].data.progress, found[2].data.note) == (0.25, "reading 名前")
+    assert found[3].data.error == ERROR
+    assert found[5].data.output == {"n": 1}
+    assert all(event.data.metadata == {"k": 1} for event in found if event.type != "task.progress")
+
+
+def test_nothing_is_known_of_an_unknown_task(index: StatusIndex) -> None:
+    assert index.get("default", "t1") is None
+    assert index.request_cancel("default", "t1") is None
+    assert index.cancel_requested("default", "t1") is False
+    index.progress("default", "t1", 0.5, None)
+    index.forget(job())
+    assert index.get("default", "t1") is None
+    assert index.list("default").items == ()
+
+
+def test_the_same_task_is_submitted_once(index: StatusIndex, events: Callable[[], list[Event]]) -> None:
+    task = job()
+    assert index.submit(task).new
+    again = index.submit(job(created_at=NOW))
+    assert (again.new, again.confirmed, again.conflict) == (False, False, False)
+    index.confirm(task)
+    index.confirm(task)
+    assert index.submit(task).confirmed
+    assert [event.type for event in events()] == ["task.queued"]
+
+
+def test_another_task_of_the_same_id_is_a_conflict_and_changes_nothing(
+    index: StatusIndex, events: Callable[[], list[Event]]
+) -> None:
+    task, other = job(), job(text="other")
+    index.submit(task)
+    submission = index.submit(other)
+    assert (submission.new, submission.conflict) == (False, True)
+    before = known(index, task)
+    index.confirm(other)
+    index.forget(other)
+    assert begin(index, other).digest == task.digest()
+    index.retrying(other, attempt=1, redrives=0, error=ERROR)
+    assert index.ended(end(other, "failed")) is False
+    assert index.ended(end(other)) is False
+    assert known(index, task) == before
+    assert events() == []
+    assert index.submit(other).conflict
+
+
+def test_of_racing_submissions_one_is_new(index: StatusIndex, race: Race) -> None:
+    found = race(16, lambda n: index.submit(job()).new)
+    assert sorted(map(str, found)) == ["False"] * 15 + ["True"]
+
+
+def test_forgetting_undoes_only_what_nobody_has_touched(
+    index: StatusIndex, redis_client: redis.Redis
+) -> None:
+    task = job(batch_id="b")
+    index.submit(task)
+    index.forget(task)
+    assert index.get("default", "t1") is None
+    assert redis_client.keys("*") == []
+    assert index.submit(task).new
+    index.confirm(task)
+    index.forget(task)
+    assert known(index, task).state == "queued"
+    picked = job("t2")
+    index.submit(picked)
+    begin(index, picked)
+    index.forget(picked)
+    assert known(index, picked).state == "running"
+
+
+def test_a_confirmation_after_anothers_forgetting_still_counts(index: StatusIndex) -> None:
+    task = job()
+    index.submit(task)
+    index.submit(task)
+    index.forget(task)
+    index.confirm(task)
+    assert index.submit(task).confirmed
+    assert index.list("default", state="queued").items == (known(index, task),)
+
+
+def test_a_worker_that_is_faster_than_the_confirmation_wins(
+    index: StatusIndex, events: Callable[[], list[Event]]
+) -> None:
+    task = job()
+    index.submit(task)
+    begin(index, task)
+    index.confirm(task)
+    assert known(index, task).state == "running"
+    assert [event.type for event in events()] == ["task.started"]
+    assert index.submit(task).confirmed
+
+
+def test_a_task_of_plain_amqp_is_on_record_from_its_first_run(index: StatusIndex) -> None:
+    begun = begin(index, job(batch_id="b"))
+    assert (begun.digest, begun.state, begun.cancel_requested) == (None, "running", False)
+    assert index.list("default", state="running", batch_id="b").items
+    assert index.ended(end(job("t2"), "failed")) is True
+    assert known(index, job("t2")).state == "failed"
+
+
+def test_a_redelivered_run_starts_over_without_a_second_event(
+    index: StatusIndex, events: Callable[[], list[Event]]
+) -> None:
+    task = job()
+    begin(index, task)
+    index.progress("default", "t1", 0.9, "nearly")
+    begin(index, task, worker="w2")
+    status = known(index, task)
+    assert (status.worker, status.progress, status.progress_note) == ("w2", None, None)
+    assert [event.type for event in events()] == ["task.started", "task.progress"]
+
+
+def test_late_messages_of_earlier_attempts_change_nothing(index: StatusIndex) -> None:
+    task = job()
+    begin(index, task, attempt=3)
+    before = known(index, task)
+    assert begin(index, task, attempt=2, worker="late").state == "running"
+    index.retrying(task, attempt=2, redrives=0, error=ERROR)
+    index.confirm(task)
+    assert known(index, task) == before
+
+
+def test_progress_only_grows_and_only_while_running(index: StatusIndex) -> None:
+    task = job()
+    index.submit(task)
+    index.progress("default", "t1", 0.5, "early")
+    assert known(index, task).progress is None
+    begin(index, task)
+    for fraction, shown in [(0.4, 0.4), (0.2, 0.4), (7.0, 1.0), (float("nan"), 1.0), (-1.0, 1.0)]:
+        index.progress("default", "t1", fraction, "n" * 2000 + "\ud800")
+        status = known(index, task)
+        assert status.progress == shown
+        assert len(status.progress_note or "") == 500
+    index.ended(end(task, "failed"))
+    index.progress("default", "t1", 1.0, "late")
+    assert known(index, task).progress_note != "late"
+
+
+def test_an_end_of_any_attempt_ends_the_task_until_it_is_redriven(index: StatusIndex) -> None:
+    task = job()
+    begin(index, task, attempt=4)
+    assert index.ended(end(task, "cancelled", attempts=3)) is True
+    assert begin(index, task, attempt=5).state == "cancelled"
+    assert index.ended(end(task, "failed", attempts=5)) is False
+    assert begin(index, task, attempt=1, redrives=1).state == "running"
+    status = known(index, task)
+    assert (status.state, status.error, status.finished_at, status.attempt) == ("running", None, None, 1)
+    assert index.ended(end(task, "failed", redrives=1)) is True
+    assert index.ended(end(task, "failed", redrives=1)) is False
+    assert index.ended(end(task, "succeeded")) is True, "a success outranks everything, however late"
+    assert index.ended(end(task, "succeeded", redrives=5)) is False
+    assert begin(index, task, redrives=9).state == "succeeded"
+    assert index.ended(end(task, "failed", redrives=9)) is False
+
+
+def test_a_result_without_digest_ends_the_task_of_its_id(index: StatusIndex) -> None:
+    task = job()
+    index.submit(task)
+    assert index.ended(end(task, "failed", digest=None, task_type="", attempts=0))
+    status = known(index, task)
+    assert (status.state, status.attempt, status.task_type) == ("failed", 1, "job")
+    assert index.ended(end(job("unread"), "failed", digest=None, task_type="", attempts=0))
+    assert known(index, job("unread")).task_type == ""
+
+
+def test_a_cancellation_reaches_the_run_and_ends_with_it(index: StatusIndex) -> None:
+    task = job()
+    index.submit(task)
+    asked = index.request_cancel("default", "t1")
+    assert asked
+    assert asked.cancel_requested
+    assert index.cancel_requested("default", "t1")
+    assert begin(index, task).cancel_requested
+    index.ended(end(task, "cancelled"))
+    assert begin(index, task, redrives=1).cancel_requested is False, "a redrive is a new decision"
+    index.ended(end(task, redrives=1))
+    done = index.request_cancel("default", "t1")
+    assert done
+    assert (done.state, done.cancel_requested) == ("succeeded", False)
+
+
+def test_large_outputs_stay_out_of_events(index: StatusIndex, events: Callable[[], list[Event]]) -> None:
+    index.ended(end(job(), output="x" * 100_000))
+    assert events()[0].data.output is None
+
+
+def test_odd_text_is_carried(index: StatusIndex, events: Callable[[], list[Event]]) -> None:
+    task = job(metadata={"k": "\ud800 😀 \0"})
+    index.submit(task)
+    index.confirm(task)
+    begin(index, task, worker="w\ud800")
+    index.retrying(
+        task, attempt=1, redrives=0, error=ErrorInfo(code="c", message="\ud83d'\"\\", retryable=False)
+    )
+    index.ended(end(task, output="\ud800"))
+    assert len(events()) == 4
+
+
+def test_a_client_that_does_not_decode_works_too(
+    shared_redis: RedisServer, redis_client: redis.Redis
+) -> None:
+    with redis.Redis(port=shared_redis.port) as client:
+        index = StatusIndex(client, retention=60)
+        index.submit(job())
+        begin(index, job())
+        assert known(index, job()).state == "running"
+        assert [status.task_id for status in index.list("default").items] == ["t1"]
+        assert index.cancel_requested("default", "t1") is False
+
+
+# What may happen to a task, in any order and any number of times.
+_calls = st.one_of(
+    st.tuples(st.sampled_from(["submit", "confirm", "forget", "cancel"]), st.just(1), st.just(0)),
+    st.tuples(
+        st.sampled_from(["begin", "progress", "retrying", "succeeded", "failed", "cancelled"]),
+        st.integers(1, 3),
+        st.integers(0, 2),
+    ),
+)
+
+
+@settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(calls=st.lists(_calls, max_size=25))
+def test_no_order_of_calls_moves_a_task_backwards_or_counts_an_end_twice(
+    index: StatusIndex, redis_client: redis.Redis, calls: list[tuple[str, int, int]]
+) -> None:
+    redis_client.flushall()
+    task = job(batch_id="b")
+    order, ends = -1, []
+    for name, attempt, redrives in calls:
+        before = index.get("default", "t1")
+        match name:
+            case "submit":
+                index.submit(task)
+            case "confirm":
+                index.confirm(task)
+            case "forget":
+                index.forget(task)
+            case "cancel":
+                index.request_cancel("default", "t1")
+            case "begin":
+                begin(index, task, attempt, redrives)
+            case "progress":
+                index.progress("default", "t1", attempt / 3, None)
+            case "retrying":
+                index.retrying(task, attempt=attempt, redrives=redrives, error=ERROR)
+            case status:
+                if index.ended(end(task, status, attempts=attempt, redrives=redrives)):
+                    ends.append((redrives, status))
+        after = index.get("default", "t1")
+        raw = redis_client.hget(record_key("default", "t1"), "o")
+        if raw is None:
+            assert before is None or name == "forget"
+            order = -1
+            continue
+        assert after
+        assert int(raw) >= order
+        if int(raw) == order and before and name != "begin":
+            assert after.state == before.state
+        order = int(raw)
+        if before and before.state == "succeeded":
+            assert after == before
+        if before and before.ended and not after.ended:
+            assert name in {"begin", "retrying"}
+        assert (after.state in END_STATES) == (after.finished_at is not None)
+        # Every index agrees with the record.
+        assert index.list("default").items == (after,)
+        assert index.list("default", batch_id="b").items == (after,)
+        for state in ("queued", "running", "retrying", "succeeded", "failed", "cancelled"):
+            assert index.list("default", state=state).items == ((after,) if after.state == state else ())
+    assert len(ends) == len(set(ends)), "an end was counted twice"
+    assert sum(status == "succeeded" for _, status in ends) <= 1
+    assert ends == sorted(ends, key=lambda e: (e[1] == "succeeded", e[0]))
+    assert len({redrives for redrives, status in ends if status != "succeeded"}) == sum(
+        status != "succeeded" for _, status in ends
+    )
+
+
+def listed(index: StatusIndex, limit: int, **filters: Any) -> list[str]:
+    found: list[str] = []
+    cursor = None
+    while True:
+        page = index.list("default", cursor=cursor, limit=limit, **filters)
+        assert len(page.items) <= limit
+        found += [status.task_id for status in page.items]
+        cursor = page.cursor
+        if cursor is None:
+            return found
+
+
+def test_pages_hold_every_task_once_even_where_all_were_made_at_once(index: StatusIndex) -> None:
+    now = datetime.now(UTC)
+    ids = [f"id{number:03d}" for number in range(120)]
+    for number, task_id in enumerate(ids):
+        index.submit(job(task_id, created_at=now - timedelta(seconds=number // 50)))
+    expected = sorted(ids, key=lambda i: (-(int(i[2:]) // 50), i), reverse=True)
+    for limit in (1, 7, 50, 119, 120, 121, 10_000, 0):
+        assert listed(index, max(limit, 1)) == expected
+    page = index.list("default", limit=120)
+    assert page.cursor is None, "the last page knows that it is"
+
+
+def test_a_cursor_holds_while_tasks_come_and_go(index: StatusIndex, redis_client: redis.Redis) -> None:
+    now = datetime.now(UTC)
+    tasks = [job(f"id{n}", created_at=now) for n in range(9, -1, -1)]
+    for task in tasks:
+        index.submit(task)
+    page = index.list("default", limit=4, state="queued")
+    assert [status.task_id for status in page.items] == ["id9", "id8", "id7", "id6"]
+    index.submit(job("newer"))
+    begin(index, job("id6", created_at=now))  # leaves the state's index: the cursor's own entry is gone
+    redis_client.delete(record_key("default", "id5"))
+    rest = index.list("default", limit=10, state="queued", cursor=page.cursor)
+    assert [status.task_id for status in rest.items] == ["id4", "id3", "id2", "id1", "id0"]
+    everything = index.list("default", limit=10, cursor=index.list("default", limit=5).cursor)
+    assert [status.task_id for status in everything.items] == ["id4", "id3", "id2", "id1", "id0"]
+    assert listed(index, 3, state="running") == ["id6"]
+
+
+def test_filters_combine(index: StatusIndex) -> None:
+    class Other(Task):
+        task_type: Literal["other"] = "other"
+
+    now = datetime.now(UTC)
+    for number in range(40):
+        kind = Job if number % 2 else Other
+        task = kind(
+            task_id=f"t{number:02d}",
+            created_at=now + timedelta(microseconds=number - 100),
+            batch_id="ab"[number % 3 > 0],
+        )
+        index.submit(task)
+        if number % 5 == 0:
+            index.ended(end(task, "failed" if number % 10 else "succeeded"))
+    every = range(39, -1, -1)
+
+    def ids(keep: Callable[[int], bool]) -> list[str]:
+        return [f"t{number:02d}" for number in every if keep(number)]
+
+    for limit in (1, 3, 50):
+        assert listed(index, limit, task_type="job") == ids(lambda n: n % 2 == 1)
+        assert listed(index, limit, state="succeeded") == ids(lambda n: n % 10 == 0)
+        assert listed(index, limit, state="failed") == ids(lambda n: n % 10 == 5)
+        assert listed(index, limit, batch_id="a") == ids(lambda n: n % 3 == 0)
+        assert listed(index, limit, batch_id="b", state="queued", task_type="other") == ids(
+            lambda n: n % 3 > 0 and n % 5 > 0 and n % 2 == 0
+        )
+        assert listed(index, limit, batch_id="none") == []
+        assert listed(index, limit, task_type="none") == []
+    assert index.list("someone-else").items == ()
+
+
+def test_a_rare_task_is_found_behind_very_many_others(index: StatusIndex, redis_client: redis.Redis) -> None:
+    now = datetime.now(UTC)
+    index.ended(end(job("rare", created_at=now), created_at=now - timedelta(hours=1)))
+    with redis_client.pipeline() as pipe:
+        for number in range(1200):
+            micros = int(now.timestamp() * 1e6)
+            pipe.hset(record_key("default", f"n{number}"), mapping={"s": "queued", "ty": "job", "o": 1})
+            pipe.zadd("inferq:l:default", {f"n{number}": micros})
+        pipe.execute()
+    assert listed(index, 5, state="succeeded") == ["rare"]
+
+
+@pytest.mark.parametrize(
+    "cursor", ["x", "!!!", "AAAA", "e30", "MTIzOg", "é", "MTpcbg==", "a" * 5000, "\ud800"]
+)
+def test_a_bad_cursor_is_refused(index: StatusIndex, cursor: str) -> None:
+    with pytest.raises(InvalidTask) as caught:
+        index.list("default", cursor=cursor)
+    assert caught.value.code == "bad_cursor"
+
+
+def test_made_up_creation_times_neither_hide_nor_keep_a_task(
+    index: StatusIndex, redis_client: redis.Redis
+) -> None:
+    old, future = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
+    index.submit(job("old", created_at=old))
+    index.submit(job("future", created_at=future))
+    index.submit(job("now"))
+    assert listed(index, 10) == ["now", "future", "old"]
+    assert known(index, job("future")).created_at == future
+    assert known(index, job("old")).created_at == old
+    now = time.time() * 1e6
+    scores: Any = redis_client.zrange("inferq:l:default", 0, -1, withscores=True)
+    for _, score in scores:
+        assert now - 8 * 86400e6 < float(score) <= now
+
+
+def test_everything_expires(shared_redis: RedisServer, redis_client: redis.Redis) -> None:
+    index = StatusIndex(redis_client, retention=1)
+    for number in range(5):
+        index.submit(job(f"t{number}", batch_id="b"))
+    index.ended(end(job("t0"), "failed"))
+    for key in redis_client.keys("*"):
+        assert 0 < redis_client.ttl(key) <= 86402
+    wait_until(lambda: index.get("default", "t4") is None)
+    index.submit(job("new1"))
+    assert redis_client.zcard("inferq:l:default") < 6, "an entry that comes lets expired ones go"
+    assert [status.task_id for status in index.list("default").items] == ["new1"]
+    assert redis_client.zcard("inferq:l:default") == 1
+    assert index.list("default", state="failed").items == ()
+    assert redis_client.exists("inferq:s:default:failed") == 0
+
+
+def test_a_change_renews_the_retention(index: StatusIndex, redis_client: redis.Redis) -> None:
+    task = job()
+    key = record_key("default", "t1")
+    changes: list[Callable[[], object]] = [
+        lambda: index.submit(task),
+        lambda: index.confirm(task),
+        lambda: index.request_cancel("default", "t1"),
+        lambda: begin(index, task),
+        lambda: index.progress("default", "t1", 0.5, None),
+        lambda: index.retrying(task, attempt=1, redrives=0, error=ERROR),
+        lambda: index.ended(end(task)),
+    ]
+    for change in changes:
+        redis_client.expire(key, 5)
+        change()
+        assert redis_client.ttl(key) > 600_000
+
+
+def test_a_record_is_small(index: StatusIndex, redis_client: redis.Redis) -> None:
+    task = job("0190b5a0-7e1c-7c3e-8f4a-0123456789ab")
+    index.submit(task)
+    index.confirm(task)
+    begin(index, task, worker="worker-ocr-0-abcdef")
+    index.ended(end(task, worker="worker-ocr-0-abcdef"))
+    assert (redis_client.memory_usage(record_key("default", task.task_id)) or 0) < 500
+    assert redis_client.object("encoding", record_key("default", task.task_id)) == "listpack"
+
+
+def test_flushed_scripts_come_back_by_themselves(index: StatusIndex, redis_client: redis.Redis) -> None:
+    index.submit(job())
+    redis_client.script_flush()
+    assert begin(index, job()).state == "running"
+    redis_client.script_flush()
+    assert index.list("default").items
+
+
+@pytest.fixture
+def doomed(own_redis: RedisServer) -> Iterator[StatusIndex]:
+    index = StatusIndex.from_settings(StorageSettings(redis_url=own_redis.url, redis_timeout=0.3))
+    yield index
+    index.close()
+
+
+def test_a_killed_redis_is_an_outage_at_once_and_no_more_when_it_is_back(
+    own_redis: RedisServer, doomed: StatusIndex
+) -> None:
+    doomed.ping()
+    doomed.submit(job())
+    own_redis.kill()
+    calls: list[Callable[[], object]] = [
+        lambda: doomed.submit(job()),
+        lambda: doomed.get("default", "t1"),
+        lambda: doomed.list("default"),
+        lambda: doomed.ended(end(job())),
+        doomed.ping,
+    ]
+    began = time.monotonic()
+    for call in calls:
+        with pytest.raises(StatusOutage, match="INFERQ_REDIS_URL"):
+            call()
+    assert time.monotonic() - began < 1
+    own_redis.start()
+
+    def back() -> bool:
+        try:
+            return doomed.submit(job()).new
+        except StatusOutage:
+            return False
+
+    wait_until(back)
+    assert begin(doomed, job()).state == "running"
+    assert doomed.list("default", state="running").items
+
+
+def test_a_restart_between_two_calls_goes_unnoticed(own_redis: RedisServer, doomed: StatusIndex) -> None:
+    doomed.submit(job())
+    own_redis.kill()
+    own_redis.start()
+    assert doomed.submit(job()).new
+
+
+def test_a_hanging_redis_costs_the_timeout_once_and_not_for_every_caller(
+    own_redis: RedisServer, doomed: StatusIndex
+) -> None:
+    doomed.ping()
+    own_redis.freeze(True)
+    try:
+        began = time.monotonic()
+        with pytest.raises(StatusOutage):
+            doomed.ping()
+        assert 0.2 < time.monotonic() - began < 0.6
+        began = time.monotonic()
+        for _ in range(100):
+            with pytest.raises(StatusOutage):
+                doomed.get("default", "t1")
+        assert time.monotonic() - began < 0.2
+    finally:
+        own_redis.freeze(False)
+    wait_until(lambda: _answers(doomed))
+
+
+def _answers(index: StatusIndex) -> bool:
+    try:
+        index.ping()
+    except StatusOutage:
+        return False
+    return True
+
+
+def test_while_one_caller_looks_whether_redis_is_back_the_others_fail_at_once() -> None:
+    now = [0.0]
+    entered, leave = threading.Event(), threading.Event()
+
+    class Hanging(redis.Redis):
+        calls = 0
+
+        def ping(self, **_: Any) -> Any:
+            self.calls += 1
+            if self.calls == 2:
+                entered.set()
+                leave.wait(10)
+            raise redis.ConnectionError("away")
+
+    client = Hanging()
+    index = StatusIndex(client, retention=60, clock=lambda: now[0])
+    with pytest.raises(StatusOutage):
+        index.ping()
+    now[0] = 1.1
+    thread = threading.Thread(target=lambda: _answers(index))
+    thread.start()
+    assert entered.wait(10)
+    with pytest.raises(StatusOutage):
+        index.ping()
+    assert client.calls == 2
+    leave.set()
+    thread.join()
+
+
+def test_a_redis_that_refuses_is_an_outage_that_names_the_reason(
+    own_redis: RedisServer, doomed: StatusIndex
+) -> None:
+    with redis.Redis(port=own_redis.port) as admin:
+        admin.config_set("maxmemory", "1")
+        with pytest.raises(StatusOutage, match="maxmemory"):
+            doomed.submit(job())
+        admin.config_set("maxmemory", "0")
+        assert doomed.submit(job()).new
+        admin.config_set("requirepass", "secret-word")
+    locked = StatusIndex.from_settings(
+        StorageSettings(redis_url=f"redis://:wrong-word@127.0.0.1:{own_redis.port}/0")
+    )
+    with pytest.raises(StatusOutage) as caught:
+        locked.ping()
+    assert "wrong-word" not in str(caught.value)
+
+
+def test_the_answer_of_a_repeated_call_is_the_first_ones(
+    own_redis: RedisServer, doomed: StatusIndex, redis_client: redis.Redis
+) -> None:
+    """A connection that dies after the command ran and before its answer came: the client sends it again."""
+    with redis.Redis(port=own_redis.port, decode_responses=True) as client:
+        index = StatusIndex(client, retention=60)
+        script = index._scripts["ended"]
+
+        class Twice:
+            def __call__(self, **call: Any) -> Any:
+                script(**call)
+                return script(**call)
+
+        index._scripts["ended"] = Twice()  # type: ignore[assignment]
+        assert index.ended(end(job())) is True
+        assert index.ended(end(job())) is False
+
+
+def test_a_redis_by_unix_socket_is_named_by_its_path() -> None:
+    index = StatusIndex.from_settings(StorageSettings(redis_url="unix:///nowhere/redis.sock"))
+    with pytest.raises(StatusOutage, match=r"/nowhere/redis\.sock"):
+        index.ping()
+
+
+def test_progress_events_are_events(index: StatusIndex, events: Callable[[], list[Event]]) -> None:
+    begin(index, job())
+    for fraction in (0, 1 / 3, 1):
+        index.progress("default", "t1", fraction, None)
+    found = [event for event in events() if event.type == "task.progress"]
+    assert [event.data.progress for event in found] == [0, 0.3333, 1]
+    assert json.loads(found[0].model_dump_json())["data"]["state"] == "running"

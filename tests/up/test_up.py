@@ -1,0 +1,297 @@
+"""`inferq up` and `inferq down`, as a person runs them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from typer import Exit
+
+from producer.client import Client
+from producer.up import commands
+from producer.up.detached import while_up
+from producer.up.folder import DataFolder
+from producer.up.foreground import Wish
+from producer.up.plan import choose_types, http_ready, make_plan
+from schemas import InferqError
+
+INFERQ = (sys.executable, "-m", "producer.cli")
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def processes_of(data: Path) -> list[str]:
+    """The command lines of all processes that have to do with a data folder."""
+    needle = str(data).encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(entry.name) != os.getpid() and needle in (
+                (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+            ):
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[Path]:
+    """A data folder; whatever a failed test leaves running on it is stopped."""
+    folder = tmp_path / "data"
+    yield folder
+    holder = DataFolder(folder)
+    if holder.held():
+        os.kill(holder.holder(), signal.SIGKILL)
+        until(lambda: not holder.held(), "the guard has done its work")
+
+
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch, fresh_amqp_url: str, redis_url: str) -> None:
+    """The shared broker and Redis, by the environment: starts in a second or two."""
+    monkeypatch.setenv("INFERQ_AMQP_URL", fresh_amqp_url)
+    monkeypatch.setenv("INFERQ_REDIS_URL", redis_url)
+
+
+def inferq(*arguments: str, seconds: float = 90) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*INFERQ, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+    )
+
+
+def start(data: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*INFERQ, "up", "--data", str(data), "--port", "0", "--types", "echo", *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def client(data: Path) -> Client:
+    env = DataFolder(data).kept_env()
+    return Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"])
+
+
+def test_foreground_serves_tasks_until_ctrl_c(data: Path, services: None) -> None:
+    process = start(data)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "Stop it with Ctrl-C" in line:
+            break
+    assert any("inferq is ready" in line for line in said), said
+    with client(data) as inferq_client:
+        status = inferq_client.submit("echo", payload="hello", wait=20)
+        assert inferq_client.result(status.task_id).output == {"payload": "hello"}
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "inferq has stopped" in out
+    assert "Traceback" not in out
+    assert processes_of(data) == []
+
+
+def test_detached_serves_until_down(data: Path, services: None) -> None:
+    up = inferq("up", "--data", str(data), "--port", "0", "--types", "echo", "--detach")
+    assert up.returncode == 0, up.stdout
+    assert f"inferq down --data {shlex.quote(str(data))}" in up.stdout.replace("\n", "")
+    api = DataFolder(data).kept_env()["INFERQ_API_URL"]
+    assert httpx.get(f"{api}/readyz").status_code == 200
+
+    again = inferq("up", "--data", str(data), "--port", "0", "--types", "echo")
+    assert again.returncode == 1
+    assert f"pid {DataFolder(data).holder()}" in again.stdout
+
+    down = inferq("down", "--data", str(data))
+    assert (down.returncode, "has stopped" in down.stdout) == (0, True)
+    assert processes_of(data) == []
+    down = inferq("down", "--data", str(data))
+    assert (down.returncode, "is not up" in down.stdout) == (0, True)
+
+
+def test_private_services_go_with_a_killed_supervisor_and_their_data_stays(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("INFERQ_AMQP_URL", "INFERQ_REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    first = inferq("up", "--data", str(data), "--port", "0", "--types", "echo", "--detach")
+    assert first.returncode == 0, first.stdout
+    env = DataFolder(data).kept_env()
+    with client(data) as inferq_client:
+        done = inferq_client.submit("echo", payload="before", wait=20)
+        assert done.state == "succeeded"
+
+    os.kill(DataFolder(data).holder(), signal.SIGKILL)
+    # The shell that starts it again has sourced `env`: those services are its own, not somebody else's.
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    second = inferq("up", "--data", str(data), "--port", "0", "--types", "echo", "--detach")
+    assert second.returncode == 0, second.stdout
+    assert DataFolder(data).kept_env() == env
+    assert "rabbitmq is ready" in second.stdout
+    with client(data) as inferq_client:
+        assert inferq_client.result(done.task_id).output == {"payload": "before"}
+        assert inferq_client.submit("echo", payload="after", wait=20).state == "succeeded"
+    assert inferq("down", "--data", str(data)).returncode == 0
+    assert processes_of(data) == []
+
+
+def test_taken_port_is_an_error_that_says_so(data: Path, services: None) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        up = inferq("up", "--data", str(data), "--port", port, "--types", "echo", "--detach")
+    assert up.returncode == 1
+    assert f"port {port} is taken" in up.stdout
+    assert not DataFolder(data).held()
+
+
+def test_part_that_cannot_start_fails_the_start_with_its_reason(
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERQ_SLOTS", "none")
+    for more in ((), ("--detach",)):
+        process = start(data, *more)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "worker-echo ended with exit code" in out
+        assert "INFERQ_SLOTS" in out
+        assert "Traceback" not in out
+        assert processes_of(data) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
+    data: Path, services: None, number: signal.Signals
+) -> None:
+    process = start(data, "--detach")
+    until(lambda: "producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    if number is signal.SIGINT:
+        assert process.returncode == 130
+        assert "inferq has stopped" in out
+        assert "Traceback" not in out
+        assert processes_of(data) == []
+    until(lambda: not DataFolder(data).held(), "everything is gone")
+    assert processes_of(data) == []
+
+
+def test_while_up_lasts_as_long_as_its_block(data: Path, services: None) -> None:
+    with while_up(Wish(data, 0, ("echo",)), report=lambda report: None) as env:
+        assert httpx.get(f"{env['INFERQ_API_URL']}/readyz").status_code == 200
+        assert DataFolder(data).held()
+    assert processes_of(data) == []
+    assert not DataFolder(data).held()
+
+
+def test_while_up_ends_with_its_process(data: Path, services: None) -> None:
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from producer.up.detached import while_up; from producer.up.foreground import Wish\n"
+        "with while_up(Wish(Path(sys.argv[1]), 0, ('echo',)), report=lambda report: None):\n"
+        "    print('up', flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(data)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    process.communicate()
+    until(lambda: not processes_of(data), "everything is gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [("INFERQ_AMQP_URL", "amqp://u:p@127.0.0.1:9/"), ("INFERQ_REDIS_URL", "redis://127.0.0.1:9/0")],
+)
+def test_named_service_that_does_not_answer_is_an_error(
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch, name: str, url: str
+) -> None:
+    monkeypatch.setenv(name, url)
+    folder = DataFolder(data)
+    folder.hold()
+    with pytest.raises(InferqError, match=f"{name} names does not answer") as refused:
+        make_plan(folder, port=0, types=("echo",))
+    folder.release()
+    assert refused.value.code == "not_answering"
+
+
+def test_api_key_is_kept_while_it_is_valid(data: Path, services: None) -> None:
+    folder = DataFolder(data)
+    folder.hold()
+    first = make_plan(folder, port=0, types=("echo",)).variables
+    assert make_plan(folder, port=0, types=("echo",)).variables == first
+    (data / "keys.json").unlink()
+    assert make_plan(folder, port=0, types=("echo",)).variables["INFERQ_API_KEY"] != first["INFERQ_API_KEY"]
+    folder.release()
+
+
+def test_types_are_checked_and_each_is_started_once() -> None:
+    assert choose_types(" echo,ocr,echo ") == ("echo", "ocr")
+    assert "echo" in choose_types(None)
+    for wrong in ("echo,nonsense", "", ","):
+        with pytest.raises(InferqError, match=r"installed are: .*echo") as refused:
+            choose_types(wrong)
+        assert refused.value.code == "unknown_task_type"
+
+
+def test_unready_server_says_why() -> None:
+    assert "refused" in http_ready(9)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        client_side = subprocess.Popen(
+            [sys.executable, "-c", f"from producer.up.plan import http_ready; print(http_ready({port}))"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with server.accept()[0] as connection:
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 7\r\n\r\nloading")
+        assert client_side.communicate()[0] == "/readyz says 503 loading\n"
+
+
+def test_down_insists_on_a_supervisor_that_hangs(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        "import signal, sys, time; from pathlib import Path; from producer.up.folder import DataFolder\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); DataFolder(Path(sys.argv[1])).hold()\n"
+        "print('held', flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(data)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    monkeypatch.setattr(commands, "DOWN_LIMIT", 0.2)
+    monkeypatch.setattr(commands, "INSIST_LIMIT", 0.2)
+    commands.down(data)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert "has stopped" in capsys.readouterr().out
+
+
+def test_down_says_where_something_cannot_be_stopped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = DataFolder(data)
+    folder.hold()
+    monkeypatch.setattr(commands, "DOWN_LIMIT", 0.05)
+    monkeypatch.setattr(commands, "INSIST_LIMIT", 0.05)
+    monkeypatch.setattr(commands, "_signal", lambda pid, number: True)
+    with pytest.raises(Exit) as left:
+        commands.down(data)
+    assert left.value.exit_code == 1
+    folder.release()
