@@ -61,6 +61,7 @@ class Facts:
     """What is known of a delivery before its run."""
 
     task: Task
+    digest: str
     type_name: str
     redrives: int
     now: datetime
@@ -72,7 +73,6 @@ class Facts:
 def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
     """Whether to run a delivery, and if not, why not."""
     task = facts.task
-    digest = task.digest()
     if task.task_type != facts.type_name:
         return Bury(
             InvalidTask(
@@ -82,7 +82,7 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
             )
         )
     known = facts.ended.digest if facts.ended is not None else facts.recorded_digest
-    if known is not None and known != digest:
+    if known is not None and known != facts.digest:
         # The id belongs to the other task, and so does its record.
         return Bury(
             InvalidTask(

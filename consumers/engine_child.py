@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -114,7 +115,7 @@ def _load_class(task_type: TaskType) -> type[Engine[Any]]:
 def _run(engine: Engine[Any], task_type: TaskType, run: Run, pipe: Connection) -> BaseModel:
     began = time.monotonic()
     context = Context(
-        folder=run.scratch,
+        folder=Path(run.scratch),
         inputs={
             name: InputFile(note.path, note.bytes, note.content_type) for name, note in run.inputs.items()
         },

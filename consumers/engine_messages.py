@@ -36,7 +36,7 @@ class Run(_Message):
 
     kind: Literal["run"] = "run"
     task: str
-    scratch: Path
+    scratch: str
     inputs: dict[str, FileNote] = {}
 
 

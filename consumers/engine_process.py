@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -69,7 +70,13 @@ class EngineProcess:
 
     @property
     def alive(self) -> bool:
+        """Whether the process runs; asks the kernel."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def usable(self) -> bool:
+        """Whether nothing is known that would keep it from another run."""
+        return self._pipe is not None
 
     @property
     def pid(self) -> int | None:
@@ -141,7 +148,7 @@ class EngineProcess:
         where the engine did not stop by itself, the process is gone: `alive` tells.
         """
         pipe = self._pipe
-        if pipe is None or not self.alive:
+        if pipe is None:
             raise EngineDied("the engine process is not running")
         try:
             send(pipe, run)
@@ -154,8 +161,10 @@ class EngineProcess:
     ) -> Done | Failed:
         aborting: AbortReason | None = None
         next_look = time.monotonic() + _LOOK_SECONDS
+        poller = select.poll()  # Connection.poll would make a selector for each call
+        poller.register(pipe.fileno(), select.POLLIN)
         while True:
-            if pipe.poll(max(0.0, min(next_look, deadline) - time.monotonic())):
+            if poller.poll(max(0.0, min(next_look, deadline) - time.monotonic()) * 1000):
                 match from_engine(pipe):
                     case Done() | Failed() as answer:
                         # Finished although it was to stop: the work is done, so it counts.

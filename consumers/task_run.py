@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -52,9 +53,10 @@ class TaskRun:
         self._engine = engine
         self._delivery = delivery
         self._lane = lane
-        self._token = f"{delivery.attempt}-{uuid.uuid4().hex[:12]}"
-        self._scratch = surroundings.settings.scratch_dir / f"inferq-{self._token}"
+        self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
+        self._scratch = f"{surroundings.settings.scratch_dir}/inferq-{self._token}"
         self._started_at = datetime.now(UTC)
+        self._digest: str | None = None
         self._answers: list[Callable[[], bool]] = []
 
     def complete(self) -> None:
@@ -66,7 +68,7 @@ class TaskRun:
             self._consumer.give_back(self._delivery)
             _log.info("%s: given back, the worker is stopping", self._name())
         else:
-            self._consumer.ack(self._delivery, more=self._engine.alive and not self._around.stopping)
+            self._consumer.ack(self._delivery, more=self._engine.usable and not self._around.stopping)
             # The status was sent before the ack; its answer comes while the broker sends the next task.
             for answer in self._answers:
                 self._around.tell(answer)
@@ -76,7 +78,8 @@ class TaskRun:
 
     def _clean(self) -> None:
         try:
-            self._scratch.rmdir()  # most often it was never made, or is empty
+            # Most often it was never made; a Path for each task would cost more than the call.
+            os.rmdir(self._scratch)  # noqa: PTH106
         except FileNotFoundError:
             return
         except OSError:
@@ -97,6 +100,7 @@ class TaskRun:
     def _decide(self, task: Task) -> str:
         around, delivery = self._around, self._delivery
         name = around.task_type.name
+        self._digest = task.digest()
         begun = None
         if task.task_type == name:
             begun = around.tell(
@@ -107,10 +111,12 @@ class TaskRun:
                     redrives=delivery.redrives,
                     worker=around.settings.worker_name,
                     started_at=self._started_at,
+                    digest=self._digest,
                 )
             )
         facts = Facts(
             task=task,
+            digest=self._digest,
             type_name=name,
             redrives=delivery.redrives,
             now=self._started_at,
@@ -199,9 +205,10 @@ class TaskRun:
     def _fetch(self, task: Task) -> dict[str, FileNote]:
         inputs = {}
         for name, url in task.inputs().items():
-            self._scratch.mkdir(parents=True, exist_ok=True)
+            scratch = Path(self._scratch)
+            scratch.mkdir(parents=True, exist_ok=True)
             # An outage of our own store delays the fetch; another's failure is the task's.
-            fetch = partial(self._around.fetcher.fetch, url, self._scratch, name, tenant=task.tenant)
+            fetch = partial(self._around.fetcher.fetch, url, scratch, name, tenant=task.tenant)
             fetched = self._around.patiently("object store", fetch)
             inputs[name] = FileNote(path=fetched.path, content_type=fetched.content_type, bytes=fetched.bytes)
         return inputs
@@ -254,7 +261,7 @@ class TaskRun:
             created_at=task.created_at,
             started_at=self._started_at,
             finished_at=datetime.now(UTC),
-            digest=task.digest(),
+            digest=self._digest,
             redrives=self._delivery.redrives,
         )
         kept = self._record(result)
@@ -336,6 +343,7 @@ class TaskRun:
             error,
             attempts=self._delivery.attempt,
             finished_at=datetime.now(UTC),
+            digest=self._digest,
             timings=timings,
             engine=self._engine.info,
             worker=self._around.settings.worker_name,

@@ -163,13 +163,15 @@ class _Slot(threading.Thread):
         around.patiently("object store", around.store.ping)
         self._consumer.start()
         while not around.stopping:
-            if not self._engine.alive:
+            if not self._engine.usable:
                 self._load_engine()
             self._swap_engine()
             delivery = self._consumer.next(_IDLE_LOOK_SECONDS)
+            if not self._engine.alive:  # it may have died while idle: that costs no task an attempt
+                self._engine.kill()
             if delivery is None:
                 continue
-            if around.stopping or not self._engine.alive:
+            if around.stopping or not self._engine.usable:
                 self._consumer.give_back(delivery)
                 continue
             with around.metrics.busy_slots.track_inprogress():

@@ -94,6 +94,7 @@ class Result(BaseModel):
         *,
         attempts: int,
         finished_at: datetime,
+        digest: str | None = None,
         status: EndState = "failed",
         timings: Timings | None = None,
         engine: EngineInfo | None = None,
@@ -101,7 +102,7 @@ class Result(BaseModel):
         started_at: datetime | None = None,
         redrives: int = 0,
     ) -> Result:
-        """How `task` ended without an output."""
+        """How `task` ended without an output. `digest` spares computing the task's."""
         return cls(
             task_id=task.task_id,
             task_type=task.task_type,
@@ -117,6 +118,6 @@ class Result(BaseModel):
             created_at=task.created_at,
             started_at=started_at,
             finished_at=finished_at,
-            digest=task.digest(),
+            digest=digest or task.digest(),
             redrives=redrives,
         )

@@ -22,6 +22,7 @@ from typing import Any, Self
 import redis
 from pydantic import JsonValue
 from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from schemas import (
@@ -98,6 +99,7 @@ class StatusIndex:
         self._retention = max(1, round(retention))
         self._clock = clock
         self._lock = threading.Lock()
+        self._own = threading.local()
         self._down_until: float | None = None
         self._down_reason = ""
         self._scripts = {name: redis.register_script(source) for name, source in scripts.SOURCES.items()}
@@ -138,16 +140,28 @@ class StatusIndex:
         """Undo `submit` where publishing failed; does nothing once the task is confirmed or has begun."""
         self._change("forget", task.tenant, task.task_id, [task.digest()])
 
-    def begin(self, task: Task, *, attempt: int, redrives: int, worker: str, started_at: datetime) -> Begun:
-        """A run begins. A task with another digest than the one on record changes nothing."""
+    def begin(
+        self,
+        task: Task,
+        *,
+        attempt: int,
+        redrives: int,
+        worker: str,
+        started_at: datetime,
+        digest: str | None = None,
+    ) -> Begun:
+        """A run begins. A task with another digest than the one on record changes nothing.
+
+        `digest` spares computing the task's where the caller has it.
+        """
         event = _event("task.started", task, "running", attempt=attempt, at=started_at)
-        digest, cancel, state = self._change(
+        recorded, cancel, state = self._start(
             "begin",
             task.tenant,
             task.task_id,
-            [*_facts(task), attempt, redrives, clean(worker), _micros(started_at), event],
-        )
-        return Begun(cancel_requested=bool(cancel), digest=digest or None, state=state)
+            [*_facts(task, digest), attempt, redrives, clean(worker), _micros(started_at), event],
+        )()
+        return Begun(cancel_requested=bool(cancel), digest=recorded or None, state=state)
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
         """How far a running task is, from 0 to 1; ignored unless it runs, and where it would go back."""
@@ -177,39 +191,8 @@ class StatusIndex:
 
     def ended_soon(self, result: Result) -> Callable[[], bool]:
         """As `ended`, but only sent: what this gives waits for the answer, so other work can go between."""
-        arguments = self._end(result)
-
-        def whole_call() -> bool:
-            return bool(self._change("ended", result.tenant, result.task_id, arguments))
-
-        if self._down_until is not None:
-            return whole_call
-        pool = self._redis.connection_pool
-        try:
-            connection = pool.get_connection()
-        except redis.RedisError:
-            return whole_call
-        key = scripts.record_key(result.tenant, result.task_id)
-        try:
-            connection.send_command(  # type: ignore[no-untyped-call]
-                "EVALSHA", self._scripts["ended"].sha, 1, key,
-                *self._head(result.tenant, result.task_id), *arguments,
-            )  # fmt: skip
-        except redis.RedisError:
-            pool.release(connection)
-            return whole_call
-
-        def answer() -> bool:
-            try:
-                reply = connection.read_response()
-            except redis.RedisError:
-                connection.disconnect()  # type: ignore[no-untyped-call]
-                return whole_call()  # a repeated end gives its first answer again
-            finally:
-                pool.release(connection)
-            return bool(reply)
-
-        return answer
+        answer = self._start("ended", result.tenant, result.task_id, self._end(result))
+        return lambda: bool(answer())
 
     def _end(self, result: Result) -> Sequence[Any]:
         facts = [
@@ -294,6 +277,52 @@ class StatusIndex:
             name, [scripts.record_key(tenant, task_id)], [*self._head(tenant, task_id), *arguments]
         )
 
+    def _start(self, name: str, tenant: str, task_id: str, arguments: Sequence[Any]) -> Callable[[], Any]:
+        """Send a change, on a connection that this thread keeps; what this gives waits for the answer.
+
+        Whatever goes wrong on that short way, the whole call is made again on the ordinary one: all changes
+        may be repeated.
+        """
+
+        def whole_call() -> Any:
+            return self._change(name, tenant, task_id, arguments)
+
+        if self._down_until is not None:
+            return whole_call
+        key = scripts.record_key(tenant, task_id)
+        head = self._head(tenant, task_id)
+        try:
+            connection = self._own_connection()
+            connection.send_command("EVALSHA", self._scripts[name].sha, 1, key, *head, *arguments)
+        except (redis.RedisError, OSError):
+            self._drop_own_connection()
+            return whole_call
+
+        def answer() -> Any:
+            try:
+                return _text(connection.read_response())
+            except NoScriptError:
+                return whole_call()
+            except (redis.RedisError, OSError):
+                self._drop_own_connection()
+                return whole_call()
+
+        return answer
+
+    def _own_connection(self) -> Any:
+        connection = getattr(self._own, "connection", None)
+        if connection is None:
+            connection = self._redis.connection_pool.get_connection()
+            self._own.connection = connection
+        return connection
+
+    def _drop_own_connection(self) -> None:
+        connection = getattr(self._own, "connection", None)
+        if connection is not None:
+            self._own.connection = None
+            connection.disconnect()
+            self._redis.connection_pool.release(connection)
+
     def _head(self, tenant: str, task_id: str) -> Sequence[Any]:
         return [tenant, task_id, self._retention, _micros(datetime.now(UTC))]
 
@@ -332,8 +361,9 @@ class StatusIndex:
         return str(path) if path else f"{options.get('host', '?')}:{options.get('port', '?')}"
 
 
-def _facts(task: Task) -> list[Any]:
-    return [task.task_type, task.priority, task.batch_id or "", task.digest(), _micros(task.created_at)]
+def _facts(task: Task, digest: str | None = None) -> list[Any]:
+    digest = digest or task.digest()
+    return [task.task_type, task.priority, task.batch_id or "", digest, _micros(task.created_at)]
 
 
 def _event(

@@ -15,6 +15,9 @@ from producer.up.part import Part
 LOG_BYTES = 10 * 1024 * 1024
 """A log that has grown beyond this is moved aside when its part starts."""
 
+LINE = 400
+"""Characters of a log's line that are shown; Erlang writes very long ones."""
+
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -64,11 +67,12 @@ def stop(process: subprocess.Popen[bytes], part: Part) -> None:
 
 
 def last_lines(log: Path, count: int = 8) -> list[str]:
-    """The last lines of a log, without the empty ones."""
+    """The last lines of a log, without the empty ones, and each cut to what can be read at a glance."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 16384))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+    return [line if len(line) <= LINE else line[: LINE - 3] + "..." for line in lines]

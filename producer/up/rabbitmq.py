@@ -51,6 +51,9 @@ class RabbitNode:
         for name in ("home", "mnesia", "log", "generated"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+        cookie = folder / "home" / ".erlang.cookie"
+        if cookie.exists():
+            cookie.chmod(0o400)  # Erlang refuses one that a copy of the folder has opened to others
         node = cls(folder, ports, kept_secret(folder / "password"), server, epmd)
         private_text(folder / "rabbitmq.conf", node._configuration())
         private_text(folder / "enabled_plugins", "[rabbitmq_management,rabbitmq_prometheus].\n")
@@ -111,6 +114,7 @@ class RabbitNode:
             "HOME": str(self.folder / "home"),
             "LANG": "C.UTF-8",
             "LC_ALL": "C.UTF-8",
+            "ERL_CRASH_DUMP_SECONDS": "0",
             "ERL_EPMD_PORT": str(self.ports.epmd),
             "ERL_EPMD_ADDRESS": LOOPBACK,
             "RABBITMQ_NODENAME": "inferq@localhost",

@@ -39,7 +39,9 @@ def ended(of: Task, status: str = "succeeded", **fields: object) -> Result:
 
 
 def decide(of: Task, **known: object) -> object:
-    return before_run(Facts(**{"task": of, "type_name": "echo", "redrives": 0, "now": NOW, **known}))  # type: ignore[arg-type]
+    return before_run(
+        Facts(**{"task": of, "digest": of.digest(), "type_name": "echo", "redrives": 0, "now": NOW, **known})
+    )  # type: ignore[arg-type]
 
 
 def test_a_new_task_runs() -> None:
