@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from schemas import Timings
+
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -22,6 +24,7 @@ class WorkerMetrics:
     engine_starts: Counter = field(init=False)
     engine_deaths: Counter = field(init=False)
     status_outages: Counter = field(init=False)
+    _stages: dict[tuple[str, str], Histogram] = field(init=False)
 
     def __post_init__(self) -> None:
         def add(name: str, metric: Counter | Gauge | Histogram) -> None:
@@ -48,6 +51,7 @@ class WorkerMetrics:
                 registry=registry,
             ),
         )
+        object.__setattr__(self, "_stages", {})
         add("busy_slots", Gauge("inferq_worker_busy_slots", "Slots with a task in hand.", registry=registry))
         add(
             "ready_slots",
@@ -71,3 +75,13 @@ class WorkerMetrics:
             "status_outages",
             Counter("inferq_status_outages", "Status changes that Redis did not take.", registry=registry),
         )
+
+    def observe(self, task_type: str, timings: Timings) -> None:
+        """Count the stages of a task that succeeded."""
+        for stage, seconds in timings:
+            if seconds is None:
+                continue
+            key = (task_type, stage)
+            if key not in self._stages:
+                self._stages[key] = self.stage_seconds.labels(*key)
+            self._stages[key].observe(seconds)

@@ -101,11 +101,11 @@ class TaskRun:
         around, delivery = self._around, self._delivery
         name = around.task_type.name
         self._digest = task.digest()
-        begun = None
+        answer = None
         if task.task_type == name:
-            begun = around.tell(
+            answer = around.tell(
                 partial(
-                    around.status.begin,
+                    around.status.begin_soon,
                     task,
                     attempt=delivery.attempt,
                     redrives=delivery.redrives,
@@ -114,13 +114,16 @@ class TaskRun:
                     digest=self._digest,
                 )
             )
+        # The store is asked while Redis answers.
+        ended = around.patiently("object store", partial(around.results.load, task.tenant, task.task_id))
+        begun = around.tell(answer) if answer else None
         facts = Facts(
             task=task,
             digest=self._digest,
             type_name=name,
             redrives=delivery.redrives,
             now=self._started_at,
-            ended=around.patiently("object store", partial(around.results.load, task.tenant, task.task_id)),
+            ended=ended,
             recorded_digest=begun.digest if begun else None,
             cancel_requested=begun.cancel_requested if begun else False,
         )
@@ -268,8 +271,7 @@ class TaskRun:
         if kept is not result and artifacts:
             discard = partial(around.results.discard, task.tenant, task.task_id, attempt_token=self._token)
             around.patiently("object store", discard)
-        for stage, seconds in result.timings.model_dump(exclude_none=True).items():
-            around.metrics.stage_seconds.labels(task.task_type, stage).observe(seconds)
+        around.metrics.observe(task.task_type, result.timings)
         return "succeeded" if kept is result else "skipped"
 
     def _upload(self, task: Task, name: str, note: FileNote) -> Artifact:

@@ -24,6 +24,7 @@ def _interrupted() -> None:
 signal.signal(signal.SIGINT, lambda _number, _frame: _interrupted())
 
 import difflib
+import shutil
 import time
 import unicodedata
 from pathlib import Path
@@ -52,19 +53,14 @@ PATIENCE = 120.0
 def main() -> int:
     console = Console(highlight=False)
     _forget_other_inferq()
-    begun = time.monotonic()
-    wish = Wish(DATA, PORT if port_free(PORT) else 0, ("ocr",))
     try:
-        with console.status("Starting RabbitMQ, Redis, the gateway and an OCR worker") as status:
-            with while_up(wish, report=lambda report: status.update(f"{report.part}: {report.stage}")) as env:
-                status.stop()
-                console.print(
-                    f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s"
-                )
-                with Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client:
-                    results = read_pages(client, console)
-                status.update("Stopping")
-                status.start()
+        try:
+            results = run(console)
+        except InferqError as error:
+            if error.code != "data_moved":
+                raise
+            shutil.rmtree(DATA)  # nothing in it is worth keeping
+            results = run(console)
     except InferqError as error:
         console.print(f"The demo failed: {error}", style="red", markup=False)
         return 1
@@ -79,6 +75,21 @@ def main() -> int:
         style="green" if right else "red",
     )
     return 0 if right else 1
+
+
+def run(console: Console) -> dict[str, Result]:
+    """Start everything, read the pages, and stop everything. Page name → result."""
+    begun = time.monotonic()
+    wish = Wish(DATA, PORT if port_free(PORT) else 0, ("ocr",))
+    with console.status("Starting RabbitMQ, Redis, the gateway and an OCR worker") as status:
+        with while_up(wish, report=lambda report: status.update(f"{report.part}: {report.stage}")) as env:
+            status.stop()
+            console.print(f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s")
+            with Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client:
+                results = read_pages(client, console)
+            status.update("Stopping")
+            status.start()
+    return results
 
 
 def read_pages(client: Client, console: Console) -> dict[str, Result]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -165,6 +166,7 @@ def _attempt_of(artifact: Artifact) -> str:
     return artifact.url.rsplit("/", 2)[-2]
 
 
+@lru_cache(4096)
 def _segment(name: str) -> str:
     if name in {".", ".."}:
         return name.replace(".", "%2E")

@@ -154,14 +154,32 @@ class StatusIndex:
 
         `digest` spares computing the task's where the caller has it.
         """
+        return self.begin_soon(
+            task,
+            attempt=attempt,
+            redrives=redrives,
+            worker=worker,
+            started_at=started_at,
+            digest=digest or task.digest(),
+        )()
+
+    def begin_soon(
+        self, task: Task, *, attempt: int, redrives: int, worker: str, started_at: datetime, digest: str
+    ) -> Callable[[], Begun]:
+        """As `begin`, but only sent: what this gives waits for the answer, so other work can go between."""
         event = _event("task.started", task, "running", attempt=attempt, at=started_at)
-        recorded, cancel, state = self._start(
+        answer = self._start(
             "begin",
             task.tenant,
             task.task_id,
             [*_facts(task, digest), attempt, redrives, clean(worker), _micros(started_at), event],
-        )()
-        return Begun(cancel_requested=bool(cancel), digest=recorded or None, state=state)
+        )
+
+        def begun() -> Begun:
+            recorded, cancel, state = answer()
+            return Begun(cancel_requested=bool(cancel), digest=recorded or None, state=state)
+
+        return begun
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
         """How far a running task is, from 0 to 1; ignored unless it runs, and where it would go back."""
@@ -291,21 +309,31 @@ class StatusIndex:
             return whole_call
         key = scripts.record_key(tenant, task_id)
         head = self._head(tenant, task_id)
+        own = self._own
+        if getattr(own, "awaited", None) is not None:
+            self._drop_own_connection()  # an answer was never fetched: it must not pass for the next one
+        awaited = object()
         try:
             connection = self._own_connection()
             connection.send_command("EVALSHA", self._scripts[name].sha, 1, key, *head, *arguments)
         except (redis.RedisError, OSError):
             self._drop_own_connection()
             return whole_call
+        own.awaited = awaited
 
         def answer() -> Any:
+            if getattr(own, "awaited", None) is not awaited:
+                return whole_call()  # fetched already, given up, or asked for on another thread
             try:
-                return _text(connection.read_response())
+                reply = connection.read_response()
             except NoScriptError:
+                own.awaited = None
                 return whole_call()
             except (redis.RedisError, OSError):
                 self._drop_own_connection()
                 return whole_call()
+            own.awaited = None
+            return _text(reply)
 
         return answer
 
@@ -318,6 +346,7 @@ class StatusIndex:
 
     def _drop_own_connection(self) -> None:
         connection = getattr(self._own, "connection", None)
+        self._own.awaited = None
         if connection is not None:
             self._own.connection = None
             connection.disconnect()

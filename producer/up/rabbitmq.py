@@ -45,9 +45,13 @@ class RabbitNode:
 
     @classmethod
     def prepare(cls, folder: Path, ports: RabbitPorts) -> RabbitNode:
-        """Write the node's configuration under `folder`; what is there of an earlier run is kept."""
+        """Write the node's configuration under `folder`; what is there of an earlier run is kept.
+
+        Raises InstallationError (`data_moved`) where that was made in another place.
+        """
         server, epmd = find_server(), find_epmd()
         folder = folder.resolve()
+        _check_place(folder)
         for name in ("home", "mnesia", "log", "generated"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -147,6 +151,20 @@ consumer_timeout = {CONSUMER_TIMEOUT * 1000}
 log.console = true
 log.console.level = warning
 """
+
+
+def _check_place(folder: Path) -> None:
+    # Quorum queues keep the absolute path of their data: in a moved folder they are not served, and in a
+    # copied one they are written to the original.
+    note = folder / "place"
+    if not (folder / "mnesia").exists():
+        private_text(note, f"{folder}\n")
+    elif note.exists() and (place := note.read_text(encoding="utf-8").strip()) != str(folder):
+        raise InstallationError(
+            f"RabbitMQ's data in {folder} was made in {place} and only works there; move it back, or remove "
+            f"{folder} to begin anew (tasks that are still queued in it are lost)",
+            code="data_moved",
+        )
 
 
 def handshake(url: str, *, seconds: float = 5.0) -> str | None:

@@ -719,3 +719,31 @@ def test_progress_events_are_events(index: StatusIndex, events: Callable[[], lis
     found = [event for event in events() if event.type == "task.progress"]
     assert [event.data.progress for event in found] == [0, 0.3333, 1]
     assert json.loads(found[0].model_dump_json())["data"]["state"] == "running"
+
+
+def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIndex) -> None:
+    first, second = job("t1"), job("t2")
+
+    def start(task: Task) -> Callable[[], Any]:
+        now = datetime.now(UTC)
+        return index.begin_soon(task, attempt=1, redrives=0, worker="w", started_at=now, digest=task.digest())
+
+    index.submit(second)
+    forgotten = start(first)
+    assert start(second)().digest == second.digest()
+    assert forgotten().state == "running"
+    ending = index.ended_soon(end(second))
+    assert known(index, second).state == "succeeded"
+    assert ending() is True
+    assert index.ended_soon(end(second))() is False
+
+
+def test_an_answer_is_fetched_on_any_thread(index: StatusIndex) -> None:
+    index.begin(job(), attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC))
+    ending = index.ended_soon(end(job()))
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(ending()))
+    thread.start()
+    thread.join()
+    assert known(index, job()).state == "succeeded"
+    assert len(seen) == 1

@@ -141,6 +141,17 @@ def test_password_is_kept_between_runs(tmp_path: Path) -> None:
     assert len(first.password) >= 32
 
 
+def test_moved_data_are_refused(tmp_path: Path) -> None:
+    ports = rabbitmq.RabbitPorts(1, 2, 3, 4, 5)
+    made = rabbitmq.RabbitNode.prepare(tmp_path / "here", ports)
+    made.folder.rename(tmp_path / "there")
+    with pytest.raises(InstallationError, match=rf"made in {tmp_path}/here") as refused:
+        rabbitmq.RabbitNode.prepare(tmp_path / "there", ports)
+    assert refused.value.code == "data_moved"
+    (tmp_path / "there").rename(tmp_path / "here")
+    assert rabbitmq.RabbitNode.prepare(tmp_path / "here", ports).url == made.url
+
+
 def test_missing_programs_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(rabbitmq, "find_program", lambda name, folders=(): None)
     monkeypatch.setattr(private_redis, "find_program", lambda name, folders=(): None)
