@@ -733,8 +733,8 @@ def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIn
     assert start(second)().digest == second.digest()
     assert forgotten().state == "running"
     ending = index.ended_soon(end(second))
-    assert known(index, second).state == "succeeded"
     assert ending() is True
+    assert known(index, second).state == "succeeded"
     assert index.ended_soon(end(second))() is False
 
 
