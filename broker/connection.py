@@ -225,10 +225,8 @@ class BrokerThread:
 
     def _shut(self) -> None:
         connection = self._connection
-        if connection is not None and connection.is_open:
-            connection.close()
-        elif self._loop is not None and (connection is None or not connection.is_closing):
-            self._loop.stop()
+        if connection is not None and not connection.is_closing and not connection.is_closed:
+            connection.close()  # ends one that is still being opened, too
 
     def _connection_blocked(self, _connection: object, frame: pika.frame.Method[Any]) -> None:
         self.blocked_reason = str(frame.method.reason or "an alarm")

@@ -147,13 +147,18 @@ class Consumer(BrokerThread):
             return
         for lane, name in enumerate(self._lanes):
             if name not in self._tags:
-                # One at a time: a less urgent lane is asked only after a more urgent one had its say.
-                self._subscribe(channel, lane, then=self._subscribe_all)
+                self._subscribe(channel, lane)
                 return
 
-    def _subscribe(self, channel: Channel, lane: int, then: Callable[[], None]) -> None:
+    def _subscribe(self, channel: Channel, lane: int) -> None:
+        """Subscribe to a lane, and to the next one only after this one had its say.
+
+        What the lane holds follows the broker's answer to the subscription. The question after that is a
+        barrier: its answer comes behind the delivery, if there is one.
+        """
         name = self._lanes[lane]
         epoch = self._epoch
+        go_on = self._unless_taken(self._subscribe_all)
 
         def deliver(
             _channel: Channel,
@@ -167,7 +172,16 @@ class Consumer(BrokerThread):
                 return
             self._take(channel, lane, delivery_from(name, epoch, method, properties, body))
 
-        self._tags[name] = channel.basic_consume(name, deliver, callback=lambda _frame: then())
+        def subscribed(_frame: object) -> None:
+            if lane + 1 < len(self._lanes):
+                channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
+
+        self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed)
+
+    def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:
+        """`function`, which does nothing once a delivery has come that had not come now."""
+        taken = self._taken
+        return lambda: function() if taken == self._taken else None
 
     def _take(self, channel: Channel, lane: int, delivery: Delivery) -> None:
         self._current = lane
@@ -243,8 +257,7 @@ class Consumer(BrokerThread):
         finish(channel)
         if len(self._lanes) > 1 and lane is not None and self._lanes[lane] in self._tags:
             # More of the same lane is probably on its way; subscribing to all would cost it the time.
-            taken = self._taken
-            self._later(_SETTLE_SECONDS, lambda: self._subscribe_all() if self._taken == taken else None)
+            self._later(_SETTLE_SECONDS, self._unless_taken(self._subscribe_all))
         else:
             self._subscribe_all()
 

@@ -250,10 +250,21 @@ def parsed(model: type[M], response: httpx.Response) -> M:
         ) from error
 
 
+def _whereabouts(outcome: object) -> str:
+    request = getattr(outcome, "_request", None)  # its property raises where there is none
+    if not isinstance(request, httpx.Request):
+        return ""
+    return f" at {request.url.scheme}://{request.url.netloc.decode()}"
+
+
 def error_of(outcome: Outcome) -> ApiError:
     """The error that an answer, or the want of one, amounts to."""
     if not isinstance(outcome, httpx.Response):
-        return Unavailable(f"the gateway cannot be reached: {outcome!r}", code="unreachable")
+        return Unavailable(
+            f"the gateway{_whereabouts(outcome)} cannot be reached ({outcome or type(outcome).__name__}); "
+            "is it up, and is INFERQ_API_URL right?",
+            code="unreachable",
+        )
     status = outcome.status_code
     try:
         problem = outcome.json()

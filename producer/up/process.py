@@ -44,7 +44,7 @@ def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         return subprocess.Popen(
             part.argv,
-            env={**part.env, MARK: mark + GENTLE if part.gentle else mark},
+            env={**part.env, MARK: mark + GENTLE if mark and part.gentle else mark},
             cwd=part.folder,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -22,7 +22,10 @@ def listeners(pid: int) -> set[tuple[str, int]]:
     """Address (as the kernel writes it) and port of each TCP socket on which a process listens."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = str(entry.readlink())
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:
+            continue  # closed meanwhile
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
     found = set()

@@ -1,0 +1,14 @@
+// Submits a task from Node.js: the three fields, as any program may publish them.
+//   npm install amqplib
+//   eval "$(cat .inferq/env)" && node examples/plain_amqp.mjs https://example.com/page.png
+import { randomUUID } from "node:crypto";
+import amqp from "amqplib";
+
+const task = { task_id: `ocr_${randomUUID().slice(0, 8)}`, image_url: process.argv[2], task_type: "ocr" };
+const connection = await amqp.connect(process.env.INFERQ_AMQP_URL);
+const channel = await connection.createConfirmChannel();
+const body = Buffer.from(JSON.stringify(task));
+channel.publish("inference.tasks", "task_type.ocr", body, { persistent: true, mandatory: true });
+await channel.waitForConfirms();
+await connection.close();
+console.log(task.task_id);

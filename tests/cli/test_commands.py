@@ -1,0 +1,244 @@
+"""The command line, run as a person runs it, against a gateway and a worker that run as they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from producer.keys import KeyFile
+from producer.up.part import free_ports
+from tests.conftest import RabbitMQ
+from tests.worker.conftest import eventually
+
+PAGES = Path(__file__).parents[2] / "examples" / "pages"
+
+
+def inferq(
+    env: dict[str, str], *arguments: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "producer.cli", *arguments],
+        env=env, capture_output=True, text=True, check=False, timeout=60, input=stdin,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installation(
+    shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """A gateway and two workers, as processes; gives the environment that names them."""
+    folder = tmp_path_factory.mktemp("installation")
+    vhost = f"cli-{os.getpid()}"
+    port, *probes = free_ports(3)
+    keys = KeyFile(folder / "keys.json")
+    env = os.environ | {
+        "INFERQ_AMQP_URL": shared_rabbitmq.add_vhost(vhost),
+        "INFERQ_REDIS_URL": urlsplit(redis_url)._replace(path="/8").geturl(),
+        "INFERQ_STORE_URL": (folder / "store").as_uri(),
+        "INFERQ_API_URL": f"http://127.0.0.1:{port}",
+        "INFERQ_API_KEYS_FILE": str(folder / "keys.json"),
+        "INFERQ_API_KEY": keys.add("default"),
+        "COLUMNS": "200",
+    }
+    commands = [
+        ["gateway", "--host", "127.0.0.1", "--port", str(port)],
+        ["worker", "echo"],
+        ["worker", "ocr"],
+    ]
+    ports = [port, *probes]
+    processes = []
+    try:
+        for command, probe in zip(commands, ports, strict=True):
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "producer.cli", *command],
+                    env=env | {"INFERQ_PROBE_PORT": str(probe)},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+
+        def ready(number: int) -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{number}/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(lambda: all(ready(number) for number in ports), 60, "a ready installation")
+        yield env
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
+        shared_rabbitmq.remove_vhost(vhost)
+
+
+def answer(run: subprocess.CompletedProcess[str], status: int = 0) -> Any:
+    assert run.returncode == status, run.stdout + run.stderr
+    return json.loads(run.stdout)
+
+
+def test_a_file_is_read_and_saved(installation: dict[str, str], tmp_path: Path) -> None:
+    page = PAGES / "notice.png"
+    run = inferq(
+        installation, "submit", "ocr", str(page), "--set", "annotated=true", "--wait", "--out", str(tmp_path)
+    )
+    assert run.returncode == 0, run.stderr
+    for line in (PAGES / "notice.txt").read_text("utf-8").splitlines():
+        assert line in run.stdout
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "annotated.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "succeeded"
+    assert result["timings"]["inference"] > 0
+
+
+def test_several_texts_make_several_tasks(installation: dict[str, str]) -> None:
+    results = answer(inferq(installation, "submit", "echo", "one", '{"two": 2}', "--wait", "--json"))
+    assert [result["output"]["payload"] for result in results] == ["one", {"two": 2}]
+
+
+def test_status_result_list_and_a_second_submit_of_the_same_id(installation: dict[str, str]) -> None:
+    made = inferq(installation, "submit", "echo", "x", "--id", "mine", "--priority", "high")
+    assert made.stdout.strip() == "mine"
+    result = answer(inferq(installation, "result", "mine", "--wait", "20", "--json"))
+    assert result["output"] == {"payload": "x"}
+    status = answer(inferq(installation, "status", "mine", "--json"))
+    assert (status["state"], status["priority"]) == ("succeeded", "high")
+    assert "succeeded" in inferq(installation, "status", "mine").stdout
+    listed = answer(inferq(installation, "list", "--type", "echo", "--status", "succeeded", "--json"))
+    assert "mine" in [task["task_id"] for task in listed]
+    again = inferq(installation, "submit", "echo", "x", "--id", "mine", "--priority", "high")
+    assert again.returncode == 0
+    other = inferq(installation, "submit", "echo", "y", "--id", "mine")
+    assert other.returncode == 1
+    assert "error:" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_running_task_is_cancelled(installation: dict[str, str]) -> None:
+    inferq(installation, "submit", "echo", "x", "--set", "delay=60", "--id", "slow")
+    eventually(lambda: answer(inferq(installation, "status", "slow", "--json"))["state"] == "running")
+    assert "cancelled" in inferq(installation, "cancel", "slow").stdout
+    result = answer(inferq(installation, "result", "slow", "--wait", "20", "--json"), status=1)
+    assert result["status"] == "cancelled"
+
+
+def test_a_failure_is_told_dead_lettered_and_redriven(installation: dict[str, str], tmp_path: Path) -> None:
+    picture = tmp_path / "text.png"
+    picture.write_text("this is no picture")
+    run = inferq(installation, "submit", "ocr", str(picture), "--wait", "--id", "bad")
+    assert run.returncode == 1
+    assert "not_an_image" in run.stderr
+    (letter,) = answer(inferq(installation, "dead", "list", "ocr", "--json"))
+    assert (letter["task_id"], letter["reason"]) == ("bad", "not_an_image")
+    assert "not_an_image" in inferq(installation, "dead", "list", "ocr").stdout
+    (shown,) = answer(inferq(installation, "dead", "show", "ocr", "bad"))
+    assert json.loads(shown["body"])["task_id"] == "bad"
+    assert "none" in inferq(installation, "dead", "list", "ocr", "--reason", "other").stdout
+    assert "none" in inferq(installation, "dead", "list", "ocr", "--since", "2999-01-01").stdout
+    assert "1 would be redriven" in inferq(installation, "dead", "redrive", "ocr", "--dry-run").stdout
+    assert (
+        "1 redriven" in inferq(installation, "dead", "redrive", "ocr", "--id", "bad", "--since", "1h").stdout
+    )
+    eventually(lambda: answer(inferq(installation, "dead", "list", "ocr", "--json")))
+    assert inferq(installation, "dead", "purge", "ocr", stdin="n\n").returncode != 0
+    assert "1 purged" in inferq(installation, "dead", "purge", "ocr", "--yes").stdout
+    assert answer(inferq(installation, "dead", "list", "ocr", "--json")) == []
+
+
+def test_plain_amqp_is_enough(installation: dict[str, str]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "plain_amqp.py"
+    page = "data:image/png;base64,iVBORw0KGgo="
+    run = subprocess.run(
+        [sys.executable, str(example), page], env=installation, capture_output=True, text=True, check=True
+    )
+    result = answer(inferq(installation, "result", run.stdout.strip(), "--wait", "20", "--json"), status=1)
+    assert result["error"]["code"] == "truncated_image"
+
+
+def test_the_topology_is_shown_applied_and_checked(installation: dict[str, str]) -> None:
+    assert "inference.retry.5s" in inferq(installation, "topology", "show").stdout
+    assert {"declare": "exchange_declare"}.items() <= answer(
+        inferq(installation, "topology", "show", "--types", "echo", "--json")
+    )[0].items()
+    assert inferq(installation, "topology", "apply").returncode == 0
+    assert answer(inferq(installation, "topology", "check", "--json")) == []
+    assert "right arguments" in inferq(installation, "topology", "check").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("submit", "unheard", "x"), "'unheard' is not known here; known are:"),
+        (("submit", "ocr", "missing.png"), "'missing.png' is neither a file here nor a URL"),
+        (("submit", "ocr", "--set", "colour=red"), "no such field or option"),
+        (("submit", "ocr"), "image_url: is missing"),
+        (("submit", "echo", "x", "--priority", "urgent"), "none of high, normal, low"),
+        (("submit", "echo", "x", "y", "--id", "one"), "these inputs make 2"),
+        (("submit", "echo", "x", "--id", "a b"), "task_id"),
+        (("status", "never-submitted"), "never-submitted"),
+        (("list", "--status", "sleeping"), "none of queued"),
+        (("dead", "list", "echo", "--since", "yesterday"), "'yesterday' is neither a span"),
+        (("dead", "show", "echo", "nobody"), "no dead letter"),
+        (("worker", "unheard"), "known are:"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    installation: dict[str, str], arguments: tuple[str, ...], complaint: str
+) -> None:
+    run = inferq(installation, *arguments)
+    assert run.returncode == 1
+    assert complaint in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "complaint"),
+    [
+        ({"INFERQ_API_KEY": "iq_wrong"}, ("status", "x"), "key"),
+        ({"INFERQ_API_URL": "http://127.0.0.1:1"}, ("status", "x"), "127.0.0.1:1"),
+        ({"INFERQ_AMQP_URL": "amqp://127.0.0.1:1"}, ("topology", "check"), "127.0.0.1:1 cannot be reached"),
+        ({"INFERQ_AMQP_URL": "http://x"}, ("topology", "check"), "must start with amqp"),
+        ({"INFERQ_AMQP_HEARTBEAT": "soon"}, ("topology", "check"), "INFERQ_AMQP_HEARTBEAT"),
+        ({"INFERQ_STORE_URL": "ftp://x"}, ("worker", "echo"), "INFERQ_STORE_URL"),
+    ],
+)
+def test_a_bad_setting_is_named(
+    installation: dict[str, str], change: dict[str, str], arguments: tuple[str, ...], complaint: str
+) -> None:
+    run = inferq(installation | change, *arguments)
+    assert run.returncode == 1
+    assert complaint in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_keys_are_made_listed_and_removed(tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.json")
+    key = inferq(dict(os.environ), "keys", "add", "acme", "--name", "ci", "--file", file).stdout.strip()
+    assert key.startswith("iq_")
+    assert key not in Path(file).read_text()
+    listed = inferq(dict(os.environ), "keys", "list", "--file", file).stdout
+    assert "acme" in listed
+    key_id = listed.splitlines()[1].split()[0]
+    assert inferq(dict(os.environ), "keys", "remove", key_id, "--file", file).returncode == 0
+    assert KeyFile(Path(file)).tenant_of(key) is None
+
+
+def test_every_setting_is_documented() -> None:
+    documented = Path(__file__).parents[2] / "docs" / "settings.md"
+    made = inferq(dict(os.environ), "settings", "--markdown").stdout
+    assert made == documented.read_text("utf-8")
+    rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| `")]
+    assert len(rows) > 40
+    assert not [row[0] for row in rows if len(row[-1]) < 10]
