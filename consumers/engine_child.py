@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import logging
 import os
 import signal
@@ -152,11 +151,11 @@ def _done(
             code="engine_error",
         ) from error
     text = checked.model_dump_json()
-    inline: Any = None
+    inline: str | None = None
     if len(text) > INLINE_OUTPUT_BYTES:
         context.artifact(OUTPUT_ARTIFACT, "application/json").write_text(text, "utf-8")
     else:
-        inline = json.loads(text)
+        inline = text
     artifacts = {}
     for artifact in context.artifacts:
         if not artifact.path.is_file():

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from schemas import EngineInfo
 
@@ -71,10 +71,13 @@ class Progress(_Message):
 
 
 class Done(_Message):
-    """The run's output and the artifacts that it wrote; `seconds` is what the engine took."""
+    """The run's output and the artifacts that it wrote; `seconds` is what the engine took.
+
+    The output is JSON text, so that the engine process need not take it apart; None where it is an artifact.
+    """
 
     kind: Literal["done"] = "done"
-    output: JsonValue
+    output: str | None
     artifacts: dict[str, FileNote] = {}
     seconds: float
 

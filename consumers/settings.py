@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
@@ -54,7 +54,9 @@ class WorkerSettings(Settings):
     probe_port: int | None = Field(
         None, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; none: not served."
     )
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="The least that is logged: DEBUG, INFO, WARNING or ERROR."
+    )
 
     @field_validator("lanes", mode="before")
     @classmethod

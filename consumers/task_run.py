@@ -94,6 +94,13 @@ class TaskRun:
             return self._decide(task)
         except UnreadableResult as error:
             return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
+        except (GracePassed, RunAborted):
+            raise
+        except Exception as error:
+            # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.
+            _log.exception("%s: the worker failed", self._name())
+            what = f"the worker failed: {type(error).__name__}: {error}"
+            return self._failed(task, TransientFailure(what, code="worker_error"))
 
     # Before the run.
 
@@ -192,10 +199,21 @@ class TaskRun:
             around.metrics.engine_deaths.inc()
         except (InvalidTask, TransientFailure) as failed:
             error = failed
+        return self._failed(task, error, engine_died=engine_died, timings=Timings(**timings))
+
+    def _failed(
+        self,
+        task: Task,
+        error: InferqError,
+        *,
+        engine_died: bool = False,
+        timings: Timings | None = None,
+    ) -> str:
+        """An attempt has failed: see to another, or end the task."""
         verdict = after_failure(
             error,
             attempt=self._delivery.attempt,
-            max_attempts=around.settings.max_attempts or around.task_type.max_attempts,
+            max_attempts=self._around.settings.max_attempts or self._around.task_type.max_attempts,
             engine_deaths=self._delivery.engine_deaths,
             engine_died=engine_died,
         )
@@ -203,7 +221,7 @@ class TaskRun:
             case Retry():
                 return self._retry(task, verdict)
             case Bury():
-                return self._bury(task, verdict, Timings(**timings))
+                return self._bury(task, verdict, timings)
 
     def _fetch(self, task: Task) -> dict[str, FileNote]:
         inputs = {}
@@ -253,7 +271,7 @@ class TaskRun:
             task_type=task.task_type,
             tenant=task.tenant,
             status="succeeded",
-            output=done.output,
+            output=json.loads(done.output) if done.output is not None else None,
             artifacts=artifacts,
             attempts=self._delivery.attempt,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),

@@ -18,7 +18,7 @@ from consumers.probes import ProbeServer, Readiness
 from consumers.settings import WorkerSettings
 from consumers.surroundings import GracePassed, Surroundings
 from consumers.task_run import TaskRun
-from schemas import InstallationError, TaskType, TransientFailure
+from schemas import InferqError, InstallationError, TaskType, TransientFailure
 from storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class _Slot(threading.Thread):
         self._engine = EngineProcess(task_type.name)
         self._successor: EngineProcess | None = None
         self.reload_requested = threading.Event()
-        self.fatal: InstallationError | None = None
+        self.fatal: InferqError | None = None
         self._engine_ready = False
 
     @property
@@ -149,6 +149,10 @@ class _Slot(threading.Thread):
             _log.info("%s: stopped", self.name)
         except InstallationError as error:
             self.fatal = error
+            self._surroundings.stop(self._surroundings.settings.grace_seconds)
+        except Exception as error:
+            _log.exception("%s: ended by an error of its own", self.name)
+            self.fatal = InferqError(f"{self.name} was ended by {type(error).__name__}: {error}")
             self._surroundings.stop(self._surroundings.settings.grace_seconds)
         finally:
             self._engine_ready = False

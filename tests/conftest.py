@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import Popen
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -17,6 +21,10 @@ from producer.up.part import Part, free_ports
 from producer.up.process import last_lines, spawn, stop
 from producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
 from producer.up.redis import RedisServer
+from storage.s3 import s3_client
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 # The kernel ends a child when the thread that started it ends, and a test may start one on a short-lived
 # thread: this one lives as long as pytest does.
@@ -181,3 +189,57 @@ def redis_url(shared_redis: Redis) -> str:
 def redis_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A server of the test's own, to stop, kill and start again."""
     yield from _started(Redis, tmp_path_factory.mktemp("redis-node"))
+
+
+_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """S3 over real HTTP; it ends with the pipe to it, however pytest ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdout
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def aws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.delenv("AWS_PROFILE", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3(s3_url: str, aws: None) -> Iterator[S3Client]:
+    client = s3_client(s3_url)
+    yield client
+    client.close()
+
+
+_buckets = itertools.count()
+
+
+@pytest.fixture
+def bucket(s3: S3Client) -> str:
+    name = f"bucket-{next(_buckets)}"
+    s3.create_bucket(Bucket=name)
+    return name

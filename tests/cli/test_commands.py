@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -242,3 +243,19 @@ def test_every_setting_is_documented() -> None:
     rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| `")]
     assert len(rows) > 40
     assert not [row[0] for row in rows if len(row[-1]) < 10]
+
+
+def test_fifty_submissions_of_one_id_are_one_task(installation: dict[str, str]) -> None:
+    task = {"task_type": "echo", "payload": "once", "delay": 0.2}
+    headers = {"Authorization": f"Bearer {installation['INFERQ_API_KEY']}"}
+    with httpx.Client(base_url=installation["INFERQ_API_URL"], headers=headers, timeout=30) as client:
+
+        def put(_number: int) -> int:
+            return client.put("/v1/tasks/fifty", json=task).status_code
+
+        with ThreadPoolExecutor(50) as threads:
+            assert set(threads.map(put, range(50))) <= {200, 202}
+        result = answer(inferq(installation, "result", "fifty", "--wait", "20", "--json"))
+        assert result["attempts"] == 1
+        assert put(51) == 200
+        assert client.get("/v1/tasks/fifty/result").json()["finished_at"] == result["finished_at"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,19 +17,11 @@ import redis
 
 from storage import ObjectStore, StatusIndex, StorageSettings
 from storage.local import LocalStore
-from storage.s3 import S3Store, s3_client
+from storage.s3 import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_MOTO = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
 _libc = ctypes.CDLL(None)
 
 
@@ -127,50 +117,6 @@ def index(shared_redis: RedisServer, redis_client: redis.Redis) -> Iterator[Stat
     index = StatusIndex.from_settings(StorageSettings(redis_url=shared_redis.url))
     yield index
     index.close()
-
-
-@pytest.fixture(scope="session")
-def s3_url() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _MOTO],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=_die_with_parent,
-    )
-    try:
-        assert process.stdout
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _aws() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.delenv("AWS_PROFILE", raising=False)
-        yield
-
-
-@pytest.fixture(scope="session")
-def s3(s3_url: str, _aws: None) -> Iterator[S3Client]:
-    client = s3_client(s3_url)
-    yield client
-    client.close()
-
-
-_buckets = itertools.count()
-
-
-@pytest.fixture
-def bucket(s3: S3Client) -> str:
-    name = f"bucket-{next(_buckets)}"
-    s3.create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from broker import DeadLetters
 from schemas import parse_task
+from storage import ResultStore, StorageSettings, open_store
 from tests.worker.conftest import Site, WorkerProcess, eventually
 
 
@@ -388,3 +389,64 @@ def test_bad_settings_are_named(site: Site) -> None:
     assert "INFERQ_SLOTS" in said
     assert "INFERQ_LANES" in said
     assert "Traceback" not in said
+
+
+def test_without_redis_tasks_run_all_the_same(site: Site) -> None:
+    worker = site.worker("echo", INFERQ_REDIS_URL="redis://127.0.0.1:1/0")
+    tasks = [site.publish({"task_type": "echo", "payload": n}) for n in range(5)]
+    assert [site.ended(task).output for task in tasks] == [{"payload": n} for n in range(5)]
+    eventually(lambda: site.depth("inference.echo.normal") == 0)
+    assert worker.ready()
+    outages = next(
+        line
+        for line in worker.get("/metrics").text.splitlines()
+        if line.startswith("inferq_status_outages_total")
+    )
+    assert float(outages.split()[1]) >= 5
+
+
+def test_a_store_that_is_away_delays_the_task_and_burns_no_attempt(site: Site) -> None:
+    store = site.folder / "store"
+    worker = site.worker("echo")
+    store.rename(site.folder / "away")
+    store.write_text("a file where the folder should be")
+    task_id = site.publish({"task_type": "echo", "payload": 1})
+    eventually(lambda: not worker.ready())
+    assert "object store" in worker.get("/readyz").text
+    store.unlink()
+    (site.folder / "away").rename(store)
+    result = site.ended(task_id)
+    assert (result.status, result.attempts) == ("succeeded", 1)
+    eventually(worker.ready)
+
+
+def test_results_and_artifacts_go_to_s3(site: Site, s3_url: str, bucket: str) -> None:
+    place = {"INFERQ_STORE_URL": f"s3://{bucket}/some/prefix", "INFERQ_S3_ENDPOINT_URL": s3_url}
+    worker = site.worker("faulty", **place)
+    task_id = site.publish({"fault": "artifact"})
+    store = open_store(StorageSettings(store_url=place["INFERQ_STORE_URL"], s3_endpoint_url=s3_url))
+    results = ResultStore(store)
+    result = eventually(lambda: results.load("default", task_id))
+    assert result.status == "succeeded"
+    (artifact,) = result.artifacts
+    assert artifact.url.startswith(f"s3://{bucket}/some/prefix/tasks/default/{task_id}/")
+    assert store.get(results.artifact_key("default", task_id, "note.txt")) == b"a note"
+    assert psutil.Process(worker.process.pid).memory_info().rss < 150 * 2**20
+
+
+def test_an_unreadable_result_is_not_overwritten(site: Site) -> None:
+    site.store.put("tasks/default/t1/result.json", b"not a result")
+    site.worker("echo")
+    site.publish({"task_id": "t1", "task_type": "echo"})
+    (letter,) = eventually(lambda: site.dead("echo"))
+    assert letter.reason == "result_unreadable"
+    assert site.store.get("tasks/default/t1/result.json") == b"not a result"
+
+
+def test_an_input_from_a_private_address_is_refused(site: Site) -> None:
+    site.worker()
+    for url in ("http://127.0.0.1:1/x", "http://169.254.169.254/latest/meta-data", "http://localhost/x"):
+        result = site.ended(site.publish({"file_url": url}))
+        assert result.error is not None
+        assert result.error.code == "address_refused"
+        assert result.attempts == 1
