@@ -3,7 +3,7 @@
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
-from schemas.status import END_STATES, Event, EventData, EventType, State, TaskStatus
+from schemas.status import END_STATES, EVENT_OF_STATE, Event, EventData, EventType, State, TaskStatus
 from schemas.task import (
     INPUT_SCHEMES,
     MAX_BODY_BYTES,
@@ -21,6 +21,7 @@ from schemas.types import TaskType, describe_faults, get_type, installed_types, 
 
 __all__ = [
     "END_STATES",
+    "EVENT_OF_STATE",
     "INPUT_SCHEMES",
     "MAX_BODY_BYTES",
     "PRIORITIES",

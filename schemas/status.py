@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
-from schemas.result import ErrorInfo
+from schemas.result import ErrorInfo, Result
 from schemas.task import Priority
 
 State = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
@@ -38,11 +39,43 @@ class TaskStatus(BaseModel):
     def ended(self) -> bool:
         return self.state in END_STATES
 
+    @classmethod
+    def of_result(cls, result: Result) -> TaskStatus:
+        """The status that the record of a task's end amounts to."""
+        return cls(
+            task_id=result.task_id,
+            task_type=result.task_type,
+            tenant=result.tenant,
+            state=result.status,
+            attempt=max(result.attempts, 1),
+            progress=1.0 if result.status == "succeeded" else None,
+            batch_id=result.batch_id,
+            worker=result.worker,
+            error=result.error,
+            created_at=result.created_at,
+            started_at=result.started_at,
+            finished_at=result.finished_at,
+            cancel_requested=result.status == "cancelled",
+        )
+
 
 EventType = Literal[
     "task.queued", "task.started", "task.progress", "task.retrying",
     "task.succeeded", "task.failed", "task.cancelled",
 ]  # fmt: skip
+
+EVENT_OF_STATE: dict[State, EventType] = {
+    "queued": "task.queued",
+    "running": "task.started",
+    "retrying": "task.retrying",
+    "succeeded": "task.succeeded",
+    "failed": "task.failed",
+    "cancelled": "task.cancelled",
+}
+"""The event that tells of a task's move into a state."""
+
+INLINE_EVENT_OUTPUT_BYTES = 8 * 1024
+"""The largest output (as JSON) that an event carries."""
 
 
 class Event(BaseModel):
@@ -53,6 +86,27 @@ class Event(BaseModel):
     type: EventType
     timestamp: AwareDatetime
     data: EventData
+
+    @classmethod
+    def of_result(cls, result: Result) -> Event:
+        """The event of a task's end, with its output where that is small enough to travel inline."""
+        small = len(json.dumps(result.output)) <= INLINE_EVENT_OUTPUT_BYTES
+        return cls(
+            type=EVENT_OF_STATE[result.status],
+            timestamp=result.finished_at,
+            data=EventData(
+                task_id=result.task_id,
+                task_type=result.task_type,
+                tenant=result.tenant,
+                state=result.status,
+                attempt=max(result.attempts, 1),
+                progress=1.0 if result.status == "succeeded" else None,
+                batch_id=result.batch_id,
+                error=result.error,
+                output=result.output if small else None,
+                metadata=result.metadata,
+            ),
+        )
 
 
 class EventData(BaseModel):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 import secrets
 import threading
@@ -20,7 +19,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 import redis
-from pydantic import JsonValue
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
@@ -47,7 +45,6 @@ MAX_PAGE = 500
 _FAST_FAIL_SECONDS = 1.0
 _SCAN_ROUNDS = 20
 _MAX_NOTE = 500
-_MAX_EVENT_OUTPUT = 8 * 1024
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
 
@@ -229,7 +226,7 @@ class StatusIndex:
             _micros(result.finished_at),
             clean(result.worker or ""),
             to_json(result.error) if result.error else "",
-            _end_event(result),
+            to_json(Event.of_result(result)),
             secrets.token_hex(6),
         ]
 
@@ -415,34 +412,6 @@ def _event(
         metadata=task.metadata,
     )
     return to_json(Event(type=kind, timestamp=at or datetime.now(UTC), data=data))
-
-
-_END_EVENTS: dict[str, EventType] = {
-    "succeeded": "task.succeeded",
-    "failed": "task.failed",
-    "cancelled": "task.cancelled",
-}
-
-
-def _end_event(result: Result) -> str:
-    data = EventData(
-        task_id=result.task_id,
-        task_type=result.task_type,
-        tenant=result.tenant,
-        state=result.status,
-        attempt=max(result.attempts, 1),
-        progress=1.0 if result.status == "succeeded" else None,
-        batch_id=result.batch_id,
-        error=result.error,
-        output=_small(result.output),
-        metadata=result.metadata,
-    )
-    event = Event(type=_END_EVENTS[result.status], timestamp=result.finished_at, data=data)
-    return to_json(event)
-
-
-def _small(output: JsonValue) -> JsonValue:
-    return output if len(json.dumps(output)) <= _MAX_EVENT_OUTPUT else None
 
 
 def _status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:

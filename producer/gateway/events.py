@@ -13,7 +13,6 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from producer.gateway.auth import Tenant
 from producer.gateway.lookup import (
     checked_id,
-    event_of_result,
     event_of_status,
     find_result,
     find_status,
@@ -106,7 +105,7 @@ async def _current(services: Services, status: TaskStatus) -> Event:
         except Outage:
             result = None
         if result is not None:
-            return event_of_result(result)
+            return Event.of_result(result)
     return event_of_status(status)
 
 

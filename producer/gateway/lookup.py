@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import UTC, datetime, timedelta
 
@@ -10,19 +9,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from producer.gateway.problems import not_found
 from producer.gateway.services import Services
-from schemas import Event, EventData, EventType, InferqError, Outage, Result, State, TaskId, TaskStatus
+from schemas import EVENT_OF_STATE, Event, EventData, InferqError, Outage, Result, TaskId, TaskStatus
 from storage.status import StatusOutage
 
 _DOUBTED_AFTER = timedelta(seconds=60)
-_INLINE_OUTPUT_BYTES = 16 * 1024
-_EVENT_OF_STATE: dict[State, EventType] = {
-    "queued": "task.queued",
-    "running": "task.started",
-    "retrying": "task.retrying",
-    "succeeded": "task.succeeded",
-    "failed": "task.failed",
-    "cancelled": "task.cancelled",
-}
 _TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
 
 _log = logging.getLogger(__name__)
@@ -72,7 +62,7 @@ async def find_status(
         if status is None and outage is not None:
             raise outage
         return status
-    return status_of(result) if status is None else await _mended(services, status, result)
+    return TaskStatus.of_result(result) if status is None else await _mended(services, status, result)
 
 
 async def require_status(services: Services, tenant: str, task_id: str) -> TaskStatus:
@@ -83,28 +73,9 @@ async def require_status(services: Services, tenant: str, task_id: str) -> TaskS
     return status
 
 
-def status_of(result: Result) -> TaskStatus:
-    """The status that a task's record amounts to."""
-    return TaskStatus(
-        task_id=result.task_id,
-        task_type=result.task_type,
-        tenant=result.tenant,
-        state=result.status,
-        attempt=max(result.attempts, 1),
-        progress=1.0 if result.status == "succeeded" else None,
-        batch_id=result.batch_id,
-        worker=result.worker,
-        error=result.error,
-        created_at=result.created_at,
-        started_at=result.started_at,
-        finished_at=result.finished_at,
-        cancel_requested=result.status == "cancelled",
-    )
-
-
 def event_of_status(status: TaskStatus) -> Event:
     """The event that tells a newcomer where the task stands."""
-    type_ = _EVENT_OF_STATE[status.state]
+    type_ = EVENT_OF_STATE[status.state]
     if status.state == "running" and status.progress is not None:
         type_ = "task.progress"
     return Event(
@@ -124,27 +95,6 @@ def event_of_status(status: TaskStatus) -> Event:
     )
 
 
-def event_of_result(result: Result) -> Event:
-    """The event of a task's end, with its output where that is small enough to travel inline."""
-    small = len(json.dumps(result.output)) <= _INLINE_OUTPUT_BYTES
-    return Event(
-        type=_EVENT_OF_STATE[result.status],
-        timestamp=result.finished_at,
-        data=EventData(
-            task_id=result.task_id,
-            task_type=result.task_type,
-            tenant=result.tenant,
-            state=result.status,
-            attempt=max(result.attempts, 1),
-            progress=1.0 if result.status == "succeeded" else None,
-            batch_id=result.batch_id,
-            error=result.error,
-            output=result.output if small else None,
-            metadata=result.metadata,
-        ),
-    )
-
-
 def _doubtful(status: TaskStatus) -> bool:
     since = status.started_at or status.created_at
     return since is None or datetime.now(UTC) - since > _DOUBTED_AFTER
@@ -157,9 +107,9 @@ async def _mended(services: Services, status: TaskStatus, result: Result) -> Tas
     """
     try:
         await services.on_redis(services.status.ended, result)
-        return await services.on_redis(services.status.get, result.tenant, result.task_id) or status_of(
-            result
-        )
+        return await services.on_redis(
+            services.status.get, result.tenant, result.task_id
+        ) or TaskStatus.of_result(result)
     except StatusOutage as error:
         _log.warning("task %s: its end is not in Redis: %s", result.task_id, error)
-        return status_of(result) if result.status == "succeeded" else status
+        return TaskStatus.of_result(result) if result.status == "succeeded" else status

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from broker.messages import task_message
-from producer.gateway.lookup import find_result, status_of
+from producer.gateway.lookup import find_result
 from producer.gateway.problems import Fault, Refused, refusal_of
 from producer.gateway.services import Services
 from schemas import (
@@ -113,7 +113,7 @@ class Submitter:
                     if known.digest != task.digest():
                         raise _conflict(task)
                     await self._forget(task)
-                    return status_of(known)
+                    return TaskStatus.of_result(known)
             await self._check_uploads(task)
             await self._publish(task, traceparent)
         except Exception:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from producer.gateway.auth import Tenant
 from producer.gateway.body import read_object
 from producer.gateway.events import wait_for_end
-from producer.gateway.lookup import checked_id, find_result, find_status, require_status, status_of, unknown
+from producer.gateway.lookup import checked_id, find_result, find_status, require_status, unknown
 from producer.gateway.prefer import applied, wait_seconds
 from producer.gateway.problems import Refused
 from producer.gateway.services import Here, Services, task_path
@@ -176,7 +176,7 @@ async def cancel_task(task_id: str, tenant: Tenant, services: Here) -> Response:
         result = await find_result(services, tenant, task_id)
         if result is None:
             raise outage or unknown(task_id)
-        status = status_of(result)
+        status = TaskStatus.of_result(result)
     if not status.ended:
         return _answer(status, code=202)
     if status.state == "cancelled":
