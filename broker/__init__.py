@@ -4,7 +4,15 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.messages import Delivery, Message, dead_message, redriven_message, retry_message, task_message
+from broker.messages import (
+    Delivery,
+    Message,
+    dead_message,
+    named_id,
+    redriven_message,
+    retry_message,
+    task_message,
+)
 from broker.publisher import Publisher
 from broker.retry import RETRY_LEVELS, backoff, retry_level
 from broker.settings import BrokerSettings
@@ -31,6 +39,7 @@ __all__ = [
     "connect",
     "dead_message",
     "dead_queue",
+    "named_id",
     "redriven_message",
     "retry_level",
     "retry_message",

@@ -49,7 +49,7 @@ class Consumer(BrokerThread):
             raise ValueError("a consumer needs at least one queue")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
-        self._inbox: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._epoch = 0
         self._tags: dict[str, str] = {}
         self._wanted = False
@@ -84,6 +84,22 @@ class Consumer(BrokerThread):
         self._settle(
             delivery, more=False, finish=lambda channel: channel.basic_nack(delivery.tag, requeue=True)
         )
+
+    def pause(self) -> None:
+        """Hold nothing back from others until `next` is called again; what has come since goes back."""
+        self._wanted = False
+
+        def on_thread() -> None:
+            self._unsubscribe()
+            channel = self._channel
+            with suppress(queue.Empty):
+                while True:
+                    delivery = self._inbox.get_nowait()
+                    self._current = None
+                    if channel is not None and channel.is_open and delivery.epoch == self._epoch:
+                        channel.basic_nack(delivery.tag, requeue=True)
+
+        self._call(on_thread)
 
     def stop(self) -> None:
         """Take no more deliveries; the one in hand can still be settled."""

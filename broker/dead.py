@@ -14,7 +14,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker, NackError, Unrouta
 from broker.connection import connect
 from broker.consumer import delivery_from
 from broker.errors import BrokerUnavailable, Unroutable
-from broker.messages import DEAD_PREFIX, Delivery, redriven_message
+from broker.messages import DEAD_PREFIX, Delivery, named_id, redriven_message
 from broker.settings import BrokerSettings
 from broker.topology import dead_queue
 from schemas import InferqError
@@ -57,7 +57,7 @@ class DeadLetter:
         attempts = headers.get(f"{DEAD_PREFIX}attempts")
         return cls(
             delivery=delivery,
-            task_id=delivery.message_id,
+            task_id=named_id(delivery),
             reason=reason,
             error=error or "",
             attempts=attempts if isinstance(attempts, int) else delivery.attempt,
@@ -121,6 +121,8 @@ class DeadLetters:
     ) -> None:
         if self._connection.is_open:
             self._connection.close()
+        if isinstance(error, AMQPError):
+            raise BrokerUnavailable(f"the connection to RabbitMQ was lost: {error!r}") from error
 
     def read(self, wanted: Filter = Filter()) -> list[DeadLetter]:
         """The dead letters that match; they stay where they are."""
@@ -177,6 +179,10 @@ class DeadLetters:
         try:
             self._count = channel.queue_declare(self._queue, passive=True).method.message_count or 0
         except ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise BrokerUnavailable(
+                    f"RabbitMQ refuses queue {self._queue!r}: {error.reply_text}"
+                ) from error
             raise NoDeadLetters(
                 f"the broker has no queue {self._queue!r}: no worker of type {self._type_name!r} ever "
                 "ran there; check the type and INFERQ_AMQP_URL"

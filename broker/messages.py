@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -99,14 +100,20 @@ def task_message(
 
 
 def retry_message(
-    delivery: Delivery, *, type_name: str, priority: Priority, seconds: int, engine_deaths: int = 0
+    delivery: Delivery,
+    *,
+    task_id: str,
+    type_name: str,
+    priority: Priority,
+    seconds: int,
+    engine_deaths: int = 0,
 ) -> Message:
     """A fresh copy of a delivery that returns to its queue as the next attempt, `seconds` from now."""
     headers = {**_kept(delivery.headers), ATTEMPT: delivery.attempt + 1}
     if engine_deaths:
         headers[ENGINE_DEATHS] = engine_deaths
     key = routing_key(type_name, priority)
-    return Message(retry_exchange(seconds), key, delivery.body, headers, delivery.message_id, type_name)
+    return Message(retry_exchange(seconds), key, delivery.body, headers, task_id, type_name)
 
 
 def dead_message(
@@ -122,7 +129,7 @@ def dead_message(
         f"{DEAD_PREFIX}time": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     key = routing_key(type_name, priority)
-    return Message(DEAD, key, delivery.body, headers, delivery.message_id, type_name)
+    return Message(DEAD, key, delivery.body, headers, named_id(delivery), type_name)
 
 
 def redriven_message(delivery: Delivery) -> Message:
@@ -133,7 +140,19 @@ def redriven_message(delivery: Delivery) -> Message:
         if name not in (ATTEMPT, ENGINE_DEATHS) and not name.startswith(DEAD_PREFIX)
     }
     headers |= {ATTEMPT: 1, REDRIVES: delivery.redrives + 1}
-    return Message(TASKS, delivery.routing_key, delivery.body, headers, delivery.message_id)
+    type_name = delivery.routing_key.removeprefix("task_type.").partition(".")[0]
+    return Message(TASKS, delivery.routing_key, delivery.body, headers, named_id(delivery), type_name)
+
+
+def named_id(delivery: Delivery) -> str | None:
+    """The task's id: the message's own where its producer set one, else the body's, else None."""
+    if delivery.message_id:
+        return delivery.message_id
+    try:
+        task_id = json.loads(delivery.body)["task_id"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return task_id if isinstance(task_id, str) else None
 
 
 def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:

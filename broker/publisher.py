@@ -22,6 +22,9 @@ from broker.messages import Message
 from broker.settings import BrokerSettings
 from broker.topology import Topology
 
+_WINDOW_LOOK_SECONDS = 0.002
+"""How often an asyncio task looks for a place in a full window."""
+
 
 @dataclass(eq=False)
 class _Pending:
@@ -68,10 +71,11 @@ class Publisher(BrokerThread):
     async def confirm(self, message: Message, *, timeout: float | None = None) -> None:
         """Send a message and wait for its confirm, from asyncio. Raises what `publish` gives."""
         pending = self._pending(message, timeout)
-        if not self._window.acquire(blocking=False):
-            wait = max(0.0, pending.deadline - time.monotonic())
-            if not await asyncio.to_thread(self._window.acquire, timeout=wait):
+        # A thread that waited for a place would take it even for a caller that has been cancelled.
+        while not self._window.acquire(blocking=False):
+            if time.monotonic() >= pending.deadline:
                 raise self._late("the publish window stayed full")
+            await asyncio.sleep(_WINDOW_LOOK_SECONDS)
         await asyncio.wrap_future(self._send(pending))
 
     def close(self, timeout: float = 5.0) -> None:
@@ -190,8 +194,6 @@ class Publisher(BrokerThread):
 
     def _idle(self) -> None:
         now = time.monotonic()
-        if self._closing.is_set() and not self._thread.is_alive():
-            return
         blocked = self._blocked_since
         too_long = blocked is not None and now - blocked > self._settings.amqp_blocked_limit
         self._expire(lambda pending: too_long or pending.deadline <= now)

@@ -50,7 +50,11 @@ class BrokerSettings(Settings):
         try:
             parameters = pika.URLParameters(url)
         except (ValueError, TypeError, IndexError) as error:
-            raise InstallationError(f"INFERQ_AMQP_URL cannot be read: {error}") from error
+            # The parser's words may quote a part of the password.
+            raise InstallationError(
+                "INFERQ_AMQP_URL cannot be read; give amqp://user:password@host:5672/vhost, with special "
+                "characters of the password percent-encoded"
+            ) from error
         parameters.heartbeat = self.amqp_heartbeat
         parameters.socket_timeout = self.amqp_connect_timeout
         parameters.stack_timeout = self.amqp_connect_timeout

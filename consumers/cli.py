@@ -36,9 +36,9 @@ def worker(
     def stop(_number: int, _frame: object) -> None:
         nonlocal asked
         asked += 1
-        running.stop(hurry=asked > 1)
+        running.requests.put("hurry" if asked > 1 else "stop")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, lambda _number, _frame: running.reload())
+    signal.signal(signal.SIGHUP, lambda _number, _frame: running.requests.put("reload"))
     running.run()

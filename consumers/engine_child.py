@@ -152,7 +152,7 @@ def _done(
         ) from error
     text = checked.model_dump_json()
     inline: str | None = None
-    if len(text) > INLINE_OUTPUT_BYTES:
+    if len(text.encode()) > INLINE_OUTPUT_BYTES:
         context.artifact(OUTPUT_ARTIFACT, "application/json").write_text(text, "utf-8")
     else:
         inline = text

@@ -144,8 +144,8 @@ class EngineProcess:
     def run(self, run: Run, *, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
         """Compute one task. `time_limit` and `abort_grace` in seconds.
 
-        Raises EngineDied, TransientFailure (code `time_limit`) or RunAborted. After the first two, and
-        where the engine did not stop by itself, the process is gone: `alive` tells.
+        Raises EngineDied, TransientFailure (code `time_limit`) or RunAborted. Unless the engine stopped by
+        itself when it was asked to, the process is gone then: `usable` tells.
         """
         pipe = self._pipe
         if pipe is None:
@@ -153,8 +153,14 @@ class EngineProcess:
         try:
             send(pipe, run)
             return self._await(pipe, watch, time.monotonic() + time_limit, time_limit, abort_grace)
+        except RunAborted:
+            raise
         except (EOFError, OSError) as error:
             raise EngineDied(f"the engine process ended during the run ({self._ending()})") from error
+        except BaseException:
+            # Whatever it was, the run may go on over there: its answer must not meet the next task.
+            self.kill()
+            raise
 
     def _await(
         self, pipe: Connection, watch: Watch, deadline: float, time_limit: float, abort_grace: float
@@ -172,7 +178,11 @@ class EngineProcess:
                     case Progress(fraction=fraction, note=note):
                         watch.progress(fraction, note)
                     case Aborted():
-                        raise RunAborted(aborting or "cancelled")
+                        if aborting is None:
+                            raise TransientFailure(
+                                "the engine stopped without being asked", code="engine_error"
+                            )
+                        raise RunAborted(aborting)
                     case unexpected:
                         raise EngineDied(f"the engine process said {unexpected.kind!r} during a run")
             now = time.monotonic()

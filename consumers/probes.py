@@ -42,7 +42,8 @@ class ProbeServer:
                     exposition: Iterable[bytes] = metrics(environ, start_response)
                     return exposition
                 case "/healthz":
-                    return _json(start_response, healthy(), {"healthy": healthy()})
+                    alive = healthy()
+                    return _json(start_response, alive, {"healthy": alive})
                 case "/readyz":
                     state = readiness()
                     content = {"ready": state.ready, "waiting_for": state.waiting_for}

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from broker import Publisher, backoff
 from consumers.metrics import WorkerMetrics
+from consumers.scratch import ScratchFolder
 from consumers.settings import WorkerSettings
 from schemas import Outage, TaskType
 from storage import Fetcher, ObjectStore, ResultStore, StatusIndex
@@ -36,6 +37,7 @@ class Surroundings:
     status: StatusIndex
     publisher: Publisher
     metrics: WorkerMetrics
+    scratch: ScratchFolder
     _stopping: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)
@@ -68,10 +70,13 @@ class Surroundings:
         if self.grace_passed:
             raise GracePassed
 
-    def patiently(self, service: str, call: Callable[[], T]) -> T:
+    def patiently(
+        self, service: str, call: Callable[[], T], checkpoint: Callable[[], None] | None = None
+    ) -> T:
         """Make a call that an outage of `service` only delays: no attempt is burnt, no result thrown away.
 
-        Raises GracePassed where the worker has to stop before the service is back.
+        Raises GracePassed where the worker has to stop before the service is back; `checkpoint` is called
+        before each repetition and may raise to give up.
         """
         failures = 0
         while True:
@@ -84,6 +89,8 @@ class Surroundings:
                 self._pauses[service] = str(error)
                 self.metrics.paused.labels(service).set(1)
                 self.sleep(backoff(failures))
+                if checkpoint is not None:
+                    checkpoint()
                 continue
             if failures:
                 _log.info("resumed: %s is back", service)

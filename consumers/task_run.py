@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from broker import Consumer, Delivery, Message, dead_message, retry_message
+from broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
 from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
 from consumers.engine_messages import Done, Failed, FileNote
 from consumers.engine_messages import Run as RunMessage
@@ -36,6 +36,9 @@ from storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.25
+"""How often a download in progress is asked about: cancelled? shutting down?"""
+
 
 class TaskRun:
     """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
@@ -54,7 +57,7 @@ class TaskRun:
         self._delivery = delivery
         self._lane = lane
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
-        self._scratch = f"{surroundings.settings.scratch_dir}/inferq-{self._token}"
+        self._scratch = f"{surroundings.scratch.path}/{self._token}"
         self._started_at = datetime.now(UTC)
         self._digest: str | None = None
         self._answers: list[Callable[[], bool]] = []
@@ -65,16 +68,29 @@ class TaskRun:
             outcome = self._outcome()
         except (GracePassed, RunAborted):
             outcome = "given_back"
+        except Exception as error:
+            # A delivery is settled whatever happens: one that ends its worker would go on to the next.
+            _log.exception("%s: could not be brought to its end", self._name())
+            outcome = self._give_up(error)
+        if outcome == "given_back":
             self._consumer.give_back(self._delivery)
             _log.info("%s: given back, the worker is stopping", self._name())
         else:
             self._consumer.ack(self._delivery, more=self._engine.usable and not self._around.stopping)
-            # The status was sent before the ack; its answer comes while the broker sends the next task.
-            for answer in self._answers:
-                self._around.tell(answer)
-        finally:
-            self._clean()
+        # The status was sent before the ack; its answer comes while the broker sends the next task.
+        for answer in self._answers:
+            self._around.tell(answer)
+        self._clean()
         self._around.metrics.tasks.labels(self._around.task_type.name, outcome).inc()
+
+    def _give_up(self, error: Exception) -> str:
+        """The last resort: a dead letter without a record, which is better than a loop."""
+        what = f"the worker failed: {type(error).__name__}: {error}"
+        try:
+            self._publish(self._dead(TransientFailure(what, code="worker_error")))
+        except GracePassed:
+            return "given_back"
+        return "failed"
 
     def _clean(self) -> None:
         try:
@@ -152,7 +168,7 @@ class TaskRun:
         """Dead-letter a message that is no task; its owner gets a failure where the message names one."""
         _log.warning("%s: refused: %s", self._name(), error)
         self._publish(self._dead(error))
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken = json.loads(self._delivery.body)
             record = Result(
                 task_id=broken["task_id"],
@@ -225,12 +241,24 @@ class TaskRun:
 
     def _fetch(self, task: Task) -> dict[str, FileNote]:
         inputs = {}
+        next_look = time.monotonic() + _LOOK_SECONDS
+
+        def checkpoint() -> None:
+            nonlocal next_look
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_SECONDS
+                reason = self._abort_reason(task)
+                if reason is not None:
+                    raise RunAborted(reason)
+
         for name, url in task.inputs().items():
             scratch = Path(self._scratch)
             scratch.mkdir(parents=True, exist_ok=True)
             # An outage of our own store delays the fetch; another's failure is the task's.
-            fetch = partial(self._around.fetcher.fetch, url, scratch, name, tenant=task.tenant)
-            fetched = self._around.patiently("object store", fetch)
+            fetch = partial(
+                self._around.fetcher.fetch, url, scratch, name, tenant=task.tenant, checkpoint=checkpoint
+            )
+            fetched = self._around.patiently("object store", fetch, checkpoint)
             inputs[name] = FileNote(path=fetched.path, content_type=fetched.content_type, bytes=fetched.bytes)
         return inputs
 
@@ -241,19 +269,20 @@ class TaskRun:
         def progress(fraction: float, note: str) -> None:
             around.tell(partial(around.status.progress, tenant, task_id, fraction, note))
 
-        def abort() -> AbortReason | None:
-            if around.grace_passed:
-                return "shutdown"
-            if around.tell(partial(around.status.cancel_requested, tenant, task_id)):
-                return "cancelled"
-            return None
-
         return self._engine.run(
             RunMessage(task=self._delivery.body.decode(), scratch=self._scratch, inputs=inputs),
-            watch=Watch(progress, abort),
+            watch=Watch(progress, partial(self._abort_reason, task)),
             time_limit=task.time_limit or around.task_type.time_limit,
             abort_grace=around.settings.abort_grace,
         )
+
+    def _abort_reason(self, task: Task) -> AbortReason | None:
+        """Why the run should stop, if it should."""
+        if self._around.grace_passed:
+            return "shutdown"
+        if self._around.tell(partial(self._around.status.cancel_requested, task.tenant, task.task_id)):
+            return "cancelled"
+        return None
 
     def _queued(self, task: Task) -> float | None:
         since = task.created_at or self._delivery.timestamp
@@ -327,6 +356,7 @@ class TaskRun:
         self._publish(
             retry_message(
                 self._delivery,
+                task_id=task.task_id,
                 type_name=task.task_type,
                 priority=self._lane,
                 seconds=retry.seconds,
@@ -387,4 +417,4 @@ class TaskRun:
         self._around.patiently("RabbitMQ", confirmed)
 
     def _name(self) -> str:
-        return f"task {self._delivery.message_id or 'without an id'} on {self._delivery.queue}"
+        return f"task {named_id(self._delivery)!r} on {self._delivery.queue}"

@@ -7,14 +7,17 @@ folder → run in the slot's engine process → upload the artifacts → write `
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from contextlib import suppress
+from typing import Literal
 
 from broker import BrokerSettings, Consumer, Publisher, backoff, topology_for, work_queue
 from consumers.engine_process import EngineProcess, RunAborted
 from consumers.metrics import WorkerMetrics
 from consumers.probes import ProbeServer, Readiness
+from consumers.scratch import ScratchFolder
 from consumers.settings import WorkerSettings
 from consumers.surroundings import GracePassed, Surroundings
 from consumers.task_run import TaskRun
@@ -23,6 +26,8 @@ from storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_sto
 
 _log = logging.getLogger(__name__)
 
+Request = Literal["stop", "hurry", "reload"]
+
 _IDLE_LOOK_SECONDS = 0.5
 """How long an idle slot waits for a task before it looks after its engine."""
 
@@ -30,7 +35,8 @@ _IDLE_LOOK_SECONDS = 0.5
 class Worker:
     """Works for one task type until it is told to stop.
 
-    `stop` and `reload` may be called from any thread, and from signal handlers.
+    `stop` and `reload` may be called from any thread. Signal handlers use `requests`, which `run` serves: a
+    lock that the interrupted code holds would stop them for good.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Worker:
         self._settings = settings
         self._broker = broker
         self.metrics = WorkerMetrics()
+        self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)
         self._publisher = Publisher(
             broker, name=settings.worker_name, topology=topology_for([task_type.name])
@@ -57,8 +64,10 @@ class Worker:
             status=StatusIndex.from_settings(storage),
             publisher=self._publisher,
             metrics=self.metrics,
+            scratch=ScratchFolder(settings.scratch_dir),
         )
         self._slots = [_Slot(number, self._surroundings, broker) for number in range(settings.slots)]
+        self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:
             self.probes = ProbeServer(
@@ -77,18 +86,27 @@ class Worker:
         if self.probes is not None:
             self.probes.start()
         try:
-            for slot in self._slots:
-                # In slices, so that signals are served while waiting.
-                while slot.is_alive():
-                    slot.join(0.2)
+            while any(slot.is_alive() for slot in self._slots):
+                with suppress(queue.Empty):
+                    self._serve(self.requests.get(timeout=0.2))
         finally:
             self.stop(hurry=True)
             self._publisher.close()
+            self._surroundings.scratch.close()
             if self.probes is not None:
                 self.probes.close()
         for slot in self._slots:
             if slot.fatal is not None:
                 raise slot.fatal
+
+    def _serve(self, request: Request) -> None:
+        match request:
+            case "stop":
+                self.stop()
+            case "hurry":
+                self.stop(hurry=True)
+            case "reload":
+                self.reload()
 
     def stop(self, *, hurry: bool = False) -> None:
         """Take no more tasks; finish those in hand within the grace period, or give them back at once."""
@@ -126,6 +144,7 @@ class _Slot(threading.Thread):
         self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
         self._engine = EngineProcess(task_type.name)
         self._successor: EngineProcess | None = None
+        self._successor_limit = 0.0
         self.reload_requested = threading.Event()
         self.fatal: InferqError | None = None
         self._engine_ready = False
@@ -168,6 +187,7 @@ class _Slot(threading.Thread):
         self._consumer.start()
         while not around.stopping:
             if not self._engine.usable:
+                self._consumer.pause()
                 self._load_engine()
             self._swap_engine()
             delivery = self._consumer.next(_IDLE_LOOK_SECONDS)
@@ -216,8 +236,15 @@ class _Slot(threading.Thread):
                 self._successor.kill()
             self._successor = EngineProcess(self._surroundings.task_type.name)
             self._successor.spawn()
+            self._successor_limit = time.monotonic() + self._surroundings.settings.start_limit
         successor = self._successor
-        if successor is None or not successor.has_answered:
+        if successor is None:
+            return
+        if not successor.has_answered:
+            if time.monotonic() > self._successor_limit:
+                self._successor = None
+                successor.kill()
+                _log.error("%s: the new engine is not ready in time, the old one stays", self.name)
             return
         self._successor = None
         try:

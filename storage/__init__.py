@@ -1,7 +1,7 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
 from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
-from storage.fetch import Fetched, Fetcher, ScratchOutage
+from storage.fetch import Fetched, Fetcher, ScratchUnavailable
 from storage.local import LocalStore
 from storage.objects import (
     BadObjectKey,
@@ -29,7 +29,7 @@ __all__ = [
     "ObjectStore",
     "Page",
     "ResultStore",
-    "ScratchOutage",
+    "ScratchUnavailable",
     "StatusIndex",
     "StatusOutage",
     "StorageSettings",

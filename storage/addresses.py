@@ -6,6 +6,7 @@ itself, never to the name: an answer that changes between the check and the conn
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -20,6 +21,8 @@ import httpcore
 
 from schemas import InvalidTask
 from storage.settings import Network
+
+_log = logging.getLogger(__name__)
 
 Resolver = Callable[[str, int], Sequence[str]]
 """Host name and port → IP addresses. Raises OSError or UnicodeError where the name has none."""
@@ -75,9 +78,11 @@ class AddressPolicy:
         """Those addresses of the host that may be used. Raises AddressRefused where none may."""
         permitted = [address for address in addresses if self.permits(address)]
         if addresses and not permitted:
+            # For the operator only: what internal names resolve to is no business of whoever sent the task.
+            _log.warning("host %r leads to %s: refused", host, ", ".join(addresses[:4]))
             raise AddressRefused(
-                f"host {host!r} leads to {', '.join(addresses[:4])}, which is no public address; "
-                "an operator can allow its network"
+                f"host {host!r} leads to no public address; an operator can allow its network "
+                "(INFERQ_FETCH_ALLOWED_NETWORKS)"
             )
         return permitted
 

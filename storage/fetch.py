@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
 
-from schemas import InvalidTask, Outage, TransientFailure
+from schemas import InvalidTask, TransientFailure
 from storage.addresses import Resolver, system_resolver
 from storage.fetch_http import HttpSource
 from storage.fetch_url import read_data_url, redacted, split_s3_url
@@ -30,8 +30,11 @@ from storage.results import upload_key
 from storage.settings import StorageSettings
 
 
-class ScratchOutage(Outage):
-    """The scratch folder cannot take the input: the disk is full, or not ours to write."""
+class ScratchUnavailable(TransientFailure):
+    """The scratch folder cannot take the input: the disk is full, or not ours to write.
+
+    No outage: what is too large for this disk would stop the worker for good, while another may have room.
+    """
 
     code = "scratch_unavailable"
 
@@ -73,17 +76,20 @@ class Fetcher:
         self._settings = settings
         self._http = HttpSource(settings.fetch_allowed_networks, resolver=resolver, ssl_context=ssl_context)
 
-    def fetch(self, url: str, folder: Path, name: str, *, tenant: str) -> Fetched:
+    def fetch(
+        self, url: str, folder: Path, name: str, *, tenant: str, checkpoint: Callable[[], None] | None = None
+    ) -> Fetched:
         """Fetch an input to `folder/name`, in constant memory; on an error nothing is left there.
 
         `name` is the task's field and appears in messages, `tenant` decides whose uploads `inferq:` means.
-        Raises InvalidTask, TransientFailure, and Outage where our own store or disk is away.
+        `checkpoint` is called for each piece that comes, and may raise to give up. Raises InvalidTask,
+        TransientFailure, and Outage where our own store is away.
         """
         where = f"{name} {redacted(url)}"
         path = folder / name
         try:
             with self._open(url, tenant) as source:
-                return self._save(source, path)
+                return self._save(source, path, checkpoint)
         except (InvalidTask, TransientFailure) as error:
             path.unlink(missing_ok=True)
             raise type(error)(f"{where}: {error}", code=error.code) from error
@@ -156,7 +162,7 @@ class Fetcher:
             # Not our own store: a wrong bucket must not stop the worker, so that it counts as the task's.
             raise TransientFailure(str(error), code="download_failed") from error
 
-    def _save(self, source: Source, path: Path) -> Fetched:
+    def _save(self, source: Source, path: Path, checkpoint: Callable[[], None] | None) -> Fetched:
         limit = self._settings.fetch_max_bytes
         if source.length is not None and source.length > limit:
             raise _too_large(limit)
@@ -170,6 +176,8 @@ class Fetcher:
         with file:
             for chunk in source.chunks:
                 size += len(chunk)
+                if checkpoint is not None:
+                    checkpoint()
                 if size > limit:
                     raise _too_large(limit)
                 if time.monotonic() > ends:
@@ -192,5 +200,7 @@ def _too_large(limit: int) -> InvalidTask:
     return InvalidTask(f"the input is larger than {limit} bytes", code="input_too_large")
 
 
-def _scratch_outage(path: Path, error: OSError) -> ScratchOutage:
-    return ScratchOutage(f"{path} cannot be written: {error.strerror}; free some space or check its rights")
+def _scratch_outage(path: Path, error: OSError) -> ScratchUnavailable:
+    return ScratchUnavailable(
+        f"{path} cannot be written: {error.strerror}; free some space or check its rights"
+    )

@@ -63,7 +63,8 @@ class ResultStore:
         """Record how a task ended, and give the record that is kept, which may be another's.
 
         A success stands for ever. A failure or a cancellation stands until a success comes, or another
-        one that was redriven more often.
+        one that was redriven more often; that of an unreadable message, which has no digest, until the task
+        itself ends.
         """
         place = folder(result.tenant, result.task_id)
         data = to_json(result).encode()
@@ -76,7 +77,9 @@ class ResultStore:
             if kept is None:
                 if self._create(place + _FAILURE, data):
                     return result
-            elif kept.status == "succeeded" or kept.redrives >= result.redrives:
+            elif kept.status == "succeeded" or (
+                kept.redrives >= result.redrives and (kept.digest or not result.digest)
+            ):
                 return kept
             else:
                 self._store.put(place + _FAILURE, data, content_type="application/json")

@@ -28,6 +28,7 @@ from schemas import (
     Event,
     EventData,
     EventType,
+    InstallationError,
     InvalidTask,
     Outage,
     Result,
@@ -103,15 +104,23 @@ class StatusIndex:
 
     @classmethod
     def from_settings(cls, settings: StorageSettings) -> Self:
-        client = redis.Redis.from_url(
-            settings.redis_url,
-            decode_responses=True,
-            socket_timeout=settings.redis_timeout,
-            socket_connect_timeout=settings.redis_timeout,
-            # A pooled connection may have died since: one more try, but never a second wait.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            max_connections=1000,
-        )
+        try:
+            client = redis.Redis.from_url(
+                settings.redis_url,
+                decode_responses=True,
+                socket_timeout=settings.redis_timeout,
+                socket_connect_timeout=settings.redis_timeout,
+                # A pooled connection may have died since: one more try, but never a second wait.
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+                max_connections=1000,
+            )
+        except ValueError as error:
+            # The parser's words may quote a part of the password.
+            raise InstallationError(
+                "INFERQ_REDIS_URL cannot be read; give redis://[:password@]host:port/database, with special "
+                "characters of the password percent-encoded",
+                code="bad_settings",
+            ) from error
         return cls(client, retention=settings.status_retention)
 
     @staticmethod

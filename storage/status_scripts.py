@@ -102,6 +102,13 @@ end
 _TASK = """
 local ty, priority, batch, digest, created = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local known, order = unpack(redis.call('HMGET', key, 'd', 'o'))
+if known == '' and digest ~= '' then
+  -- The end of an unreadable message that named this id: it gives way to the task itself.
+  local left = state_index(redis.call('HGET', key, 's'))
+  if left then redis.call('ZREM', left, id) end
+  redis.call('DEL', key)
+  known, order = false, false
+end
 order = tonumber(order or -1)
 local conflict = known and known ~= '' and digest ~= '' and known ~= digest
 """

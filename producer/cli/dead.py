@@ -48,7 +48,7 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
         "error": letter.error,
         "attempts": letter.attempts,
         "worker": letter.worker,
-        "time": letter.time.isoformat() if letter.time else None,
+        "time": letter.time.isoformat(timespec="seconds") if letter.time else None,
     }
 
 

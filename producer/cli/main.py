@@ -11,6 +11,7 @@ import typer
 
 from producer.cli import dead, keys, server, settings, tasks, topology
 from producer.cli.output import complain
+from producer.client import Unauthorized
 from producer.up.commands import down, up
 from schemas import InferqError
 
@@ -54,6 +55,9 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app()
+    except Unauthorized as error:
+        complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)")
+        sys.exit(1)
     except InferqError as error:
         complain(error)
         sys.exit(1)

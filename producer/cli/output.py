@@ -17,6 +17,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs
 console = Console()
 errors = Console(stderr=True)
 
+_PIPE_WIDTH = 10_000
+"""Columns of a table that no person looks at: nothing is folded there."""
+
 
 def print_json(value: Any) -> None:
     """One JSON document, as it is: never coloured, wrapped or shortened."""
@@ -34,11 +37,12 @@ def _plain(value: Any) -> Any:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table without lines, so that it can be copied and cut."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        # What stands first is an id or a name, which has to be copied in one piece.
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    console.print(table)
+    console.print(table, width=None if console.is_terminal else _PIPE_WIDTH)
 
 
 def complain(error: BaseException | str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import JsonValue
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from producer.cli.arguments import bundle, parse_assignments
 from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
@@ -18,8 +19,13 @@ from schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type
 
 app = typer.Typer()
 
+_LABEL_CHARACTERS = 60
+"""The most that is shown of an input, which may be a long text."""
+
 TaskId = Annotated[str, typer.Argument(metavar="ID")]
-Out = Annotated[Path | None, typer.Option("--out", help="Save results and artifacts below this folder.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Wait, and save results and artifacts below this folder.")
+]
 
 
 @app.command()
@@ -52,6 +58,7 @@ def submit(
         raise InvalidTask(f"--id names one task, and these inputs make {len(bundles)}")
     with Client() as client:
         submitted = []
+        labels = {}
         for parts in bundles:
             options, rest = _split(fields | {name: part.value(client) for name, part in parts.items()})
             submitted.append(
@@ -64,10 +71,13 @@ def submit(
                     **rest,
                 )
             )
+            labels[submitted[-1].task_id] = " ".join(part.text for part in parts.values())
             if not (wait or out or as_json):
                 console.print(submitted[-1].task_id, markup=False, highlight=False)
+        if callback is not None:
+            errors.print("note: callbacks are not sent yet; the URL is kept with the task", style="dim")
         if wait or out:
-            _finish(client, [status.task_id for status in submitted], out, as_json)
+            _finish(client, labels, out, as_json)
         elif as_json:
             print_json(submitted)
 
@@ -78,10 +88,11 @@ def _split(fields: dict[str, JsonValue]) -> tuple[dict[str, JsonValue] | None, d
     return (options if isinstance(options, dict) else None), rest
 
 
-def _finish(client: Client, task_ids: list[str], out: Path | None, as_json: bool) -> None:
+def _finish(client: Client, labels: Mapping[str, str], out: Path | None, as_json: bool) -> None:
+    """Wait for tasks; `labels` says of each id which inputs it was given."""
     results = []
-    for task_id in task_ids:
-        _follow(client, task_id)
+    for task_id, label in labels.items():
+        _follow(client, task_id, label)
         result = client.result(task_id, wait=30)
         results.append(result)
         if out is not None:
@@ -90,12 +101,12 @@ def _finish(client: Client, task_ids: list[str], out: Path | None, as_json: bool
         print_json(results)
     else:
         for result in results:
-            _show(result)
+            _show(result, labels[result.task_id])
     if any(result.status != "succeeded" for result in results):
         raise typer.Exit(1)
 
 
-def _follow(client: Client, task_id: str) -> None:
+def _follow(client: Client, task_id: str, label: str) -> None:
     """Show the task's progress until its end; on standard error, and only where a person sees it."""
     with Progress(
         SpinnerColumn(),
@@ -107,27 +118,32 @@ def _follow(client: Client, task_id: str) -> None:
         transient=True,
         disable=not errors.is_terminal,
     ) as bars:
-        bar = bars.add_task(task_id, total=1.0, note="queued")
+        bar = bars.add_task(_short(label) or task_id, total=1.0, note="queued")
         for event in client.events(task_id):
             note = event.data.note or event.data.state
             bars.update(bar, completed=event.data.progress or 0.0, note=note)
 
 
+def _short(label: str) -> str:
+    return label if len(label) <= _LABEL_CHARACTERS else f"{label[:_LABEL_CHARACTERS]}…"
+
+
 def _save(client: Client, result: Result, out: Path) -> None:
-    folder = out / result.task_id
+    folder = out / result.task_id.replace("..", "%2E%2E")  # an id may be nothing but dots
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(result.model_dump_json(indent=2, exclude_none=True), "utf-8")
     for artifact in result.artifacts:
-        client.download(result.task_id, artifact.name, folder / artifact.name)
+        client.download(result.task_id, artifact.name, folder / Path(artifact.name).name)
 
 
-def _show(result: Result) -> None:
+def _show(result: Result, label: str = "") -> None:
+    name = f"{_short(label)} ({result.task_id})" if label else result.task_id
     if result.error is not None:
-        complain(f"{result.task_id} {result.status} ({result.error.code}): {result.error.message}")
+        complain(f"{name} {result.status} ({result.error.code}): {result.error.message}")
         return
     text = result.output.get("text") if isinstance(result.output, dict) else None
     shown = text if isinstance(text, str) else json.dumps(result.output, ensure_ascii=False, indent=2)
-    console.rule(result.task_id)
+    console.rule(Text(name))
     console.print(shown, markup=False, highlight=False, soft_wrap=True)
     for artifact in result.artifacts:
         console.print(f"{artifact.name}: {artifact.url}", markup=False, highlight=False, soft_wrap=True)
@@ -141,7 +157,10 @@ def status(task_id: TaskId, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(found)
     else:
-        print_table(["", ""], found.model_dump(mode="json", exclude_none=True).items())
+        rows = found.model_dump(mode="json", exclude_none=True)
+        if found.error is not None:
+            rows["error"] = f"{found.error.code}: {found.error.message}"
+        print_table(["", ""], rows.items())
 
 
 @app.command()
@@ -195,10 +214,14 @@ def list_(
     print_table(
         ["task", "type", "state", "attempt", "created", "error"],
         [
-            (t.task_id, t.task_type, t.state, t.attempt, t.created_at, t.error.message if t.error else None)
+            (t.task_id, t.task_type, t.state, t.attempt, _when(t), t.error.message if t.error else None)
             for t in found
         ],
     )
+
+
+def _when(task: TaskStatus) -> str | None:
+    return f"{task.created_at.astimezone():%Y-%m-%d %H:%M:%S}" if task.created_at else None
 
 
 def _first(tasks: Iterator[TaskStatus], count: int) -> Iterator[TaskStatus]:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import pika
 import typer
+from pika.exceptions import AMQPError
 
-from broker import BrokerSettings, Topology, connect, topology_for
+from broker import BrokerSettings, BrokerUnavailable, Topology, connect, topology_for
 from producer.cli.output import JsonFlag, console, print_json, print_table
 from schemas import get_type, installed_types
 
@@ -30,6 +31,8 @@ def _connection() -> Iterator[pika.BlockingConnection]:
     connection = connect(BrokerSettings.load(), name="topology")
     try:
         yield connection
+    except AMQPError as error:
+        raise BrokerUnavailable(f"RabbitMQ refused, or the connection was lost: {error!r}") from error
     finally:
         if connection.is_open:
             connection.close()

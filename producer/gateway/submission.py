@@ -109,7 +109,8 @@ class Submitter:
         try:
             if own_id and not _just_made(task.task_id):
                 known = await self._known(task)
-                if known is not None:
+                # A record without a digest is that of an unreadable message, which speaks for no task.
+                if known is not None and known.digest is not None:
                     if known.digest != task.digest():
                         raise _conflict(task)
                     await self._forget(task)

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from schemas import InferqError, InvalidTask, Outage, TransientFailure
-from storage import Fetched, Fetcher, ScratchOutage, StorageSettings, StoreOutage, upload_key
+from storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
 from storage.addresses import system_resolver
 from storage.local import LocalStore
 from storage.s3 import S3Store
@@ -725,11 +725,11 @@ def test_an_s3_that_is_away_is_transient_for_an_input(make_fetch: Callable[..., 
 
 def test_a_full_scratch_disk_is_an_outage(fetch: Fetch, scratch: Path) -> None:
     (scratch / "image_url").symlink_to("/dev/full")
-    with pytest.raises(ScratchOutage, match="space") as caught:
+    with pytest.raises(ScratchUnavailable, match="space") as caught:
         fetch("data:,x")
     assert isinstance(caught.value, Outage)
     scratch.rmdir()
-    with pytest.raises(ScratchOutage):
+    with pytest.raises(ScratchUnavailable):
         fetch("data:,x")
 
 

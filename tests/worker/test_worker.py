@@ -53,8 +53,9 @@ def test_artifacts_and_inputs_go_through_the_store(site: Site) -> None:
     (artifact,) = result.artifacts
     assert (artifact.name, artifact.content_type, artifact.bytes) == ("note.txt", "text/plain", 6)
     assert site.store.get(site.results.artifact_key("default", task_id, "note.txt")) == b"a note"
-    scratch = site.folder / "scratch"
-    eventually(lambda: not list(scratch.iterdir()), what="a clean scratch folder")
+    (scratch,) = (site.folder / "scratch").iterdir()
+    eventually(lambda: [file.name for file in scratch.iterdir()] == [".lock"], what="a clean scratch folder")
+    assert scratch.stat().st_mode & 0o077 == 0
 
 
 def test_a_large_output_becomes_an_artifact(site: Site) -> None:
@@ -84,6 +85,9 @@ def test_the_parent_is_light_and_loads_no_framework(site: Site) -> None:
         (b"{not json", "not_json"),
         (b"\xff\xfe\x00", "not_json"),
         (b"[]", "invalid_task"),
+        (b"", "not_json"),
+        (b"[" * 30_000, "not_json"),
+        (b'{"task_id": "m9", "task_type": "faulty", "tenant": []}', "invalid_task"),
         (b'{"task_id": "bad id!", "task_type": "faulty"}', "invalid_task"),
         (b'{"task_id": "m1", "task_type": "faulty", "surprise": 1}', "invalid_task"),
         (b'{"task_id": "m1", "task_type": "faulty", "options": {"surprise": 1}}', "invalid_task"),
@@ -125,7 +129,7 @@ def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
     assert result.error is not None
     assert (result.error.code, result.error.retryable) == ("never", False)
     (letter,) = eventually(site.dead)
-    assert (letter.reason, letter.task_id or letter.delivery.message_id) == ("never", None)
+    assert (letter.reason, letter.task_id) == ("never", task_id)
     assert site.depth("inference.retry.5s") == 0
 
 

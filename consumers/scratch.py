@@ -1,0 +1,46 @@
+"""The folder in which a worker's runs have theirs; what a killed worker left is swept by the next."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from schemas import InstallationError
+
+_PREFIX = "inferq-scratch-"
+_LOCK = ".lock"
+
+
+class ScratchFolder:
+    """A private folder below `parent`, held by a lock for as long as this process lives."""
+
+    def __init__(self, parent: Path) -> None:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _sweep(parent)
+            # Inputs may be anybody's: mkdtemp gives a folder that only this user can enter.
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            self._lock = (self.path / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InstallationError(
+                f"the scratch folder {parent} cannot be used: {error.strerror}; set INFERQ_SCRATCH_DIR"
+            ) from error
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _sweep(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if folder.stat().st_uid != os.geteuid():
+                continue
+            with (folder / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
