@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pika
+import pika.data as pika_data  # type: ignore[import-untyped]
 from pika.adapters.select_connection import IOLoop
 from pika.channel import Channel
 from pika.exceptions import (
@@ -31,6 +32,25 @@ _log = logging.getLogger(__name__)
 
 # Every lost connection is reported here in one line; pika would add a page of stack for each.
 logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+_decode_value: Callable[[bytes, int], tuple[Any, int]] = pika_data.decode_value
+
+
+def _decode_leniently(encoded: bytes, offset: int) -> tuple[Any, int]:
+    """A header's value; a timestamp that is none, such as one in milliseconds, as the number that it is.
+
+    pika raises for it while it reads the frame, which takes the connection down: one message of a careless
+    producer would stop its queue, and then the dead letters.
+    """
+    try:
+        return _decode_value(encoded, offset)
+    except (ValueError, OverflowError, OSError):
+        if encoded[offset : offset + 1] != b"T":
+            raise
+        return int.from_bytes(encoded[offset + 1 : offset + 9], "big"), offset + 9
+
+
+pika_data.decode_value = _decode_leniently
 
 _REFUSED_WAIT = 10.0
 """Seconds between attempts where the broker refuses us: wrong credentials do not mend themselves soon."""
@@ -130,12 +150,16 @@ class BrokerThread:
 
     def _connect_once(self) -> None:
         """One connection's life, from the attempt to its end."""
-        loop = IOLoop()
-        with self._lock:
-            self._loop = loop
         self._refused = False
         parameters = next(self._parameters)
         where = f"RabbitMQ at {parameters.host}:{parameters.port}"
+        try:
+            loop = IOLoop()
+        except OSError as error:  # no file descriptor left, for one
+            self.last_error = BrokerUnavailable(f"{where} cannot be reached: {error}")
+            return
+        with self._lock:
+            self._loop = loop
         try:
             self._connection = pika.SelectConnection(
                 parameters,

@@ -67,13 +67,17 @@ class Consumer(BrokerThread):
 
         Asking is what makes a lane deliver: a consumer that is not asked holds no message back from others.
         """
+        with suppress(queue.Empty):
+            return self._inbox.get_nowait()
         if not self._wanted and not self._stopped.is_set():
             self._wanted = True
             self._call(self._subscribe_all)
         try:
-            return self._inbox.get(timeout=timeout)
+            delivery = self._inbox.get(timeout=timeout)
         except queue.Empty:
             return None
+        self._wanted = False
+        return delivery
 
     def ack(self, delivery: Delivery, *, more: bool = True) -> None:
         """Done with it. `more` says that the next delivery is wanted at once."""

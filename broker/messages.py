@@ -19,6 +19,12 @@ ENGINE_DEATHS = "x-engine-deaths"
 DEAD_PREFIX = "x-dead-"
 TRACEPARENT = "traceparent"
 
+_COUNTS = (ATTEMPT, REDRIVES, ENGINE_DEATHS)
+_TRACE = (TRACEPARENT, "tracestate")
+_TRACE_CHARACTERS = 512
+_MOST = 1_000_000
+"""Counts in headers are anybody's to set; beyond this they are taken for this."""
+
 
 @dataclass(frozen=True)
 class Message:
@@ -82,7 +88,9 @@ class Delivery:
 
 def _count(headers: Mapping[str, Any], name: str, *, least: int = 0) -> int:
     value = headers.get(name, least)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else least
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        return least
+    return min(value, _MOST)
 
 
 def task_message(
@@ -123,7 +131,7 @@ def dead_message(
     headers = {
         **_kept(delivery.headers),
         f"{DEAD_PREFIX}reason": error.code,
-        f"{DEAD_PREFIX}error": error.message[:4000],
+        f"{DEAD_PREFIX}error": error.message[:4000].encode("utf-8", "replace").decode(),
         f"{DEAD_PREFIX}attempts": delivery.attempt,
         f"{DEAD_PREFIX}worker": worker,
         f"{DEAD_PREFIX}time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -134,12 +142,8 @@ def dead_message(
 
 def redriven_message(delivery: Delivery) -> Message:
     """A dead letter as a first attempt again; one redrive more on its count."""
-    headers = {
-        name: value
-        for name, value in _kept(delivery.headers).items()
-        if name not in (ATTEMPT, ENGINE_DEATHS) and not name.startswith(DEAD_PREFIX)
-    }
-    headers |= {ATTEMPT: 1, REDRIVES: delivery.redrives + 1}
+    headers = {**_kept(delivery.headers), ATTEMPT: 1, REDRIVES: delivery.redrives + 1}
+    headers.pop(ENGINE_DEATHS, None)
     type_name = delivery.routing_key.removeprefix("task_type.").partition(".")[0]
     return Message(TASKS, delivery.routing_key, delivery.body, headers, named_id(delivery), type_name)
 
@@ -156,9 +160,14 @@ def named_id(delivery: Delivery) -> str | None:
 
 
 def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """The headers that go on with a copy: not the broker's own account of the message's past.
+    """The headers that go on with a copy: our own counts and the trace, and nothing else.
 
-    RabbitMQ 4 ignores x-death on a republished message and 3.x counts on from it, so it is never copied.
+    A producer's other headers may be as large as a frame, to which a copy's own could not be added; and the
+    broker's own account of the past (`x-death`) is counted on by 3.x and ignored by 4.x.
     """
-    broker_made = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
-    return {name: value for name, value in headers.items() if not name.startswith(broker_made)}
+    kept: dict[str, Any] = {name: _count(headers, name) for name in _COUNTS if name in headers}
+    for name in _TRACE:
+        value = headers.get(name)
+        if isinstance(value, str) and len(value) <= _TRACE_CHARACTERS and value.isascii():
+            kept[name] = value
+    return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import struct
 import threading
 import time
 from collections import deque
@@ -15,15 +16,21 @@ from typing import Any
 import pika
 from pika import spec
 from pika.channel import Channel
+from pika.exceptions import AMQPError
 
 from broker.connection import BrokerThread
 from broker.errors import BrokerUnavailable, PublishRejected, Unroutable
 from broker.messages import Message
 from broker.settings import BrokerSettings
 from broker.topology import Topology
+from schemas import InvalidTask
 
 _WINDOW_LOOK_SECONDS = 0.002
 """How often an asyncio task looks for a place in a full window."""
+
+
+_MAX_HEADER_BYTES = 64 * 1024
+"""The largest properties that are sent: they have to fit into one frame, of 128 KiB by default."""
 
 
 @dataclass(eq=False)
@@ -55,6 +62,8 @@ class Publisher(BrokerThread):
         self._unconfirmed: dict[int, _Pending] = {}
         self._last_tag = 0
         self._wake_due = False
+        self._gate = threading.Lock()
+        self._closed = False
         self._blocked_since: float | None = None
 
     def publish(self, message: Message, *, timeout: float | None = None) -> Future[None]:
@@ -84,6 +93,8 @@ class Publisher(BrokerThread):
         while self._busy() and self.connected and time.monotonic() < deadline:
             time.sleep(0.01)
         super().close(timeout)
+        with self._gate:
+            self._closed = True
         self._fail_all(BrokerUnavailable("the publisher was closed before the broker confirmed"))
 
     def _busy(self) -> bool:
@@ -93,12 +104,16 @@ class Publisher(BrokerThread):
         if self._closing.is_set():
             raise BrokerUnavailable("the publisher is closed")
         limit = self._settings.publish_timeout if timeout is None else timeout
-        return _Pending(message, time.monotonic() + limit, message.properties())
+        return _Pending(message, time.monotonic() + limit, _sendable(message))
 
     def _send(self, pending: _Pending) -> Future[None]:
         # From here on the answer is ours to give: a caller's cancel cannot take the message back.
         pending.future.set_running_or_notify_cancel()
-        self._waiting.append(pending)
+        with self._gate:
+            if self._closed:
+                self._window.release()
+                raise BrokerUnavailable("the publisher is closed")
+            self._waiting.append(pending)
         if not self._wake_due:
             self._wake_due = True
             if not self._call(self._drain):
@@ -220,8 +235,30 @@ class Publisher(BrokerThread):
             self._resolve(self._unconfirmed.popitem()[1], error)
 
     def _resolve(self, pending: _Pending, error: Exception | None) -> None:
+        if pending.future.done():
+            return  # closing was faster
         self._window.release()
         if error is None:
             pending.future.set_result(None)
         else:
             pending.future.set_exception(error)
+
+
+def _sendable(message: Message) -> pika.BasicProperties:
+    """The message's properties, once it is sure that they can be sent.
+
+    On the connection's thread it would be too late: what cannot be encoded there takes the connection down.
+    """
+    properties = message.properties()
+    try:
+        size = sum(len(part) for part in properties.encode())
+        names = max(len(message.exchange.encode()), len(message.routing_key.encode()))
+    except (ValueError, TypeError, struct.error, AMQPError) as error:
+        raise InvalidTask(f"the message cannot be sent: {error}", code="unsendable") from error
+    if size > _MAX_HEADER_BYTES or names > 255:
+        raise InvalidTask(
+            f"the message cannot be sent: its headers have {size} bytes, of at most {_MAX_HEADER_BYTES}, or "
+            "its routing key has more than 255",
+            code="unsendable",
+        )
+    return properties

@@ -56,9 +56,14 @@ class Bury:
     record: bool = True
 
 
+MAX_DELIVERIES = 25
+"""A task that was handed out this often without an end most likely takes its whole worker down. It is well
+above what giving back counts, which RabbitMQ before 4.3 counts too, and well below the broker's own limit."""
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a delivery before its run."""
+    """What is known of a delivery before its run. `deliveries`: how often it was handed out before."""
 
     task: Task
     digest: str
@@ -68,6 +73,7 @@ class Facts:
     ended: Result | None = None
     recorded_digest: str | None = None
     cancel_requested: bool = False
+    deliveries: int = 0
 
 
 def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
@@ -105,6 +111,14 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
         return Expire(
             InvalidTask(
                 f"the task expired at {task.expires_at.isoformat()} before it was started", code="expired"
+            )
+        )
+    if facts.deliveries >= MAX_DELIVERIES:
+        return Bury(
+            InvalidTask(
+                f"the task was handed out {facts.deliveries} times and never came to an end: it may take its "
+                "worker down",
+                code="poison",
             )
         )
     return Run()

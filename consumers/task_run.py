@@ -149,6 +149,7 @@ class TaskRun:
             ended=ended,
             recorded_digest=begun.digest if begun else None,
             cancel_requested=begun.cancel_requested if begun else False,
+            deliveries=delivery.deliveries,
         )
         match before_run(facts):
             case Run():

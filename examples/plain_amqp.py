@@ -1,6 +1,6 @@
 """Submits a task with nothing but pika: the three fields, as any program may publish them.
 
-eval "$(cat .inferq/env)" && python examples/plain_amqp.py https://example.com/page.png
+. .inferq/env && python examples/plain_amqp.py https://example.com/page.png
 """
 
 import json
@@ -10,6 +10,8 @@ import uuid
 
 import pika
 
+if len(sys.argv) != 2 or "INFERQ_AMQP_URL" not in os.environ:
+    sys.exit("usage: INFERQ_AMQP_URL=amqp://… python plain_amqp.py IMAGE_URL")
 task = {"task_id": f"ocr_{uuid.uuid4().hex[:8]}", "image_url": sys.argv[1], "task_type": "ocr"}
 connection = pika.BlockingConnection(pika.URLParameters(os.environ["INFERQ_AMQP_URL"]))
 channel = connection.channel()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, reduce
@@ -19,6 +21,11 @@ from schemas.settings import Settings
 from schemas.task import MAX_BODY_BYTES, Task
 
 ENTRY_POINT_GROUP = "inferq.engines"
+
+MAX_DEPTH = 100
+"""The most levels of lists and objects in a task."""
+
+_HUGE_EXPONENT = re.compile(rb"[eE]\+?[0-9]{3}")
 
 _log = logging.getLogger(__name__)
 
@@ -108,8 +115,10 @@ def parse_task(body: bytes | str | Mapping[str, Any]) -> Task:
             f"the task has {len(body)} bytes, the limit is {MAX_BODY_BYTES}; pass large inputs by URL",
             code="task_too_large",
         )
-    if b"NaN" in body or b"Infinity" in body:
+    if b"NaN" in body or b"Infinity" in body or _HUGE_EXPONENT.search(body):
         _refuse_constants(body)
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _refuse_depth(body)
     try:
         task: Task = _union().validate_json(body)
     except ValidationError as error:
@@ -122,10 +131,36 @@ def _refuse_constants(body: bytes) -> None:
     def refuse(name: str) -> None:
         raise InvalidTask(f"the task is not JSON: {name} is not a JSON number", code="not_json")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            raise InvalidTask(f"the task holds {text}, which no double can hold", code="not_json")
+        return number
+
     try:
-        json.loads(body, parse_constant=refuse)
+        json.loads(body, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError):
         return  # the validating parser says what is wrong
+
+
+def _refuse_depth(body: bytes) -> None:
+    # A result holds what the task held, some levels deeper, and has to be readable all the same.
+    try:
+        level = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InvalidTask(f"the task is nested more than {MAX_DEPTH} levels deep", code="nested_too_deep")
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, dict | list)
+        ]
 
 
 @cache

@@ -242,7 +242,13 @@ class LocalStore(ObjectStore):
         try:
             if not self._swept:
                 self._sweep()
-            return os.open(temporary, flags, mode)
+            try:
+                return os.open(temporary, flags, mode)
+            except FileNotFoundError:
+                if not os.path.isdir(self._root):
+                    raise  # an unmounted disk, perhaps: nothing must be written in its place
+                self._sweep()  # somebody has emptied the store
+                return os.open(temporary, flags, mode)
         except OSError as error:
             raise self._outage(error) from error
 

@@ -23,7 +23,7 @@ from broker import (
     topology_for,
     work_queue,
 )
-from schemas import parse_task
+from schemas import InvalidTask, parse_task
 from tests.broker.conftest import set_memory_alarm
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
@@ -239,3 +239,54 @@ def test_closing_fails_what_was_not_confirmed() -> None:
         future.result(5)
     with pytest.raises(BrokerUnavailable, match="closed"):
         publisher.publish(message(2))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Message("inference.tasks", "task_type.echo", b"{}", {"n": 2**63}),
+        Message("inference.tasks", "task_type.echo", b"{}", {"text": "\ud800"}),
+        Message("inference.tasks", "task_type.echo", b"{}", {"large": "x" * 132_000}),
+        Message("inference.tasks", "task_type.echo", b"{}", message_id="x" * 300),
+        Message("inference.tasks", "x" * 300, b"{}"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_at_once_and_disturbs_nobody(
+    publisher: Publisher, bad: Message
+) -> None:
+    with pytest.raises(InvalidTask, match="cannot be sent"):
+        publisher.publish(bad)
+    publisher.publish(message(1)).result(10)
+
+
+def test_a_publish_that_waits_for_a_place_while_the_publisher_closes_raises() -> None:
+    narrow = BrokerSettings(amqp_url="amqp://127.0.0.1:1/", publish_window=1)
+    publisher = Publisher(narrow, name="test")
+    publisher.start()
+    first = publisher.publish(message(1))
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(lambda: publisher.publish(message(2)).result(10))
+        time.sleep(0.1)  # it waits for the window by now; if not, it meets the closed publisher
+        publisher.close(0.1)
+        with pytest.raises(BrokerUnavailable):
+            first.result(5)
+        with pytest.raises(BrokerUnavailable):
+            second.result(5)
+
+
+async def test_a_cancelled_wait_for_a_place_takes_none() -> None:
+    narrow = BrokerSettings(amqp_url="amqp://127.0.0.1:1/", publish_window=1, publish_timeout=0.5)
+    publisher = Publisher(narrow, name="test")
+    publisher.start()
+    held = publisher.publish(message(1))
+    waiting = asyncio.create_task(publisher.confirm(message(2)))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    with pytest.raises(BrokerUnavailable):
+        await asyncio.wrap_future(held)
+    third = publisher.publish(message(3), timeout=0.2)  # the one place is free again
+    with pytest.raises(BrokerUnavailable):
+        await asyncio.wrap_future(third)
+    await asyncio.to_thread(publisher.close)

@@ -67,6 +67,9 @@ def test_what_is_missing_is_named(field: str) -> None:
     [
         b"", b"{", b"\xff", b"null", b"[]", b'"x"', b"1", b'{"a":' * 5000,
         b'{"task_id": "a", "task_type": "echo", "payload": NaN}',
+        b'{"task_id": "a", "task_type": "echo", "payload": 1e999}',
+        b'{"task_id": "a", "task_type": "echo", "payload": [-1.5E+400]}',
+        b'{"task_id": "a", "task_type": "echo", "payload": ' + b"[" * 101 + b"]" * 101 + b"}",
         b'{"task_id": "a", "task_type": "echo", "payload": [-Infinity]}',
         b'{"task_id": "a", "task_type": "echo", "payload": "\\ud800"}',
     ],
@@ -79,6 +82,17 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
 def test_a_text_that_only_mentions_a_constant_is_fine() -> None:
     task = parse_task(b'{"task_id": "a", "task_type": "echo", "payload": "NaN and Infinity"}')
     assert json.loads(task.body())["payload"] == "NaN and Infinity"
+
+
+def test_deep_and_wide_values_survive_as_long_as_a_result_can_hold_them() -> None:
+    for payload in (
+        b"[" * 98 + b"]" * 98,
+        b"[" + b"[]," * 5000 + b"[]]",
+        b'"' + b"[{" * 500 + b'"',
+        b"1e100",
+    ):
+        task = parse_task(b'{"task_id": "a", "task_type": "echo", "payload": ' + payload + b"}")
+        assert json.loads(task.body())["payload"] == json.loads(payload)
 
 
 def test_a_body_may_have_exactly_so_many_bytes() -> None:

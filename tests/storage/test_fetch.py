@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from schemas import InferqError, InvalidTask, Outage, TransientFailure
+from schemas import InferqError, InvalidTask, TransientFailure
 from storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
 from storage.addresses import system_resolver
 from storage.local import LocalStore
@@ -723,11 +723,11 @@ def test_an_s3_that_is_away_is_transient_for_an_input(make_fetch: Callable[..., 
     failed(fetch, "s3://bucket/k")
 
 
-def test_a_full_scratch_disk_is_an_outage(fetch: Fetch, scratch: Path) -> None:
+def test_a_full_scratch_disk_fails_the_attempt_and_not_the_worker(fetch: Fetch, scratch: Path) -> None:
     (scratch / "image_url").symlink_to("/dev/full")
     with pytest.raises(ScratchUnavailable, match="space") as caught:
         fetch("data:,x")
-    assert isinstance(caught.value, Outage)
+    assert isinstance(caught.value, TransientFailure)
     scratch.rmdir()
     with pytest.raises(ScratchUnavailable):
         fetch("data:,x")

@@ -67,7 +67,7 @@ def test_what_python_calls_private_is_never_permitted(address: Any) -> None:
 def test_only_permitted_addresses_of_a_host_are_used() -> None:
     policy = AddressPolicy()
     assert policy.check("h", ["10.0.0.1", "8.8.8.8"]) == ["8.8.8.8"]
-    with pytest.raises(AddressRefused, match=r"10\.0\.0\.1") as caught:
+    with pytest.raises(AddressRefused, match="no public address") as caught:
         policy.check("h", ["10.0.0.1", "::1"])
     assert caught.value.code == "address_refused"
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from broker import RETRY_LEVELS
 from consumers.decision import (
+    MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
     Bury,
     Cancel,
@@ -106,6 +107,16 @@ def test_defaults_and_the_stamp_of_a_gateway_do_not_make_another_task() -> None:
     spelled = task(priority="normal", tenant="default", delay=0.0, created_at=NOW.isoformat(), metadata={})
     assert spelled.digest() == task().digest()
     assert task(priority="high").digest() != task().digest()
+
+
+def test_a_task_that_never_comes_to_an_end_is_given_up() -> None:
+    assert decide(task(), deliveries=MAX_DELIVERIES - 1) == Run()
+    verdict = decide(task(), deliveries=MAX_DELIVERIES)
+    assert isinstance(verdict, Bury)
+    assert verdict.error.code == "poison"
+    assert verdict.record
+    done = ended(task())
+    assert decide(task(), deliveries=MAX_DELIVERIES, ended=done) == Skip(done)
 
 
 attempts = st.integers(1, 50)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 from broker import DeadLetters
 from schemas import parse_task
 from storage import ResultStore, StorageSettings, open_store
-from tests.worker.conftest import Site, WorkerProcess, eventually
+from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually
 
 
 def starts(marker: Path) -> int:
@@ -454,3 +455,62 @@ def test_an_input_from_a_private_address_is_refused(site: Site) -> None:
         assert result.error is not None
         assert result.error.code == "address_refused"
         assert result.attempts == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"blob": "x" * 130_000},
+        {"when": datetime(2026, 1, 1, tzinfo=UTC)},
+        {"x-attempt": "first", "x-redrives": -1, "x-engine-deaths": [1]},
+        {"x-attempt": 2**62, "x-redrives": 2**63 - 1},
+    ],
+)
+def test_odd_headers_stop_nobody(site: Site, headers: dict[str, object]) -> None:
+    site.worker()
+    site.publish(b"not json", key="task_type.faulty", headers=headers)
+    assert site.ended(site.publish({})).status == "succeeded"
+    (letter,) = eventually(site.dead)
+    assert letter.reason == "not_json"
+    with DeadLetters(site.broker, "faulty") as letters:
+        assert len(letters.redrive()) == 1
+    (again,) = eventually(site.dead)
+    assert again.delivery.redrives >= 1
+
+
+def test_a_slot_without_an_engine_leaves_the_tasks_to_others(site: Site, tmp_path: Path) -> None:
+    switch = tmp_path / "load"
+    lame = site.worker(FAULTY_LOAD=str(switch))
+    switch.write_text("error")
+    os.kill(lame.engine_pid(), signal.SIGKILL)
+    eventually(lambda: "next start in" in lame.log.read_text())
+    site.worker()
+    for task in [site.publish({}) for _ in range(6)]:
+        assert site.ended(task).status == "succeeded"
+
+
+def test_a_cancel_reaches_a_download(site: Site) -> None:
+    with DripServer() as server:
+        site.worker(INFERQ_FETCH_ALLOWED_NETWORKS="127.0.0.0/8")
+        task_id = site.publish({"file_url": server.url})
+        eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+        site.status.request_cancel("default", task_id)
+        asked = time.monotonic()
+        assert site.ended(task_id).status == "cancelled"
+        assert time.monotonic() - asked < 5
+
+
+def test_what_a_killed_worker_left_in_scratch_is_swept(site: Site) -> None:
+    first = site.worker()
+    task_id = site.publish({"fault": "hang"})
+    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    (left,) = (site.folder / "scratch").iterdir()
+    first.discard()
+    second = site.worker()
+    assert left not in (site.folder / "scratch").iterdir()
+    second.discard()
+
+
+def test_ready_slots_are_counted(site: Site) -> None:
+    worker = site.worker("echo", INFERQ_SLOTS="2")
+    assert "inferq_worker_ready_slots 2.0" in worker.get("/metrics").text
