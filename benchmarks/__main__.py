@@ -116,7 +116,7 @@ def _latency(ground: Site, share: int, say: Say) -> None:
 def _ocr(ground: Site, share: int, say: Say) -> None:
     from benchmarks.ocr import pages_per_second
 
-    whole, bare = pages_per_second(ground, pages=max(4, 20 // share), rounds=3 if share == 1 else 1)
+    whole, bare = pages_per_second(ground, pages=max(4, 12 // share), rounds=3 if share == 1 else 1)
     say("## OCR, pages per second: the whole system against the bare engine in a loop")
     say("")
     say("| | pages/s | of the bare engine |")

@@ -122,7 +122,13 @@ class Dramatiq(Contestant):
         return [self._clock.send(PAYLOAD) for _ in range(count)]
 
     def started(self, task: Any) -> float:
-        return float(task.get_result(block=True, timeout=120_000)["started"])
+        from dramatiq.results import ResultMissing
+
+        while True:  # its blocking wait ends with the Redis client's own socket timeout
+            try:
+                return float(task.get_result()["started"])
+            except ResultMissing:
+                time.sleep(0.001)
 
     def worker(self) -> AbstractContextManager[object]:
         program = str(Path(sys.executable).with_name("dramatiq"))
