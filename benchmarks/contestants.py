@@ -16,7 +16,7 @@ from clock import ClockOutput
 
 from benchmarks.site import Site
 from broker import Publisher, task_message, topology_for
-from schemas import parse_task
+from schemas import new_task_id, parse_task
 
 PAYLOAD = "x" * 100
 
@@ -55,7 +55,7 @@ class Inferq(Contestant):
         self._publisher = Publisher(site.broker(), name="bench", topology=topology_for(["clock"]))
         self._publisher.start()
         self._publisher.wait_connected(20)
-        self._prefix = f"{os.getpid()}-{id(self)}"
+        self._prefix = new_task_id()
 
     def publish(self, count: int) -> list[str]:
         ids = [f"{self._prefix}-{next(self._numbers)}" for _ in range(count)]
