@@ -92,6 +92,10 @@ class LocalStore(ObjectStore):
 
     def create(self, key: str, data: bytes, *, content_type: str) -> bool:
         path = self._base + check_key(key)
+        # Most often the key is the first of its folder. Made before the file is synced, the folder stands in
+        # the file system's journal before the file does, and its own entry needs no sync of its own.
+        with suppress(OSError):
+            os.mkdir(os.path.dirname(path))
         with self._temporary(key, data, clean_type(content_type)) as (temporary, _):
             try:
                 self._place(key, os.link, temporary, path)
