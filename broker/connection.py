@@ -52,8 +52,18 @@ def _decode_leniently(encoded: bytes, offset: int) -> tuple[Any, int]:
 
 pika_data.decode_value = _decode_leniently
 
+_TICK_SECONDS = 0.2
+"""How often a connection looks after what waits, whether there is traffic or not."""
+
+_LOAN_SECONDS = 0.1
+"""How long a borrowed loop may stand still before the connection's own thread takes it back."""
+
 _REFUSED_WAIT = 10.0
 """Seconds between attempts where the broker refuses us: wrong credentials do not mend themselves soon."""
+
+
+def _nothing() -> None:
+    """Wakes the loop up, and no more."""
 
 
 class BrokerThread:
@@ -61,6 +71,11 @@ class BrokerThread:
 
     A subclass gets the channel in `_opened`, once the topology stands, and hears of its loss in `_lost`.
     Several URLs are tried in turn.
+
+    A thread that waits for what the connection brings may borrow its loop and turn it itself: handing each
+    message from thread to thread costs two wake-ups and a fight for the interpreter's lock every time. For
+    as long as it does it is "the connection's thread". Where the borrower is busy with something else, the
+    loop goes back to the connection's own thread, so heartbeats never wait for a task.
     """
 
     def __init__(self, settings: BrokerSettings, *, name: str, topology: Topology | None = None) -> None:
@@ -74,6 +89,13 @@ class BrokerThread:
         self._ready = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
+        self._loan = threading.Condition()
+        self._asked = False  # another thread wants the loop
+        self._lent = False  # it has it
+        self._turning = False  # and it is turning it
+        self._turned = False  # or has turned it lately
+        self._ended = False
+        self._error: Exception | None = None
         self._failures = 0
         self._refused = False
         self.last_error: InferqError | None = None
@@ -127,7 +149,56 @@ class BrokerThread:
             if self._loop is None:
                 return False
             self._loop.add_callback_threadsafe(function)
-            return True
+        self._take_back()
+        return True
+
+    def _borrow(self, timeout: float) -> bool:
+        """Get the loop, for one `_turn`; False where it was not to be had within `timeout` seconds.
+
+        No more than one thread may borrow.
+        """
+        with self._loan:
+            if not self._lent:
+                self._asked = True
+                loop = self._loop
+                if loop is not None and self._ready.is_set():
+                    loop.add_callback_threadsafe(_nothing)
+                self._loan.wait_for(lambda: self._lent, timeout)
+                self._asked = False
+            self._turning = self._lent
+            return self._lent
+
+    def _borrow_again(self) -> bool:
+        """Get the loop for one `_turn` if it is still on loan."""
+        with self._loan:
+            self._turning = self._lent
+            return self._lent
+
+    def _turn(self, function: Callable[[], None] = _nothing, *, limit: float = _TICK_SECONDS) -> None:
+        """Run `function` as on the connection's thread, then wait for traffic, `limit` seconds at most."""
+        loop = self._loop
+        if loop is None:
+            raise RuntimeError("only a borrowed loop can be turned")
+        try:
+            function()
+            if limit < _TICK_SECONDS:
+                loop.call_later(limit, _nothing)
+            loop.poll()
+            loop.process_timeouts()
+        except Exception as error:
+            self._error, self._ended = error, True
+        with self._loan:
+            self._turning, self._turned = False, True
+            if self._ended:
+                self._lent = False
+                self._loan.notify_all()
+
+    def _take_back(self) -> None:
+        """End a loan that stands still, now that there is something to do."""
+        with self._loan:
+            if self._lent and not self._turning:
+                self._lent = False
+                self._loan.notify_all()
 
     def _later(self, seconds: float, function: Callable[[], None]) -> None:
         """Run `function` on the connection's thread after a while; only from that thread itself."""
@@ -151,6 +222,7 @@ class BrokerThread:
     def _connect_once(self) -> None:
         """One connection's life, from the attempt to its end."""
         self._refused = False
+        self._ended, self._error = False, None
         parameters = next(self._parameters)
         where = f"RabbitMQ at {parameters.host}:{parameters.port}"
         try:
@@ -172,7 +244,7 @@ class BrokerThread:
             self._connection.add_on_connection_unblocked_callback(self._connection_unblocked)
             self._tick(loop)
             if not self._closing.is_set():
-                loop.start()
+                self._drive(loop)
         except Exception as error:
             # Whatever breaks on this thread must not end it: the connection is made anew.
             _log.exception("%s: the connection's thread met an error", self.name)
@@ -189,12 +261,34 @@ class BrokerThread:
             with suppress(Exception):
                 loop.close()
 
+    def _drive(self, loop: IOLoop) -> None:
+        """Turn the loop, or have it turned by a borrower, until the connection has ended."""
+        loop.activate_poller()
+        try:
+            while not self._ended:
+                with self._loan:
+                    if self._asked and self._ready.is_set():
+                        self._asked, self._lent, self._turned = False, True, True
+                        self._loan.notify_all()
+                    while self._lent:
+                        self._turned = False
+                        self._loan.wait(_LOAN_SECONDS)
+                        if not self._turning and not self._turned:
+                            self._lent = False
+                if not self._ended:
+                    loop.poll()
+                    loop.process_timeouts()
+        finally:
+            loop.deactivate_poller()
+        if self._error is not None:
+            raise self._error
+
     def _tick(self, loop: IOLoop) -> None:
         if self._closing.is_set() and self._connection is not None and self._connection.is_closed:
-            loop.stop()
+            self._ended = True
             return
         self._idle()
-        loop.call_later(0.2, lambda: self._tick(loop))
+        loop.call_later(_TICK_SECONDS, lambda: self._tick(loop))
 
     def _connection_open(self, connection: pika.connection.Connection) -> None:
         connection.channel(on_open_callback=self._channel_open)
@@ -244,8 +338,7 @@ class BrokerThread:
             )
         elif not isinstance(error, ConnectionClosedByClient):
             self.last_error = BrokerUnavailable(f"{where} cannot be reached: {_reason(error)}")
-        if self._loop is not None:
-            self._loop.stop()
+        self._ended = True
 
     def _shut(self) -> None:
         connection = self._connection

@@ -9,8 +9,9 @@ hand is given back at once. With one lane none of this happens: prefetch does it
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -49,7 +50,7 @@ class Consumer(BrokerThread):
             raise ValueError("a consumer needs at least one queue")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
-        self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._inbox: deque[Delivery] = deque()
         self._epoch = 0
         self._tags: dict[str, str] = {}
         self._wanted = False
@@ -67,17 +68,19 @@ class Consumer(BrokerThread):
 
         Asking is what makes a lane deliver: a consumer that is not asked holds no message back from others.
         """
-        with suppress(queue.Empty):
-            return self._inbox.get_nowait()
-        if not self._wanted and not self._stopped.is_set():
+        end = time.monotonic() + timeout
+        if not self._inbox and not self._wanted and not self._stopped.is_set():
             self._wanted = True
-            self._call(self._subscribe_all)
-        try:
-            delivery = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        self._wanted = False
-        return delivery
+            self._perform(self._subscribe_all)
+        while not self._inbox:
+            left = end - time.monotonic()
+            if left <= 0:
+                return None
+            if self._borrow(left):
+                self._turn(limit=left)
+        if len(self._lanes) > 1 and self._borrow_again():
+            self._turn(limit=0)  # what ended the other lanes' subscriptions must not wait for the task
+        return self._inbox.popleft()
 
     def ack(self, delivery: Delivery, *, more: bool = True) -> None:
         """Done with it. `more` says that the next delivery is wanted at once."""
@@ -96,14 +99,13 @@ class Consumer(BrokerThread):
         def on_thread() -> None:
             self._unsubscribe()
             channel = self._channel
-            with suppress(queue.Empty):
-                while True:
-                    delivery = self._inbox.get_nowait()
-                    self._current = None
-                    if channel is not None and channel.is_open and delivery.epoch == self._epoch:
-                        channel.basic_nack(delivery.tag, requeue=True)
+            while self._inbox:
+                delivery = self._inbox.popleft()
+                self._current = None
+                if channel is not None and channel.is_open and delivery.epoch == self._epoch:
+                    channel.basic_nack(delivery.tag, requeue=True)
 
-        self._call(on_thread)
+        self._perform(on_thread)
 
     def stop(self) -> None:
         """Take no more deliveries; the one in hand can still be settled."""
@@ -139,8 +141,15 @@ class Consumer(BrokerThread):
                 return
             self._look_above(channel, 0, settled)
 
-        if not self._call(on_thread):
+        if not self._perform(on_thread):
             self._settled.set()
+
+    def _perform(self, function: Callable[[], None]) -> bool:
+        """Run `function` as on the connection's thread, on this one where it has borrowed the loop."""
+        if self._borrow_again():
+            self._turn(function, limit=0)
+            return True
+        return self._call(function)
 
     # The connection's thread.
 
@@ -207,7 +216,7 @@ class Consumer(BrokerThread):
         self._current = lane
         self._taken += 1
         self._wanted = False
-        self._inbox.put(delivery)
+        self._inbox.append(delivery)
         for name in self._lanes:
             if name != delivery.queue:
                 self._cancel(channel, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pika
 from pydantic import Field
@@ -21,7 +22,9 @@ class BrokerSettings(Settings):
     amqp_ca_file: Path | None = Field(None, description="CA certificates for `amqps://` (else the system's).")
     amqp_cert_file: Path | None = Field(None, description="Client certificate for `amqps://`.")
     amqp_key_file: Path | None = Field(None, description="Key of the client certificate.")
-    amqp_heartbeat: int = Field(30, ge=5, le=3600, description="Seconds between heartbeats.")
+    amqp_heartbeat: int = Field(
+        30, ge=5, le=3600, description="Seconds between heartbeats; `?heartbeat=` in the URL goes before."
+    )
     amqp_connect_timeout: float = Field(
         10.0, gt=0, description="Seconds that one connection attempt may take."
     )
@@ -55,7 +58,8 @@ class BrokerSettings(Settings):
                 "INFERQ_AMQP_URL cannot be read; give amqp://user:password@host:5672/vhost, with special "
                 "characters of the password percent-encoded"
             ) from error
-        parameters.heartbeat = self.amqp_heartbeat
+        if "heartbeat" not in parse_qs(urlsplit(url).query):
+            parameters.heartbeat = self.amqp_heartbeat
         parameters.socket_timeout = self.amqp_connect_timeout
         parameters.stack_timeout = self.amqp_connect_timeout
         # Blocking is watched by whoever publishes; pika's own limit would drop the whole connection.

@@ -209,6 +209,41 @@ def test_a_cut_connection_redelivers_what_was_in_hand(
     eventually(lambda: waiting(settings) == 0)
 
 
+def test_a_task_in_hand_for_longer_than_the_heartbeat_keeps_its_connection(
+    settings: BrokerSettings, submit: Callable[..., None], consume: Callable[..., Consumer]
+) -> None:
+    consumer = consume(("normal",), url=f"{settings.amqp_url}?heartbeat=1")
+    for n in range(20):  # at a pace at which the working thread turns the connection's loop itself
+        submit(f"quick{n}")
+        consumer.ack(take(consumer))
+    submit("slow")
+    slow = take(consumer)
+
+    time.sleep(4)  # RabbitMQ gives up after two heartbeats
+
+    assert consumer.connected
+    consumer.ack(slow)
+    submit("next")
+    following = take(consumer)
+    assert (following.message_id, following.epoch) == ("next", slow.epoch)
+
+
+def test_stopping_while_a_task_is_in_hand_leaves_the_next_one_to_others(
+    settings: BrokerSettings, submit: Callable[..., None], consume: Callable[..., Consumer]
+) -> None:
+    consumer = consume()
+    submit("first")
+    first = take(consumer)
+
+    consumer.stop()
+    submit("second", "high")
+    eventually(lambda: waiting(settings) == 1, 1)
+
+    consumer.ack(first, more=True)
+    assert consumer.next(0.3) is None
+    assert waiting(settings) == 1
+
+
 @pytest.mark.parametrize("lanes", [("normal",), LANES])
 def test_a_deleted_queue_is_declared_and_consumed_anew(
     submit: Callable[..., None],
