@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.site import Site
@@ -19,10 +20,20 @@ from storage import upload_key
 PAGES = sorted((Path(__file__).parent.parent / "examples" / "pages").glob("*.png"))
 
 
-def pages_per_second(site: Site, *, pages: int, rounds: int) -> tuple[float, float]:
-    """The whole system's rate and the bare engine's; medians of rounds that alternate.
+@dataclass(frozen=True)
+class Rates:
+    """Pages per second, medians of the rounds; `ratio` is the median of each round's own ratio."""
 
-    Both run the same engine in one process at a time; the other is idle, but for its memory.
+    whole: float
+    bare: float
+    ratio: float
+
+
+def pages_per_second(site: Site, *, pages: int, rounds: int) -> Rates:
+    """The whole system beside the bare engine, in short rounds that alternate.
+
+    Both run the same engine in one process at a time; the other is idle, but for its memory. A round's two
+    sides follow each other within seconds: a slow spell of the machine hits both, and their ratio little.
     """
     whole, bare = [], []
     store, results = site.store(), site.results()
@@ -54,7 +65,8 @@ def pages_per_second(site: Site, *, pages: int, rounds: int) -> tuple[float, flo
                 whole.append(pages / seconds)
                 bare.append(pages / bare_seconds)
     publisher.close()
-    return statistics.median(whole), statistics.median(bare)
+    ratios = [w / b for w, b in zip(whole, bare, strict=True)]
+    return Rates(statistics.median(whole), statistics.median(bare), statistics.median(ratios))
 
 
 @contextmanager
