@@ -116,7 +116,7 @@ def _latency(ground: Site, share: int, say: Say) -> None:
 def _ocr(ground: Site, share: int, say: Say) -> None:
     from benchmarks.ocr import pages_per_second
 
-    rates = pages_per_second(ground, pages=4, rounds=10 if share == 1 else 1)
+    rates = pages_per_second(ground, pages=4, rounds=16 if share == 1 else 1)
     say("## OCR, pages per second: the whole system against the bare engine in a loop")
     say("")
     say("Rounds of four pages on either side, one after the other; the median of each round's own ratio.")
