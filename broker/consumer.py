@@ -28,6 +28,10 @@ from broker.topology import Topology
 
 _log = logging.getLogger(__name__)
 
+_HOLD_SECONDS = 2 * 86_400
+"""How long a delivery may be in hand: the longest time limit, and a day's outage. RabbitMQ heeds it from 4.3
+on; an older one knows `consumer_timeout` in its configuration only, by default half an hour."""
+
 _SETTLE_SECONDS = 0.02
 """How long a lane that may hold more is waited for before the other lanes are subscribed to again."""
 
@@ -205,7 +209,9 @@ class Consumer(BrokerThread):
             if lane + 1 < len(self._lanes):
                 channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
 
-        self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed)
+        self._tags[name] = channel.basic_consume(
+            name, deliver, callback=subscribed, arguments={"x-consumer-timeout": _HOLD_SECONDS * 1000}
+        )
 
     def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:
         """`function`, which does nothing once a delivery has come that had not come now."""

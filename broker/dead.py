@@ -83,6 +83,9 @@ def _time(headers: object) -> datetime | None:
     return None
 
 
+_UNKNOWN_TIME = datetime.max.replace(tzinfo=UTC)
+
+
 @dataclass(frozen=True)
 class Filter:
     """Which dead letters are meant; what is None does not restrict. `since` is timezone-aware."""
@@ -101,10 +104,12 @@ class Filter:
 
 
 class DeadLetters:
-    """The dead letters of one task type, oldest first. Use as a context manager.
+    """The dead letters of one task type. Use as a context manager.
 
     Each call looks at no more messages than stood in the queue when it began, and everything that it does
-    not take stays there. Raises BrokerUnavailable, and NoDeadLetters for a type without a queue.
+    not take stays there, though not always in its place: a limit takes those that stand first, which are the
+    oldest as long as nobody has looked. Raises BrokerUnavailable, and NoDeadLetters for a type without a
+    queue.
     """
 
     def __init__(self, settings: BrokerSettings, type_name: str) -> None:
@@ -125,11 +130,11 @@ class DeadLetters:
             raise BrokerUnavailable(f"the connection to RabbitMQ was lost: {error!r}") from error
 
     def read(self, wanted: Filter = Filter()) -> list[DeadLetter]:
-        """The dead letters that match; they stay where they are."""
+        """The dead letters that match, the oldest first; they stay in the queue."""
         channel = self._open()
         found = list(self._matching(channel, wanted))
         channel.close()  # gives back all that was looked at
-        return found
+        return sorted(found, key=lambda letter: letter.time or _UNKNOWN_TIME)
 
     def redrive(self, wanted: Filter = Filter()) -> list[DeadLetter]:
         """Send those that match back to their work queues, as first attempts.

@@ -12,16 +12,15 @@ from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
 
 
+def control(node: RabbitMQ, *arguments: str) -> None:
+    """Run rabbitmqctl on a node."""
+    program = node.node.server.with_name("rabbitmqctl")
+    subprocess.run([program, *arguments], env=node.parts[-1].env, check=True, capture_output=True, timeout=60)
+
+
 def set_memory_alarm(node: RabbitMQ, raised: bool) -> None:
     """Raise or clear the memory alarm, which blocks whoever publishes."""
-    ctl = node.node.server.with_name("rabbitmqctl")
-    subprocess.run(
-        [ctl, "set_vm_memory_high_watermark", "0.0000001" if raised else "0.9"],
-        env=node.parts[-1].env,
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+    control(node, "set_vm_memory_high_watermark", "0.0000001" if raised else "0.9")
 
 
 @pytest.fixture

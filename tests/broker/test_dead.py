@@ -1,0 +1,126 @@
+"""Dead letters, against a real RabbitMQ: read, sent back, thrown away, whatever interrupts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pika
+import pytest
+
+from broker import BrokerSettings, DeadLetters, Filter, connect, topology_for, work_queue
+from broker.dead import NoDeadLetters
+from broker.topology import dead_queue
+
+QUEUE = work_queue("echo", "normal")
+
+
+@pytest.fixture
+def settings(fresh_amqp_url: str) -> BrokerSettings:
+    return BrokerSettings(amqp_url=fresh_amqp_url)
+
+
+@pytest.fixture
+def channel(settings: BrokerSettings) -> Iterator[pika.adapters.blocking_connection.BlockingChannel]:
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    topology_for(["echo"]).apply(channel)
+    channel.confirm_delivery()
+    yield channel
+    connection.close()
+
+
+def bury(
+    channel: pika.adapters.blocking_connection.BlockingChannel, count: int, *, reason: str = "bad"
+) -> list[str]:
+    """Put so many dead letters of one reason into the queue, each a minute older than the one after it."""
+    names = [f"{reason}{n}" for n in range(count)]
+    for n, name in enumerate(names):
+        time_of_death = datetime.now(UTC) - timedelta(minutes=count - n)
+        headers = {"x-dead-reason": reason, "x-dead-time": time_of_death.isoformat(), "x-attempt": 5}
+        channel.basic_publish(
+            "inference.dead",
+            "task_type.echo.normal",
+            f'{{"task_id": "{name}", "task_type": "echo"}}'.encode(),
+            pika.BasicProperties(delivery_mode=2, message_id=name, headers=headers),
+            mandatory=True,
+        )
+    return names
+
+
+def ids(settings: BrokerSettings, queue: str) -> list[str]:
+    """The ids in a queue, which keeps its messages."""
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    found = []
+    while (answer := channel.basic_get(queue))[0] is not None:
+        assert answer[1] is not None
+        found.append(str(answer[1].message_id))
+    connection.close()
+    return found
+
+
+def test_filters_choose_by_reason_id_time_and_number(
+    settings: BrokerSettings, channel: pika.adapters.blocking_connection.BlockingChannel
+) -> None:
+    bury(channel, 5, reason="a")
+    bury(channel, 5, reason="b")
+    lately = datetime.now(UTC) - timedelta(minutes=2, seconds=30)
+    with DeadLetters(settings, "echo") as letters:
+        assert [letter.task_id for letter in letters.read(Filter(limit=2))] == ["a0", "a1"]
+        for wanted, expected in (
+            (Filter(reason="b"), ["b0", "b1", "b2", "b3", "b4"]),
+            (Filter(task_id="a3"), ["a3"]),
+            (Filter(since=lately), ["a3", "b3", "a4", "b4"]),
+            (Filter(reason="none such"), []),
+        ):
+            assert [letter.task_id for letter in letters.read(wanted)] == expected
+        assert len(letters.read(Filter(reason="b", since=lately, limit=1))) == 1
+        assert {letter.reason for letter in letters.purge(Filter(reason="b", since=lately))} == {"b"}
+        assert [letter.task_id for letter in letters.redrive(Filter(task_id="b1"))] == ["b1"]
+        assert [letter.task_id for letter in letters.redrive(Filter(reason="b", limit=1))] in (["b0"], ["b2"])
+    assert len(ids(settings, dead_queue("echo"))) == 6
+    assert len(ids(settings, QUEUE)) == 2
+
+
+def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
+    settings: BrokerSettings, channel: pika.adapters.blocking_connection.BlockingChannel
+) -> None:
+    names = bury(channel, 400)
+    program = (
+        "from broker import BrokerSettings, DeadLetters\n"
+        "with DeadLetters(BrokerSettings.load(), 'echo') as letters: letters.redrive()"
+    )
+    kills = 0
+    while channel.queue_declare(dead_queue("echo"), passive=True).method.message_count:
+        moved = channel.queue_declare(QUEUE, passive=True).method.message_count
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], env={"INFERQ_AMQP_URL": settings.amqp_url}
+        )
+        while process.poll() is None:
+            if channel.queue_declare(QUEUE, passive=True).method.message_count >= moved + 60:
+                process.kill()
+                kills += 1
+                process.wait()
+            time.sleep(0.001)
+        deadline = time.monotonic() + 10
+        while True:  # the broker gives back what the killed one had in hand once it sees the closed socket
+            dead, back = ids(settings, dead_queue("echo")), ids(settings, QUEUE)
+            if set(dead) | set(back) == set(names):
+                break
+            assert time.monotonic() < deadline, f"in neither queue: {set(names) - set(dead) - set(back)}"
+            time.sleep(0.05)
+        assert len(dead) + len(back) - len(names) <= kills, "more than the one at hand is in both"
+    assert kills >= 3
+    assert set(ids(settings, QUEUE)) == set(names)
+
+
+def test_a_type_without_dead_letters_is_named(settings: BrokerSettings) -> None:
+    with (
+        DeadLetters(settings, "nosuch") as letters,
+        pytest.raises(NoDeadLetters, match=r"inference\.dead\.nosuch"),
+    ):
+        letters.read()

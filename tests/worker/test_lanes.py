@@ -1,0 +1,79 @@
+"""Three priorities served strictly by two workers, each a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from schemas import Priority, Result
+from tests.worker.conftest import Site, eventually
+
+SOON = timedelta(seconds=1)
+
+
+def publish(site: Site, priority: Priority, delay: float) -> str:
+    task = {"task_type": "echo", "priority": priority, "delay": delay}
+    return site.publish(task, key=f"task_type.echo.{priority}")
+
+
+def started(site: Site, task_ids: Sequence[str]) -> list[Result]:
+    """The results, by when their runs began."""
+    return sorted((site.ended(task_id, 60) for task_id in task_ids), key=_start)
+
+
+def _start(result: Result) -> datetime:
+    assert result.started_at is not None
+    return result.started_at
+
+
+def unharmed(site: Site, results: Sequence[Result]) -> None:
+    """Giving back burnt no attempt, and made no task pass for poison."""
+    assert {(result.status, result.attempts) for result in results} == {("succeeded", 1)}
+    assert site.dead("echo") == []
+
+
+def test_a_high_task_overtakes_two_hundred_low_ones(site: Site) -> None:
+    low = [publish(site, "low", 0.05) for _ in range(200)]
+    for _ in range(2):
+        site.worker("echo")
+    eventually(lambda: site.depth("inference.echo.low") < 190)
+    for _ in range(3):
+        published = datetime.now(UTC)
+        high = publish(site, "high", 0)
+        urgent = site.ended(high)
+        before = [
+            r for r in (site.results.load("default", i) for i in low)
+            if r is not None and published < _start(r) < _start(urgent)
+        ]  # fmt: skip
+        # Each worker may have had its next one on the way already.
+        assert len(before) <= 2, "low tasks started before a high one that was waiting"
+        assert site.depth("inference.echo.low") > 20, "there was no backlog left to overtake"
+    unharmed(site, started(site, low))
+
+
+def test_two_tasks_at_once_are_run_by_two_idle_workers_whatever_their_lanes(site: Site) -> None:
+    for _ in range(2):
+        site.worker("echo")
+    orders: list[tuple[Priority, Priority]] = [
+        ("low", "high"),
+        ("high", "low"),
+        ("normal", "high"),
+        ("low", "low"),
+    ]
+    results = []
+    for first, second in orders * 3:
+        began = datetime.now(UTC)
+        pair = started(site, [publish(site, first, 1.5), publish(site, second, 1.5)])
+        # By a race one worker may get both: what it cannot run it gives back within a second.
+        assert all(_start(result) - began < SOON + timedelta(seconds=0.3) for result in pair)
+        assert pair[0].worker != pair[1].worker
+        results += pair
+    unharmed(site, results)
+
+
+def test_a_worker_of_one_lane_leaves_the_others_alone(site: Site) -> None:
+    site.worker("echo", INFERQ_LANES="high")
+    low, high = publish(site, "low", 0), publish(site, "high", 0)
+    site.ended(high)
+    assert site.results.load("default", low) is None
+    assert site.depth("inference.echo.low") == 1
