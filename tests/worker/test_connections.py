@@ -1,0 +1,89 @@
+"""A worker whose lines break while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.proxy import TcpProxy
+from tests.worker.conftest import Site, eventually
+
+
+@pytest.fixture
+def broker_line(site: Site) -> Iterator[TcpProxy]:
+    """The line between workers and RabbitMQ: `site.worker` goes through it from now on."""
+    port = urlsplit(site.env["INFERQ_AMQP_URL"]).port
+    assert port is not None
+    line = TcpProxy(port)
+    site.env["INFERQ_AMQP_URL"] = site.env["INFERQ_AMQP_URL"].replace(f":{port}/", f":{line.port}/")
+    yield line
+    line.close()
+
+
+def starts(marker: Path) -> int:
+    return len(marker.read_text().splitlines()) if marker.exists() else 0
+
+
+@pytest.mark.parametrize("lanes", ["normal", "high,normal,low"])
+def test_a_run_goes_on_through_a_lost_connection_and_is_not_done_again(
+    site: Site, broker_line: TcpProxy, tmp_path: Path, lanes: str
+) -> None:
+    marker = tmp_path / "marker"
+    worker = site.worker(INFERQ_LANES=lanes)
+    task = site.publish({"fault": "progress", "options": {"marker": str(marker)}})
+    eventually(lambda: starts(marker))
+
+    broker_line.cut()
+    eventually(lambda: not worker.ready())
+    eventually(worker.ready)
+
+    result = site.ended(task)
+    assert (result.status, result.attempts) == ("succeeded", 1)
+    eventually(lambda: site.depth("inference.faulty.normal") == 0)
+    following = site.publish({})
+    assert site.ended(following).status == "succeeded"
+    assert starts(marker) == 1
+
+
+def test_a_run_that_ends_while_the_broker_is_away_is_kept(
+    site: Site, broker_line: TcpProxy, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    worker = site.worker()
+    task = site.publish({"fault": "progress", "options": {"marker": str(marker)}})
+    eventually(lambda: starts(marker))
+
+    broker_line.refuse()
+    result = site.ended(task)
+    assert result.status == "succeeded"
+    assert "RabbitMQ" in worker.get("/readyz").text
+    broker_line.refuse(False)
+
+    eventually(worker.ready)
+    assert site.ended(site.publish({})).status == "succeeded"
+    assert starts(marker) == 1
+    assert site.ended(task) == result
+
+
+def test_a_retry_that_cannot_be_published_is_kept_in_hand(
+    site: Site, broker_line: TcpProxy, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    worker = site.worker()
+    options = {"marker": str(marker), "times": 1}
+    task = site.publish({"fault": "hang", "time_limit": 1, "options": options})
+    eventually(lambda: starts(marker))
+
+    broker_line.refuse()
+    eventually(lambda: "attempt 1 failed" in worker.log.read_text())
+    broker_line.refuse(False)
+
+    # The broker hands the original out again, which may overtake its copy for the next attempt.
+    assert site.ended(task, 40).status == "succeeded"
+    eventually(lambda: all(site.depth(f"inference.retry.{s}s") == 0 for s in (5, 30)))
+    eventually(lambda: site.depth("inference.faulty.normal") == 0)
+    assert starts(marker) == 2
+    assert site.dead() == []
