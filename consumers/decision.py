@@ -56,14 +56,28 @@ class Bury:
     record: bool = True
 
 
+MAX_LOST_RUNS = 5
+"""A task whose runs vanished this often in a row, with their workers, most likely takes its worker down.
+
+It is above MAX_ENGINE_DEATHS, because workers also go for reasons that are not the task's (a node lost, a
+machine out of memory), and well below MAX_DELIVERIES, because every further try costs everybody a worker."""
+
 MAX_DELIVERIES = 25
-"""A task that was handed out this often without an end most likely takes its whole worker down. It is well
-above what giving back counts, which RabbitMQ before 4.3 counts too, and well below the broker's own limit."""
+"""The same, by the broker's count, where Redis has forgotten its own. It is well above what giving back
+counts, which RabbitMQ before 4.3 counts too, and well below the broker's own limit."""
+
+_TAKES_DOWN = (
+    "it most likely takes its worker down; see why the workers ended (out of memory?), mend it, then redrive"
+)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a delivery before its run. `deliveries`: how often it was handed out before."""
+    """What is known of a delivery before its run.
+
+    `lost_runs`: how many runs of this attempt began in a row and came to no orderly end, by the status index.
+    `deliveries`: how often the broker handed this copy out before.
+    """
 
     task: Task
     digest: str
@@ -73,6 +87,7 @@ class Facts:
     ended: Result | None = None
     recorded_digest: str | None = None
     cancel_requested: bool = False
+    lost_runs: int = 0
     deliveries: int = 0
 
 
@@ -113,11 +128,19 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
                 f"the task expired at {task.expires_at.isoformat()} before it was started", code="expired"
             )
         )
+    # More runs than this copy was handed out for are those of other copies, which may be running still.
+    lost = min(facts.lost_runs, facts.deliveries)
+    if lost >= MAX_LOST_RUNS:
+        return Bury(
+            InvalidTask(
+                f"the task was begun {lost} times in a row by workers that then vanished: {_TAKES_DOWN}",
+                code="poison",
+            )
+        )
     if facts.deliveries >= MAX_DELIVERIES:
         return Bury(
             InvalidTask(
-                f"the task was handed out {facts.deliveries} times and never came to an end: it may take its "
-                "worker down",
+                f"the task was handed out {facts.deliveries} times and came to no end: {_TAKES_DOWN}",
                 code="poison",
             )
         )

@@ -60,6 +60,7 @@ class TaskRun:
         self._scratch = f"{surroundings.scratch.path}/{self._token}"
         self._started_at = datetime.now(UTC)
         self._digest: str | None = None
+        self._begun: Task | None = None
         self._answers: list[Callable[[], bool]] = []
 
     def complete(self) -> None:
@@ -73,6 +74,7 @@ class TaskRun:
             _log.exception("%s: could not be brought to its end", self._name())
             outcome = self._give_up(error)
         if outcome == "given_back":
+            self._release()
             self._consumer.give_back(self._delivery)
             _log.info("%s: given back, the worker is stopping", self._name())
         else:
@@ -91,6 +93,15 @@ class TaskRun:
         except GracePassed:
             return "given_back"
         return "failed"
+
+    def _release(self) -> None:
+        """Say that this run is no lost one, before the broker hands the task to the next worker."""
+        if self._begun is not None:
+            delivery = self._delivery
+            released = self._around.status.released
+            self._around.tell(
+                partial(released, self._begun, attempt=delivery.attempt, redrives=delivery.redrives)
+            )
 
     def _clean(self) -> None:
         try:
@@ -126,6 +137,7 @@ class TaskRun:
         self._digest = task.digest()
         answer = None
         if task.task_type == name:
+            self._begun = task
             answer = around.tell(
                 partial(
                     around.status.begin_soon,
@@ -135,6 +147,7 @@ class TaskRun:
                     worker=around.settings.worker_name,
                     started_at=self._started_at,
                     digest=self._digest,
+                    run=self._token,
                 )
             )
         # The store is asked while Redis answers.
@@ -149,6 +162,7 @@ class TaskRun:
             ended=ended,
             recorded_digest=begun.digest if begun else None,
             cancel_requested=begun.cancel_requested if begun else False,
+            lost_runs=begun.lost_runs if begun else 0,
             deliveries=delivery.deliveries,
         )
         match before_run(facts):

@@ -68,11 +68,16 @@ class Submission:
 
 @dataclass(frozen=True)
 class Begun:
-    """What stood on record as a run began; `digest` is None where the task was not on record."""
+    """What stood on record as a run began; `digest` is None where the task was not on record.
+
+    `lost_runs` is how many runs of this attempt began before it, in a row, and came to no orderly end: no
+    result, no retry, not given back. Most likely their workers died.
+    """
 
     cancel_requested: bool
     digest: str | None
     state: State
+    lost_runs: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,12 @@ class StatusIndex:
         worker: str,
         started_at: datetime,
         digest: str | None = None,
+        run: str | None = None,
     ) -> Begun:
         """A run begins. A task with another digest than the one on record changes nothing.
 
-        `digest` spares computing the task's where the caller has it.
+        `digest` spares computing the task's where the caller has it. `run` names the run, for a caller that
+        may have to repeat the call: a run is counted once.
         """
         return self.begin_soon(
             task,
@@ -167,10 +174,19 @@ class StatusIndex:
             worker=worker,
             started_at=started_at,
             digest=digest or task.digest(),
+            run=run or secrets.token_hex(6),
         )()
 
     def begin_soon(
-        self, task: Task, *, attempt: int, redrives: int, worker: str, started_at: datetime, digest: str
+        self,
+        task: Task,
+        *,
+        attempt: int,
+        redrives: int,
+        worker: str,
+        started_at: datetime,
+        digest: str,
+        run: str,
     ) -> Callable[[], Begun]:
         """As `begin`, but only sent: what this gives waits for the answer, so other work can go between."""
         event = _event("task.started", task, "running", attempt=attempt, at=started_at)
@@ -178,14 +194,18 @@ class StatusIndex:
             "begin",
             task.tenant,
             task.task_id,
-            [*_facts(task, digest), attempt, redrives, clean(worker), _micros(started_at), event],
+            [*_facts(task, digest), attempt, redrives, clean(worker), _micros(started_at), event, run],
         )
 
         def begun() -> Begun:
-            recorded, cancel, state = answer()
-            return Begun(cancel_requested=bool(cancel), digest=recorded or None, state=state)
+            recorded, cancel, state, lost = answer()
+            return Begun(cancel_requested=bool(cancel), digest=recorded or None, state=state, lost_runs=lost)
 
         return begun
+
+    def released(self, task: Task, *, attempt: int, redrives: int) -> None:
+        """A run that began was given back in good order: it, and those before it, are not lost ones."""
+        self._change("released", task.tenant, task.task_id, [attempt, redrives])
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
         """How far a running task is, from 0 to 1; ignored unless it runs, and where it would go back."""

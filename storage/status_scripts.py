@@ -4,6 +4,7 @@ A task is a hash under `inferq:t:<tenant>:<task_id>` with short field names:
     ty type  p priority  b batch  d digest  c created  s state  o order  a attempt  r redrives
     w worker  st started  f finished  g progress  n note  e error (JSON)  x cancel flag
     k the call that created or ended it, so that the repeat of a call whose answer was lost gets the same
+    l how many runs of the attempt on record began in a row without an orderly end, and the last one's token
 Times are microseconds since 1970. Sorted sets, scored by creation time, index the tasks of a tenant
 (`inferq:l:<tenant>`), of a batch (`inferq:b:<tenant>:<batch>`), and of each state but `succeeded`
 (`inferq:s:<tenant>:<state>`), which is most of the whole and is found by looking through it.
@@ -156,18 +157,33 @@ return 1
 
 _BEGIN = """
 local attempt, redrives, worker, started, event = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
+local run = ARGV[15]
 local begins = order_of(redrives, attempt, RUNNING)
+local lost = 0
 if not conflict and begins >= order then
+  local runs = 1
+  if begins == order then
+    -- The attempt had begun already, and neither a retry nor an end has moved it on since.
+    local before, last = string.match(redis.call('HGET', key, 'l') or '0 ', '^(%d+) (.*)$')
+    runs = tonumber(before) + (last == run and 0 or 1)
+  end
+  lost = runs - 1
   if not known then
     create(ty, priority, batch, digest, created, 'running', begins, attempt)
   end
   move('running', begins, attempt, redrives)
-  redis.call('HSET', key, 'w', worker, 'st', started)
+  redis.call('HSET', key, 'w', worker, 'st', started, 'l', number(runs) .. ' ' .. run)
   redis.call('HDEL', key, 'g', 'n', 'e')
   if begins > order then publish(event) end
 end
 local state, cancel = unpack(redis.call('HMGET', key, 's', 'x'))
-return {known or '', cancel and 1 or 0, state}
+return {known or '', cancel and 1 or 0, state, lost}
+"""
+
+_RELEASED = """
+local attempt, redrives = ARGV[5], ARGV[6]
+if tonumber(redis.call('HGET', key, 'o') or -1) ~= order_of(redrives, attempt, RUNNING) then return 0 end
+return redis.call('HDEL', key, 'l')
 """
 
 _PROGRESS = """
@@ -190,6 +206,7 @@ if conflict or retries <= order then return 0 end
 if not known then create(ty, priority, batch, digest, created, 'retrying', retries, attempt) end
 move('retrying', retries, attempt, redrives)
 redis.call('HSET', key, 'e', failure)
+redis.call('HDEL', key, 'l')
 publish(event)
 return 1
 """
@@ -206,7 +223,8 @@ move(state, ends, attempt, redrives)
 redis.call('HSET', key, 'f', finished, 'k', call)
 if started ~= '' then redis.call('HSET', key, 'st', started) end
 if worker ~= '' then redis.call('HSET', key, 'w', worker) end
-if failure ~= '' then redis.call('HSET', key, 'e', failure) else redis.call('HDEL', key, 'e') end
+redis.call('HDEL', key, 'e', 'l')
+if failure ~= '' then redis.call('HSET', key, 'e', failure) end
 if state == 'succeeded' then redis.call('HSET', key, 'g', '1') end
 publish(event)
 return 1
@@ -264,6 +282,7 @@ SOURCES = {
     "confirm": _RECORD + _TASK + _CONFIRM,
     "forget": _RECORD + _FORGET,
     "begin": _RECORD + _TASK + _BEGIN,
+    "released": _RECORD + _RELEASED,
     "progress": _RECORD + _PROGRESS,
     "retrying": _RECORD + _TASK + _RETRYING,
     "ended": _RECORD + _TASK + _ENDED,

@@ -46,8 +46,17 @@ def end(
     )  # fmt: skip
 
 
-def begin(index: StatusIndex, task: Task, attempt: int = 1, redrives: int = 0, worker: str = "w1") -> Any:
-    return index.begin(task, attempt=attempt, redrives=redrives, worker=worker, started_at=datetime.now(UTC))
+def begin(
+    index: StatusIndex,
+    task: Task,
+    attempt: int = 1,
+    redrives: int = 0,
+    worker: str = "w1",
+    run: str | None = None,
+) -> Any:
+    return index.begin(
+        task, attempt=attempt, redrives=redrives, worker=worker, started_at=datetime.now(UTC), run=run
+    )
 
 
 def known(index: StatusIndex, task: Task) -> TaskStatus:
@@ -234,6 +243,62 @@ def test_a_redelivered_run_starts_over_without_a_second_event(
     assert [event.type for event in events()] == ["task.started", "task.progress"]
 
 
+def lost(index: StatusIndex, attempt: int = 1, redrives: int = 0) -> int:
+    return int(begin(index, job(), attempt, redrives).lost_runs)
+
+
+def test_runs_that_began_and_came_to_no_end_are_counted(index: StatusIndex) -> None:
+    index.submit(job())
+    assert [lost(index) for _ in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ending", ["retrying", "failed", "cancelled", "succeeded", "released"])
+def test_an_orderly_end_of_a_run_starts_the_count_anew(index: StatusIndex, ending: str) -> None:
+    assert [lost(index), lost(index)] == [0, 1]
+    match ending:
+        case "retrying":
+            index.retrying(job(), attempt=1, redrives=0, error=ERROR)
+            assert lost(index, attempt=2) == 0
+            assert lost(index, attempt=2) == 1
+        case "released":
+            index.released(job(), attempt=1, redrives=0)
+            index.released(job(), attempt=1, redrives=0)
+            assert [lost(index), lost(index)] == [0, 1]
+        case status:
+            index.ended(end(job(), status))
+            assert [lost(index), lost(index)] == [0, 0]
+            assert lost(index, redrives=1) == 0
+
+
+def test_a_later_attempt_or_redrive_starts_the_count_anew_even_where_the_end_before_it_went_unseen(
+    index: StatusIndex,
+) -> None:
+    assert [lost(index), lost(index)] == [0, 1]
+    assert [lost(index, attempt=2), lost(index, attempt=2)] == [0, 1]
+    assert [lost(index, redrives=1), lost(index, redrives=1)] == [0, 1]
+
+
+def test_late_copies_and_other_tasks_of_the_same_id_are_no_lost_runs(index: StatusIndex) -> None:
+    assert lost(index, attempt=2) == 0
+    assert lost(index, attempt=1) == 0
+    index.released(job(), attempt=1, redrives=0)
+    assert begin(index, job(text="other"), attempt=2).lost_runs == 0
+    assert lost(index, attempt=2) == 1
+
+
+def test_a_begin_that_is_repeated_after_a_lost_answer_counts_once(index: StatusIndex) -> None:
+    assert begin(index, job(), run="first").lost_runs == 0
+    assert begin(index, job(), run="first").lost_runs == 0
+    assert begin(index, job(), run="second").lost_runs == 1
+    assert begin(index, job(), run="second").lost_runs == 1
+    assert begin(index, job(), run="third").lost_runs == 2
+
+
+def test_giving_back_an_unknown_task_makes_no_record(index: StatusIndex) -> None:
+    index.released(job(), attempt=1, redrives=0)
+    assert index.get("default", "t1") is None
+
+
 def test_late_messages_of_earlier_attempts_change_nothing(index: StatusIndex) -> None:
     task = job()
     begin(index, task, attempt=3)
@@ -336,7 +401,7 @@ def test_a_client_that_does_not_decode_works_too(
 _calls = st.one_of(
     st.tuples(st.sampled_from(["submit", "confirm", "forget", "cancel"]), st.just(1), st.just(0)),
     st.tuples(
-        st.sampled_from(["begin", "progress", "retrying", "succeeded", "failed", "cancelled"]),
+        st.sampled_from(["begin", "released", "progress", "retrying", "succeeded", "failed", "cancelled"]),
         st.integers(1, 3),
         st.integers(0, 2),
     ),
@@ -369,6 +434,9 @@ def test_no_order_of_calls_moves_a_task_backwards_or_counts_an_end_twice(
                 index.request_cancel("default", "t1")
             case "begin":
                 begin(index, task, attempt, redrives)
+            case "released":
+                index.released(task, attempt=attempt, redrives=redrives)
+                assert index.get("default", "t1") == before
             case "progress":
                 index.progress("default", "t1", attempt / 3, None)
             case "retrying":
@@ -726,7 +794,9 @@ def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIn
 
     def start(task: Task) -> Callable[[], Any]:
         now = datetime.now(UTC)
-        return index.begin_soon(task, attempt=1, redrives=0, worker="w", started_at=now, digest=task.digest())
+        return index.begin_soon(
+            task, attempt=1, redrives=0, worker="w", started_at=now, digest=task.digest(), run="r"
+        )
 
     index.submit(second)
     forgotten = start(first)

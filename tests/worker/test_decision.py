@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,6 +13,7 @@ from broker import RETRY_LEVELS
 from consumers.decision import (
     MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
+    MAX_LOST_RUNS,
     Bury,
     Cancel,
     Expire,
@@ -22,7 +24,7 @@ from consumers.decision import (
     after_failure,
     before_run,
 )
-from schemas import InvalidTask, Result, Task, TransientFailure, parse_task
+from schemas import InferqError, InvalidTask, Result, Task, TransientFailure, parse_task
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
@@ -109,6 +111,22 @@ def test_defaults_and_the_stamp_of_a_gateway_do_not_make_another_task() -> None:
     assert task(priority="high").digest() != task().digest()
 
 
+def test_a_task_whose_runs_vanish_is_given_up_before_it_is_run_once_too_often() -> None:
+    assert decide(task(), lost_runs=MAX_LOST_RUNS - 1, deliveries=MAX_LOST_RUNS) == Run()
+    verdict = decide(task(), lost_runs=MAX_LOST_RUNS, deliveries=MAX_LOST_RUNS)
+    assert isinstance(verdict, Bury)
+    assert verdict.error.code == "poison"
+    assert verdict.record
+
+
+def test_the_runs_of_other_copies_are_not_held_against_a_copy_that_is_handed_out_for_the_first_time() -> None:
+    assert decide(task(), lost_runs=50, deliveries=0) == Run()
+
+
+def test_a_lost_run_tells_more_than_an_engines_death_and_less_than_a_delivery() -> None:
+    assert MAX_ENGINE_DEATHS < MAX_LOST_RUNS < MAX_DELIVERIES
+
+
 def test_a_task_that_never_comes_to_an_end_is_given_up() -> None:
     assert decide(task(), deliveries=MAX_DELIVERIES - 1) == Run()
     verdict = decide(task(), deliveries=MAX_DELIVERIES)
@@ -144,3 +162,201 @@ def test_a_transient_failure_is_retried_until_its_attempts_or_engines_are_used_u
         assert isinstance(verdict, Retry)
         assert verdict.seconds in RETRY_LEVELS
         assert verdict.engine_deaths == deaths + died
+
+
+# Every delivery that there can be: each fact on its own, in any combination.
+
+_OWN = task().digest()
+_OTHER = task(payload="other").digest()
+
+
+@st.composite
+def facts(draw: st.DrawFn) -> Facts:
+    expires = draw(st.sampled_from([None, NOW - timedelta(hours=1), NOW, NOW + timedelta(seconds=1)]))
+    of = task() if expires is None else task(expires_at=expires.isoformat())
+    # The digest does not depend on anything that the decision looks at: here it stands for the content.
+    digests = st.sampled_from([_OWN, _OTHER, None])
+    record = None
+    if draw(st.booleans()):
+        status = draw(st.sampled_from(["succeeded", "failed", "cancelled"]))
+        record = ended(of, status, digest=draw(digests), redrives=draw(st.integers(0, 4)))
+    return Facts(
+        task=of,
+        digest=_OWN,
+        type_name=draw(st.sampled_from(["echo", "echo", "echo", "ocr"])),
+        redrives=draw(st.integers(0, 4)),
+        now=NOW,
+        ended=record,
+        recorded_digest=draw(digests),
+        cancel_requested=draw(st.booleans()),
+        lost_runs=draw(st.integers(0, 2 * MAX_LOST_RUNS)),
+        deliveries=draw(st.integers(0, MAX_DELIVERIES + 5)),
+    )
+
+
+def owned(known: Facts) -> bool:
+    """Whether the id is this task's own, and the queue the right one."""
+    recorded = known.ended.digest if known.ended is not None else known.recorded_digest
+    return known.type_name == "echo" and recorded in (None, known.digest)
+
+
+def is_poison(verdict: object) -> bool:
+    return isinstance(verdict, Bury) and verdict.error.code == "poison"
+
+
+@given(facts())
+def test_the_same_facts_lead_to_the_same_decision(known: Facts) -> None:
+    first, second = before_run(known), before_run(known)
+    assert type(first) is type(second)
+    assert isinstance(first, Run | Skip | Cancel | Expire | Bury)
+
+
+@given(facts())
+def test_every_refusal_says_why(known: Facts) -> None:
+    verdict = before_run(known)
+    if isinstance(verdict, Bury | Expire):
+        assert isinstance(verdict.error, InvalidTask)
+        assert verdict.error.code in {"wrong_queue", "id_conflict", "expired", "poison"}
+        assert len(verdict.error.message) > 30
+
+
+@given(facts())
+def test_a_success_is_skipped_whatever_else_is_known_and_never_run_again(known: Facts) -> None:
+    if owned(known) and known.ended is not None and known.ended.digest and known.ended.status == "succeeded":
+        assert before_run(known) == Skip(known.ended)
+
+
+@given(facts())
+def test_only_what_has_ended_is_skipped(known: Facts) -> None:
+    verdict = before_run(known)
+    if isinstance(verdict, Skip):
+        assert verdict.ended is known.ended
+        assert verdict.ended.digest == known.digest
+        assert verdict.ended.status == "succeeded" or verdict.ended.redrives >= known.redrives
+
+
+@given(facts())
+def test_a_conflict_is_buried_and_touches_nobodys_record(known: Facts) -> None:
+    recorded = known.ended.digest if known.ended is not None else known.recorded_digest
+    verdict = before_run(known)
+    if known.type_name == "echo" and recorded == _OTHER:
+        assert isinstance(verdict, Bury)
+        assert (verdict.error.code, verdict.record) == ("id_conflict", False)
+    else:
+        assert not (isinstance(verdict, Bury) and verdict.error.code == "id_conflict")
+
+
+@given(facts())
+def test_only_a_conflict_leaves_its_owner_without_a_record(known: Facts) -> None:
+    verdict = before_run(known)
+    if isinstance(verdict, Bury) and not verdict.record:
+        assert verdict.error.code == "id_conflict"
+
+
+@given(facts())
+def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(known: Facts) -> None:
+    if before_run(known) == Run():
+        assert owned(known)
+        assert not known.cancel_requested
+        assert known.task.expires_at is None or known.task.expires_at > NOW
+        assert min(known.lost_runs, known.deliveries) < MAX_LOST_RUNS
+        assert known.deliveries < MAX_DELIVERIES
+
+
+@given(facts())
+def test_what_nothing_speaks_against_runs(known: Facts) -> None:
+    clean = replace(
+        known, type_name="echo", ended=None, recorded_digest=None, cancel_requested=False, lost_runs=0,
+        deliveries=0, task=task(),
+    )  # fmt: skip
+    assert before_run(clean) == Run()
+
+
+@given(facts(), st.integers(0, 50), st.integers(0, 50))
+def test_more_lost_runs_or_deliveries_never_make_a_poison_task_run(
+    known: Facts, lost_runs: int, deliveries: int
+) -> None:
+    worse = replace(known, lost_runs=known.lost_runs + lost_runs, deliveries=known.deliveries + deliveries)
+    before, after = before_run(known), before_run(worse)
+    if before == Run():
+        assert after == Run() or is_poison(after)
+    elif is_poison(before):
+        assert is_poison(after)
+    else:  # what is decided for another reason does not depend on the counts
+        assert type(before) is type(after)
+        assert not is_poison(after)
+
+
+@given(facts())
+def test_a_cancel_is_heeded_unless_the_task_has_ended_or_is_not_the_one_meant(known: Facts) -> None:
+    asked = replace(known, cancel_requested=True)
+    verdict = before_run(asked)
+    if isinstance(before_run(replace(known, cancel_requested=False)), Run | Expire) or is_poison(
+        before_run(replace(known, cancel_requested=False))
+    ):
+        assert verdict == Cancel()
+    else:
+        assert isinstance(verdict, Skip | Bury)
+
+
+@given(facts(), st.integers(5, 9))
+def test_a_redrive_gives_a_failed_task_another_chance(known: Facts, redrives: int) -> None:
+    redriven = replace(known, redrives=redrives, lost_runs=0, deliveries=0)
+    if owned(known) and known.ended is not None and known.ended.status != "succeeded":
+        assert isinstance(before_run(redriven), Run | Cancel | Expire)
+
+
+failures = st.sampled_from(
+    [
+        InvalidTask("no"),
+        TransientFailure("no"),
+        TransientFailure("no", code="out_of_memory"),
+        InferqError("no"),
+    ]
+)
+
+
+@given(failures, attempts, attempts, st.integers(0, 5), st.booleans())
+def test_a_failed_attempt_is_retried_or_buried_and_never_beyond_its_limit(
+    error: InferqError, attempt: int, most: int, deaths: int, died: bool
+) -> None:
+    verdict = after_failure(error, attempt=attempt, max_attempts=most, engine_deaths=deaths, engine_died=died)
+    match verdict:
+        case Retry():
+            assert attempt < most
+            assert verdict.error is error
+            assert not isinstance(error, InvalidTask)
+            assert deaths <= verdict.engine_deaths < MAX_ENGINE_DEATHS
+        case Bury():
+            assert verdict.record
+            assert verdict.error is error or verdict.error.code == "poison"
+
+
+@given(attempts, attempts, st.integers(MAX_ENGINE_DEATHS - 1, 9))
+def test_poison_comes_before_retries_and_before_the_last_attempt(
+    attempt: int, most: int, deaths: int
+) -> None:
+    error = TransientFailure("no")
+    verdict = after_failure(error, attempt=attempt, max_attempts=most, engine_deaths=deaths, engine_died=True)
+    assert is_poison(verdict)
+
+
+@given(st.integers(1, 12), st.lists(st.booleans(), min_size=60, max_size=60))
+def test_a_task_that_always_fails_ends_after_its_attempts_or_its_engines(most: int, died: list[bool]) -> None:
+    deaths, runs = 0, 0
+    for attempt, engine_died in enumerate(died, 1):
+        runs += 1
+        verdict = after_failure(
+            TransientFailure("no"),
+            attempt=attempt,
+            max_attempts=most,
+            engine_deaths=deaths,
+            engine_died=engine_died,
+        )
+        if isinstance(verdict, Bury):
+            break
+        assert verdict.engine_deaths == deaths + engine_died
+        deaths = verdict.engine_deaths
+    assert runs <= most
+    assert sum(died[:runs]) <= MAX_ENGINE_DEATHS
+    assert runs == most or sum(died[:runs]) == MAX_ENGINE_DEATHS

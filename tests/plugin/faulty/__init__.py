@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from schemas import InputUrl, Options, Task, TaskType
 
 Fault = Literal[
-    "none", "crash", "exit", "hang", "hang_hard", "invalid", "transient", "error", "memory", "artifact",
-    "missing_artifact", "progress", "big", "bad_output", "noise",
+    "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
+    "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate",
 ]  # fmt: skip
 
 
@@ -18,6 +18,8 @@ class FaultyOptions(Options):
     times: int = 10_000
     """How many attempts, by the marker file, the fault befalls."""
     marker: str | None = None
+    gate: str | None = None
+    """The file that a run with the fault `gate` waits for."""
 
 
 class FaultyTask(Task):

@@ -45,6 +45,9 @@ class FaultyEngine(Engine[FaultyTask]):
                 os.kill(os.getpid(), signal.SIGSEGV)
             case "exit":
                 sys.exit(4)
+            case "kill_worker":
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(3600)
             case "hang":
                 while True:
                     context.check_abort()
@@ -67,6 +70,10 @@ class FaultyEngine(Engine[FaultyTask]):
                 for step in range(20):
                     context.progress(step / 20, f"step {step}")
                     time.sleep(0.1)
+            case "gate":
+                while not Path(str(task.options.gate)).exists():
+                    context.check_abort()
+                    time.sleep(0.02)
             case "noise":
                 while True:
                     context.progress(0.5, "busy")
