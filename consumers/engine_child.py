@@ -53,6 +53,19 @@ _PROGRESS_SECONDS = 0.2
 """The least time between two progress messages; an engine may report as often as it likes."""
 
 
+_OUT_OF_MEMORY_TYPES = {"OutOfMemoryError", "ResourceExhaustedError"}
+"""What torch, cupy and tensorflow call it; to import one of them only to ask would be dear."""
+
+_OUT_OF_MEMORY_SIGNS = (
+    "out of memory",  # CUDA itself, paddle, jax
+    "resourceexhausted",
+    "resource_exhausted",
+    "failed to allocate memory",  # onnxruntime
+    "can't allocate memory",  # torch on a CPU
+    "_status_alloc_failed",  # cuBLAS, cuDNN
+)
+
+
 def main() -> None:
     """Run the engine of the type and on the pipe that the command line names."""
     type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -85,12 +98,14 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
         info = engine.load()
         engine.warm_up()
     except Exception as error:
-        known = isinstance(error, InferqError)
-        if not known:
+        if isinstance(error, InferqError):
+            code, message = error.code, str(error)
+        else:
             _log.exception("engine %s cannot be loaded", task_type.engine)
-        code = error.code if isinstance(error, InferqError) else "engine_load_failed"
-        message = str(error) if known else f"{type(error).__name__}: {error}"
+            code, message = "engine_load_failed", f"{type(error).__name__}: {error}"
         permanent = isinstance(error, InstallationError | ImportError)
+        if out_of_memory(error):  # others may have it at the moment
+            code, permanent = "out_of_memory", False
         send(pipe, Unable(code=code, message=message[:4000], permanent=permanent))
         return
     send(pipe, Ready(engine=info))
@@ -126,18 +141,41 @@ def _run(engine: Engine[Any], task_type: TaskType, run: Run, pipe: Connection) -
         return _done(task_type, output, context, time.monotonic() - began)
     except TaskAborted:
         return Aborted()
-    except InvalidTask as error:
-        return _failed(error.code, error.message, began, invalid=True)
-    except TransientFailure as error:
-        return _failed(error.code, error.message, began)
     except Exception as error:
-        _log.exception("task failed in engine %s", task_type.engine)
-        code = "out_of_memory" if isinstance(error, MemoryError) else "engine_error"
-        return _failed(code, f"{type(error).__name__}: {error}", began)
+        return _failed(error, task_type, time.monotonic() - began)
 
 
-def _failed(code: str, message: str, began: float, *, invalid: bool = False) -> Failed:
-    return Failed(code=code, message=message[:4000], invalid=invalid, seconds=time.monotonic() - began)
+def _failed(error: Exception, task_type: TaskType, seconds: float) -> Failed:
+    memory = out_of_memory(error)
+    if isinstance(error, InvalidTask | TransientFailure):
+        code, message = error.code, error.message
+    else:
+        _log.error("task failed in engine %s", task_type.engine, exc_info=error)
+        code = "out_of_memory" if memory else "engine_error"
+        message = f"{type(error).__name__}: {error}"
+    return Failed(
+        code=code,
+        message=message[:4000],
+        invalid=isinstance(error, InvalidTask),
+        out_of_memory=memory,
+        seconds=seconds,
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that memory ran out: the machine's or a GPU's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # paddle's ResourceExhausted becomes a MemoryError in Python.
+        if isinstance(cause, MemoryError) or type(cause).__name__ in _OUT_OF_MEMORY_TYPES:
+            return True
+        # What the engine itself says, and what is wrong with a value, may quote the task.
+        if not isinstance(cause, InferqError | ValueError | LookupError):
+            said = str(cause).lower()
+            if any(sign in said for sign in _OUT_OF_MEMORY_SIGNS):
+                return True
+        cause = cause.__cause__
+    return False
 
 
 def _done(

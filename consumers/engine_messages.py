@@ -83,12 +83,13 @@ class Done(_Message):
 
 
 class Failed(_Message):
-    """The run failed."""
+    """The run failed. `out_of_memory`: there, or on the GPU; what is left of the memory may be in pieces."""
 
     kind: Literal["failed"] = "failed"
     code: str
     message: str
     invalid: bool
+    out_of_memory: bool = False
     seconds: float
 
 

@@ -11,9 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
+
+import psutil
+from pydantic import ByteSize
 
 from consumers.engine_messages import (
     Abort,
@@ -38,7 +42,7 @@ _LOOK_SECONDS = 0.25
 
 
 class EngineDied(TransientFailure):
-    """The engine process ended while it was computing: a crash, or killed for memory."""
+    """The engine process ended while it was computing: a crash, or killed by the system for its memory."""
 
     code = "engine_died"
 
@@ -49,6 +53,24 @@ class RunAborted(Exception):
     def __init__(self, reason: AbortReason) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+Wear = Literal["max_tasks", "memory", "out_of_memory"]
+"""Why an engine process is replaced that could go on: its tasks, its growth, memory that ran out in a run."""
+
+_MEASURE_SECONDS = 1.0
+"""The least time between two looks at the memory after a run; summing it up takes milliseconds."""
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """How much memory an engine process and its children may take, in bytes; None is no limit.
+
+    Beyond `kill_at` it is killed in the middle of a run, beyond `replace_at` it takes no other run.
+    """
+
+    kill_at: int | None = None
+    replace_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,11 +84,15 @@ class Watch:
 class EngineProcess:
     """One engine process. All methods belong to one thread, which must outlive the process."""
 
-    def __init__(self, type_name: str) -> None:
+    def __init__(self, type_name: str, limits: MemoryLimits = MemoryLimits()) -> None:
         self._type_name = type_name
+        self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._next_measure = 0.0
         self.info: EngineInfo | None = None
+        self.tasks = 0
+        self.worn: Wear | None = None
 
     @property
     def alive(self) -> bool:
@@ -75,8 +101,8 @@ class EngineProcess:
 
     @property
     def usable(self) -> bool:
-        """Whether nothing is known that would keep it from another run."""
-        return self._pipe is not None
+        """Whether nothing is known that would keep it from another run; `worn` says more where it is that."""
+        return self._pipe is not None and self.worn is None
 
     @property
     def pid(self) -> int | None:
@@ -84,6 +110,7 @@ class EngineProcess:
 
     def spawn(self) -> None:
         """Start the process; it loads its engine while others go on."""
+        self.tasks, self.worn, self._next_measure = 0, None, 0.0
         near, far = multiprocessing.Pipe()
         command = [sys.executable, "-m", "consumers.engine_child", self._type_name]
         with far:
@@ -132,6 +159,7 @@ class EngineProcess:
             ) from error
         match answer:
             case Ready(engine=info):
+                self._check_limits()
                 self.info = info
                 return info
             case Unable(permanent=True):
@@ -141,18 +169,32 @@ class EngineProcess:
             case _:
                 raise TransientFailure(f"the engine began with {answer.kind!r}", code="engine_load_failed")
 
+    def _check_limits(self) -> None:
+        """Raise InstallationError where the engine alone takes more than any task may."""
+        limits = {
+            "INFERQ_ENGINE_MEMORY_LIMIT": self._limits.kill_at,
+            "INFERQ_ENGINE_RECYCLE_MEMORY": self._limits.replace_at,
+        }
+        for name, limit in limits.items():
+            if limit is not None and (use := self.memory()) > limit:
+                raise InstallationError(
+                    f"the {self._type_name} engine takes {_size(use)} of memory once it is loaded, more than "
+                    f"{name}={_size(limit)} leaves it: raise the limit, or load a smaller model",
+                    code="engine_memory_limit",
+                )
+
     def run(self, run: Run, *, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
         """Compute one task. `time_limit` and `abort_grace` in seconds.
 
-        Raises EngineDied, TransientFailure (code `time_limit`) or RunAborted. Unless the engine stopped by
-        itself when it was asked to, the process is gone then: `usable` tells.
+        Raises EngineDied, TransientFailure (code `time_limit` or `out_of_memory`) or RunAborted. Unless the
+        engine stopped by itself when it was asked to, the process is gone then: `usable` tells.
         """
         pipe = self._pipe
         if pipe is None:
             raise EngineDied("the engine process is not running")
         try:
             send(pipe, run)
-            return self._await(pipe, watch, time.monotonic() + time_limit, time_limit, abort_grace)
+            answer = self._await(pipe, watch, time.monotonic() + time_limit, time_limit, abort_grace)
         except RunAborted:
             raise
         except (EOFError, OSError) as error:
@@ -161,6 +203,34 @@ class EngineProcess:
             # Whatever it was, the run may go on over there: its answer must not meet the next task.
             self.kill()
             raise
+        self.tasks += 1
+        if isinstance(answer, Failed) and answer.out_of_memory:
+            self.worn = "out_of_memory"
+        elif self._limits.replace_at is not None:
+            self._measure(self._limits.replace_at)
+        return answer
+
+    def _measure(self, replace_at: int) -> None:
+        now = time.monotonic()
+        if now < self._next_measure:
+            return
+        self._next_measure = now + _MEASURE_SECONDS
+        if (use := self.memory()) > replace_at:
+            self.worn = "memory"
+            _log.info(
+                "the %s engine process has grown to %s, beyond INFERQ_ENGINE_RECYCLE_MEMORY=%s",
+                self._type_name, _size(use), _size(replace_at),
+            )  # fmt: skip
+
+    def memory(self) -> int:
+        """Resident bytes of the process and its children; what they share counts for each of them."""
+        use = 0
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            for part in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):  # it may have ended just now
+                    use += part.memory_info().rss
+        return use
 
     def _await(
         self, pipe: Connection, watch: Watch, deadline: float, time_limit: float, abort_grace: float
@@ -187,6 +257,7 @@ class EngineProcess:
                         raise EngineDied(f"the engine process said {unexpected.kind!r} during a run")
             now = time.monotonic()
             if aborting is None and next_look <= now < deadline:
+                self._watch_memory()
                 aborting = watch.abort()
                 next_look = now + _LOOK_SECONDS
                 if aborting is not None:
@@ -199,6 +270,17 @@ class EngineProcess:
                 raise TransientFailure(
                     f"the run was stopped at its time limit of {time_limit:g} s", code="time_limit"
                 )
+
+    def _watch_memory(self) -> None:
+        limit = self._limits.kill_at
+        if limit is not None and (use := self.memory()) > limit:
+            self.kill()
+            self.worn = "out_of_memory"
+            raise TransientFailure(
+                f"the run was stopped: its engine process took {_size(use)} of memory, more than "
+                f"INFERQ_ENGINE_MEMORY_LIMIT={_size(limit)}; raise the limit, or submit smaller tasks",
+                code="out_of_memory",
+            )
 
     def kill(self) -> None:
         """End the process at once, and wait until it and its memory are gone."""
@@ -235,3 +317,7 @@ class EngineProcess:
             return f"exit status {code}"
         name = signal.Signals(-code).name
         return f"{name}, most likely out of memory" if -code == signal.SIGKILL else name
+
+
+def _size(count: int) -> str:
+    return ByteSize(count).human_readable(decimal=True)

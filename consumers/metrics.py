@@ -23,6 +23,7 @@ class WorkerMetrics:
     paused: Gauge = field(init=False)
     engine_starts: Counter = field(init=False)
     engine_deaths: Counter = field(init=False)
+    engine_replacements: Counter = field(init=False)
     status_outages: Counter = field(init=False)
     _stages: dict[tuple[str, str], Histogram] = field(init=False)
 
@@ -70,6 +71,15 @@ class WorkerMetrics:
         add(
             "engine_deaths",
             Counter("inferq_engine_deaths", "Engine processes that ended during a run.", registry=registry),
+        )
+        add(
+            "engine_replacements",
+            Counter(
+                "inferq_engine_replacements",
+                "Engine processes replaced, by the reason: max_tasks, memory (it grew), out_of_memory.",
+                ["reason"],
+                registry=registry,
+            ),
         )
         add(
             "status_outages",

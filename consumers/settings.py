@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import NoDecode
 
 from schemas import PRIORITIES, Priority, Settings
@@ -44,6 +44,24 @@ class WorkerSettings(Settings):
         ge=0,
         description="Seconds that an engine has to stop a cancelled run before its process is killed.",
     )
+    engine_memory_limit: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Memory that an engine process and its children may take in a run, as `12GB` or `12GiB`; "
+        "beyond it the process is killed and replaced, and the attempt fails (default: no limit).",
+    )
+    engine_recycle_memory: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Memory beyond which an engine process is replaced once its task has ended, as `10GB`; "
+        "it is closed before the new one loads (default: never).",
+    )
+    engine_max_tasks: int | None = Field(
+        None,
+        ge=1,
+        description="Tasks after which an engine process is replaced; the new one loads beside it "
+        "(default: never).",
+    )
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),
         description="Where inputs and outputs lie in a run.",
@@ -57,6 +75,11 @@ class WorkerSettings(Settings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="The least that is logged: DEBUG, INFO, WARNING or ERROR."
     )
+
+    @field_validator("engine_memory_limit", "engine_recycle_memory", mode="before")
+    @classmethod
+    def _as_kubernetes_writes_it(cls, value: Any) -> Any:
+        return f"{value}B" if isinstance(value, str) and value.endswith("i") else value
 
     @field_validator("lanes", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ folder → run in the slot's engine process → upload the artifacts → write `
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -14,7 +15,7 @@ from contextlib import suppress
 from typing import Literal
 
 from broker import BrokerSettings, Consumer, Publisher, backoff, topology_for, work_queue
-from consumers.engine_process import EngineProcess, RunAborted
+from consumers.engine_process import EngineProcess, MemoryLimits, RunAborted, Wear
 from consumers.metrics import WorkerMetrics
 from consumers.probes import ProbeServer, Readiness
 from consumers.scratch import ScratchFolder
@@ -142,9 +143,12 @@ class _Slot(threading.Thread):
             topology=topology_for([task_type.name]),
         )
         self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
-        self._engine = EngineProcess(task_type.name)
+        self._limits = MemoryLimits(settings.engine_memory_limit, settings.engine_recycle_memory)
+        self._engine = EngineProcess(task_type.name, self._limits)
+        self._max_tasks = settings.engine_max_tasks or math.inf
         self._successor: EngineProcess | None = None
         self._successor_limit = 0.0
+        self._successor_reason: Wear | None = None
         self.reload_requested = threading.Event()
         self.fatal: InferqError | None = None
         self._engine_ready = False
@@ -188,6 +192,8 @@ class _Slot(threading.Thread):
         while not around.stopping:
             if not self._engine.usable:
                 self._consumer.pause()
+                if self._engine.worn is not None:
+                    self._replaces(self._engine.worn)
                 self._load_engine()
             self._swap_engine()
             delivery = self._consumer.next(_IDLE_LOOK_SECONDS)
@@ -229,20 +235,21 @@ class _Slot(threading.Thread):
         )  # fmt: skip
 
     def _swap_engine(self) -> None:
-        """Start a successor where one is asked for, and take it where it is ready."""
+        """Start a successor where one is asked for or due, and take it where it is ready."""
         if self.reload_requested.is_set():
             self.reload_requested.clear()
             if self._successor is not None:
                 self._successor.kill()
-            self._successor = EngineProcess(self._surroundings.task_type.name)
-            self._successor.spawn()
-            self._successor_limit = time.monotonic() + self._surroundings.settings.start_limit
+            self._start_successor(None)
+        elif self._engine.tasks >= self._max_tasks and self._successor is None:
+            self._start_successor("max_tasks")
         successor = self._successor
         if successor is None:
             return
         if not successor.has_answered:
             if time.monotonic() > self._successor_limit:
                 self._successor = None
+                self._engine.tasks = 0
                 successor.kill()
                 _log.error("%s: the new engine is not ready in time, the old one stays", self.name)
             return
@@ -250,10 +257,27 @@ class _Slot(threading.Thread):
         try:
             info = successor.wait_ready(limit=1)
         except (InstallationError, TransientFailure) as error:
+            if self._successor_reason is not None and error.code == "out_of_memory":
+                _log.info("%s: no room for a new engine beside the old one, which goes first", self.name)
+                self._engine.worn = self._successor_reason
+                return
             _log.error("%s: the new engine does not load, the old one stays: %s", self.name, error)
+            self._engine.tasks = 0  # one that was due is tried again after as many tasks
             return
+        if self._successor_reason is not None:
+            self._replaces(self._successor_reason)
         old, self._engine = self._engine, successor
         self._surroundings.metrics.engine_starts.inc()
         _log.info("%s: now %s %s, model %s", self.name, info.name, info.version, info.model)
         with suppress(OSError):
             old.close()
+
+    def _start_successor(self, reason: Wear | None) -> None:
+        self._successor_reason = reason
+        self._successor = EngineProcess(self._surroundings.task_type.name, self._limits)
+        self._successor.spawn()
+        self._successor_limit = time.monotonic() + self._surroundings.settings.start_limit
+
+    def _replaces(self, reason: Wear) -> None:
+        _log.info("%s: replaces its engine process: %s", self.name, reason)
+        self._surroundings.metrics.engine_replacements.labels(reason).inc()

@@ -10,7 +10,8 @@ from schemas import InputUrl, Options, Task, TaskType
 
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
-    "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate",
+    "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate", "gpu_memory", "swell",
+    "grow",
 ]  # fmt: skip
 
 
@@ -18,6 +19,8 @@ class FaultyOptions(Options):
     times: int = 10_000
     """How many attempts, by the marker file, the fault befalls."""
     marker: str | None = None
+    megabytes: int = 0
+    """How much a run with the fault `swell` or `grow` takes; the engine keeps it after `grow`."""
     gate: str | None = None
     """The file that a run with the fault `gate` waits for."""
 

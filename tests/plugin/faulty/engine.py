@@ -15,7 +15,14 @@ from faulty import FaultyTask
 from schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+
 class FaultyEngine(Engine[FaultyTask]):
+    def __init__(self) -> None:
+        self._kept: list[bytes] = []
+
     def load(self) -> EngineInfo:
         switch = os.environ.get("FAULTY_LOAD")
         if switch and Path(switch).is_file():
@@ -26,6 +33,9 @@ class FaultyEngine(Engine[FaultyTask]):
                     raise RuntimeError("cannot load")
                 case "die":
                     os._exit(3)
+                case "no_room":
+                    if _processes() > 1:
+                        raise OutOfMemoryError("CUDA out of memory")
                 case "slow":
                     time.sleep(3600)
         version = Path(switch).read_text().strip() if switch and Path(switch).is_file() else "1"
@@ -62,6 +72,15 @@ class FaultyEngine(Engine[FaultyTask]):
                 raise RuntimeError("a bug")
             case "memory":
                 raise MemoryError
+            case "gpu_memory":
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            case "swell":
+                swollen = []
+                for _ in range(task.options.megabytes // 10):
+                    swollen.append(os.urandom(10 * 2**20))
+                    time.sleep(0.02)
+            case "grow":
+                self._kept.append(os.urandom(task.options.megabytes * 2**20))
             case "artifact":
                 context.artifact("note.txt", "text/plain").write_text("a note")
             case "missing_artifact":
@@ -84,3 +103,9 @@ class FaultyEngine(Engine[FaultyTask]):
                 return {"wrong": 1}
         value = context.inputs["file_url"].path.read_text() if context.inputs else "fine"
         return {"value": value}
+
+
+def _processes() -> int:
+    """How many engine processes the worker has at this moment."""
+    tasks = Path(f"/proc/{os.getppid()}/task").glob("*/children")
+    return sum(len(file.read_text().split()) for file in tasks)
