@@ -24,6 +24,7 @@ class WorkerMetrics:
     engine_starts: Counter = field(init=False)
     engine_deaths: Counter = field(init=False)
     engine_replacements: Counter = field(init=False)
+    without_redis: Gauge = field(init=False)
     status_outages: Counter = field(init=False)
     _stages: dict[tuple[str, str], Histogram] = field(init=False)
 
@@ -64,6 +65,14 @@ class WorkerMetrics:
                 "inferq_worker_paused",
                 "1 while the worker waits for a service that is away.",
                 ["service"],
+                registry=registry,
+            ),
+        )
+        add(
+            "without_redis",
+            Gauge(
+                "inferq_worker_without_redis",
+                "1 while Redis is away and the worker goes on without it.",
                 registry=registry,
             ),
         )

@@ -33,6 +33,12 @@ class WorkerSettings(Settings):
         le=100,
         description="Attempts before a task fails for good (default: the type's, mostly 5).",
     )
+    redis_patience: float = Field(
+        20.0,
+        ge=0,
+        description="Seconds that a worker waits for Redis once it is away, before it goes on without; "
+        "0: it never waits.",
+    )
     grace_seconds: float = Field(
         30.0, ge=0, description="Seconds that a task in hand may go on after SIGTERM; then it is given back."
     )

@@ -1,4 +1,8 @@
-"""What a worker's slots share: the services around them, and how to wait for one that is away."""
+"""What a worker's slots share: the services around them, and how to wait for one that is away.
+
+RabbitMQ and the object store are waited for as long as it takes: without them nothing can come to an end.
+Redis holds no more than an index: it is waited for a while, and then done without.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,6 +24,8 @@ from storage import Fetcher, ObjectStore, ResultStore, StatusIndex
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+_REDIS = "Redis"
 
 
 class GracePassed(Exception):
@@ -41,6 +48,13 @@ class Surroundings:
     _stopping: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)
+    _goes_on_without_redis: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
+        self.metrics.without_redis.set_function(
+            lambda: float(self.status.away_for is not None and self.redis_patience_left == 0)
+        )
 
     @property
     def stopping(self) -> bool:
@@ -58,7 +72,21 @@ class Surroundings:
 
     def pauses(self) -> list[str]:
         """Which services are waited for, and why."""
-        return [f"{service}: {reason}" for service, reason in list(self._pauses.items())]
+        waiting = [f"{service}: {reason}" for service, reason in list(self._pauses.items())]
+        if (left := self.redis_patience_left) > 0:
+            waiting.append(f"{_REDIS}: it does not answer; tasks go on without it in {left:.0f} s")
+        return waiting
+
+    @property
+    def redis_patience_left(self) -> float:
+        """Seconds that Redis is still waited for, counted from when it went away; 0 while it is there."""
+        away = self.status.away_for
+        return 0.0 if away is None else max(0.0, self.settings.redis_patience - away)
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether a task that came now would be started: the worker neither stops nor waits for Redis."""
+        return not self.stopping and self.redis_patience_left == 0
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises GracePassed once the grace period is over."""
@@ -99,10 +127,59 @@ class Surroundings:
             return value
 
     def tell(self, call: Callable[[], T]) -> T | None:
-        """Make a call to the status index, which is no more than an index: its outage stops nobody."""
+        """Make a call to the status index that no outage delays: without Redis it is left out."""
         try:
             return call()
         except Outage as error:
             self.metrics.status_outages.inc()
             _log.debug("the status index does not know: %s", error)
             return None
+
+    def ask(self, call: Callable[[], T]) -> T | None:
+        """Make a call to the status index before a run. It gives None where Redis is done without.
+
+        Raises GracePassed where the worker is to stop while it waits: nothing has begun that would be lost.
+        """
+
+        def unless_stopping() -> None:
+            if self.stopping:
+                raise GracePassed
+
+        return self._while_patient(call, unless_stopping)
+
+    def report(self, call: Callable[[], T]) -> T | None:
+        """Make a call to the status index after a run; as `ask`, but a worker that stops leaves it out."""
+        with suppress(GracePassed):
+            return self._while_patient(call, lambda: None)
+        return None
+
+    def look_for_redis(self) -> None:
+        """Find out whether Redis is back, where it was away."""
+        if self.status.away_for is not None:
+            self.tell(self.status.ping)
+
+    def _while_patient(self, call: Callable[[], T], checkpoint: Callable[[], None]) -> T | None:
+        failures = 0
+        while True:
+            try:
+                value = call()
+            except Outage as error:
+                failures += 1
+                self.metrics.status_outages.inc()
+                left = self.redis_patience_left
+                if left == 0:
+                    if self.status.away_for is not None and not self._goes_on_without_redis:
+                        self._goes_on_without_redis = True
+                        _log.warning("going on without Redis, and looking for it: %s", error)
+                    return None
+                if failures == 1:
+                    _log.warning("paused: Redis is away, for %.0f s at most: %s", left, error)
+                checkpoint()
+                # The index looks no more than once a second whether Redis is back.
+                self.sleep(min(backoff(failures, cap=1.0), left))
+                checkpoint()
+                continue
+            if failures or self._goes_on_without_redis:
+                self._goes_on_without_redis = False
+                _log.info("resumed: Redis is back")
+            return value

@@ -78,10 +78,10 @@ class TaskRun:
             self._consumer.give_back(self._delivery)
             _log.info("%s: given back, the worker is stopping", self._name())
         else:
-            self._consumer.ack(self._delivery, more=self._engine.usable and not self._around.stopping)
+            self._consumer.ack(self._delivery, more=self._engine.usable and self._around.takes_more)
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         for answer in self._answers:
-            self._around.tell(answer)
+            self._around.report(answer)
         self._clean()
         self._around.metrics.tasks.labels(self._around.task_type.name, outcome).inc()
 
@@ -152,7 +152,7 @@ class TaskRun:
             )
         # The store is asked while Redis answers.
         ended = around.patiently("object store", partial(around.results.load, task.tenant, task.task_id))
-        begun = around.tell(answer) if answer else None
+        begun = around.ask(answer) if answer else None
         facts = Facts(
             task=task,
             digest=self._digest,
@@ -378,7 +378,7 @@ class TaskRun:
                 engine_deaths=retry.engine_deaths,
             )
         )
-        self._around.tell(
+        self._around.report(
             partial(
                 self._around.status.retrying,
                 task,

@@ -188,6 +188,7 @@ class _Slot(threading.Thread):
         around = self._surroundings
         self._load_engine()
         around.patiently("object store", around.store.ping)
+        around.tell(around.status.ping)  # where Redis is away, the patience with it runs from here
         self._consumer.start()
         while not around.stopping:
             if not self._engine.usable:
@@ -200,6 +201,7 @@ class _Slot(threading.Thread):
             if not self._engine.alive:  # it may have died while idle: that costs no task an attempt
                 self._engine.kill()
             if delivery is None:
+                around.look_for_redis()
                 continue
             if around.stopping or not self._engine.usable:
                 self._consumer.give_back(delivery)

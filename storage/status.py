@@ -103,6 +103,7 @@ class StatusIndex:
         self._clock = clock
         self._lock = threading.Lock()
         self._own = threading.local()
+        self._down_since: float | None = None
         self._down_until: float | None = None
         self._down_reason = ""
         self._scripts = {name: redis.register_script(source) for name, source in scripts.SOURCES.items()}
@@ -309,6 +310,12 @@ class StatusIndex:
             items=tuple(status for *_, status in items), cursor=_write_cursor(score, last) if last else None
         )
 
+    @property
+    def away_for(self) -> float | None:
+        """Seconds since Redis was found not to answer; None while it does, as far as is known."""
+        since = self._down_since
+        return None if since is None else self._clock() - since
+
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
         self._call(self._redis.ping)
@@ -401,13 +408,16 @@ class StatusIndex:
                 "check that it runs, and INFERQ_REDIS_URL"
             )
             with self._lock:
-                self._down_until = self._clock() + _FAST_FAIL_SECONDS
+                now = self._clock()
+                if self._down_since is None:
+                    self._down_since = now
+                self._down_until = now + _FAST_FAIL_SECONDS
                 self._down_reason = reason
             raise StatusOutage(reason) from error
         except redis.RedisError as error:
             raise StatusOutage(f"Redis at {self._address()} refused a command: {error}") from error
         with self._lock:
-            self._down_until = None
+            self._down_since = self._down_until = None
         return reply
 
     def _address(self) -> str:

@@ -674,6 +674,29 @@ def test_a_killed_redis_is_an_outage_at_once_and_no_more_when_it_is_back(
     assert doomed.list("default", state="running").items
 
 
+def test_how_long_redis_is_away_counts_from_the_first_failure(
+    own_redis: RedisServer, redis_client: redis.Redis
+) -> None:
+    now = [100.0]
+    with redis.Redis(port=own_redis.port, decode_responses=True) as client:
+        index = StatusIndex(client, retention=60, clock=lambda: now[0])
+        index.ping()
+        assert index.away_for is None
+        own_redis.kill()
+        for _ in range(3):
+            with pytest.raises(StatusOutage):
+                index.ping()
+            now[0] += 2.0
+        assert index.away_for == 6.0
+        own_redis.start()
+        index.ping()
+        assert index.away_for is None
+        client.set(record_key("default", "t1"), "not a hash")
+        with pytest.raises(StatusOutage):
+            begin(index, job())
+        assert index.away_for is None, "a Redis that answers is not away"
+
+
 def test_a_restart_between_two_calls_goes_unnoticed(own_redis: RedisServer, doomed: StatusIndex) -> None:
     doomed.submit(job())
     own_redis.kill()
