@@ -294,6 +294,53 @@ def test_a_begin_that_is_repeated_after_a_lost_answer_counts_once(index: StatusI
     assert begin(index, job(), run="third").lost_runs == 2
 
 
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from(["begin", "begin", "begin", "released", "retrying", "failed", "succeeded"]),
+            st.integers(1, 2),
+            st.integers(0, 1),
+            st.sampled_from("abcd"),
+        ),
+        max_size=30,
+    )
+)
+def test_in_any_order_of_calls_only_runs_in_a_row_without_an_end_are_counted(
+    index: StatusIndex, redis_client: redis.Redis, calls: list[tuple[str, int, int, str]]
+) -> None:
+    redis_client.flushall()
+    furthest: tuple[int, int, int] = (-1, 0, 0)  # redrives, attempt, rank
+    began: list[str] = []
+    for name, attempt, redrives, run in calls:
+        match name:
+            case "begin":
+                place = (redrives, attempt, 2)
+                if place > furthest:
+                    furthest, began = place, []
+                expected = 0
+                if place == furthest:
+                    began += [run] if began[-1:] != [run] else []
+                    expected = len(began) - 1
+                assert begin(index, job(), attempt, redrives, run=run).lost_runs == expected
+            case "released":
+                index.released(job(), attempt=attempt, redrives=redrives)
+                if (redrives, attempt, 2) == furthest:
+                    began = []
+            case "retrying":
+                index.retrying(job(), attempt=attempt, redrives=redrives, error=ERROR)
+                furthest = max(furthest, (redrives, attempt, 3))
+            case status:
+                index.ended(end(job(), status, attempts=attempt, redrives=redrives))
+                ends = (redrives if status == "failed" else 99, 99999, 4)
+                furthest = max(furthest, ends)
+
+
 def test_giving_back_an_unknown_task_makes_no_record(index: StatusIndex) -> None:
     index.released(job(), attempt=1, redrives=0)
     assert index.get("default", "t1") is None

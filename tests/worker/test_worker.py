@@ -206,18 +206,25 @@ def test_a_run_over_its_time_limit_is_stopped(site: Site, fault: str, tmp_path: 
     assert site.ended(task_id).status == "succeeded"
 
 
-@pytest.mark.parametrize("fault", ["hang", "hang_hard", "noise"])
-def test_a_running_task_can_be_cancelled(site: Site, fault: str) -> None:
-    site.worker()
-    task_id = site.publish({"fault": fault})
-    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+@pytest.mark.parametrize(
+    ("fault", "limit", "stays"), [("hang", 2, True), ("hang_hard", 5, False), ("noise", 5, False)]
+)
+def test_a_running_task_can_be_cancelled(
+    site: Site, tmp_path: Path, fault: str, limit: float, stays: bool
+) -> None:
+    """An engine that asks whether it should stop goes on with its model; another is killed and replaced."""
+    worker = site.worker()
+    engine = worker.engine_pid()
+    task_id = site.publish({"fault": fault, "options": {"marker": str(tmp_path / "m")}})
+    eventually(lambda: starts(tmp_path / "m") == 1)
     site.status.request_cancel("default", task_id)
     asked = time.monotonic()
     result = site.ended(task_id)
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < limit
     assert result.status == "cancelled"
     assert site.dead() == []
     assert site.ended(site.publish({})).status == "succeeded"
+    assert (worker.engine_pid() == engine) == stays
 
 
 def test_a_queued_task_that_is_cancelled_never_starts(site: Site) -> None:
@@ -317,14 +324,18 @@ def test_two_sigints_stop_at_once(site: Site) -> None:
     eventually(lambda: site.depth("inference.faulty.normal") == 1)
 
 
-def test_a_killed_workers_task_runs_elsewhere_and_its_engine_is_gone(site: Site) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGABRT])
+@pytest.mark.parametrize("fault", ["progress", "hang_hard"])
+def test_a_killed_workers_task_runs_elsewhere_and_its_engine_is_gone(
+    site: Site, tmp_path: Path, fault: str, end: signal.Signals
+) -> None:
     first = site.worker()
-    task_id = site.publish({"fault": "progress"})
-    eventually(lambda: (s := site.state(task_id)) and s.state == "running")
+    task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(tmp_path / "m")}})
+    eventually(lambda: starts(tmp_path / "m") == 1)
     engine = first.engine_pid()
-    first.process.kill()
+    first.process.send_signal(end)
     first.process.wait()
-    eventually(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == "zombie")
+    eventually(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == "zombie", 5)
     site.worker()
     result = site.ended(task_id)
     assert result.status == "succeeded"
@@ -397,7 +408,7 @@ def test_bad_settings_are_named(site: Site) -> None:
 
 
 def test_without_redis_tasks_run_all_the_same(site: Site) -> None:
-    worker = site.worker("echo", INFERQ_REDIS_URL="redis://127.0.0.1:1/0")
+    worker = site.worker("echo", INFERQ_REDIS_URL="redis://127.0.0.1:1/0", INFERQ_REDIS_PATIENCE="1")
     tasks = [site.publish({"task_type": "echo", "payload": n}) for n in range(5)]
     assert [site.ended(task).output for task in tasks] == [{"payload": n} for n in range(5)]
     eventually(lambda: site.depth("inference.echo.normal") == 0)
