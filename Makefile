@@ -9,10 +9,10 @@ BIN := .venv/bin
 DECLARED := setup.cfg pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up test lint bench schemas clean system
+.PHONY: help setup demo up test chaos chaos-quick lint bench schemas clean system
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: .make/run | system ## install what running inferq needs, here and in .venv
 
@@ -24,6 +24,12 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 
 test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
 	@$(BIN)/python -m pytest --cov --cov-fail-under=90 $(ARGS)
+
+chaos: .make/test | system ## break everything that can break, count what was lost, write docs/reliability.md
+	@exec $(BIN)/python -m tests.chaos $(ARGS)
+
+chaos-quick: .make/test | system ## the same in a few minutes, and nothing is written
+	@exec $(BIN)/python -m tests.chaos --quick $(ARGS)
 
 lint: .make/lint ## check style, types, the walls between the rooms, and the published schemas
 	@$(BIN)/ruff check .
@@ -109,12 +115,12 @@ endef
 system:
 	@$(SUDO_OR_SAY)
 	missing=()
-	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
 		compgen -G '/usr/lib/rabbitmq/bin/rabbitmq-server' >/dev/null \
 			|| compgen -G '/usr/lib/rabbitmq/lib/*/sbin/rabbitmq-server' >/dev/null \
 			|| [ -x "$${RABBITMQ_HOME:-/opt/rabbitmq}/sbin/rabbitmq-server" ] || missing+=(rabbitmq-server)
 	fi
-	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
 		command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
 	fi
 	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi

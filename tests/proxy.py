@@ -1,9 +1,10 @@
-"""A TCP proxy that tests put between a client and its server, to cut the line."""
+"""A TCP proxy that tests put between a client and its server, to cut, delay and half-close the line."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 
 
@@ -15,8 +16,10 @@ class TcpProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: set[socket.socket] = set()
+        self._far: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._refusing = False
+        self._delay = 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -25,6 +28,18 @@ class TcpProxy:
             for line in self._open:
                 with suppress(OSError):
                     line.shutdown(socket.SHUT_RDWR)
+
+    def half_close(self, *, towards_server: bool) -> None:
+        """End one direction of every connection: that end hears no more, the other one still may."""
+        with self._lock:
+            for line in self._open:
+                if (line in self._far) is towards_server:
+                    with suppress(OSError):
+                        line.shutdown(socket.SHUT_WR)
+
+    def delay(self, seconds: float) -> None:
+        """Hold whatever comes for that long before it goes on, in order; 0 ends it."""
+        self._delay = seconds
 
     def refuse(self, refusing: bool = True) -> None:
         """Close new connections as they come, until told otherwise."""
@@ -55,16 +70,20 @@ class TcpProxy:
             far.settimeout(None)
             with self._lock:
                 self._open |= {near, far}
+                self._far.add(far)
             for one, other in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                if self._delay:
+                    time.sleep(self._delay)
                 sink.sendall(data)
         for line in (source, sink):
             with suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._open.discard(source)
+            self._far.discard(source)
         source.close()

@@ -1,0 +1,85 @@
+"""`make chaos`: breaks what can be broken, and holds the ledger against the promise.
+
+Ends with status 1 where a task was lost, had a second result, or ended otherwise than it had to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.broker import SingleNode
+from tests.chaos.processes import Crew
+from tests.chaos.report import PAGE, read_rows, write_page, write_rows
+from tests.chaos.run import Row, log_tracebacks, play
+from tests.chaos.scenarios import SCENARIOS
+from tests.chaos.site import Ground
+
+
+def main() -> int:
+    given = _arguments()
+    # S3 in this run takes any credentials; boto3 must not look for real ones.
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "chaos",
+        "AWS_SECRET_ACCESS_KEY": "chaos",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    os.environ.pop("AWS_PROFILE", None)
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    seeds = given.seed or ([1] if given.quick else [first := int(time.time()) % 100_000, first + 1])
+    chosen = [s for s in SCENARIOS if not given.only or s.name in given.only]
+    if given.quick and not given.only:
+        chosen = [s for s in chosen if s.quick is not None]
+    folder = Path(tempfile.mkdtemp(prefix="inferq-chaos-"))
+    rows: list[Row] = []
+    print(f"seeds {', '.join(map(str, seeds))}; ledgers and logs in {folder}", flush=True)
+    try:
+        with Crew(folder / "logs") as crew:
+            ground = Ground(crew, folder, SingleNode(crew, folder / "rabbitmq"))
+            for seed in seeds:
+                for scenario in chosen:
+                    row, told = play(scenario, ground, seed, quick=given.quick)
+                    print(row.line(), *told, sep="\n", flush=True)
+                    rows.append(row)
+    finally:
+        if given.rows:
+            rows = [*read_rows(given.rows), *rows]
+            write_rows(given.rows, rows)
+    green = all(row.green for row in rows)
+    tasks, faults = sum(row.tasks for row in rows), sum(row.fault_count for row in rows)
+    print(
+        f"{tasks:,} tasks, {faults} faults, {sum(r.lost for r in rows)} lost, "
+        f"{sum(r.second_results for r in rows)} second results"
+    )
+    for path in log_tracebacks(folder):
+        print(f"a traceback stands in {path}")
+    if green and not given.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    if green and (given.rows or not (given.quick or given.only)):
+        write_page(rows)
+        print(f"written to {PAGE}")
+    return 0 if green else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, action="append", help="draw from this seed; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="fewer tasks and faults, and nothing is written")
+    parser.add_argument("--only", choices=[s.name for s in SCENARIOS], nargs="+", help="only these scenarios")
+    parser.add_argument("--keep", action="store_true", help="keep ledgers and logs of a green run too")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="a run in several parts: gather their rows here"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The engine that writes each run into the ledger; `WITNESS_LEDGER` is its file.
+
+Its lines are those of `tests.chaos.ledger`, which is not imported: an engine sees only the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import time
+from pathlib import Path
+
+from consumers.engine import Context, Engine
+from schemas import EngineInfo, InvalidTask, TransientFailure
+from witness import WitnessOutput, WitnessTask
+
+
+class WitnessEngine(Engine[WitnessTask]):
+    def load(self) -> EngineInfo:
+        self._ledger = Path(os.environ["WITNESS_LEDGER"])
+        self._descriptor = os.open(self._ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return EngineInfo(name="witness", version="1", model="none", device="cpu")
+
+    def run(self, task: WitnessTask, context: Context) -> WitnessOutput:
+        run = secrets.token_hex(6)
+        self._note("start", task.task_id, run, str(os.getppid()))
+        end = time.monotonic() + task.seconds
+        while (left := end - time.monotonic()) > 0:
+            context.check_abort()
+            time.sleep(min(left, 0.05))
+        if task.fault != "none" and self._starts(task.task_id) <= task.options.times:
+            self._fail(task, run)
+        return WitnessOutput(run=run)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _fail(self, task: WitnessTask, run: str) -> None:
+        self._note("fault", task.task_id, run, f"the task's own: {task.fault}")
+        match task.fault:
+            case "transient":
+                raise TransientFailure("not this time", code="not_now")
+            case "invalid":
+                raise InvalidTask("this will never do", code="never")
+            case "crash":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "container":
+                # The worker goes first, so that it cannot count this as the death of an engine.
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(60)
+
+    def _starts(self, task_id: str) -> int:
+        """How many runs of this task have begun, by the ledger."""
+        needle = json.dumps({"kind": "start", "task": task_id})[1:-1]
+        return self._ledger.read_text("utf-8").count(needle)
+
+    def _note(self, kind: str, task: str, run: str, what: str) -> None:
+        # One write to a file opened for appending: lines of several processes never mix.
+        entry = {"kind": kind, "task": task, "at": time.time(), "run": run, "what": what}
+        os.write(self._descriptor, json.dumps(entry).encode() + b"\n")

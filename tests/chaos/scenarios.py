@@ -1,0 +1,301 @@
+"""The scenarios: what each submits, and what is broken meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from broker import BrokerSettings, Publisher, task_message
+from schemas import parse_task
+from tests.chaos.plan import Load, PlannedTask, Trouble
+from tests.chaos.processes import eventually
+from tests.chaos.site import Needs, Site
+
+HANDOVER_LIMIT = 1.0
+"""Seconds from a worker's death to its task's start elsewhere, at the median, where another one is idle."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is submitted (`load`, and `quick` for a shortened run; None leaves it out), and what breaks."""
+
+    name: str
+    title: str
+    breaks: Callable[[Site], None]
+    load: Load
+    quick: Load | None
+    needs: Needs = field(default_factory=Needs)
+
+
+def _load(tasks: int, seconds: float, *, busy: float = 1.2, **troubles: int) -> Load:
+    known: dict[Trouble, int] = {}
+    for trouble, count in troubles.items():
+        known[trouble] = count  # type: ignore[index]
+    return Load(tasks, seconds, busy, known)
+
+
+def kill_workers(site: Site) -> None:
+    for _ in site.moments(every=2.0):
+        site.kill(site.random.choice(site.workers), "worker")
+
+
+def kill_engines(site: Site) -> None:
+    for _ in site.moments(every=1.0):
+        engines = site.random.choice(site.workers).children()
+        if engines:
+            with site.fault("engine killed"), suppress(ProcessLookupError):
+                os.kill(site.random.choice(engines), signal.SIGKILL)
+
+
+def suspend_workers(site: Site) -> None:
+    """All but one are suspended: the broker takes them for dead, and hands out again what they compute."""
+    for _ in site.moments(every=3.0):
+        suspended = site.random.sample(site.workers, len(site.workers) - 1)
+        for worker in suspended:
+            site.ledger.note("fault", what="worker suspended", run=str(worker.pid))
+            worker.signal(signal.SIGSTOP)
+        # RabbitMQ misses two heartbeats before it gives a connection up: up to three intervals of 5 s.
+        time.sleep(16)
+        for worker in suspended:
+            worker.signal(signal.SIGCONT)
+            site.ledger.note("mended", what="worker suspended", run=str(worker.pid))
+
+
+def kill_broker(site: Site) -> None:
+    for _ in site.moments(every=4.0):
+        with site.fault("broker killed"):
+            site.broker.kill(site.vhost)
+            time.sleep(site.random.uniform(0, 1))
+            site.broker.start()
+
+
+def spoil_lines(site: Site) -> None:
+    for _ in site.moments(every=1.0):
+        proxy = site.random.choice(site.proxies)
+        what = site.random.choice(["cut", "delayed and cut", "half-closed", "delayed", "refused"])
+        with site.fault(f"connections {what}"):
+            match what:
+                case "cut":
+                    proxy.cut()
+                case "delayed and cut":
+                    proxy.delay(0.3)
+                    time.sleep(site.random.uniform(0.3, 0.8))
+                    proxy.cut()
+                    proxy.delay(0)
+                case "half-closed":
+                    proxy.half_close(towards_server=site.random.random() < 0.5)
+                case "delayed":
+                    proxy.delay(0.3)
+                    time.sleep(1)
+                    proxy.delay(0)
+                case "refused":
+                    proxy.refuse()
+                    time.sleep(site.random.uniform(0.2, 0.6))
+                    proxy.refuse(False)
+
+
+def lose_redis(site: Site) -> None:
+    for _ in site.moments(every=1.5):
+        if site.random.random() < 0.5:
+            with site.fault("Redis flushed"):
+                site.ground.flush_redis()
+        else:
+            with site.fault("Redis killed"):
+                site.ground.kill_redis()
+                time.sleep(site.random.uniform(0.2, 1.5))
+                site.ground.start_redis()
+
+
+def fail_s3(site: Site) -> None:
+    """A worker is killed in the middle of each outage too: what it had computed is not yet written."""
+    for _ in site.moments(every=1.5):
+        mode, what = site.random.choice(
+            [("error", "S3 answers 500"), ("hang", "S3 hangs"), ("lose", "S3's answers lost")]
+        )
+        with site.fault(what):
+            site.s3.mode = mode  # type: ignore[assignment]
+            time.sleep(site.random.uniform(0.5, 1.5))
+            site.kill(site.random.choice(site.workers), "worker")
+            time.sleep(site.random.uniform(0.2, 1.0))
+            site.s3.mode = "pass"
+
+
+def kill_sender(site: Site) -> None:
+    for _ in site.moments(every=1.2):
+        if site.sender and site.sender.running():
+            site.kill(site.sender, "sender")
+
+
+def kill_workers_in_trouble(site: Site) -> None:
+    for _ in site.moments(every=4.0):
+        site.kill(site.random.choice(site.workers), "worker")
+
+
+def fill_disk(site: Site) -> None:
+    """While the alarm blocks whoever publishes, workers are killed whose retries wait to be published."""
+    for _ in site.moments(every=2.5):
+        with site.fault("disk alarm"):
+            site.broker.ctl("set_disk_free_limit", "1000TB")
+            time.sleep(site.random.uniform(2, 4))
+            for worker in site.workers:
+                site.kill(worker, "worker")
+            time.sleep(site.random.uniform(0, 1))
+            site.broker.ctl("set_disk_free_limit", "50MB")
+
+
+def forget_dead_containers(site: Site) -> None:
+    """Redis forgets after each death, so that nothing but the broker's count of deliveries is left."""
+    doomed = {task.id for task in site.tasks.values() if task.trouble == "container"}
+    starts = 0
+    end = time.monotonic() + 60 * len(doomed)
+    while not doomed <= site.ended() and time.monotonic() < end:
+        now = sum(worker.starts for worker in site.workers)
+        if now != starts:
+            starts = now
+            with site.fault("Redis flushed"):
+                site.ground.flush_redis()
+        time.sleep(0.05)
+
+
+def hand_over(site: Site) -> None:
+    """The only busy worker is killed, again and again: how soon does its task run on the idle one?"""
+    publisher = Publisher(BrokerSettings(amqp_url=site.amqp_url), name="chaos")
+    publisher.start()
+    waits: list[float] = []
+    for number in range(_HANDOVERS[site.quick]):
+        eventually(lambda: all(worker.ready() for worker in site.workers), 60, "two idle workers")
+        task = PlannedTask(f"handover-task-{number}", seconds=0.5)
+        site.tasks[task.id] = task
+        site.ledger.note("sent", task.id)
+        publisher.publish(task_message(parse_task(task.body()))).result()
+        site.ledger.note("confirmed", task.id)
+        (first,) = _starts(site, task.id, 1)
+        time.sleep(site.random.uniform(0, 0.2))
+        victim = next(worker for worker in site.workers if str(worker.pid) == first[1])
+        killed_at = time.time()
+        site.kill(victim, "worker")
+        waits.append(_starts(site, task.id, 2)[1][0] - killed_at)
+        eventually(partial(_has_ended, site, task.id), 30, f"the end of {task.id}")
+    publisher.close()
+    site.figures["handover seconds"] = sorted(waits)
+    if statistics.median(waits) >= HANDOVER_LIMIT:
+        site.problems.append(
+            f"a killed worker's task took {statistics.median(waits):.2f} s to start elsewhere (median)"
+        )
+
+
+def _has_ended(site: Site, task: str) -> bool:
+    return task in site.ended()
+
+
+_HANDOVERS = {False: 15, True: 5}
+
+
+def _starts(site: Site, task: str, count: int) -> list[tuple[float, str]]:
+    """When and on which workers a task was started, once it was that often."""
+    found: list[tuple[float, str]] = []
+
+    def enough() -> bool:
+        found[:] = [(e.at, e.what) for e in site.ledger.read() if e.kind == "start" and e.task == task]
+        return len(found) >= count
+
+    eventually(enough, 30, f"start {count} of {task}", pause=0.01)
+    return found
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario(
+        "worker-kills",
+        "`kill -9` of a worker every 2 s",
+        kill_workers,
+        _load(600, 36),
+        _load(150, 8),
+    ),
+    Scenario(
+        "engine-kills",
+        "`kill -9` of an engine process every second",
+        kill_engines,
+        _load(600, 30),
+        _load(120, 6),
+    ),
+    Scenario(
+        "worker-stops",
+        "`SIGSTOP` of two of three workers for longer than the heartbeat",
+        suspend_workers,
+        _load(600, 55),
+        _load(100, 10),
+        Needs(workers=3),
+    ),
+    Scenario(
+        "broker-kills",
+        "`kill -9` and restart of the broker while it is published to and consumed from",
+        kill_broker,
+        _load(800, 40),
+        _load(150, 10),
+    ),
+    Scenario(
+        "bad-lines",
+        "connections to the broker cut, delayed, half-closed, refused",
+        spoil_lines,
+        _load(600, 36),
+        _load(150, 8),
+        Needs(proxied=True),
+    ),
+    Scenario(
+        "redis",
+        "Redis killed and restarted, and flushed",
+        lose_redis,
+        _load(600, 30),
+        _load(120, 6),
+    ),
+    Scenario(
+        "s3",
+        "S3 answering 500, hanging, losing its answers; a worker killed in each outage",
+        fail_s3,
+        _load(500, 40),
+        _load(80, 8),
+        Needs(store="s3"),
+    ),
+    Scenario(
+        "sender-kills",
+        "the publisher killed between publish and confirm, and sending again",
+        kill_sender,
+        _load(800, 30),
+        _load(150, 6),
+    ),
+    Scenario(
+        "troubled-tasks",
+        "tasks that fail, are invalid, crash their engine once or always; and `kill -9` of workers",
+        kill_workers_in_trouble,
+        _load(600, 30, transient=20, hopeless=6, invalid=20, crash=12, poison=4),
+        None,
+    ),
+    Scenario(
+        "disk-alarm",
+        "disk alarm raised and cleared, the workers killed while it lasts",
+        fill_disk,
+        _load(600, 36, busy=2.2, transient=60, invalid=10),
+        _load(120, 8, busy=2.2, transient=15, invalid=3),
+    ),
+    Scenario(
+        "deadly-tasks",
+        "tasks that kill their whole container each time, Redis forgetting every death",
+        forget_dead_containers,
+        _load(500, 30, busy=0.5, container=2),
+        _load(60, 5, busy=0.5, container=1),
+        Needs(workers=3),
+    ),
+    Scenario(
+        "handover",
+        "`kill -9` of the only busy worker, another one idle",
+        hand_over,
+        _load(500, 1, busy=10),
+        _load(20, 1),
+    ),
+)

@@ -1,0 +1,281 @@
+"""One scenario's site: its workers, its sender, what they depend on, and the ledger of what they did."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import httpx
+import redis
+from pika.exceptions import AMQPError
+
+from broker import (
+    BrokerSettings,
+    BrokerUnavailable,
+    DeadLetters,
+    connect,
+    dead_queue,
+    topology_for,
+)
+from producer.up.part import Part, free_ports
+from producer.up.redis import RedisServer
+from storage import ObjectStore, StorageSettings, open_store
+from storage.s3 import s3_client
+from tests.chaos import plan, s3
+from tests.chaos.broker import Broker, ports_of, through
+from tests.chaos.ledger import Ledger
+from tests.chaos.plan import PlannedTask
+from tests.chaos.processes import Crew, Kept, Process
+from tests.chaos.records import EventWatch, FolderWatch, Watcher, note_record
+from tests.proxy import TcpProxy
+
+HERE = Path(__file__).parent
+STORES = Literal["folder", "s3"]
+
+_STUCK_SECONDS = 20.0
+"""With empty queues and no task ending for so long, nothing more will come."""
+
+
+class Ground:
+    """What all scenarios of a run stand on: a broker, a Redis, an S3 service, a folder."""
+
+    def __init__(self, crew: Crew, folder: Path, broker: Broker) -> None:
+        self.crew = crew
+        self.folder = folder
+        self.broker = broker
+        self._redis = RedisServer.prepare(folder / "redis", free_ports(1)[0])
+        self.redis_url = self._redis.url
+        self._redis_process: Process | None = None
+        part, self.s3_port = s3.moto()
+        self._s3 = crew.start(part)
+        self.start_redis()
+        broker.start()
+        self._s3.wait_ready()
+        s3_client(self.s3_url).create_bucket(Bucket=s3.BUCKET)
+
+    @property
+    def s3_url(self) -> str:
+        return f"http://127.0.0.1:{self.s3_port}"
+
+    def start_redis(self) -> None:
+        self._redis_process = self.crew.start(self._redis.part())
+        self._redis_process.wait_ready()
+
+    def kill_redis(self) -> None:
+        assert self._redis_process is not None
+        self._redis_process.kill()
+
+    def flush_redis(self) -> None:
+        with redis.Redis.from_url(self.redis_url) as connection:
+            connection.flushall()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a scenario needs of its site."""
+
+    workers: int = 2
+    store: STORES = "folder"
+    proxied: bool = False
+
+
+class Site:
+    """One scenario's workers at work. Use as a context manager: it ends everything that it started."""
+
+    def __init__(
+        self,
+        name: str,
+        ground: Ground,
+        needs: Needs,
+        tasks: list[PlannedTask],
+        seconds: float,
+        random: Random,
+        *,
+        quick: bool,
+    ) -> None:
+        self.name = name
+        self.ground = ground
+        self.broker = ground.broker
+        self.random = random
+        self.tasks = {task.id: task for task in tasks}
+        self.vhost = f"{name}-{secrets.token_hex(3)}"
+        self.folder = ground.folder / self.vhost
+        self.folder.mkdir()
+        self.ledger = Ledger(self.folder / "ledger.jsonl")
+        self.quick = quick
+        self.problems: list[str] = []
+        self.figures: dict[str, list[float]] = {}
+        self._seconds = seconds
+        self._needs = needs
+        self._watchers: list[Watcher] = []
+        self._began = 0.0
+
+    def __enter__(self) -> Site:
+        self.ground.flush_redis()
+        self._topology = topology_for(["witness"])
+        self.broker.add_vhost(self.vhost, self._topology)
+        self.amqp_url = self.broker.url(self.vhost)
+        self.proxies: list[TcpProxy] = []
+        clients_url = self.amqp_url
+        if self._needs.proxied:
+            ports = ports_of(self.amqp_url)
+            self.proxies = [TcpProxy(port) for port in ports]
+            by_port = {port: proxy.port for port, proxy in zip(ports, self.proxies, strict=True)}
+            clients_url = through(self.amqp_url, by_port)
+        self.s3 = s3.FaultyS3(self.ground.s3_port, self.ledger)
+        store_url, self.store = self._open_store()
+        self._watchers.append(EventWatch(self.ledger, self.ground.redis_url))
+        if self._needs.store == "folder":
+            self._watchers.append(FolderWatch(self.ledger, self.folder / "store"))
+        for watcher in self._watchers:
+            watcher.start()
+        self._env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE / "plugin"), str(HERE.parents[1])]),
+            "INFERQ_AMQP_URL": clients_url,
+            "INFERQ_AMQP_HEARTBEAT": "5",
+            "INFERQ_REDIS_URL": self.ground.redis_url,
+            "INFERQ_STORE_URL": store_url,
+            "INFERQ_S3_ENDPOINT_URL": self.s3.url,
+            "INFERQ_SCRATCH_DIR": str(self.folder),
+            "INFERQ_GRACE_SECONDS": "10",
+            "WITNESS_LEDGER": str(self.ledger.path),
+        }
+        self.workers = [Kept(self.ground.crew, self._worker(n)) for n in range(self._needs.workers)]
+        self.sender: Kept | None = None
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for kept in [*([self.sender] if self.sender else []), *self.workers]:
+            kept.stop()
+        self._stop_watching()
+        self.s3.close()
+        for proxy in self.proxies:
+            proxy.close()
+        with suppress(httpx.HTTPError):
+            self.broker.remove_vhost(self.vhost)
+        self.ledger.close()
+
+    def _open_store(self) -> tuple[str, ObjectStore]:
+        """The store's URL for the workers, and the store itself for us, past all faults."""
+        url = (self.folder / "store").as_uri()
+        if self._needs.store == "s3":
+            url = f"s3://{s3.BUCKET}/{self.vhost}"
+        return url, open_store(StorageSettings(store_url=url, s3_endpoint_url=self.ground.s3_url))
+
+    def _worker(self, number: int) -> Part:
+        (port,) = free_ports(1)
+        return Part(
+            name=f"{self.vhost}-worker-{number}",
+            argv=(sys.executable, "-m", "producer.cli", "worker", "witness"),
+            env=self._env | {"INFERQ_PROBE_PORT": str(port), "INFERQ_WORKER_NAME": f"worker-{number}"},
+            probe=lambda: _not_ready(port),
+        )
+
+    # The run.
+
+    def send(self) -> None:
+        """Start the sender: the tasks fall due from now on."""
+        file = self.folder / "plan.jsonl"
+        plan.write(file, list(self.tasks.values()))
+        self._began = time.time()
+        part = Part(
+            name=f"{self.vhost}-sender",
+            argv=(
+                sys.executable, "-m", "tests.chaos.sender",
+                str(file), str(self.ledger.path), str(self._began),
+            ),
+            env=self._env,
+            probe=lambda: None,
+        )  # fmt: skip
+        self.sender = Kept(self.ground.crew, part, until_success=True)
+
+    def moments(self, every: float) -> Iterator[None]:
+        """Comes back about every so many seconds, until the time of the scenario is over."""
+        while time.time() < self._began + self._seconds:
+            time.sleep(every * self.random.uniform(0.6, 1.4))
+            yield
+
+    @contextmanager
+    def fault(self, what: str) -> Iterator[None]:
+        """Enter a fault into the ledger, and its end."""
+        name = secrets.token_hex(4)
+        self.ledger.note("fault", run=name, what=what)
+        yield
+        self.ledger.note("mended", run=name, what=what)
+
+    def kill(self, kept: Kept, what: str) -> None:
+        with self.fault(f"{what} killed"):
+            kept.kill()
+
+    # The end.
+
+    def ended(self) -> set[str]:
+        """The tasks that have a record, as far as it was seen."""
+        return {entry.task for entry in self.ledger.read() if entry.kind in ("result", "failure")}
+
+    def settle(self, limit: float) -> None:
+        """Wait, at most `limit` seconds, until all tasks are confirmed and ended and the queues empty."""
+        end = time.monotonic() + limit
+        count, since = -1, time.monotonic()
+        while time.monotonic() < end:
+            ended = len(self.ended() & self.tasks.keys())
+            if ended != count:
+                count, since = ended, time.monotonic()
+            empty = not any(self._depths().values())
+            sent = self.sender is None or self.sender.succeeded
+            if empty and sent and ended == len(self.tasks):
+                return
+            if empty and sent and time.monotonic() > since + _STUCK_SECONDS:
+                break
+            time.sleep(0.2)
+
+    def close_books(self) -> None:
+        """Stop everybody in good order, and enter what stands in the store and among the dead letters."""
+        if self.sender is not None:
+            self.sender.stop()
+        for worker in self.workers:
+            worker.stop()
+        self._stop_watching()
+        for info in self.store.list("tasks/default/"):
+            note_record(self.ledger, info.key, self.store.get(info.key), seen_by="the end")
+        settings = BrokerSettings(amqp_url=self.amqp_url)
+        with DeadLetters(settings, "witness") as letters:
+            for letter in letters.read():
+                self.ledger.note("dead", letter.task_id or "?", what=letter.reason)
+        for queue, count in self._depths().items():
+            if count:
+                self.problems.append(f"{count} messages are left in queue {queue}")
+        if missing := len(self.tasks.keys() - self.ledger.confirmed()):
+            self.problems.append(f"{missing} tasks were never confirmed")
+
+    def _stop_watching(self) -> None:
+        while self._watchers:
+            self._watchers.pop().stop()
+
+    def _depths(self) -> dict[str, int]:
+        """How many messages wait in each queue but that of the dead letters."""
+        names = [queue.name for queue in self._topology.queues if queue.name != dead_queue("witness")]
+        try:
+            connection = connect(BrokerSettings(amqp_url=self.amqp_url), name="chaos")
+            channel = connection.channel()
+            depths = {n: channel.queue_declare(n, passive=True).method.message_count or 0 for n in names}
+            connection.close()
+        except (BrokerUnavailable, AMQPError) as error:
+            return {f"(cannot be asked: {error})": 1}
+        return depths
+
+
+def _not_ready(port: int) -> str | None:
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5)
+    except httpx.HTTPError as error:
+        return str(error)
+    return None if answer.status_code == 200 else answer.text
