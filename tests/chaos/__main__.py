@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.chaos.broker import SingleNode
+from tests.chaos.broker import PrivateRabbit
+from tests.chaos.debian import NotHere, rabbitmq_4
 from tests.chaos.processes import Crew
 from tests.chaos.report import PAGE, read_rows, write_page, write_rows
 from tests.chaos.run import Row, log_tracebacks, play
@@ -43,10 +44,13 @@ def main() -> int:
     print(f"seeds {', '.join(map(str, seeds))}; ledgers and logs in {folder}", flush=True)
     try:
         with Crew(folder / "logs") as crew:
-            ground = Ground(crew, folder, SingleNode(crew, folder / "rabbitmq"))
-            for seed in seeds:
+            grounds: dict[tuple[Path | None, int], Ground] = {}
+            for seed, home in zip(seeds, _homes(given, len(seeds)), strict=True):
                 for scenario in chosen:
-                    row, told = play(scenario, ground, seed, quick=given.quick)
+                    key = home, scenario.nodes
+                    if key not in grounds:
+                        grounds[key] = _ground(crew, folder / f"ground-{len(grounds)}", *key)
+                    row, told = play(scenario, grounds[key], seed, quick=given.quick)
                     print(row.line(), *told, sep="\n", flush=True)
                     rows.append(row)
     finally:
@@ -69,11 +73,39 @@ def main() -> int:
     return 0 if green else 1
 
 
+def _ground(crew: Crew, folder: Path, home: Path | None, nodes: int) -> Ground:
+    folder.mkdir()
+    return Ground(crew, folder, PrivateRabbit(crew, folder / "rabbitmq", nodes=nodes, home=home))
+
+
+def _homes(given: argparse.Namespace, seeds: int) -> list[Path | None]:
+    """The RabbitMQ of each seed: None is the one that is installed, and the last of several is RabbitMQ 4."""
+    wanted = given.rabbitmq or ("4" if seeds > 1 else "installed")
+    if wanted == "installed":
+        return [None] * seeds
+    try:
+        home = rabbitmq_4(_RABBITMQ_4)
+    except NotHere as error:
+        if given.rabbitmq:
+            sys.exit(f"{error}")
+        print(f"skipped: the suite on RabbitMQ 4: {error}", flush=True)
+        return [None] * seeds
+    return [home] * seeds if given.rabbitmq else [*([None] * (seeds - 1)), home]
+
+
+_RABBITMQ_4 = Path(__file__).parents[2] / ".make" / "rabbitmq-4"
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, action="append", help="draw from this seed; may be repeated")
     parser.add_argument("--quick", action="store_true", help="fewer tasks and faults, and nothing is written")
     parser.add_argument("--only", choices=[s.name for s in SCENARIOS], nargs="+", help="only these scenarios")
+    parser.add_argument(
+        "--rabbitmq",
+        choices=["installed", "4"],
+        help="the RabbitMQ to run on; by default the installed one, and 4 for the last of several seeds",
+    )
     parser.add_argument("--keep", action="store_true", help="keep ledgers and logs of a green run too")
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="a run in several parts: gather their rows here"

@@ -164,9 +164,12 @@ class Kept:
     def children(self) -> list[int]:
         return self._process.children()
 
-    def stop(self) -> None:
+    def stop(self, *, hurry: bool = False) -> None:
+        """Start it no more, and end it: in good order, or at once."""
         self._stopping.set()
         self._thread.join()
+        if hurry:
+            self._process.kill()
         self._process.stop()
 
     def _start(self) -> Process:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import httpx
+
+from schemas import InferqError
 from tests.chaos.ledger import Entry
 from tests.chaos.plan import draw
 from tests.chaos.processes import eventually
@@ -74,7 +77,7 @@ def play(scenario: Scenario, ground: Ground, seed: int, *, quick: bool) -> tuple
             site.send()
             scenario.breaks(site)
             site.settle(SETTLE_SECONDS)
-        except (TimeoutError, RuntimeError) as error:
+        except (TimeoutError, RuntimeError, InferqError, httpx.HTTPError) as error:
             problems.append(f"the scenario broke off: {error}")
         site.close_books()
         entries = site.ledger.read()

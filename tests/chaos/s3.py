@@ -45,10 +45,14 @@ def moto() -> tuple[Part, int]:
 
 
 class FaultyS3:
-    """Forwards a free loopback port to the server on `target_port`; `mode` says what it does instead."""
+    """Forwards a free loopback port to the server on `target_port`; `mode` says what it does instead.
+
+    With `only_writes` the mode befalls those, while whoever reads is served.
+    """
 
     def __init__(self, target_port: int, ledger: Ledger) -> None:
         self.mode: Mode = "pass"
+        self.only_writes = False
         self._target_port = target_port
         self._ledger = ledger
         # moto looks for a key and then writes it, which two requests at once could both pass.
@@ -84,7 +88,7 @@ class FaultyS3:
         return Handler
 
     def _serve(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
-        mode = self.mode
+        mode = "pass" if self.only_writes and request.command != "PUT" else self.mode
         if mode == "hang":
             end = time.monotonic() + _HANG_SECONDS
             while self.mode == "hang" and time.monotonic() < end:

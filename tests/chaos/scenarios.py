@@ -15,6 +15,7 @@ from functools import partial
 from broker import BrokerSettings, Message, Publisher, routing_key
 from tests.chaos.plan import Load, PlannedTask, Trouble
 from tests.chaos.processes import eventually
+from tests.chaos.s3 import Mode
 from tests.chaos.site import Needs, Site
 
 HANDOVER_LIMIT = 1.0
@@ -31,6 +32,7 @@ class Scenario:
     load: Load
     quick: Load | None
     needs: Needs = field(default_factory=Needs)
+    nodes: int = 1
 
 
 def _load(tasks: int, seconds: float, *, busy: float = 1.2, **troubles: int) -> Load:
@@ -84,8 +86,9 @@ def spoil_lines(site: Site) -> None:
                 case "cut":
                     proxy.cut()
                 case "delayed and cut":
-                    proxy.delay(0.3)
-                    time.sleep(site.random.uniform(0.3, 0.8))
+                    # What was on its way for that long is lost.
+                    proxy.delay(0.8)
+                    time.sleep(site.random.uniform(0.4, 0.9))
                     proxy.cut()
                     proxy.delay(0)
                 case "half-closed":
@@ -113,23 +116,26 @@ def lose_redis(site: Site) -> None:
 
 
 def fail_s3(site: Site) -> None:
-    """In each outage, when what was computed is not yet written, a worker is killed or the lines are cut.
+    """In each outage, when what was computed is not yet written, lines are cut and a worker is killed.
 
-    The first loses the run, the second lets another worker run the same task beside it.
+    The first lets another worker run the same task beside it, the second loses a run.
     """
+    modes: list[tuple[Mode, str]] = [
+        ("error", "answers 500"),
+        ("hang", "hangs"),
+        ("lose", "loses its answers"),
+    ]
     for _ in site.moments(every=1.5):
-        mode, what = site.random.choice(
-            [("error", "S3 answers 500"), ("hang", "S3 hangs"), ("lose", "S3's answers lost")]
-        )
-        with site.fault(what):
-            site.s3.mode = mode  # type: ignore[assignment]
-            time.sleep(site.random.uniform(0.5, 1.5))
-            if site.random.random() < 0.5:
-                site.kill(site.random.choice(site.workers), "worker")
-            else:
-                with site.fault("connections cut"):
-                    site.proxies[0].cut()
-            time.sleep(site.random.uniform(0.5, 1.5))
+        mode, what = site.random.choice(modes)
+        site.s3.only_writes = site.random.random() < 0.6
+        with site.fault(f"S3 {what}"):
+            site.s3.mode = mode
+            time.sleep(site.random.uniform(0.5, 1.0))
+            with site.fault("connections cut"):
+                site.proxies[0].cut()
+            time.sleep(site.random.uniform(0.5, 1.0))
+            site.kill(site.random.choice(site.workers), "worker")
+            time.sleep(site.random.uniform(0.2, 0.8))
             site.s3.mode = "pass"
 
 
@@ -247,15 +253,23 @@ SCENARIOS: tuple[Scenario, ...] = (
         "`kill -9` and restart of the broker while it is published to and consumed from",
         kill_broker,
         _load(800, 40),
-        _load(150, 10),
+        _load(200, 14),
+    ),
+    Scenario(
+        "leader-kills",
+        "three-node cluster: `kill -9` and restart of the node that leads the queue",
+        kill_broker,
+        _load(600, 50),
+        None,
+        nodes=3,
     ),
     Scenario(
         "bad-lines",
         "connections to the broker cut, delayed, half-closed, refused",
         spoil_lines,
-        _load(600, 36),
-        _load(150, 8),
-        Needs(proxied=True),
+        _load(600, 36, busy=2.0),
+        _load(120, 8, busy=2.0),
+        Needs(workers=3, proxied=True),
     ),
     Scenario(
         "redis",
@@ -266,11 +280,11 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "s3",
-        "S3 answering 500, hanging, losing its answers; a worker killed or connections cut in each outage",
+        "S3 answering 500, hanging, losing its answers; connections cut and a worker killed meanwhile",
         fail_s3,
-        _load(500, 40),
-        _load(80, 8),
-        Needs(store="s3", proxied=True),
+        _load(500, 40, busy=2.0),
+        _load(100, 11, busy=2.0),
+        Needs(workers=3, store="s3", proxied=True),
     ),
     Scenario(
         "sender-kills",
@@ -290,8 +304,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         "disk-alarm",
         "disk alarm raised and cleared, the workers killed while it lasts",
         fill_disk,
-        _load(600, 36, busy=2.2, transient=60, invalid=10),
-        _load(120, 8, busy=2.2, transient=15, invalid=3),
+        _load(600, 36, busy=2.2, transient=120, invalid=10),
+        _load(120, 8, busy=2.2, transient=40, invalid=3),
     ),
     Scenario(
         "deadly-tasks",

@@ -152,9 +152,9 @@ class Site:
         self.sender: Kept | None = None
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         for kept in [*([self.sender] if self.sender else []), *self.workers]:
-            kept.stop()
+            kept.stop(hurry=kind is not None)
         self._stop_watching()
         self.s3.close()
         for proxy in self.proxies:

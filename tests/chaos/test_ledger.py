@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -24,18 +25,9 @@ def entries(*lines: str) -> list[Entry]:
     """Entries of task `a` from `kind what run content`, with `-` for what is empty."""
     made = []
     for moment, line in enumerate(lines):
-        kind, what, run, content = [*line.split(), "-", "-", "-"][:4]
-        empty = {"-": ""}
-        made.append(
-            Entry(
-                kind,
-                "a",
-                float(moment),
-                empty.get(run, run),
-                empty.get(what, what),
-                empty.get(content, content),
-            )  # type: ignore[arg-type]
-        )
+        kind, *rest = line.split()
+        what, run, content = ["" if part == "-" else part for part in [*rest, "-", "-", "-"][:3]]
+        made.append(Entry(cast(Kind, kind), "a", float(moment), run, what, content))
     return made
 
 
