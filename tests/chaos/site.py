@@ -83,6 +83,7 @@ class Needs:
     """What a scenario needs of its site."""
 
     workers: int = 2
+    slots: int = 1
     store: STORES = "folder"
     proxied: bool = False
 
@@ -146,6 +147,7 @@ class Site:
             "INFERQ_S3_ENDPOINT_URL": self.s3.url,
             "INFERQ_SCRATCH_DIR": str(self.folder),
             "INFERQ_GRACE_SECONDS": "10",
+            "INFERQ_SLOTS": str(self._needs.slots),
             "WITNESS_LEDGER": str(self.ledger.path),
         }
         self.workers = [Kept(self.ground.crew, self._worker(n)) for n in range(self._needs.workers)]
