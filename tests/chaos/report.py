@@ -44,16 +44,16 @@ def write_page(rows: Sequence[Row]) -> None:
 
 def _lines(rows: Sequence[Row]) -> Iterable[str]:
     yield _HEAD
-    titles = "scenario", "seed", "tasks", "faults", "lost", "second results", "unexpected", "run again"
-    yield f"| {' | '.join(titles)} | back after s |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    titles = ["scenario", "RabbitMQ", "seed", "tasks", "faults", "lost", "second results", "unexpected"]
+    yield f"| {' | '.join(titles)} | run again | back after s |"
+    yield f"| --- {'| ---: ' * 9}|"
     for row in rows:
         yield (
-            f"| {row.title} | {row.seed} | {row.tasks} | {row.fault_count} | {row.lost} | "
+            f"| {row.title} | {row.rabbitmq} | {row.seed} | {row.tasks} | {row.fault_count} | {row.lost} | "
             f"{row.second_results} | {row.unexpected} | {row.repeated} | {_spread(row.recovery)} |"
         )
     yield (
-        f"| **all** | | **{sum(r.tasks for r in rows)}** | **{sum(r.fault_count for r in rows)}** | "
+        f"| **all** | | | **{sum(r.tasks for r in rows)}** | **{sum(r.fault_count for r in rows)}** | "
         f"**{sum(r.lost for r in rows)}** | **{sum(r.second_results for r in rows)}** | "
         f"**{sum(r.unexpected for r in rows)}** | **{sum(r.repeated for r in rows)}** | |"
     )
@@ -68,10 +68,9 @@ def _lines(rows: Sequence[Row]) -> Iterable[str]:
         )
     yield ""
     yield (
-        f"{datetime.now(UTC):%Y-%m-%d}; {os.cpu_count()} cores, {platform.machine()}, {platform.system()} "
-        f"{platform.release()}; Python {platform.python_version()}, "
-        f"RabbitMQ {', '.join(sorted({row.rabbitmq for row in rows}))}, pika {version('pika')}, "
-        f"redis-py {version('redis')}, moto {version('moto')}."
+        f"{datetime.now(UTC):%Y-%m-%d}; {os.cpu_count()} cores, {platform.machine()}, {platform.system()}; "
+        f"Python {platform.python_version()}, RabbitMQ {', '.join(sorted({row.rabbitmq for row in rows}))}, "
+        f"pika {version('pika')}, redis-py {version('redis')}, moto {version('moto')}."
     )
 
 

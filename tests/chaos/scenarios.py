@@ -186,7 +186,7 @@ def hand_over(site: Site) -> None:
     publisher = Publisher(BrokerSettings(amqp_url=site.amqp_url), name="chaos")
     publisher.start()
     waits: list[float] = []
-    for number in range(_HANDOVERS[site.quick]):
+    for number in range(5 if site.quick else 15):
         eventually(lambda: all(worker.ready() for worker in site.workers), 60, "two idle workers")
         task = PlannedTask(f"handover-task-{number}", seconds=0.5)
         site.tasks[task.id] = task
@@ -212,9 +212,6 @@ def hand_over(site: Site) -> None:
 
 def _has_ended(site: Site, task: str) -> bool:
     return task in site.ended()
-
-
-_HANDOVERS = {False: 15, True: 5}
 
 
 def _starts(site: Site, task: str, count: int) -> list[tuple[float, str]]:
