@@ -55,7 +55,7 @@ def main() -> int:
                     rows.append(row)
     finally:
         if given.rows:
-            rows = [*read_rows(given.rows), *rows]
+            rows = _merged([*read_rows(given.rows), *rows])
             write_rows(given.rows, rows)
     green = all(row.green for row in rows)
     tasks, faults = sum(row.tasks for row in rows), sum(row.fault_count for row in rows)
@@ -76,6 +76,13 @@ def main() -> int:
 def _ground(crew: Crew, folder: Path, home: Path | None, nodes: int) -> Ground:
     folder.mkdir()
     return Ground(crew, folder, PrivateRabbit(crew, folder / "rabbitmq", nodes=nodes, home=home))
+
+
+def _merged(rows: list[Row]) -> list[Row]:
+    """Of each seed and scenario the last row, in the order of a run in one part."""
+    order = [scenario.name for scenario in SCENARIOS]
+    last = {(row.seed, order.index(row.scenario)): row for row in rows}
+    return [last[key] for key in sorted(last)]
 
 
 def _homes(given: argparse.Namespace, seeds: int) -> list[Path | None]:

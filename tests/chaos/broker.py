@@ -85,9 +85,11 @@ class PrivateRabbit:
         if self._epmd_process is None:
             self._epmd_process = self._crew.start(self._epmd)
             self._epmd_process.wait_ready()
+        # All at once: RabbitMQ 4 waits for the other nodes of its cluster before it serves.
         for member in self._members:
             if not member.running:
                 member.process = self._crew.start(member.part)
+        for member in self._members:
             assert member.process is not None
             member.process.wait_ready()
         if len(self._members) > 1:
