@@ -58,6 +58,9 @@ _TICK_SECONDS = 0.2
 _LOAN_SECONDS = 0.1
 """How long a borrowed loop may stand still before the connection's own thread takes it back."""
 
+_RECONNECT_CAP = 3.0
+"""Seconds between attempts at most: a broker that is back should not wait for its workers."""
+
 _REFUSED_WAIT = 10.0
 """Seconds between attempts where the broker refuses us: wrong credentials do not mend themselves soon."""
 
@@ -211,7 +214,7 @@ class BrokerThread:
             if self._closing.is_set():
                 break
             self._failures += 1
-            wait = _REFUSED_WAIT if self._refused else backoff(self._failures)
+            wait = _REFUSED_WAIT if self._refused else backoff(self._failures, cap=_RECONNECT_CAP)
             level = logging.ERROR if self._refused else logging.WARNING
             _log.log(level, "%s: %s; next attempt in %.1f s", self.name, self.last_error, wait)
             while wait > 0 and not self._closing.wait(min(wait, 0.2)):
