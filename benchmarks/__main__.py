@@ -99,7 +99,7 @@ def _latency(ground: Site, share: int, say: Say) -> None:
     contestants = [
         Inferq(ground), Inferq(ground, lanes="high,normal,low"), Celery(ground), Dramatiq(ground),
     ]  # fmt: skip
-    found = idle_latencies(contestants, count=400 // share)
+    found = idle_latencies(contestants, count=100 // share, rounds=4)
     say("## Idle latency: from before the publish to the start of the task's body")
     say("")
     p50 = {name: statistics.median(seconds) * 1000 for name, seconds in found.items()}

@@ -40,17 +40,16 @@ def drain_rates(contestants: Sequence[Contestant], *, count: int, rounds: int) -
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
-def idle_latencies(contestants: Sequence[Contestant], *, count: int) -> dict[str, list[float]]:
+def idle_latencies(contestants: Sequence[Contestant], *, count: int, rounds: int) -> dict[str, list[float]]:
     """Seconds from before the publish to the start of the task's body, with nothing else to do."""
-    found: dict[str, list[float]] = {}
-    for contestant in contestants:
-        with contestant.worker():
-            contestant.started(contestant.publish(1)[0])
-            seconds = []
-            for _ in range(count):
-                time.sleep(0.03)  # idle: the worker waits again, in all its lanes
-                began = time.time()
-                (task,) = contestant.publish(1)
-                seconds.append(contestant.started(task) - began)
-        found[contestant.name] = seconds
+    found: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(rounds):
+        for contestant in contestants:
+            with contestant.worker():
+                contestant.started(contestant.publish(1)[0])
+                for _ in range(count):
+                    time.sleep(0.03)  # idle: the worker waits again, in all its lanes
+                    began = time.time()
+                    (task,) = contestant.publish(1)
+                    found[contestant.name].append(contestant.started(task) - began)
     return found
