@@ -75,7 +75,8 @@ _TAKES_DOWN = (
 class Facts:
     """What is known of a delivery before its run.
 
-    `lost_runs`: how many runs of this attempt began in a row and came to no orderly end, by the status index.
+    `lost_runs`: how many runs of this attempt began in a row and came to no orderly end, by the status index;
+    None where it does not count this one.
     `deliveries`: how often the broker handed this copy out before.
     """
 
@@ -87,7 +88,7 @@ class Facts:
     ended: Result | None = None
     recorded_digest: str | None = None
     cancel_requested: bool = False
-    lost_runs: int = 0
+    lost_runs: int | None = None
     deliveries: int = 0
 
 
@@ -129,7 +130,7 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
             )
         )
     # More runs than this copy was handed out for are those of other copies, which may be running still.
-    lost = min(facts.lost_runs, facts.deliveries)
+    lost = min(facts.lost_runs or 0, facts.deliveries)
     if lost >= MAX_LOST_RUNS:
         return Bury(
             InvalidTask(
@@ -137,7 +138,9 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
                 code="poison",
             )
         )
-    if facts.deliveries >= MAX_DELIVERIES:
+    # Whoever has counted the runs knows better than the broker, which may count what was given back.
+    forgotten = facts.lost_runs is None or facts.recorded_digest is None
+    if forgotten and facts.deliveries >= MAX_DELIVERIES:
         return Bury(
             InvalidTask(
                 f"the task was handed out {facts.deliveries} times and came to no end: {_TAKES_DOWN}",

@@ -162,7 +162,7 @@ class TaskRun:
             ended=ended,
             recorded_digest=begun.digest if begun else None,
             cancel_requested=begun.cancel_requested if begun else False,
-            lost_runs=begun.lost_runs if begun else 0,
+            lost_runs=begun.lost_runs if begun else None,
             deliveries=delivery.deliveries,
         )
         match before_run(facts):

@@ -71,13 +71,14 @@ class Begun:
     """What stood on record as a run began; `digest` is None where the task was not on record.
 
     `lost_runs` is how many runs of this attempt began before it, in a row, and came to no orderly end: no
-    result, no retry, not given back. Most likely their workers died.
+    result, no retry, not given back. Most likely their workers died. None: this run was not counted, since
+    the record is further on than its attempt.
     """
 
     cancel_requested: bool
     digest: str | None
     state: State
-    lost_runs: int = 0
+    lost_runs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,12 @@ class StatusIndex:
 
         def begun() -> Begun:
             recorded, cancel, state, lost = answer()
-            return Begun(cancel_requested=bool(cancel), digest=recorded or None, state=state, lost_runs=lost)
+            return Begun(
+                cancel_requested=bool(cancel),
+                digest=recorded or None,
+                state=state,
+                lost_runs=None if lost < 0 else lost,
+            )
 
         return begun
 

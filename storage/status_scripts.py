@@ -159,7 +159,7 @@ _BEGIN = """
 local attempt, redrives, worker, started, event = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
 local run = ARGV[15]
 local begins = order_of(redrives, attempt, RUNNING)
-local lost = 0
+local lost = -1
 if not conflict and begins >= order then
   local runs = 1
   if begins == order then

@@ -137,6 +137,13 @@ def test_a_task_that_never_comes_to_an_end_is_given_up() -> None:
     assert decide(task(), deliveries=MAX_DELIVERIES, ended=done) == Skip(done)
 
 
+def test_what_was_given_back_often_is_no_poison_where_the_runs_are_counted() -> None:
+    own = task().digest()
+    assert decide(task(), deliveries=1000, recorded_digest=own, lost_runs=0) == Run()
+    assert is_poison(decide(task(), deliveries=1000, recorded_digest=own))
+    assert is_poison(decide(task(), deliveries=1000, lost_runs=0))
+
+
 attempts = st.integers(1, 50)
 
 
@@ -189,7 +196,7 @@ def facts(draw: st.DrawFn) -> Facts:
         ended=record,
         recorded_digest=draw(digests),
         cancel_requested=draw(st.booleans()),
-        lost_runs=draw(st.integers(0, 2 * MAX_LOST_RUNS)),
+        lost_runs=draw(st.none() | st.integers(0, 2 * MAX_LOST_RUNS)),
         deliveries=draw(st.integers(0, MAX_DELIVERIES + 5)),
     )
 
@@ -259,8 +266,9 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
         assert owned(known)
         assert not known.cancel_requested
         assert known.task.expires_at is None or known.task.expires_at > NOW
-        assert min(known.lost_runs, known.deliveries) < MAX_LOST_RUNS
-        assert known.deliveries < MAX_DELIVERIES
+        assert min(known.lost_runs or 0, known.deliveries) < MAX_LOST_RUNS
+        if known.lost_runs is None or known.recorded_digest is None:
+            assert known.deliveries < MAX_DELIVERIES
 
 
 @given(facts())
@@ -276,7 +284,8 @@ def test_what_nothing_speaks_against_runs(known: Facts) -> None:
 def test_more_lost_runs_or_deliveries_never_make_a_poison_task_run(
     known: Facts, lost_runs: int, deliveries: int
 ) -> None:
-    worse = replace(known, lost_runs=known.lost_runs + lost_runs, deliveries=known.deliveries + deliveries)
+    more = None if known.lost_runs is None else known.lost_runs + lost_runs
+    worse = replace(known, lost_runs=more, deliveries=known.deliveries + deliveries)
     before, after = before_run(known), before_run(worse)
     if before == Run():
         assert after == Run() or is_poison(after)
