@@ -23,7 +23,7 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 	@exec $(BIN)/inferq up
 
 test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
-	@$(BIN)/python -m pytest --cov --cov-fail-under=90 $(ARGS)
+	@$(BIN)/python -m pytest --cov --cov-fail-under=90 -n 2 --dist loadfile $(ARGS)
 
 chaos: .make/test | system ## break everything that can break, count what was lost, write docs/reliability.md
 	@exec $(BIN)/python -m tests.chaos $(ARGS)
