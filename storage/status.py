@@ -7,15 +7,12 @@ themselves: this is for one Redis (or a failover pair), not for a Redis Cluster.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import redis
@@ -26,10 +23,7 @@ from redis.retry import Retry
 from schemas import (
     ErrorInfo,
     Event,
-    EventData,
-    EventType,
     InstallationError,
-    InvalidTask,
     Outage,
     Result,
     State,
@@ -39,6 +33,15 @@ from schemas import (
 from storage import status_scripts as scripts
 from storage.encoding import clean, to_json
 from storage.settings import StorageSettings
+from storage.status_fields import (
+    as_text,
+    event_json,
+    micros,
+    read_cursor,
+    read_status,
+    task_fields,
+    write_cursor,
+)
 
 MAX_PAGE = 500
 """The most statuses that one page of a listing holds."""
@@ -46,8 +49,6 @@ MAX_PAGE = 500
 _FAST_FAIL_SECONDS = 1.0
 _SCAN_ROUNDS = 20
 _MAX_NOTE = 500
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
 
 
 class StatusOutage(Outage):
@@ -138,16 +139,16 @@ class StatusIndex:
     def submit(self, task: Task, *, attempt: int = 1) -> Submission:
         """Put a task on record, not yet confirmed, unless it is there already."""
         reply = self._change(
-            "submit", task.tenant, task.task_id, [*_facts(task), attempt, secrets.token_hex(6)]
+            "submit", task.tenant, task.task_id, [*task_fields(task), attempt, secrets.token_hex(6)]
         )
         new, confirmed, conflict, *fields = reply
-        status = _status(task.tenant, task.task_id, fields)
+        status = read_status(task.tenant, task.task_id, fields)
         return Submission(new=bool(new), confirmed=bool(confirmed), conflict=bool(conflict), status=status)
 
     def confirm(self, task: Task) -> None:
         """The broker has the task; publishes `task.queued`, once."""
-        event = _event("task.queued", task, "queued")
-        self._change("confirm", task.tenant, task.task_id, [*_facts(task), event])
+        event = event_json("task.queued", task, "queued")
+        self._change("confirm", task.tenant, task.task_id, [*task_fields(task), event])
 
     def forget(self, task: Task) -> None:
         """Undo `submit` where publishing failed; does nothing once the task is confirmed or has begun."""
@@ -191,12 +192,12 @@ class StatusIndex:
         run: str,
     ) -> Callable[[], Begun]:
         """As `begin`, but only sent: what this gives waits for the answer, so other work can go between."""
-        event = _event("task.started", task, "running", attempt=attempt, at=started_at)
+        event = event_json("task.started", task, "running", attempt=attempt, at=started_at)
         answer = self._start(
             "begin",
             task.tenant,
             task.task_id,
-            [*_facts(task, digest), attempt, redrives, clean(worker), _micros(started_at), event, run],
+            [*task_fields(task, digest), attempt, redrives, clean(worker), micros(started_at), event, run],
         )
 
         def begun() -> Begun:
@@ -224,12 +225,12 @@ class StatusIndex:
 
     def retrying(self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo) -> None:
         """The attempt failed, and another one waits in a retry level."""
-        event = _event("task.retrying", task, "retrying", attempt=attempt, error=error)
+        event = event_json("task.retrying", task, "retrying", attempt=attempt, error=error)
         self._change(
             "retrying",
             task.tenant,
             task.task_id,
-            [*_facts(task), attempt, redrives, to_json(error), event],
+            [*task_fields(task), attempt, redrives, to_json(error), event],
         )
 
     def ended(self, result: Result) -> bool:
@@ -251,15 +252,15 @@ class StatusIndex:
             "",
             result.batch_id or "",
             result.digest or "",
-            _micros(result.created_at),
+            micros(result.created_at),
         ]
         return [
             *facts,
             result.attempts,
             result.redrives,
             result.status,
-            _micros(result.started_at),
-            _micros(result.finished_at),
+            micros(result.started_at),
+            micros(result.finished_at),
             clean(result.worker or ""),
             to_json(result.error) if result.error else "",
             to_json(Event.of_result(result)),
@@ -269,15 +270,15 @@ class StatusIndex:
     def request_cancel(self, tenant: str, task_id: str) -> TaskStatus | None:
         """Ask for a task to be cancelled; None where it is unknown. One that has ended stays as it is."""
         fields = self._change("cancel", tenant, task_id, [])
-        return _status(tenant, task_id, fields) if fields else None
+        return read_status(tenant, task_id, fields) if fields else None
 
     def cancel_requested(self, tenant: str, task_id: str) -> bool:
         return bool(self._call(lambda: self._redis.hexists(scripts.record_key(tenant, task_id), "x")))
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
         reply = self._call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))
-        fields = [_text(part) for pair in reply.items() for part in pair]
-        return _status(tenant, task_id, fields) if fields else None
+        fields = [as_text(part) for pair in reply.items() for part in pair]
+        return read_status(tenant, task_id, fields) if fields else None
 
     def list(
         self,
@@ -295,7 +296,7 @@ class StatusIndex:
         over very many others is cut short; its cursor leads on. Raises InvalidTask for a bad cursor.
         """
         limit = min(max(limit, 1), MAX_PAGE)
-        score, last = _read_cursor(cursor) if cursor else ("", "")
+        score, last = read_cursor(cursor) if cursor else ("", "")
         items: list[tuple[str, str, TaskStatus]] = []
         for _ in range(_SCAN_ROUNDS):
             wanted = limit + 1 - len(items)
@@ -305,7 +306,7 @@ class StatusIndex:
                 [tenant, task_type or "", state or "", batch_id or "", score, last, wanted],
             )
             score, last, *rows = reply
-            items += [(row[0], row[1], _status(tenant, row[1], row[2])) for row in rows]
+            items += [(row[0], row[1], read_status(tenant, row[1], row[2])) for row in rows]
             if len(items) > limit:
                 items = items[:limit]
                 score, last = items[-1][:2]
@@ -313,7 +314,7 @@ class StatusIndex:
             if not last:
                 break
         return Page(
-            items=tuple(status for *_, status in items), cursor=_write_cursor(score, last) if last else None
+            items=tuple(status for *_, status in items), cursor=write_cursor(score, last) if last else None
         )
 
     @property
@@ -372,7 +373,7 @@ class StatusIndex:
                 self._drop_own_connection()
                 return whole_call()
             own.awaited = None
-            return _text(reply)
+            return as_text(reply)
 
         return answer
 
@@ -392,12 +393,12 @@ class StatusIndex:
             self._redis.connection_pool.release(connection)
 
     def _head(self, tenant: str, task_id: str) -> Sequence[Any]:
-        return [tenant, task_id, self._retention, _micros(datetime.now(UTC))]
+        return [tenant, task_id, self._retention, micros(datetime.now(UTC))]
 
     def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         script = self._scripts[name]
         reply = self._call(lambda: script(keys=keys, args=arguments))
-        return _text(reply)
+        return as_text(reply)
 
     def _call(self, command: Callable[[], Any]) -> Any:
         with self._lock:
@@ -430,90 +431,3 @@ class StatusIndex:
         options = self._redis.connection_pool.connection_kwargs
         path = options.get("path")
         return str(path) if path else f"{options.get('host', '?')}:{options.get('port', '?')}"
-
-
-def _facts(task: Task, digest: str | None = None) -> list[Any]:
-    digest = digest or task.digest()
-    return [task.task_type, task.priority, task.batch_id or "", digest, _micros(task.created_at)]
-
-
-def _event(
-    kind: EventType,
-    task: Task,
-    state: State,
-    *,
-    attempt: int = 1,
-    at: datetime | None = None,
-    error: ErrorInfo | None = None,
-) -> str:
-    data = EventData(
-        task_id=task.task_id,
-        task_type=task.task_type,
-        tenant=task.tenant,
-        state=state,
-        attempt=attempt,
-        batch_id=task.batch_id,
-        error=error,
-        metadata=task.metadata,
-    )
-    return to_json(Event(type=kind, timestamp=at or datetime.now(UTC), data=data))
-
-
-def _status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
-    record = dict(zip(fields[::2], fields[1::2], strict=True))
-    error = record.get("e")
-    return TaskStatus(
-        task_id=task_id,
-        task_type=record.get("ty", ""),
-        tenant=tenant,
-        state=record["s"],
-        attempt=int(record.get("a", 1)),
-        priority=record.get("p") or "normal",
-        progress=float(record["g"]) if "g" in record else None,
-        progress_note=record.get("n") or None,
-        batch_id=record.get("b") or None,
-        worker=record.get("w") or None,
-        error=ErrorInfo.model_validate_json(error) if error else None,
-        created_at=_time(record.get("c")),
-        started_at=_time(record.get("st")),
-        finished_at=_time(record.get("f")),
-        cancel_requested="x" in record,
-    )
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, list):
-        return [_text(part) for part in value]
-    return value
-
-
-def _micros(moment: datetime | None) -> str:
-    return "" if moment is None else str((moment - _EPOCH) // timedelta(microseconds=1))
-
-
-def _time(micros: str | None) -> datetime | None:
-    return _EPOCH + timedelta(microseconds=int(micros)) if micros else None
-
-
-def _write_cursor(score: str, task_id: str) -> str:
-    return base64.urlsafe_b64encode(f"{score}:{task_id}".encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> tuple[str, str]:
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
-    except (ValueError, binascii.Error) as error:
-        raise _bad_cursor(cursor) from error
-    match = _CURSOR.fullmatch(raw)
-    if not match:
-        raise _bad_cursor(cursor)
-    return match[1], match[2]
-
-
-def _bad_cursor(cursor: str) -> InvalidTask:
-    return InvalidTask(
-        f"{cursor[:100]!r} is not a cursor of a task listing: pass the one that the page before gave",
-        code="bad_cursor",
-    )

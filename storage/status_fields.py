@@ -1,0 +1,109 @@
+"""What the status index keeps of a task, as Redis holds it: short fields, microseconds, cursors."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from schemas import ErrorInfo, Event, EventData, EventType, InvalidTask, State, Task, TaskStatus
+from storage.encoding import to_json
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
+
+
+def task_fields(task: Task, digest: str | None = None) -> list[Any]:
+    """What a script needs to put a task on record; `digest` spares computing it."""
+    digest = digest or task.digest()
+    return [task.task_type, task.priority, task.batch_id or "", digest, micros(task.created_at)]
+
+
+def event_json(
+    kind: EventType,
+    task: Task,
+    state: State,
+    *,
+    attempt: int = 1,
+    at: datetime | None = None,
+    error: ErrorInfo | None = None,
+) -> str:
+    """The JSON of an event of a task that has not ended."""
+    data = EventData(
+        task_id=task.task_id,
+        task_type=task.task_type,
+        tenant=task.tenant,
+        state=state,
+        attempt=attempt,
+        batch_id=task.batch_id,
+        error=error,
+        metadata=task.metadata,
+    )
+    return to_json(Event(type=kind, timestamp=at or datetime.now(UTC), data=data))
+
+
+def read_status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
+    """The status that a hash amounts to; `fields` are its names and values in turn."""
+    record = dict(zip(fields[::2], fields[1::2], strict=True))
+    error = record.get("e")
+    return TaskStatus(
+        task_id=task_id,
+        task_type=record.get("ty", ""),
+        tenant=tenant,
+        state=record["s"],
+        attempt=int(record.get("a", 1)),
+        priority=record.get("p") or "normal",
+        progress=float(record["g"]) if "g" in record else None,
+        progress_note=record.get("n") or None,
+        batch_id=record.get("b") or None,
+        worker=record.get("w") or None,
+        error=ErrorInfo.model_validate_json(error) if error else None,
+        created_at=_time(record.get("c")),
+        started_at=_time(record.get("st")),
+        finished_at=_time(record.get("f")),
+        cancel_requested="x" in record,
+    )
+
+
+def as_text(value: Any) -> Any:
+    """A script's reply with its bytes decoded, lists included."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [as_text(part) for part in value]
+    return value
+
+
+def micros(moment: datetime | None) -> str:
+    """Microseconds since 1970; empty for none."""
+    return "" if moment is None else str((moment - _EPOCH) // timedelta(microseconds=1))
+
+
+def _time(micros: str | None) -> datetime | None:
+    return _EPOCH + timedelta(microseconds=int(micros)) if micros else None
+
+
+def write_cursor(score: str, task_id: str) -> str:
+    """The cursor of a page that ended with this entry."""
+    return base64.urlsafe_b64encode(f"{score}:{task_id}".encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str) -> tuple[str, str]:
+    """The entry that a page ended with. Raises InvalidTask."""
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+    except (ValueError, binascii.Error) as error:
+        raise _bad_cursor(cursor) from error
+    match = _CURSOR.fullmatch(raw)
+    if not match:
+        raise _bad_cursor(cursor)
+    return match[1], match[2]
+
+
+def _bad_cursor(cursor: str) -> InvalidTask:
+    return InvalidTask(
+        f"{cursor[:100]!r} is not a cursor of a task listing: pass the one that the page before gave",
+        code="bad_cursor",
+    )
