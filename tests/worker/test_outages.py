@@ -209,22 +209,27 @@ def remote(s3_url: str, aws: None, bucket: str) -> Iterator[RemoteStore]:
     line.close()
 
 
+def finish_in_an_outage(site: Site, remote: RemoteStore, worker: WorkerProcess, tmp_path: Path) -> str:
+    """Have a run end while S3 is away: its worker waits with the result in hand. Gives the task's id."""
+    marker, gate = tmp_path / "m", tmp_path / "g"
+    task_id = site.publish({"fault": "gate", "options": {"marker": str(marker), "gate": str(gate)}})
+    eventually(lambda: starts(marker) == 1)
+    remote.line.refuse()
+    gate.touch()
+    eventually(lambda: waits_for(worker, "object store"), what="a pause")
+    return task_id
+
+
 def test_a_finished_inference_outlasts_an_outage_of_s3(
     site: Site, remote: RemoteStore, tmp_path: Path
 ) -> None:
     worker = site.worker(**remote.settings)
-    marker = tmp_path / "m"
-    options = {"marker": str(marker), "gate": str(tmp_path / "g")}
-    task_id = site.publish({"fault": "gate", "options": options})
-    eventually(lambda: starts(marker) == 1)
-    remote.line.refuse()
-    (tmp_path / "g").touch()
-    eventually(lambda: waits_for(worker, "object store"), what="a pause")
+    task_id = finish_in_an_outage(site, remote, worker, tmp_path)
     assert paused(worker, "object store")
     remote.line.refuse(False)
     result = eventually(lambda: remote.results.load("default", task_id), 40)
     assert (result.status, result.attempts) == ("succeeded", 1)
-    assert starts(marker) == 1
+    assert starts(tmp_path / "m") == 1
     eventually(worker.ready)
     assert not paused(worker, "object store")
     assert site.depth("inference.retry.5s") == 0
@@ -234,13 +239,7 @@ def test_a_worker_that_is_stopped_in_an_outage_of_s3_gives_the_task_back_without
     site: Site, remote: RemoteStore, tmp_path: Path
 ) -> None:
     worker = site.worker(**remote.settings, INFERQ_GRACE_SECONDS="1")
-    marker = tmp_path / "m"
-    options = {"marker": str(marker), "gate": str(tmp_path / "g")}
-    task_id = site.publish({"fault": "gate", "options": options})
-    eventually(lambda: starts(marker) == 1)
-    remote.line.refuse()
-    (tmp_path / "g").touch()
-    eventually(lambda: waits_for(worker, "object store"), what="a pause")
+    task_id = finish_in_an_outage(site, remote, worker, tmp_path)
     assert worker.stop(timeout=30) == 0
     eventually(lambda: site.depth("inference.faulty.normal") == 1)
     remote.line.refuse(False)
