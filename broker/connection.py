@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -67,6 +67,12 @@ _REFUSED_WAIT = 10.0
 
 def _nothing() -> None:
     """Wakes the loop up, and no more."""
+
+
+class _Connection(pika.SelectConnection):
+    def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:
+        # pika makes a system call, and the broker a wake-up, of each frame; a message has three.
+        super()._output_marshaled_frames([b"".join(marshaled_frames)])  # type: ignore[misc]
 
 
 class BrokerThread:
@@ -236,7 +242,7 @@ class BrokerThread:
         with self._lock:
             self._loop = loop
         try:
-            self._connection = pika.SelectConnection(
+            self._connection = _Connection(
                 parameters,
                 on_open_callback=self._connection_open,
                 on_open_error_callback=lambda _c, error: self._failed(where, error),

@@ -29,6 +29,7 @@ from consumers.engine_messages import (
     Done,
     Failed,
     FileNote,
+    Prepare,
     Progress,
     Ready,
     Run,
@@ -40,6 +41,7 @@ from schemas import (
     InferqError,
     InstallationError,
     InvalidTask,
+    Task,
     TaskType,
     TransientFailure,
     describe_faults,
@@ -109,11 +111,18 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
         send(pipe, Unable(code=code, message=message[:4000], permanent=permanent))
         return
     send(pipe, Ready(engine=info))
+    task: Task | InvalidTask = InvalidTask("no task was prepared")
     try:
         while True:
-            order = from_worker(pipe)
-            if isinstance(order, Run):  # an abort here comes too late: its run has ended
-                send(pipe, _run(engine, task_type, order, pipe))
+            match from_worker(pipe):
+                case Prepare(task=body):
+                    task = _read(body)
+                case Run(task=body) as run:
+                    if body is not None:
+                        task = _read(body)
+                    send(pipe, _run(engine, task_type, task, run, pipe))
+                case Abort():
+                    pass  # it comes too late: its run has ended
     finally:
         engine.close()
 
@@ -126,7 +135,16 @@ def _load_class(task_type: TaskType) -> type[Engine[Any]]:
     return found
 
 
-def _run(engine: Engine[Any], task_type: TaskType, run: Run, pipe: Connection) -> BaseModel:
+def _read(body: str) -> Task | InvalidTask:
+    try:
+        return parse_task(body)
+    except InvalidTask as error:  # the worker's types are of another version, then
+        return error
+
+
+def _run(
+    engine: Engine[Any], task_type: TaskType, task: Task | InvalidTask, run: Run, pipe: Connection
+) -> BaseModel:
     began = time.monotonic()
     context = Context(
         folder=Path(run.scratch),
@@ -137,7 +155,9 @@ def _run(engine: Engine[Any], task_type: TaskType, run: Run, pipe: Connection) -
         abort_requested=_AbortFlag(pipe),
     )
     try:
-        output = engine.run(parse_task(run.task), context)
+        if isinstance(task, InvalidTask):
+            raise task
+        output = engine.run(task, context)
         return _done(task_type, output, context, time.monotonic() - began)
     except TaskAborted:
         return Aborted()

@@ -31,11 +31,18 @@ class FileNote(_Message):
     bytes: int = 0
 
 
+class Prepare(_Message):
+    """The task of the next run: the engine process reads it while the worker still asks whether to run it."""
+
+    kind: Literal["prepare"] = "prepare"
+    task: str
+
+
 class Run(_Message):
-    """Compute this task."""
+    """Compute this task, or, where it is None, the one that was prepared."""
 
     kind: Literal["run"] = "run"
-    task: str
+    task: str | None
     scratch: str
     inputs: dict[str, FileNote] = {}
 
@@ -99,10 +106,10 @@ class Aborted(_Message):
     kind: Literal["aborted"] = "aborted"
 
 
-FromWorker = Annotated[Run | Abort, Field(discriminator="kind")]
+FromWorker = Annotated[Prepare | Run | Abort, Field(discriminator="kind")]
 FromEngine = Annotated[Ready | Unable | Progress | Done | Failed | Aborted, Field(discriminator="kind")]
 
-_from_worker: TypeAdapter[Run | Abort] = TypeAdapter(FromWorker)
+_from_worker: TypeAdapter[Prepare | Run | Abort] = TypeAdapter(FromWorker)
 _from_engine: TypeAdapter[Ready | Unable | Progress | Done | Failed | Aborted] = TypeAdapter(FromEngine)
 
 
@@ -111,7 +118,7 @@ def send(pipe: Connection, message: BaseModel) -> None:
     pipe.send_bytes(message.model_dump_json().encode())
 
 
-def from_worker(pipe: Connection) -> Run | Abort:
+def from_worker(pipe: Connection) -> Prepare | Run | Abort:
     """Raises EOFError where the worker is gone."""
     return _from_worker.validate_json(pipe.recv_bytes())
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -24,6 +24,8 @@ from consumers.engine_messages import (
     Aborted,
     Done,
     Failed,
+    FileNote,
+    Prepare,
     Progress,
     Ready,
     Run,
@@ -54,6 +56,9 @@ class RunAborted(Exception):
         super().__init__(reason)
         self.reason = reason
 
+
+_IDLE_SECONDS = 0.005
+"""How long an engine process has waited before it is worth waking ahead of a run."""
 
 Wear = Literal["max_tasks", "memory", "out_of_memory"]
 """Why an engine process is replaced that could go on: its tasks, its growth, memory that ran out in a run."""
@@ -90,6 +95,8 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._next_measure = 0.0
+        self._prepared: str | None = None
+        self._answered_at = 0.0
         self.info: EngineInfo | None = None
         self.tasks = 0
         self.worn: Wear | None = None
@@ -111,6 +118,7 @@ class EngineProcess:
     def spawn(self) -> None:
         """Start the process; it loads its engine while others go on."""
         self.tasks, self.worn, self._next_measure = 0, None, 0.0
+        self._prepared, self._answered_at = None, 0.0
         near, far = multiprocessing.Pipe()
         command = [sys.executable, "-m", "consumers.engine_child", self._type_name]
         with far:
@@ -183,8 +191,29 @@ class EngineProcess:
                     code="engine_memory_limit",
                 )
 
-    def run(self, run: Run, *, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
-        """Compute one task. `time_limit` and `abort_grace` in seconds.
+    def prepare(self, task: str) -> None:
+        """Say which task (its JSON) is likely to be run next; it may still not come to that.
+
+        A process that has been idle reads it now, while others are asked; to wake one twice that has hardly
+        fallen asleep would cost more than it saves.
+        """
+        self._prepared = None
+        if self._pipe is not None and time.monotonic() > self._answered_at + _IDLE_SECONDS:
+            self._prepared = task
+            with suppress(OSError):  # the run will tell
+                send(self._pipe, Prepare(task=task))
+
+    def run(
+        self,
+        task: str,
+        scratch: str,
+        inputs: Mapping[str, FileNote],
+        *,
+        watch: Watch,
+        time_limit: float,
+        abort_grace: float,
+    ) -> Done | Failed:
+        """Compute a task (its JSON). `time_limit` and `abort_grace` in seconds.
 
         Raises EngineDied, TransientFailure (code `time_limit` or `out_of_memory`) or RunAborted. Unless the
         engine stopped by itself when it was asked to, the process is gone then: `usable` tells.
@@ -193,7 +222,8 @@ class EngineProcess:
         if pipe is None:
             raise EngineDied("the engine process is not running")
         try:
-            send(pipe, run)
+            prepared, self._prepared = task == self._prepared, None
+            send(pipe, Run(task=None if prepared else task, scratch=scratch, inputs=dict(inputs)))
             answer = self._await(pipe, watch, time.monotonic() + time_limit, time_limit, abort_grace)
         except RunAborted:
             raise
@@ -203,6 +233,7 @@ class EngineProcess:
             # Whatever it was, the run may go on over there: its answer must not meet the next task.
             self.kill()
             raise
+        self._answered_at = time.monotonic()
         self.tasks += 1
         if isinstance(answer, Failed) and answer.out_of_memory:
             self.worn = "out_of_memory"

@@ -17,7 +17,6 @@ from pathlib import Path
 from broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
 from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
 from consumers.engine_messages import Done, Failed, FileNote
-from consumers.engine_messages import Run as RunMessage
 from consumers.engine_process import AbortReason, EngineDied, EngineProcess, RunAborted, Watch
 from consumers.surroundings import GracePassed, Surroundings
 from schemas import (
@@ -150,7 +149,8 @@ class TaskRun:
                     run=self._token,
                 )
             )
-        # The store is asked while Redis answers.
+            self._engine.prepare(delivery.body.decode())
+        # The engine reads the task, and the store is asked, while Redis answers.
         ended = around.patiently("object store", partial(around.results.load, task.tenant, task.task_id))
         begun = around.ask(answer) if answer else None
         facts = Facts(
@@ -285,7 +285,9 @@ class TaskRun:
             around.tell(partial(around.status.progress, tenant, task_id, fraction, note))
 
         return self._engine.run(
-            RunMessage(task=self._delivery.body.decode(), scratch=self._scratch, inputs=inputs),
+            self._delivery.body.decode(),
+            self._scratch,
+            inputs,
             watch=Watch(progress, partial(self._abort_reason, task)),
             time_limit=task.time_limit or around.task_type.time_limit,
             abort_grace=around.settings.abort_grace,
