@@ -86,6 +86,10 @@ class Consumer(BrokerThread):
             self._turn(limit=0)  # what ended the other lanes' subscriptions must not wait for the task
         return self._inbox.popleft()
 
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether the delivery is still ours; with its channel lost, the broker hands it out again."""
+        return self._channel is not None and delivery.epoch == self._epoch
+
     def ack(self, delivery: Delivery, *, more: bool = True) -> None:
         """Done with it. `more` says that the next delivery is wanted at once."""
         self._settle(delivery, more=more, finish=lambda channel: channel.basic_ack(delivery.tag))
@@ -298,7 +302,8 @@ class Consumer(BrokerThread):
 
     def _cancelled(self, frame: pika.frame.Method[Any]) -> None:
         # The queue was deleted or its node went away: a fresh channel declares and subscribes anew.
-        _log.warning("%s: RabbitMQ cancelled consumer %s", self.name, frame.method.consumer_tag)
+        queue = next((q for q, tag in self._tags.items() if tag == frame.method.consumer_tag), "a queue")
+        _log.warning("%s: RabbitMQ ended the subscription to %s; subscribing anew", self.name, queue)
         if self._connection is not None:
             with suppress(Exception):
                 self._connection.close(320, "consumer cancelled")

@@ -159,12 +159,13 @@ class DeadLetters:
                 )
             except UnroutableError as error:
                 raise Unroutable(
-                    f"no queue takes routing key {message.routing_key!r}; run: inferq topology apply"
+                    f"no queue takes task {letter.task_id!r} (routing key {message.routing_key!r}); it stays "
+                    f"where it is, {len(moved)} were redriven before it; run: inferq topology apply"
                 ) from error
             except (NackError, AMQPError) as error:
                 raise BrokerUnavailable(
                     f"RabbitMQ did not take task {letter.task_id!r} back: {error!r}; "
-                    f"{len(moved)} were redriven before it"
+                    f"it stays where it is, {len(moved)} were redriven before it; run the command again"
                 ) from error
             channel.basic_ack(letter.delivery.tag)
             moved.append(letter)

@@ -83,7 +83,8 @@ class Delivery:
     @property
     def deliveries(self) -> int:
         """How often the broker has handed this copy out before; 0 on the first time."""
-        return _count(self.headers, "x-delivery-count")
+        # A producer can set the header, too; only on a redelivery is it the broker's own.
+        return _count(self.headers, "x-delivery-count") if self.redelivered else 0
 
 
 def _count(headers: Mapping[str, Any], name: str, *, least: int = 0) -> int:

@@ -199,11 +199,17 @@ class Publisher(BrokerThread):
             where = f"exchange {message.exchange!r}, routing key {message.routing_key!r}"
             if isinstance(method, spec.Basic.Nack):
                 self._resolve(
-                    pending, PublishRejected(f"RabbitMQ refused the message ({where}); is the queue full?")
+                    pending,
+                    PublishRejected(
+                        f"RabbitMQ refused message {message.message_id!r} ({where}): most likely "
+                        "its queue is at its length limit; start more workers, or raise the limit"
+                    ),
                 )
             elif pending.returned is not None:
                 advice = "run: inferq topology apply"
-                self._resolve(pending, Unroutable(f"no queue takes the message ({where}); {advice}"))
+                self._resolve(
+                    pending, Unroutable(f"no queue takes message {message.message_id!r} ({where}); {advice}")
+                )
             else:
                 self._resolve(pending, None)
 

@@ -156,7 +156,9 @@ class EngineProcess:
                 raise RunAborted("shutdown")
             if time.monotonic() > deadline:
                 raise TransientFailure(
-                    f"the {self._type_name} engine was not ready within {limit:g} s", code="engine_slow_start"
+                    f"the {self._type_name} engine was not ready within {limit:g} s; "
+                    "if it needs longer, raise INFERQ_START_LIMIT",
+                    code="engine_slow_start",
                 )
         try:
             answer = from_engine(pipe)
@@ -299,7 +301,9 @@ class EngineProcess:
                 if aborting is not None:
                     raise RunAborted(aborting)
                 raise TransientFailure(
-                    f"the run was stopped at its time limit of {time_limit:g} s", code="time_limit"
+                    f"the run was stopped at its time limit of {time_limit:g} s; submit a smaller task, "
+                    "or one with a larger time_limit",
+                    code="time_limit",
                 )
 
     def _watch_memory(self) -> None:

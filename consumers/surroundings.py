@@ -113,7 +113,7 @@ class Surroundings:
             except Outage as error:
                 failures += 1
                 if failures == 1:
-                    _log.warning("paused: %s is away: %s", service, error)
+                    _log.warning("paused: %s is away, tasks in hand wait for it: %s", service, error)
                 self._pauses[service] = str(error)
                 self.metrics.paused.labels(service).set(1)
                 self.sleep(backoff(failures))
@@ -173,7 +173,7 @@ class Surroundings:
                         _log.warning("going on without Redis, and looking for it: %s", error)
                     return None
                 if failures == 1:
-                    _log.warning("paused: Redis is away, for %.0f s at most: %s", left, error)
+                    _log.warning("paused: Redis is away, and waited for %.0f s at most: %s", left, error)
                 checkpoint()
                 # The index looks no more than once a second whether Redis is back.
                 self.sleep(min(backoff(failures, cap=1.0), left))

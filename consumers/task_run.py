@@ -60,6 +60,7 @@ class TaskRun:
         self._started_at = datetime.now(UTC)
         self._digest: str | None = None
         self._begun: Task | None = None
+        self._held = True
         self._answers: list[Callable[[], bool]] = []
 
     def complete(self) -> None:
@@ -94,7 +95,7 @@ class TaskRun:
         return "failed"
 
     def _release(self) -> None:
-        """Say that this run is no lost one, before the broker hands the task to the next worker."""
+        """Say that this run is no lost one, now that another worker may begin the task."""
         if self._begun is not None:
             delivery = self._delivery
             released = self._around.status.released
@@ -297,6 +298,10 @@ class TaskRun:
         """Why the run should stop, if it should."""
         if self._around.grace_passed:
             return "shutdown"
+        if self._held and not self._consumer.holds(self._delivery):
+            # Another worker may begin it while this run goes on: lost lines must not pass for lost runs.
+            self._held = False
+            self._release()
         if self._around.tell(partial(self._around.status.cancel_requested, task.tenant, task.task_id)):
             return "cancelled"
         return None

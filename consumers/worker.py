@@ -253,7 +253,9 @@ class _Slot(threading.Thread):
                 self._successor = None
                 self._engine.tasks = 0
                 successor.kill()
-                _log.error("%s: the new engine is not ready in time, the old one stays", self.name)
+                _log.error(
+                    "%s: the new engine is not ready within INFERQ_START_LIMIT, the old one stays", self.name
+                )
             return
         self._successor = None
         try:

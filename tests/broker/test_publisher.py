@@ -142,7 +142,7 @@ def test_a_full_queue_rejects_what_does_not_fit(
             publisher.publish(message(1)).result(10)
             outcomes["confirmed"] += 1
         except PublishRejected as error:
-            assert "queue full" in error.message
+            assert "length limit" in error.message
             outcomes["rejected"] += 1
     assert outcomes["rejected"]
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 
+from storage.status_scripts import record_key
 from tests.proxy import TcpProxy
 from tests.worker.conftest import Site, eventually
 
@@ -25,6 +27,23 @@ def broker_line(site: Site) -> Iterator[TcpProxy]:
 
 def starts(marker: Path) -> int:
     return len(marker.read_text().splitlines()) if marker.exists() else 0
+
+
+def test_a_run_whose_connection_was_lost_does_not_count_as_lost(
+    site: Site, broker_line: TcpProxy, tmp_path: Path
+) -> None:
+    marker, gate = tmp_path / "marker", tmp_path / "gate"
+    site.worker()
+    task = site.publish({"fault": "gate", "options": {"marker": str(marker), "gate": str(gate)}})
+    eventually(lambda: starts(marker))
+
+    with redis.Redis.from_url(site.env["INFERQ_REDIS_URL"]) as index:
+        assert index.hexists(record_key("default", task), "l")
+        broker_line.cut()
+        eventually(lambda: not index.hexists(record_key("default", task), "l"))
+    gate.touch()
+    assert site.ended(task).status == "succeeded"
+    assert starts(marker) == 1
 
 
 @pytest.mark.parametrize("lanes", ["normal", "high,normal,low"])

@@ -113,3 +113,10 @@ def test_a_task_that_takes_down_three_engines_is_poison(site: Site, tmp_path: Pa
     assert f"inferq_engine_deaths_total {MAX_ENGINE_DEATHS}.0" in worker.get("/metrics").text
     (letter,) = eventually(site.dead)
     assert letter.reason == "poison"
+
+
+def test_a_producers_own_delivery_count_is_not_believed(site: Site) -> None:
+    task_id = site.publish({}, headers={"x-delivery-count": 10 * MAX_DELIVERIES})
+    site.worker()
+    assert site.ended(task_id).status == "succeeded"
+    assert site.dead() == []
