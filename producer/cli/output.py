@@ -42,7 +42,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    console.print(table, width=None if console.is_terminal else _PIPE_WIDTH)
+    wide = console if console.is_terminal else Console(width=_PIPE_WIDTH)
+    wide.print(table)
 
 
 def complain(error: BaseException | str) -> None:

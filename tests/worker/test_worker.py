@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from broker import DeadLetters
+from consumers.weights import describe
 from schemas import parse_task
 from storage import ResultStore, StorageSettings, open_store
 from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually
@@ -387,6 +388,37 @@ def test_sighup_swaps_the_engine_between_tasks_and_keeps_the_old_one_if_the_new_
     worker.process.send_signal(signal.SIGHUP)
     eventually(lambda: "now faulty 2" in worker.log.read_text())
     assert site.ended(site.publish({})).engine.version == "2"  # type: ignore[union-attr]
+
+
+def test_sighup_moves_to_the_manifests_current_weights(site: Site, tmp_path: Path) -> None:
+    manifest, cache = tmp_path / "weights.toml", tmp_path / "cache"
+
+    def publish(version: str) -> None:
+        folder = tmp_path / f"weights-{version}"
+        folder.mkdir()
+        (folder / "model.bin").write_bytes(version.encode() * 1000)
+        manifest.write_text(describe("small", version, folder.as_uri(), folder))
+
+    def model() -> str | None:
+        engine = site.ended(site.publish({})).engine
+        return engine.model if engine else None
+
+    publish("a")
+    worker = site.worker(
+        FAULTY_WEIGHTS="small", INFERQ_WEIGHTS_MANIFEST=str(manifest), INFERQ_WEIGHTS_CACHE=str(cache)
+    )
+    assert model() == "a"
+    publish("b")
+    (tmp_path / "weights-b" / "model.bin").write_bytes(b"c" * 1000)
+    worker.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "the old one stays" in worker.log.read_text())
+    assert "model.bin has the SHA-256" in worker.log.read_text()
+    assert model() == "a"
+    (tmp_path / "weights-b" / "model.bin").write_bytes(b"b" * 1000)
+    worker.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "model b" in worker.log.read_text())
+    assert model() == "b"
+    assert (cache / "small" / "a").is_dir()  # the old engine still ran when the new one loaded
 
 
 def test_two_slots_work_at_the_same_time(site: Site) -> None:

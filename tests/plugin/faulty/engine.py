@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from consumers.engine import Context, Engine
+from consumers.weights import use_weights
 from faulty import FaultyTask
 from schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
 
@@ -38,6 +39,9 @@ class FaultyEngine(Engine[FaultyTask]):
                         raise OutOfMemoryError("CUDA out of memory")
                 case "slow":
                     time.sleep(3600)
+        if name := os.environ.get("FAULTY_WEIGHTS"):
+            self._weights = use_weights(name)
+            return EngineInfo(name="faulty", version="1", model=self._weights.version, device="cpu")
         version = Path(switch).read_text().strip() if switch and Path(switch).is_file() else "1"
         return EngineInfo(name="faulty", version=version, model="none", device="cpu")
 

@@ -1,0 +1,469 @@
+"""Weights: named in a manifest, fetched once into a cache that processes share, checked before every load.
+
+The manifest is a TOML file, `weights.toml`, with a table for each name:
+
+    [ace-step]
+    version = "1.5"
+    source = "s3://models/ace-step/1.5"     # or file:// or https://
+
+    [ace-step.files."vae/model.safetensors"]
+    size = 337455132
+    sha256 = "6d25..."
+
+Where a public key is set, the file `weights.toml.sig` beside it holds the manifest's ed25519 signature.
+
+    <cache>/<name>/<version>/           the files, complete
+    <cache>/<name>/<version>.partial/   what has been fetched so far
+    <cache>/<name>/<version>.lock       held for writing while it is fetched, for reading while it is used
+
+The locks are the kernel's: they are gone with their process, however that ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Annotated, Any, BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+
+from schemas import InstallationError, Settings, TransientFailure, describe_faults
+from storage.objects import BadObjectKey, check_key
+
+_CHUNK_BYTES = 1 << 20
+_CONNECT_SECONDS = 30.0
+_COMPLETE = ""
+_PARTIAL = ".partial"
+
+WeightsName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _relative(path: str) -> str:
+    try:
+        return check_key(path)  # what an object may be called stays below its folder, too
+    except BadObjectKey as error:
+        raise ValueError(error.message) from error
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+class WeightsSettings(Settings):
+    """Where weights come from, and where they are kept."""
+
+    weights_manifest: str | None = Field(
+        None,
+        description="The manifest of all weights, `weights.toml`: a path, or a URL (`s3://`, `file://`, "
+        "`https://`). Engines whose weights come in a package need none.",
+    )
+    weights_cache: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "inferq" / "weights",
+        description="Where weights are kept; workers of one machine share it.",
+    )
+    weights_public_key: Path | None = Field(
+        None,
+        description="The ed25519 public key (a PEM file) that the manifest must be signed with "
+        "(default: signatures are not looked at).",
+    )
+
+
+class WeightsRefused(InstallationError):
+    """The manifest, its signature, or a file is not what it has to be."""
+
+    code = "weights_refused"
+
+
+class WeightsUnavailable(TransientFailure):
+    """A source does not give what the manifest names, or the cache has no room for it."""
+
+    code = "weights_unavailable"
+
+
+class WeightsFile(BaseModel):
+    """What a file has to be: its size in bytes, and its SHA-256 (hex)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(ge=0)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
+
+
+class Weights(BaseModel):
+    """The current version of one name; `files` by their paths below `source`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: WeightsName
+    source: Annotated[str, StringConstraints(pattern=r"^(s3|file|https)://.+")]
+    files: Annotated[Mapping[RelativePath, WeightsFile], Field(min_length=1)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files.values())
+
+
+Manifest = Mapping[WeightsName, Weights]
+_manifest: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+@dataclass
+class LoadedWeights:
+    """A version in use: it stays in the cache until `close`, or the end of this process."""
+
+    folder: Path
+    version: str
+    _lock: BinaryIO = field(repr=False)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def use_weights(name: str) -> LoadedWeights:
+    """The current version of some weights, for an engine to load: fetched where need be, and checked.
+
+    Raises WeightsRefused and WeightsUnavailable.
+    """
+    return WeightsCache(WeightsSettings.load()).use(name)
+
+
+class WeightsCache:
+    """The weights that the manifest names, on this machine. Safe to use from many processes at once."""
+
+    def __init__(self, settings: WeightsSettings) -> None:
+        self._settings = settings
+        self._root = settings.weights_cache.expanduser()
+
+    def manifest(self) -> Manifest:
+        """The manifest as it stands now, its signature checked where a public key is set."""
+        where = self._settings.weights_manifest
+        if where is None:
+            raise WeightsRefused(
+                "no manifest names any weights: set INFERQ_WEIGHTS_MANIFEST to a weights.toml"
+            )
+        data = self._read(where)
+        if self._settings.weights_public_key is not None:
+            check_signature(data, self._read(f"{where}.sig"), self._settings.weights_public_key, where)
+        return read_manifest(data, where)
+
+    def use(self, name: str) -> LoadedWeights:
+        """The current version, locked against removal and checked; older ones that nobody uses go."""
+        weights = self._current(name)
+        while True:
+            lock = self._lock(name, weights.version)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if (folder := self._folder(name, weights.version)).is_dir():
+                    self._check(folder, name, weights)
+                    break
+            except BaseException:
+                lock.close()
+                raise
+            lock.close()
+            self.pull(name)
+        self.prune(name)
+        return LoadedWeights(folder, weights.version, lock)
+
+    def pull(self, name: str, progress: Callable[[int], None] = lambda _count: None) -> Path:
+        """Fetch the current version unless it is there and whole. `progress` hears of every piece's bytes.
+
+        Files that do not match are fetched anew, unless somebody uses them.
+        """
+        weights = self._current(name)
+        folder = self._folder(name, weights.version)
+        with self._lock(name, weights.version) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH if folder.is_dir() else fcntl.LOCK_EX)
+            if folder.is_dir():
+                try:
+                    self._check(folder, name, weights)
+                except WeightsRefused:
+                    self._set_aside(lock, folder)
+                else:
+                    return folder
+            partial = self._folder(name, weights.version, _PARTIAL)
+            for path, file in weights.files.items():
+                self._fetch(_join(weights.source, path), partial / path, file, progress)
+            with _disk(partial):
+                _flush(partial)
+                partial.rename(folder)
+                _flush(folder.parent)
+        return folder
+
+    def verify(self, name: str) -> None:
+        """Read all files of the current version in the cache. Raises WeightsRefused for the first bad one."""
+        weights = self._current(name)
+        folder = self._folder(name, weights.version)
+        if not folder.is_dir():
+            raise WeightsRefused(
+                f"weights {name} {weights.version} are not in {self._root}: inferq weights pull {name}"
+            )
+        self._check(folder, name, weights)
+
+    def prune(self, name: str) -> list[str]:
+        """Remove the versions that are neither current nor in use; gives those that went."""
+        current = self._current(name).version
+        gone = []
+        for version in self.versions(name):
+            if version == current:
+                continue
+            with self._lock(name, version) as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                for stage in (_COMPLETE, _PARTIAL):
+                    shutil.rmtree(self._folder(name, version, stage), ignore_errors=True)
+                gone.append(version)
+        return gone
+
+    def versions(self, name: str) -> list[str]:
+        """The versions that the cache holds, whole or in part."""
+        with suppress(FileNotFoundError):
+            return sorted(
+                {p.name.removesuffix(_PARTIAL) for p in (self._root / name).iterdir() if p.is_dir()}
+            )
+        return []
+
+    def held(self, name: str) -> bool:
+        """Whether the cache holds the current version as a whole; its files are not read."""
+        return self._folder(name, self._current(name).version).is_dir()
+
+    def _current(self, name: str) -> Weights:
+        manifest = self.manifest()
+        if name not in manifest:
+            known = ", ".join(sorted(manifest)) or "nothing"
+            raise WeightsRefused(
+                f"{self._settings.weights_manifest} does not name weights {name!r}; it names {known}"
+            )
+        return manifest[name]
+
+    def _folder(self, name: str, version: str, stage: str = _COMPLETE) -> Path:
+        return self._root / name / f"{version}{stage}"
+
+    def _lock(self, name: str, version: str) -> BinaryIO:
+        path = self._root / name / f"{version}.lock"
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Lock files stay: one that was removed while another process opened it would lock nothing.
+            return path.open("ab")
+
+    def _check(self, folder: Path, name: str, weights: Weights) -> None:
+        for path, wanted in weights.files.items():
+            fault = _fault(folder / path, wanted)
+            if fault:
+                raise WeightsRefused(
+                    f"weights {name} {weights.version}: {folder / path} {fault}; "
+                    f"fetch it anew: inferq weights pull {name}"
+                )
+
+    def _set_aside(self, lock: BinaryIO, folder: Path) -> None:
+        """Make a folder whose files are not all good one that is fetched to its end again."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WeightsRefused(
+                f"a file in {folder} does not match the manifest, and a worker has it in use: "
+                "stop the workers, then pull again"
+            ) from None
+        partial = folder.with_name(folder.name + _PARTIAL)
+        with _disk(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            folder.rename(partial)
+
+    def _fetch(self, url: str, path: Path, wanted: WeightsFile, progress: Callable[[int], None]) -> None:
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = path.stat().st_size if path.exists() else 0
+            if have == wanted.size and _fault(path, wanted) is None:
+                progress(have)
+                return
+            if have >= wanted.size:
+                path.unlink(missing_ok=True)
+                have = 0
+            with path.open("ab") as file:
+                self._append(url, file, have, wanted.size, progress)
+                file.flush()
+                os.fsync(file.fileno())
+        fault = _fault(path, wanted)
+        if fault:
+            if path.stat().st_size >= wanted.size:
+                path.unlink()  # what is short can be gone on with; what is wrong cannot
+            raise WeightsRefused(f"{url} {fault}: the source and the manifest do not belong together")
+
+    def _append(
+        self, url: str, file: IO[bytes], have: int, size: int, progress: Callable[[int], None]
+    ) -> None:
+        with self._open(url) as source:
+            if have:
+                try:
+                    source.seek(have)
+                except io.UnsupportedOperation:  # a server that knows no ranges: from the start, then
+                    file.truncate(0)
+                    self._append(url, file, 0, size, progress)
+                    return
+                progress(have)
+            left = size + 1 - have  # one byte more shows a file that is too long, without fetching all of it
+            while left > 0 and (piece := source.read(min(_CHUNK_BYTES, left))):
+                with _disk(Path(file.name)):
+                    file.write(piece)
+                progress(len(piece))
+                left -= len(piece)
+
+    def _read(self, where: str) -> bytes:
+        if "://" not in where:
+            where = Path(where).expanduser().absolute().as_uri()
+        with self._open(where) as source:
+            return source.read()
+
+    @contextmanager
+    def _open(self, url: str) -> Iterator[IO[bytes]]:
+        """A source, open to be read. Raises WeightsUnavailable, also for what goes wrong while it is read."""
+        scheme = urlsplit(url).scheme
+        parameters: dict[str, Any] = {}
+        errors: tuple[type[Exception], ...] = (OSError, ValueError)  # requests' errors are OSErrors
+        if scheme == "s3":
+            from botocore.exceptions import BotoCoreError, ClientError
+
+            from storage.s3 import s3_client
+            from storage.settings import StorageSettings
+
+            parameters["client"] = s3_client(StorageSettings.load().s3_endpoint_url)
+            errors += (BotoCoreError, ClientError)
+        elif scheme == "https":
+            parameters["timeout"] = _CONNECT_SECONDS
+        try:
+            if scheme == "file":
+                with Path(unquote(urlsplit(url).path)).open("rb") as file:
+                    yield file
+            else:
+                import smart_open  # brings requests along: only who fetches from afar pays
+
+                with smart_open.open(url, "rb", compression="disable", transport_params=parameters) as far:
+                    yield far
+        except io.UnsupportedOperation:  # no fault of the source: it cannot be read from the middle
+            raise
+        except errors as error:
+            raise WeightsUnavailable(f"{url} cannot be read: {error}") from error
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WeightsUnavailable(
+            f"the weights cache cannot be used: {path}: {error.strerror}; "
+            "make room, or set INFERQ_WEIGHTS_CACHE to another folder"
+        ) from error
+
+
+def read_manifest(data: bytes, where: str) -> Manifest:
+    """The weights that a manifest names. Raises WeightsRefused, with every fault named."""
+    try:
+        return _manifest.validate_python(tomllib.loads(data.decode()))
+    except ValidationError as error:
+        raise WeightsRefused(f"{where}: {'; '.join(describe_faults(error))}") from error
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise WeightsRefused(f"{where} is not TOML: {error}") from error
+
+
+def describe(name: str, version: str, source: str, folder: Path) -> str:
+    """The manifest's table for the files in a folder, which are, or will be, at `source`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise WeightsRefused(f"{folder} holds no files")
+    lines = [f'["{name}"]', f'version = "{version}"', f'source = "{source}"']
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        relative = path.relative_to(folder).as_posix()
+        lines += ["", f'["{name}".files."{relative}"]', f"size = {path.stat().st_size}"]
+        lines += [f'sha256 = "{digest}"']
+    text = "\n".join(lines) + "\n"
+    read_manifest(text.encode(), f"the table of {folder}")
+    return text
+
+
+def sign(data: bytes, private_key: Path) -> bytes:
+    """The signature (base64) of a manifest with an ed25519 private key (a PEM file)."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(private_key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsRefused(f"the private key {private_key} cannot be read: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise WeightsRefused(
+            f"{private_key} is no ed25519 key; make one with: "
+            "openssl genpkey -algorithm ed25519 -out private.pem"
+        )
+    return base64.b64encode(key.sign(data)) + b"\n"
+
+
+def check_signature(data: bytes, signature: bytes, public_key: Path, where: str) -> None:
+    """Raises WeightsRefused unless `signature` (base64) is that of `data` by the key's owner."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(public_key.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} cannot be read: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} is no ed25519 key")
+    try:
+        key.verify(base64.b64decode(signature.strip(), validate=True), data)
+    except (InvalidSignature, binascii.Error) as error:
+        raise WeightsRefused(
+            f"{where} is not signed with the key {public_key}: it was changed, or signed by somebody else"
+        ) from error
+
+
+def _fault(path: Path, wanted: WeightsFile) -> str | None:
+    """What is wrong with a file; None if nothing is."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    if size != wanted.size:
+        more = " or more" if size > wanted.size else ""
+        return f"has {size}{more} bytes, and should have {wanted.size}"
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wanted.sha256:
+        return f"has the SHA-256 {found}, and should have {wanted.sha256}"
+    return None
+
+
+def _join(source: str, path: str) -> str:
+    quoted = path if source.startswith("s3:") else quote(path)  # an S3 key is taken as it is
+    return f"{source.rstrip('/')}/{quoted}"
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
