@@ -37,6 +37,7 @@ from consumers.engine_messages import (
     from_worker,
     send,
 )
+from consumers.settings import WorkerSettings
 from schemas import (
     InferqError,
     InstallationError,
@@ -98,7 +99,8 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
     try:
         engine = _load_class(task_type)()
         info = engine.load()
-        engine.warm_up()
+        for _ in range(WorkerSettings.load().warmup):
+            engine.warm_up()
     except Exception as error:
         if isinstance(error, InferqError):
             code, message = error.code, str(error)

@@ -45,6 +45,13 @@ class WorkerSettings(Settings):
     start_limit: float = Field(
         600.0, gt=0, description="Seconds that an engine may take to load and warm up."
     )
+    warmup: int = Field(
+        1,
+        ge=0,
+        le=100,
+        description="Runs on made-up input before an engine takes its first task; a worker is ready only "
+        "after them.",
+    )
     abort_grace: float = Field(
         1.0,
         ge=0,

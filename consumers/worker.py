@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Literal
 
 from broker import BrokerSettings, Consumer, Publisher, backoff, topology_for, work_queue
+from consumers.device_memory import DeviceMemory
 from consumers.engine_process import EngineProcess, MemoryLimits, RunAborted, Wear
 from consumers.metrics import WorkerMetrics
 from consumers.probes import ProbeServer, Readiness
@@ -51,6 +52,7 @@ class Worker:
         self._settings = settings
         self._broker = broker
         self.metrics = WorkerMetrics()
+        self.metrics.registry.register(DeviceMemory())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)
         self._publisher = Publisher(

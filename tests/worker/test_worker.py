@@ -390,6 +390,25 @@ def test_sighup_swaps_the_engine_between_tasks_and_keeps_the_old_one_if_the_new_
     assert site.ended(site.publish({})).engine.version == "2"  # type: ignore[union-attr]
 
 
+def test_a_worker_is_ready_only_after_its_warm_up_runs(site: Site, tmp_path: Path) -> None:
+    noted, gate = tmp_path / "noted", tmp_path / "gate"
+    worker = WorkerProcess(
+        site,
+        "faulty",
+        {"INFERQ_WARMUP": "3", "FAULTY_WARM_UPS": str(noted), "FAULTY_WARM_UP_GATE": str(gate)},
+    )
+    site.workers.append(worker)
+    task = site.publish({})
+    eventually(noted.exists)
+    eventually(lambda: "its engine to load" in worker.get("/readyz").text)
+    assert site.state(task) is None
+    assert noted.read_text().count("warm-up") == 1
+    gate.touch()
+    worker.wait_ready()
+    assert site.ended(task).status == "succeeded"
+    assert noted.read_text().count("warm-up") == 3
+
+
 def test_sighup_moves_to_the_manifests_current_weights(site: Site, tmp_path: Path) -> None:
     manifest, cache = tmp_path / "weights.toml", tmp_path / "cache"
 

@@ -45,6 +45,14 @@ class FaultyEngine(Engine[FaultyTask]):
         version = Path(switch).read_text().strip() if switch and Path(switch).is_file() else "1"
         return EngineInfo(name="faulty", version=version, model="none", device="cpu")
 
+    def warm_up(self) -> None:
+        if noted := os.environ.get("FAULTY_WARM_UPS"):
+            with Path(noted).open("a") as file:
+                file.write("warm-up\n")
+        gate = os.environ.get("FAULTY_WARM_UP_GATE")
+        while gate and not Path(gate).exists():
+            time.sleep(0.02)
+
     def run(self, task: FaultyTask, context: Context) -> Mapping[str, Any]:
         starts = 1
         if task.options.marker:
