@@ -9,7 +9,7 @@ BIN := .venv/bin
 DECLARED := setup.cfg pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up test chaos chaos-quick lint bench schemas clean system
+.PHONY: help setup demo up test chaos chaos-quick lint bench schemas image-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,10 +36,14 @@ lint: .make/lint ## check style, types, the walls between the rooms, and the pub
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint */*/Dockerfile
 	$(BIN)/python -m schemas.publish --check docs/schemas
 
 bench: .make/bench | system ## measure what the queue itself costs
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+image-check: .make/test ## install what each container image installs, and start it; writes docs/images.md
+	@$(BIN)/python -m tests.images $(ARGS)
 
 schemas: .make/run ## write the published schemas anew
 	@$(BIN)/python -m schemas.publish docs/schemas

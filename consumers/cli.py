@@ -10,7 +10,7 @@ import typer
 
 from broker import BrokerSettings
 from consumers.settings import WorkerSettings
-from schemas import get_type
+from schemas import InstallationError, TaskType, get_type
 from storage import StorageSettings
 
 app = typer.Typer()
@@ -23,6 +23,9 @@ def worker(
     slots: Annotated[
         int | None, typer.Option(min=1, help="Tasks at a time, one engine process each.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+    ] = False,
 ) -> None:
     """Take tasks of one type and compute them, until SIGTERM. SIGHUP loads the engine anew."""
     from consumers.worker import Worker
@@ -30,7 +33,11 @@ def worker(
     given = {"lanes": lanes, "slots": slots}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    running = Worker(get_type(task_type), settings, BrokerSettings.load(), StorageSettings.load())
+    engine_type, broker, storage = get_type(task_type), BrokerSettings.load(), StorageSettings.load()
+    if check:
+        _check_engine(engine_type)
+        return
+    running = Worker(engine_type, settings, broker, storage)
     asked = 0
 
     def stop(_number: int, _frame: object) -> None:
@@ -42,3 +49,20 @@ def worker(
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGHUP, lambda _number, _frame: running.requests.put("reload"))
     running.run()
+
+
+def _check_engine(task_type: TaskType) -> None:
+    """Import the engine, as its own process would. Raises InstallationError."""
+    from consumers.engine_child import engine_class
+
+    try:
+        engine = engine_class(task_type)
+    except ImportError as error:
+        raise InstallationError(
+            f"the {task_type.name} engine cannot be imported: {error}; "
+            f"install its packages: pip install '{task_type.distribution}[{task_type.name}]'",
+            code="engine_load_failed",
+        ) from error
+    if task_type.settings is not None:
+        task_type.settings.load()
+    typer.echo(f"worker {task_type.name}: settings are in order, {engine.__qualname__} can be imported")

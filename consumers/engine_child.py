@@ -97,7 +97,7 @@ def _die_with(worker_pid: int) -> None:
 
 def _serve(task_type: TaskType, pipe: Connection) -> None:
     try:
-        engine = _load_class(task_type)()
+        engine = engine_class(task_type)()
         info = engine.load()
         for _ in range(WorkerSettings.load().warmup):
             engine.warm_up()
@@ -129,7 +129,8 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
         engine.close()
 
 
-def _load_class(task_type: TaskType) -> type[Engine[Any]]:
+def engine_class(task_type: TaskType) -> type[Engine[Any]]:
+    """Import the engine of a type. Raises ImportError, and InstallationError for what is none."""
     module, _, name = task_type.engine.partition(":")
     found = getattr(importlib.import_module(module), name)
     if not (isinstance(found, type) and issubclass(found, Engine)):

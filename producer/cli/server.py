@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from broker import BrokerSettings
+from producer.settings import GatewaySettings
+from storage import StorageSettings
+
 app = typer.Typer()
 
 
@@ -14,9 +18,17 @@ app = typer.Typer()
 def gateway(
     host: Annotated[str | None, typer.Option(help="Address to listen on (INFERQ_GATEWAY_HOST).")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (INFERQ_GATEWAY_PORT).")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+    ] = False,
 ) -> None:
     """Serve the HTTP interface, until SIGTERM."""
     from producer.gateway import serve
 
+    if check:
+        for settings in (GatewaySettings, BrokerSettings, StorageSettings):
+            settings.load()
+        typer.echo("gateway: settings are in order")
+        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(host, port, on_listening=lambda url: logging.getLogger(__name__).info("listening on %s", url))

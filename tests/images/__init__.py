@@ -1,0 +1,1 @@
+"""What the container images hold, checked without building them."""

@@ -1,0 +1,79 @@
+"""`make image-check`: installs what each image installs into an environment of its own, and starts it.
+
+Nothing is built: it shows that the requirements resolve by the pins, that nothing is missing which another
+extra brings along by chance, and that the entry point finds its settings. Writes docs/images.md.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from tests.images.dockerfile import ROOT, Image, dockerfiles, read
+
+PAGE = ROOT / "docs" / "images.md"
+
+
+def main() -> int:
+    chosen = [read(path) for path in dockerfiles()]
+    if names := sys.argv[1:]:
+        chosen = [image for image in chosen if image.name in names]
+    rows, faults = [], 0
+    for image in chosen:
+        with tempfile.TemporaryDirectory(prefix="inferq-image-") as folder:
+            size, fault = check(image, Path(folder))
+        print(f"{image.name}: {fault or 'starts'}, {size / 1e6:.0f} MB installed", flush=True)
+        faults += fault is not None
+        rows.append(f"| `{image.path.relative_to(ROOT)}` | `{image.requirement}` | {size / 1e6:.0f} |")
+    if not faults and not names:
+        PAGE.write_text(_page(rows), "utf-8")
+        print(f"written to {PAGE.relative_to(ROOT)}")
+    return 1 if faults else 0
+
+
+def check(image: Image, folder: Path) -> tuple[int, str | None]:
+    """Install and start an image's variant for the CPU. Gives the bytes installed, and what went wrong."""
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "pip"), "install", "-q", "--no-input", "-c", str(ROOT / "constraints.txt")]
+    installed = subprocess.run(
+        [*pip, f"{ROOT}{image.requirement[1:]}"], capture_output=True, text=True, check=False
+    )
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    if installed.returncode:
+        return size, f"cannot be installed: {installed.stderr.strip()[-2000:]}"
+    clean = {name: os.environ[name] for name in ("LANG", "LC_ALL") if name in os.environ}
+    started = subprocess.run(
+        [str(folder / "bin" / image.command[0]), *image.command[1:], "--check"],
+        env=clean | image.environment | {"PATH": f"{folder}/bin:/usr/bin:/bin", "HOME": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if started.returncode:
+        return size, f"does not start: {(started.stderr or started.stdout).strip()[-2000:]}"
+    return size, None
+
+
+def _page(rows: list[str]) -> str:
+    lines = [
+        "# Images",
+        "",
+        "Made by `make image-check`, which installs what each Dockerfile installs for the CPU into an empty",
+        "environment and starts its entry point with `--check`. Sizes are those of the environment: the base",
+        "image and the weights come on top.",
+        "",
+        "| Dockerfile | installs | MB |",
+        "| --- | --- | ---: |",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

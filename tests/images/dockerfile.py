@@ -1,0 +1,51 @@
+"""What a Dockerfile of ours installs and starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image's variant for the CPU: what pip installs from the repository, and the command it starts."""
+
+    path: Path
+    requirement: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+
+def dockerfiles() -> list[Path]:
+    return sorted(ROOT.glob("*/*/Dockerfile"))
+
+
+def read(path: Path) -> Image:
+    """The image that a Dockerfile makes. Raises ValueError where it is not of our form."""
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    stages = {
+        match[1]: match[2]
+        for match in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S)
+    }
+    build = stages.get("build-cpu", stages.get("build", ""))
+    installs = re.findall(r"pip install -c constraints\.txt '(\.\[[a-z,]+\])'", build)
+    entry = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.M)
+    if len(installs) != 1 or len(entry) != 1:
+        raise ValueError(f"{path}: one `pip install` for the CPU and one ENTRYPOINT are expected")
+    final = text.rpartition("\nFROM python")[2]
+    environment = {
+        name: value
+        for line in re.findall(r"^ENV (.*)$", final.partition("FROM base AS gpu")[0], re.M)
+        for name, _, value in (part.partition("=") for part in shlex.split(line))
+        if name.startswith("INFERQ_")
+    }
+    return Image(path, installs[0], tuple(json.loads(entry[0])), environment)
