@@ -12,6 +12,8 @@ import signal
 import time
 from pathlib import Path
 
+import redis
+
 from consumers.engine import Context, Engine
 from schemas import EngineInfo, InvalidTask, TransientFailure
 from witness import WitnessOutput, WitnessTask
@@ -47,6 +49,9 @@ class WitnessEngine(Engine[WitnessTask]):
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "container":
+                # Nobody but the broker shall remember that this run began.
+                with redis.Redis.from_url(os.environ["INFERQ_REDIS_URL"]) as index:
+                    index.flushall()
                 # The worker goes first, so that it cannot count this as the death of an engine.
                 os.kill(os.getppid(), signal.SIGKILL)
                 time.sleep(60)
