@@ -42,7 +42,7 @@ def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[s
             raise InvalidTask(f"--set {assignment!r} is not of the form name=value")
         plain = name.removeprefix("options.")
         if name in known and name != "options":
-            fields[name] = _read(text)
+            fields[name] = text if _is_text(known[name].annotation) else _read(text)
         elif plain in known_options:
             options[plain] = _read(text)
         else:
@@ -106,7 +106,12 @@ def _place(task_type: TaskType, name: str, text: str) -> tuple[str, Given]:
             f"{text!r} is neither a file here nor a URL ({', '.join(f'{s}:' for s in INPUT_SCHEMES)})",
             code="input_not_found",
         )
-    return name, Given(text, as_json=fields[name].annotation is not str)
+    return name, Given(text, as_json=not _is_text(fields[name].annotation))
+
+
+def _is_text(annotation: object) -> bool:
+    """Whether a field takes text only, so that `2024` and `true` are no JSON."""
+    return annotation in (str, str | None)
 
 
 def _is_file(path: Path) -> bool:

@@ -1,0 +1,207 @@
+"""The NER engine: texts in, entities out, whichever model looks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from consumers.engine import Context, Engine
+from consumers.ner import Entity, NerOutput, NerTask, TextEntities
+from consumers.ner.backend import Backend, Span
+from consumers.ner.segments import segments
+from consumers.ner.settings import NerSettings
+from consumers.ner.terms import Dictionary
+from consumers.ner.texts import check_length, read_text
+from schemas import EngineInfo, InstallationError
+
+_BATCH_CHARACTERS = 8192
+"""The most characters in one batch: memory grows with it, and a run can be stopped between two batches."""
+
+_PARTS_OF_ONE = {"LOC", "TIME"}
+"""Types whose spans are joined where they touch: models cut addresses and dates in pieces, now and then."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of a text: `text` is its number."""
+
+    text: int
+    start: int
+    end: int
+
+
+class NerEngine(Engine[NerTask]):
+    """Reads texts sentence by sentence, many sentences at a time."""
+
+    def __init__(self) -> None:
+        self._settings = NerSettings.load()
+        self._loaded: Backend | None = None
+
+    def load(self) -> EngineInfo:
+        """Load the model that INFERQ_NER_BACKEND names onto the device that INFERQ_DEVICE names."""
+        self._loaded = load_backend(self._settings)
+        return self._loaded.info
+
+    def warm_up(self) -> None:
+        """Read made-up sentences: libraries choose kernels and grow their memory on the first ones."""
+        sentence = "王小明今天上午在北京大学参加了会议。"
+        self._backend.read([sentence])
+        self._backend.read([sentence] * min(self._settings.ner_batch_size, 8))
+
+    def run(self, task: NerTask, context: Context) -> NerOutput:
+        """Read the text or the texts of a task."""
+        texts = self._texts(task, context)
+        found = self._read(texts, context)
+        dictionary = Dictionary(task.options.dictionary)
+        read = []
+        for text, spans in zip(texts, found, strict=True):
+            context.check_abort()
+            read.append(_entities(text, _prefer(dictionary.find(text), _join(spans))))
+        context.progress(1.0, "read")
+        return NerOutput(model=self._backend.info.model, texts=tuple(read))
+
+    def close(self) -> None:
+        self._loaded = None
+
+    @property
+    def _backend(self) -> Backend:
+        if self._loaded is None:
+            raise RuntimeError("the NER engine is used before load()")
+        return self._loaded
+
+    def _texts(self, task: NerTask, context: Context) -> Sequence[str]:
+        limit = self._settings.ner_max_characters
+        if task.text_url is not None:
+            text = read_text(context.inputs["text_url"].path, limit)
+            check_length(text, limit, "the file at text_url")
+            return [text]
+        if task.text is not None:
+            check_length(task.text, limit, "text")
+            return [task.text]
+        texts = task.texts or ()
+        for number, text in enumerate(texts):
+            check_length(text, limit, f"texts[{number}]")
+        return texts
+
+    def _read(self, texts: Sequence[str], context: Context) -> list[list[Span]]:
+        """What the model finds in each text, in order, without what cannot be seen at its edges."""
+        pieces = [
+            _Piece(number, start, end)
+            for number, text in enumerate(texts)
+            for start, end in segments(text, self._backend.window)
+        ]
+        characters = sum(piece.end - piece.start for piece in pieces)
+        done = 0
+        found: list[list[Span]] = [[] for _ in texts]
+        for batch in _batches(pieces, self._settings.ner_batch_size):
+            context.check_abort()
+            context.progress(done / characters, f"{done} of {characters} characters")
+            read = self._backend.read([texts[piece.text][piece.start : piece.end] for piece in batch])
+            for piece, spans in zip(batch, read, strict=True):
+                for span in spans:
+                    moved = replace(span, start=piece.start + span.start, end=piece.start + span.end)
+                    if (trimmed := _trim(texts[piece.text], moved)) is not None:
+                        found[piece.text].append(trimmed)
+            done += sum(piece.end - piece.start for piece in batch)
+        return [sorted(spans, key=lambda span: span.start) for spans in found]
+
+
+def load_backend(settings: NerSettings) -> Backend:
+    """The backend that the settings ask for, with its model loaded.
+
+    Raises InstallationError where the library, its weights or the device is not there: never another in its
+    place.
+    """
+    device = settings.device
+    if settings.ner_device == "cpu" or (settings.ner_device == "gpu" and device == "cpu"):
+        device = settings.ner_device
+    if settings.ner_backend == "paddlenlp":
+        from consumers.ner.taskflow import TaskflowBackend
+
+        return TaskflowBackend(
+            mode=settings.ner_mode,
+            device=device,
+            batch_size=settings.ner_batch_size,
+            threads=len(os.sched_getaffinity(0)),
+            model_dir=settings.ner_model_dir,
+        )
+    if device != "cpu":
+        raise InstallationError(
+            f"NER is to run on {device}, but the backend lac computes on the CPU only: set "
+            "INFERQ_NER_BACKEND=paddlenlp, or INFERQ_NER_DEVICE=cpu",
+            code="device_unavailable",
+        )
+    from consumers.ner.lac import LacBackend
+
+    return LacBackend()
+
+
+def _batches(pieces: list[_Piece], most: int) -> Iterator[list[_Piece]]:
+    """Pieces of like length together: then little is computed for the sake of the longest alone."""
+    batch: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.start - piece.end):
+        longest = batch[0].end - batch[0].start if batch else 0
+        if batch and (len(batch) == most or (len(batch) + 1) * longest > _BATCH_CHARACTERS):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _trim(text: str, span: Span) -> Span | None:
+    """The span without white space at its edges; none where it then holds no letter and no digit."""
+    start, end = span.start, span.end
+    while start < end and not _visible(text[start]):
+        start += 1
+    while end > start and not _visible(text[end - 1]):
+        end -= 1
+    if not any(character.isalnum() for character in text[start:end]):
+        return None
+    return replace(span, start=start, end=end)
+
+
+def _visible(character: str) -> bool:
+    return character.isprintable() and not character.isspace()
+
+
+def _join(spans: Sequence[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for span in spans:
+        last = joined[-1] if joined else None
+        if last and last.type == span.type and last.type in _PARTS_OF_ONE and last.end == span.start:
+            joined[-1] = replace(last, end=span.end)
+        else:
+            joined.append(span)
+    return joined
+
+
+def _prefer(first: Sequence[Span], second: Sequence[Span]) -> list[Span]:
+    """All of `first`, and those of `second` that overlap none of them; both are in order."""
+    kept = list(first)
+    index = 0
+    for span in second:
+        while index < len(first) and first[index].end <= span.start:
+            index += 1
+        if index == len(first) or span.end <= first[index].start:
+            kept.append(span)
+    return sorted(kept, key=lambda span: span.start)
+
+
+def _entities(text: str, spans: Sequence[Span]) -> TextEntities:
+    return TextEntities(
+        characters=len(text),
+        entities=tuple(
+            Entity(
+                type=span.type,
+                text=text[span.start : span.end],
+                start=span.start,
+                end=span.end,
+                score=span.score,
+                label=span.label,
+                source=span.source,
+            )
+            for span in spans
+        ),
+    )

@@ -1,0 +1,51 @@
+"""Finds a user's own terms in a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from consumers.ner.backend import Span
+from consumers.ner.folding import fold
+
+
+class Dictionary:
+    """Terms by type, ready to be looked for."""
+
+    def __init__(self, terms: Mapping[str, Sequence[str]]) -> None:
+        by_length: dict[int, dict[str, str]] = {}
+        for kind, group in terms.items():
+            for term in group:
+                by_length.setdefault(len(term), {}).setdefault(fold(term), kind)
+        self._by_length = sorted(by_length.items(), reverse=True)
+
+    def find(self, text: str) -> list[Span]:
+        """The terms in a text, in order. Where matches overlap the longest holds, then the first.
+
+        Takes time in proportion to the text's length and to how many lengths the terms have.
+        """
+        folded = fold(text)
+        taken = bytearray(len(text))
+        found = []
+        for length, terms in self._by_length:
+            firsts = {term[0] for term in terms}
+            for start, character in enumerate(folded):
+                if character not in firsts:
+                    continue
+                end = start + length
+                kind = terms.get(folded[start:end])
+                if kind is None or any(taken[start:end]) or not _whole(folded, start, end):
+                    continue
+                taken[start:end] = b"\1" * length
+                found.append(Span(start, end, kind, source="dictionary"))
+        return sorted(found, key=lambda span: span.start)
+
+
+def _whole(text: str, start: int, end: int) -> bool:
+    """Whether a match is no part of a longer Latin word or number."""
+    return not (start > 0 and _in_word(text[start - 1], text[start])) and not (
+        end < len(text) and _in_word(text[end - 1], text[end])
+    )
+
+
+def _in_word(left: str, right: str) -> bool:
+    return left.isascii() and right.isascii() and left.isalnum() and right.isalnum()

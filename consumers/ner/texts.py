@@ -1,0 +1,93 @@
+"""Reads the text of a file, or says what the file is instead."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path
+
+from consumers.ner.folding import says_something
+from schemas import InvalidTask
+
+_MOST_BYTES = 4
+"""That UTF-8 needs for a character."""
+
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (rb"%PDF-", "a PDF: send its text, or read it with the type ocr"),
+    (rb"PK\x03\x04", "a ZIP archive or an Office document: send its text"),
+    (rb"\xd0\xcf\x11\xe0", "an Office document: send its text"),
+    (rb"\{\\rtf", "an RTF document: send its text"),
+    (rb"\x1f\x8b", "gzip-compressed: unpack it first"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP", "a picture: read it with the type ocr"),
+    (rb"\x7fELF|MZ.{10,}\0\0\0", "a program"),
+)
+
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+_CONTROLS = re.compile(r"[\0-\x08\x0e-\x1a\x1c-\x1f]")
+_FEW_CONTROLS = 0.05
+"""The share of control characters up to which a file still counts as text."""
+
+
+def read_text(path: Path, max_characters: int) -> str:
+    """The text in a file of UTF-8, character for character: byte order mark and line ends are kept.
+
+    Raises InvalidTask: `empty_text`, `text_too_long`, `binary_file`, or `not_utf8`, with what it is instead
+    where that shows.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise InvalidTask("the file at text_url is empty", code="empty_text")
+    if size > _MOST_BYTES * max_characters:
+        raise InvalidTask(
+            f"the file at text_url has {size} bytes, a text may have {max_characters} characters: split it "
+            "(or raise INFERQ_NER_MAX_CHARACTERS)",
+            code="text_too_long",
+        )
+    content = path.read_bytes()
+    for pattern, what in _SIGNATURES:
+        if re.match(pattern, content, re.DOTALL):
+            raise InvalidTask(f"the file at text_url is no text but {what}", code="binary_file")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _explain(content, error) from error
+    if len(_CONTROLS.findall(text)) > _FEW_CONTROLS * len(text):
+        raise InvalidTask(
+            "the file at text_url is no text: much of it is control characters"
+            + (" (is it UTF-16? convert it to UTF-8)" if "\0" in text else ""),
+            code="binary_file",
+        )
+    if not says_something(text):
+        raise InvalidTask("the file at text_url holds nothing but white space", code="empty_text")
+    return text
+
+
+def check_length(text: str, max_characters: int, name: str) -> None:
+    """Raises InvalidTask (`text_too_long`) for a text, called `name`, that is too long."""
+    if len(text) > max_characters:
+        raise InvalidTask(
+            f"{name} has {len(text)} characters, a text may have {max_characters}: split it (or raise "
+            "INFERQ_NER_MAX_CHARACTERS)",
+            code="text_too_long",
+        )
+
+
+def _explain(content: bytes, error: UnicodeDecodeError) -> InvalidTask:
+    if content.startswith(_WIDE_MARKS):
+        return InvalidTask(
+            "the file at text_url is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
+            code="not_utf8",
+        )
+    said = f"the file at text_url is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}"
+    try:
+        guess = content.decode("gb18030")
+    except UnicodeDecodeError:
+        guess = ""
+    if guess and not _CONTROLS.search(guess):
+        return InvalidTask(
+            f"{said}; it looks like GBK or GB18030: convert it (iconv -f GB18030 -t UTF-8)", code="not_utf8"
+        )
+    if b"\0" in content or len(re.findall(rb"[\0-\x08\x0e-\x1a]", content)) > _FEW_CONTROLS * len(content):
+        return InvalidTask("the file at text_url is no text but binary data", code="binary_file")
+    return InvalidTask(f"{said}; convert it", code="not_utf8")
