@@ -31,8 +31,7 @@ class Backend(Protocol):
     def read(self, pieces: Sequence[str]) -> list[list[Span]]:
         """The entities of each piece, computed together.
 
-        No piece is longer than `window`, empty, or begins or ends with white space. What comes back for one
-        does not depend on the others.
+        No piece is longer than `window`, empty, or begins or ends with white space.
         """
 
 

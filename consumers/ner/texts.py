@@ -25,7 +25,7 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1a\x1c-\x1f]")
-_FEW_CONTROLS = 0.05
+_FEW_CONTROLS = 0.1
 """The share of control characters up to which a file still counts as text."""
 
 
