@@ -36,10 +36,10 @@ def inferq(
 def installation(
     shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """A gateway and two workers, as processes; gives the environment that names them."""
+    """A gateway and three workers, as processes; gives the environment that names them."""
     folder = tmp_path_factory.mktemp("installation")
     vhost = f"cli-{os.getpid()}"
-    port, *probes = free_ports(3)
+    port, *probes = free_ports(4)
     keys = KeyFile(folder / "keys.json")
     env = os.environ | {
         "INFERQ_AMQP_URL": shared_rabbitmq.add_vhost(vhost),
@@ -54,6 +54,7 @@ def installation(
         ["gateway", "--host", "127.0.0.1", "--port", str(port)],
         ["worker", "echo"],
         ["worker", "ocr"],
+        ["worker", "ner"],
     ]
     ports = [port, *probes]
     processes = []
@@ -102,6 +103,27 @@ def test_a_file_is_read_and_saved(installation: dict[str, str], tmp_path: Path) 
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "succeeded"
     assert result["timings"]["inference"] > 0
+
+
+def test_texts_and_files_of_text_are_searched_for_names(installation: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "文章.txt"
+    file.write_text("李娜在上海。\n", "utf-8")
+    inputs = ["张伟在北京看糖尿病。", str(file), "2024"]
+    dictionary = 'dictionary={"DISEASE": ["糖尿病"]}'
+    submitted = inferq(installation, "submit", "ner", *inputs, "--set", dictionary, "--wait", "--json")
+    results = answer(submitted)
+    found = [
+        [(entity["type"], entity["text"]) for entity in result["output"]["texts"][0]["entities"]]
+        for result in results
+    ]
+    assert found == [
+        [("PER", "张伟"), ("LOC", "北京"), ("DISEASE", "糖尿病")],
+        [("PER", "李娜"), ("LOC", "上海")],
+        [],
+    ]
+    refused = inferq(installation, "submit", "ner", " ")
+    assert refused.returncode != 0
+    assert "nothing but white space" in refused.stdout + refused.stderr
 
 
 def test_several_texts_make_several_tasks(installation: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info
 
 from consumers.ner import bigru_crf
 from consumers.ner.backend import Span
-from consumers.ner.bigru_crf import BiGruCrf, Crf, Ids
+from consumers.ner.bigru_crf import BiGruCrf, Crf, Floats, Ids
 from consumers.ner.lac import LacBackend, _installed_folder
 from schemas import InstallationError
 from tests.ner.gold import sentences
@@ -47,7 +47,7 @@ def test_a_path_that_leads_by_next_to_nothing_is_decided_alone(
     exactly = BiGruCrf._emissions
     error = 0.01
 
-    def with_an_error(self: BiGruCrf, packed: Ids, packing: bigru_crf._Packing) -> bigru_crf.Floats:
+    def with_an_error(self: BiGruCrf, packed: Ids, packing: bigru_crf._Packing) -> Floats:
         emissions = exactly(self, packed, packing)
         if len(packing.lengths) > 1:
             emissions += draw.uniform(-error, error, emissions.shape).astype(np.float32)
@@ -88,7 +88,7 @@ def test_viterbi_finds_the_best_path_and_its_lead(lengths: list[int], seed: int)
     for number, length in enumerate(lengths):
         rows = emissions[np.asarray(packing.starts)[:length] + number]
 
-        def worth(path: tuple[int, ...], rows: np.ndarray = rows) -> float:
+        def worth(path: tuple[int, ...], rows: Floats = rows) -> float:
             moves = sum(float(crf.moves[a, b]) for a, b in itertools.pairwise(path))
             here = sum(float(row[tag]) for row, tag in zip(rows, path, strict=True))
             return float(crf.begin[path[0]] + crf.end[path[-1]]) + moves + here
