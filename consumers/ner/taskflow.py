@@ -146,7 +146,7 @@ def _load(parameters: dict[str, Any]) -> Any:
         return Taskflow("ner", **parameters)
     except Exception as error:
         raise InstallationError(
-            f"PaddleNLP's model cannot be loaded: {type(error).__name__}: {error}; set "
-            "INFERQ_NER_MODEL_DIR to a folder that has it",
+            f"PaddleNLP's model cannot be loaded: {type(error).__name__}: {error}; set INFERQ_NER_MODEL_DIR "
+            "to a folder that has it (PaddleNLP 2.8 works with paddlepaddle 2.6, not with 3)",
             code="engine_not_loadable",
         ) from error
