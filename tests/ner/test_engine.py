@@ -299,7 +299,7 @@ def test_the_command_that_measures_quality_prints_its_table() -> None:
         text=True,
         check=True,
     )
-    assert "| PER | 42 | 0." in run.stdout
-    assert "| all | 160 | 0." in run.stdout
+    assert "| PER | 58 | 0." in run.stdout
+    assert "| all | 224 | 0." in run.stdout
     assert "missed" in run.stdout
     assert run.stderr == ""
