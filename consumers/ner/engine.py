@@ -57,7 +57,8 @@ class NerEngine(Engine[NerTask]):
         read = []
         for text, spans in zip(texts, found, strict=True):
             context.check_abort()
-            read.append(_entities(text, _prefer(dictionary.find(text), _join(spans))))
+            terms = dictionary.find(text, context.check_abort)
+            read.append(_entities(text, _prefer(terms, _join(spans))))
         context.progress(1.0, "read")
         return NerOutput(model=self._backend.info.model, texts=tuple(read))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from consumers.ner.backend import Span
 from consumers.ner.folding import fold
@@ -16,18 +16,22 @@ class Dictionary:
         for kind, group in terms.items():
             for term in group:
                 by_length.setdefault(len(term), {}).setdefault(fold(term), kind)
-        self._by_length = sorted(by_length.items(), reverse=True)
+        self._by_length = [
+            (length, known, {term[0] for term in known})
+            for length, known in sorted(by_length.items(), reverse=True)
+        ]
 
-    def find(self, text: str) -> list[Span]:
+    def find(self, text: str, check_abort: Callable[[], None] = lambda: None) -> list[Span]:
         """The terms in a text, in order. Where matches overlap the longest holds, then the first.
 
-        Takes time in proportion to the text's length and to how many lengths the terms have.
+        Takes time in proportion to the text's length and to how many lengths the terms have; `check_abort`
+        is called for each of these.
         """
         folded = fold(text)
         taken = bytearray(len(text))
         found = []
-        for length, terms in self._by_length:
-            firsts = {term[0] for term in terms}
+        for length, terms, firsts in self._by_length:
+            check_abort()
             for start, character in enumerate(folded):
                 if character not in firsts:
                     continue

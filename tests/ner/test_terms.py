@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consumers.engine import TaskAborted
 from consumers.ner.terms import Dictionary
 
 
@@ -56,6 +58,18 @@ def test_a_hostile_dictionary_costs_seconds_at_most() -> None:
     began = time.monotonic()
     assert len(found(terms, "甲" * 100_000)) == 100_000 // 64
     assert time.monotonic() - began < 20
+
+
+def test_a_search_can_be_stopped() -> None:
+    asked: list[None] = []
+
+    def stop() -> None:
+        asked.append(None)
+        if len(asked) == 3:
+            raise TaskAborted
+
+    with pytest.raises(TaskAborted):
+        Dictionary({"A": ["甲" * length for length in range(1, 60)]}).find("乙" * 100_000, stop)
 
 
 @given(
