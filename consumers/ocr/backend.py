@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumers.ocr import Box, Line
+from consumers.pictures import RgbImage
 from schemas import EngineInfo, TransientFailure
 
-RgbPage = NDArray[np.uint8]
-"""An upright page: `(height, width, 3) uint8`, RGB."""
+RgbPage = RgbImage
+"""An upright page."""
 
 TALL = 1.5
 """From this ratio of height to width on, PP-OCR takes a box for a line that runs up or down the page."""

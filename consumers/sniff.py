@@ -1,4 +1,4 @@
-"""What kind of file this is, by its first bytes."""
+"""What kind of picture or document a file is, by its first bytes."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ _MARKUP: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def sniff(path: Path) -> Kind:
-    """The kind of the file at `path`.
+def sniff(path: Path, *, documents: bool = False) -> Kind:
+    """The kind of the file at `path`; a PDF is refused unless `documents` are welcome.
 
     Raises InvalidTask: `empty_file`, `truncated_image` where it breaks off within its signature, or
     `not_an_image`, with what it is instead where that shows.
@@ -75,14 +75,20 @@ def sniff(path: Path) -> Kind:
         raise InvalidTask("the input file is empty", code="empty_file")
     for pattern, kind in _SIGNATURES:
         if re.match(pattern, head, re.DOTALL):
+            if kind is Kind.PDF and not documents:
+                raise InvalidTask(
+                    "the input is not an image but a PDF: send a picture of its page", code="not_an_image"
+                )
             return kind
-    raise InvalidTask(f"the input is not an image but {_describe(head)}", code="not_an_image")
+    raise InvalidTask(f"the input is not an image but {_describe(head, documents)}", code="not_an_image")
 
 
-def _describe(head: bytes) -> str:
+def _describe(head: bytes, documents: bool) -> str:
     for pattern, what in _REFUSED:
         if re.match(pattern, head, re.DOTALL):
-            return what
+            return (
+                what if documents else what.partition(": send its pages")[0].partition(": save it as PDF")[0]
+            )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for pattern, what in _MARKUP:
         if re.match(pattern, text):
@@ -93,5 +99,6 @@ def _describe(head: bytes) -> str:
         # Cut within a character, the last bytes may be incomplete.
         head.decode("utf-8") if len(head) < _HEAD else head[:-4].decode("utf-8", "strict")
     except UnicodeDecodeError:
-        return "of an unknown kind; known are PNG, JPEG, TIFF, WebP, GIF, BMP, JPEG 2000, AVIF, PPM and PDF"
+        known = [kind.value for kind in Kind if documents or kind is not Kind.PDF]
+        return f"of an unknown kind; known are {', '.join(known[:-1])} and {known[-1]}"
     return "text"
