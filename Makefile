@@ -58,10 +58,16 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 .make/test: EXTRAS := up,ocr,ner,test
 .make/lint: EXTRAS := up,ocr,ner,test,lint
 .make/bench: EXTRAS := up,ocr,ner,bench
+.make/run: EXTRAS := up,ocr,facefusion
+.make/test: EXTRAS := up,ocr,facefusion,test
+.make/lint: EXTRAS := up,ocr,test,lint
+.make/bench: EXTRAS := up,ocr,bench
 .make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"
 	$(BIN)/python -m pip install -qq --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	# mediapipe brings a second OpenCV into the same folder, one that needs a display's libraries.
+	$(BIN)/python -m pip install -qq --no-input -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 	touch $@
 
 define SUDO_OR_SAY

@@ -1,0 +1,140 @@
+"""The face-swapping engine: two pictures in, one out, whichever backend does the swapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from consumers.engine import Context, Engine
+from consumers.facefusion import FacefusionOptions, FacefusionOutput, FacefusionTask, PictureFormat
+from consumers.facefusion.backend import Backend
+from consumers.facefusion.settings import FacefusionSettings
+from consumers.pictures import Picture, PixelLimit, RgbImage, open_picture
+from schemas import EngineInfo, InvalidTask
+
+_FILES: dict[PictureFormat, tuple[str, str]] = {
+    "png": ("output.png", "image/png"),
+    "jpeg": ("output.jpg", "image/jpeg"),
+    "webp": ("output.webp", "image/webp"),
+}
+_WEBP_SIDE = 16_383
+"""The most pixels of a side that WebP has bits for."""
+_FULL_COLOUR = 90
+"""From this quality on a JPEG keeps its colours as finely as its lightness."""
+
+
+class FacefusionEngine(Engine[FacefusionTask]):
+    """Puts the face of one picture onto another. A source and a target are in memory at a time."""
+
+    def __init__(self) -> None:
+        self._settings = FacefusionSettings.load()
+        self._loaded: Backend | None = None
+
+    def load(self) -> EngineInfo:
+        """Load the backend that INFERQ_FACEFUSION_BACKEND names."""
+        self._loaded = load_backend(self._settings)
+        return self._loaded.info
+
+    def warm_up(self) -> None:
+        """Let the backend choose its kernels and build its tables."""
+        self._backend.warm_up()
+
+    def run(self, task: FacefusionTask, context: Context) -> FacefusionOutput:
+        """Swap the faces that the task asks for."""
+        context.check_abort()
+        context.progress(0.0, "reading the pictures")
+        with ExitStack() as stack:
+            # Both are opened, and their sizes checked, before either is decoded.
+            source_file = self._open("source_url", context, stack)
+            target_file = self._open("target_url", context, stack)
+            with _named("source_url"):
+                source = source_file.decode()
+            with _named("target_url"):
+                target = target_file.decode()
+                _check_format(task.options.format, target)
+            profile = target_file.colour_profile
+        context.check_abort()
+        swap = self._backend.swap(source, target, task.options.face, context)
+        context.check_abort()
+        context.progress(0.95, "writing the picture")
+        name, content_type = _FILES[task.options.format]
+        _write(swap.picture, context.artifact(name, content_type), task.options, profile)
+        context.progress(1.0, "done")
+        return FacefusionOutput(
+            image=name,
+            width=swap.picture.shape[1],
+            height=swap.picture.shape[0],
+            preview=self._backend.preview,
+            source_faces=swap.source_faces,
+            target_faces=swap.target_faces,
+            swapped=swap.swapped,
+        )
+
+    def close(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
+
+    @property
+    def _backend(self) -> Backend:
+        if self._loaded is None:
+            raise RuntimeError("the face-swapping engine is used before load()")
+        return self._loaded
+
+    def _open(self, name: str, context: Context, stack: ExitStack) -> Picture:
+        limit = PixelLimit(self._settings.facefusion_max_pixels, "INFERQ_FACEFUSION_MAX_PIXELS")
+        with _named(name):
+            return stack.enter_context(open_picture(context.inputs[name].path, limit))
+
+
+def load_backend(settings: FacefusionSettings) -> Backend:
+    """The backend that the settings ask for, ready to work.
+
+    Raises InstallationError where what it needs is not there: never another in its place.
+    """
+    if settings.facefusion_backend == "facefusion":
+        from consumers.facefusion.headless import HeadlessBackend
+
+        return HeadlessBackend(
+            home=settings.facefusion_home,
+            python=settings.facefusion_python,
+            providers=settings.facefusion_providers.split(","),
+        )
+    from consumers.facefusion.preview import PreviewBackend
+
+    return PreviewBackend()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says in an InvalidTask which of the inputs it is about."""
+    try:
+        yield
+    except InvalidTask as error:
+        raise InvalidTask(f"{name}: {error.message}", code=error.code) from error
+
+
+def _check_format(chosen: PictureFormat, target: RgbImage) -> None:
+    height, width = target.shape[:2]
+    if chosen == "webp" and max(width, height) > _WEBP_SIDE:
+        raise InvalidTask(
+            f"the image has {width}×{height} pixels, a WebP file at most {_WEBP_SIDE} a side: scale it down, or "
+            "choose another options.format",
+            code="image_too_large",
+        )
+
+
+def _write(picture: RgbImage, path: Path, options: FacefusionOptions, profile: bytes | None) -> None:
+    how: dict[str, Any] = {"compress_level": 3}
+    if options.format != "png":
+        how = {"quality": options.quality}
+    if options.format == "jpeg" and options.quality >= _FULL_COLOUR:
+        how["subsampling"] = 0
+    Image.fromarray(np.ascontiguousarray(picture)).save(
+        path, format=options.format.upper(), icc_profile=profile, **how
+    )

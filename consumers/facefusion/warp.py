@@ -1,0 +1,129 @@
+"""Brings one face into the shape of another, triangle by triangle of the landmarks' mesh."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from consumers.facefusion.landmarks import Points
+from consumers.pictures import RgbImage
+
+Triangles = NDArray[np.int32]
+
+_SUBPIXEL_BITS = 4
+"""OpenCV draws polygons in fixed point: with this many bits behind the point."""
+
+
+def triangulate(edges: Iterable[tuple[int, int]]) -> Triangles:
+    """The triangles of a face's mesh with these edges, `(n, 3) int32`.
+
+    mediapipe publishes its mesh as edges, and leaves the eyes and the mouth open. The eyes are filled here,
+    the mouth is not: what is between open lips would have to be made up where the other's are closed.
+    """
+    neighbours: dict[int, set[int]] = {}
+    for one, other in edges:
+        neighbours.setdefault(one, set()).add(other)
+        neighbours.setdefault(other, set()).add(one)
+    corners = {
+        tuple(sorted((a, b, c))) for a in neighbours for b in neighbours[a] for c in neighbours[a] & neighbours[b]
+    }
+    # Three edges around a vertex of three neighbours close a triangle as well, that the three inner ones fill.
+    for ring in neighbours.values():
+        if len(ring) == 3:
+            corners.discard(tuple(sorted(ring)))
+    uses = Counter(edge for triangle in corners for edge in combinations(triangle, 2))
+    borders = _loops(edge for edge, count in uses.items() if count == 1)
+    # The outer border is the longest, the mouth the next.
+    for hole in sorted(borders, key=len)[:-2]:
+        corners.update((hole[0], hole[i], hole[i + 1]) for i in range(1, len(hole) - 1))
+    return np.array(sorted(corners), np.int32)
+
+
+def warp(
+    source: RgbImage, source_points: Points, target_points: Points, triangles: Triangles, size: tuple[int, int]
+) -> tuple[RgbImage, NDArray[np.bool_]]:
+    """The source's face in the shape of the target's, on a canvas of `size` (width, height).
+
+    Points are `(n, 3)` in pixels of the source and of the canvas; where the mesh folds over itself, the
+    nearer part is seen. Gives the canvas and which of its pixels the face covers.
+    """
+    source, source_points = _no_larger_than_needed(source, source_points, target_points)
+    width, height = size
+    nearest_last = np.argsort(-target_points[triangles, 2].mean(axis=1), kind="stable")
+    drawn = np.full((height, width), -1, np.int32)
+    fixed = np.round(target_points[:, :2] * 2**_SUBPIXEL_BITS).astype(np.int32)
+    for number in nearest_last:
+        cv2.fillConvexPoly(
+            drawn, fixed[triangles[number]], int(number), lineType=cv2.LINE_8, shift=_SUBPIXEL_BITS
+        )
+    rows, columns = np.nonzero(drawn >= 0)
+    where = np.full((height, width, 2), -1, np.float32)
+    where[rows, columns] = _carried(
+        np.stack([columns, rows], axis=1).astype(np.float32),
+        drawn[rows, columns],
+        target_points[:, :2][triangles],
+        source_points[:, :2][triangles],
+    )
+    canvas = cv2.remap(source, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(canvas, np.uint8), drawn >= 0
+
+
+def _carried(
+    places: NDArray[np.float32], within: NDArray[np.int32], before: Points, after: Points
+) -> NDArray[np.float32]:
+    """Where places `(m, 2)` go that lie within the numbered triangles `before`, as these become `after`.
+
+    A triangle's border pixels stand half outside: they are held on its edge, since a sliver would carry them
+    far away.
+    """
+    corners = np.concatenate([before, np.ones_like(before[:, :, :1])], axis=2).astype(np.float64)
+    # A triangle seen from its edge has no inverse; the pseudo-inverse gives some point of it.
+    weigh = np.linalg.pinv(np.swapaxes(corners, 1, 2)).astype(np.float32)[within]
+    shares = weigh[:, :, 0] * places[:, :1] + weigh[:, :, 1] * places[:, 1:] + weigh[:, :, 2]
+    shares = np.clip(shares, 0, 1)
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-6)
+    return np.einsum("nk,nkd->nd", shares, after[within], dtype=np.float32)
+
+
+def _no_larger_than_needed(
+    source: RgbImage, source_points: Points, target_points: Points
+) -> tuple[RgbImage, Points]:
+    """The face cut out of the source, at most twice as large as it is to become: or its detail would alias."""
+    low, high = source_points[:, :2].min(axis=0), source_points[:, :2].max(axis=0)
+    left, top = (max(0, int(value) - 2) for value in low)
+    right, bottom = (min(side, int(value) + 3) for value, side in zip(high, source.shape[1::-1], strict=True))
+    cut = source[top : max(bottom, top + 1), left : max(right, left + 1)]
+    wanted = float(np.ptp(target_points[:, :2], axis=0).max())
+    factor = min(1.0, wanted / max(float((high - low).max()), 1.0))
+    moved = source_points - np.array([left, top, 0], np.float32)
+    if factor >= 0.75:
+        return cut, moved
+    width, height = (max(1, round(side * factor)) for side in cut.shape[1::-1])
+    shrunk = cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA)
+    ratio = np.array([width / cut.shape[1], height / cut.shape[0], 1.0], np.float32)
+    return np.asarray(shrunk, np.uint8), moved * ratio
+
+
+def _loops(edges: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The closed lines that these edges form, each as its vertices in order, beginning with the lowest."""
+    following: dict[int, list[int]] = {}
+    for one, other in edges:
+        following.setdefault(one, []).append(other)
+        following.setdefault(other, []).append(one)
+    loops = []
+    left = set(following)
+    while left:
+        loop = [min(left)]
+        while True:
+            left.discard(loop[-1])
+            ahead = [vertex for vertex in sorted(following[loop[-1]]) if vertex in left]
+            if not ahead:
+                break
+            loop.append(ahead[0])
+        loops.append(loop)
+    return loops
