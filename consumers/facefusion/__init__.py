@@ -18,8 +18,8 @@ class FacefusionOptions(Options):
 
     face: FaceChoice = Field(
         "largest",
-        description="Which faces of the target are replaced: the `largest`, `all`, or one by its number: they "
-        "count from 0, the largest first, as `target_faces` lists them.",
+        description="Which faces of the target are replaced: the `largest`, `all`, or one by its number: "
+        "they count from 0, the largest first, as in `target_faces`.",
         examples=["largest", "all", 1],
     )
     format: PictureFormat = Field("png", description="What kind of file the picture becomes.")
@@ -45,7 +45,7 @@ class FoundFace(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     box: tuple[int, int, int, int] = Field(
-        description="Left, top, right, bottom in pixels of the upright picture; right and bottom lie just outside."
+        description="Left, top, right, bottom in pixels of the upright picture; the latter two just outside."
     )
     score: float = Field(ge=0, le=1, description="How certain it is that this is a face.")
 
@@ -60,16 +60,20 @@ class FacefusionOutput(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     image: str = Field(description="The name of the artifact: output.png, output.jpg or output.webp.")
-    width: int = Field(ge=1, description="Pixels of the upright target, and of the picture made of it.")
+    width: int = Field(ge=1, description="Pixels of the picture made, which stands upright.")
     height: int = Field(ge=1, description="Pixels.")
     preview: bool = Field(
-        description="Whether this is the preview, which warps and blends, and not the work of a face-swapping model."
+        description="Whether this is the preview, which warps and blends, and no face-swapping model's work."
     )
     source_faces: tuple[FoundFace, ...] | None = Field(
         description="The faces on the source, the largest first: that one was used."
     )
-    target_faces: tuple[FoundFace, ...] | None = Field(description="The faces on the target, the largest first.")
-    swapped: tuple[int, ...] | None = Field(description="Which of the target's faces were replaced, by number.")
+    target_faces: tuple[FoundFace, ...] | None = Field(
+        description="The faces on the target, the largest first."
+    )
+    swapped: tuple[int, ...] | None = Field(
+        description="Which of the target's faces were replaced, by number."
+    )
 
 
 task_type = TaskType(

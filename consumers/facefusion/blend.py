@@ -21,8 +21,8 @@ _EDGE = 0.12
 """Over what part of the face's size it fades into its surroundings."""
 _LIPS = 0.01
 """The same around an open mouth, whose lips are narrow."""
-_CONTRAST = (0.6, 1.2)
-"""How much weaker and stronger the face's details may become."""
+_LEAST_CONTRAST, _MOST_CONTRAST = np.array([0.6, 0.0, 0.0], np.float32), 1.2
+"""How much weaker and stronger the face's details may become: its colours vanish on a grey target."""
 
 
 def blend(
@@ -42,7 +42,7 @@ def blend(
 def _fade(points: Points, covered: NDArray[np.bool_], size: float) -> NDArray[np.float32]:
     """How much of the face is seen at each pixel, from 0 to 1."""
     inside = np.zeros(covered.shape, np.uint8)
-    cv2.fillPoly(inside, [np.round(points[list(OUTLINE), :2]).astype(np.int32)], 1)
+    cv2.fillPoly(inside, [np.round(points[list(OUTLINE), :2]).astype(np.int32)], [1])
     fade = cv2.distanceTransform(inside, cv2.DIST_L2, 5) / max(_EDGE * size, 1.0)
     fade = np.clip(fade, 0, 1)
     fade = fade * fade * (3 - 2 * fade)
@@ -50,22 +50,20 @@ def _fade(points: Points, covered: NDArray[np.bool_], size: float) -> NDArray[np
     return np.asarray(fade * np.where(covered, np.clip(2 * mouth - 1, 0, 1), 0), np.float32)
 
 
-def _relit(
-    face: RgbImage, onto: RgbImage, weight: NDArray[np.float32], sigma: float
-) -> RgbImage:
+def _relit(face: RgbImage, onto: RgbImage, weight: NDArray[np.float32], sigma: float) -> RgbImage:
     own = cv2.cvtColor(face.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     beneath = cv2.cvtColor(onto.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     total = np.maximum(_coarse(weight, sigma), 1e-3)[:, :, None]
     own_light = _coarse(own * weight[:, :, None], sigma) / total
     light = _coarse(beneath * weight[:, :, None], sigma) / total
     seen = weight > 0
-    detail = own - own_light
-    contrast = np.std((beneath - light)[seen], axis=0) / np.maximum(np.std(detail[seen], axis=0), 1e-3)
-    detail *= np.clip(contrast, *_CONTRAST)
     # What is black on the face stays black, whatever the complexion around it.
-    lit = np.clip(own[:, :, :1] / np.maximum(own_light[:, :, :1], 1.0), 0, 1)
-    relit = own_light + detail + (light - own_light) * lit
-    relit[:, :, 0] = _bounded(light[:, :, 0] + detail[:, :, 0], beneath[seen, 0])
+    dim = np.ones_like(own)
+    dim[:, :, 1:] = np.clip(own[:, :, :1] / np.maximum(own_light[:, :, :1], 1.0), 0, 1)
+    detail = own - own_light * dim
+    contrast = np.std((beneath - light)[seen], axis=0) / np.maximum(np.std(detail[seen], axis=0), 1e-3)
+    relit = light * dim + detail * np.clip(contrast, _LEAST_CONTRAST, _MOST_CONTRAST)
+    relit[:, :, 0] = _bounded(relit[:, :, 0], beneath[seen, 0])
     pixels = cv2.cvtColor(relit, cv2.COLOR_LAB2RGB) * 255
     return np.asarray(np.round(np.clip(pixels, 0, 255)), np.uint8)
 

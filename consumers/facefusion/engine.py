@@ -123,8 +123,8 @@ def _check_format(chosen: PictureFormat, target: RgbImage) -> None:
     height, width = target.shape[:2]
     if chosen == "webp" and max(width, height) > _WEBP_SIDE:
         raise InvalidTask(
-            f"the image has {width}×{height} pixels, a WebP file at most {_WEBP_SIDE} a side: scale it down, or "
-            "choose another options.format",
+            f"the image has {width}×{height} pixels, a WebP file at most {_WEBP_SIDE} a side: scale it down, "
+            "or choose another options.format",
             code="image_too_large",
         )
 

@@ -37,7 +37,7 @@ _SAME = 2
 
 @dataclass(frozen=True)
 class _Stage:
-    """A line of FaceFusion's output that tells how far it is; a percentage in it goes from `begin` to `end`."""
+    """A line of its output that tells how far it is; a percentage in it goes from `begin` to `end`."""
 
     pattern: re.Pattern[str]
     begin: float
@@ -119,7 +119,13 @@ class HeadlessBackend:
             chosen = ["one"]
         else:
             # 0.05 is the least distance that it takes: no other face is as near to the one meant.
-            chosen = ["reference", "--reference-face-position", str(face), "--reference-face-distance", "0.05"]
+            chosen = [
+                "reference",
+                "--reference-face-position",
+                str(face),
+                "--reference-face-distance",
+                "0.05",
+            ]
         # Each run has jobs of its own: two that share a folder of them take each other's.
         return [
             *(self._python, "facefusion.py", "headless-run"),
@@ -280,7 +286,8 @@ def _checked_home(home: Path | None) -> Path:
     home = home.expanduser().absolute()
     if not home.is_dir():
         raise InstallationError(
-            f"INFERQ_FACEFUSION_HOME {home} is not a folder: set it to FaceFusion's", code="engine_not_installed"
+            f"INFERQ_FACEFUSION_HOME {home} is not a folder: set it to FaceFusion's",
+            code="engine_not_installed",
         )
     if not (home / "facefusion.py").is_file():
         raise InstallationError(
@@ -296,8 +303,8 @@ def _find_python(home: Path, setting: str | None) -> str:
     found = shutil.which(Path(wanted).expanduser())
     if found is None:
         raise InstallationError(
-            f"FaceFusion's Python {wanted} is not there or cannot be run: set INFERQ_FACEFUSION_PYTHON to the "
-            "one of its environment",
+            f"FaceFusion's Python {wanted} is not there or cannot be run: set INFERQ_FACEFUSION_PYTHON to "
+            "the one of its environment",
             code="engine_not_installed",
         )
     return str(Path(found).absolute())
@@ -324,14 +331,15 @@ def _version(home: Path, python: str) -> str:
         ) from error
     except OSError as error:
         raise InstallationError(
-            f"{python} cannot be run: {error.strerror}; set INFERQ_FACEFUSION_PYTHON", code="engine_not_loadable"
+            f"{python} cannot be run: {error.strerror}; set INFERQ_FACEFUSION_PYTHON",
+            code="engine_not_loadable",
         ) from error
     if answer.returncode != 0:
         said = " | ".join((answer.stderr + answer.stdout).strip().splitlines()[-3:])[-600:]
         raise InstallationError(
-            f"FaceFusion in {home} does not start under {python} (status {answer.returncode}: {said or 'no word'}): "
-            "install it by its install.py, set INFERQ_FACEFUSION_PYTHON to the Python (3.12 or later) of its "
-            "environment, and see that curl and ffmpeg are there",
+            f"FaceFusion in {home} does not start under {python} (status {answer.returncode}: "
+            f"{said or 'no word'}): install it by its install.py, set INFERQ_FACEFUSION_PYTHON to the Python "
+            "(3.12 or later) of its environment, and see that curl and ffmpeg are there",
             code="engine_not_loadable",
         )
     words = answer.stdout.split()

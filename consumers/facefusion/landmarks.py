@@ -29,8 +29,9 @@ _CROP_REACH = 2.2
 """How much wider than the detector's box that square is: brow to chin, with hair and neck."""
 _SAME_FACE = 0.4
 """Two boxes that share more than this part of their union are one face, found twice."""
-_MOST_YAW = 50.0
-"""Degrees that a face may be turned aside: beyond, half of it is hidden and nothing to warp."""
+_MOST_YAW = 30.0
+"""Degrees that a face may be turned aside by what its landmarks say, who see 45 of them as 30. Beyond, half
+of it is hidden, and there is nothing to warp."""
 _MOST_ROLL = 15.0
 """Degrees by which a face in its straightened square may still lean; the landmarks suffer beyond."""
 _SMALLEST = 16.0
@@ -103,7 +104,7 @@ class FaceFinder:
         """The faces of an upright `(height, width, 3)` picture, the largest first.
 
         A face may lean, or lie on its side or its head where no other stands upright. One that is turned
-        aside by more than about 50 degrees is left out. Found are those as wide as 40 pixels and as a
+        aside by more than about 45 degrees is left out. Found are those as wide as 40 pixels and as a
         25th of the picture's longer side. `checkpoint` is called between steps, and may raise to stop.
         """
         scale = min(1.0, _SEARCH_SIDE / max(image.shape[:2]))
@@ -114,13 +115,15 @@ class FaceFinder:
         for quarters, window in _PASSES:
             checkpoint()
             turned = np.ascontiguousarray(np.rot90(small, quarters))
-            faces = []
+            faces: list[Face] = []
             for found in self._search(turned, window):
                 checkpoint()
                 face = self._landmarks(image, small, scale, _unturned(found, small.shape, quarters))
                 if face is not None and not any(_overlap(face, other) > _SAME_FACE for other in faces):
                     faces.append(face)
             if faces:
+                # To look on where all are turned aside would find faces that are none.
+                faces = [face for face in faces if abs(yaw(face.points)) <= _MOST_YAW]
                 # The position decides between equals, so that the order never changes.
                 return sorted(faces, key=lambda face: (-face.area, face.box))
         return []
@@ -176,8 +179,7 @@ class FaceFinder:
             return None
         face = Face(points / np.float32(scale) if source is small else points, found.score)
         left, top, right, bottom = face.box
-        wide_enough = min(right - left, bottom - top) >= _SMALLEST
-        return face if wide_enough and abs(yaw(face.points)) <= _MOST_YAW else None
+        return face if min(right - left, bottom - top) >= _SMALLEST else None
 
     def _mesh_at(self, image: RgbImage, centre: Points, side: float, across: Points) -> Points | None:
         """The landmarks of the face around `centre`, whose eyes lie in the direction `across`."""
@@ -187,18 +189,18 @@ class FaceFinder:
         )
         meshes = self._mesh.process(crop).multi_face_landmarks or []
         back = cv2.invertAffineTransform(to_crop)
-        candidates = []
+        best, nearest = None, 0.5 / _CROP_REACH
         for mesh in meshes:
             inside = np.array([(p.x, p.y, p.z) for p in mesh.landmark], np.float32) * _CROP
+            # Another face beside this one may be seen as well; it has a square of its own.
             off = float(np.linalg.norm(inside[:, :2].mean(axis=0) - _CROP / 2)) / _CROP
-            candidates.append((off, inside))
-        # Another face beside this one may be seen as well; it has a square of its own.
-        off, inside = min(candidates, key=lambda candidate: candidate[0], default=(1.0, None))
-        if inside is None or off > 0.5 / _CROP_REACH:
+            if off <= nearest:
+                best, nearest = inside, off
+        if best is None:
             return None
-        flat = inside[:, :2] @ back[:, :2].T + back[:, 2]
-        depth = inside[:, 2:] * (side * _CROP_REACH / _CROP)
-        return np.concatenate([flat, depth], axis=1).astype(np.float32)
+        flat = best[:, :2] @ back[:, :2].T + back[:, 2]
+        depth = best[:, 2:] * (side * _CROP_REACH / _CROP)
+        return np.asarray(np.concatenate([flat, depth], axis=1), np.float32)
 
 
 def mesh_edges() -> list[tuple[int, int]]:
@@ -207,7 +209,7 @@ def mesh_edges() -> list[tuple[int, int]]:
 
 
 def yaw(points: Points) -> float:
-    """Degrees that a face with these landmarks (`(468, 3)`) is turned aside; 0 looks into the camera."""
+    """Degrees that a face with these landmarks (`(468, 3)`) is turned aside; 0 faces the camera."""
     cheeks = points[_LEFT_CHEEK] - points[_RIGHT_CHEEK]
     return float(np.degrees(np.arctan2(cheeks[2], np.hypot(cheeks[0], cheeks[1]))))
 
@@ -252,9 +254,7 @@ def _unturned(found: _Found, shape: tuple[int, ...], quarters: int) -> _Found:
         turned = {0: (x, y), 1: (width - y, x), 2: (width - x, height - y), 3: (y, height - x)}
         return np.array(turned[quarters], np.float32)
 
-    return _Found(
-        back(found.centre), found.side, back(found.right_eye), back(found.left_eye), found.score
-    )
+    return _Found(back(found.centre), found.side, back(found.right_eye), back(found.left_eye), found.score)
 
 
 def _straightening(centre: Points, side: float, across: Points) -> NDArray[np.float64]:

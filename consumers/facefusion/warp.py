@@ -30,9 +30,12 @@ def triangulate(edges: Iterable[tuple[int, int]]) -> Triangles:
         neighbours.setdefault(one, set()).add(other)
         neighbours.setdefault(other, set()).add(one)
     corners = {
-        tuple(sorted((a, b, c))) for a in neighbours for b in neighbours[a] for c in neighbours[a] & neighbours[b]
+        tuple(sorted((a, b, c)))
+        for a in neighbours
+        for b in neighbours[a]
+        for c in neighbours[a] & neighbours[b]
     }
-    # Three edges around a vertex of three neighbours close a triangle as well, that the three inner ones fill.
+    # Three edges around a vertex of three neighbours close a triangle as well: the inner ones fill it.
     for ring in neighbours.values():
         if len(ring) == 3:
             corners.discard(tuple(sorted(ring)))
@@ -45,7 +48,11 @@ def triangulate(edges: Iterable[tuple[int, int]]) -> Triangles:
 
 
 def warp(
-    source: RgbImage, source_points: Points, target_points: Points, triangles: Triangles, size: tuple[int, int]
+    source: RgbImage,
+    source_points: Points,
+    target_points: Points,
+    triangles: Triangles,
+    size: tuple[int, int],
 ) -> tuple[RgbImage, NDArray[np.bool_]]:
     """The source's face in the shape of the target's, on a canvas of `size` (width, height).
 
@@ -59,7 +66,7 @@ def warp(
     fixed = np.round(target_points[:, :2] * 2**_SUBPIXEL_BITS).astype(np.int32)
     for number in nearest_last:
         cv2.fillConvexPoly(
-            drawn, fixed[triangles[number]], int(number), lineType=cv2.LINE_8, shift=_SUBPIXEL_BITS
+            drawn, fixed[triangles[number]], [int(number)], lineType=cv2.LINE_8, shift=_SUBPIXEL_BITS
         )
     rows, columns = np.nonzero(drawn >= 0)
     where = np.full((height, width, 2), -1, np.float32)
@@ -69,7 +76,9 @@ def warp(
         target_points[:, :2][triangles],
         source_points[:, :2][triangles],
     )
-    canvas = cv2.remap(source, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    canvas = cv2.remap(
+        source, where[:, :, 0], where[:, :, 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
     return np.asarray(canvas, np.uint8), drawn >= 0
 
 
@@ -87,17 +96,19 @@ def _carried(
     shares = weigh[:, :, 0] * places[:, :1] + weigh[:, :, 1] * places[:, 1:] + weigh[:, :, 2]
     shares = np.clip(shares, 0, 1)
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-6)
-    return np.einsum("nk,nkd->nd", shares, after[within], dtype=np.float32)
+    return np.asarray(np.einsum("nk,nkd->nd", shares, after[within]), np.float32)
 
 
 def _no_larger_than_needed(
     source: RgbImage, source_points: Points, target_points: Points
 ) -> tuple[RgbImage, Points]:
-    """The face cut out of the source, at most twice as large as it is to become: or its detail would alias."""
+    """The face cut out of the source, and hardly larger than it is to become: else its detail would alias."""
     low, high = source_points[:, :2].min(axis=0), source_points[:, :2].max(axis=0)
-    left, top = (max(0, int(value) - 2) for value in low)
-    right, bottom = (min(side, int(value) + 3) for value, side in zip(high, source.shape[1::-1], strict=True))
-    cut = source[top : max(bottom, top + 1), left : max(right, left + 1)]
+    # A face may reach beyond the picture's edge.
+    last = np.array(source.shape[1::-1]) - 1
+    left, top = np.clip(low.astype(int) - 2, 0, last)
+    right, bottom = np.clip(high.astype(int) + 2, 0, last)
+    cut = source[top : bottom + 1, left : right + 1]
     wanted = float(np.ptp(target_points[:, :2], axis=0).max())
     factor = min(1.0, wanted / max(float((high - low).max()), 1.0))
     moved = source_points - np.array([left, top, 0], np.float32)

@@ -139,7 +139,7 @@ def test_a_provider_that_it_does_not_have_is_named(
     make_engine: MakeEngine, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFERQ_FACEFUSION_PROVIDERS", "tensorrt,cuda")
-    with pytest.raises(TransientFailure, match="INFERQ_FACEFUSION_PROVIDERS.*tensorrt") as caught:
+    with pytest.raises(TransientFailure, match=r"INFERQ_FACEFUSION_PROVIDERS.*tensorrt") as caught:
         runner(make_engine("swap"), COLLINS, HOPPER)
     assert caught.value.code == "engine_misconfigured"
 

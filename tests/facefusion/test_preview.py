@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from consumers.engine import TaskAborted
+from consumers.engine import Context, TaskAborted
 from consumers.facefusion import FacefusionOutput
 from consumers.facefusion.engine import FacefusionEngine
 from consumers.facefusion.landmarks import FaceFinder, mesh_edges
@@ -93,7 +93,9 @@ def test_the_sources_face_stands_on_the_target_in_the_targets_light(
     finder = preview._backend._finder  # type: ignore[attr-defined]
     assert likeness(finder, after, pixels(source)) > 0.8 > likeness(finder, before, pixels(source)) + 0.1
     # Nothing is burnt out, nothing grey: each patch is about as bright and as coloured as it was.
-    lab = [cv2.cvtColor(part(picture, box), cv2.COLOR_RGB2LAB).astype(np.float32) for picture in (before, after)]
+    lab = [
+        cv2.cvtColor(part(picture, box), cv2.COLOR_RGB2LAB).astype(np.float32) for picture in (before, after)
+    ]
     patches = [cv2.resize(values, (4, 4), interpolation=cv2.INTER_AREA) for values in lab]
     assert np.abs(patches[0] - patches[1])[:, :, 0].max() < 40
     assert np.abs(patches[0] - patches[1])[:, :, 1:].max() < 12
@@ -144,7 +146,9 @@ def test_one_of_two_faces_or_both_are_replaced(
     assert touched[:, 512:].any() == (0 in swapped)
 
 
-def test_of_several_faces_on_the_source_the_largest_is_used(preview: FacefusionEngine, runner: Runner) -> None:
+def test_of_several_faces_on_the_source_the_largest_is_used(
+    preview: FacefusionEngine, runner: Runner
+) -> None:
     run = runner(preview, side_by_side(), COLLINS)
     assert len(output(run).source_faces or ()) == 2
     alone = runner(preview, HOPPER, COLLINS)
@@ -182,9 +186,7 @@ def test_a_face_that_lies_or_stands_on_its_head_is_replaced_as_well(
 
 
 @pytest.mark.parametrize("degrees", [-60, -30, 30, 45])
-def test_a_leaning_face_is_replaced_as_well(
-    preview: FacefusionEngine, runner: Runner, degrees: int
-) -> None:
+def test_a_leaning_face_is_replaced_as_well(preview: FacefusionEngine, runner: Runner, degrees: int) -> None:
     height, width = pixels(HOPPER).shape[:2]
     transform = cv2.getRotationMatrix2D((262, 240), degrees, 1)
     leaning = cv2.warpAffine(pixels(HOPPER), transform, (width, height), borderMode=cv2.BORDER_REPLICATE)
@@ -231,8 +233,6 @@ def test_a_large_target_costs_little_more_than_a_small_one(preview: FacefusionEn
     source = pixels(COLLINS)
 
     def seconds(width: int, height: int) -> float:
-        from consumers.engine import Context
-
         target = resized(pixels(HOPPER), width, height)
         spent = []
         for _ in range(3):
@@ -251,9 +251,7 @@ def test_nothing_is_different_the_second_time(preview: FacefusionEngine, runner:
     runner(preview, HOPPER, COLLINS)
     second = runner(preview, COLLINS, side_by_side(), face="all")
     assert output(first) == output(second)
-    assert (
-        first.context.artifacts[0].path.read_bytes() == second.context.artifacts[0].path.read_bytes()
-    )
+    assert first.context.artifacts[0].path.read_bytes() == second.context.artifacts[0].path.read_bytes()
 
 
 def test_runs_leave_no_files_and_no_memory_behind(preview: FacefusionEngine, runner: Runner) -> None:
@@ -297,7 +295,11 @@ def test_a_run_stops_wherever_it_is_asked_to(preview: FacefusionEngine, runner: 
 
 @pytest.mark.parametrize(
     ("chosen", "name", "kind"),
-    [("png", "output.png", "image/png"), ("jpeg", "output.jpg", "image/jpeg"), ("webp", "output.webp", "image/webp")],
+    [
+        ("png", "output.png", "image/png"),
+        ("jpeg", "output.jpg", "image/jpeg"),
+        ("webp", "output.webp", "image/webp"),
+    ],
 )
 def test_the_picture_is_of_the_kind_asked_for(
     preview: FacefusionEngine, runner: Runner, chosen: str, name: str, kind: str

@@ -70,6 +70,8 @@ def test_the_command_line_takes_them_in_pairs(tmp_path: Path) -> None:
 
 def test_describing_the_type_loads_no_library() -> None:
     heavy = "{'numpy', 'PIL', 'cv2', 'mediapipe', 'matplotlib'}"
-    code = f"import sys, consumers.facefusion; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    code = (
+        f"import sys, consumers.facefusion; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("source_url", "target_url")

@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 
 
 def say(text: str) -> None:
-    print(f"[FACEFUSION.CORE] {text}", flush=True)
+    sys.stdout.write(f"[FACEFUSION.CORE] {text}\n")
+    sys.stdout.flush()
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +51,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     given = arguments()
     with (HERE / "calls.jsonl").open("a") as calls:
-        calls.write(json.dumps({"argv": sys.argv[1:], "cwd": str(Path.cwd()), "env": dict(os.environ)}) + "\n")
+        calls.write(
+            json.dumps({"argv": sys.argv[1:], "cwd": str(Path.cwd()), "env": dict(os.environ)}) + "\n"
+        )
     if Path.cwd() != HERE or Path(given.target_path).suffix != Path(given.output_path).suffix:
         say("Match the target and output extension!")
         return 1
