@@ -87,7 +87,8 @@ class Picture:
         with _explained(kind), _own_pixel_limit():
             try:
                 self._image = Image.open(path, formats=kind.formats)
-            except UnidentifiedImageError as error:
+            except (UnidentifiedImageError, MemoryError) as error:
+                # No pixels are asked for yet: too much memory can only be what a damaged length asks for.
                 raise InvalidTask(
                     f"the {kind.value} file is damaged: its header cannot be read", code="truncated_image"
                 ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from consumers.facefusion import FacefusionOptions, FacefusionOutput, Facefusion
 from consumers.facefusion.backend import Backend
 from consumers.facefusion.settings import FacefusionSettings
 from consumers.pictures import Picture, PixelLimit, RgbImage, open_picture
-from schemas import EngineInfo, InvalidTask
+from schemas import EngineInfo, InstallationError, InvalidTask
 
 _FILES: dict[PictureFormat, tuple[str, str]] = {
     "png": ("output.png", "image/png"),
@@ -105,9 +106,25 @@ def load_backend(settings: FacefusionSettings) -> Backend:
             python=settings.facefusion_python,
             providers=settings.facefusion_providers.split(","),
         )
-    from consumers.facefusion.preview import PreviewBackend
+    try:
+        from consumers.facefusion.preview import PreviewBackend
 
-    return PreviewBackend()
+        return PreviewBackend()
+    except ImportError as error:
+        raise _not_installed(error) from error
+
+
+def _not_installed(error: ImportError) -> InstallationError:
+    remedy = "pip install 'inferq[facefusion]'"
+    if re.search(r"lib(GL|gthread|SM|Xext|Xrender)\b", str(error)):
+        # mediapipe brings an OpenCV that draws windows, into the folder of the one that does not.
+        remedy = (
+            "pip install --force-reinstall --no-deps opencv-python-headless==4.10.0.84, or "
+            "apt-get install libgl1 libglib2.0-0"
+        )
+    return InstallationError(
+        f"the preview's libraries cannot be imported ({error}): {remedy}", code="engine_not_installed"
+    )
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class FaceFinder:
     """The detector and the landmark model, loaded. To be used from one thread."""
 
     def __init__(self) -> None:
-        """Raises InstallationError where mediapipe, or a library that it needs, is not there."""
+        """Raises ImportError where mediapipe is not there, InstallationError where it is another version."""
         # Otherwise every start prints a page about delegates and missing GPUs.
         os.environ.setdefault("GLOG_minloglevel", "2")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -215,19 +215,8 @@ def yaw(points: Points) -> float:
 
 
 def _mediapipe() -> Any:
-    try:
-        import mediapipe
-    except ImportError as error:
-        reason = str(error)
-        remedy = (
-            "apt-get install libgl1 libglib2.0-0, or put back the OpenCV that needs no display: "
-            "pip install --force-reinstall --no-deps opencv-python-headless==4.10.0.84"
-            if "libGL" in reason or "libgthread" in reason
-            else "pip install 'inferq[facefusion]', or set INFERQ_FACEFUSION_BACKEND=facefusion"
-        )
-        raise InstallationError(
-            f"mediapipe cannot be imported ({reason}): {remedy}", code="engine_not_installed"
-        ) from error
+    import mediapipe
+
     if not hasattr(mediapipe, "solutions"):
         raise InstallationError(
             f"mediapipe {mediapipe.__version__} brings no face models: pip install mediapipe==0.10.21",

@@ -29,7 +29,7 @@ class PreviewBackend:
     preview = True
 
     def __init__(self) -> None:
-        """Raises InstallationError where mediapipe is not there."""
+        """Raises ImportError where mediapipe is not there, InstallationError where it is another version."""
         self._finder = FaceFinder()
         self._triangles = triangulate(mesh_edges())
         self.info = EngineInfo(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import cv2
@@ -14,7 +16,7 @@ from PIL import Image
 
 from consumers.engine import Context, TaskAborted
 from consumers.facefusion import FacefusionOutput
-from consumers.facefusion.engine import FacefusionEngine
+from consumers.facefusion.engine import FacefusionEngine, _not_installed
 from consumers.facefusion.landmarks import FaceFinder, mesh_edges
 from consumers.facefusion.warp import triangulate, warp
 from schemas import InstallationError, InvalidTask
@@ -227,7 +229,7 @@ def test_a_face_cut_off_by_the_edge_does_no_harm(preview: FacefusionEngine, runn
     assert (run.picture != cut).any()
 
 
-def test_a_large_target_costs_little_more_than_a_small_one(preview: FacefusionEngine) -> None:
+def test_a_small_target_is_quick_and_a_large_one_costs_little_more(preview: FacefusionEngine) -> None:
     """Beyond decoding and encoding. CPU time: other processes do not count."""
     backend = preview._backend
     source = pixels(COLLINS)
@@ -242,6 +244,7 @@ def test_a_large_target_costs_little_more_than_a_small_one(preview: FacefusionEn
             spent.append(time.process_time() - begun)
         return min(spent)
 
+    assert seconds(512, 600) < 0.15
     small, large = seconds(1000, 750), seconds(4000, 3000)
     assert large < 4 * small, (small, large)  # 16 times the pixels, the face's included
 
@@ -322,6 +325,25 @@ def test_the_engine_says_what_it_is() -> None:
     engine.close()
     with pytest.raises(RuntimeError, match=r"before load"):
         engine.warm_up()
+
+
+def test_without_mediapipe_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    with pytest.raises(InstallationError, match=r"mediapipe.*inferq\[facefusion\]") as caught:
+        FacefusionEngine().load()
+    assert caught.value.code == "engine_not_installed"
+
+
+def test_another_version_of_mediapipe_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mediapipe", SimpleNamespace(__version__="0.10.30"))
+    with pytest.raises(InstallationError, match=r"mediapipe 0\.10\.30 .*mediapipe==0\.10\.21"):
+        FacefusionEngine().load()
+
+
+def test_an_opencv_that_needs_a_display_is_told_from_one_that_is_missing() -> None:
+    display = ImportError("libGL.so.1: cannot open shared object file: No such file or directory")
+    assert "opencv-python-headless" in _not_installed(display).message
+    assert "opencv-python-headless" not in _not_installed(ImportError("No module named 'cv2'")).message
 
 
 @pytest.mark.parametrize(

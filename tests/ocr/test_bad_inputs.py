@@ -74,6 +74,16 @@ def test_a_picture_cut_short_is_refused(tmp_path: Path, kind: str, share: float)
     assert refusal(path).code == "truncated_image"
 
 
+def test_a_damaged_length_that_asks_for_exabytes_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    noise().save(path, format="JPEG2000")
+    data = bytearray(path.read_bytes())
+    assert data[36:40] == b"jp2h"
+    data[35] = 1  # the length follows in 64 bits, says that, and other data does
+    path.write_bytes(data)
+    assert refusal(path).code == "truncated_image"
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A well-formed PNG that says it has that many pixels, and holds next to none."""
 
