@@ -54,14 +54,10 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # One stamp per set of extras. Installing one set leaves the others in place.
-.make/run: EXTRAS := up,ocr,ner
-.make/test: EXTRAS := up,ocr,ner,test
-.make/lint: EXTRAS := up,ocr,ner,test,lint
-.make/bench: EXTRAS := up,ocr,ner,bench
-.make/run: EXTRAS := up,ocr,facefusion
-.make/test: EXTRAS := up,ocr,facefusion,test
-.make/lint: EXTRAS := up,ocr,test,lint
-.make/bench: EXTRAS := up,ocr,bench
+.make/run: EXTRAS := up,ocr,ner,facefusion
+.make/test: EXTRAS := up,ocr,ner,facefusion,test
+.make/lint: EXTRAS := up,ocr,ner,facefusion,test,lint
+.make/bench: EXTRAS := up,ocr,ner,facefusion,bench
 .make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"
