@@ -1,0 +1,90 @@
+"""The music engine: a description in, sound and its picture out, whichever backend composes."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from consumers.acestep import AceStepOutput, AceStepTask
+from consumers.acestep.audio import CONTENT_TYPES, AudioFile
+from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Backend, frames_of
+from consumers.acestep.settings import AceStepSettings
+from consumers.acestep.waveform import Waveform
+from consumers.engine import Context, Engine
+from schemas import EngineInfo, TransientFailure
+
+
+class AceStepEngine(Engine[AceStepTask]):
+    """Writes the music to its file as it comes, so that no length of it fills the memory."""
+
+    def __init__(self) -> None:
+        self._settings = AceStepSettings.load()
+        self._loaded: Backend | None = None
+
+    def load(self) -> EngineInfo:
+        """Make the backend ready that INFERQ_ACESTEP_BACKEND names."""
+        self._loaded = load_backend(self._settings)
+        return self._loaded.info
+
+    def warm_up(self) -> None:
+        """Make one second: libraries choose kernels and grow their memory on the first run."""
+        task = AceStepTask(task_id="warm-up", task_type="acestep", prompt="a second to warm up", duration=1.0)
+        nobody = Context(Path(), {}, report=lambda *_: None, abort_requested=lambda: False)
+        for _ in self._backend.compose(task, 0, nobody):
+            pass
+
+    def run(self, task: AceStepTask, context: Context) -> AceStepOutput:
+        """Make the music, its file and its picture."""
+        seed = task.seed if task.seed is not None else secrets.randbelow(2**32)
+        frames = frames_of(task.duration)
+        suffix = task.options.format
+        path = context.artifact(f"audio.{suffix}", CONTENT_TYPES[suffix])
+        waveform = Waveform(frames)
+        with AudioFile(path, suffix) as file:
+            for block in self._backend.compose(task, seed, context):
+                context.check_abort()
+                waveform.add(file.write(block))
+        if file.frames != frames:
+            raise TransientFailure(
+                f"{file.frames} frames were made where {frames} were asked for", code="bad_audio"
+            )
+        waveform.draw(context.artifact("waveform.png", "image/png"))
+        context.progress(1.0, "made")
+        return AceStepOutput(
+            duration=frames / SAMPLE_RATE,
+            sample_rate=SAMPLE_RATE,
+            channels=CHANNELS,
+            peak_dbfs=file.peak_dbfs,
+            seed=seed,
+            preview=not self._backend.ai,
+            ai=self._backend.ai,
+        )
+
+    def close(self) -> None:
+        self._loaded = None
+
+    @property
+    def _backend(self) -> Backend:
+        if self._loaded is None:
+            raise RuntimeError("the music engine is used before load()")
+        return self._loaded
+
+
+def load_backend(settings: AceStepSettings) -> Backend:
+    """The backend that the settings ask for.
+
+    Raises InstallationError where the library, the weights or the device is not there: never another in
+    its place.
+    """
+    if settings.acestep_backend == "diffusers":
+        from consumers.acestep.pipeline import DiffusersBackend
+
+        return DiffusersBackend(
+            model_dir=settings.acestep_model_dir,
+            device=settings.device,
+            dtype=settings.acestep_dtype,
+            cpu_offload=settings.acestep_cpu_offload,
+        )
+    from consumers.acestep.preview import PreviewBackend
+
+    return PreviewBackend()

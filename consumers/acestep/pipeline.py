@@ -1,0 +1,205 @@
+"""ACE-Step itself, through diffusers.AceStepPipeline.
+
+https://huggingface.co/docs/diffusers/api/pipelines/ace_step
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from consumers.acestep import AceStepTask
+from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio, frames_of
+from consumers.engine import Context
+from schemas import EngineInfo, InstallationError, TransientFailure
+
+_TURBO_STEPS, _STEPS = 8, 50
+_GUIDANCE = 7.0
+_MOST_TOKENS = 8192
+"""Longer texts the pipeline cuts off without a word; nothing that a task may hold is so long."""
+_BLOCK = 1 << 20
+"""Frames that are handed on at a time."""
+_DENOISED = 0.9
+"""How far a run is once the last step is done; decoding takes the rest."""
+
+
+class DiffusersBackend:
+    """ACE-Step with its weights loaded."""
+
+    ai = True
+
+    def __init__(
+        self,
+        *,
+        model_dir: Path | None,
+        device: str,
+        dtype: Literal["bfloat16", "float16", "float32"] | None,
+        cpu_offload: bool,
+    ) -> None:
+        """Loads the weights in `model_dir` onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`).
+
+        Raises InstallationError where the packages, the weights or the device are not there.
+        """
+        folder = _check_folder(model_dir)
+        self._torch, pipeline = _import()
+        place = _check_device(self._torch, device)
+        if cpu_offload and place == "cpu":
+            raise InstallationError(
+                "INFERQ_ACESTEP_CPU_OFFLOAD needs a GPU to offload from: set INFERQ_DEVICE, or leave it off",
+                code="bad_settings",
+            )
+        numbers = dtype or ("float32" if place == "cpu" else "bfloat16")
+        self._pipeline = _load(pipeline, folder, getattr(self._torch, numbers))
+        if cpu_offload:
+            self._pipeline.enable_model_cpu_offload(gpu_id=int(place.partition(":")[2]))
+        else:
+            self._pipeline.to(place)
+        if self._pipeline.sample_rate != SAMPLE_RATE:
+            raise InstallationError(
+                f"the weights in {folder} make sound of {self._pipeline.sample_rate} Hz, not {SAMPLE_RATE}",
+                code="bad_model_dir",
+            )
+        # Ten minutes decoded at once take more memory than the model; tiles of 20 s do not.
+        self._pipeline.vae.enable_tiling()
+        self._pipeline.set_progress_bar_config(disable=True)
+        self.info = EngineInfo(
+            name="diffusers",
+            version=version("diffusers"),
+            model=folder.name,
+            device=f"{place} ({numbers}{', offloaded' if cpu_offload else ''})",
+        )
+
+    def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
+        """The model's music, cut to the frame.
+
+        A seed's noise is drawn on the CPU, so that it is the same whatever the device.
+        """
+        turbo = self._pipeline.is_turbo
+        steps = task.options.steps or (_TURBO_STEPS if turbo else _STEPS)
+        # Turbo weights have guidance distilled into them; the pipeline would warn of any.
+        guidance = 1.0 if turbo else task.options.guidance or _GUIDANCE
+        context.check_abort()
+        context.progress(0.0, "reading the prompt")
+
+        def after_step(_: Any, step: int, __: float, ___: dict[str, Any]) -> dict[str, Any]:
+            context.progress(_DENOISED * (step + 1) / steps, f"step {step + 1} of {steps}")
+            # The pipeline's own way to stop, `_interrupt`, would still decode what there is.
+            context.check_abort()
+            return {}
+
+        try:
+            made = self._pipeline(
+                prompt=task.prompt,
+                lyrics=task.lyrics or "",
+                audio_duration=task.duration,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=self._torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=after_step,
+                max_text_length=_MOST_TOKENS,
+                max_lyric_length=_MOST_TOKENS,
+                output_type="np",
+            ).audios
+        finally:
+            # Left early, the pipeline does not see to it itself; done twice, it does no harm.
+            self._pipeline.maybe_free_model_hooks()
+        frames = frames_of(task.duration)
+        audio = _check_audio(made, frames)
+        for begin in range(0, frames, _BLOCK):
+            yield np.ascontiguousarray(audio[:, begin : min(begin + _BLOCK, frames)].T)
+
+
+def _check_folder(folder: Path | None) -> Path:
+    """The folder, if it looks like a pipeline's: every part that its index names is there."""
+    advice = "it must hold ACE-Step's weights in the layout of diffusers"
+    if folder is None:
+        raise InstallationError(
+            f"INFERQ_ACESTEP_BACKEND=diffusers needs INFERQ_ACESTEP_MODEL_DIR: {advice}", code="bad_model_dir"
+        )
+    index = folder / "model_index.json"
+    try:
+        parts = json.loads(index.read_text("utf-8"))
+        missing = [
+            name
+            for name, library in parts.items()
+            if isinstance(library, list) and library[0] and not (folder / name).is_dir()
+        ]
+    except (OSError, ValueError, AttributeError, IndexError) as error:
+        raise InstallationError(
+            f"INFERQ_ACESTEP_MODEL_DIR {folder} has no readable model_index.json ({error}): {advice}",
+            code="bad_model_dir",
+        ) from error
+    if parts.get("_class_name") != "AceStepPipeline":
+        raise InstallationError(
+            f"INFERQ_ACESTEP_MODEL_DIR {folder} holds the weights of a {parts.get('_class_name')}: {advice}",
+            code="bad_model_dir",
+        )
+    if missing:
+        raise InstallationError(
+            f"INFERQ_ACESTEP_MODEL_DIR {folder} is incomplete, it lacks {', '.join(missing)}: {advice}",
+            code="bad_model_dir",
+        )
+    return folder
+
+
+def _import() -> tuple[Any, Any]:
+    """torch, and the pipeline's class."""
+    # Everything lies in a folder; nobody needs asking whether there is something newer.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import accelerate  # noqa: F401 - diffusers needs it to load large weights, and says so late
+
+        return import_module("torch"), import_module("diffusers").AceStepPipeline
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise InstallationError(
+            f"ACE-Step's packages cannot be imported ({error}): pip install 'inferq[acestep-diffusers]', or "
+            "set INFERQ_ACESTEP_BACKEND=preview",
+            code="engine_not_installed",
+        ) from error
+
+
+def _check_device(torch: Any, device: str) -> str:
+    """The device as torch names it. Raises InstallationError where it is not there."""
+    if device == "cpu":
+        return device
+    number = int(device.partition(":")[2] or 0)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number >= found:
+        raise InstallationError(
+            f"INFERQ_DEVICE={device}, but torch {torch.__version__} finds {found or 'no'} "
+            f"GPU{'' if found == 1 else 's'}: install a torch built for CUDA and the driver, or set "
+            "INFERQ_DEVICE=cpu",
+            code="device_unavailable",
+        )
+    return f"cuda:{number}"
+
+
+def _load(pipeline: Any, folder: Path, dtype: Any) -> Any:
+    try:
+        # Weights in safetensors only: others may hold code.
+        return pipeline.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InstallationError(
+            f"the weights in INFERQ_ACESTEP_MODEL_DIR {folder} cannot be loaded: {error}",
+            code="engine_not_loadable",
+        ) from error
+
+
+def _check_audio(made: Any, frames: int) -> Audio:
+    """What the pipeline gave, `(1, 2, n) float32`, as `(2, n)` with n at least `frames`."""
+    audio = np.asarray(made, np.float32)
+    if audio.ndim != 3 or audio.shape[:2] != (1, CHANNELS) or audio.shape[2] < frames:
+        raise TransientFailure(
+            f"ACE-Step gave sound of shape {audio.shape} where (1, {CHANNELS}, {frames}) was asked for",
+            code="bad_audio",
+        )
+    return np.asarray(audio[0])

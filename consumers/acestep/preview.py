@@ -1,0 +1,50 @@
+"""The preview: a small synthesizer that plays something in the mood of the prompt. Not AI, and no weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from consumers.acestep import AceStepTask
+from consumers.acestep.backend import SAMPLE_RATE, Audio, frames_of
+from consumers.acestep.mixer import mix
+from consumers.acestep.plan import read_prompt
+from consumers.acestep.score import write_score
+from consumers.engine import Context
+from schemas import EngineInfo
+
+_LONGEST_FADE = 4.0
+"""Seconds in which the end dies away."""
+
+
+class PreviewBackend:
+    """Reads the prompt, writes a score and plays it, in a fiftieth of the time that it lasts."""
+
+    ai = False
+
+    def __init__(self) -> None:
+        self.info = EngineInfo(name="preview", version="1", model="none", device="cpu")
+
+    def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
+        """The piece for a prompt and a seed; lyrics, steps and guidance mean nothing to it."""
+        frames = frames_of(task.duration)
+        rng = np.random.default_rng([seed, *hashlib.sha256(task.prompt.encode()).digest()])
+        score = write_score(read_prompt(task.prompt, rng), frames, rng)
+        done = 0
+        for block in mix(score, frames):
+            context.check_abort()
+            _fade(block, done, frames)
+            done += len(block)
+            yield block
+            context.progress(done / frames, f"{done / SAMPLE_RATE:.0f} of {task.duration:.0f} s")
+
+
+def _fade(block: Audio, begin: int, frames: int) -> None:
+    """Let the last seconds of the piece die away; `block` begins at frame `begin` of `frames`."""
+    fade = round(min(_LONGEST_FADE * SAMPLE_RATE, 0.3 * frames))
+    position = np.arange(begin, begin + len(block)) - (frames - 1 - fade)
+    if position[-1] > 0:
+        curve = np.cos(np.clip(position / fade, 0, 1) * np.pi / 2) ** 2
+        block *= curve[:, None].astype(np.float32)
