@@ -7,9 +7,11 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 DECLARED := setup.cfg pyproject.toml constraints.txt
+ENGINE_TESTS := tests/acestep tests/ocr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo up test chaos chaos-quick lint bench schemas image-check clean system
+.PHONY: help setup demo up test test-engines chaos chaos-quick lint bench schemas clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +26,9 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 
 test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
 	@$(BIN)/python -m pytest --cov --cov-fail-under=90 -n 2 --dist loadfile $(ARGS)
+
+test-engines: .make/test-engines ## run the tests that need the engines' own large packages, in .venv-engines
+	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -m engines $(ENGINE_TESTS) $(ARGS)
 
 chaos: .make/test | system ## break everything that can break, count what was lost, write docs/reliability.md
 	@exec $(BIN)/python -m tests.chaos $(ARGS)
@@ -51,13 +56,17 @@ schemas: .make/run ## write the published schemas anew
 clean: ## remove what was built and measured; .venv and the data of `inferq up` stay
 	@rm -rf .make build dist inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 # One stamp per set of extras. Installing one set leaves the others in place.
 .make/run: EXTRAS := up,ocr,ner,facefusion
 .make/test: EXTRAS := up,ocr,ner,facefusion,test
 .make/lint: EXTRAS := up,ocr,ner,facefusion,test,lint
 .make/bench: EXTRAS := up,ocr,ner,facefusion,bench
+.make/run: EXTRAS := up,ocr,acestep
+.make/test: EXTRAS := up,ocr,acestep,test
+.make/lint: EXTRAS := up,ocr,acestep,test,lint
+.make/bench: EXTRAS := up,ocr,bench
 .make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"
@@ -65,6 +74,17 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	# mediapipe brings a second OpenCV into the same folder, one that needs a display's libraries.
 	$(BIN)/python -m pip install -qq --no-input -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 	touch $@
+
+# An environment of its own: PaddleOCR insists on versions that the rest does not use, and torch is large.
+# Where pip finds torch with CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes.
+.make/test-engines: setup.cfg constraints-engines.txt .venv-engines/pyvenv.cfg
+	@mkdir -p .make
+	echo "Installing inferq[test-engines] into .venv-engines (the first time takes two minutes)"
+	.venv-engines/bin/python -m pip install -qq --no-input -c constraints-engines.txt -e '.[test-engines]'
+	touch $@
+
+.venv-engines/pyvenv.cfg: | .venv/pyvenv.cfg
+	@$(BIN)/python -m venv .venv-engines
 
 define SUDO_OR_SAY
 may_install() { [ "$$(id -u)" = 0 ] && as_root() { "$$@"; } || { sudo -n true 2>/dev/null && as_root() { sudo -n "$$@"; }; }; }

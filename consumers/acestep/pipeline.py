@@ -184,9 +184,7 @@ def _check_device(torch: Any, device: str) -> str:
 def _load(pipeline: Any, folder: Path, dtype: Any) -> Any:
     try:
         # Weights in safetensors only: others may hold code.
-        return pipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype
-        )
+        return pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InstallationError(
             f"the weights in INFERQ_ACESTEP_MODEL_DIR {folder} cannot be loaded: {error}",

@@ -1,4 +1,4 @@
-"""The PaddleOCR backend. What needs paddleocr is skipped where it is not installed."""
+"""The PaddleOCR backend. What needs paddleocr is skipped where it is not installed: `make test-engines`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ with_paddle = pytest.mark.skipif(
 )
 
 # PaddleOCR's dependencies warn of their own doings when they are imported.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(scope="module")
