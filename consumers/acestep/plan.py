@@ -104,6 +104,8 @@ def read_prompt(prompt: str, rng: np.random.Generator) -> Plan:
     tonic, minor = int(rng.integers(12)), bool(rng.random() < 0.4)
     tonic, minor = _key(text, tonic, _mode(text, style, minor))
     drums = style.drums
+    if _names(text, _SLOW) and drums == "straight":
+        drums = "none"
     if _names(text, _PERCUSSION) and drums == "none":
         drums = "soft"
     if _names(unwanted, _PERCUSSION):

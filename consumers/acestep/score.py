@@ -42,7 +42,7 @@ _GAINS = {
     "piano": 0.3,
     "electric piano": 0.21,
     "guitar": 0.26,
-    "strings": 0.11,
+    "strings": 0.14,
     "pad": 0.16,
     "organ": 0.13,
     "synth": 0.2,
@@ -114,8 +114,13 @@ class _Writer:
         yield from self._end(bars, self._voice_chord(0, previous))
 
     def _pitch(self, degree: int, octave: int) -> int:
-        """The MIDI number of a degree of the scale, counted from the tonic of an octave."""
+        """The MIDI number of a degree of the scale, counted from the tonic; C in octave 5 is 60."""
         return 12 * octave + self._plan.tonic + self._scale[degree % 7] + 12 * (degree // 7)
+
+    def _low(self, degree: int) -> int:
+        """The degree where a bass plays it: from G sharp 1 to G 2 (52 to 98 Hz)."""
+        pitch = self._pitch(degree, 3)
+        return pitch - 12 * max(0, -(-(pitch - 43) // 12))
 
     def _voice_chord(self, degree: int, previous: Sequence[int]) -> tuple[int, ...]:
         """The chord's pitches about middle C, as near to the previous chord as they can lie."""
@@ -171,15 +176,15 @@ class _Writer:
 
     def _play_bass(self, bar: int, degree: int) -> Iterator[Note]:
         beats, drums = self._plan.beats, self._plan.drums
-        root = self._pitch(degree, 2)
-        root -= 12 if root > 45 else 0
-        fifth = root + 7
+        root = self._low(degree)
+        fifth = root + self._pitch(degree + 4, 3) - self._pitch(degree, 3)
         if drums == "four on the floor":
             line = [(beat + 0.5, 0.45, root) for beat in range(beats)]
         elif drums == "rock":
             line = [(eighth / 2, 0.48, root) for eighth in range(2 * beats)]
         elif self._plan.sevenths and self._plan.bpm > 90:
-            walk = [root, root + 4 - self._plan.minor, fifth, root + 9]
+            below = self._pitch(degree, 3) - root
+            walk = [self._pitch(degree + step, 3) - below for step in (0, 2, 4, 5)]
             line = [(float(beat), 0.95, walk[beat % 4]) for beat in range(beats)]
         elif drums == "none":
             line = [(0.0, float(beats), root)]
@@ -212,13 +217,13 @@ class _Writer:
             return
         gain = _GAINS[voice] * _LEAD.get(voice, 1.4)
         chord = {(degree + third) % 7 for third in (0, 2, 4)}
-        octave = 5 if self._plan.tonic < 7 else 4
+        octave = 6 if self._plan.tonic < 5 else 5
         for tone in self._themes[theme]:
             if tone.bar != bar % _PHRASE or (tone.beat + tone.beats > self._plan.beats):
                 continue
             step = tone.step
-            if tone.beat % 1 == 0 or tone.beats >= 1:
-                # What is stressed or long belongs to the chord.
+            if tone.beat == 0 or tone.beats >= 1.5:
+                # What is stressed or long belongs to the chord; the rest may pass between.
                 step = min(
                     (near for near in range(step - 3, step + 4) if near % 7 in chord),
                     key=lambda near: abs(near - tone.step),
@@ -244,8 +249,7 @@ class _Writer:
                 pan=0.2 * (place - 2), echo=0.4,
             )  # fmt: skip
         if self._plan.bass:
-            low = self._pitch(0, 2)
-            yield from self._note(bars, 0, left, "bass", low - 12 if low > 45 else low, 0.26, echo=0.05)
+            yield from self._note(bars, 0, left, "bass", self._low(0), 0.26, echo=0.05)
 
 
 def _section(phrase: int, phrases: int) -> _Section:

@@ -161,32 +161,30 @@ def _kick() -> Wave:
 
 def _snare() -> Wave:
     time = _time(int(0.22 * SAMPLE_RATE))
-    noise = _brighter(_noise(len(time), 1))
+    noise = _hiss(len(time), 1, above=16)
     body = np.sin(2 * np.pi * 186 * time) * np.exp(-26 * time)
-    return _ending(0.55 * noise * np.exp(-19 * time) + 0.5 * body) * _attack(time, 0.001)
+    return _ending(0.6 * noise * np.exp(-19 * time) + 0.5 * body) * _attack(time, 0.001)
 
 
 def _hat() -> Wave:
     time = _time(int(0.07 * SAMPLE_RATE))
-    noise = _brighter(_brighter(_noise(len(time), 2)))
-    return _ending(0.4 * noise * np.exp(-60 * time)) * _attack(time, 0.001)
+    return _ending(0.7 * _hiss(len(time), 2, above=4) * np.exp(-60 * time)) * _attack(time, 0.001)
 
 
 def _shaker() -> Wave:
     time = _time(int(0.11 * SAMPLE_RATE))
-    noise = _brighter(_noise(len(time), 3))
-    return _ending(0.35 * noise * np.exp(-((time - 0.04) ** 2) / 0.0006)) * _attack(time, 0.01)
+    swing = np.exp(-((time - 0.04) ** 2) / 0.0006)
+    return _ending(0.5 * _hiss(len(time), 3, above=6) * swing) * _attack(time, 0.01)
 
 
-def _noise(frames: int, number: int) -> NDArray[np.float64]:
-    """White noise, always the same for a number."""
-    return np.random.default_rng(number).uniform(-1, 1, frames)
+def _hiss(frames: int, number: int, *, above: int) -> NDArray[np.float64]:
+    """Noise between a low and a high limit, always the same for a number.
 
-
-def _brighter(noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Less of what is low: the mean of neighbours taken off."""
-    bright: NDArray[np.float64] = np.diff(noise, prepend=0.0) * 0.7
-    return bright
+    A mean over `above` samples, taken off, leaves what is faster; a mean over three dulls the very top.
+    """
+    noise = np.random.default_rng(number).uniform(-1, 1, frames)
+    noise = noise - np.convolve(noise, np.full(above, 1 / above), "same")
+    return np.convolve(noise, (0.25, 0.5, 0.25), "same")
 
 
 def _ending(stroke: NDArray[np.float64]) -> Wave:

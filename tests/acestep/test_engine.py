@@ -18,6 +18,8 @@ from consumers.acestep.backend import Audio
 from consumers.acestep.engine import AceStepEngine
 from consumers.acestep.waveform import Waveform, _marks
 from consumers.engine import Context, TaskAborted
+from consumers.engine_messages import Done
+from consumers.engine_process import EngineProcess, RunAborted, Watch
 from schemas import EngineInfo, InstallationError, TransientFailure
 from tests.acestep.conftest import Runner, acestep_task
 
@@ -192,6 +194,29 @@ def test_a_setting_that_means_nothing_is_named(
     monkeypatch.setenv(name, value)
     with pytest.raises(InstallationError, match=name):
         AceStepEngine()
+
+
+def test_a_worker_runs_it_and_stops_it(tmp_path: Path) -> None:
+    """In the engine process that a worker starts, by the type's entry point."""
+    engine = EngineProcess("acestep")
+    engine.spawn()
+    try:
+        engine.wait_ready(limit=60)
+        watch = Watch(lambda *_: None, lambda: None)
+        body = acestep_task().body().decode()
+        answer = engine.run(body, str(tmp_path / "1"), {}, watch=watch, time_limit=60, abort_grace=30)
+        assert isinstance(answer, Done)
+        assert set(answer.artifacts) == {"audio.wav", "waveform.png"}
+        assert answer.artifacts["audio.wav"].bytes == 2 * 48000 * 4 + 44
+        begun: list[float] = []
+        stop = Watch(lambda fraction, _: begun.append(fraction), lambda: "cancelled" if begun else None)
+        body = acestep_task(duration=600).body().decode()
+        with pytest.raises(RunAborted):
+            engine.run(body, str(tmp_path / "2"), {}, watch=stop, time_limit=60, abort_grace=30)
+        assert max(begun) < 0.5
+        assert engine.alive
+    finally:
+        engine.close()
 
 
 class Fixed:

@@ -104,6 +104,10 @@ def test_any_prompt_makes_a_plan_that_can_be_played(prompt: str) -> None:
         assert 0 < note.frames <= 12 * SAMPLE_RATE - note.start
         assert 0 < note.gain < 1
         assert note.voice in _NOTES or note.voice in _STROKES
+        if note.voice in _NOTES:
+            steps = (round(note.pitch) - made.tonic) % 12
+            assert steps in ({0, 2, 3, 5, 7, 8, 10} if made.minor else {0, 2, 4, 5, 7, 9, 11})
+            assert 30 <= note.pitch < 100
 
 
 @pytest.mark.parametrize("voice", [*_NOTES, *_STROKES])
