@@ -61,6 +61,7 @@ def _options_of(task_type: TaskType) -> Mapping[str, object]:
 def _read(text: str) -> JsonValue:
     try:
         value: JsonValue = json.loads(text)
+        json.dumps(value, allow_nan=False)  # Python reads NaN and 1e999, which no JSON can hold
     except ValueError:
         return text
     return value

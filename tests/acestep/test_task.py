@@ -39,6 +39,7 @@ def test_a_prompt_is_a_whole_task() -> None:
         ({"duration": 36000}, "duration: input should be less than or equal to 600, got 36000"),
         ({"duration": 600.01}, "duration: input should be less than or equal to 600"),
         ({"duration": "long"}, "duration: input should be a valid number"),
+        ({"duration": "NaN"}, "duration: input should be a finite number"),
         ({"duration": None}, "duration"),
         (
             {"options": {"format": "ogg"}},

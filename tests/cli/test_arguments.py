@@ -84,6 +84,8 @@ def test_assignments_find_their_field_or_option() -> None:
         "time_limit": 5,
         "options": {"annotated": True, "min_score": 0.3},
     }
+    for number in ("NaN", "-Infinity", "1e999", "[NaN]"):
+        assert parse_assignments(ocr, [f"min_score={number}"]) == {"options": {"min_score": number}}
     assert parse_assignments(ocr, ["batch_id=b=1"]) == {"batch_id": "b=1"}
     for wrong in ("annotated", "=1", ""):
         with pytest.raises(InvalidTask, match="name=value"):
