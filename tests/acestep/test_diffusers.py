@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import socket
 from collections.abc import Iterator
@@ -191,3 +192,25 @@ def test_it_runs_on_a_gpu(turbo: Path, run: Runner, offload: str) -> None:
     first = run(engine, acestep_task()).sound
     assert np.array_equal(first, run(engine, acestep_task()).sound)
     assert len(first) == 96000
+
+
+def test_runs_leave_no_tensors_and_no_files(engine: AceStepEngine, run: Runner, tmp_path: Path) -> None:
+    import torch
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+
+    def once() -> None:
+        run(engine, acestep_task())
+        reports: list[tuple[float, str]] = []
+        with pytest.raises(TaskAborted):
+            engine.run(acestep_task(), run.context(reports, lambda: len(reports) > 1))
+
+    once()
+    before = tensors()
+    once()
+    once()
+    assert tensors() <= before
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"audio.wav", "waveform.png"}
