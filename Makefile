@@ -7,11 +7,11 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 DECLARED := setup.cfg pyproject.toml constraints.txt
+ENGINES := ocr,ner,facefusion,acestep
 ENGINE_TESTS := tests/acestep tests/ocr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up test chaos chaos-quick lint bench schemas image-check clean system
-.PHONY: help setup demo up test test-engines chaos chaos-quick lint bench schemas clean system
+.PHONY: help setup demo up test test-engines chaos chaos-quick lint bench schemas image-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,13 +59,9 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 # One stamp per set of extras. Installing one set leaves the others in place.
-.make/run: EXTRAS := up,ocr,ner,facefusion
-.make/test: EXTRAS := up,ocr,ner,facefusion,test
-.make/lint: EXTRAS := up,ocr,ner,facefusion,test,lint
-.make/bench: EXTRAS := up,ocr,ner,facefusion,bench
-.make/run: EXTRAS := up,ocr,acestep
-.make/test: EXTRAS := up,ocr,acestep,test
-.make/lint: EXTRAS := up,ocr,acestep,test,lint
+.make/run: EXTRAS := up,$(ENGINES)
+.make/test: EXTRAS := up,$(ENGINES),test
+.make/lint: EXTRAS := up,$(ENGINES),test,lint
 .make/bench: EXTRAS := up,ocr,bench
 .make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
@@ -76,7 +72,7 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	touch $@
 
 # An environment of its own: PaddleOCR insists on versions that the rest does not use, and torch is large.
-# Where pip finds torch with CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes.
+# Where pip finds torch with CUDA, PIP_EXTRA_INDEX_URL with the address of its builds for CPUs spares gigabytes.
 .make/test-engines: setup.cfg constraints-engines.txt .venv-engines/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[test-engines] into .venv-engines (the first time takes two minutes)"

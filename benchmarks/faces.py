@@ -19,7 +19,7 @@ from consumers.engine import Context, InputFile
 from consumers.facefusion import FacefusionTask
 from consumers.facefusion.engine import FacefusionEngine
 
-_SAMPLES = Path(__file__).parent.parent / "tests" / "facefusion" / "samples"
+_SAMPLES = Path(__file__).parent.parent / "examples" / "portraits"
 _SIZES = ((512, 600), (1000, 750), (4000, 3000))
 _ROUNDS = 15
 

@@ -146,6 +146,22 @@ def use_weights(name: str) -> LoadedWeights:
     return WeightsCache(WeightsSettings.load()).use(name)
 
 
+_in_use: list[LoadedWeights] = []
+
+
+def model_folder(where: Path) -> Path:
+    """The folder that an engine's setting names: a path, or `weights:NAME` for what the manifest names.
+
+    Named weights stay in the cache until this process ends. Raises WeightsRefused and WeightsUnavailable.
+    """
+    scheme, _, name = str(where).partition(":")
+    if scheme != "weights":
+        return where
+    weights = use_weights(name)
+    _in_use.append(weights)
+    return weights.folder
+
+
 class WeightsCache:
     """The weights that the manifest names, on this machine. Safe to use from many processes at once."""
 

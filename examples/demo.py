@@ -1,10 +1,11 @@
-"""Reads two pages with everything that inferq has: gateway, RabbitMQ, Redis, object store and an OCR worker.
+"""One task of each type through everything that inferq has: gateway, RabbitMQ, Redis, object store, workers.
 
     python examples/demo.py
 
-Starts them (under `.inferq-demo`, apart from any other inferq), submits the pages over HTTP, shows how they
-move, and stops everything. Leaves `demo-output/<page>/result.json` and `annotated.png`. Exits with 0 only
-where the text is right.
+Starts them (under `.inferq-demo`, apart from any other inferq), submits over HTTP two pages to read, a text
+to search for names, two portraits to swap and a piece of music to make, shows how they move, and stops
+everything. Leaves `demo-output/<name>/result.json` and each task's artifacts. Exits with 0 only where all of
+it is right.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ import difflib
 import shutil
 import time
 import unicodedata
+import wave
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -43,11 +49,61 @@ from schemas import InferqError, Result
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "examples" / "pages"
+PORTRAITS = ROOT / "examples" / "portraits"
 OUTPUT = ROOT / "demo-output"
 DATA = ROOT / ".inferq-demo"
 PORT = 8000
 PATIENCE = 120.0
-"""Seconds that a page may take."""
+"""Seconds that a task may take."""
+
+TEXT = "昨天下午，李明和王芳从北京来到上海，参观了上海交通大学。"
+NAMES = {
+    ("昨天下午", "TIME"), ("李明", "PER"), ("王芳", "PER"),
+    ("北京", "LOC"), ("上海", "LOC"), ("上海交通大学", "ORG"),
+}  # fmt: skip
+PROMPT = "calm piano with soft strings, slow, hopeful"
+MUSIC_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A task to show. `files` are uploaded and named by their fields; `check` prints what came of it."""
+
+    name: str
+    task_type: str
+    check: Callable[[Exhibit, Result, Console], bool]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return OUTPUT / self.name
+
+
+def exhibits() -> list[Exhibit]:
+    pages = [
+        Exhibit(page.stem, "ocr", check_page, {"image_url": page}, {"options": {"annotated": True}})
+        for page in sorted(PAGES.glob("*.png"))
+    ]
+    return [
+        *pages,
+        Exhibit("names", "ner", check_names, fields={"text": TEXT}),
+        Exhibit(
+            "portrait",
+            "facefusion",
+            check_portrait,
+            {
+                "source_url": PORTRAITS / "portrait_collins.png",
+                "target_url": PORTRAITS / "portrait_hopper.jpg",
+            },
+        ),
+        Exhibit(
+            "music",
+            "acestep",
+            check_music,
+            fields={"prompt": PROMPT, "duration": MUSIC_SECONDS, "seed": 7},
+        ),
+    ]
 
 
 def main() -> int:
@@ -64,94 +120,151 @@ def main() -> int:
     except InferqError as error:
         console.print(f"The demo failed: {error}", style="red", markup=False)
         return 1
-    reports = [report(name, result, console) for name, result in results.items()]
+    reports = [report(exhibit, result, console) for exhibit, result in results]
     right = all(reports)
     show_timings(results, console)
-    console.print(f"Results and annotated pages are in {os.path.relpath(OUTPUT)}/", markup=False)
+    console.print(f"Results, pictures and music are in {os.path.relpath(OUTPUT)}/", markup=False)
     console.print(
-        "Every line was read as it stands on the page."
-        if right
-        else "The text is not what stands on the pages.",
+        "Everything came back as it has to be." if right else "Not everything is as it has to be.",
         style="green" if right else "red",
     )
     return 0 if right else 1
 
 
-def run(console: Console) -> dict[str, Result]:
-    """Start everything, read the pages, and stop everything. Page name → result."""
+def run(console: Console) -> list[tuple[Exhibit, Result]]:
+    """Start everything, have every exhibit computed, and stop everything."""
     begun = time.monotonic()
-    wish = Wish(DATA, PORT if port_free(PORT) else 0, ("ocr",))
-    with console.status("Starting RabbitMQ, Redis, the gateway and an OCR worker") as status:
+    shown = exhibits()
+    types = tuple(sorted({exhibit.task_type for exhibit in shown}))
+    wish = Wish(DATA, PORT if port_free(PORT) else 0, types)
+    with console.status(f"Starting RabbitMQ, Redis, the gateway and {len(types)} workers") as status:
         with while_up(wish, report=lambda report: status.update(f"{report.part}: {report.stage}")) as env:
             status.stop()
             console.print(f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s")
             with Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client:
-                results = read_pages(client, console)
+                results = compute(shown, client, console)
             status.update("Stopping")
             status.start()
     return results
 
 
-def read_pages(client: Client, console: Console) -> dict[str, Result]:
-    """Submit every page, follow them to their ends, and fetch what they leave. Page name → result."""
-    pages = sorted(PAGES.glob("*.png"))
-    columns = (TextColumn("  {task.description:<14}"), BarColumn(24), TextColumn("{task.fields[state]:<22}"))
+def compute(shown: Iterable[Exhibit], client: Client, console: Console) -> list[tuple[Exhibit, Result]]:
+    """Submit every exhibit, follow them to their ends, and fetch what they leave."""
+    columns = (TextColumn("  {task.description:<22}"), BarColumn(24), TextColumn("{task.fields[state]:<22}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars = {page: progress.add_task(page.name, total=1.0, state="uploading") for page in pages}
-        tasks = {}
-        for page in pages:
-            url = client.upload(page)
-            tasks[page] = client.submit("ocr", image_url=url, options={"annotated": True}).task_id
-            progress.update(bars[page], state="submitted")
-        results = {}
-        # One worker takes them one after the other, so they are followed one after the other.
-        for page, task_id in tasks.items():
+        submitted = []
+        for exhibit in shown:
+            name = f"{exhibit.task_type} {exhibit.name}"
+            bar = progress.add_task(name, total=1.0, state="uploading")
+            urls = {field: client.upload(path) for field, path in exhibit.files.items()}
+            task = client.submit(exhibit.task_type, **urls, **exhibit.fields)
+            progress.update(bar, state="submitted")
+            submitted.append((exhibit, task.task_id, bar))
+        results = []
+        for exhibit, task_id, bar in submitted:
             for event in client.events(task_id):
                 note = event.data.note or ""
                 progress.update(
-                    bars[page],
-                    completed=event.data.progress or 0.0,
-                    state=f"{event.data.state} {note}"[:22],
+                    bar, completed=event.data.progress or 0.0, state=f"{event.data.state} {note}"[:22]
                 )
             result = client.result(task_id, wait=PATIENCE)
-            progress.update(bars[page], completed=1.0, state=result.status)
-            results[page.stem] = result
-            keep(client, page.stem, result)
+            progress.update(bar, completed=1.0, state=result.status)
+            keep(client, exhibit, result)
+            results.append((exhibit, result))
     return results
 
 
-def keep(client: Client, name: str, result: Result) -> None:
-    """Write the page's result and its artifacts to its folder."""
-    folder = OUTPUT / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def keep(client: Client, exhibit: Exhibit, result: Result) -> None:
+    """Write the result and its artifacts to the exhibit's folder."""
+    exhibit.folder.mkdir(parents=True, exist_ok=True)
+    (exhibit.folder / "result.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for artifact in result.artifacts:
-        client.download(result.task_id, artifact.name, folder / artifact.name)
+        client.download(result.task_id, artifact.name, exhibit.folder / artifact.name)
 
 
-def report(name: str, result: Result, console: Console) -> bool:
-    """Print what was read on a page, and where it differs from what stands there; whether it does not."""
+def report(exhibit: Exhibit, result: Result, console: Console) -> bool:
+    """Print what came of a task; whether it is what it has to be."""
     if result.status != "succeeded" or not isinstance(result.output, dict):
         why = f": {result.error.message} ({result.error.code})" if result.error else ""
-        console.print(f"{name}: {result.status}{why}", style="red", markup=False)
+        console.print(f"{exhibit.name}: {result.status}{why}", style="red", markup=False)
         return False
-    read = str(result.output["text"]).splitlines()
-    console.print(Panel(Text("\n".join(read)), title=name, title_align="left", expand=False))
-    right = True
-    if not (OUTPUT / name / "annotated.png").is_file():
-        console.print(f"{name}: there is no annotated.png", style="red", markup=False)
-        right = False
-    expected = (PAGES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return exhibit.check(exhibit, result, console)
+
+
+def check_page(exhibit: Exhibit, result: Result, console: Console) -> bool:
+    """Whether every line was read as it stands on the page."""
+    read = _output(result)["text"].splitlines()
+    show(console, exhibit, "\n".join(read))
+    right = there(exhibit, "annotated.png", console)
+    expected = (PAGES / f"{exhibit.name}.txt").read_text(encoding="utf-8").splitlines()
     differences = [
         line
         for line in difflib.ndiff([plain(line) for line in expected], [plain(line) for line in read])
         if line.startswith(("- ", "+ "))
     ]
     if differences:
-        console.print(f"{name}: expected (-) and read (+) differ:", style="red", markup=False)
+        console.print(f"{exhibit.name}: expected (-) and read (+) differ:", style="red", markup=False)
         console.print("\n".join(differences), markup=False)
-        right = False
+    return right and not differences
+
+
+def check_names(exhibit: Exhibit, result: Result, console: Console) -> bool:
+    """Whether the names were found where they stand."""
+    found = _output(result)["texts"][0]["entities"]
+    table = Table("type", "text", "from", "to", box=None, pad_edge=False)
+    for entity in found:
+        table.add_row(entity["type"], entity["text"], str(entity["start"]), str(entity["end"]))
+    console.print(Panel(table, title=f"names in {TEXT}", title_align="left", expand=False))
+    right = all(TEXT[e["start"] : e["end"]] == e["text"] for e in found)
+    if {(e["text"], e["type"]) for e in found} != NAMES or not right:
+        console.print(f"{exhibit.name}: they should be {sorted(NAMES)}", style="red", markup=False)
+        return False
+    return True
+
+
+def check_portrait(exhibit: Exhibit, result: Result, console: Console) -> bool:
+    """Whether there is a picture of the target's size on which something has changed."""
+    output = _output(result)
+    if not there(exhibit, output["image"], console):
+        return False
+    with (
+        Image.open(exhibit.folder / output["image"]) as made,
+        Image.open(exhibit.files["target_url"]) as target,
+    ):
+        right = made.size == target.size and made.convert("RGB").tobytes() != target.convert("RGB").tobytes()
+        preview = "a preview: warped and blended, no model" if output["preview"] else "FaceFusion"
+        show(console, exhibit, f"{output['image']}, {made.width} x {made.height} ({preview})")
     return right
+
+
+def check_music(exhibit: Exhibit, result: Result, console: Console) -> bool:
+    """Whether there is music of the length that was asked for, that can be heard, and its picture."""
+    output = _output(result)
+    if not (there(exhibit, "audio.wav", console) and there(exhibit, "waveform.png", console)):
+        return False
+    with wave.open(str(exhibit.folder / "audio.wav")) as audio:
+        seconds = audio.getnframes() / audio.getframerate()
+    what = "made by a model" if output["ai"] else "a preview: a synthesizer, no AI"
+    show(console, exhibit, f"audio.wav, {seconds:g} s, {output['peak_dbfs']:.1f} dBFS ({what}), waveform.png")
+    return seconds == MUSIC_SECONDS and -20 < output["peak_dbfs"] < 0
+
+
+def show(console: Console, exhibit: Exhibit, text: str) -> None:
+    console.print(Panel(Text(text), title=exhibit.name, title_align="left", expand=False))
+
+
+def there(exhibit: Exhibit, name: str, console: Console) -> bool:
+    """Whether an artifact came; says so where it did not."""
+    if (exhibit.folder / name).is_file():
+        return True
+    console.print(f"{exhibit.name}: there is no {name}", style="red", markup=False)
+    return False
+
+
+def _output(result: Result) -> dict[str, Any]:
+    if not isinstance(result.output, dict):
+        raise TypeError("the output is no object")
+    return result.output
 
 
 def plain(line: str) -> str:
@@ -159,16 +272,16 @@ def plain(line: str) -> str:
     return "".join(unicodedata.normalize("NFKC", line).split())
 
 
-def show_timings(results: dict[str, Result], console: Console) -> None:
+def show_timings(results: Iterable[tuple[Exhibit, Result]], console: Console) -> None:
     """Print where the seconds went."""
-    table = Table("page", title="Seconds", title_justify="left")
+    table = Table("task", title="Seconds", title_justify="left")
     for stage in ("queued", "fetch", "inference", "upload", "total"):
         table.add_column(stage, justify="right")
-    for name, result in results.items():
+    for exhibit, result in results:
         timings = result.timings
         total = (result.finished_at - result.created_at).total_seconds() if result.created_at else None
         stages = (timings.queued, timings.fetch, timings.inference, timings.upload, total)
-        table.add_row(name, *("" if seconds is None else f"{seconds:.3f}" for seconds in stages))
+        table.add_row(exhibit.name, *("" if seconds is None else f"{seconds:.3f}" for seconds in stages))
     console.print(table)
 
 

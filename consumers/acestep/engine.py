@@ -11,6 +11,7 @@ from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Backend, frames_of
 from consumers.acestep.settings import AceStepSettings
 from consumers.acestep.waveform import Waveform
 from consumers.engine import Context, Engine
+from consumers.weights import model_folder
 from schemas import EngineInfo, TransientFailure
 
 
@@ -80,7 +81,7 @@ def load_backend(settings: AceStepSettings) -> Backend:
         from consumers.acestep.pipeline import DiffusersBackend
 
         return DiffusersBackend(
-            model_dir=settings.acestep_model_dir,
+            model_dir=settings.acestep_model_dir and model_folder(settings.acestep_model_dir),
             device=settings.device,
             dtype=settings.acestep_dtype,
             cpu_offload=settings.acestep_cpu_offload,

@@ -25,7 +25,8 @@ class AceStepSettings(Settings):
     )
     acestep_model_dir: Path | None = Field(
         None,
-        description="ACE-Step's weights: a folder in the layout of diffusers, with a `model_index.json`.",
+        description="ACE-Step's weights: a folder in the layout of diffusers, with a `model_index.json`, or "
+        "`weights:NAME` of the weights' manifest.",
     )
     acestep_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None,

@@ -13,6 +13,7 @@ from consumers.ner.segments import segments
 from consumers.ner.settings import NerSettings
 from consumers.ner.terms import Dictionary
 from consumers.ner.texts import check_length, read_text
+from consumers.weights import model_folder
 from schemas import EngineInfo, InstallationError
 
 _BATCH_CHARACTERS = 8192
@@ -125,7 +126,7 @@ def load_backend(settings: NerSettings) -> Backend:
             device=device,
             batch_size=settings.ner_batch_size,
             threads=len(os.sched_getaffinity(0)),
-            model_dir=settings.ner_model_dir,
+            model_dir=settings.ner_model_dir and model_folder(settings.ner_model_dir),
         )
     if device != "cpu":
         raise InstallationError(

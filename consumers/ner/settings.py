@@ -29,7 +29,8 @@ class NerSettings(Settings):
     )
     ner_model_dir: Path | None = Field(
         None,
-        description="The folder of weights of PaddleNLP's mode. Without it, PaddleNLP uses its own cache, "
+        description="The folder of weights of PaddleNLP's mode, or `weights:NAME` of the weights' manifest. "
+        "Without it, PaddleNLP uses its own cache, "
         "and downloads.",
     )
     ner_batch_size: int = Field(

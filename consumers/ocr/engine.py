@@ -15,6 +15,7 @@ from consumers.ocr.images import Document, Limits, open_document
 from consumers.ocr.layout import reading_order
 from consumers.ocr.selection import select_pages
 from consumers.ocr.settings import OcrSettings
+from consumers.weights import model_folder
 from schemas import EngineInfo, InvalidTask
 
 
@@ -96,7 +97,7 @@ def load_backend(settings: OcrSettings) -> Backend:
             device=settings.device,
             computes_with=settings.ocr_device,
             threads=threads,
-            model_dir=settings.ocr_model_dir,
+            model_dir=settings.ocr_model_dir and model_folder(settings.ocr_model_dir),
             detect_megapixels=settings.ocr_detect_megapixels,
         )
     from consumers.ocr.rapid import RapidBackend

@@ -33,7 +33,8 @@ class OcrSettings(Settings):
         None,
         description="PaddleOCR's weights: a folder with one model folder for detection and one for "
         "recognition (`…_det`, `…_rec`); with one for orientation too (`…_textline_ori`), lines that stand "
-        "on their heads are read. Without a folder, PaddleOCR uses its own cache, and downloads.",
+        "on their heads are read. It may also be `weights:NAME` of the weights' manifest. Without a folder, "
+        "PaddleOCR uses its own cache, and downloads.",
     )
     ocr_max_pixels: int = Field(
         100_000_000, ge=1, description="The largest page that is decoded, in pixels; larger ones are refused."

@@ -18,8 +18,9 @@ from consumers.facefusion import FacefusionOutput, FacefusionTask
 from consumers.facefusion.engine import FacefusionEngine
 
 HERE = Path(__file__).parent
-COLLINS = HERE / "samples" / "portrait_collins.png"
-HOPPER = HERE / "samples" / "portrait_hopper.jpg"
+PORTRAITS = Path(__file__).parents[2] / "examples" / "portraits"
+COLLINS = PORTRAITS / "portrait_collins.png"
+HOPPER = PORTRAITS / "portrait_hopper.jpg"
 
 Pixels = NDArray[np.uint8]
 

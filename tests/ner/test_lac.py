@@ -143,7 +143,8 @@ def test_no_warning_is_given_for_long_and_odd_input(lac: LacBackend) -> None:
 
 
 def test_products_are_computed_on_one_thread(lac: LacBackend) -> None:
-    assert [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == [1]
+    # Other engines' packages may have brought a BLAS of their own along.
+    assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
 
 
 def test_weights_that_are_not_the_known_ones_are_refused(tmp_path: Path) -> None:

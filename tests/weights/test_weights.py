@@ -29,6 +29,7 @@ from consumers.weights import (
     WeightsSettings,
     WeightsUnavailable,
     describe,
+    model_folder,
     read_manifest,
 )
 from consumers.weights_cli import app
@@ -396,3 +397,18 @@ def test_the_commands(
     assert "version 1 is not used any more, removed" in said
     assert "every file is what the manifest says" in said
     assert "tagger" in said.splitlines()[-1]
+
+
+def test_an_engines_folder_may_be_named_by_the_manifest(
+    source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("INFERQ_WEIGHTS_MANIFEST", str(source.path))
+    monkeypatch.setenv("INFERQ_WEIGHTS_CACHE", str(source.cache_folder))
+    source.publish("1")
+    assert contents(model_folder(Path("weights:tagger"))) == FILES
+    assert model_folder(tmp_path) == tmp_path
+    # It stays in use, for as long as this process lives.
+    source.publish("2")
+    assert source.cache.prune("tagger") == []
+    with pytest.raises(WeightsRefused, match="does not name weights 'nothing'"):
+        model_folder(Path("weights:nothing"))
