@@ -1,6 +1,7 @@
 """Writes what travels as documents for other languages: JSON Schema for each type, and AsyncAPI 3.
 
-`python -m schemas.publish FOLDER` writes them, with `--check` it only tells whether they are stale.
+`python -m schemas.publish FOLDER` writes them, with `--check` it only tells whether they are stale. The types
+are those that inferq itself brings; with `--all`, every installed plug-in's too.
 """
 
 from __future__ import annotations
@@ -132,13 +133,16 @@ _HEADERS = {
 
 
 def main() -> None:
-    """Write or check the documents of the types that this distribution itself brings."""
+    """Write or check the documents, as the command line says."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--check", action="store_true")
+    arguments.add_argument("--check", action="store_true", help="only tell whether they are stale")
+    arguments.add_argument("--all", action="store_true", help="the types of plug-ins, too")
     given = arguments.parse_args()
     folder: Path = given.folder
-    wanted = documents({n: t for n, t in installed_types().items() if t.distribution == DISTRIBUTION})
+    wanted = documents(
+        {n: t for n, t in installed_types().items() if given.all or t.distribution == DISTRIBUTION}
+    )
     present = {path.name: path.read_text("utf-8") for path in folder.glob("*.json")}
     if given.check:
         stale = sorted(n for n in wanted.keys() | present.keys() if wanted.get(n) != present.get(n))

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from producer.cli.output import JsonFlag, print_json, print_table
 from schemas import Settings, installed_types
+from schemas.publish import DISTRIBUTION
 
 app = typer.Typer()
 
@@ -30,13 +31,14 @@ class Variable:
     read_by: str
 
 
-def variables() -> list[Variable]:
+def variables(*, plugins: bool = True) -> list[Variable]:
     """Every variable of every part that is installed, in alphabetical order."""
     # Loading the types loads the settings that their engines read.
-    for task_type in installed_types().values():
-        _ = task_type.settings
+    foreign = {t.settings for t in installed_types().values() if t.distribution != DISTRIBUTION}
     found: dict[str, Variable] = {}
     for model in _models(Settings):
+        if model in foreign and not plugins:
+            continue
         prefix = str(model.model_config.get("env_prefix", ""))
         for name, field in model.model_fields.items():
             variable = f"{prefix}{name}".upper()
@@ -83,12 +85,13 @@ def _shown(name: str) -> str:
 @app.command()
 def settings(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of the documentation.")
+        bool, typer.Option("--markdown", help="Print the table of the documentation; without plug-ins.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """List the settings: environment variables, their defaults, and what is set here."""
-    found = variables()
+    # The page of the documentation is the same whatever else is installed beside inferq.
+    found = variables(plugins=not markdown)
     if markdown:
         typer.echo("# Settings\n\nThis page is made by `inferq settings --markdown`.\n")
         typer.echo("| variable | default | what it does |\n| --- | --- | --- |")

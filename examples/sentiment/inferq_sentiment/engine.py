@@ -1,0 +1,48 @@
+"""The sentiment engine: counts words. It is imported in the engine process only."""
+
+from __future__ import annotations
+
+from consumers.engine import Context, Engine
+from inferq_sentiment import SentimentOutput, SentimentTask
+from inferq_sentiment.lexicon import (
+    built_in,
+    clauses,
+    is_readable,
+    normalize,
+    opinions,
+    read_lexicon,
+    tokenizer,
+)
+from inferq_sentiment.settings import SentimentSettings
+from schemas import EngineInfo, InvalidTask
+
+
+class SentimentEngine(Engine[SentimentTask]):
+    """Counts the positive and the negative words of a text. A toy: irony and context are beyond it."""
+
+    def load(self) -> EngineInfo:
+        """Read the words. Raises InstallationError where INFERQ_SENTIMENT_LEXICON cannot be used."""
+        more = SentimentSettings.load().sentiment_lexicon
+        self._weights = built_in() | (read_lexicon(more) if more else {})
+        self._tokens = tokenizer(self._weights)
+        return EngineInfo(name="lexicon", version="1", model=f"{len(self._weights)} words", device="cpu")
+
+    def run(self, task: SentimentTask, context: Context) -> SentimentOutput:
+        """Judge a text clause by clause."""
+        text = normalize(task.text)
+        if not is_readable(text):
+            raise InvalidTask(
+                "text holds neither Latin letters nor Chinese characters: send a text in English or Chinese",
+                code="no_words",
+            )
+        found: list[int] = []
+        parts = clauses(text)
+        for done, clause in enumerate(parts):
+            context.check_abort()  # stops here where the task was cancelled
+            context.progress(done / len(parts), f"clause {done + 1} of {len(parts)}")
+            found += opinions(clause, self._weights, self._tokens)
+        context.progress(1.0, "judged")
+        score = sum(found) / len(found) if found else 0.0
+        if not found or abs(score) < task.options.neutral_below:
+            return SentimentOutput(label="neutral", score=score, words=len(found))
+        return SentimentOutput(label="positive" if score > 0 else "negative", score=score, words=len(found))
