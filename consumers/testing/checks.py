@@ -1,0 +1,287 @@
+"""The checks: each is a thing that the worker, or whoever runs it, relies on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+
+import jsonschema
+
+from consumers.engine import TaskAborted
+from consumers.testing.bench import Bench, ContractBroken, Sample
+from consumers.testing.content import is_of_type
+from consumers.testing.files import files_left
+from consumers.testing.memory import resident_bytes, traced_bytes
+from schemas import InvalidTask
+
+Check = Callable[[Bench], None]
+
+_BLOCKS = 4
+"""Memory counts as growing if it grows in each of so many blocks of rounds, twice over."""
+_BLOCK_SECONDS = 0.5
+_ROUNDS = range(2, 51)
+"""How often all samples are run in a block: as many times as fit into the seconds above."""
+_ALLOWED_OBJECTS = 100
+"""Bytes that Python (numpy's arrays are among them) may hold on to, on average, after a round."""
+_ALLOWED_OBJECTS_BLOCK = 4096
+"""Where a block has few rounds: bytes of Python's that a whole block may leave."""
+_ALLOWED_RESIDENT = 128 * 1024
+"""Bytes of the process that a round may leave; the least native leak that can be told from noise."""
+
+
+def describes_itself_without_its_engine(bench: Bench) -> None:
+    """The gateway and the command line import what describes the type, and must not load a framework."""
+    task_type = bench.subject.task_type
+    unknown = [name for name in task_type.arguments if name not in task_type.task.model_fields]
+    if unknown:
+        raise ContractBroken(f"arguments names {', '.join(unknown)}, which {task_type.task.__name__} lacks")
+    described, engine = task_type.task.__module__, task_type.engine.partition(":")[0]
+    told = subprocess.run(
+        [sys.executable, "-c", f"import {described}, sys; print({engine!r} in sys.modules)"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if told.returncode:
+        raise ContractBroken(f"{described} cannot be imported: {told.stderr[-500:]}")
+    if told.stdout.split()[-1] == "True":
+        raise ContractBroken(
+            f"{described} imports {engine}: keep the engine, and whatever it computes with, out of what "
+            "describes the type"
+        )
+
+
+def output_fits_the_schema(bench: Bench) -> None:
+    """What goes into the result keeps the JSON Schema that is published for the type's output."""
+    validator = jsonschema.Draft202012Validator(bench.subject.task_type.output.model_json_schema())
+    for sample in bench.subject.samples:
+        with bench.run(sample) as run:
+            fault = next(validator.iter_errors(json.loads(bench.text(run))), None)
+        if fault is not None:
+            raise ContractBroken(f"{sample}: output breaks its schema at {fault.json_path}: {fault.message}")
+
+
+def progress_goes_forward(bench: Bench) -> None:
+    """Progress is a number from 0 to 1 that never goes back."""
+    for sample in bench.subject.samples:
+        with bench.run(sample) as run:
+            reached = 0.0
+            for fraction in run.progress:
+                if not (math.isfinite(fraction) and 0 <= fraction <= 1):
+                    raise ContractBroken(f"{sample}: progress {fraction:g} is not between 0 and 1")
+                if fraction < reached:
+                    raise ContractBroken(f"{sample}: progress went back from {reached:g} to {fraction:g}")
+                reached = fraction
+
+
+def cancel_stops_it(bench: Bench) -> None:
+    """A run that looks for an abort and is told of one raises TaskAborted, and the engine goes on.
+
+    It is told so at its first look and, in another run, at its last.
+    """
+    polled = False
+    for sample in bench.subject.samples:
+        with bench.run(sample) as run:
+            looks = run.polls
+        polled |= looks > 0
+        for at in sorted({1, looks} if looks else ()):
+            _check_stops(bench, sample, at, looks)
+            bench.check_it_goes_on("a cancelled run")
+    if polled and not bench.subject.polls:
+        raise ContractBroken("a run looks for aborts: leave polls=False out")
+    if bench.subject.polls and not polled:
+        raise ContractBroken(
+            "no run looked for an abort: call context.check_abort() between the steps, and have a sample "
+            "with several; if the engine cannot stop by itself, say polls=False: then the worker kills it"
+        )
+
+
+def _check_stops(bench: Bench, sample: Sample, at: int, looks: int) -> None:
+    try:
+        with bench.run(sample, abort_at=at) as run:
+            told = run.told_to_abort  # by the clock, a second run may look less often than the first
+    except TaskAborted:
+        return
+    except Exception as error:
+        raise ContractBroken(
+            f"{sample}: told to stop, run() raised {error!r} instead of TaskAborted"
+        ) from error
+    if told:
+        raise ContractBroken(
+            f"{sample}: told to stop at look {at} of {looks}, run() went on to its end: let "
+            "context.check_abort() raise, and do not catch TaskAborted"
+        )
+
+
+def bad_input_is_refused(bench: Bench) -> None:
+    """Input that will never work is InvalidTask, with a code and a message, and costs nobody else's task."""
+    first = bench.subject.samples[0]
+    try:
+        bench.read(Sample({**first.fields, "options": {"no_such_option": 1}}, first.files))
+    except InvalidTask as error:
+        if "no_such_option" not in error.message:
+            raise ContractBroken(f"an unknown option is refused without its name: {error}") from error
+    else:
+        raise ContractBroken("an unknown option is let through: derive the options from schemas.Options")
+    for sample in bench.subject.refused:
+        try:
+            with bench.run(sample):
+                pass
+        except InvalidTask as error:
+            if sample.code not in {None, error.code}:
+                raise ContractBroken(
+                    f"{sample}: refused as {error.code!r}, not as {sample.code!r}: {error}"
+                ) from error
+            if not error.message.strip():
+                raise ContractBroken(f"{sample}: refused without a message") from error
+        except Exception as error:
+            raise ContractBroken(
+                f"{sample}: raised {error!r}, which is tried again; raise schemas.InvalidTask"
+            ) from error
+        else:
+            raise ContractBroken(f"{sample}: accepted, though it is to be refused")
+        bench.check_it_goes_on("a refused task")
+
+
+def artifacts_are_what_they_say(bench: Bench) -> None:
+    """Each announced artifact is there, is not empty, and holds what its content type says."""
+    for sample in bench.subject.samples:
+        with bench.run(sample) as run:
+            for artifact in run.artifacts:
+                where = f"{sample}: artifact {artifact.name!r}"
+                if not artifact.path.is_file():
+                    raise ContractBroken(f"{where} is announced and was not written")
+                content = artifact.path.read_bytes()
+                if not content:
+                    raise ContractBroken(f"{where} is empty")
+                if not is_of_type(content, artifact.content_type):
+                    begin = content[:12]
+                    raise ContractBroken(f"{where} is not {artifact.content_type}: it begins {begin!r}")
+
+
+def the_same_task_gives_the_same(bench: Bench) -> None:
+    """Two runs of a deterministic sample give the same output, and artifacts of the same bytes."""
+    for sample in bench.subject.samples:
+        if not sample.deterministic:
+            continue
+        first, second = _gist(bench, sample), _gist(bench, sample)
+        differing = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
+        if differing:
+            raise ContractBroken(
+                f"{sample}: run twice, {', '.join(differing)} came out differently; mend that, or mark the "
+                "sample deterministic=False"
+            )
+
+
+def _gist(bench: Bench, sample: Sample) -> dict[str, str]:
+    with bench.run(sample) as run:
+        sums = {
+            f"artifact {a.name!r}": hashlib.sha256(a.path.read_bytes()).hexdigest() for a in run.artifacts
+        }
+        return {"the output": bench.text(run), **sums}
+
+
+def runs_leave_no_files(bench: Bench) -> None:
+    """A run leaves its artifacts in scratch, and nothing in the temporary folder or anywhere else.
+
+    What a library keeps from its first run is let pass. Files made elsewhere are seen if Python made them.
+    """
+    subject = bench.subject
+    cases: list[tuple[Sample, int | None]] = [(s, None) for s in (*subject.samples, *subject.refused)]
+    cases += [(sample, 1) for sample in subject.samples]
+    for sample, abort_at in cases:
+        _run_tidily(bench, sample, abort_at)
+        for _ in range(2):
+            with files_left(bench.folder) as left:
+                _run_tidily(bench, sample, abort_at)
+            if left:
+                raise ContractBroken(f"{sample}: a run left {', '.join(left)}: use context.scratch")
+
+
+def _run_tidily(bench: Bench, sample: Sample, abort_at: int | None) -> None:
+    with suppress(InvalidTask, TaskAborted), bench.run(sample, abort_at=abort_at) as run:
+        if run.left_in_scratch:
+            raise ContractBroken(
+                f"{sample}: {', '.join(run.left_in_scratch)} left in scratch: announce what is an artifact, "
+                "and remove the rest, which takes up room until the upload is done"
+            )
+
+
+def runs_leave_no_memory(bench: Bench) -> None:
+    """Once warm, neither Python's objects nor the process grow from run to run. GPU memory is not seen."""
+    began = time.monotonic()
+    for _ in range(2):
+        _round(bench)
+    seconds = max((time.monotonic() - began) / 2, 1e-6)
+    rounds = min(max(int(_BLOCK_SECONDS / seconds), _ROUNDS[0]), _ROUNDS[-1])
+    _check_growth(bench, "the process", resident_bytes, rounds, _ALLOWED_RESIDENT * rounds)
+    tracemalloc.start()
+    try:
+        allowed = max(_ALLOWED_OBJECTS * rounds, _ALLOWED_OBJECTS_BLOCK)
+        _check_growth(bench, "what Python allocates", traced_bytes, rounds, allowed)
+    finally:
+        tracemalloc.stop()
+
+
+def _check_growth(bench: Bench, what: str, measure: Callable[[], int], rounds: int, allowed: int) -> None:
+    # Caches fill up in steps, and end; only what grows for twice as long is taken for a leak.
+    growths = []
+    for _ in range(2):
+        growths.append(_least_growth(bench, rounds, measure))
+        if growths[-1] <= allowed:
+            return
+    raise ContractBroken(
+        f"{what} grew in each of {2 * _BLOCKS} blocks of {rounds} rounds of the samples, by at least "
+        f"{min(growths) / rounds / 1024:.1f} KiB a round"
+    )
+
+
+def _least_growth(bench: Bench, rounds: int, measure: Callable[[], int]) -> int:
+    """By how many bytes memory grew in that block of rounds in which it grew least."""
+    sizes = []
+    for _ in range(_BLOCKS + 1):
+        for _ in range(rounds):
+            _round(bench)
+        sizes.append(measure())
+    return min(after - before for before, after in pairwise(sizes))
+
+
+def _round(bench: Bench) -> None:
+    for sample in bench.subject.samples:
+        with bench.run(sample):
+            pass
+
+
+def it_can_be_closed(bench: Bench) -> None:
+    """close() raises nothing, not even the second time."""
+    engine = bench.engine
+    try:
+        bench.close()
+        engine.close()
+    except Exception as error:
+        raise ContractBroken(f"close() raised {error!r}") from error
+
+
+CHECKS: tuple[Check, ...] = (
+    describes_itself_without_its_engine,
+    output_fits_the_schema,
+    progress_goes_forward,
+    cancel_stops_it,
+    bad_input_is_refused,
+    artifacts_are_what_they_say,
+    the_same_task_gives_the_same,
+    runs_leave_no_files,
+    runs_leave_no_memory,
+    it_can_be_closed,
+)
+"""Each raises ContractBroken, saying what is wrong and what to do, or whatever the engine raised."""
