@@ -40,6 +40,7 @@ lint: .make/lint ## check style, types, the walls between the rooms, and the pub
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/sentiment/inferq_sentiment
 	$(BIN)/lint-imports
 	$(BIN)/hadolint */*/Dockerfile
 	$(BIN)/python -m schemas.publish --check docs/schemas

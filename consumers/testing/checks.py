@@ -27,8 +27,8 @@ Check = Callable[[Bench], None]
 
 _BLOCKS = 4
 """Memory counts as growing if it grows in each of so many blocks of rounds, twice over."""
-_BLOCK_SECONDS = 0.5
-_ROUNDS = range(2, 51)
+_BLOCK_SECONDS = 0.25
+_ROUNDS = range(1, 26)
 """How often all samples are run in a block: as many times as fit into the seconds above."""
 _ALLOWED_OBJECTS = 100
 """Bytes that Python (numpy's arrays are among them) may hold on to, on average, after a round."""

@@ -10,30 +10,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from producer.keys import KeyFile
-from producer.up.part import free_ports
 from tests.conftest import RabbitMQ
+from tests.installation import inferq, installation
 from tests.worker.conftest import eventually
 
 PAGES = Path(__file__).parents[2] / "examples" / "pages"
 
 
-def inferq(
-    env: dict[str, str], *arguments: str, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "producer.cli", *arguments],
-        env=env, capture_output=True, text=True, check=False, timeout=60, input=stdin,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def installation(
+@pytest.fixture(scope="module", name="installation")
+def installation_of_two_types(
     shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """A gateway and three workers, as processes; gives the environment that names them."""
@@ -76,13 +66,9 @@ def installation(
                 return False
 
         eventually(lambda: all(ready(number) for number in ports), 60, "a ready installation")
+    folder = tmp_path_factory.mktemp("installation")
+    with installation(shared_rabbitmq, redis_url, folder, "echo", "ocr") as env:
         yield env
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(30)
-        shared_rabbitmq.remove_vhost(vhost)
 
 
 def answer(run: subprocess.CompletedProcess[str], status: int = 0) -> Any:
