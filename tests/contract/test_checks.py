@@ -84,8 +84,10 @@ test_a_sound_engine = engine_contract(subject_of(broken.Sound, arguments=("steps
 def test_a_broken_engine_is_caught(
     check: Check, engine: type, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # what these leave goes with the test
-    monkeypatch.setattr(checks, "_ROUNDS", range(20, 21))  # what they leak does not
+    # What these leave goes with the test, all but the memory.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(checks, "_ROUNDS", range(20, 21))
     with pytest.raises(ContractBroken) as caught:
         check(Bench(subject_of(engine)))
     assert complaint in str(caught.value)
