@@ -23,51 +23,11 @@ PAGES = Path(__file__).parents[2] / "examples" / "pages"
 
 
 @pytest.fixture(scope="module", name="installation")
-def installation_of_two_types(
+def installation_of_three_types(
     shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """A gateway and three workers, as processes; gives the environment that names them."""
     folder = tmp_path_factory.mktemp("installation")
-    vhost = f"cli-{os.getpid()}"
-    port, *probes = free_ports(4)
-    keys = KeyFile(folder / "keys.json")
-    env = os.environ | {
-        "INFERQ_AMQP_URL": shared_rabbitmq.add_vhost(vhost),
-        "INFERQ_REDIS_URL": urlsplit(redis_url)._replace(path="/8").geturl(),
-        "INFERQ_STORE_URL": (folder / "store").as_uri(),
-        "INFERQ_API_URL": f"http://127.0.0.1:{port}",
-        "INFERQ_API_KEYS_FILE": str(folder / "keys.json"),
-        "INFERQ_API_KEY": keys.add("default"),
-        "COLUMNS": "200",
-    }
-    commands = [
-        ["gateway", "--host", "127.0.0.1", "--port", str(port)],
-        ["worker", "echo"],
-        ["worker", "ocr"],
-        ["worker", "ner"],
-    ]
-    ports = [port, *probes]
-    processes = []
-    try:
-        for command, probe in zip(commands, ports, strict=True):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "producer.cli", *command],
-                    env=env | {"INFERQ_PROBE_PORT": str(probe)},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-            )
-
-        def ready(number: int) -> bool:
-            try:
-                return httpx.get(f"http://127.0.0.1:{number}/readyz").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        eventually(lambda: all(ready(number) for number in ports), 60, "a ready installation")
-    folder = tmp_path_factory.mktemp("installation")
-    with installation(shared_rabbitmq, redis_url, folder, "echo", "ocr") as env:
+    with installation(shared_rabbitmq, redis_url, folder, "echo", "ocr", "ner") as env:
         yield env
 
 
