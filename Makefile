@@ -63,7 +63,7 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 .make/run: EXTRAS := up,$(ENGINES)
 .make/test: EXTRAS := up,$(ENGINES),test
 .make/lint: EXTRAS := up,$(ENGINES),test,lint
-.make/bench: EXTRAS := up,ocr,bench
+.make/bench: EXTRAS := up,$(ENGINES),bench
 .make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.engines import Rates
 from benchmarks.site import Site, site
 
 Say = Callable[[str], None]
@@ -22,11 +23,9 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="a tenth of the work, and nothing is written")
-    arguments.add_argument(
-        "--only", choices=["publish", "drain", "latency", "ocr"], action="append", help="only this part"
-    )
+    arguments.add_argument("--only", choices=list(PARTS), action="append", help="only this part")
     given = arguments.parse_args()
-    parts = given.only or ["publish", "drain", "latency", "ocr"]
+    parts = given.only or PARTS
     share = 10 if given.quick else 1
     lines: list[str] = []
 
@@ -42,7 +41,7 @@ def main() -> None:
         os.environ.update(ground.environment())
         for part in parts:
             say("")
-            {"publish": _publish, "drain": _drain, "latency": _latency, "ocr": _ocr}[part](ground, share, say)
+            PARTS[part](ground, share, say)
         say("")
         _machine(say)
     if not given.quick and not given.only:
@@ -114,17 +113,28 @@ def _latency(ground: Site, share: int, say: Say) -> None:
 
 
 def _ocr(ground: Site, share: int, say: Say) -> None:
-    from benchmarks.ocr import pages_per_second
+    from benchmarks.engines import ocr_pages, units_per_second
 
-    rates = pages_per_second(ground, pages=4, rounds=16 if share == 1 else 1)
-    say("## OCR, pages per second: the whole system against the bare engine in a loop")
+    rates = units_per_second(ground, "ocr", ocr_pages(4), rounds=16 if share == 1 else 1)
+    _beside_bare(say, "OCR", "pages", "Rounds of four pages on either side", rates)
+
+
+def _ner(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.engines import ner_batches, units_per_second
+
+    rates = units_per_second(ground, "ner", ner_batches(20), rounds=16 if share == 1 else 2)
+    _beside_bare(say, "NER", "texts", "Rounds of 20 tasks with 64 texts each on either side", rates)
+
+
+def _beside_bare(say: Say, what: str, unit: str, how: str, rates: Rates) -> None:
+    say(f"## {what}, {unit} per second: the whole system against the bare engine in a loop")
     say("")
-    say("Rounds of four pages on either side, one after the other; the median of each round's own ratio.")
+    say(f"{how}, one after the other; the median of each round's own ratio.")
     say("")
-    say("| | pages/s | of the bare engine |")
+    say(f"| | {unit}/s | of the bare engine |")
     say("| --- | ---: | ---: |")
-    say(f"| inferq, queue to stored result | {rates.whole:.2f} | {rates.ratio:.3f} |")
-    say(f"| the engine in a `for` loop | {rates.bare:.2f} | 1 |")
+    say(f"| inferq, queue to stored result | {rates.whole:,.2f} | {rates.ratio:.3f} |")
+    say(f"| the engine in a `for` loop | {rates.bare:,.2f} | 1 |")
 
 
 def _table(say: Say, unit: str, rates: dict[str, float], *, reference: str) -> None:
@@ -147,6 +157,15 @@ def _machine(say: Say) -> None:
         f"RabbitMQ {rabbitmq.stdout or 'of unknown version'}, pika {version('pika')}, "
         f"celery {version('celery')}, dramatiq {version('dramatiq')}, rapidocr {version('rapidocr')}."
     )
+
+
+PARTS: dict[str, Callable[[Site, int, Say], None]] = {
+    "publish": _publish,
+    "drain": _drain,
+    "latency": _latency,
+    "ocr": _ocr,
+    "ner": _ner,
+}
 
 
 if __name__ == "__main__":
