@@ -28,7 +28,7 @@ def main() -> int:
             size, fault = check(image, Path(folder))
         print(f"{image.name}: {fault or 'starts'}, {size / 1e6:.0f} MB installed", flush=True)
         faults += fault is not None
-        rows.append(f"| `{image.path.relative_to(ROOT)}` | `{image.requirement}` | {size / 1e6:.0f} |")
+        rows.append(f"| `{image.path.relative_to(ROOT)}` | `{image.installs[0][-1]}` | {size / 1e6:.0f} |")
     if not faults and not names:
         PAGE.write_text(_page(rows), "utf-8")
         print(f"written to {PAGE.relative_to(ROOT)}")
@@ -38,13 +38,17 @@ def main() -> int:
 def check(image: Image, folder: Path) -> tuple[int, str | None]:
     """Install and start an image's variant for the CPU. Gives the bytes installed, and what went wrong."""
     venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "pip"), "install", "-q", "--no-input", "-c", str(ROOT / "constraints.txt")]
-    installed = subprocess.run(
-        [*pip, f"{ROOT}{image.requirement[1:]}"], capture_output=True, text=True, check=False
-    )
+    for arguments in image.installs:
+        installed = subprocess.run(
+            [str(folder / "bin" / "pip"), "install", "-q", "--no-input", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if installed.returncode:
+            return 0, f"cannot be installed: {installed.stderr.strip()[-2000:]}"
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    if installed.returncode:
-        return size, f"cannot be installed: {installed.stderr.strip()[-2000:]}"
     clean = {name: os.environ[name] for name in ("LANG", "LC_ALL") if name in os.environ}
     started = subprocess.run(
         [str(folder / "bin" / image.command[0]), *image.command[1:], "--check"],

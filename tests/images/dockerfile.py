@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Image:
-    """An image's variant for the CPU: what pip installs from the repository, and the command it starts."""
+    """An image's variant for the CPU: the arguments of each `pip install`, and the command that it starts."""
 
     path: Path
-    requirement: str
+    installs: tuple[tuple[str, ...], ...]
     command: tuple[str, ...]
     environment: dict[str, str]
 
@@ -37,10 +37,10 @@ def read(path: Path) -> Image:
         for match in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S)
     }
     build = stages.get("build-cpu", stages.get("build", ""))
-    installs = re.findall(r"pip install -c constraints\.txt '(\.\[[a-z,]+\])'", build)
+    installs = tuple(tuple(shlex.split(found)) for found in re.findall(r"pip install ([^\n&]+)", build))
     entry = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.M)
-    if len(installs) != 1 or len(entry) != 1:
-        raise ValueError(f"{path}: one `pip install` for the CPU and one ENTRYPOINT are expected")
+    if not installs or len(entry) != 1:
+        raise ValueError(f"{path}: a `pip install` for the CPU and one ENTRYPOINT are expected")
     final = text.rpartition("\nFROM python")[2]
     environment = {
         name: value
@@ -48,4 +48,4 @@ def read(path: Path) -> Image:
         for name, _, value in (part.partition("=") for part in shlex.split(line))
         if name.startswith("INFERQ_")
     }
-    return Image(path, installs[0], tuple(json.loads(entry[0])), environment)
+    return Image(path, installs, tuple(json.loads(entry[0])), environment)
