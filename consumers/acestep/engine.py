@@ -12,7 +12,7 @@ from consumers.acestep.settings import AceStepSettings
 from consumers.acestep.waveform import Waveform
 from consumers.engine import Context, Engine
 from consumers.weights import model_folder
-from schemas import EngineInfo, TransientFailure
+from schemas import EngineInfo, InstallationError, TransientFailure
 
 
 class AceStepEngine(Engine[AceStepTask]):
@@ -85,6 +85,12 @@ def load_backend(settings: AceStepSettings) -> Backend:
             device=settings.device,
             dtype=settings.acestep_dtype,
             cpu_offload=settings.acestep_cpu_offload,
+        )
+    if settings.device != "cpu":
+        raise InstallationError(
+            f"INFERQ_DEVICE={settings.device}, but the preview computes on the CPU only: set "
+            "INFERQ_ACESTEP_BACKEND=diffusers, or INFERQ_DEVICE=cpu for this worker",
+            code="device_unavailable",
         )
     from consumers.acestep.preview import PreviewBackend
 

@@ -106,6 +106,12 @@ def load_backend(settings: FacefusionSettings) -> Backend:
             python=settings.facefusion_python,
             providers=settings.facefusion_providers.split(","),
         )
+    if settings.device != "cpu":
+        raise InstallationError(
+            f"INFERQ_DEVICE={settings.device}, but the preview computes on the CPU only: set "
+            "INFERQ_FACEFUSION_BACKEND=facefusion, or INFERQ_DEVICE=cpu for this worker",
+            code="device_unavailable",
+        )
     try:
         from consumers.facefusion.preview import PreviewBackend
 

@@ -18,6 +18,11 @@ class FacefusionSettings(Settings):
         description="What swaps faces: `preview` (landmarks, warp and blend on the CPU; labelled as a "
         "preview) or `facefusion` (FaceFusion, installed apart).",
     )
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
+        description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
+    )
     facefusion_home: Path | None = Field(
         None, description="FaceFusion's folder, with `facefusion.py` and its weights in `.assets/models`."
     )

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from consumers.acestep import AceStepTask, task_type
+from consumers.acestep.engine import load_backend
+from consumers.acestep.settings import AceStepSettings
 from producer.cli.arguments import bundle, parse_assignments
-from schemas import InvalidTask, get_type, parse_task
+from schemas import InstallationError, InvalidTask, get_type, parse_task
 
 BARE = {"task_id": "a", "task_type": "acestep", "prompt": "calm piano"}
 
@@ -110,3 +112,9 @@ def test_describing_the_type_loads_no_library() -> None:
     code = f"import sys, consumers.acestep; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("prompt",)
+
+
+def test_a_gpu_that_the_preview_cannot_use_is_refused() -> None:
+    with pytest.raises(InstallationError, match="set INFERQ_ACESTEP_BACKEND=diffusers") as refused:
+        load_backend(AceStepSettings(device="cuda"))
+    assert refused.value.code == "device_unavailable"

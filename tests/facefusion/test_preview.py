@@ -16,8 +16,9 @@ from PIL import Image
 
 from consumers.engine import Context, TaskAborted
 from consumers.facefusion import FacefusionOutput
-from consumers.facefusion.engine import FacefusionEngine, _not_installed
+from consumers.facefusion.engine import FacefusionEngine, _not_installed, load_backend
 from consumers.facefusion.landmarks import FaceFinder, mesh_edges
+from consumers.facefusion.settings import FacefusionSettings
 from consumers.facefusion.warp import triangulate, warp
 from schemas import InstallationError, InvalidTask
 from tests.facefusion.conftest import COLLINS, HOPPER, Pixels, Run, Runner, pixels
@@ -357,3 +358,9 @@ def test_a_setting_that_means_nothing_is_named(
     monkeypatch.setenv(name, value)
     with pytest.raises(InstallationError, match=name):
         FacefusionEngine()
+
+
+def test_a_gpu_that_the_preview_cannot_use_is_refused() -> None:
+    with pytest.raises(InstallationError, match="set INFERQ_FACEFUSION_BACKEND=facefusion") as refused:
+        load_backend(FacefusionSettings(device="cuda"))
+    assert refused.value.code == "device_unavailable"
