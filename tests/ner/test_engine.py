@@ -216,7 +216,8 @@ def test_two_runs_leave_no_files_and_no_memory(
     for _ in range(4):
         run()
     assert process.memory_info().rss - before < 20 << 20
-    assert process.num_fds() == files
+    # Fewer are no leak: collecting garbage closes what earlier tests in this process left behind.
+    assert process.num_fds() <= files
     assert list(tmp_path.iterdir()) == [path]
 
 
