@@ -12,11 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from schemas import EngineInfo, Task
+from schemas import EngineInfo, Settings, Task
 
 TaskT = TypeVar("TaskT", bound=Task)
+
+
+class EngineSettings(Settings):
+    """What every engine may be told; an engine's own settings derive from this."""
+
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
+        description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
+    )
 
 
 class TaskAborted(Exception):

@@ -7,21 +7,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas import Settings
+from consumers.engine import EngineSettings
 
 
-class AceStepSettings(Settings):
+class AceStepSettings(EngineSettings):
     """Which backend makes the music, and on what."""
 
     acestep_backend: Literal["preview", "diffusers"] = Field(
         "preview",
         description="What makes the music: `preview` (a simple synthesizer, not AI, no weights) or "
         "`diffusers` (ACE-Step itself).",
-    )
-    device: str = Field(
-        "cpu",
-        pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
-        description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
     )
     acestep_model_dir: Path | None = Field(
         None,

@@ -7,21 +7,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas import Settings
+from consumers.engine import EngineSettings
 
 
-class FacefusionSettings(Settings):
+class FacefusionSettings(EngineSettings):
     """What swaps faces, on what, and how large a picture may be."""
 
     facefusion_backend: Literal["preview", "facefusion"] = Field(
         "preview",
         description="What swaps faces: `preview` (landmarks, warp and blend on the CPU; labelled as a "
         "preview) or `facefusion` (FaceFusion, installed apart).",
-    )
-    device: str = Field(
-        "cpu",
-        pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
-        description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
     )
     facefusion_home: Path | None = Field(
         None, description="FaceFusion's folder, with `facefusion.py` and its weights in `.assets/models`."

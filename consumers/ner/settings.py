@@ -7,19 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas import Settings
+from consumers.engine import EngineSettings
 
 
-class NerSettings(Settings):
+class NerSettings(EngineSettings):
     """Which model looks, on what, and how much one input may ask of it."""
 
     ner_backend: Literal["lac", "paddlenlp"] = Field(
         "lac", description="What finds entities: `lac` (weights in jieba's package, CPU) or `paddlenlp`."
-    )
-    device: str = Field(
-        "cpu",
-        pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
-        description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
     )
     ner_device: Literal["cpu", "gpu"] | None = Field(
         None, description="What NER computes on, where it differs from INFERQ_DEVICE: the `cpu` or the `gpu`."

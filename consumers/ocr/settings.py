@@ -7,19 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas import Settings
+from consumers.engine import EngineSettings
 
 
-class OcrSettings(Settings):
+class OcrSettings(EngineSettings):
     """Which OCR runs, on what, and how much one input may ask of it."""
 
     ocr_backend: Literal["rapidocr", "paddleocr"] = Field(
         "rapidocr", description="What reads the text: `rapidocr` (weights in its wheel) or `paddleocr`."
-    )
-    device: str = Field(
-        "cpu",
-        pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
-        description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
     )
     ocr_device: Literal["cpu", "gpu", "onnxruntime"] | None = Field(
         None,
