@@ -22,17 +22,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from typer.testing import CliRunner
 
-from consumers.weights import (
-    RelativePath,
-    WeightsCache,
-    WeightsRefused,
-    WeightsSettings,
-    WeightsUnavailable,
-    describe,
-    model_folder,
-    read_manifest,
-)
+from consumers.weights import WeightsCache, WeightsSettings, WeightsUnavailable, model_folder
 from consumers.weights_cli import app
+from consumers.weights_manifest import RelativePath, WeightsRefused, describe, read_manifest
 from tests.certificates import certificate
 
 if TYPE_CHECKING:

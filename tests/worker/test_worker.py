@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from broker import DeadLetters
-from consumers.weights import describe
+from consumers.weights_manifest import describe
 from schemas import parse_task
 from storage import ResultStore, StorageSettings, open_store
 from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually
