@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from consumers import engine_process
 from consumers.engine_messages import Done
 from consumers.engine_process import EngineProcess, Watch
 from schemas import parse_task
+
+ALWAYS_IDLE = -1.0
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +44,19 @@ def computed(engine: EngineProcess, task: str, scratch: Path) -> str:
 @pytest.mark.parametrize("idle", [True, False])
 @pytest.mark.parametrize("announced", [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["b", "b"]])
 def test_it_computes_the_task_it_is_given(
-    engine: EngineProcess, tmp_path: Path, announced: list[str], idle: bool
+    engine: EngineProcess, tmp_path: Path, announced: list[str], idle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine_process, "_IDLE_SECONDS", ALWAYS_IDLE if idle else math.inf)
     computed(engine, echo("before"), tmp_path)
-    if idle:
-        time.sleep(3 * engine_process._IDLE_SECONDS)
     for payload in announced:
         engine.prepare(echo(payload))
     assert computed(engine, echo("b"), tmp_path) == "b"
 
 
-def test_a_run_again_after_another_is_the_tasks_own(engine: EngineProcess, tmp_path: Path) -> None:
-    time.sleep(3 * engine_process._IDLE_SECONDS)
+def test_a_run_again_after_another_is_the_tasks_own(
+    engine: EngineProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "_IDLE_SECONDS", ALWAYS_IDLE)
     engine.prepare(echo("a"))
     assert computed(engine, echo("b"), tmp_path) == "b"
     assert computed(engine, echo("a"), tmp_path) == "a"
