@@ -41,6 +41,11 @@ def eventually(condition: Callable[[], Any], timeout: float = 20, what: str = "i
     return value
 
 
+def starts(marker: Path) -> int:
+    """How often the engine of the test's own type began a run, by the task's marker file."""
+    return len(marker.read_text().splitlines()) if marker.exists() else 0
+
+
 @dataclass
 class Site:
     """Where workers work: a virtual host, a Redis database, a folder; and the settings that name them."""

@@ -11,7 +11,7 @@ import redis
 
 from storage.status_scripts import record_key
 from tests.proxy import TcpProxy
-from tests.worker.conftest import Site, eventually
+from tests.worker.conftest import Site, eventually, starts
 
 
 @pytest.fixture
@@ -23,10 +23,6 @@ def broker_line(site: Site) -> Iterator[TcpProxy]:
     site.env["INFERQ_AMQP_URL"] = site.env["INFERQ_AMQP_URL"].replace(f":{port}/", f":{line.port}/")
     yield line
     line.close()
-
-
-def starts(marker: Path) -> int:
-    return len(marker.read_text().splitlines()) if marker.exists() else 0
 
 
 def test_a_run_whose_connection_was_lost_does_not_count_as_lost(

@@ -16,11 +16,7 @@ from schemas import parse_task
 from storage import ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import Redis
 from tests.proxy import TcpProxy
-from tests.worker.conftest import Site, WorkerProcess, eventually
-
-
-def starts(marker: Path) -> int:
-    return len(marker.read_text().splitlines()) if marker.exists() else 0
+from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 
 def gauge(worker: WorkerProcess, name: str) -> float:

@@ -8,11 +8,7 @@ import redis
 
 from broker import connect
 from consumers.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_LOST_RUNS
-from tests.worker.conftest import Site, WorkerProcess, eventually
-
-
-def starts(marker: Path) -> int:
-    return len(marker.read_text().splitlines()) if marker.exists() else 0
+from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 
 def kill_workers(site: Site, marker: Path, times: int) -> None:
