@@ -4,6 +4,7 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
+from broker.jobs import JOB_ENTRY_POINTS, job_message
 from broker.messages import (
     Delivery,
     Message,
@@ -16,9 +17,20 @@ from broker.messages import (
 from broker.publisher import Publisher
 from broker.retry import RETRY_LEVELS, backoff, retry_level
 from broker.settings import BrokerSettings
-from broker.topology import Difference, Topology, dead_queue, routing_key, topology_for, work_queue
+from broker.topology import (
+    JOB_QUEUES,
+    Difference,
+    JobQueue,
+    Topology,
+    dead_queue,
+    routing_key,
+    topology_for,
+    work_queue,
+)
 
 __all__ = [
+    "JOB_ENTRY_POINTS",
+    "JOB_QUEUES",
     "RETRY_LEVELS",
     "BrokerSettings",
     "BrokerUnavailable",
@@ -28,6 +40,7 @@ __all__ = [
     "Delivery",
     "Difference",
     "Filter",
+    "JobQueue",
     "Message",
     "NoDeadLetters",
     "PublishRejected",
@@ -39,6 +52,7 @@ __all__ = [
     "connect",
     "dead_message",
     "dead_queue",
+    "job_message",
     "named_id",
     "redriven_message",
     "retry_level",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
 from pika.channel import Channel
@@ -21,6 +21,11 @@ from schemas import PRIORITIES, Priority
 TASKS = "inference.tasks"
 DEAD = "inference.dead"
 UNROUTABLE = "inference.unroutable"
+JOBS = "inference.jobs"
+"""The topic exchange of the light jobs that Celery works on; a job queue's name is its routing key."""
+
+JobQueue = Literal["inference.callbacks", "inference.batches"]
+JOB_QUEUES: tuple[JobQueue, ...] = get_args(JobQueue)
 
 DELIVERY_LIMIT = 100
 """Deliveries of one message before the broker itself gives it up. It is the last net, far above our own
@@ -210,6 +215,10 @@ def topology_for(type_names: Iterable[str]) -> Topology:
     ]
     queues = [Queue(UNROUTABLE, {"x-delivery-limit": NO_DELIVERY_LIMIT})]
     bindings = [Binding(UNROUTABLE, UNROUTABLE)]
+    exchanges.append(Exchange(JOBS, "topic"))
+    for job_queue in JOB_QUEUES:
+        queues.append(_job_queue(job_queue))
+        bindings.append(Binding(JOBS, job_queue, job_queue))
     for seconds in RETRY_LEVELS:
         name = retry_exchange(seconds)
         # A fanout keeps the routing key, so an expired message returns to the queue that it came from.
@@ -236,6 +245,16 @@ def topology_for(type_names: Iterable[str]) -> Topology:
             if priority == "normal":
                 bindings.append(Binding(TASKS, queue, f"task_type.{type_name}"))
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+
+
+def job_queue_arguments() -> dict[str, Any]:
+    """The arguments of the job queues, for whoever declares them by other means than a Topology."""
+    arguments: dict[str, Any] = _job_queue("").declaration()[1]["arguments"]
+    return arguments
+
+
+def _job_queue(name: str) -> Queue:
+    return Queue(name, {"x-delivery-limit": NO_DELIVERY_LIMIT})
 
 
 def _dead_lettering(exchange: str) -> dict[str, Any]:

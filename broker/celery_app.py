@@ -1,0 +1,82 @@
+"""The Celery application: callbacks, the feeding of batches, nightly starts.
+
+It runs on the same broker as the tasks: quorum queues, confirmed publishes, late acks, and delays by Celery's
+native delayed delivery, whose messages rest in quorum queues of the broker and not in anybody's memory.
+https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+from urllib.parse import quote
+
+from celery import Celery
+from kombu.entity import Exchange, Queue
+from pika import PlainCredentials
+
+from broker.settings import BrokerSettings
+from broker.topology import JOB_QUEUES, JOBS, job_queue_arguments
+from schemas import InstallationError
+
+
+def celery_app(settings: BrokerSettings) -> Celery:
+    """An application without jobs; those are added by the functions in entry-point group `inferq.jobs`."""
+    app = Celery("inferq", set_as_current=False)
+    exchange = Exchange(JOBS, type="topic")
+    app.conf.update(
+        broker_url=[_url(settings, number) for number in range(len(settings.connections("jobs")))],
+        broker_use_ssl=_tls(settings),
+        broker_heartbeat=settings.amqp_heartbeat,
+        broker_connection_timeout=settings.amqp_connect_timeout,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={"confirm_publish": True},
+        task_queues=[
+            Queue(name, exchange, routing_key=name, queue_arguments=job_queue_arguments())
+            for name in JOB_QUEUES
+        ],
+        task_default_queue=JOB_QUEUES[0],
+        task_default_queue_type="quorum",
+        task_default_exchange=JOBS,
+        task_default_exchange_type="topic",
+        task_create_missing_queues=False,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_ignore_result=True,
+        task_publish_retry=True,
+        worker_prefetch_multiplier=1,
+        # They would need queues that are neither durable nor quorum, which RabbitMQ is about to give up.
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
+        worker_hijack_root_logger=False,
+        accept_content=["json"],
+        timezone="UTC",
+    )
+    return app
+
+
+def _url(settings: BrokerSettings, number: int) -> str:
+    """The URL as Celery reads it: without the query, which means other things there."""
+    parameters = settings.connections("jobs")[number]
+    credentials = parameters.credentials
+    if not isinstance(credentials, PlainCredentials):
+        raise InstallationError("INFERQ_AMQP_URL names no user and password, which Celery needs")
+    user = quote(credentials.username, safe="")
+    password = quote(credentials.password, safe="")
+    host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host
+    vhost = quote(parameters.virtual_host, safe="")
+    scheme = "amqps" if parameters.ssl_options is not None else "amqp"
+    return f"{scheme}://{user}:{password}@{host}:{parameters.port}/{vhost}"
+
+
+def _tls(settings: BrokerSettings) -> dict[str, Any] | None:
+    if all(parameters.ssl_options is None for parameters in settings.connections("jobs")):
+        return None
+    files = {
+        "ca_certs": settings.amqp_ca_file,
+        "certfile": settings.amqp_cert_file,
+        "keyfile": settings.amqp_key_file,
+    }
+    named = {name: str(path) for name, path in files.items() if path is not None}
+    return {"cert_reqs": ssl.CERT_REQUIRED, **named}

@@ -1,0 +1,45 @@
+"""Light jobs: what Celery carries beside the inference tasks, because it is retried for days, or scheduled.
+
+A job is a Celery message that our own publisher sends: whoever hands one over (a worker, the gateway) gets
+its confirm as for any other message and needs no Celery. `broker.celery_app` makes the application that
+works on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+from broker.messages import Message
+from broker.topology import JOBS, JobQueue
+
+JOB_ENTRY_POINTS = "inferq.jobs"
+"""The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
+
+
+def job_message(
+    name: str, queue: JobQueue, arguments: Mapping[str, JsonValue], *, job_id: str, retries: int = 0
+) -> Message:
+    """The message that has the job `name` done with these keyword arguments.
+
+    It follows version 2 of Celery's message protocol:
+    https://docs.celeryq.dev/en/stable/internals/protocol.html
+    """
+    headers = {
+        "lang": "py",
+        "task": name,
+        "id": job_id,
+        "root_id": job_id,
+        "parent_id": None,
+        "group": None,
+        "retries": retries,
+        "eta": None,
+        "expires": None,
+        "timelimit": [None, None],
+        "ignore_result": True,
+    }
+    embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    body = json.dumps([[], dict(arguments), embedded], ensure_ascii=False, separators=(",", ":"))
+    return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)

@@ -1,0 +1,49 @@
+"""The command that works on the light jobs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from broker import JOB_QUEUES, BrokerSettings, JobQueue
+from schemas import InstallationError
+
+app = typer.Typer()
+
+_PREFIX = "inference."
+
+
+@app.command()
+def callbacks(
+    queues: Annotated[
+        str | None, typer.Option(help="Only these job queues: callbacks, batches (default: both).")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1000, help="Jobs at a time.")] = 64,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+    ] = False,
+) -> None:
+    """Deliver callbacks and feed batches, until SIGTERM."""
+    from consumers.job_worker import application, work
+
+    chosen = _chosen(queues)
+    jobs = application(BrokerSettings.load())
+    if check:
+        names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
+        typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    raise typer.Exit(work(jobs, chosen, threads=threads))
+
+
+def _chosen(names: str | None) -> tuple[JobQueue, ...]:
+    if names is None:
+        return JOB_QUEUES
+    wanted = [f"{_PREFIX}{name.strip().removeprefix(_PREFIX)}" for name in names.split(",") if name.strip()]
+    chosen = tuple(queue for queue in JOB_QUEUES if queue in wanted)
+    if not chosen or len(chosen) != len(set(wanted)):
+        known = ", ".join(queue.removeprefix(_PREFIX) for queue in JOB_QUEUES)
+        raise InstallationError(f"--queues {names!r} is not a list of job queues; there are: {known}")
+    return chosen

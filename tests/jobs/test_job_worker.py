@@ -1,0 +1,87 @@
+"""Jobs on a real RabbitMQ: sent by our publisher, worked on by Celery, delayed and retried by the broker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from celery import Celery, Task
+from celery.contrib.testing.worker import start_worker
+
+from broker import JOB_QUEUES, BrokerSettings, Publisher, connect, job_message, topology_for
+from broker.celery_app import celery_app
+
+
+@pytest.fixture
+def settings(fresh_amqp_url: str) -> BrokerSettings:
+    return BrokerSettings(amqp_url=fresh_amqp_url)
+
+
+@pytest.fixture
+def publisher(settings: BrokerSettings) -> Iterator[Publisher]:
+    publisher = Publisher(settings, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    yield publisher
+    publisher.close()
+
+
+@contextmanager
+def working(app: Celery) -> Iterator[None]:
+    with start_worker(app, pool="threads", concurrency=4, perform_ping_check=False, loglevel="ERROR"):
+        yield
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def test_a_job_of_our_publisher_reaches_celery(settings: BrokerSettings, publisher: Publisher) -> None:
+    app = celery_app(settings)
+    got: list[tuple[str, str, int]] = []
+
+    @app.task(name="test.note", bind=True)
+    def note(self: Task, text: str) -> None:
+        got.append((text, self.request.id, self.request.retries))
+
+    publisher.publish(
+        job_message("test.note", "inference.callbacks", {"text": "Grüße 你好"}, job_id="job-1", retries=2)
+    ).result()
+    with working(app):
+        wait_for(lambda: got)
+    assert got == [("Grüße 你好", "job-1", 2)]
+
+
+def test_a_retry_rests_in_the_broker_and_comes_back(settings: BrokerSettings, publisher: Publisher) -> None:
+    app = celery_app(settings)
+    began: list[float] = []
+    done = threading.Event()
+
+    @app.task(name="test.retry", bind=True, max_retries=None)
+    def again(self: Task) -> None:
+        began.append(time.monotonic())
+        if len(began) < 2:
+            raise self.retry(countdown=2)
+        done.set()
+
+    publisher.publish(job_message("test.retry", "inference.batches", {}, job_id="job-2")).result()
+    with working(app):
+        assert done.wait(20)
+    assert 1.0 <= began[1] - began[0] <= 6.0
+
+
+def test_celery_and_the_topology_declare_the_same_queues(settings: BrokerSettings) -> None:
+    app = celery_app(settings)
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        for queue in app.amqp.queues.values():
+            queue.bind(channel).declare()
+    connection = connect(settings, name="test")
+    missing = [str(d) for d in topology_for([]).differences(connection)]
+    connection.close()
+    assert not [line for line in missing if "jobs" in line or any(name in line for name in JOB_QUEUES)]
