@@ -38,6 +38,7 @@ from consumers.engine_messages import (
     send,
 )
 from consumers.settings import WorkerSettings
+from consumers.weights import weights_in_use
 from schemas import (
     InferqError,
     InstallationError,
@@ -98,7 +99,7 @@ def _die_with(worker_pid: int) -> None:
 def _serve(task_type: TaskType, pipe: Connection) -> None:
     try:
         engine = engine_class(task_type)()
-        info = engine.load()
+        info = engine.load().model_copy(update={"weights": weights_in_use()})
         for _ in range(WorkerSettings.load().warmup):
             engine.warm_up()
     except Exception as error:

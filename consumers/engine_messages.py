@@ -29,6 +29,7 @@ class FileNote(_Message):
     path: Path
     content_type: str
     bytes: int = 0
+    sha256: str | None = Field(None, exclude=True)
 
 
 class Prepare(_Message):

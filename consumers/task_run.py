@@ -24,6 +24,7 @@ from schemas import (
     ErrorInfo,
     InferqError,
     InvalidTask,
+    Outage,
     Priority,
     Result,
     Task,
@@ -60,6 +61,8 @@ class TaskRun:
         self._started_at = datetime.now(UTC)
         self._digest: str | None = None
         self._begun: Task | None = None
+        self._cached = False
+        self._cache_key: str | None = None
         self._held = True
         self._answers: list[Callable[[], bool]] = []
 
@@ -213,7 +216,7 @@ class TaskRun:
             began = time.monotonic()
             inputs = self._fetch(task)
             timings["fetch"] = time.monotonic() - began
-            answer = self._compute(task, inputs)
+            answer = self._known(task, inputs) or self._compute(task, inputs)
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
                 return self._succeeded(task, answer, timings)
@@ -275,8 +278,26 @@ class TaskRun:
                 self._around.fetcher.fetch, url, scratch, name, tenant=task.tenant, checkpoint=checkpoint
             )
             fetched = self._around.patiently("object store", fetch, checkpoint)
-            inputs[name] = FileNote(path=fetched.path, content_type=fetched.content_type, bytes=fetched.bytes)
+            inputs[name] = FileNote(
+                path=fetched.path,
+                content_type=fetched.content_type,
+                bytes=fetched.bytes,
+                sha256=fetched.sha256,
+            )
         return inputs
+
+    def _known(self, task: Task, inputs: dict[str, FileNote]) -> Done | None:
+        """What the result cache answers, where there is one."""
+        cache, engine = self._around.cache, self._engine.info
+        if cache is None or engine is None:
+            return None
+        self._cache_key = cache.key(task, inputs, engine)
+        if self._cache_key is None:
+            return None
+        find = partial(cache.find, task.tenant, self._cache_key, Path(self._scratch))
+        found = self._around.patiently("object store", find)
+        self._cached = found is not None
+        return found
 
     def _compute(self, task: Task, inputs: dict[str, FileNote]) -> Done | Failed:
         around = self._around
@@ -334,12 +355,16 @@ class TaskRun:
             started_at=self._started_at,
             finished_at=datetime.now(UTC),
             digest=self._digest,
+            cached=self._cached,
             redrives=self._delivery.redrives,
         )
         kept = self._record(result)
         if kept is not result and artifacts:
             discard = partial(around.results.discard, task.tenant, task.task_id, attempt_token=self._token)
             around.patiently("object store", discard)
+        if around.cache is not None and self._cache_key is not None and kept is result and not self._cached:
+            with suppress(Outage):  # the next one is computed again, and that is all
+                around.cache.keep(result, self._cache_key)
         around.metrics.observe(task.task_type, result.timings)
         return "succeeded" if kept is result else "skipped"
 

@@ -19,6 +19,7 @@ from consumers.device_memory import DeviceMemory
 from consumers.engine_process import EngineProcess, MemoryLimits, RunAborted, Wear
 from consumers.metrics import WorkerMetrics
 from consumers.probes import ProbeServer, Readiness
+from consumers.result_cache import ResultCache
 from consumers.scratch import ScratchFolder
 from consumers.settings import WorkerSettings
 from consumers.surroundings import GracePassed, Surroundings
@@ -55,6 +56,7 @@ class Worker:
         self.metrics.registry.register(DeviceMemory())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)
+        results = ResultStore(store)
         self._publisher = Publisher(
             broker, name=settings.worker_name, topology=topology_for([task_type.name])
         )
@@ -62,12 +64,13 @@ class Worker:
             settings=settings,
             task_type=task_type,
             store=store,
-            results=ResultStore(store),
+            results=results,
             fetcher=Fetcher(store, storage),
             status=StatusIndex.from_settings(storage),
             publisher=self._publisher,
             metrics=self.metrics,
             scratch=ScratchFolder(settings.scratch_dir),
+            cache=ResultCache(task_type, store, results) if settings.result_cache else None,
         )
         self._slots = [_Slot(number, self._surroundings, broker) for number in range(settings.slots)]
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))

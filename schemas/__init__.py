@@ -17,7 +17,7 @@ from schemas.task import (
     input_fields,
     new_task_id,
 )
-from schemas.types import TaskType, describe_faults, get_type, installed_types, parse_task
+from schemas.types import TaskType, always, describe_faults, get_type, installed_types, never, parse_task
 
 __all__ = [
     "END_STATES",
@@ -49,10 +49,12 @@ __all__ = [
     "TaskType",
     "Timings",
     "TransientFailure",
+    "always",
     "describe_faults",
     "get_type",
     "input_fields",
     "installed_types",
+    "never",
     "new_task_id",
     "parse_task",
 ]

@@ -11,7 +11,7 @@ from storage.objects import (
     StoreOutage,
     open_store,
 )
-from storage.results import ResultStore, UnreadableResult, folder, upload_key
+from storage.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
 from storage.settings import StorageSettings
 from storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
 
@@ -36,6 +36,7 @@ __all__ = [
     "StoreOutage",
     "Submission",
     "UnreadableResult",
+    "cache_entry_key",
     "folder",
     "open_store",
     "upload_key",

@@ -4,6 +4,7 @@
     tasks/<tenant>/<task_id>/failure.json                 a failure, until a success stands beside it
     tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
     files/<tenant>/<file_id>                              an uploaded input
+    cache/<tenant>/<key>.json                             which task has the result of work done before
 
 Each attempt has a folder of artifacts of its own. Two runs of one task therefore never write to the same
 key, and whichever result is kept names files that nobody else has touched.
@@ -156,6 +157,11 @@ def upload_key(tenant: str, file_id: str) -> str:
             code="bad_input_url",
         )
     return f"files/{_segment(tenant)}/{_segment(file_id)}"
+
+
+def cache_entry_key(tenant: str, key: str) -> str:
+    """The key of an entry of the result cache; `key` is hexadecimal."""
+    return f"cache/{_segment(tenant)}/{key}.json"
 
 
 def _key(tenant: str, task_id: str, attempt_token: str, name: str) -> str:
