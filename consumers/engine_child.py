@@ -212,12 +212,10 @@ def _done(
             f"the engine's output is not a {task_type.output.__name__}: {'; '.join(describe_faults(error))}",
             code="engine_error",
         ) from error
-    text = checked.model_dump_json()
-    inline: str | None = None
-    if len(text.encode()) > INLINE_OUTPUT_BYTES:
-        context.artifact(OUTPUT_ARTIFACT, "application/json").write_text(text, "utf-8")
-    else:
-        inline = text
+    inline: bytes | None = checked.model_dump_json().encode()
+    if inline is not None and len(inline) > INLINE_OUTPUT_BYTES:
+        context.artifact(OUTPUT_ARTIFACT, "application/json").write_bytes(inline)
+        inline = None
     artifacts = {}
     for artifact in context.artifacts:
         if not artifact.path.is_file():

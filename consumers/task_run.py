@@ -343,7 +343,6 @@ class TaskRun:
             task_type=task.task_type,
             tenant=task.tenant,
             status="succeeded",
-            output=json.loads(done.output) if done.output is not None else None,
             artifacts=artifacts,
             attempts=self._delivery.attempt,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
@@ -358,7 +357,7 @@ class TaskRun:
             cached=self._cached,
             redrives=self._delivery.redrives,
         )
-        kept = self._record(result)
+        kept = self._record(result, done.output)
         if kept is not result and artifacts:
             discard = partial(around.results.discard, task.tenant, task.task_id, attempt_token=self._token)
             around.patiently("object store", discard)
@@ -382,15 +381,18 @@ class TaskRun:
             ),
         )
 
-    def _record(self, result: Result) -> Result:
-        """Write how the task ended, once; the status follows what is kept."""
+    def _record(self, result: Result, output: bytes | None = None) -> Result:
+        """Write how the task ended, once; the status follows what is kept.
+
+        `output` is the output as JSON text, which the result leaves out.
+        """
         around = self._around
-        kept = around.patiently("object store", partial(around.results.save, result))
-        self._tell_end(kept)
+        kept = around.patiently("object store", partial(around.results.save, result, output))
+        self._tell_end(kept, output if kept is result else None)
         return kept
 
-    def _tell_end(self, result: Result) -> None:
-        answer = self._around.tell(partial(self._around.status.ended_soon, result))
+    def _tell_end(self, result: Result, output: bytes | None = None) -> None:
+        answer = self._around.tell(partial(self._around.status.ended_soon, result, output))
         if answer is not None:
             self._answers.append(answer)
 

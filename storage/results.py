@@ -21,7 +21,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from schemas import Artifact, InferqError, InvalidTask, Result
-from storage.encoding import to_json
+from storage.encoding import result_json
 from storage.objects import ObjectNotFound, ObjectStore
 
 _RESULT = "result.json"
@@ -60,15 +60,17 @@ class ResultStore:
                 return self._read(place + name)
         return None
 
-    def save(self, result: Result) -> Result:
+    def save(self, result: Result, output: bytes | None = None) -> Result:
         """Record how a task ended, and give the record that is kept, which may be another's.
+
+        `output` is the output as JSON text, where the result leaves it out; what is given back does, too.
 
         A success stands for ever. A failure or a cancellation stands until a success comes, or another
         one that was redriven more often; that of an unreadable message, which has no digest, until the task
         itself ends.
         """
         place = folder(result.tenant, result.task_id)
-        data = to_json(result).encode()
+        data = result_json(result, output)
         if result.status == "succeeded":
             if self._create(place + _RESULT, data):
                 return result

@@ -241,12 +241,15 @@ class StatusIndex:
         """
         return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
 
-    def ended_soon(self, result: Result) -> Callable[[], bool]:
-        """As `ended`, but only sent: what this gives waits for the answer, so other work can go between."""
-        answer = self._start("ended", result.tenant, result.task_id, self._end(result))
+    def ended_soon(self, result: Result, output: bytes | None = None) -> Callable[[], bool]:
+        """As `ended`, but only sent: what this gives waits for the answer, so other work can go between.
+
+        `output` is the output as JSON text, where the result leaves it out.
+        """
+        answer = self._start("ended", result.tenant, result.task_id, self._end(result, output))
         return lambda: bool(answer())
 
-    def _end(self, result: Result) -> Sequence[Any]:
+    def _end(self, result: Result, output: bytes | None = None) -> Sequence[Any]:
         facts = [
             result.task_type,
             "",
@@ -263,7 +266,7 @@ class StatusIndex:
             micros(result.finished_at),
             clean(result.worker or ""),
             to_json(result.error) if result.error else "",
-            to_json(Event.of_result(result)),
+            to_json(Event.of_result(result, output)),
             secrets.token_hex(6),
         ]
 
