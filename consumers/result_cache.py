@@ -64,8 +64,7 @@ class ResultCache:
             notes[artifact.name] = FileNote(
                 path=path, content_type=artifact.content_type, bytes=artifact.bytes
             )
-        output = None if result.output is None else json.dumps(result.output, ensure_ascii=False)
-        return Done(output=output, artifacts=notes, seconds=0.0)
+        return Done(output=_compact(result.output), artifacts=notes, seconds=0.0)
 
     def keep(self, result: Result, key: str) -> None:
         """This success is the answer to `key`; one that was computed anew replaces what stood there."""
@@ -93,6 +92,10 @@ class ResultCache:
                 digest.update(piece)
                 file.write(piece)
         return digest.hexdigest() == artifact.sha256
+
+
+def _compact(output: JsonValue) -> bytes | None:
+    return None if output is None else json.dumps(output, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def result_key(
