@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import logging
 import os
 import signal
@@ -102,6 +103,7 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
         info = engine.load().model_copy(update={"weights": weights_in_use()})
         for _ in range(WorkerSettings.load().warmup):
             engine.warm_up()
+        _read(json.dumps({"task_type": task_type.name}))  # to read a task for the first time is slow
     except Exception as error:
         if isinstance(error, InferqError):
             code, message = error.code, str(error)

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -329,6 +330,14 @@ class StatusIndex:
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
         self._call(self._redis.ping)
+
+    def warm_up(self) -> None:
+        """As `ping`; makes this thread's connections, and loads the scripts, ahead of their first use."""
+        self.ping()
+        with suppress(redis.RedisError, OSError):  # the call that needs it will tell
+            self._own_connection()
+        # On a connection of its own, since the one before is taken now.
+        self._call(lambda: [self._redis.script_load(script.script) for script in self._scripts.values()])
 
     def close(self) -> None:
         self._redis.close()
