@@ -1,14 +1,25 @@
 """What travels: the task, its result, its status and events, and the installed task types."""
 
+from schemas.callback import MAX_CALLBACK_BYTES, Callback, SubjectKind, callback_id, task_callback
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
-from schemas.status import END_STATES, EVENT_OF_STATE, Event, EventData, EventType, State, TaskStatus
+from schemas.status import (
+    END_STATES,
+    EVENT_OF_STATE,
+    Event,
+    EventData,
+    EventType,
+    State,
+    TaskStatus,
+    sequence_of,
+)
 from schemas.task import (
     INPUT_SCHEMES,
     MAX_BODY_BYTES,
     PRIORITIES,
     CallbackEvent,
+    CallbackUrl,
     InputUrl,
     Options,
     Priority,
@@ -24,9 +35,12 @@ __all__ = [
     "EVENT_OF_STATE",
     "INPUT_SCHEMES",
     "MAX_BODY_BYTES",
+    "MAX_CALLBACK_BYTES",
     "PRIORITIES",
     "Artifact",
+    "Callback",
     "CallbackEvent",
+    "CallbackUrl",
     "EndState",
     "EngineInfo",
     "ErrorInfo",
@@ -43,16 +57,20 @@ __all__ = [
     "Result",
     "Settings",
     "State",
+    "SubjectKind",
     "Task",
     "TaskId",
     "TaskStatus",
     "TaskType",
     "Timings",
     "TransientFailure",
+    "callback_id",
     "describe_faults",
     "get_type",
     "input_fields",
     "installed_types",
     "new_task_id",
     "parse_task",
+    "sequence_of",
+    "task_callback",
 ]
