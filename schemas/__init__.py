@@ -1,6 +1,16 @@
 """What travels: the task, its result, its status and events, and the installed task types."""
 
-from schemas.callback import MAX_CALLBACK_BYTES, Callback, SubjectKind, callback_id, task_callback
+from schemas.callback import (
+    MAX_CALLBACK_BYTES,
+    Callback,
+    CallbackAttempt,
+    CallbackRecord,
+    CallbackState,
+    SubjectKind,
+    callback_id,
+    end_callback,
+    task_callback,
+)
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
@@ -39,7 +49,10 @@ __all__ = [
     "PRIORITIES",
     "Artifact",
     "Callback",
+    "CallbackAttempt",
     "CallbackEvent",
+    "CallbackRecord",
+    "CallbackState",
     "CallbackUrl",
     "EndState",
     "EngineInfo",
@@ -66,6 +79,7 @@ __all__ = [
     "TransientFailure",
     "callback_id",
     "describe_faults",
+    "end_callback",
     "get_type",
     "input_fields",
     "installed_types",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -45,6 +45,8 @@ from storage.status_fields import (
 
 MAX_PAGE = 500
 """The most statuses that one page of a listing holds."""
+
+T = TypeVar("T")
 
 _FAST_FAIL_SECONDS = 1.0
 _SCAN_ROUNDS = 20
@@ -323,6 +325,20 @@ class StatusIndex:
         since = self._down_since
         return None if since is None else self._clock() - since
 
+    @property
+    def retention(self) -> int:
+        """Seconds that what is on record is kept after its last change."""
+        return self._retention
+
+    def ask(self, call: Callable[[redis.Redis], T]) -> T:
+        """Make a call of another's to the same Redis, which counts as away for all or for none."""
+        return self._call(lambda: call(self._redis))
+
+    def script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], Any]:
+        """A Lua script of another's, to be called with its keys and arguments."""
+        script = self._redis.register_script(source)
+        return lambda keys, arguments: self._call(lambda: script(keys=keys, args=arguments))
+
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
         self._call(self._redis.ping)
@@ -400,7 +416,7 @@ class StatusIndex:
         reply = self._call(lambda: script(keys=keys, args=arguments))
         return as_text(reply)
 
-    def _call(self, command: Callable[[], Any]) -> Any:
+    def _call(self, command: Callable[[], T]) -> T:
         with self._lock:
             if self._down_until is not None:
                 now = self._clock()
