@@ -4,7 +4,7 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.jobs import JOB_ENTRY_POINTS, job_message
+from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, delayed, job_copy, job_message
 from broker.messages import (
     Delivery,
     Message,
@@ -23,12 +23,14 @@ from broker.topology import (
     JobQueue,
     Topology,
     dead_queue,
+    job_topology,
     routing_key,
     topology_for,
     work_queue,
 )
 
 __all__ = [
+    "CALLBACK_JOB",
     "JOB_ENTRY_POINTS",
     "JOB_QUEUES",
     "RETRY_LEVELS",
@@ -49,10 +51,14 @@ __all__ = [
     "TopologyMismatch",
     "Unroutable",
     "backoff",
+    "callback_message",
     "connect",
     "dead_message",
     "dead_queue",
+    "delayed",
+    "job_copy",
     "job_message",
+    "job_topology",
     "named_id",
     "redriven_message",
     "retry_level",

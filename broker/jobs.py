@@ -8,15 +8,22 @@ works on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from pydantic import JsonValue
 
 from broker.messages import Message
-from broker.topology import JOBS, JobQueue
+from broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
+from schemas import Callback, CallbackAttempt
 
 JOB_ENTRY_POINTS = "inferq.jobs"
 """The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
+
+CALLBACK_JOB = "callbacks.deliver"
+"""The job that delivers a callback; its argument `callback` is the JSON of a schemas.Callback."""
 
 
 def job_message(
@@ -43,3 +50,53 @@ def job_message(
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     body = json.dumps([[], dict(arguments), embedded], ensure_ascii=False, separators=(",", ":"))
     return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)
+
+
+def job_copy(queue: JobQueue, body: bytes, headers: Mapping[str, Any]) -> Message:
+    """A fresh copy of a job's message that was delivered with this body and these headers.
+
+    The broker's own headers stay behind: RabbitMQ 3.x would count on by them, and 4.x ignore them.
+    """
+    kept = {name: headers[name] for name in _HEADERS if name in headers}
+    return Message(JOBS, queue, body, kept, str(headers.get("id")), str(headers.get("task")))
+
+
+_HEADERS = (
+    "lang", "task", "id", "root_id", "parent_id", "group", "retries", "eta", "expires", "timelimit",
+    "ignore_result",
+)  # fmt: skip
+
+
+def delayed(message: Message, seconds: float) -> Message:
+    """The job's message such that it arrives so many seconds later, rounded up to whole ones, at least 1.
+
+    It rests in the queues of Celery's native delayed delivery, one for each bit of the delay; those are
+    declared by whoever works on the jobs.
+    https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
+    """
+    whole = min(max(1, math.ceil(seconds)), 2**DELAY_LEVELS - 1)
+    bits = ".".join(f"{whole:0{DELAY_LEVELS}b}")
+    # Celery enters at the highest level, whose exchange and those below each look at the long key: that takes
+    # the broker milliseconds. The levels above the first 1 would only pass it down.
+    level = delay_level(whole.bit_length() - 1)
+    return replace(message, exchange=level, routing_key=f"{bits}.{message.routing_key}")
+
+
+def callback_message(
+    callback: Callback, *, attempts: Sequence[CallbackAttempt] = (), resent: bool = False
+) -> Message:
+    """The message that has a callback delivered, however long that takes.
+
+    `attempts` are those that were made so far. `resent`: it had been given up, and its owner asked again.
+    """
+    return job_message(
+        CALLBACK_JOB,
+        "inference.callbacks",
+        {
+            "callback": callback.model_dump(mode="json"),
+            "attempts": [attempt.model_dump(mode="json", exclude_none=True) for attempt in attempts],
+            "resent": resent,
+        },
+        job_id=callback.callback_id,
+        retries=len(attempts),
+    )

@@ -1,14 +1,35 @@
 """What travels: the task, its result, its status and events, and the installed task types."""
 
+from schemas.callback import (
+    MAX_CALLBACK_BYTES,
+    Callback,
+    CallbackAttempt,
+    CallbackRecord,
+    CallbackState,
+    SubjectKind,
+    callback_id,
+    end_callback,
+    task_callback,
+)
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
-from schemas.status import END_STATES, EVENT_OF_STATE, Event, EventData, EventType, State, TaskStatus
+from schemas.status import (
+    END_STATES,
+    EVENT_OF_STATE,
+    Event,
+    EventData,
+    EventType,
+    State,
+    TaskStatus,
+    sequence_of,
+)
 from schemas.task import (
     INPUT_SCHEMES,
     MAX_BODY_BYTES,
     PRIORITIES,
     CallbackEvent,
+    CallbackUrl,
     InputUrl,
     Options,
     Priority,
@@ -24,9 +45,15 @@ __all__ = [
     "EVENT_OF_STATE",
     "INPUT_SCHEMES",
     "MAX_BODY_BYTES",
+    "MAX_CALLBACK_BYTES",
     "PRIORITIES",
     "Artifact",
+    "Callback",
+    "CallbackAttempt",
     "CallbackEvent",
+    "CallbackRecord",
+    "CallbackState",
+    "CallbackUrl",
     "EndState",
     "EngineInfo",
     "ErrorInfo",
@@ -43,6 +70,7 @@ __all__ = [
     "Result",
     "Settings",
     "State",
+    "SubjectKind",
     "Task",
     "TaskId",
     "TaskStatus",
@@ -50,11 +78,15 @@ __all__ = [
     "Timings",
     "TransientFailure",
     "always",
+    "callback_id",
     "describe_faults",
+    "end_callback",
     "get_type",
     "input_fields",
     "installed_types",
     "never",
     "new_task_id",
     "parse_task",
+    "sequence_of",
+    "task_callback",
 ]

@@ -1,6 +1,7 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
 from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
+from storage.callbacks import CallbackRecords
 from storage.fetch import Fetched, Fetcher, ScratchUnavailable
 from storage.local import LocalStore
 from storage.objects import (
@@ -14,12 +15,14 @@ from storage.objects import (
 from storage.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
 from storage.settings import StorageSettings
 from storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
+from storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
 
 __all__ = [
     "AddressPolicy",
     "AddressRefused",
     "BadObjectKey",
     "Begun",
+    "CallbackRecords",
     "Fetched",
     "Fetcher",
     "GuardedBackend",
@@ -36,6 +39,9 @@ __all__ = [
     "StoreOutage",
     "Submission",
     "UnreadableResult",
+    "WebhookSecret",
+    "WebhookSecrets",
+    "WebhookSettings",
     "cache_entry_key",
     "folder",
     "open_store",

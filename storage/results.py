@@ -3,6 +3,7 @@
     tasks/<tenant>/<task_id>/result.json                  a success: the first writer wins
     tasks/<tenant>/<task_id>/failure.json                 a failure, until a success stands beside it
     tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
+    tasks/<tenant>/<task_id>/callbacks/<id>.json          a callback that was given up (storage.callbacks)
     files/<tenant>/<file_id>                              an uploaded input
     cache/<tenant>/<key>.json                             which task has the result of work done before
 
@@ -21,14 +22,14 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from schemas import Artifact, InferqError, InvalidTask, Result
-from storage.encoding import result_json
+from schemas.encoding import result_json
 from storage.objects import ObjectNotFound, ObjectStore
 
 _RESULT = "result.json"
 _FAILURE = "failure.json"
 _ARTIFACTS = "artifacts/"
 _BEFORE_RECORDS = "f"
-"""Sorts after every artifact and before both records: one short listing finds them."""
+"""Sorts after every artifact and callback and before both records: one short listing finds them."""
 
 _SAVE_TRIES = 5
 _FILE_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
@@ -148,7 +149,7 @@ class ResultStore:
 
 def folder(tenant: str, task_id: str) -> str:
     """The folder of a task in the store, with its closing slash; no name leads out of it."""
-    return f"tasks/{_segment(tenant)}/{_segment(task_id)}/"
+    return f"tasks/{segment(tenant)}/{segment(task_id)}/"
 
 
 def upload_key(tenant: str, file_id: str) -> str:
@@ -158,12 +159,12 @@ def upload_key(tenant: str, file_id: str) -> str:
             f"{file_id[:200]!r} is not the id of an uploaded file: use the URL that the upload answered",
             code="bad_input_url",
         )
-    return f"files/{_segment(tenant)}/{_segment(file_id)}"
+    return f"files/{segment(tenant)}/{segment(file_id)}"
 
 
 def cache_entry_key(tenant: str, key: str) -> str:
     """The key of an entry of the result cache; `key` is hexadecimal."""
-    return f"cache/{_segment(tenant)}/{key}.json"
+    return f"cache/{segment(tenant)}/{key}.json"
 
 
 def _key(tenant: str, task_id: str, attempt_token: str, name: str) -> str:
@@ -178,7 +179,8 @@ def _attempt_of(artifact: Artifact) -> str:
 
 
 @lru_cache(4096)
-def _segment(name: str) -> str:
+def segment(name: str) -> str:
+    """A tenant or an id as one segment of a key."""
     if name in {".", ".."}:
         return name.replace(".", "%2E")
     return quote(name, safe=":", errors="surrogatepass")

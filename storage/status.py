@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -31,8 +31,8 @@ from schemas import (
     Task,
     TaskStatus,
 )
+from schemas.encoding import clean, to_json
 from storage import status_scripts as scripts
-from storage.encoding import clean, to_json
 from storage.settings import StorageSettings
 from storage.status_fields import (
     as_text,
@@ -46,6 +46,8 @@ from storage.status_fields import (
 
 MAX_PAGE = 500
 """The most statuses that one page of a listing holds."""
+
+T = TypeVar("T")
 
 _FAST_FAIL_SECONDS = 1.0
 _SCAN_ROUNDS = 20
@@ -193,7 +195,7 @@ class StatusIndex:
         run: str,
     ) -> Callable[[], Begun]:
         """As `begin`, but only sent: what this gives waits for the answer, so other work can go between."""
-        event = event_json("task.started", task, "running", attempt=attempt, at=started_at)
+        event = event_json("task.started", task, "running", attempt=attempt, redrives=redrives, at=started_at)
         answer = self._start(
             "begin",
             task.tenant,
@@ -226,7 +228,7 @@ class StatusIndex:
 
     def retrying(self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo) -> None:
         """The attempt failed, and another one waits in a retry level."""
-        event = event_json("task.retrying", task, "retrying", attempt=attempt, error=error)
+        event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
         self._change(
             "retrying",
             task.tenant,
@@ -327,6 +329,20 @@ class StatusIndex:
         since = self._down_since
         return None if since is None else self._clock() - since
 
+    @property
+    def retention(self) -> int:
+        """Seconds that what is on record is kept after its last change."""
+        return self._retention
+
+    def ask(self, call: Callable[[redis.Redis], T]) -> T:
+        """Make a call of another's to the same Redis, which counts as away for all or for none."""
+        return self._call(lambda: call(self._redis))
+
+    def script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], Any]:
+        """A Lua script of another's, to be called with its keys and arguments."""
+        script = self._redis.register_script(source)
+        return lambda keys, arguments: self._call(lambda: script(keys=keys, args=arguments))
+
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
         self._call(self._redis.ping)
@@ -412,7 +428,7 @@ class StatusIndex:
         reply = self._call(lambda: script(keys=keys, args=arguments))
         return as_text(reply)
 
-    def _call(self, command: Callable[[], Any]) -> Any:
+    def _call(self, command: Callable[[], T]) -> T:
         with self._lock:
             if self._down_until is not None:
                 now = self._clock()

@@ -16,6 +16,7 @@ from producer.gateway.hub import EventHub
 from producer.gateway.metrics import Metrics
 from producer.keys import KeyFile
 from producer.settings import GatewaySettings
+from storage.callbacks import CallbackRecords
 from storage.objects import ObjectStore
 from storage.results import ResultStore
 from storage.status import StatusIndex
@@ -56,6 +57,7 @@ class Services:
     status: StatusIndex
     store: ObjectStore
     results: ResultStore
+    callbacks: CallbackRecords
     publisher: TaskPublisher
     hub: EventHub
     metrics: Metrics

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import JsonValue, TypeAdapter
 
 from schemas import Event, Result
+from schemas.encoding import result_json, to_json
 from schemas.status import INLINE_EVENT_OUTPUT_BYTES
-from storage.encoding import result_json, to_json
 
 JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 ANY_TEXT = st.text(st.characters(exclude_categories=[]))

@@ -1,0 +1,139 @@
+"""What a callback says, to whom: an event of a task or a batch in the form of Standard Webhooks.
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from schemas.encoding import to_json
+from schemas.result import Result
+from schemas.status import Event, Truncated
+from schemas.task import CallbackUrl, TaskId, Tenant
+
+MAX_CALLBACK_BYTES = 20_000
+"""The size in bytes that a callback's body stays below, as the Standard Webhooks advise."""
+
+SubjectKind = Literal["task", "batch"]
+
+_ERROR_CHARACTERS = 500
+
+
+def _small(body: str) -> str:
+    size = len(body.encode())
+    if size >= MAX_CALLBACK_BYTES:
+        raise ValueError(f"a callback's body stays below {MAX_CALLBACK_BYTES} bytes, this one has {size}")
+    return body
+
+
+class Callback(BaseModel):
+    """One event for one receiver; `body` is the exact JSON text that is signed and sent.
+
+    `callback_id` is the `webhook-id`: every repeat of the event has the same one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    callback_id: Annotated[str, StringConstraints(pattern=r"^msg_[0-9a-f]{32}$")]
+    tenant: Tenant
+    subject_kind: SubjectKind
+    subject_id: TaskId
+    event: Annotated[str, StringConstraints(pattern=r"^[a-z]+(\.[a-z_]+)+$", max_length=64)]
+    url: CallbackUrl
+    body: Annotated[str, AfterValidator(_small)]
+
+
+class CallbackAttempt(BaseModel):
+    """One try to deliver a callback: an answer's `status` and how it began, or the `error` in its place."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: AwareDatetime
+    seconds: float
+    status: int | None = None
+    error: str | None = None
+    response: str | None = Field(None, description="How the answer's body began, made printable.")
+
+
+CallbackState = Literal["waiting", "delivered", "failed"]
+
+
+class CallbackRecord(BaseModel):
+    """What became of a callback so far; `body` only of one that was given up, so that it can be resent."""
+
+    model_config = ConfigDict(frozen=True)
+
+    callback_id: str
+    tenant: Tenant
+    subject_kind: SubjectKind
+    subject_id: TaskId
+    event: str
+    url: str
+    state: CallbackState
+    attempts: tuple[CallbackAttempt, ...] = ()
+    next_at: AwareDatetime | None = Field(None, description="When the next attempt is due, about.")
+    reason: str | None = Field(None, description="Why it was given up, or what it waits for.")
+    updated_at: AwareDatetime
+    body: str | None = None
+
+
+def callback_id(tenant: str, kind: SubjectKind, subject_id: str, event: str, *parts: str | int | None) -> str:
+    """The id of an event of a task or batch. `parts` tell this event from others of the same name."""
+    said = json.dumps([tenant, kind, subject_id, event, *parts])
+    return f"msg_{hashlib.sha256(said.encode()).hexdigest()[:32]}"
+
+
+def task_callback(event: Event, url: str, *parts: str | int | None) -> Callback:
+    """The callback that tells of a task's event. `parts` tell it from others of the same name."""
+    data = event.data
+    return Callback(
+        callback_id=callback_id(data.tenant, "task", data.task_id, event.type, *parts),
+        tenant=data.tenant,
+        subject_kind="task",
+        subject_id=data.task_id,
+        event=event.type,
+        url=url,
+        body=_body(event),
+    )
+
+
+def end_callback(result: Result, url: str, output: bytes | None = None) -> Callback:
+    """The callback that tells how a task ended: for one record always the same, to the byte.
+
+    `output` is the output as compact JSON text, where the result itself leaves it out.
+    """
+    return task_callback(Event.of_result(result, output), url, result.redrives, result.digest)
+
+
+def _body(event: Event) -> str:
+    """The event as JSON, below MAX_CALLBACK_BYTES: first the output is left out, then the metadata."""
+    left_out: list[Truncated] = list(event.data.truncated)
+    text = to_json(event)
+    for part in ("output", "metadata", "error"):
+        if len(text.encode()) < MAX_CALLBACK_BYTES:
+            break
+        match part:
+            case "output":
+                change: dict[str, object] = {"output": None}
+            case "metadata":
+                change = {"metadata": {}}
+            case _:
+                error = event.data.error
+                if error is None:
+                    continue
+                short = {
+                    "code": error.code[:_ERROR_CHARACTERS],
+                    "message": error.message[:_ERROR_CHARACTERS],
+                }
+                change = {"error": error.model_copy(update=short)}
+        if part not in left_out:
+            left_out.append(part)
+        change["truncated"] = tuple(left_out)
+        event = event.model_copy(update={"data": event.data.model_copy(update=change)})
+        text = to_json(event)
+    return text
