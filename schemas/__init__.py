@@ -1,5 +1,17 @@
 """What travels: the task, its result, its status and events, and the installed task types."""
 
+from schemas.batch import (
+    BATCH_END_STATES,
+    DEFAULT_IN_FLIGHT,
+    SET_BY_FEEDER,
+    Batch,
+    BatchCounts,
+    BatchId,
+    BatchState,
+    BatchStatus,
+    BatchSummary,
+    Window,
+)
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
@@ -20,12 +32,21 @@ from schemas.task import (
 from schemas.types import TaskType, describe_faults, get_type, installed_types, parse_task
 
 __all__ = [
+    "BATCH_END_STATES",
+    "DEFAULT_IN_FLIGHT",
     "END_STATES",
     "EVENT_OF_STATE",
     "INPUT_SCHEMES",
     "MAX_BODY_BYTES",
     "PRIORITIES",
+    "SET_BY_FEEDER",
     "Artifact",
+    "Batch",
+    "BatchCounts",
+    "BatchId",
+    "BatchState",
+    "BatchStatus",
+    "BatchSummary",
     "CallbackEvent",
     "EndState",
     "EngineInfo",
@@ -49,6 +70,7 @@ __all__ = [
     "TaskType",
     "Timings",
     "TransientFailure",
+    "Window",
     "describe_faults",
     "get_type",
     "input_fields",

@@ -1,6 +1,16 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
 from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
+from storage.batch_index import BatchIndex, IndexLost, LeaseLost, Standing, Step
+from storage.batches import (
+    BatchConflict,
+    BatchSource,
+    BatchStore,
+    UnreadableBatch,
+    errors_key,
+    input_key,
+    output_key,
+)
 from storage.fetch import Fetched, Fetcher, ScratchUnavailable
 from storage.local import LocalStore
 from storage.objects import (
@@ -19,10 +29,16 @@ __all__ = [
     "AddressPolicy",
     "AddressRefused",
     "BadObjectKey",
+    "BatchConflict",
+    "BatchIndex",
+    "BatchSource",
+    "BatchStore",
     "Begun",
     "Fetched",
     "Fetcher",
     "GuardedBackend",
+    "IndexLost",
+    "LeaseLost",
     "LocalStore",
     "ObjectInfo",
     "ObjectNotFound",
@@ -30,13 +46,19 @@ __all__ = [
     "Page",
     "ResultStore",
     "ScratchUnavailable",
+    "Standing",
     "StatusIndex",
     "StatusOutage",
+    "Step",
     "StorageSettings",
     "StoreOutage",
     "Submission",
+    "UnreadableBatch",
     "UnreadableResult",
+    "errors_key",
     "folder",
+    "input_key",
     "open_store",
+    "output_key",
     "upload_key",
 ]

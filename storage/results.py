@@ -145,7 +145,7 @@ class ResultStore:
 
 def folder(tenant: str, task_id: str) -> str:
     """The folder of a task in the store, with its closing slash; no name leads out of it."""
-    return f"tasks/{_segment(tenant)}/{_segment(task_id)}/"
+    return f"tasks/{segment(tenant)}/{segment(task_id)}/"
 
 
 def upload_key(tenant: str, file_id: str) -> str:
@@ -155,7 +155,7 @@ def upload_key(tenant: str, file_id: str) -> str:
             f"{file_id[:200]!r} is not the id of an uploaded file: use the URL that the upload answered",
             code="bad_input_url",
         )
-    return f"files/{_segment(tenant)}/{_segment(file_id)}"
+    return f"files/{segment(tenant)}/{segment(file_id)}"
 
 
 def _key(tenant: str, task_id: str, attempt_token: str, name: str) -> str:
@@ -170,7 +170,8 @@ def _attempt_of(artifact: Artifact) -> str:
 
 
 @lru_cache(4096)
-def _segment(name: str) -> str:
+def segment(name: str) -> str:
+    """A tenant or an id as one segment of a key; no name leads out of its folder."""
     if name in {".", ".."}:
         return name.replace(".", "%2E")
     return quote(name, safe=":", errors="surrogatepass")

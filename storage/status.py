@@ -10,9 +10,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self
 
 import redis
@@ -31,10 +32,12 @@ from schemas import (
     TaskStatus,
 )
 from storage import status_scripts as scripts
+from storage.batch_scripts import batch_key
 from storage.encoding import clean, to_json
 from storage.settings import StorageSettings
 from storage.status_fields import (
     as_text,
+    batch_place,
     event_json,
     micros,
     read_cursor,
@@ -101,7 +104,7 @@ class StatusIndex:
         self, redis: redis.Redis, *, retention: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._redis = redis
-        self._retention = max(1, round(retention))
+        self.retention = max(1, round(retention))
         self._clock = clock
         self._lock = threading.Lock()
         self._own = threading.local()
@@ -250,7 +253,7 @@ class StatusIndex:
         facts = [
             result.task_type,
             "",
-            result.batch_id or "",
+            batch_place(result.batch_id, result.batch_line),
             result.digest or "",
             micros(result.created_at),
         ]
@@ -272,11 +275,15 @@ class StatusIndex:
         fields = self._change("cancel", tenant, task_id, [])
         return read_status(tenant, task_id, fields) if fields else None
 
-    def cancel_requested(self, tenant: str, task_id: str) -> bool:
-        return bool(self._call(lambda: self._redis.hexists(scripts.record_key(tenant, task_id), "x")))
+    def cancel_requested(self, tenant: str, task_id: str, batch_id: str | None = None) -> bool:
+        """Whether somebody wants the task, or the whole batch that it belongs to, cancelled."""
+        keys = [scripts.record_key(tenant, task_id)]
+        if batch_id is not None:
+            keys.append(batch_key(tenant, batch_id))
+        return any(self.call(partial(self._redis.hexists, key, "x")) for key in keys)
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
-        reply = self._call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))
+        reply = self.call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))
         fields = [as_text(part) for pair in reply.items() for part in pair]
         return read_status(tenant, task_id, fields) if fields else None
 
@@ -300,7 +307,7 @@ class StatusIndex:
         items: list[tuple[str, str, TaskStatus]] = []
         for _ in range(_SCAN_ROUNDS):
             wanted = limit + 1 - len(items)
-            reply = self._run(
+            reply = self.run_script(
                 "list",
                 [],
                 [tenant, task_type or "", state or "", batch_id or "", score, last, wanted],
@@ -325,13 +332,13 @@ class StatusIndex:
 
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
-        self._call(self._redis.ping)
+        self.call(self._redis.ping)
 
     def close(self) -> None:
         self._redis.close()
 
     def _change(self, name: str, tenant: str, task_id: str, arguments: Sequence[Any]) -> Any:
-        return self._run(
+        return self.run_script(
             name, [scripts.record_key(tenant, task_id)], [*self._head(tenant, task_id), *arguments]
         )
 
@@ -393,14 +400,27 @@ class StatusIndex:
             self._redis.connection_pool.release(connection)
 
     def _head(self, tenant: str, task_id: str) -> Sequence[Any]:
-        return [tenant, task_id, self._retention, micros(datetime.now(UTC))]
+        return [tenant, task_id, self.retention, micros(datetime.now(UTC))]
 
-    def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+    def set_fields(self, key: str, fields: Mapping[str, str]) -> None:
+        """Set fields of a hash, which then lives for the retention."""
+
+        def both() -> None:
+            with self._redis.pipeline() as pipeline:
+                pipeline.hset(key, items=[part for pair in fields.items() for part in pair])
+                pipeline.expire(key, self.retention)
+                pipeline.execute()
+
+        self.call(both)
+
+    def run_script(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """Run one of `status_scripts.SOURCES`."""
         script = self._scripts[name]
-        reply = self._call(lambda: script(keys=keys, args=arguments))
+        reply = self.call(lambda: script(keys=keys, args=arguments))
         return as_text(reply)
 
-    def _call(self, command: Callable[[], Any]) -> Any:
+    def call(self, command: Callable[[], Any]) -> Any:
+        """Make a call to Redis. Raises StatusOutage."""
         with self._lock:
             if self._down_until is not None:
                 now = self._clock()
