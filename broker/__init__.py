@@ -4,7 +4,7 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.jobs import JOB_ENTRY_POINTS, job_message
+from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, job_message
 from broker.messages import (
     Delivery,
     Message,
@@ -29,6 +29,7 @@ from broker.topology import (
 )
 
 __all__ = [
+    "CALLBACK_JOB",
     "JOB_ENTRY_POINTS",
     "JOB_QUEUES",
     "RETRY_LEVELS",
@@ -49,6 +50,7 @@ __all__ = [
     "TopologyMismatch",
     "Unroutable",
     "backoff",
+    "callback_message",
     "connect",
     "dead_message",
     "dead_queue",

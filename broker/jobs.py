@@ -14,9 +14,13 @@ from pydantic import JsonValue
 
 from broker.messages import Message
 from broker.topology import JOBS, JobQueue
+from schemas import Callback
 
 JOB_ENTRY_POINTS = "inferq.jobs"
 """The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
+
+CALLBACK_JOB = "callbacks.deliver"
+"""The job that delivers a callback; its argument `callback` is the JSON of a schemas.Callback."""
 
 
 def job_message(
@@ -43,3 +47,13 @@ def job_message(
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     body = json.dumps([[], dict(arguments), embedded], ensure_ascii=False, separators=(",", ":"))
     return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)
+
+
+def callback_message(callback: Callback) -> Message:
+    """The message that has a callback delivered, however long that takes."""
+    return job_message(
+        CALLBACK_JOB,
+        "inference.callbacks",
+        {"callback": callback.model_dump(mode="json")},
+        job_id=callback.callback_id,
+    )

@@ -12,15 +12,26 @@ from schemas.batch import (
     BatchSummary,
     Window,
 )
+from schemas.callback import MAX_CALLBACK_BYTES, Callback, SubjectKind, callback_id, task_callback
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
-from schemas.status import END_STATES, EVENT_OF_STATE, Event, EventData, EventType, State, TaskStatus
+from schemas.status import (
+    END_STATES,
+    EVENT_OF_STATE,
+    Event,
+    EventData,
+    EventType,
+    State,
+    TaskStatus,
+    sequence_of,
+)
 from schemas.task import (
     INPUT_SCHEMES,
     MAX_BODY_BYTES,
     PRIORITIES,
     CallbackEvent,
+    CallbackUrl,
     InputUrl,
     Options,
     Priority,
@@ -38,6 +49,7 @@ __all__ = [
     "EVENT_OF_STATE",
     "INPUT_SCHEMES",
     "MAX_BODY_BYTES",
+    "MAX_CALLBACK_BYTES",
     "PRIORITIES",
     "SET_BY_FEEDER",
     "Artifact",
@@ -47,7 +59,9 @@ __all__ = [
     "BatchState",
     "BatchStatus",
     "BatchSummary",
+    "Callback",
     "CallbackEvent",
+    "CallbackUrl",
     "EndState",
     "EngineInfo",
     "ErrorInfo",
@@ -64,6 +78,7 @@ __all__ = [
     "Result",
     "Settings",
     "State",
+    "SubjectKind",
     "Task",
     "TaskId",
     "TaskStatus",
@@ -71,10 +86,13 @@ __all__ = [
     "Timings",
     "TransientFailure",
     "Window",
+    "callback_id",
     "describe_faults",
     "get_type",
     "input_fields",
     "installed_types",
     "new_task_id",
     "parse_task",
+    "sequence_of",
+    "task_callback",
 ]

@@ -24,6 +24,7 @@ class TaskStatus(BaseModel):
     tenant: str
     state: State
     attempt: int = 1
+    redrives: int = 0
     priority: Priority = "normal"
     progress: float | None = Field(None, ge=0, le=1)
     progress_note: str | None = None
@@ -48,6 +49,7 @@ class TaskStatus(BaseModel):
             tenant=result.tenant,
             state=result.status,
             attempt=max(result.attempts, 1),
+            redrives=result.redrives,
             progress=1.0 if result.status == "succeeded" else None,
             batch_id=result.batch_id,
             worker=result.worker,
@@ -74,8 +76,33 @@ EVENT_OF_STATE: dict[State, EventType] = {
 }
 """The event that tells of a task's move into a state."""
 
+
+def sequence_of(state: State, *, attempt: int, redrives: int, progress: float | None = None) -> int:
+    """The place of an event among all events of its task: what happened later has the larger number.
+
+    It counts by redrive, attempt and how far the attempt is; the same event always has the same number.
+    Attempts beyond 999 count as 999. `progress` is a fraction from 0 to 1.
+    """
+    if state == "queued":
+        attempt, phase = attempt - 1, _ATTEMPT_ENDED
+    elif state == "running":
+        phase = 0 if progress is None else 1 + int(min(max(progress, 0.0), 1.0) * _PROGRESS_STEPS)
+    elif state == "retrying":
+        phase = _ATTEMPT_FAILED
+    else:
+        phase = _ATTEMPT_ENDED
+    return (min(redrives, 1_000_000) * 1000 + min(attempt, 999)) * (_ATTEMPT_ENDED + 1) + phase
+
+
+_PROGRESS_STEPS = 9_996
+_ATTEMPT_FAILED = 9_998
+_ATTEMPT_ENDED = 9_999
+
 INLINE_EVENT_OUTPUT_BYTES = 8 * 1024
 """The largest output (as JSON) that an event carries."""
+
+
+Truncated = Literal["output", "metadata", "error"]
 
 
 class Event(BaseModel):
@@ -100,11 +127,15 @@ class Event(BaseModel):
                 tenant=result.tenant,
                 state=result.status,
                 attempt=max(result.attempts, 1),
+                sequence=sequence_of(
+                    result.status, attempt=max(result.attempts, 1), redrives=result.redrives
+                ),
                 progress=1.0 if result.status == "succeeded" else None,
                 batch_id=result.batch_id,
                 error=result.error,
                 output=result.output if small else None,
                 metadata=result.metadata,
+                truncated=() if small else ("output",),
             ),
         )
 
@@ -119,12 +150,16 @@ class EventData(BaseModel):
     tenant: str
     state: State
     attempt: int = 1
+    sequence: int = Field(0, description="Larger for what happened to the task later; the order to go by.")
     progress: float | None = None
     note: str | None = None
     batch_id: str | None = None
     error: ErrorInfo | None = None
     output: JsonValue = None
     metadata: dict[str, JsonValue] = {}
+    truncated: tuple[Truncated, ...] = Field(
+        (), description="What was left out, or of `error` shortened, to keep the event small."
+    )
 
 
 Event.model_rebuild()

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from schemas import BatchCounts, BatchState, EndState
+from schemas.encoding import clean
 from storage import batch_scripts as scripts
-from storage.encoding import clean
 from storage.status import StatusIndex
 from storage.status_fields import micros
 

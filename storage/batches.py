@@ -17,7 +17,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas import Batch, BatchSummary, InferqError
-from storage.encoding import to_json
+from schemas.encoding import to_json
 from storage.objects import ObjectNotFound, ObjectStore
 from storage.results import segment
 

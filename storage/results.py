@@ -20,7 +20,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from schemas import Artifact, InferqError, InvalidTask, Result
-from storage.encoding import to_json
+from schemas.encoding import to_json
 from storage.objects import ObjectNotFound, ObjectStore
 
 _RESULT = "result.json"

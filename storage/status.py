@@ -31,9 +31,9 @@ from schemas import (
     Task,
     TaskStatus,
 )
+from schemas.encoding import clean, to_json
 from storage import status_scripts as scripts
 from storage.batch_scripts import batch_key
-from storage.encoding import clean, to_json
 from storage.settings import StorageSettings
 from storage.status_fields import (
     as_text,
@@ -195,7 +195,7 @@ class StatusIndex:
         run: str,
     ) -> Callable[[], Begun]:
         """As `begin`, but only sent: what this gives waits for the answer, so other work can go between."""
-        event = event_json("task.started", task, "running", attempt=attempt, at=started_at)
+        event = event_json("task.started", task, "running", attempt=attempt, redrives=redrives, at=started_at)
         answer = self._start(
             "begin",
             task.tenant,
@@ -228,7 +228,7 @@ class StatusIndex:
 
     def retrying(self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo) -> None:
         """The attempt failed, and another one waits in a retry level."""
-        event = event_json("task.retrying", task, "retrying", attempt=attempt, error=error)
+        event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
         self._change(
             "retrying",
             task.tenant,

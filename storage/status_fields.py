@@ -8,8 +8,18 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from schemas import ErrorInfo, Event, EventData, EventType, InvalidTask, State, Task, TaskStatus
-from storage.encoding import to_json
+from schemas import (
+    ErrorInfo,
+    Event,
+    EventData,
+    EventType,
+    InvalidTask,
+    State,
+    Task,
+    TaskStatus,
+    sequence_of,
+)
+from schemas.encoding import to_json
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
@@ -35,6 +45,7 @@ def event_json(
     state: State,
     *,
     attempt: int = 1,
+    redrives: int = 0,
     at: datetime | None = None,
     error: ErrorInfo | None = None,
 ) -> str:
@@ -45,6 +56,7 @@ def event_json(
         tenant=task.tenant,
         state=state,
         attempt=attempt,
+        sequence=sequence_of(state, attempt=attempt, redrives=redrives),
         batch_id=task.batch_id,
         error=error,
         metadata=task.metadata,
@@ -62,6 +74,7 @@ def read_status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
         tenant=tenant,
         state=record["s"],
         attempt=int(record.get("a", 1)),
+        redrives=int(record.get("r", 0)),
         priority=record.get("p") or "normal",
         progress=float(record["g"]) if "g" in record else None,
         progress_note=record.get("n") or None,

@@ -9,7 +9,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from producer.gateway.problems import not_found
 from producer.gateway.services import Services
-from schemas import EVENT_OF_STATE, Event, EventData, InferqError, Outage, Result, TaskId, TaskStatus
+from schemas import (
+    EVENT_OF_STATE,
+    Event,
+    EventData,
+    InferqError,
+    Outage,
+    Result,
+    TaskId,
+    TaskStatus,
+    sequence_of,
+)
 from storage.status import StatusOutage
 
 _DOUBTED_AFTER = timedelta(seconds=60)
@@ -87,6 +97,12 @@ def event_of_status(status: TaskStatus) -> Event:
             tenant=status.tenant,
             state=status.state,
             attempt=status.attempt,
+            sequence=sequence_of(
+                status.state,
+                attempt=status.attempt,
+                redrives=status.redrives,
+                progress=status.progress,
+            ),
             progress=status.progress,
             note=status.progress_note,
             batch_id=status.batch_id,

@@ -1,0 +1,96 @@
+"""What a callback says, to whom: an event of a task or a batch in the form of Standard Webhooks.
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+
+from schemas.encoding import to_json
+from schemas.status import Event, Truncated
+from schemas.task import CallbackUrl, TaskId, Tenant
+
+MAX_CALLBACK_BYTES = 20_000
+"""The size in bytes that a callback's body stays below, as the Standard Webhooks advise."""
+
+SubjectKind = Literal["task", "batch"]
+
+_ERROR_CHARACTERS = 500
+
+
+def _small(body: str) -> str:
+    size = len(body.encode())
+    if size >= MAX_CALLBACK_BYTES:
+        raise ValueError(f"a callback's body stays below {MAX_CALLBACK_BYTES} bytes, this one has {size}")
+    return body
+
+
+class Callback(BaseModel):
+    """One event for one receiver; `body` is the exact JSON text that is signed and sent.
+
+    `callback_id` is the `webhook-id`: every repeat of the event has the same one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    callback_id: Annotated[str, StringConstraints(pattern=r"^msg_[0-9a-f]{32}$")]
+    tenant: Tenant
+    subject_kind: SubjectKind
+    subject_id: TaskId
+    event: Annotated[str, StringConstraints(pattern=r"^[a-z]+(\.[a-z_]+)+$", max_length=64)]
+    url: CallbackUrl
+    body: Annotated[str, AfterValidator(_small)]
+
+
+def callback_id(tenant: str, kind: SubjectKind, subject_id: str, event: str, *parts: str | int | None) -> str:
+    """The id of an event of a task or batch. `parts` tell this event from others of the same name."""
+    said = json.dumps([tenant, kind, subject_id, event, *parts])
+    return f"msg_{hashlib.sha256(said.encode()).hexdigest()[:32]}"
+
+
+def task_callback(event: Event, url: str, *parts: str | int | None) -> Callback:
+    """The callback that tells of a task's event. `parts` tell it from others of the same name."""
+    data = event.data
+    return Callback(
+        callback_id=callback_id(data.tenant, "task", data.task_id, event.type, *parts),
+        tenant=data.tenant,
+        subject_kind="task",
+        subject_id=data.task_id,
+        event=event.type,
+        url=url,
+        body=_body(event),
+    )
+
+
+def _body(event: Event) -> str:
+    """The event as JSON, below MAX_CALLBACK_BYTES: first the output is left out, then the metadata."""
+    left_out: list[Truncated] = list(event.data.truncated)
+    text = to_json(event)
+    for part in ("output", "metadata", "error"):
+        if len(text.encode()) < MAX_CALLBACK_BYTES:
+            break
+        match part:
+            case "output":
+                change: dict[str, object] = {"output": None}
+            case "metadata":
+                change = {"metadata": {}}
+            case _:
+                error = event.data.error
+                if error is None:
+                    continue
+                short = {
+                    "code": error.code[:_ERROR_CHARACTERS],
+                    "message": error.message[:_ERROR_CHARACTERS],
+                }
+                change = {"error": error.model_copy(update=short)}
+        if part not in left_out:
+            left_out.append(part)
+        change["truncated"] = tuple(left_out)
+        event = event.model_copy(update={"data": event.data.model_copy(update=change)})
+        text = to_json(event)
+    return text

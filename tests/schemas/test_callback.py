@@ -1,0 +1,129 @@
+"""Callbacks: their ids, their size, and the order of what they tell."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from broker import callback_message
+from schemas import MAX_CALLBACK_BYTES, Callback, ErrorInfo, Event, Result, sequence_of, task_callback
+
+ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+URL = "https://example.com/hook"
+
+
+def ended(**fields: Any) -> Result:
+    given: dict[str, Any] = {
+        "task_id": "t1",
+        "task_type": "echo",
+        "tenant": "acme",
+        "status": "succeeded",
+        "attempts": 1,
+        "finished_at": ENDED,
+        "digest": "d" * 64,
+    }
+    return Result(**(given | fields))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(
+    output=json_values,
+    metadata=st.dictionaries(st.text(), json_values, max_size=3),
+    scale=st.sampled_from([1, 3_000, 30_000]),
+    message=st.text(max_size=40),
+)
+def test_a_body_is_small_and_json_whatever_the_task_holds(
+    output: Any, metadata: dict[str, Any], scale: int, message: str
+) -> None:
+    result = ended(
+        status="failed",
+        output=[output, "x\x01界" * scale],
+        metadata={**metadata, "m": "界" * scale},
+        error=ErrorInfo(code="c" * scale, message=message * 100 + "\x01" * min(scale, 4000), retryable=False),
+    )
+    body = task_callback(Event.of_result(result), URL).body
+    assert len(body.encode()) < MAX_CALLBACK_BYTES
+    data = json.loads(body)["data"]
+    assert ("output" in data["truncated"]) == (data["output"] is None)
+    assert ("metadata" in data["truncated"]) == (data["metadata"] == {})
+    assert ("error" in data["truncated"]) == (
+        data["error"]["code"] != "c" * scale
+        or len(data["error"]["message"]) < len(result.error.message if result.error else "")
+    )
+
+
+def test_the_output_goes_before_the_metadata() -> None:
+    result = ended(output="o" * 8_000, metadata={"m": "m" * 13_000})
+    data = json.loads(task_callback(Event.of_result(result), URL).body)["data"]
+    assert (data["output"], data["truncated"]) == (None, ["output"])
+    assert data["metadata"] == result.metadata
+
+
+def test_the_same_end_has_the_same_id_and_the_same_bytes() -> None:
+    one, other = (task_callback(Event.of_result(ended(output={"a": 1})), URL, 0, "d") for _ in range(2))
+    assert one == other
+    assert callback_message(one).message_id == one.callback_id
+
+
+@pytest.mark.parametrize("parts", [(1, "d"), (0, "e"), (0,), ()])
+def test_another_redrive_or_task_has_another_id(parts: tuple[int | str, ...]) -> None:
+    event = Event.of_result(ended())
+    assert task_callback(event, URL, *parts).callback_id != task_callback(event, URL, 0, "d").callback_id
+
+
+@given(
+    redrives=st.integers(0, 2_000),
+    attempt=st.integers(1, 999),
+    later=st.integers(1, 5),
+    fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_what_happens_later_has_the_larger_number(
+    redrives: int, attempt: int, later: int, fractions: tuple[float, float]
+) -> None:
+    low, high = sorted(fractions)
+
+    def number(
+        state: Any, attempt: int = attempt, redrives: int = redrives, progress: float | None = None
+    ) -> int:
+        return sequence_of(state, attempt=attempt, redrives=redrives, progress=progress)
+
+    assert number("queued") < number("running") < number("running", progress=low)
+    assert number("running", progress=low) <= number("running", progress=high)
+    assert number("running", progress=high) < number("retrying") < number("succeeded")
+    following = min(attempt + later, 999)
+    if following > attempt:
+        assert number("retrying") < number("running", attempt=following) < number("failed", attempt=following)
+    assert number("failed", attempt=999) < number("running", attempt=1, redrives=redrives + 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"callback_id": "msg_1"},
+        {"url": "ftp://example.com"},
+        {"subject_kind": "file"},
+        {"event": "done"},
+        {"tenant": "a/b"},
+        {"body": "x" * MAX_CALLBACK_BYTES},
+    ],
+)
+def test_what_is_no_callback_is_refused(change: dict[str, str]) -> None:
+    good = task_callback(Event.of_result(ended()), URL).model_dump()
+    with pytest.raises(ValidationError):
+        Callback(**(good | change))
+
+
+def test_an_end_after_retries_sorts_last() -> None:
+    result = ended(attempts=3, finished_at=ENDED + timedelta(hours=1))
+    assert Event.of_result(result).data.sequence > sequence_of("retrying", attempt=2, redrives=0)
