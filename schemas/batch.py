@@ -30,7 +30,7 @@ BatchState = Literal[
 BATCH_END_STATES: frozenset[BatchState] = frozenset({"completed", "cancelled", "failed"})
 SOURCE_SCHEMES = ("inferq", "s3")
 
-SET_BY_FEEDER = ("batch_id", "batch_line", "tenant", "created_at")
+SET_BY_FEEDER = ("batch_id", "batch_line", "tenant")
 """What the lines and defaults of a batch cannot say of its tasks."""
 
 _CLOCK = re.compile(r"([01]\d|2[0-3]):[0-5]\d")

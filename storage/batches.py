@@ -42,7 +42,8 @@ class UnreadableBatch(InferqError):
 class BatchSource(BaseModel):
     """The JSONL that a batch is fed from. `lines` counts all of them, `blank` those without content.
 
-    `taken` is the key of a list of lines whose own task id another line has taken, each with that line.
+    `own_ids`: some lines name task ids; `taken` is the key of a list of those that name one which another line
+    has taken, each with that line.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +53,7 @@ class BatchSource(BaseModel):
     lines: int
     blank: int = 0
     taken: str | None = None
+    own_ids: bool = False
 
     @property
     def total(self) -> int:
