@@ -12,7 +12,14 @@ from schemas.batch import (
     BatchSummary,
     Window,
 )
-from schemas.callback import MAX_CALLBACK_BYTES, Callback, SubjectKind, callback_id, task_callback
+from schemas.callback import (
+    MAX_CALLBACK_BYTES,
+    Callback,
+    SubjectKind,
+    batch_callback,
+    callback_id,
+    task_callback,
+)
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
@@ -86,6 +93,7 @@ __all__ = [
     "Timings",
     "TransientFailure",
     "Window",
+    "batch_callback",
     "callback_id",
     "describe_faults",
     "get_type",

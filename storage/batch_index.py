@@ -27,7 +27,8 @@ _LEASE_SECONDS = 20
 class Standing:
     """A batch as the index has it. `line` and `offset` (bytes) say how far its source has been dealt with.
 
-    `known`: whether the counts are right. `rate` is in tasks ended per second.
+    No line beyond `reaches` is fed. `known`: whether the counts are right. `rate` is in tasks per
+    second.
     """
 
     known: bool
@@ -36,6 +37,7 @@ class Standing:
     cancel_requested: bool
     line: int
     offset: int
+    reaches: int
     counts: BatchCounts
     rate: float | None
 
@@ -127,9 +129,15 @@ class BatchIndex:
         found: list[int] = self._run("unended", tenant, batch_id, [after, limit])
         return found
 
-    def forget(self, tenant: str, batch_id: str) -> None:
-        """Throw the bitmaps away, to make them anew."""
-        self._run("forget", tenant, batch_id, [])
+    def forget(self, tenant: str, batch_id: str, *, reaches: int) -> None:
+        """Throw the bitmaps away, to make them anew; ends of lines up to `reaches` are marked from now on."""
+        self._run("forget", tenant, batch_id, [reaches])
+
+    def mark(
+        self, tenant: str, batch_id: str, state: Literal["fed", "invalid"], lines: Sequence[int]
+    ) -> None:
+        """Mark lines, before the index is open."""
+        self._run("mark", tenant, batch_id, [state, *lines])
 
     def set_state(self, tenant: str, batch_id: str, state: BatchState, error: str | None = None) -> None:
         key = scripts.batch_key(tenant, batch_id)
@@ -160,6 +168,7 @@ class BatchIndex:
             cancel_requested="x" in fields,
             line=int(fields.get("l", 0)),
             offset=int(fields.get("o", 0)),
+            reaches=int(fields.get("n", 0)),
             counts=BatchCounts(
                 total=int(fields["t"]) if "t" in fields else None,
                 queued=max(0, fed - ended),

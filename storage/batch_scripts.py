@@ -139,6 +139,12 @@ for i = 6, #ARGV do end_line(batch, ARGV[i], state) end
 return 1
 """
 
+_MARK = """
+for i = 6, #ARGV do redis.call('SETBIT', bits(ARGV[5], batch), tonumber(ARGV[i]) - 1, 1) end
+keep_batch(batch)
+return 1
+"""
+
 _LOOK = (
     _COUNTS
     + """
@@ -181,7 +187,9 @@ _FORGET = """
 for _, state in ipairs({'fed', 'succeeded', 'failed', 'cancelled', 'invalid'}) do
   redis.call('DEL', bits(state, batch))
 end
-redis.call('HDEL', key, 'open', 'n', 'then', 'before')
+redis.call('HDEL', key, 'open', 'then', 'before')
+redis.call('HSET', key, 'n', ARGV[5])
+redis.call('EXPIRE', key, retention)
 return 1
 """
 
@@ -191,6 +199,7 @@ SOURCES = {
     "batch_open": _HEAD + _OPEN,
     "batch_step": _HEAD + _STEP,
     "batch_ends": _HEAD + _ENDS,
+    "batch_mark": _HEAD + _MARK,
     "batch_look": _HEAD + _LOOK,
     "batch_dealt_with": _HEAD + _DEALT_WITH,
     "batch_unended": _HEAD + _UNENDED,

@@ -42,8 +42,8 @@ class UnreadableBatch(InferqError):
 class BatchSource(BaseModel):
     """The JSONL that a batch is fed from. `lines` counts all of them, `blank` those without content.
 
-    `own_ids`: some lines name task ids; `taken` is the key of a list of those that name one which another line
-    has taken, each with that line.
+    `own_ids`: some lines name task ids. `taken` is the key of a list of those that name one which another
+    line has taken, each with that line.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -135,8 +135,8 @@ class LineParser:
         content = line.content
         if content is None:
             raise InvalidTask(
-                f"the line has {line.length} bytes, the limit of a task is {MAX_BODY_BYTES}; pass large inputs "
-                "by URL",
+                f"the line has {line.length} bytes, the limit of a task is {MAX_BODY_BYTES}; pass large "
+                "inputs by URL",
                 code="task_too_large",
             )
         own_id = self._batch.task_id(line.number)

@@ -42,8 +42,11 @@ def feed_message(
     return job_message(FEED, "inference.batches", arguments, job_id=f"feed-{chain}-{part}")
 
 
-def assemble_message(tenant: str, batch_id: str) -> Message:
-    """The job that puts the results of a batch together, once its lines have ended."""
-    arguments: dict[str, JsonValue] = {"tenant": tenant, "batch_id": batch_id}
+def assemble_message(tenant: str, batch_id: str, *, error: str | None = None) -> Message:
+    """The job that puts the results of a batch together, once its lines have ended.
+
+    `error` says why it could not be fed at all.
+    """
+    arguments: dict[str, JsonValue] = {"tenant": tenant, "batch_id": batch_id, "error": error}
     job_id = f"assemble-{secrets.token_hex(6)}"
     return job_message(ASSEMBLE, "inference.batches", arguments, job_id=job_id)
