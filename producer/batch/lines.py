@@ -156,7 +156,7 @@ class LineParser:
         Whatever is not one whole object does not become one by this.
         """
         if not (content.startswith(b"{") and content.endswith(b"}")):
-            raise _not_an_object(content)
+            _object(content)  # says what is wrong
         inner = content[1:-1].strip()
         return b'%b"task_id":"%b",%b%b"tenant":%b,"batch_id":%b,"batch_line":%d}' % (
             self._head, own_id.encode(), inner, b"," if inner else b"", self._tenant, self._batch_id, number,

@@ -169,8 +169,8 @@ class Sources:
         with (
             self._pieces(key, packed=packed) as pieces,
             tempfile.TemporaryDirectory(prefix="inferq-ids-") as folder,
+            closing(_Ids(Path(folder))) as ids,
         ):
-            ids = _Ids(Path(folder))
             for line in read_lines(pieces):
                 lines = line.number
                 if line.blank:
@@ -185,7 +185,6 @@ class Sources:
                 taken = input_key(batch.tenant, batch.batch_id, f"taken-{secrets.token_hex(8)}")
                 self._store.put(taken, duplicates, content_type=_JSONL)
             own_ids = ids.any
-            ids.close()
         return BatchSource(key=key, gzip=packed, lines=lines, blank=blank, taken=taken, own_ids=own_ids)
 
 
@@ -240,6 +239,7 @@ class _Ids:
         return self._list if self._found else None
 
     def close(self) -> None:
+        self._file.close()
         if self._database is not None:
             self._database.close()
 
