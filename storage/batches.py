@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -90,6 +91,13 @@ class BatchStore:
         for info in self._store.list(f"batches/{segment(tenant)}/"):
             if info.key.endswith(f"/{_BATCH}") and (found := self._load(info.key, Batch)) is not None:
                 yield found
+
+    def ids(self, tenant: str) -> Iterator[str]:
+        """The ids of the tenant's batches, in order, without reading them."""
+        base = f"batches/{segment(tenant)}/"
+        for info in self._store.list(base):
+            if info.key.endswith(f"/{_BATCH}"):
+                yield unquote(info.key.removeprefix(base).partition("/")[0])
 
     def source(self, tenant: str, batch_id: str) -> BatchSource | None:
         return self._load(_place(tenant, batch_id) + "source.json", BatchSource)

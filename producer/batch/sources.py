@@ -10,10 +10,12 @@ import json
 import secrets
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+
+from pydantic import JsonValue
 
 from producer.batch.lines import (
     Line,
@@ -138,7 +140,7 @@ class Sources:
             self._store.put(key, cast(BinaryIO, _File(chunks)), content_type=_JSONL)
 
     def _list(self, batch: Batch, bucket: str, prefix: str, key: str) -> None:
-        field = input_field(batch)
+        field = input_field(defaults_of(batch))
         self._store.put(
             key,
             cast(BinaryIO, _File(_listed_lines(field, bucket, self._objects(bucket, prefix)))),
@@ -273,9 +275,11 @@ def split_s3_prefix(url: str) -> tuple[str, str]:
     return bucket, ""
 
 
-def input_field(batch: Batch) -> str:
-    """The field that takes an object of a folder or prefix. Raises InvalidTask where it is not one."""
-    given = defaults_of(batch)
+def input_field(given: Mapping[str, JsonValue]) -> str:
+    """The field that takes a file of a folder or prefix, in tasks that have the `given` fields already.
+
+    Raises InvalidTask where it is not one.
+    """
     name = given.get("task_type")
     if not isinstance(name, str):
         raise InvalidTask("a folder or a prefix needs a task type: say which (--type, task_type)")

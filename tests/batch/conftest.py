@@ -24,6 +24,8 @@ from producer.batch.surroundings import Surroundings
 from schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
 from storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
 
+START = Cursor()
+
 
 @dataclass
 class BatchSite:
@@ -46,7 +48,7 @@ class BatchSite:
     def slice(
         self,
         batch: Batch,
-        cursor: Cursor = Cursor(),
+        cursor: Cursor = START,
         *,
         chain: str = "c",
         part: int = 0,
