@@ -4,7 +4,7 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, job_message
+from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, delayed, job_message
 from broker.messages import (
     Delivery,
     Message,
@@ -23,6 +23,7 @@ from broker.topology import (
     JobQueue,
     Topology,
     dead_queue,
+    job_topology,
     routing_key,
     topology_for,
     work_queue,
@@ -54,7 +55,9 @@ __all__ = [
     "connect",
     "dead_message",
     "dead_queue",
+    "delayed",
     "job_message",
+    "job_topology",
     "named_id",
     "redriven_message",
     "retry_level",

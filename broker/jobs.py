@@ -8,13 +8,15 @@ works on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pydantic import JsonValue
 
 from broker.messages import Message
-from broker.topology import JOBS, JobQueue
-from schemas import Callback
+from broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
+from schemas import Callback, CallbackAttempt
 
 JOB_ENTRY_POINTS = "inferq.jobs"
 """The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
@@ -49,11 +51,35 @@ def job_message(
     return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)
 
 
-def callback_message(callback: Callback) -> Message:
-    """The message that has a callback delivered, however long that takes."""
+def delayed(message: Message, seconds: float) -> Message:
+    """The job's message such that it arrives so many seconds later, rounded up to whole ones, at least 1.
+
+    It rests in the queues of Celery's native delayed delivery, one for each bit of the delay; those are
+    declared by whoever works on the jobs.
+    https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
+    """
+    whole = min(max(1, math.ceil(seconds)), 2**DELAY_LEVELS - 1)
+    bits = ".".join(f"{whole:0{DELAY_LEVELS}b}")
+    return replace(
+        message, exchange=delay_level(DELAY_LEVELS - 1), routing_key=f"{bits}.{message.routing_key}"
+    )
+
+
+def callback_message(
+    callback: Callback, *, attempts: Sequence[CallbackAttempt] = (), resent: bool = False
+) -> Message:
+    """The message that has a callback delivered, however long that takes.
+
+    `attempts` are those that were made so far. `resent`: it had been given up, and its owner asked again.
+    """
     return job_message(
         CALLBACK_JOB,
         "inference.callbacks",
-        {"callback": callback.model_dump(mode="json")},
+        {
+            "callback": callback.model_dump(mode="json"),
+            "attempts": [attempt.model_dump(mode="json", exclude_none=True) for attempt in attempts],
+            "resent": resent,
+        },
         job_id=callback.callback_id,
+        retries=len(attempts),
     )

@@ -27,6 +27,12 @@ JOBS = "inference.jobs"
 JobQueue = Literal["inference.callbacks", "inference.batches"]
 JOB_QUEUES: tuple[JobQueue, ...] = get_args(JobQueue)
 
+DELAY_LEVELS = 28
+"""The queues of Celery's native delayed delivery: one for each bit of a delay in whole seconds."""
+
+DELAYED = "celery_delayed_delivery"
+"""The topic exchange at which a delayed job arrives when its time has come."""
+
 DELIVERY_LIMIT = 100
 """Deliveries of one message before the broker itself gives it up. It is the last net, far above our own
 count of attempts: before RabbitMQ 4.3 a delivery that is merely given back counts too."""
@@ -83,11 +89,20 @@ class Queue:
 
 @dataclass(frozen=True)
 class Binding:
+    """What `exchange` has for the routing key goes to `queue`; `to_exchange`: that is an exchange's name."""
+
     exchange: str
     queue: str
     routing_key: str = ""
+    to_exchange: bool = False
 
     def declaration(self) -> tuple[str, dict[str, Any]]:
+        if self.to_exchange:
+            return "exchange_bind", {
+                "destination": self.queue,
+                "source": self.exchange,
+                "routing_key": self.routing_key,
+            }
         return "queue_bind", {
             "queue": self.queue,
             "exchange": self.exchange,
@@ -245,6 +260,39 @@ def topology_for(type_names: Iterable[str]) -> Topology:
             if priority == "normal":
                 bindings.append(Binding(TASKS, queue, f"task_type.{type_name}"))
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+
+
+def job_topology() -> Topology:
+    """What the light jobs need: their queues, and those in which delayed jobs rest.
+
+    Celery declares the latter itself, one round trip each, and goes on without them where that fails; here
+    they are declared first, so that it finds them there. They are exactly as Celery has them.
+    https://github.com/celery/kombu/blob/main/kombu/transport/native_delayed_delivery.py
+    """
+    exchanges = [Exchange(JOBS, "topic"), Exchange(DELAYED, "topic")]
+    queues = []
+    bindings = []
+    for job_queue in JOB_QUEUES:
+        queues.append(_job_queue(job_queue))
+        bindings += [
+            Binding(JOBS, job_queue, job_queue),
+            Binding(JOBS, job_queue, f"#.{job_queue}"),
+            Binding(DELAYED, JOBS, f"#.{job_queue}", to_exchange=True),
+        ]
+    for level in range(DELAY_LEVELS):
+        name, below = delay_level(level), delay_level(level - 1) if level else DELAYED
+        exchanges.append(Exchange(name, "topic"))
+        queues.append(Queue(name, {"x-message-ttl": 2**level * 1000, **_dead_lettering(below)}))
+        # The bit of this level decides: 1 rests here first, 0 goes on at once.
+        skipped = "*." * (DELAY_LEVELS - 1 - level)
+        bindings.append(Binding(name, name, f"{skipped}1.#"))
+        bindings.append(Binding(name, below, f"{skipped}0.#", to_exchange=True))
+    return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+
+
+def delay_level(level: int) -> str:
+    """The name of a level of delayed delivery, exchange and queue, which holds a job for 2**level seconds."""
+    return f"celery_delayed_{level}"
 
 
 def job_queue_arguments() -> dict[str, Any]:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib.metadata import entry_points
+from typing import Any
 
-from celery import Celery
+from celery import Celery, bootsteps, signals
+from pika.exceptions import AMQPConnectionError
 
-from broker import JOB_ENTRY_POINTS, BrokerSettings, JobQueue
+from broker import (
+    CALLBACK_JOB,
+    JOB_ENTRY_POINTS,
+    BrokerSettings,
+    BrokerUnavailable,
+    JobQueue,
+    backoff,
+    connect,
+    job_topology,
+)
 from broker.celery_app import celery_app
+from consumers.job_process import REGISTRY
+from consumers.probes import ProbeServer, Readiness
+from consumers.settings import ProbeSettings
 from schemas import InstallationError
 
 _log = logging.getLogger(__name__)
@@ -30,8 +46,36 @@ def application(settings: BrokerSettings) -> Celery:
     return app
 
 
-def work(app: Celery, queues: Sequence[JobQueue], *, threads: int) -> int:
-    """Work on the jobs of these queues until SIGTERM; jobs in hand are finished. Gives the exit status."""
+def work(
+    app: Celery,
+    queues: Sequence[JobQueue],
+    *,
+    threads: int,
+    broker: BrokerSettings,
+    probes: ProbeSettings,
+) -> int:
+    """Work on the jobs of these queues until SIGTERM; jobs in hand are finished. Gives the exit status.
+
+    Raises InstallationError and TopologyMismatch.
+    """
+    if "inference.callbacks" in queues and CALLBACK_JOB not in app.tasks:
+        # Celery would throw away what it does not know.
+        raise InstallationError(
+            f"the job {CALLBACK_JOB!r} is not installed: entry-point group {JOB_ENTRY_POINTS!r} lacks it; "
+            "install inferq anew: pip install 'inferq[jobs]'"
+        )
+    consuming = _Consuming()
+    server = None
+    if probes.probe_port is not None:
+        server = ProbeServer(
+            probes.probe_host,
+            probes.probe_port,
+            healthy=lambda: True,
+            readiness=consuming.readiness,
+            registry=REGISTRY,
+        )
+        server.start()
+    declare_patiently(broker)
     worker = app.Worker(
         queues=list(queues),
         pool="threads",
@@ -42,6 +86,54 @@ def work(app: Celery, queues: Sequence[JobQueue], *, threads: int) -> int:
         quiet=True,
         loglevel=None,
     )
+    consuming.watch(worker)
     _log.info("works on %s", ", ".join(queues))
     worker.start()
+    if server is not None:
+        server.close()
     return int(worker.exitcode or 0)
+
+
+def declare_patiently(settings: BrokerSettings) -> None:
+    """Declare what the jobs need, as soon as the broker is there. Raises TopologyMismatch.
+
+    Celery would go on without delayed delivery where its own declaring failed a few times as it started.
+    """
+    failures = 0
+    while True:
+        try:
+            with closing(connect(settings, name="jobs")) as connection:
+                job_topology().apply(connection.channel())
+        except (BrokerUnavailable, AMQPConnectionError) as error:
+            failures += 1
+            pause = backoff(failures)
+            _log.warning("waits for RabbitMQ, next try in %.1f s: %s", pause, error)
+            time.sleep(pause)
+        else:
+            return
+
+
+class _Consuming:
+    """Whether the Celery worker consumes at this moment."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+
+    def watch(self, worker: Any) -> None:
+        def ready(sender: Any, **_about: Any) -> None:
+            if sender.controller is worker:
+                self._worker = worker
+
+        self._ready = ready  # Celery keeps no more than a weak reference
+        signals.worker_ready.connect(ready)
+
+    def readiness(self) -> Readiness:
+        if self._worker is None:
+            return Readiness(False, ("RabbitMQ",))
+        consumer = self._worker.consumer
+        connected = (
+            consumer.blueprint.state == bootsteps.RUN
+            and consumer.connection is not None
+            and consumer.connection.connected
+        )
+        return Readiness(connected, () if connected else ("RabbitMQ",))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from broker import JOB_QUEUES, BrokerSettings, JobQueue
+from consumers.settings import ProbeSettings
 from schemas import InstallationError
 
 app = typer.Typer()
@@ -29,13 +30,16 @@ def callbacks(
     from consumers.job_worker import application, work
 
     chosen = _chosen(queues)
-    jobs = application(BrokerSettings.load())
+    broker, probes = BrokerSettings.load(), ProbeSettings.load()
+    jobs = application(broker)
     if check:
         names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    raise typer.Exit(work(jobs, chosen, threads=threads))
+    # Celery's own lines would tell of each job that it comes and goes, arguments included.
+    logging.getLogger("celery").setLevel(logging.WARNING)
+    raise typer.Exit(work(jobs, chosen, threads=threads, broker=broker, probes=probes))
 
 
 def _chosen(names: str | None) -> tuple[JobQueue, ...]:

@@ -14,7 +14,18 @@ from pydantic_settings import NoDecode
 from schemas import PRIORITIES, Priority, Settings
 
 
-class WorkerSettings(Settings):
+class ProbeSettings(Settings):
+    """Where a part says how it is."""
+
+    probe_host: str = Field(
+        "127.0.0.1", description="Address of /healthz, /readyz and /metrics; 0.0.0.0 in a container."
+    )
+    probe_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; none: not served."
+    )
+
+
+class WorkerSettings(ProbeSettings):
     """How a worker behaves."""
 
     worker_name: str = Field(
@@ -78,12 +89,6 @@ class WorkerSettings(Settings):
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),
         description="Where inputs and outputs lie in a run.",
-    )
-    probe_host: str = Field(
-        "127.0.0.1", description="Address of /healthz, /readyz and /metrics; 0.0.0.0 in a container."
-    )
-    probe_port: int | None = Field(
-        None, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; none: not served."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="The least that is logged: DEBUG, INFO, WARNING or ERROR."

@@ -18,6 +18,7 @@ from broker import Consumer, Delivery, Message, dead_message, named_id, retry_me
 from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
 from consumers.engine_messages import Done, Failed, FileNote
 from consumers.engine_process import AbortReason, EngineDied, EngineProcess, RunAborted, Watch
+from consumers.notices import Notices, legible_url
 from consumers.surroundings import GracePassed, Surroundings
 from schemas import (
     Artifact,
@@ -62,6 +63,7 @@ class TaskRun:
         self._begun: Task | None = None
         self._held = True
         self._answers: list[Callable[[], bool]] = []
+        self._notices = Notices(surroundings.publisher, self._publish, url=None)
 
     def complete(self) -> None:
         """Do whatever this delivery needs, and settle it."""
@@ -135,6 +137,9 @@ class TaskRun:
         around, delivery = self._around, self._delivery
         name = around.task_type.name
         self._digest = task.digest()
+        self._notices = Notices(
+            around.publisher, self._publish, url=task.callback_url, events=task.callback_events
+        )
         answer = None
         if task.task_type == name:
             self._begun = task
@@ -168,6 +173,9 @@ class TaskRun:
         )
         match before_run(facts):
             case Run():
+                self._notices.started(
+                    task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
+                )
                 return self._attempt(task)
             case Skip(ended):
                 self._tell_end(ended)
@@ -198,10 +206,24 @@ class TaskRun:
                 finished_at=datetime.now(UTC),
                 redrives=self._delivery.redrives,
             )
-            known = self._around.tell(partial(self._around.status.get, record.tenant, record.task_id))
-            if known is None:  # an id that another, readable task goes by is left to that one
+            if self._may_end(record):
+                self._notices = Notices(
+                    self._around.publisher, self._publish, url=legible_url(self._delivery.body)
+                )
                 self._record(record)
         return "failed"
+
+    def _may_end(self, record: Result) -> bool:
+        """Whether an unreadable message may have a record: an id of another, readable task is left to it."""
+        around = self._around
+        load = partial(around.results.load, record.tenant, record.task_id)
+        try:
+            kept = around.patiently("object store", load)
+        except UnreadableResult:
+            return False
+        if kept is not None:
+            return kept.digest is None  # this message, handed out again
+        return around.tell(partial(around.status.get, record.tenant, record.task_id)) is None
 
     # The run.
 
@@ -284,6 +306,14 @@ class TaskRun:
 
         def progress(fraction: float, note: str) -> None:
             around.tell(partial(around.status.progress, tenant, task_id, fraction, note))
+            self._notices.progress(
+                task,
+                fraction,
+                note,
+                attempt=self._delivery.attempt,
+                redrives=self._delivery.redrives,
+                at=datetime.now(UTC),
+            )
 
         return self._engine.run(
             self._delivery.body.decode(),
@@ -371,12 +401,16 @@ class TaskRun:
         answer = self._around.tell(partial(self._around.status.ended_soon, result))
         if answer is not None:
             self._answers.append(answer)
+        # While Redis answers. Another task's record under this id is not this task's to tell.
+        if result.digest == self._digest:
+            self._notices.ended(result)
 
     def _retry(self, task: Task, retry: Retry) -> str:
         attempt = self._delivery.attempt
         _log.warning(
             "%s: attempt %d failed, next in %d s: %s", self._name(), attempt, retry.seconds, retry.error
         )
+        self._notices.settle()
         # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
         self._publish(
             retry_message(

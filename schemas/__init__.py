@@ -15,9 +15,13 @@ from schemas.batch import (
 from schemas.callback import (
     MAX_CALLBACK_BYTES,
     Callback,
+    CallbackAttempt,
+    CallbackRecord,
+    CallbackState,
     SubjectKind,
     batch_callback,
     callback_id,
+    end_callback,
     task_callback,
 )
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
@@ -67,7 +71,10 @@ __all__ = [
     "BatchStatus",
     "BatchSummary",
     "Callback",
+    "CallbackAttempt",
     "CallbackEvent",
+    "CallbackRecord",
+    "CallbackState",
     "CallbackUrl",
     "EndState",
     "EngineInfo",
@@ -96,6 +103,7 @@ __all__ = [
     "batch_callback",
     "callback_id",
     "describe_faults",
+    "end_callback",
     "get_type",
     "input_fields",
     "installed_types",

@@ -9,10 +9,11 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from schemas.batch import BatchSummary
 from schemas.encoding import to_json
+from schemas.result import Result
 from schemas.status import Event, Truncated
 from schemas.task import CallbackUrl, TaskId, Tenant
 
@@ -46,6 +47,40 @@ class Callback(BaseModel):
     event: Annotated[str, StringConstraints(pattern=r"^[a-z]+(\.[a-z_]+)+$", max_length=64)]
     url: CallbackUrl
     body: Annotated[str, AfterValidator(_small)]
+
+
+class CallbackAttempt(BaseModel):
+    """One try to deliver a callback: an answer's `status` and how it began, or the `error` in its place."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: AwareDatetime
+    seconds: float
+    status: int | None = None
+    error: str | None = None
+    response: str | None = Field(None, description="How the answer's body began, made printable.")
+
+
+CallbackState = Literal["waiting", "delivered", "failed"]
+
+
+class CallbackRecord(BaseModel):
+    """What became of a callback so far; `body` only of one that was given up, so that it can be resent."""
+
+    model_config = ConfigDict(frozen=True)
+
+    callback_id: str
+    tenant: Tenant
+    subject_kind: SubjectKind
+    subject_id: TaskId
+    event: str
+    url: str
+    state: CallbackState
+    attempts: tuple[CallbackAttempt, ...] = ()
+    next_at: AwareDatetime | None = Field(None, description="When the next attempt is due, about.")
+    reason: str | None = Field(None, description="Why it was given up, or what it waits for.")
+    updated_at: AwareDatetime
+    body: str | None = None
 
 
 def callback_id(tenant: str, kind: SubjectKind, subject_id: str, event: str, *parts: str | int | None) -> str:
@@ -87,6 +122,11 @@ def batch_callback(summary: BatchSummary, url: str) -> Callback:
         url=url,
         body=json.dumps(document),
     )
+
+
+def end_callback(result: Result, url: str) -> Callback:
+    """The callback that tells how a task ended: for one record always the same, to the byte."""
+    return task_callback(Event.of_result(result), url, result.redrives, result.digest)
 
 
 def _body(event: Event) -> str:

@@ -11,6 +11,7 @@ from storage.batches import (
     input_key,
     output_key,
 )
+from storage.callbacks import CallbackRecords
 from storage.fetch import Fetched, Fetcher, ScratchUnavailable
 from storage.local import LocalStore
 from storage.objects import (
@@ -24,6 +25,7 @@ from storage.objects import (
 from storage.results import ResultStore, UnreadableResult, folder, upload_key
 from storage.settings import StorageSettings
 from storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
+from storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
 
 __all__ = [
     "AddressPolicy",
@@ -34,6 +36,7 @@ __all__ = [
     "BatchSource",
     "BatchStore",
     "Begun",
+    "CallbackRecords",
     "Fetched",
     "Fetcher",
     "GuardedBackend",
@@ -55,6 +58,9 @@ __all__ = [
     "Submission",
     "UnreadableBatch",
     "UnreadableResult",
+    "WebhookSecret",
+    "WebhookSecrets",
+    "WebhookSettings",
     "errors_key",
     "folder",
     "input_key",

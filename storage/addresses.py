@@ -53,10 +53,13 @@ class AddressRefused(InvalidTask):
 
 
 class AddressPolicy:
-    """Public addresses, and those in the allowed networks."""
+    """Public addresses, and those in the allowed networks, which an operator states by `setting`."""
 
-    def __init__(self, allowed: Iterable[Network] = ()) -> None:
+    def __init__(
+        self, allowed: Iterable[Network] = (), *, setting: str = "INFERQ_FETCH_ALLOWED_NETWORKS"
+    ) -> None:
         self._allowed = tuple(allowed)
+        self._setting = setting
 
     def permits(self, address: str) -> bool:
         """Whether a connection to this IP address may be made; an IPv6 zone (`%eth0`) does not count."""
@@ -82,7 +85,7 @@ class AddressPolicy:
             _log.warning("host %r leads to %s: refused", host, ", ".join(addresses[:4]))
             raise AddressRefused(
                 f"host {host!r} leads to no public address; an operator can allow its network "
-                "(INFERQ_FETCH_ALLOWED_NETWORKS)"
+                f"({self._setting})"
             )
         return permitted
 

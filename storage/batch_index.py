@@ -5,10 +5,12 @@ Whoever feeds a batch makes it anew from the object store where it was lost; unt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
+
+import redis
 
 from schemas import BatchCounts, BatchState, EndState
 from schemas.encoding import clean
@@ -69,6 +71,7 @@ class BatchIndex:
 
     def __init__(self, status: StatusIndex) -> None:
         self._status = status
+        self._scripts = {name: status.script(source) for name, source in scripts.SOURCES.items()}
 
     def take(self, tenant: str, batch_id: str, *, chain: str, part: int, token: str) -> Taking:
         """Take the lease on feeding a batch, for some seconds; each `step` renews it.
@@ -140,15 +143,11 @@ class BatchIndex:
         self._run("mark", tenant, batch_id, [state, *lines])
 
     def set_state(self, tenant: str, batch_id: str, state: BatchState, error: str | None = None) -> None:
-        key = scripts.batch_key(tenant, batch_id)
-        fields = {"s": state, "e": clean(error or "")}
-        self._status.set_fields(key, fields)
+        self._set(tenant, batch_id, {"s": state, "e": clean(error or "")})
 
     def request_cancel(self, tenant: str, batch_id: str, *, line: int | None = None) -> None:
         """Have the batch, or one line of it, cancelled: nothing of it starts, and what runs stops."""
-        self._status.set_fields(
-            scripts.batch_key(tenant, batch_id), {"x" if line is None else f"x:{line}": "1"}
-        )
+        self._set(tenant, batch_id, {"x" if line is None else f"x:{line}": "1"})
 
     def is_fed(self, tenant: str, batch_id: str, line: int) -> bool:
         return line in self.dealt_with(tenant, batch_id, line, line)
@@ -184,9 +183,18 @@ class BatchIndex:
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
         key = scripts.batch_key(tenant, batch_id)
         now = micros(datetime.now(UTC))
-        return self._status.run_script(
-            f"batch_{name}", [key], [tenant, batch_id, self._status.retention, now, *arguments]
-        )
+        return self._scripts[name]([key], [tenant, batch_id, self._status.retention, now, *arguments])
+
+    def _set(self, tenant: str, batch_id: str, fields: Mapping[str, str]) -> None:
+        key = scripts.batch_key(tenant, batch_id)
+
+        def both(connection: redis.Redis) -> None:
+            with connection.pipeline() as pipeline:
+                pipeline.hset(key, items=[part for pair in fields.items() for part in pair])
+                pipeline.expire(key, self._status.retention)
+                pipeline.execute()
+
+        self._status.ask(both)
 
 
 def _rate(sample: str | None, ended: int) -> float | None:

@@ -194,15 +194,15 @@ return 1
 """
 
 SOURCES = {
-    "batch_take": _HEAD + _TAKE,
-    "batch_release": _HEAD + _RELEASE,
-    "batch_open": _HEAD + _OPEN,
-    "batch_step": _HEAD + _STEP,
-    "batch_ends": _HEAD + _ENDS,
-    "batch_mark": _HEAD + _MARK,
-    "batch_look": _HEAD + _LOOK,
-    "batch_dealt_with": _HEAD + _DEALT_WITH,
-    "batch_unended": _HEAD + _UNENDED,
-    "batch_forget": _HEAD + _FORGET,
+    "take": _HEAD + _TAKE,
+    "release": _HEAD + _RELEASE,
+    "open": _HEAD + _OPEN,
+    "step": _HEAD + _STEP,
+    "ends": _HEAD + _ENDS,
+    "mark": _HEAD + _MARK,
+    "look": _HEAD + _LOOK,
+    "dealt_with": _HEAD + _DEALT_WITH,
+    "unended": _HEAD + _UNENDED,
+    "forget": _HEAD + _FORGET,
 }
 """Each script by its name."""

@@ -9,20 +9,17 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
-import certifi
 import httpcore
 
 from schemas import InvalidTask, TransientFailure
-from storage.addresses import AddressPolicy, GuardedBackend, Resolver
+from storage.addresses import AddressPolicy, Resolver
 from storage.fetch_url import HttpUrl, parse_http_url, redacted, redirect_url
+from storage.http_pool import HttpPool, header_of
 from storage.settings import Network
 
 MAX_REDIRECTS = 5
 
-_CONNECT_SECONDS = 10.0
-_READ_SECONDS = 30.0
 _CHUNK_BYTES = 1 << 18
 _REDIRECTS = {301, 302, 303, 307, 308}
 _WAIT = {202, 408, 425, 429}
@@ -48,18 +45,8 @@ class HttpSource:
         resolver: Resolver,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._backend = GuardedBackend(AddressPolicy(allowed), resolver)
-        self._ssl_context = ssl_context
-
-    @cached_property
-    def _pool(self) -> httpcore.ConnectionPool:
-        return httpcore.ConnectionPool(
-            ssl_context=self._ssl_context or _trusted(),
-            network_backend=self._backend,
-            max_connections=256,
-            max_keepalive_connections=16,
-            keepalive_expiry=20.0,
-        )
+        policy = AddressPolicy(allowed, setting="INFERQ_FETCH_ALLOWED_NETWORKS")
+        self._pool = HttpPool(policy, resolver=resolver, ssl_context=ssl_context)
 
     def close(self) -> None:
         self._pool.close()
@@ -67,7 +54,7 @@ class HttpSource:
     @contextmanager
     def open(self, url: str, seconds: float) -> Iterator[Download]:
         """Begin a download that has to be over, redirects included, within that many seconds."""
-        with self._backend.deadline(seconds), _network_errors(seconds), ExitStack() as stack:
+        with self._pool.deadline(seconds), _network_errors(seconds), ExitStack() as stack:
             response = self._follow(url, stack)
             yield _download(response)
 
@@ -80,7 +67,7 @@ class HttpSource:
                 _check_status(response.status)
                 return response
             stack.pop_all().close()  # its body is of no interest
-            location = _header(response, b"location")
+            location = header_of(response, b"location")
             if not location:
                 raise _refused(f"the server answered {response.status} without saying where to")
             url = redirect_url(url, location)
@@ -88,36 +75,10 @@ class HttpSource:
         raise _refused(f"more than {MAX_REDIRECTS} redirects")
 
     def _send(self, url: HttpUrl, credentials: bytes | None, stack: ExitStack) -> httpcore.Response:
-        headers: list[tuple[bytes, bytes]] = [
-            (b"Host", url.host_header.encode()),
-            (b"Accept", b"*/*"),
-            (b"Accept-Encoding", b"identity"),
-            (b"User-Agent", b"inferq"),
-        ]
+        headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
         if credentials:
-            headers.append((b"Authorization", b"Basic " + credentials))
-        timeouts = {"connect": _CONNECT_SECONDS, "read": _READ_SECONDS, "write": _READ_SECONDS, "pool": 10.0}
-
-        def send() -> httpcore.Response:
-            return stack.enter_context(
-                self._pool.stream(
-                    "GET",
-                    httpcore.URL(
-                        scheme=url.scheme.encode(),
-                        host=url.host.encode(),
-                        port=url.port,
-                        target=url.target.encode(),
-                    ),
-                    headers=headers,
-                    extensions={"timeout": timeouts},
-                )
-            )
-
-        try:
-            return send()
-        except (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError):
-            # A kept connection may have been closed by the server just now: a fresh one tells.
-            return send()
+            headers["Authorization"] = f"Basic {credentials.decode()}"
+        return stack.enter_context(self._pool.exchange("GET", url, headers))
 
 
 def _redirect(source: HttpUrl, url: str) -> HttpUrl:
@@ -140,10 +101,10 @@ def _check_status(status: int) -> None:
 
 
 def _download(response: httpcore.Response) -> Download:
-    content_type = _header(response, b"content-type")
-    encoding = _header(response, b"content-encoding").lower()
+    content_type = header_of(response, b"content-type")
+    encoding = header_of(response, b"content-encoding").lower()
     if encoding in {"", "identity"}:
-        length = _header(response, b"content-length")
+        length = header_of(response, b"content-length")
         return Download(response.iter_stream(), int(length) if length else None, content_type)
     if encoding in {"gzip", "x-gzip"}:
         return Download(_gunzip(response.iter_stream()), None, content_type)
@@ -201,23 +162,6 @@ def _network_errors(seconds: float) -> Iterator[None]:
         raise InvalidTask(f"the URL cannot be sent: {error}", code="bad_input_url") from error
     except (httpcore.NetworkError, httpcore.ProtocolError) as error:
         raise _failed(f"the download broke off: {error}") from error
-
-
-def _header(response: httpcore.Response, name: bytes) -> str:
-    for key, value in response.headers:
-        if key.lower() == name:
-            try:
-                return bytes(value).decode().strip()
-            except UnicodeDecodeError:
-                return bytes(value).decode("latin-1").strip()
-    return ""
-
-
-def _trusted() -> ssl.SSLContext:
-    """The system's certificates (or SSL_CERT_FILE's), and certifi's for containers that have none."""
-    context = ssl.create_default_context()
-    context.load_verify_locations(certifi.where())
-    return context
 
 
 def _refused(message: str) -> InvalidTask:

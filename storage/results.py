@@ -3,6 +3,7 @@
     tasks/<tenant>/<task_id>/result.json                  a success: the first writer wins
     tasks/<tenant>/<task_id>/failure.json                 a failure, until a success stands beside it
     tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
+    tasks/<tenant>/<task_id>/callbacks/<id>.json          a callback that was given up (storage.callbacks)
     files/<tenant>/<file_id>                              an uploaded input
 
 Each attempt has a folder of artifacts of its own. Two runs of one task therefore never write to the same
@@ -28,7 +29,7 @@ _RESULT = "result.json"
 _FAILURE = "failure.json"
 _ARTIFACTS = "artifacts/"
 _BEFORE_RECORDS = "f"
-"""Sorts after every artifact and before both records: one short listing finds them."""
+"""Sorts after every artifact and callback and before both records: one short listing finds them."""
 
 _SAVE_TRIES = 5
 _FILE_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -48,6 +48,8 @@ from storage.status_fields import (
 
 MAX_PAGE = 500
 """The most statuses that one page of a listing holds."""
+
+T = TypeVar("T")
 
 _FAST_FAIL_SECONDS = 1.0
 _SCAN_ROUNDS = 20
@@ -104,7 +106,7 @@ class StatusIndex:
         self, redis: redis.Redis, *, retention: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._redis = redis
-        self.retention = max(1, round(retention))
+        self._retention = max(1, round(retention))
         self._clock = clock
         self._lock = threading.Lock()
         self._own = threading.local()
@@ -280,10 +282,10 @@ class StatusIndex:
         keys = [scripts.record_key(tenant, task_id)]
         if batch_id is not None:
             keys.append(batch_key(tenant, batch_id))
-        return any(self.call(partial(self._redis.hexists, key, "x")) for key in keys)
+        return any(self._call(partial(self._redis.hexists, key, "x")) for key in keys)
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
-        reply = self.call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))
+        reply = self._call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))
         fields = [as_text(part) for pair in reply.items() for part in pair]
         return read_status(tenant, task_id, fields) if fields else None
 
@@ -307,7 +309,7 @@ class StatusIndex:
         items: list[tuple[str, str, TaskStatus]] = []
         for _ in range(_SCAN_ROUNDS):
             wanted = limit + 1 - len(items)
-            reply = self.run_script(
+            reply = self._run(
                 "list",
                 [],
                 [tenant, task_type or "", state or "", batch_id or "", score, last, wanted],
@@ -330,15 +332,29 @@ class StatusIndex:
         since = self._down_since
         return None if since is None else self._clock() - since
 
+    @property
+    def retention(self) -> int:
+        """Seconds that what is on record is kept after its last change."""
+        return self._retention
+
+    def ask(self, call: Callable[[redis.Redis], T]) -> T:
+        """Make a call of another's to the same Redis, which counts as away for all or for none."""
+        return self._call(lambda: call(self._redis))
+
+    def script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], Any]:
+        """A Lua script of another's, to be called with its keys and arguments."""
+        script = self._redis.register_script(source)
+        return lambda keys, arguments: self._call(lambda: script(keys=keys, args=arguments))
+
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
-        self.call(self._redis.ping)
+        self._call(self._redis.ping)
 
     def close(self) -> None:
         self._redis.close()
 
     def _change(self, name: str, tenant: str, task_id: str, arguments: Sequence[Any]) -> Any:
-        return self.run_script(
+        return self._run(
             name, [scripts.record_key(tenant, task_id)], [*self._head(tenant, task_id), *arguments]
         )
 
@@ -400,27 +416,14 @@ class StatusIndex:
             self._redis.connection_pool.release(connection)
 
     def _head(self, tenant: str, task_id: str) -> Sequence[Any]:
-        return [tenant, task_id, self.retention, micros(datetime.now(UTC))]
+        return [tenant, task_id, self._retention, micros(datetime.now(UTC))]
 
-    def set_fields(self, key: str, fields: Mapping[str, str]) -> None:
-        """Set fields of a hash, which then lives for the retention."""
-
-        def both() -> None:
-            with self._redis.pipeline() as pipeline:
-                pipeline.hset(key, items=[part for pair in fields.items() for part in pair])
-                pipeline.expire(key, self.retention)
-                pipeline.execute()
-
-        self.call(both)
-
-    def run_script(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """Run one of `status_scripts.SOURCES`."""
+    def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         script = self._scripts[name]
-        reply = self.call(lambda: script(keys=keys, args=arguments))
+        reply = self._call(lambda: script(keys=keys, args=arguments))
         return as_text(reply)
 
-    def call(self, command: Callable[[], Any]) -> Any:
-        """Make a call to Redis. Raises StatusOutage."""
+    def _call(self, command: Callable[[], T]) -> T:
         with self._lock:
             if self._down_until is not None:
                 now = self._clock()

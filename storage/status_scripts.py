@@ -325,6 +325,5 @@ SOURCES = {
     "ended": _RECORD + _TASK + _ENDED,
     "cancel": _RECORD + _CANCEL,
     "list": _LIST,
-    **batch_scripts.SOURCES,
 }
 """Each script by its name."""

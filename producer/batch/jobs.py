@@ -27,7 +27,7 @@ _AGAIN_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 
 
-def add(app: Celery, around: Surroundings | None = None) -> None:
+def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
     """Add the jobs of batches to an application; `around` defaults to what the environment says."""
     lock = threading.Lock()
     shared: list[Surroundings] = [around] if around is not None else []

@@ -1,0 +1,160 @@
+"""A callback from its arrival in the queue to its delivery, its next attempt, or its end."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from pydantic import BaseModel, ConfigDict
+
+from broker import Message, callback_message, delayed
+from consumers.callbacks.decision import Again, Decision, Delivered, GivenUp, after_attempt
+from consumers.callbacks.metrics import CallbackMetrics
+from consumers.callbacks.sending import Sender, Sent
+from consumers.callbacks.settings import CallbackSettings
+from schemas import Callback, CallbackAttempt, CallbackRecord, CallbackState, InferqError, Outage
+from storage import CallbackRecords, WebhookSecrets
+
+_log = logging.getLogger(__name__)
+
+_CARRIED_RESPONSE = 200
+"""Characters of each answer that travel with a callback; there may be dozens of them."""
+
+_LATER_SECONDS = 30.0
+"""How long a callback rests whose failure could not be kept, as the object store is away."""
+
+
+class Job(BaseModel):
+    """What the job `callbacks.deliver` is given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    callback: Callback
+    attempts: tuple[CallbackAttempt, ...] = ()
+    resent: bool = False
+
+    def message(self) -> Message:
+        return callback_message(self.callback, attempts=self.attempts, resent=self.resent)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Makes one attempt of a callback at a time. `publish` returns once the broker has the message."""
+
+    settings: CallbackSettings
+    secrets: WebhookSecrets
+    sender: Sender
+    records: CallbackRecords
+    metrics: CallbackMetrics
+    publish: Callable[[Message], None]
+
+    def attempt(self, job: Job) -> Sent | None:
+        """Make an attempt and see to what follows; the job is done with when this returns.
+
+        Gives what came of it, None where nothing was sent. Raises Outage where the broker does not take the
+        next attempt's message.
+        """
+        schedule = self.settings.callback_schedule
+        sent: Sent | None = None
+        if len(job.attempts) < len(schedule):
+            sent = self._send(job)
+            # What was learnt travels with the callback: the index may be lost.
+            job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
+            retry_after = sent.retry_after
+        else:
+            retry_after = None  # given up before, when that could not be kept
+        chance = random.random()  # noqa: S311 - jitter, not a secret
+        decision = after_attempt(job.attempts, schedule, retry_after=retry_after, chance=chance)
+        self._follow(job, decision)
+        return sent
+
+    def _send(self, job: Job) -> Sent:
+        callback = job.callback
+        try:
+            secrets = self.secrets.of(callback.tenant)
+        except InferqError as error:
+            return _unsent(error.message)
+        if not secrets:
+            return _unsent(
+                f"no_secret: tenant {callback.tenant!r} has no webhook secret, and nothing is sent unsigned; "
+                f"make one: inferq secrets rotate {callback.tenant}"
+            )
+        sent = self.sender.send(callback, secrets)
+        self.metrics.seconds.observe(sent.attempt.seconds)
+        return sent
+
+    def _follow(self, job: Job, decision: Decision) -> None:
+        match decision:
+            case Delivered():
+                self._note(_record(job, "delivered"))
+                if job.resent:
+                    self._drop(job)
+                self.metrics.outcomes.labels("delivered").inc()
+            case Again(seconds):
+                # First the next attempt, then the ack: a crash between the two sends it twice, with one id.
+                self.publish(delayed(job.message(), seconds))
+                due = datetime.now(UTC) + timedelta(seconds=seconds)
+                self._note(_record(job, "waiting", next_at=due, reason=job.attempts[-1].error))
+                self.metrics.outcomes.labels("again").inc()
+            case GivenUp(reason):
+                self._give_up(job, reason)
+
+    def _give_up(self, job: Job, reason: str) -> None:
+        record = _record(job, "failed", reason=reason)
+        callback = job.callback
+        try:
+            self.records.keep(record)
+        except Outage as error:
+            _log.warning("%s waits: its failure cannot be kept: %s", callback.callback_id, error)
+            self.publish(delayed(job.message(), _LATER_SECONDS))
+            return
+        _log.warning(
+            "callback %s of %s %r (%s) is given up: %s",
+            callback.callback_id, callback.subject_kind, callback.subject_id, callback.event, reason,
+        )  # fmt: skip
+        self._note(record)
+        self.metrics.outcomes.labels("failed").inc()
+
+    def _note(self, record: CallbackRecord) -> None:
+        try:
+            self.records.note(record)
+        except Outage as error:  # an index, and no more
+            _log.debug("not on record: %s", error)
+
+    def _drop(self, job: Job) -> None:
+        try:
+            self.records.drop(_record(job, "delivered"))
+        except Outage as error:
+            _log.warning("%s is delivered, but stays among the failures: %s", job.callback.callback_id, error)
+
+
+def _unsent(why: str) -> Sent:
+    return Sent(CallbackAttempt(at=datetime.now(UTC), seconds=0.0, error=why))
+
+
+def _carried(attempt: CallbackAttempt) -> CallbackAttempt:
+    response = attempt.response
+    return attempt.model_copy(update={"response": response[:_CARRIED_RESPONSE]}) if response else attempt
+
+
+def _record(
+    job: Job, state: CallbackState, *, next_at: datetime | None = None, reason: str | None = None
+) -> CallbackRecord:
+    callback = job.callback
+    return CallbackRecord(
+        callback_id=callback.callback_id,
+        tenant=callback.tenant,
+        subject_kind=callback.subject_kind,
+        subject_id=callback.subject_id,
+        event=callback.event,
+        url=callback.url,
+        state=state,
+        attempts=job.attempts,
+        next_at=next_at,
+        reason=reason,
+        updated_at=datetime.now(UTC),
+        body=callback.body,
+    )

@@ -1,0 +1,192 @@
+"""The job `callbacks.deliver`, and how it is kept from the threads while its target has enough to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cached_property
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Reject
+from celery.worker.strategy import default as celery_strategy
+from pydantic import ValidationError
+
+from broker import CALLBACK_JOB, BrokerSettings, Message, Publisher, backoff, delayed, job_topology
+from consumers.callbacks.delivery import Delivery, Job
+from consumers.callbacks.metrics import CallbackMetrics
+from consumers.callbacks.sending import Sender
+from consumers.callbacks.settings import CallbackSettings
+from consumers.callbacks.targets import Target, Targets
+from consumers.job_process import REGISTRY
+from schemas import InvalidTask, Outage
+from storage import (
+    CallbackRecords,
+    StatusIndex,
+    StorageSettings,
+    WebhookSecrets,
+    WebhookSettings,
+    open_store,
+)
+from storage.fetch_url import parse_http_url
+
+_log = logging.getLogger(__name__)
+
+_BROKER_PATIENCE_SECONDS = 120.0
+_AFTER_FAULT_SECONDS = 60.0
+
+
+def add_jobs(app: Celery) -> None:
+    """Add the delivery of callbacks to an application. Raises InstallationError for bad settings."""
+    jobs = CallbackJobs(
+        CallbackSettings.load(), BrokerSettings.load(), StorageSettings.load(), WebhookSettings.load()
+    )
+
+    def deliver(_task: Task, **arguments: Any) -> None:
+        jobs.deliver(Job.model_validate(arguments))
+
+    app.task(name=CALLBACK_JOB, bind=True, max_retries=None, Strategy=jobs.strategy)(deliver)
+
+
+class CallbackJobs:
+    """What the jobs of one process share, made when the first one comes."""
+
+    def __init__(
+        self,
+        settings: CallbackSettings,
+        broker: BrokerSettings,
+        storage: StorageSettings,
+        webhooks: WebhookSettings,
+    ) -> None:
+        self._settings = settings
+        self._broker = broker
+        self._storage = storage
+        self._webhooks = webhooks
+        self._lock = threading.Lock()
+        self._targets = Targets(threads=1, limit=settings.callback_target_limit)
+
+    def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
+        """Celery's way from a message to a thread, with a look at the target first.
+
+        It runs on the thread that reads from the broker, before the message takes up a place in the pool: a
+        thousand callbacks for a dead target are put aside there as fast as the broker confirms.
+        """
+        targets = self._targets
+        targets.threads = consumer.pool.limit
+        deferred = self._metrics.deferred
+        to_pool = celery_strategy(task, app, consumer)
+
+        def handle(message: Any, body: Any, ack: Callable[..., None], reject: Callable[..., None],
+                   callbacks: Any) -> None:  # fmt: skip
+            def settle(put: Future[None]) -> None:
+                if put.exception() is None:
+                    ack(_log, consumer.connection_errors)
+                else:
+                    _log.warning("a callback could not be put aside, it is taken again: %s", put.exception())
+                    reject(_log, consumer.connection_errors, True)
+
+            try:
+                job = _read(message.body)
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                _log.error("job %r is no callback and is dropped: %s", message.headers.get("id"), error)
+                ack(_log, consumer.connection_errors)
+                return
+            delay = targets.enter(_target(job))
+            if delay is None:
+                to_pool(message, body, ack, reject, callbacks)
+                return
+            deferred.inc()
+            try:
+                self._publisher.publish(delayed(job.message(), delay)).add_done_callback(settle)
+            except Outage as error:
+                failed: Future[None] = Future()
+                failed.set_exception(error)
+                settle(failed)
+
+        return handle
+
+    def deliver(self, job: Job) -> None:
+        """Make one attempt, on a thread of the pool; its place at the target has been taken."""
+        began = time.monotonic()
+        sent = None
+        try:
+            sent = self._delivery.attempt(job)
+        except Outage as error:
+            # Neither done nor lost: the broker hands it out again, to whoever can reach it.
+            _log.warning("%s goes back to the queue: %s", job.callback.callback_id, error)
+            raise Reject(error, requeue=True) from error
+        except Exception as error:
+            _log.exception("%s: the delivery itself failed", job.callback.callback_id)
+            self._put_off(job, error)
+        finally:
+            timed_out = sent is not None and sent.timed_out
+            self._targets.leave(_target(job), time.monotonic() - began, timed_out=timed_out)
+
+    def _put_off(self, job: Job, error: Exception) -> None:
+        try:
+            self._publish(delayed(job.message(), _AFTER_FAULT_SECONDS))
+        except Outage:
+            raise Reject(error, requeue=True) from error
+
+    def _publish(self, message: Message) -> None:
+        """Raises Outage where RabbitMQ has not taken the message within some minutes."""
+        ends = time.monotonic() + _BROKER_PATIENCE_SECONDS
+        failures = 0
+        while True:
+            try:
+                self._publisher.publish(message).result()
+            except Outage:
+                failures += 1
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(backoff(failures))
+            else:
+                return
+
+    @cached_property
+    def _metrics(self) -> CallbackMetrics:
+        return CallbackMetrics(REGISTRY, lambda: float(self._targets.busy))
+
+    @cached_property
+    def _publisher(self) -> Publisher:
+        with self._lock:
+            made = self.__dict__.get("_publisher")
+            if made is None:
+                made = Publisher(self._broker, name="callbacks", topology=job_topology())
+                made.start()
+                self.__dict__["_publisher"] = made
+            publisher: Publisher = made
+            return publisher
+
+    @cached_property
+    def _delivery(self) -> Delivery:
+        index = StatusIndex.from_settings(self._storage)
+        return Delivery(
+            settings=self._settings,
+            secrets=WebhookSecrets(self._webhooks.webhook_secrets_file),
+            sender=Sender(self._settings),
+            records=CallbackRecords(open_store(self._storage), index),
+            metrics=self._metrics,
+            publish=self._publish,
+        )
+
+
+def _read(body: bytes | str) -> Job:
+    """The arguments of a job's message. Raises ValueError, TypeError or LookupError."""
+    try:
+        return Job.model_validate(json.loads(body)[1])
+    except ValidationError as error:
+        # Its own words would repeat what the task holds.
+        places = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
+        raise ValueError(f"wrong in {places}") from None
+
+
+def _target(job: Job) -> Target:
+    try:
+        return parse_http_url(job.callback.url).origin
+    except InvalidTask:  # it is refused when it is sent; nothing is opened for it
+        return ("", "", 0)

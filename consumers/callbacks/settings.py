@@ -1,0 +1,58 @@
+"""How callbacks are delivered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from schemas import Settings
+from storage.settings import Network
+
+SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 36000.0)
+"""Seconds from one attempt to the next, as the Standard Webhooks propose; the first counts from the event."""
+
+
+class CallbackSettings(Settings):
+    """How callbacks are delivered."""
+
+    callback_schedule: Annotated[tuple[float, ...], NoDecode] = Field(
+        SCHEDULE,
+        min_length=1,
+        max_length=50,
+        description="Seconds before each attempt to deliver a callback, counted from the one before.",
+    )
+    callback_timeout: float = Field(
+        15.0, gt=0, le=300, description="Seconds that one attempt to deliver a callback may take in all."
+    )
+    callback_allowed_networks: Annotated[tuple[Network, ...], NoDecode] = Field(
+        (),
+        description="Private networks that callbacks may go to all the same: CIDRs, separated by commas.",
+    )
+    callback_target_limit: int = Field(
+        8, ge=1, le=1000, description="Callbacks on their way to one scheme, host and port at a time."
+    )
+
+    @field_validator("callback_schedule", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return _split(value)
+
+    @field_validator("callback_schedule", mode="after")
+    @classmethod
+    def _not_negative(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= seconds <= 10 * 86400 for seconds in value):
+            raise ValueError("each of the seconds must lie between 0 and 864000 (10 days)")
+        return value
+
+    @field_validator("callback_allowed_networks", mode="before")
+    @classmethod
+    def _cidrs(cls, value: Any) -> Any:
+        return _split(value)
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value

@@ -1,0 +1,142 @@
+"""What a worker tells the owner of a task: callbacks, handed over to the queue that delivers them.
+
+The end of a task is told in this order: dead letter, record, callback, ack. A crash anywhere repeats what
+comes after with the same `webhook-id`, as that is made of the record that is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import datetime
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from broker import Message, Publisher, callback_message
+from schemas import (
+    CallbackEvent,
+    CallbackUrl,
+    Event,
+    EventData,
+    Outage,
+    Result,
+    Task,
+    end_callback,
+    sequence_of,
+    task_callback,
+)
+
+_log = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 3.0
+"""The shortest time between two callbacks of a run's progress."""
+
+_MOST_NOTES = 500
+_PATIENCE_SECONDS = 5.0
+_URL: TypeAdapter[str] = TypeAdapter(CallbackUrl)
+
+
+class Notices:
+    """The callbacks of one delivery of a task. Where it names no URL, nothing is made and nothing sent.
+
+    `publish` sends a message and waits for the broker's confirm however long that takes.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        publish: Callable[[Message], None],
+        *,
+        url: str | None,
+        events: tuple[CallbackEvent, ...] = ("completed",),
+    ) -> None:
+        self._publisher = publisher
+        self._publish = publish
+        self._url = url
+        self._events = events
+        self._started: tuple[Message, Future[None]] | None = None
+        self._next_progress = 0.0
+        self._told = 0
+
+    def started(self, task: Task, *, attempt: int, redrives: int, at: datetime) -> None:
+        """Tell that a run begins, without waiting; `settle` sees to it that the broker has it."""
+        if self._url is None or "started" not in self._events:
+            return
+        data = EventData(
+            task_id=task.task_id,
+            task_type=task.task_type,
+            tenant=task.tenant,
+            state="running",
+            attempt=attempt,
+            sequence=sequence_of("running", attempt=attempt, redrives=redrives),
+            batch_id=task.batch_id,
+            metadata=task.metadata,
+        )
+        event = Event(type="task.started", timestamp=at, data=data)
+        message = callback_message(task_callback(event, self._url, redrives, attempt))
+        self._started = message, self._soon(message)
+
+    def progress(
+        self, task: Task, fraction: float, note: str, *, attempt: int, redrives: int, at: datetime
+    ) -> None:
+        """Tell how far a run is: at most once in a few seconds, once per percent, and only if it can be."""
+        if self._url is None or "progress" not in self._events:
+            return
+        percent = int(min(max(fraction, 0.0), 1.0) * 100) if fraction == fraction else 0
+        if percent <= self._told or time.monotonic() < self._next_progress:
+            return
+        self._told = percent
+        self._next_progress = time.monotonic() + PROGRESS_SECONDS
+        data = EventData(
+            task_id=task.task_id,
+            task_type=task.task_type,
+            tenant=task.tenant,
+            state="running",
+            attempt=attempt,
+            sequence=sequence_of("running", attempt=attempt, redrives=redrives, progress=percent / 100),
+            progress=percent / 100,
+            note=note[:_MOST_NOTES],
+            batch_id=task.batch_id,
+            metadata=task.metadata,
+        )
+        event = Event(type="task.progress", timestamp=at, data=data)
+        self._soon(callback_message(task_callback(event, self._url, redrives, attempt, percent)))
+
+    def ended(self, kept: Result) -> None:
+        """Tell how the task ended, by the record that is kept; returns once the broker has it."""
+        self.settle()
+        if self._url is not None and "completed" in self._events:
+            self._publish(callback_message(end_callback(kept, self._url)))
+
+    def settle(self) -> None:
+        """See to it that the broker has what was told without waiting."""
+        if self._started is None:
+            return
+        message, confirmed = self._started
+        self._started = None
+        try:
+            confirmed.result()
+        except Outage:
+            self._publish(message)
+
+    def _soon(self, message: Message) -> Future[None]:
+        try:
+            return self._publisher.publish(message, timeout=_PATIENCE_SECONDS)
+        except Outage as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
+
+
+def legible_url(body: bytes) -> str | None:
+    """The callback URL of a message that is no task, where it names one."""
+    try:
+        broken: Any = json.loads(body)
+        url = broken.get("callback_url")
+        return None if url is None else _URL.validate_python(url)
+    except (ValueError, AttributeError, RecursionError, ValidationError):
+        return None

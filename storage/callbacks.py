@@ -1,0 +1,142 @@
+"""What became of callbacks: an index in Redis, and in the object store whatever was given up.
+
+    tasks/<tenant>/<task_id>/callbacks/<callback_id>.json       (batches/… for a batch's)
+
+Redis holds a hash of records per task or batch (`inferq:c:<tenant>:<kind>:<id>`), without bodies, and the
+newest failures of a tenant (`inferq:cf:<tenant>`); both may be lost. What was given up stays, with its body,
+until it is delivered after all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from pydantic import ValidationError
+
+from schemas import CallbackRecord, SubjectKind
+from schemas.encoding import to_json
+from storage.objects import ObjectNotFound, ObjectStore
+from storage.results import segment
+from storage.status import StatusIndex
+
+MAX_LISTED = 500
+"""The most failures that one listing holds."""
+
+_MOST_FAILURES = 10_000
+_MOST_RECORDS = 300
+
+_SAVE = """
+local record, failures = KEYS[1], KEYS[2]
+local id, state, json, member, now, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local before = redis.call('HGET', record, id)
+-- A copy that is late must not take a delivery back.
+if before and state ~= 'delivered' and cjson.decode(before).state == 'delivered' then return 0 end
+if not before and redis.call('HLEN', record) >= tonumber(ARGV[8]) then return 0 end
+redis.call('HSET', record, id, json)
+redis.call('EXPIRE', record, retention)
+if state == 'failed' then
+  redis.call('ZADD', failures, now, member)
+  redis.call('ZREMRANGEBYRANK', failures, 0, -1 - tonumber(ARGV[7]))
+  redis.call('EXPIRE', failures, retention)
+elseif before then
+  redis.call('ZREM', failures, member)
+end
+return 1
+"""
+
+
+class CallbackRecords:
+    """The records of callbacks. Methods that ask Redis may raise StatusOutage, the others StoreOutage."""
+
+    def __init__(self, store: ObjectStore, index: StatusIndex) -> None:
+        self._store = store
+        self._index = index
+        self._save = index.script(_SAVE)
+
+    def note(self, record: CallbackRecord) -> None:
+        """Put a record into the index, over the one of before; one that says delivered stands."""
+        keys = [_key(record.tenant, record.subject_kind, record.subject_id), _failures(record.tenant)]
+        text = to_json(record.model_copy(update={"body": None}))
+        member = f"{record.subject_kind}:{record.subject_id}:{record.callback_id}"
+        moment = record.updated_at.timestamp()
+        self._save(
+            keys,
+            [
+                record.callback_id,
+                record.state,
+                text,
+                member,
+                moment,
+                self._index.retention,
+                _MOST_FAILURES,
+                _MOST_RECORDS,
+            ],
+        )
+
+    def keep(self, record: CallbackRecord) -> None:
+        """Keep one that was given up, with its body, in the object store."""
+        place = _place(record.tenant, record.subject_kind, record.subject_id)
+        self._store.put(
+            f"{place}{record.callback_id}.json", to_json(record).encode(), content_type="application/json"
+        )
+
+    def drop(self, record: CallbackRecord) -> None:
+        """Forget that it was given up: it has been delivered."""
+        place = _place(record.tenant, record.subject_kind, record.subject_id)
+        self._store.delete(f"{place}{record.callback_id}.json")
+
+    def indexed(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
+        """What the index knows of the callbacks of a task or batch."""
+        found: Any = self._index.ask(lambda client: client.hgetall(_key(tenant, kind, subject_id)))
+        return tuple(record for text in found.values() if (record := _read(text)) is not None)
+
+    def kept(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
+        """Those of a task or batch that were given up, from the object store."""
+        place = _place(tenant, kind, subject_id)
+        found = []
+        for info in self._store.list(place):
+            try:
+                record = _read(self._store.get(info.key))
+            except ObjectNotFound:  # delivered meanwhile
+                continue
+            if record is not None:
+                found.append(record)
+        return tuple(found)
+
+    def failures(self, tenant: str, *, limit: int = 50) -> tuple[CallbackRecord, ...]:
+        """The tenant's failures that the index knows, the newest first."""
+
+        def ask(client: redis.Redis) -> list[str]:
+            members: Any = client.zrevrange(_failures(tenant), 0, min(max(limit, 1), MAX_LISTED) - 1)
+            if not members:
+                return []
+            pipeline = client.pipeline(transaction=False)
+            for member in members:
+                kind, _, rest = member.partition(":")
+                subject_id, _, callback_id = rest.rpartition(":")
+                pipeline.hget(_key(tenant, kind, subject_id), callback_id)
+            return [text for text in pipeline.execute() if text is not None]
+
+        records = (_read(text) for text in self._index.ask(ask))
+        return tuple(record for record in records if record is not None and record.state == "failed")
+
+
+def _read(text: str | bytes) -> CallbackRecord | None:
+    try:
+        return CallbackRecord.model_validate_json(text)
+    except ValidationError:
+        return None  # another version's
+
+
+def _key(tenant: str, kind: str, subject_id: str) -> str:
+    return f"inferq:c:{tenant}:{kind}:{subject_id}"
+
+
+def _failures(tenant: str) -> str:
+    return f"inferq:cf:{tenant}"
+
+
+def _place(tenant: str, kind: SubjectKind, subject_id: str) -> str:
+    folder = "tasks" if kind == "task" else "batches"
+    return f"{folder}/{segment(tenant)}/{segment(subject_id)}/callbacks/"
