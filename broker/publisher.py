@@ -55,7 +55,6 @@ class _Answer:
 class _Pending:
     message: Message
     deadline: float
-    properties: pika.BasicProperties
     encoded: bytes
     answer: _Answer
     returned: str | None = None
@@ -155,8 +154,7 @@ class Publisher(BrokerThread):
         if self._closing.is_set():
             raise BrokerUnavailable("the publisher is closed")
         limit = self._settings.publish_timeout if timeout is None else timeout
-        properties, encoded = _sendable(message)
-        return _Pending(message, time.monotonic() + limit, properties, encoded, answer)
+        return _Pending(message, time.monotonic() + limit, _sendable(message), answer)
 
     def _send(self, burst: Sequence[_Pending]) -> None:
         """Have messages sent that have their places in the window."""
@@ -226,7 +224,7 @@ class Publisher(BrokerThread):
                 frames, size = [], 0
             if len(message.body) > one_frame:
                 channel.basic_publish(
-                    message.exchange, message.routing_key, message.body, pending.properties, mandatory=True
+                    message.exchange, message.routing_key, message.body, message.properties(), mandatory=True
                 )
         connection.send_frames(frames)
 
@@ -343,14 +341,13 @@ class Publisher(BrokerThread):
         return True
 
 
-def _sendable(message: Message) -> tuple[pika.BasicProperties, bytes]:
-    """The message's properties, and how they travel, once it is sure that they can be sent.
+def _sendable(message: Message) -> bytes:
+    """How the message's properties travel, once it is sure that they can be sent.
 
     On the connection's thread it would be too late: what cannot be encoded there takes the connection down.
     """
-    properties = message.properties()
     try:
-        encoded = b"".join(properties.encode())
+        encoded = message.encoded_properties()
         size = len(encoded)
         names = max(len(message.exchange.encode()), len(message.routing_key.encode()))
     except (ValueError, TypeError, struct.error, AMQPError) as error:
@@ -361,4 +358,4 @@ def _sendable(message: Message) -> tuple[pika.BasicProperties, bytes]:
             "its routing key has more than 255",
             code="unsendable",
         )
-    return properties, encoded
+    return encoded
