@@ -4,7 +4,7 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, delayed, job_message
+from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, delayed, job_copy, job_message
 from broker.messages import (
     Delivery,
     Message,
@@ -56,6 +56,7 @@ __all__ = [
     "dead_message",
     "dead_queue",
     "delayed",
+    "job_copy",
     "job_message",
     "job_topology",
     "named_id",

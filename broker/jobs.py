@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -51,6 +52,21 @@ def job_message(
     return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)
 
 
+def job_copy(queue: JobQueue, body: bytes, headers: Mapping[str, Any]) -> Message:
+    """A fresh copy of a job's message that was delivered with this body and these headers.
+
+    The broker's own headers stay behind: RabbitMQ 3.x would count on by them, and 4.x ignore them.
+    """
+    kept = {name: headers[name] for name in _HEADERS if name in headers}
+    return Message(JOBS, queue, body, kept, str(headers.get("id")), str(headers.get("task")))
+
+
+_HEADERS = (
+    "lang", "task", "id", "root_id", "parent_id", "group", "retries", "eta", "expires", "timelimit",
+    "ignore_result",
+)  # fmt: skip
+
+
 def delayed(message: Message, seconds: float) -> Message:
     """The job's message such that it arrives so many seconds later, rounded up to whole ones, at least 1.
 
@@ -60,9 +76,10 @@ def delayed(message: Message, seconds: float) -> Message:
     """
     whole = min(max(1, math.ceil(seconds)), 2**DELAY_LEVELS - 1)
     bits = ".".join(f"{whole:0{DELAY_LEVELS}b}")
-    return replace(
-        message, exchange=delay_level(DELAY_LEVELS - 1), routing_key=f"{bits}.{message.routing_key}"
-    )
+    # Celery enters at the highest level, whose exchange and those below each look at the long key: that takes
+    # the broker milliseconds. The levels above the first 1 would only pass it down.
+    level = delay_level(whole.bit_length() - 1)
+    return replace(message, exchange=level, routing_key=f"{bits}.{message.routing_key}")
 
 
 def callback_message(

@@ -30,6 +30,8 @@ from schemas import InstallationError
 
 _log = logging.getLogger(__name__)
 
+_CALLBACKS_PER_THREAD = 8
+
 
 def application(settings: BrokerSettings) -> Celery:
     """The Celery application with every installed job. Raises InstallationError."""
@@ -85,6 +87,9 @@ def work(
         without_heartbeat=True,
         quiet=True,
         loglevel=None,
+        # Callbacks never wait for a thread, as they are put aside where they may not run: so many may come
+        # at once. A job of another kind may last, and must not be held from other processes meanwhile.
+        prefetch_multiplier=_CALLBACKS_PER_THREAD if set(queues) == {"inference.callbacks"} else 1,
     )
     consuming.watch(worker)
     _log.info("works on %s", ", ".join(queues))

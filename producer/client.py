@@ -58,7 +58,17 @@ from producer.flows import (
 )
 from producer.settings import ClientSettings
 from producer.transfers import CHUNK_BYTES, Source, Upload, is_batch_url, opened, target, whole_file
-from schemas import BatchStatus, CallbackEvent, Event, Priority, Result, State, TaskStatus, new_task_id
+from schemas import (
+    BatchStatus,
+    CallbackEvent,
+    CallbackRecord,
+    Event,
+    Priority,
+    Result,
+    State,
+    TaskStatus,
+    new_task_id,
+)
 
 __all__ = [
     "ApiError",
@@ -167,6 +177,18 @@ class Client:
     def cancel(self, task_id: str) -> TaskStatus:
         """Ask for the task to be cancelled. Raises Conflict where it has ended otherwise."""
         return self._run(self._flows.cancel(task_id))
+
+    def callbacks(self, task_id: str) -> Sequence[CallbackRecord]:
+        """What became of the task's callbacks, attempt by attempt."""
+        return self._run(self._flows.callbacks(task_id)).items
+
+    def resend(self, task_id: str, callback_id: str | None = None) -> Sequence[CallbackRecord]:
+        """Have a callback of the task sent again, under its `webhook-id`; without an id, all that failed."""
+        return self._run(self._flows.resend(task_id, callback_id)).items
+
+    def failed_callbacks(self, limit: int = 50) -> Sequence[CallbackRecord]:
+        """The callbacks that were given up, the newest first, as far as the index keeps them."""
+        return self._run(self._flows.failed_callbacks(limit)).items
 
     def list(
         self,
@@ -396,6 +418,18 @@ class AsyncClient:
     async def cancel(self, task_id: str) -> TaskStatus:
         """See Client.cancel."""
         return await self._run(self._flows.cancel(task_id))
+
+    async def callbacks(self, task_id: str) -> Sequence[CallbackRecord]:
+        """See Client.callbacks."""
+        return (await self._run(self._flows.callbacks(task_id))).items
+
+    async def resend(self, task_id: str, callback_id: str | None = None) -> Sequence[CallbackRecord]:
+        """See Client.resend."""
+        return (await self._run(self._flows.resend(task_id, callback_id))).items
+
+    async def failed_callbacks(self, limit: int = 50) -> Sequence[CallbackRecord]:
+        """See Client.failed_callbacks."""
+        return (await self._run(self._flows.failed_callbacks(limit))).items
 
     async def list(
         self,

@@ -19,7 +19,17 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from schemas import END_STATES, BatchStatus, CallbackEvent, Event, InferqError, Priority, Result, TaskStatus
+from schemas import (
+    END_STATES,
+    BatchStatus,
+    CallbackEvent,
+    CallbackRecord,
+    Event,
+    InferqError,
+    Priority,
+    Result,
+    TaskStatus,
+)
 
 _MAX_WAIT = 60
 _SHORTEST_WAIT = 0.5
@@ -128,6 +138,14 @@ class BatchPage(BaseModel):
     cursor: str | None
 
 
+class Callbacks(BaseModel):
+    """What became of callbacks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    items: tuple[CallbackRecord, ...]
+
+
 class Uploaded(BaseModel):
     """What an upload answers."""
 
@@ -232,6 +250,18 @@ class Flows:
                 detail = f"batch {batch_id!r} is {status.state} after {timeout:g} s"
                 raise NotEnded(detail, code="not_ended", status=409)
             yield Sleep(min(_BATCH_LOOK, left))
+
+    def callbacks(self, task_id: str) -> Flow[Callbacks]:
+        return parsed(Callbacks, (yield from self.request(Send("GET", f"{task_path(task_id)}/callbacks"))))
+
+    def resend(self, task_id: str, callback_id: str | None) -> Flow[Callbacks]:
+        path = f"{task_path(task_id)}/callbacks"
+        path += f"/{quote(callback_id, safe='')}/resend" if callback_id else "/resend"
+        return parsed(Callbacks, (yield from self.request(Send("POST", path))))
+
+    def failed_callbacks(self, limit: int) -> Flow[Callbacks]:
+        params = {"status": "failed", "limit": str(limit)}
+        return parsed(Callbacks, (yield from self.request(Send("GET", "/v1/callbacks", params=params))))
 
     def page(self, filters: Mapping[str, object], cursor: str | None) -> Flow[Page]:
         params = {

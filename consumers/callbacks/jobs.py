@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from celery import Celery, Task
@@ -16,7 +16,7 @@ from celery.exceptions import Reject
 from celery.worker.strategy import default as celery_strategy
 from pydantic import ValidationError
 
-from broker import CALLBACK_JOB, BrokerSettings, Message, Publisher, backoff, delayed, job_topology
+from broker import CALLBACK_JOB, BrokerSettings, Message, Publisher, backoff, delayed, job_copy, job_topology
 from consumers.callbacks.delivery import Delivery, Job
 from consumers.callbacks.metrics import CallbackMetrics
 from consumers.callbacks.sending import Sender
@@ -78,6 +78,9 @@ class CallbackJobs:
         targets = self._targets
         targets.threads = consumer.pool.limit
         deferred = self._metrics.deferred
+        if "inference.callbacks" in app.amqp.queues.consume_from:
+            self._delivery  # noqa: B018 - made before the first callback waits for it
+            self._publisher.wait_connected(_BROKER_PATIENCE_SECONDS)
         to_pool = celery_strategy(task, app, consumer)
 
         def handle(message: Any, body: Any, ack: Callable[..., None], reject: Callable[..., None],
@@ -90,18 +93,25 @@ class CallbackJobs:
                     reject(_log, consumer.connection_errors, True)
 
             try:
-                job = _read(message.body)
-            except (ValueError, TypeError, LookupError, RecursionError) as error:
-                _log.error("job %r is no callback and is dropped: %s", message.headers.get("id"), error)
-                ack(_log, consumer.connection_errors)
-                return
-            delay = targets.enter(_target(job))
+                # No more than is needed: what is put aside is put aside as it came.
+                target = _target(json.loads(message.body)[1]["callback"]["url"])
+            except (ValueError, TypeError, LookupError, RecursionError):
+                target = _NO_TARGET
+            delay = targets.enter(target)
             if delay is None:
-                to_pool(message, body, ack, reject, callbacks)
+                try:
+                    _read(message.body)
+                except (ValueError, TypeError, LookupError, RecursionError) as error:
+                    _log.error("job %r is no callback and is dropped: %s", message.headers.get("id"), error)
+                    targets.leave(target, 0.0, timed_out=False)
+                    ack(_log, consumer.connection_errors)
+                else:
+                    to_pool(message, body, ack, reject, callbacks)
                 return
             deferred.inc()
+            copy = job_copy("inference.callbacks", bytes(message.body), message.headers)
             try:
-                self._publisher.publish(delayed(job.message(), delay)).add_done_callback(settle)
+                self._publisher.publish(delayed(copy, delay)).add_done_callback(settle)
             except Outage as error:
                 failed: Future[None] = Future()
                 failed.set_exception(error)
@@ -124,7 +134,7 @@ class CallbackJobs:
             self._put_off(job, error)
         finally:
             timed_out = sent is not None and sent.timed_out
-            self._targets.leave(_target(job), time.monotonic() - began, timed_out=timed_out)
+            self._targets.leave(_target(job.callback.url), time.monotonic() - began, timed_out=timed_out)
 
     def _put_off(self, job: Job, error: Exception) -> None:
         try:
@@ -185,8 +195,13 @@ def _read(body: bytes | str) -> Job:
         raise ValueError(f"wrong in {places}") from None
 
 
-def _target(job: Job) -> Target:
+_NO_TARGET: Target = ("", "", 0)
+"""That of a URL which leads nowhere; it is refused when it is sent, and nothing is opened for it."""
+
+
+@lru_cache(4096)
+def _target(url: str) -> Target:
     try:
-        return parse_http_url(job.callback.url).origin
-    except InvalidTask:  # it is refused when it is sent; nothing is opened for it
-        return ("", "", 0)
+        return parse_http_url(url).origin
+    except InvalidTask:
+        return _NO_TARGET

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from producer.cli import batch, dead, keys, server, settings, tasks, topology
+from producer.cli import batch, callbacks, dead, keys, listen, secrets, server, settings, tasks, topology
 from producer.cli.output import complain
 from producer.client import Unauthorized
 from producer.up.commands import down, up
@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for part in (server.app, tasks.app, settings.app):
+for part in (server.app, tasks.app, settings.app, listen.app):
     app.add_typer(part)
 app.command()(up)
 app.command()(down)
@@ -31,6 +31,8 @@ app.add_typer(topology.app, name="topology", help="The exchanges and queues on t
 app.add_typer(batch.app, name="batch", help="Many tasks from one source.")
 app.add_typer(dead.app, name="dead", help="Tasks that could not be done.")
 app.add_typer(keys.app, name="keys", help="The gateway's API keys.")
+app.add_typer(callbacks.app, name="callback", help="What became of callbacks.")
+app.add_typer(secrets.app, name="secrets", help="What callbacks are signed with.")
 # The parts that are not the producer's: they announce themselves.
 for point in sorted(entry_points(group="inferq.commands"), key=lambda point: point.name):
     app.add_typer(point.load())

@@ -74,8 +74,6 @@ def submit(
             labels[submitted[-1].task_id] = " ".join(part.text for part in parts.values())
             if not (wait or out or as_json):
                 console.print(submitted[-1].task_id, markup=False, highlight=False)
-        if callback is not None:
-            errors.print("note: callbacks are not sent yet; the URL is kept with the task", style="dim")
         if wait or out:
             _finish(client, labels, out, as_json)
         elif as_json:

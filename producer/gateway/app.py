@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from broker.publisher import Publisher
 from broker.settings import BrokerSettings
 from broker.topology import topology_for
-from producer.gateway import batches, events, files, health, openapi, problems, tasks
+from producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from producer.gateway.access import Access
 from producer.gateway.health import ReadinessProbe
 from producer.gateway.hub import EventHub
@@ -26,6 +26,7 @@ from producer.settings import GatewaySettings
 from schemas import installed_types
 from storage.batch_index import BatchIndex
 from storage.batches import BatchStore
+from storage.callbacks import CallbackRecords
 from storage.objects import open_store
 from storage.results import ResultStore
 from storage.settings import StorageSettings
@@ -64,6 +65,7 @@ def create_app(
         status=status,
         store=store,
         results=ResultStore(store),
+        callbacks=CallbackRecords(store, status),
         publisher=publisher,
         hub=EventHub(storage.redis_url, timeout=storage.redis_timeout),
         metrics=metrics,
@@ -85,7 +87,7 @@ def create_app(
     app.state.readiness = ReadinessProbe(services)
     problems.register(app)
     app.add_middleware(Access, metrics=metrics)
-    for part in (tasks, batches, events, files, health):
+    for part in (tasks, batches, callbacks, events, files, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend it
     return app

@@ -18,6 +18,7 @@ from producer.keys import KeyFile
 from producer.settings import GatewaySettings
 from storage.batch_index import BatchIndex
 from storage.batches import BatchStore
+from storage.callbacks import CallbackRecords
 from storage.objects import ObjectStore
 from storage.results import ResultStore
 from storage.status import StatusIndex
@@ -58,6 +59,7 @@ class Services:
     status: StatusIndex
     store: ObjectStore
     results: ResultStore
+    callbacks: CallbackRecords
     publisher: TaskPublisher
     hub: EventHub
     metrics: Metrics

@@ -16,8 +16,11 @@ from producer.up.part import LOOPBACK, Part, port_free
 from producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake
 from producer.up.redis import RedisServer, ping
 from schemas import InferqError, installed_types
+from storage import WebhookSecrets
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
+_JOB_PARTS = ("callbacks", "batches")
+"""Each has a process of its own, so that feeding a batch never holds up a callback."""
 TENANT = "default"
 
 
@@ -55,7 +58,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     A `port` of 0 takes a free one and keeps it. A broker or a Redis that the environment names is used
     instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
-    names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in types)]
+    names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in (*types, *_JOB_PARTS))]
     if port == 0:
         names.append("gateway")
     elif not port_free(port):
@@ -99,6 +102,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         "INFERQ_API_URL": f"http://{LOOPBACK}:{port}",
         "INFERQ_API_KEY": _api_key(folder),
         "INFERQ_API_KEYS_FILE": str(folder.path / "keys.json"),
+        "INFERQ_WEBHOOK_SECRETS_FILE": str(_webhook_secrets(folder)),
     }
     (folder.path / "store").mkdir(exist_ok=True)
     folder.write_env(variables)
@@ -108,6 +112,10 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     env = os.environ | variables
     parts.append(_gateway(port, env, services))
     parts += [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
+    # So that `inferq listen` on this machine hears them.
+    allowed = os.environ.get("INFERQ_CALLBACK_ALLOWED_NETWORKS", "127.0.0.0/8,::1/128")
+    env = env | {"INFERQ_CALLBACK_ALLOWED_NETWORKS": allowed}
+    parts += [_jobs(name, ports[f"probe-{name}"], env, services) for name in _JOB_PARTS]
     return Plan(tuple(parts), variables, facts)
 
 
@@ -135,6 +143,19 @@ def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str,
         # A task in hand may go on for the worker's own grace (INFERQ_GRACE_SECONDS, 30 s) before that.
         grace=40,
         start_limit=300,
+    )
+
+
+def _jobs(queue: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
+    return Part(
+        name=queue,
+        argv=(sys.executable, "-m", "producer.cli", "callbacks", "--queues", queue),
+        env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
+        probe=lambda: http_ready(port),
+        needs=needs,
+        stop_rank=5,
+        grace=20,
+        start_limit=60,
     )
 
 
@@ -183,6 +204,14 @@ def _api_key(folder: DataFolder) -> str:
     if kept and keys.tenant_of(kept) is not None:
         return kept
     return keys.add(TENANT, name="inferq up")
+
+
+def _webhook_secrets(folder: DataFolder) -> Path:
+    file = folder.path / "webhook-secrets.json"
+    secrets = WebhookSecrets(file)
+    if not secrets.of(TENANT):
+        secrets.rotate(TENANT)
+    return file
 
 
 def _shortest(path: Path) -> str:

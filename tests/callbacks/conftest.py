@@ -1,4 +1,4 @@
-"""A receiver over real HTTP, and `inferq callbacks` as it runs in a container, with everything real around."""
+"""A receiver over real HTTP, and `inferq callbacks` as it runs in a container, everything else real."""
 
 from __future__ import annotations
 
@@ -70,8 +70,6 @@ class Receiver:
                 receiver.got.append(Got(self.path, headers, body, time.monotonic()))
                 with suppress(OSError):
                     (receiver.answer or say(200))(self, number)
-
-            do_GET = do_POST
 
             def log_message(self, *_about: object) -> None:
                 return

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 
-from tests.callbacks.conftest import TENANT, Caller, Receiver, callback
+import pytest
+
+from broker import job_message
+from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
+from tests.worker.conftest import eventually
+
+
+def drip(handler: BaseHTTPRequestHandler, _number: int) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    for _ in range(200):
+        handler.wfile.write(b"x")
+        handler.wfile.flush()
+        time.sleep(0.05)
 
 
 def test_a_callback_arrives_signed_with_every_valid_secret(caller: Caller, receiver: Receiver) -> None:
@@ -26,3 +41,137 @@ def test_a_callback_arrives_signed_with_every_valid_secret(caller: Caller, recei
     caller.came_to(again, "delivered")
     assert receiver.got[1].verify(new) == receiver.got[1].verify(old) == json.loads(again.body)
     assert len(receiver.got[1].headers["webhook-signature"].split(" ")) == 2
+
+
+def test_each_kind_of_receiver_gets_what_it_deserves(caller: Caller) -> None:
+    """One process, receivers of all kinds at once: the schedule is 0, 1 and 1 s, an attempt takes 2 s."""
+    caller.start(INFERQ_CALLBACK_TIMEOUT="2")
+    answers = {
+        "mends": in_turn(say(500, b"oh\x00 no"), say(200)),
+        "redirects": say(302, Location="http://127.0.0.1:1/"),
+        "gone": say(410),
+        "refuses": say(400),
+        "asks to wait": in_turn(say(503, Retry_After="3"), say(204)),
+        "hangs": hang(20),
+        "drips": drip,
+    }
+    with ExitStack() as stack:
+        receivers = {name: stack.enter_context(Receiver(answer)) for name, answer in answers.items()}
+        sent = {name: callback(receiver.url) for name, receiver in receivers.items()}
+        sent["private"] = callback("http://10.1.2.3/hook")
+        sent["no name"] = callback("http://nowhere.invalid/hook")
+        sent["no url"] = callback("http://[::1/hook")
+        sent["closed"] = callback("http://127.0.0.1:1/hook")
+        sent["no secret"] = callback(receivers["mends"].url, tenant="unknown")
+        caller.send(*sent.values())
+        delivered = {name: caller.came_to(sent[name], "delivered") for name in ("mends", "asks to wait")}
+        failed = {name: caller.came_to(sent[name], "failed") for name in sent.keys() - delivered.keys()}
+        got = {name: receiver.got for name, receiver in receivers.items()}
+    assert [a.status for a in delivered["mends"].attempts] == [500, 200]
+    assert delivered["mends"].attempts[0].response == "oh  no"
+    assert {request.id for request in got["mends"]} == {sent["mends"].callback_id}
+    assert len({request.body for request in got["mends"]}) == 1
+    assert got["asks to wait"][1].at - got["asks to wait"][0].at >= 3
+    assert [a.status for a in failed["gone"].attempts] == [410]
+    assert [a.status for a in failed["refuses"].attempts] == [400, 400, 400]
+    assert [a.status for a in failed["redirects"].attempts] == [302, 302, 302]
+    for name, words in {
+        "hangs": "no answer within 2 s",
+        "drips": "did not end within 2 s",
+        "private": "INFERQ_CALLBACK_ALLOWED_NETWORKS",
+        "no name": "cannot be resolved",
+        "no url": "bad_input_url",
+        "closed": "the connection failed",
+        "no secret": "inferq secrets rotate unknown",
+    }.items():
+        assert words in failed[name].attempts[-1].error, name
+        assert len(failed[name].attempts) == 3
+    assert all(a.seconds < 3.5 for a in failed["drips"].attempts)
+    for name, record in failed.items():
+        kept = caller.records.kept(record.tenant, "task", sent[name].subject_id)
+        assert [(r.callback_id, r.body) for r in kept] == [(record.callback_id, sent[name].body)], name
+    listed = {r.callback_id for r in caller.records.failures(TENANT)}
+    assert listed == {r.callback_id for r in failed.values() if r.tenant == TENANT}
+
+
+def test_a_dead_target_holds_up_nobody_elses(caller: Caller) -> None:
+    """1,000 callbacks for a target that hangs, 50 each for six more of them, then one for a healthy one."""
+    caller.start(INFERQ_CALLBACK_SCHEDULE="0,300")
+    with ExitStack() as stack:
+        dead = stack.enter_context(Receiver(hang()))
+        others = [stack.enter_context(Receiver(hang())) for _ in range(6)]
+        healthy = stack.enter_context(Receiver())
+        caller.send(*(callback(dead.url) for _ in range(1000)))
+        began = time.monotonic()
+        sent = callback(healthy.url)
+        caller.send(sent)
+        eventually(lambda: healthy.got, 30, "the healthy target's callback")
+        one = time.monotonic() - began
+        caller.send(*(callback(other.url) for other in others for _ in range(50)))
+        began = time.monotonic()
+        caller.send(callback(healthy.url))
+        eventually(lambda: len(healthy.got) == 2, 30, "the healthy target's second callback")
+        several = time.monotonic() - began
+        print(f"behind 1,000 of one dead target: {one:.2f} s; behind 300 of six: {several:.2f} s")  # noqa: T201 - the figures
+        assert one < 2
+        assert several < 2
+        assert len(dead.got) <= 2
+        metrics = caller.get("/metrics").text
+        assert "inferq_callbacks_deferred_total" in metrics
+        (flying,) = [line for line in metrics.splitlines() if line.startswith("inferq_callbacks_in_flight")]
+        assert float(flying.split()[1]) <= 14
+
+
+def test_a_process_that_is_killed_in_mid_delivery_costs_no_callback(caller: Caller) -> None:
+    def slow_once(handler: BaseHTTPRequestHandler, number: int) -> None:
+        (hang(20) if number == 0 else say(200))(handler, number)
+
+    with Receiver(slow_once) as receiver:
+        process = caller.start()
+        sent = callback(receiver.url)
+        caller.send(sent)
+        eventually(lambda: receiver.got)
+        process.kill()
+        process.wait()
+        caller.start(ready=False)
+        caller.came_to(sent, "delivered", 30)
+        assert {got.id for got in receiver.got} == {sent.callback_id}
+        assert len(receiver.got) == 2
+
+
+def test_what_is_no_callback_is_dropped_and_stops_nobody(caller: Caller, receiver: Receiver) -> None:
+    for arguments in ({}, {"callback": 1}, {"callback": {"url": "x"}}):
+        message = job_message("callbacks.deliver", "inference.callbacks", arguments, job_id="bad")
+        caller.publisher.publish(message).result()
+    sent = callback(receiver.url)
+    caller.send(sent)
+    caller.start()
+    caller.came_to(sent, "delivered")
+    assert caller.site.depth("inference.callbacks") == 0
+    assert caller.log.read_text().count("is no callback and is dropped") == 3
+
+
+def test_without_redis_a_callback_is_delivered_all_the_same(caller: Caller, receiver: Receiver) -> None:
+    caller.start(INFERQ_REDIS_URL="redis://127.0.0.1:1/0")
+    caller.send(callback(receiver.url))
+    eventually(lambda: receiver.got)
+    gone = callback("http://127.0.0.1:1/hook")
+    caller.send(gone)
+    (kept,) = eventually(lambda: caller.records.kept(TENANT, "task", gone.subject_id))
+    assert len(kept.attempts) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("INFERQ_CALLBACK_SCHEDULE", "soon"),
+        ("INFERQ_CALLBACK_SCHEDULE", "-1"),
+        ("INFERQ_CALLBACK_SCHEDULE", ""),
+        ("INFERQ_CALLBACK_ALLOWED_NETWORKS", "localhost"),
+        ("INFERQ_CALLBACK_TIMEOUT", "0"),
+    ],
+)
+def test_bad_settings_are_named(caller: Caller, setting: str, value: str) -> None:
+    process = caller.start("--check", ready=False, **{setting: value})
+    assert process.wait(20) == 1
+    assert setting in caller.log.read_text()

@@ -1,0 +1,76 @@
+"""inferq listen: see the callbacks come."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from producer.cli.output import JsonFlag, console, errors
+from schemas import InstallationError
+from storage.webhook_secrets import WebhookSecrets, WebhookSettings
+
+app = typer.Typer()
+
+
+@app.command()
+def listen(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="whsec_… to verify with (default: INFERQ_WEBHOOK_SECRET, else the file of secrets)."
+        ),
+    ] = None,
+    fail: Annotated[int, typer.Option(min=0, help="Fail so many callbacks first, to see them repeated.")] = 0,
+    status: Annotated[int, typer.Option(min=200, max=599, help="What those are answered.")] = 500,
+    as_json: JsonFlag = False,
+) -> None:
+    """Receive callbacks, verify their signatures and print a line for each, until Ctrl-C."""
+    try:
+        from producer.listen import Heard, Listener, check_secret
+    except ImportError as error:
+        raise InstallationError(
+            f"listening needs packages that are not installed ({error}); pip install 'inferq[jobs]'"
+        ) from error
+
+    given = secret or [part for part in os.environ.get("INFERQ_WEBHOOK_SECRET", "").split() if part]
+    chosen = [check_secret(text) for text in given]
+    kept = WebhookSecrets(WebhookSettings.load().webhook_secrets_file)
+    lock = threading.Lock()
+
+    def secrets() -> Sequence[str]:
+        if chosen:
+            return chosen
+        tenants = sorted({record.tenant for record in kept.list()})
+        return [text for tenant in tenants for text in kept.of(tenant)]
+
+    def show(heard: Heard) -> None:
+        with lock:
+            if as_json:
+                sys.stdout.write(
+                    json.dumps(vars(heard) | {"verified": heard.verified}, ensure_ascii=False) + "\n"
+                )
+                sys.stdout.flush()
+                return
+            word = "verified" if heard.verified else f"NOT VERIFIED ({heard.fault})"
+            line = f"{heard.type} {heard.subject_id} #{heard.sequence} {word}"
+            told = "" if heard.answered < 300 else f", answered {heard.answered}"
+            console.print(Text(f"{line}{told} {heard.webhook_id}"), soft_wrap=True)
+
+    listener = Listener(show, secrets=secrets, host=host, port=port, fail=fail, status=status)
+    errors.print(
+        f"listening; submit with: --callback {listener.url}", markup=False, highlight=False, soft_wrap=True
+    )
+    if not secrets():
+        errors.print(
+            "no secrets to verify with: set INFERQ_WEBHOOK_SECRETS_FILE or give --secret", style="yellow"
+        )
+    listener.serve()

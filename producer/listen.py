@@ -1,0 +1,151 @@
+"""A small receiver of callbacks, for development: it verifies signatures and hands on what it got."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from standardwebhooks import Webhook, WebhookVerificationError
+from standardwebhooks.webhooks import EmptyWebhookSecretError
+
+from schemas import InferqError, InstallationError
+
+_MAX_BYTES = 1 << 20
+_IDLE_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A callback that came. `fault` says why its signature does not hold; None where it does."""
+
+    webhook_id: str
+    type: str
+    subject_id: str
+    sequence: int | None
+    fault: str | None
+    answered: int
+    body: Any
+
+    @property
+    def verified(self) -> bool:
+        return self.fault is None
+
+
+def fault_of(body: bytes, headers: dict[str, str], secrets: Sequence[str]) -> str | None:
+    """Why none of the secrets has signed this, or None where one has."""
+    if not secrets:
+        return "no secret to verify it with"
+    faults = []
+    for secret in secrets:
+        try:
+            Webhook(secret).verify(body, headers, json_parse=False)
+        except (WebhookVerificationError, ValueError) as error:
+            # The library's parser trips over headers that are not of the form: that is a refusal, too.
+            faults.append(str(error) or "it cannot be read")
+        else:
+            return None
+    return faults[0]
+
+
+class Listener:
+    """Listens at `host`:`port`; port 0 takes a free one. `heard` is called for each callback, on its thread.
+
+    The first `fail` requests are answered with `status`; what does not verify, with 401.
+    """
+
+    def __init__(
+        self,
+        heard: Callable[[Heard], None],
+        *,
+        secrets: Callable[[], Sequence[str]],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        fail: int = 0,
+        status: int = 500,
+    ) -> None:
+        numbers = itertools.count()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = _IDLE_SECONDS
+
+            def do_POST(self) -> None:
+                length = self.headers.get("content-length", "")
+                if not length.isascii() or not length.isdigit() or int(length) > _MAX_BYTES:
+                    self.close_connection = True
+                    self._answer(413 if length.isdigit() else 411)
+                    return
+                body = self.rfile.read(int(length))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                fault = fault_of(body, headers, secrets())
+                answer = 401 if fault else status if next(numbers) < fail else 204
+                heard(_heard(body, headers, fault, answer))
+                self._answer(answer)
+
+            def do_GET(self) -> None:
+                self._answer(405)
+
+            def _answer(self, code: int) -> None:
+                self.send_response(code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_about: object) -> None:
+                return
+
+        try:
+            self._server = ThreadingHTTPServer((host, port), Handler)
+        except OSError as error:
+            raise InstallationError(
+                f"cannot listen at {host}:{port}: {error.strerror}; choose another --port (0: a free one)"
+            ) from error
+        self._host = host
+        self.port = int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self._host in ("0.0.0.0", "") else self._host  # noqa: S104 - compared, not bound
+        return f"http://{host}:{self.port}/"
+
+    def serve(self) -> None:
+        """Listen until `close` is called from another thread, or an exception comes (Ctrl-C)."""
+        self._server.serve_forever(0.1)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _heard(body: bytes, headers: dict[str, str], fault: str | None, answered: int) -> Heard:
+    try:
+        content: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
+    event = content if isinstance(content, dict) else {}
+    data = event.get("data")
+    data = data if isinstance(data, dict) else {}
+    sequence = data.get("sequence")
+    return Heard(
+        webhook_id=headers.get("webhook-id", ""),
+        type=str(event.get("type", "?")),
+        subject_id=str(data.get("task_id") or data.get("batch_id") or "?"),
+        sequence=sequence if isinstance(sequence, int) else None,
+        fault=fault,
+        answered=answered,
+        body=content,
+    )
+
+
+def check_secret(secret: str) -> str:
+    """The secret itself. Raises InferqError (`bad_secret`) where it is none."""
+    try:
+        Webhook(secret)
+    except (ValueError, RuntimeError, EmptyWebhookSecretError) as error:
+        raise InferqError(
+            "the secret is not whsec_ and base64; print one with: inferq secrets show", code="bad_secret"
+        ) from error
+    return secret

@@ -1,0 +1,76 @@
+"""Webhook secrets: rotation with two valid at once, a private file, changes that show at once."""
+
+from __future__ import annotations
+
+import json
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from standardwebhooks import Webhook
+
+from consumers.callbacks.sending import signatures
+from schemas import InferqError, InstallationError
+from storage import WebhookSecrets
+from tests.callbacks.conftest import callback
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> WebhookSecrets:
+    return WebhookSecrets(tmp_path / "some" / "secrets.json")
+
+
+def test_rotation_keeps_the_secret_of_before_valid_for_a_while(secrets: WebhookSecrets) -> None:
+    first = secrets.rotate("acme").secret.get_secret_value()
+    second = secrets.rotate("acme", keep=3600).secret.get_secret_value()
+    assert secrets.of("acme") == (second, first)
+    third = secrets.rotate("acme", keep=0).secret.get_secret_value()
+    assert secrets.of("acme") == (third,)
+    assert secrets.of("other") == ()
+
+
+def test_a_later_rotation_does_not_prolong_an_old_secret(secrets: WebhookSecrets) -> None:
+    secrets.rotate("acme")
+    secrets.rotate("acme", keep=60)
+    secrets.rotate("acme", keep=86400)
+    (oldest, *_) = secrets.list()
+    assert oldest.until is not None
+    assert oldest.until < datetime.now(UTC) + timedelta(seconds=61)
+
+
+def test_a_revoked_secret_is_gone_and_other_processes_see_it(secrets: WebhookSecrets, tmp_path: Path) -> None:
+    made = secrets.rotate("acme")
+    other = WebhookSecrets(tmp_path / "some" / "secrets.json")
+    assert len(other.of("acme")) == 1
+    secrets.revoke(made.secret_id)
+    assert other.of("acme") == ()
+    with pytest.raises(InferqError, match="inferq secrets list"):
+        secrets.revoke(made.secret_id)
+
+
+def test_the_file_is_private_and_no_message_quotes_it(secrets: WebhookSecrets, tmp_path: Path) -> None:
+    secrets.rotate("acme")
+    file = tmp_path / "some" / "secrets.json"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert secrets.list()[0].secret.get_secret_value() not in repr(secrets.list())
+    file.write_text(json.dumps([{"tenant": "acme", "secret": "whsec_private", "created": "never"}]))
+    with pytest.raises(InstallationError, match="INFERQ_WEBHOOK_SECRETS_FILE") as refused:
+        secrets.list()
+    assert "whsec_private" not in str(refused.value)
+    with pytest.raises(InferqError, match="bad/name"):
+        WebhookSecrets(tmp_path / "x.json").rotate("bad/name")
+
+
+def test_the_reference_library_verifies_each_signature_over_the_exact_bytes(secrets: WebhookSecrets) -> None:
+    secrets.rotate("acme")
+    secrets.rotate("acme")
+    sent = callback("https://example.com/", tenant="acme")
+    now = datetime.now(UTC)
+    headers = {
+        "webhook-id": sent.callback_id,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": signatures(sent, secrets.of("acme"), now),
+    }
+    for secret in secrets.of("acme"):
+        assert Webhook(secret).verify(sent.body.encode(), headers)["type"] == "task.succeeded"
