@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import astuple
 from datetime import UTC, datetime
@@ -145,6 +146,33 @@ def _warmup(ground: Site, share: int, say: Say) -> None:
         say(f"| {name} | {first:,.1f} | {later:,.1f} | {statistics.median(ratios):.2f} | {max(ratios):.2f} |")
 
 
+def _feed(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.contestants import Celery
+    from benchmarks.feed import feed
+
+    celery = Celery(ground)
+    begun = time.perf_counter()
+    count = 2_000 // share
+    celery.publish(count)
+    celery_rate = count / (time.perf_counter() - begun)
+    celery.close()
+    fed = [feed(ground, 100_000 // share), feed(ground, 1_000_000 // share)]
+    say("## Feeding a batch of echo lines, each task confirmed by the broker, from the file to the queue")
+    say("")
+    say("One feeder process, no worker: its peak memory, what Redis holds")
+    say("of the batch, and the status of the batch over HTTP, asked five times a second meanwhile.")
+    say("")
+    say("| lines | lines/s | times Celery | feeder, MB | Redis, MB | status p50, ms | status max, ms |")
+    say("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for one in fed:
+        say(
+            f"| {one.lines:,} | {one.rate:,.0f} | {one.rate / celery_rate:.1f} | {one.feeder_peak / 1e6:.0f} "
+            f"| {one.redis / 1e6:.2f} | {one.status_p50 * 1e3:.1f} | {one.status_max * 1e3:.1f} |"
+        )
+    say("")
+    say(f"Celery publishing the same tasks, each confirmed: {celery_rate:,.0f}/s.")
+
+
 def _beside_bare(say: Say, what: str, unit: str, how: str, rates: Rates) -> None:
     say(f"## {what}, {unit} per second: the whole system against the bare engine in a loop")
     say("")
@@ -185,6 +213,7 @@ PARTS: dict[str, Callable[[Site, int, Say], None]] = {
     "ocr": _ocr,
     "ner": _ner,
     "warmup": _warmup,
+    "feed": _feed,
 }
 
 

@@ -69,7 +69,19 @@ def _nothing() -> None:
     """Wakes the loop up, and no more."""
 
 
-class _Connection(pika.SelectConnection):
+class FrameConnection(pika.SelectConnection):
+    """A connection that also sends frames that were encoded before."""
+
+    @property
+    def largest_payload(self) -> int:
+        """How many bytes of a body one frame holds, as agreed with the broker."""
+        size: int = self._body_max_length  # type: ignore[attr-defined]
+        return size
+
+    def send_frames(self, frames: Sequence[bytes]) -> None:
+        if frames:
+            self._output_marshaled_frames(frames)
+
     def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:
         # pika makes a system call, and the broker a wake-up, of each frame; a message has three.
         super()._output_marshaled_frames([b"".join(marshaled_frames)])  # type: ignore[misc]
@@ -93,7 +105,7 @@ class BrokerThread:
         self._parameters = itertools.cycle(settings.connections(name))
         self._topology = topology
         self._loop: IOLoop | None = None
-        self._connection: pika.SelectConnection | None = None
+        self._connection: FrameConnection | None = None
         self._channel: Channel | None = None
         self._ready = threading.Event()
         self._closing = threading.Event()
@@ -242,7 +254,7 @@ class BrokerThread:
         with self._lock:
             self._loop = loop
         try:
-            self._connection = _Connection(
+            self._connection = FrameConnection(
                 parameters,
                 on_open_callback=self._connection_open,
                 on_open_error_callback=lambda _c, error: self._failed(where, error),

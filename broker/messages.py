@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import pika
+from pika.exceptions import ShortStringTooLong
 
 from broker.topology import DEAD, TASKS, retry_exchange, routing_key
 from schemas import InferqError, Priority, Task
@@ -24,6 +28,27 @@ _TRACE = (TRACEPARENT, "tracestate")
 _TRACE_CHARACTERS = 512
 _MOST = 1_000_000
 """Counts in headers are anybody's to set; beyond this they are taken for this."""
+
+
+_PLAIN = (int, str)
+_TIMESTAMP = struct.Struct(">Q")
+_IDENTIFIED = (
+    pika.BasicProperties.FLAG_MESSAGE_ID
+    | pika.BasicProperties.FLAG_TIMESTAMP
+    | pika.BasicProperties.FLAG_TYPE
+)
+
+
+@lru_cache(1024)
+def _encoded_head(headers: tuple[tuple[str, Any], ...], _types: tuple[type, ...]) -> bytes:
+    """The properties before the message's id, whose flags announce what follows.
+
+    https://www.rabbitmq.com/resources/specs/amqp0-9-1.pdf, section 4.2.6.1
+    """
+    head = pika.BasicProperties(content_type="application/json", delivery_mode=2, headers=dict(headers))
+    pieces = b"".join(head.encode())
+    (flags,) = struct.unpack(">H", pieces[:2])
+    return struct.pack(">H", flags | _IDENTIFIED) + pieces[2:]
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,21 @@ class Message:
             timestamp=int(datetime.now(UTC).timestamp()),
             headers=dict(self.headers),
         )
+
+    def encoded_properties(self) -> bytes:
+        """What `properties` travels as, and faster: most of it is the same for many messages.
+
+        Raises what pika raises where it cannot be encoded.
+        """
+        values = tuple(self.headers.items())
+        if self.message_id is None or self.type is None or not all(type(v) in _PLAIN for _, v in values):
+            return b"".join(self.properties().encode())
+        message_id, kind = self.message_id.encode(), self.type.encode()
+        if len(message_id) > 255 or len(kind) > 255:
+            raise ShortStringTooLong(self.message_id)
+        return _encoded_head(values, tuple(map(type, self.headers.values()))) + b"%c%b%b%c%b" % (
+            len(message_id), message_id, _TIMESTAMP.pack(int(time.time())), len(kind), kind,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

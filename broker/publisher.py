@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,14 +33,33 @@ _MAX_HEADER_BYTES = 64 * 1024
 """The largest properties that are sent: they have to fit into one frame, of 128 KiB by default."""
 
 
+_FRAME = struct.Struct(">BHI")
+_CONTENT = struct.Struct(">HxxQ")
+_END = bytes([spec.FRAME_END])
+_KEPT_METHODS = 1000
+
+_BURST_BYTES = 256 * 1024
+"""How much is handed to the connection at a time."""
+
+
+@dataclass(eq=False)
+class _Answer:
+    """What a caller waits for: the confirms of `left` messages, or the first error among them."""
+
+    left: int
+    error: Exception | None = None
+    future: Future[None] = field(default_factory=Future)
+
+
 @dataclass(eq=False)
 class _Pending:
     message: Message
     deadline: float
-    properties: pika.BasicProperties
+    encoded: bytes
+    answer: _Answer
     returned: str | None = None
     sent: bool = False
-    future: Future[None] = field(default_factory=Future)
+    settled: bool = False
 
 
 class Publisher(BrokerThread):
@@ -65,6 +84,7 @@ class Publisher(BrokerThread):
         self._gate = threading.Lock()
         self._closed = False
         self._blocked_since: float | None = None
+        self._methods: dict[tuple[int, str, str], bytes] = {}
 
     def publish(self, message: Message, *, timeout: float | None = None) -> Future[None]:
         """Send a message; the future resolves once the broker has confirmed it.
@@ -72,20 +92,50 @@ class Publisher(BrokerThread):
         Blocks while the window is full. `timeout` bounds, in seconds, the wait for a place and for the
         confirm together; the default is the setting `publish_timeout`.
         """
-        pending = self._pending(message, timeout)
-        if not self._window.acquire(timeout=max(0.0, pending.deadline - time.monotonic())):
-            raise self._late("the publish window stayed full")
-        return self._send(pending)
+        return self.publish_all([message], timeout=timeout)
+
+    def publish_all(self, messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
+        """Send messages; the future resolves once the broker has confirmed them all.
+
+        It is as `publish` for each, but for less: one wake-up of the connection, one future. Where some are
+        not confirmed it raises the first error, once all are answered; the others have been confirmed.
+        Blocks while the window is full. Raises InvalidTask, with nothing sent, for what cannot be.
+        """
+        answer = _Answer(len(messages))
+        burst = [self._pending(message, timeout, answer) for message in messages]
+        if not burst:
+            answer.future.set_result(None)
+            return answer.future
+        # From here on the answer is ours to give: a caller's cancel cannot take the messages back.
+        answer.future.set_running_or_notify_cancel()
+        begun = 0
+        for number, pending in enumerate(burst):
+            if self._window.acquire(blocking=False):
+                continue
+            # What has a place goes out before this waits for one: it is what will make room.
+            self._send(burst[begun:number])
+            begun = number
+            if not self._window.acquire(timeout=max(0.0, pending.deadline - time.monotonic())):
+                late = self._late("the publish window stayed full")
+                if number == 0:
+                    raise late
+                for missed in burst[number:]:
+                    self._settle(missed, late)
+                return answer.future
+        self._send(burst[begun:])
+        return answer.future
 
     async def confirm(self, message: Message, *, timeout: float | None = None) -> None:
         """Send a message and wait for its confirm, from asyncio. Raises what `publish` gives."""
-        pending = self._pending(message, timeout)
+        pending = self._pending(message, timeout, _Answer(1))
         # A thread that waited for a place would take it even for a caller that has been cancelled.
         while not self._window.acquire(blocking=False):
             if time.monotonic() >= pending.deadline:
                 raise self._late("the publish window stayed full")
             await asyncio.sleep(_WINDOW_LOOK_SECONDS)
-        await asyncio.wrap_future(self._send(pending))
+        pending.answer.future.set_running_or_notify_cancel()
+        self._send([pending])
+        await asyncio.wrap_future(pending.answer.future)
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait up to `timeout` seconds for what is unconfirmed, then close; the rest raises."""
@@ -100,25 +150,24 @@ class Publisher(BrokerThread):
     def _busy(self) -> bool:
         return bool(self._waiting or self._unconfirmed)
 
-    def _pending(self, message: Message, timeout: float | None) -> _Pending:
+    def _pending(self, message: Message, timeout: float | None, answer: _Answer) -> _Pending:
         if self._closing.is_set():
             raise BrokerUnavailable("the publisher is closed")
         limit = self._settings.publish_timeout if timeout is None else timeout
-        return _Pending(message, time.monotonic() + limit, _sendable(message))
+        return _Pending(message, time.monotonic() + limit, _sendable(message), answer)
 
-    def _send(self, pending: _Pending) -> Future[None]:
-        # From here on the answer is ours to give: a caller's cancel cannot take the message back.
-        pending.future.set_running_or_notify_cancel()
+    def _send(self, burst: Sequence[_Pending]) -> None:
+        """Have messages sent that have their places in the window."""
         with self._gate:
             if self._closed:
-                self._window.release()
+                for _ in burst:
+                    self._window.release()
                 raise BrokerUnavailable("the publisher is closed")
-            self._waiting.append(pending)
+            self._waiting.extend(burst)
         if not self._wake_due:
             self._wake_due = True
             if not self._call(self._drain):
                 self._wake_due = False
-        return pending.future
 
     def _late(self, what: str) -> BrokerUnavailable:
         if self.blocked_reason is not None:
@@ -150,10 +199,13 @@ class Publisher(BrokerThread):
 
     def _drain(self) -> None:
         self._wake_due = False
-        channel = self._channel
-        if channel is None or not channel.is_open or self._blocked_since is not None:
+        channel, connection = self._channel, self._connection
+        if channel is None or connection is None or not channel.is_open or self._blocked_since is not None:
             return
+        one_frame = connection.largest_payload
         now = time.monotonic()
+        frames: list[bytes] = []
+        size = 0
         while self._waiting:
             pending = self._waiting.popleft()
             if pending.deadline <= now:
@@ -163,9 +215,37 @@ class Publisher(BrokerThread):
             self._last_tag += 1
             self._unconfirmed[self._last_tag] = pending
             pending.sent = True
-            channel.basic_publish(
-                message.exchange, message.routing_key, message.body, pending.properties, mandatory=True
+            if len(message.body) <= one_frame:
+                framed = self._framed(channel, pending)
+                frames.append(framed)
+                size += len(framed)
+            if size > _BURST_BYTES or len(message.body) > one_frame:
+                connection.send_frames(frames)
+                frames, size = [], 0
+            if len(message.body) > one_frame:
+                channel.basic_publish(
+                    message.exchange, message.routing_key, message.body, message.properties(), mandatory=True
+                )
+        connection.send_frames(frames)
+
+    def _framed(self, channel: Channel, pending: _Pending) -> bytes:
+        """What pika's basic_publish would send, from parts that were encoded before; for one body frame."""
+        number, message = channel.channel_number, pending.message
+        where = (number, message.exchange, message.routing_key)
+        method = self._methods.get(where)
+        if method is None:
+            if len(self._methods) >= _KEPT_METHODS:
+                self._methods.clear()
+            publish = spec.Basic.Publish(
+                exchange=message.exchange, routing_key=message.routing_key, mandatory=True
             )
+            method = self._methods[where] = pika.frame.Method(number, publish).marshal()
+        body = message.body
+        header = _CONTENT.pack(spec.BasicProperties.INDEX, len(body)) + pending.encoded
+        parts = [method, _FRAME.pack(spec.FRAME_HEADER, number, len(header)), header, _END]
+        if body:
+            parts += [_FRAME.pack(spec.FRAME_BODY, number, len(body)), body, _END]
+        return b"".join(parts)
 
     def _returned(
         self,
@@ -241,23 +321,34 @@ class Publisher(BrokerThread):
             self._resolve(self._unconfirmed.popitem()[1], error)
 
     def _resolve(self, pending: _Pending, error: Exception | None) -> None:
-        if pending.future.done():
-            return  # closing was faster
-        self._window.release()
-        if error is None:
-            pending.future.set_result(None)
-        else:
-            pending.future.set_exception(error)
+        if self._settle(pending, error):
+            self._window.release()
+
+    def _settle(self, pending: _Pending, error: Exception | None) -> bool:
+        """Answer for a message, once; False where closing was faster."""
+        with self._gate:
+            if pending.settled:
+                return False
+            pending.settled = True
+            answer = pending.answer
+            answer.left -= 1
+            answer.error = answer.error or error
+            last = answer.left == 0
+        if last and answer.error is None:
+            answer.future.set_result(None)
+        elif last:
+            answer.future.set_exception(answer.error)
+        return True
 
 
-def _sendable(message: Message) -> pika.BasicProperties:
-    """The message's properties, once it is sure that they can be sent.
+def _sendable(message: Message) -> bytes:
+    """How the message's properties travel, once it is sure that they can be sent.
 
     On the connection's thread it would be too late: what cannot be encoded there takes the connection down.
     """
-    properties = message.properties()
     try:
-        size = sum(len(part) for part in properties.encode())
+        encoded = message.encoded_properties()
+        size = len(encoded)
         names = max(len(message.exchange.encode()), len(message.routing_key.encode()))
     except (ValueError, TypeError, struct.error, AMQPError) as error:
         raise InvalidTask(f"the message cannot be sent: {error}", code="unsendable") from error
@@ -267,4 +358,4 @@ def _sendable(message: Message) -> pika.BasicProperties:
             "its routing key has more than 255",
             code="unsendable",
         )
-    return properties
+    return encoded

@@ -353,7 +353,9 @@ class TaskRun:
             # Another worker may begin it while this run goes on: lost lines must not pass for lost runs.
             self._held = False
             self._release()
-        if self._around.tell(partial(self._around.status.cancel_requested, task.tenant, task.task_id)):
+        if self._around.tell(
+            partial(self._around.status.cancel_requested, task.tenant, task.task_id, task.batch_id)
+        ):
             return "cancelled"
         return None
 
@@ -378,6 +380,7 @@ class TaskRun:
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
             engine=self._engine.info,
             batch_id=task.batch_id,
+            batch_line=task.batch_line,
             metadata=task.metadata,
             worker=around.settings.worker_name,
             created_at=task.created_at,

@@ -3,9 +3,9 @@
     python examples/demo.py
 
 Starts them (under `.inferq-demo`, apart from any other inferq), submits over HTTP two pages to read, a text
-to search for names, two portraits to swap and a piece of music to make, shows how they move, and stops
-everything. Leaves `demo-output/<name>/result.json` and each task's artifacts. Exits with 0 only where all of
-it is right.
+to search for names, two portraits to swap and a piece of music to make, shows how they move, receives a
+callback and verifies its signature, and stops everything. Leaves `demo-output/<name>/result.json` and each
+task's artifacts. Exits with 0 only where all of it is right.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ signal.signal(signal.SIGINT, lambda _number, _frame: _interrupted())
 
 import difflib
 import shutil
+import threading
 import time
 import unicodedata
 import wave
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,13 @@ from rich.table import Table
 from rich.text import Text
 
 from producer.client import Client
+from producer.listen import Heard, Listener
 from producer.up.detached import while_up
 from producer.up.foreground import Wish
 from producer.up.part import port_free
+from producer.up.plan import TENANT
 from schemas import InferqError, Result
+from storage import WebhookSecrets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "examples" / "pages"
@@ -55,6 +60,8 @@ DATA = ROOT / ".inferq-demo"
 PORT = 8000
 PATIENCE = 120.0
 """Seconds that a task may take."""
+CALLBACK_PATIENCE = 20.0
+"""Seconds that the callback may take to come once the tasks have ended."""
 
 TEXT = "昨天下午，李明和王芳从北京来到上海，参观了上海交通大学。"
 NAMES = {
@@ -111,16 +118,17 @@ def main() -> int:
     _forget_other_inferq()
     try:
         try:
-            results = run(console)
+            results, heard = run(console)
         except InferqError as error:
             if error.code != "data_moved":
                 raise
             shutil.rmtree(DATA)  # nothing in it is worth keeping
-            results = run(console)
+            results, heard = run(console)
     except InferqError as error:
         console.print(f"The demo failed: {error}", style="red", markup=False)
         return 1
     reports = [report(exhibit, result, console) for exhibit, result in results]
+    reports.append(show_callback(results[0][1], heard, console))
     right = all(reports)
     show_timings(results, console)
     console.print(f"Results, pictures and music are in {os.path.relpath(OUTPUT)}/", markup=False)
@@ -131,8 +139,8 @@ def main() -> int:
     return 0 if right else 1
 
 
-def run(console: Console) -> list[tuple[Exhibit, Result]]:
-    """Start everything, have every exhibit computed, and stop everything."""
+def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
+    """Start everything, have every exhibit computed, and stop everything. Gives the callbacks, too."""
     begun = time.monotonic()
     shown = exhibits()
     types = tuple(sorted({exhibit.task_type for exhibit in shown}))
@@ -141,15 +149,53 @@ def run(console: Console) -> list[tuple[Exhibit, Result]]:
         with while_up(wish, report=lambda report: status.update(f"{report.part}: {report.stage}")) as env:
             status.stop()
             console.print(f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s")
-            with Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client:
-                results = compute(shown, client, console)
+            secrets = WebhookSecrets(Path(env["INFERQ_WEBHOOK_SECRETS_FILE"]))
+            with (
+                listening(secrets) as (url, heard),
+                Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client,
+            ):
+                results = compute(shown, client, console, url)
+                end = time.monotonic() + CALLBACK_PATIENCE
+                while not heard and time.monotonic() < end:
+                    time.sleep(0.05)
             status.update("Stopping")
             status.start()
-    return results
+    return results, heard
 
 
-def compute(shown: Iterable[Exhibit], client: Client, console: Console) -> list[tuple[Exhibit, Result]]:
-    """Submit every exhibit, follow them to their ends, and fetch what they leave."""
+@contextmanager
+def listening(secrets: WebhookSecrets) -> Iterator[tuple[str, list[Heard]]]:
+    """A receiver of callbacks: its URL, and what it has heard."""
+    heard: list[Heard] = []
+    listener = Listener(heard.append, secrets=lambda: secrets.of(TENANT))
+    thread = threading.Thread(target=listener.serve)
+    thread.start()
+    try:
+        yield listener.url, heard
+    finally:
+        listener.close()
+        thread.join()
+
+
+def show_callback(result: Result, heard: list[Heard], console: Console) -> bool:
+    """Print the callback of a task's end; whether it came, and its signature holds."""
+    if not heard:
+        console.print(f"callback: none came within {CALLBACK_PATIENCE:g} s", style="red", markup=False)
+        return False
+    got = heard[0]
+    word = "signature verified" if got.verified else f"NOT verified: {got.fault}"
+    text = f"{got.type} {got.subject_id}, sequence {got.sequence}, {word}\n{got.webhook_id}"
+    console.print(Panel(Text(text), title="callback", title_align="left", expand=False))
+    return got.verified and (got.type, got.subject_id) == (f"task.{result.status}", result.task_id)
+
+
+def compute(
+    shown: Iterable[Exhibit], client: Client, console: Console, callback_url: str
+) -> list[tuple[Exhibit, Result]]:
+    """Submit every exhibit, follow them to their ends, and fetch what they leave.
+
+    The first one is called back.
+    """
     columns = (TextColumn("  {task.description:<22}"), BarColumn(24), TextColumn("{task.fields[state]:<22}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         submitted = []
@@ -157,7 +203,8 @@ def compute(shown: Iterable[Exhibit], client: Client, console: Console) -> list[
             name = f"{exhibit.task_type} {exhibit.name}"
             bar = progress.add_task(name, total=1.0, state="uploading")
             urls = {field: client.upload(path) for field, path in exhibit.files.items()}
-            task = client.submit(exhibit.task_type, **urls, **exhibit.fields)
+            url = None if submitted else callback_url
+            task = client.submit(exhibit.task_type, callback_url=url, **urls, **exhibit.fields)
             progress.update(bar, state="submitted")
             submitted.append((exhibit, task.task_id, bar))
         results = []

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import anyio
 import httpx
@@ -51,12 +51,24 @@ from producer.flows import (
     Unavailable,
     Uploaded,
     artifact_path,
+    batch_body,
+    batch_path,
     parsed,
     task_body,
 )
 from producer.settings import ClientSettings
-from producer.transfers import CHUNK_BYTES, Source, Upload, opened, target, whole_file
-from schemas import CallbackEvent, CallbackRecord, Event, Priority, Result, State, TaskStatus, new_task_id
+from producer.transfers import CHUNK_BYTES, Source, Upload, is_batch_url, opened, target, whole_file
+from schemas import (
+    BatchStatus,
+    CallbackEvent,
+    CallbackRecord,
+    Event,
+    Priority,
+    Result,
+    State,
+    TaskStatus,
+    new_task_id,
+)
 
 __all__ = [
     "ApiError",
@@ -99,6 +111,11 @@ class Client:
 
         It is streamed. `filename` only lends its extension; a path's own is the default.
         """
+        return self._upload(source, filename=filename, content_type=content_type).url
+
+    def _upload(
+        self, source: Source, *, filename: str | None = None, content_type: str | None = None
+    ) -> Uploaded:
         with opened(source) as upload:
             described = upload.described(filename, content_type)
 
@@ -108,7 +125,7 @@ class Client:
                 return self._http.post("/v1/files", content=content, timeout=self._timeout, **described)
 
             request = self._flows.request(Send("POST", "/v1/files"), repeatable=upload.repeatable)
-            return parsed(Uploaded, self._run(request, send)).url
+            return parsed(Uploaded, self._run(request, send))
 
     def submit(
         self,
@@ -210,8 +227,9 @@ class Client:
 
     def download(self, task_id: str, name: str, path: str | os.PathLike[str]) -> Path:
         """Get an artifact into a file, or under its name into a folder. It appears whole or not at all."""
-        file = target(path, name)
+        return self._download(artifact_path(task_id, name), target(path, name))
 
+    def _download(self, url_path: str, file: Path) -> Path:
         def fetch(send: Send) -> httpx.Response:
             with self._http.stream(**send.arguments(self._timeout)) as response:
                 if not response.is_success:
@@ -223,8 +241,65 @@ class Client:
                     part.check(response)
                 return response
 
-        self._run(self._flows.request(Send("GET", artifact_path(task_id, name))), fetch)
+        self._run(self._flows.request(Send("GET", url_path)), fetch)
         return file
+
+    def submit_batch(
+        self,
+        source: Source,
+        *,
+        batch_id: str | None = None,
+        task_type: str | None = None,
+        defaults: Mapping[str, JsonValue] | None = None,
+        priority: Priority = "normal",
+        max_in_flight: int | None = None,
+        callback_url: str | None = None,
+        window: Mapping[str, JsonValue] | None = None,
+        metadata: Mapping[str, JsonValue] | None = None,
+    ) -> BatchStatus:
+        """Submit a batch: once this returns it is accepted.
+
+        `source` is `inferq:…` or `s3://…`, or else a JSONL (a path, bytes, or an open binary file), which is
+        uploaded. The id is made here where none is given, so that a repeat is the same batch.
+        """
+        said = {
+            "task_type": task_type,
+            "defaults": dict(defaults) if defaults is not None else None,
+            "priority": priority,
+            "max_in_flight": max_in_flight,
+            "callback_url": callback_url,
+            "window": dict(window) if window is not None else None,
+            "metadata": dict(metadata) if metadata is not None else None,
+        }
+        where = source if is_batch_url(source) else self._upload(source)
+        return self._run(self._flows.submit_batch(batch_body(where, batch_id or new_task_id(), said)))
+
+    def batch(self, batch_id: str) -> BatchStatus:
+        """Where the batch stands."""
+        return self._run(self._flows.batch(batch_id))
+
+    def wait_batch(self, batch_id: str, timeout: float | None = None) -> BatchStatus:
+        """Wait for the batch's end. Raises NotEnded after `timeout` seconds."""
+        return self._run(self._flows.wait_batch(batch_id, timeout))
+
+    def cancel_batch(self, batch_id: str) -> BatchStatus:
+        """Ask for the batch to be cancelled. Raises Conflict where it has ended otherwise."""
+        return self._run(self._flows.cancel_batch(batch_id))
+
+    def batches(self, *, page_size: int = 50) -> Iterator[BatchStatus]:
+        """Batches, the newest first; further pages are fetched as they are needed."""
+        cursor = None
+        while True:
+            page = self._run(self._flows.batch_page(page_size, cursor))
+            yield from page.items
+            if (cursor := page.cursor) is None:
+                return
+
+    def batch_file(
+        self, batch_id: str, name: Literal["output", "errors"], path: str | os.PathLike[str]
+    ) -> Path:
+        """Get `output.jsonl` or `errors.jsonl` into a file, or into a folder. Raises NotEnded."""
+        return self._download(f"{batch_path(batch_id)}/{name}", target(path, f"{name}.jsonl"))
 
     def close(self) -> None:
         self._http.close()
@@ -280,6 +355,11 @@ class AsyncClient:
         self, source: Source, *, filename: str | None = None, content_type: str | None = None
     ) -> str:
         """See Client.upload."""
+        return (await self._upload(source, filename=filename, content_type=content_type)).url
+
+    async def _upload(
+        self, source: Source, *, filename: str | None = None, content_type: str | None = None
+    ) -> Uploaded:
         with opened(source) as upload:
             described = upload.described(filename, content_type)
 
@@ -289,7 +369,7 @@ class AsyncClient:
                 return await self._http.post("/v1/files", content=content, timeout=self._timeout, **described)
 
             request = self._flows.request(Send("POST", "/v1/files"), repeatable=upload.repeatable)
-            return parsed(Uploaded, await self._run(request, send)).url
+            return parsed(Uploaded, await self._run(request, send))
 
     async def submit(
         self,
@@ -390,8 +470,9 @@ class AsyncClient:
 
     async def download(self, task_id: str, name: str, path: str | os.PathLike[str]) -> Path:
         """See Client.download."""
-        file = target(path, name)
+        return await self._download(artifact_path(task_id, name), target(path, name))
 
+    async def _download(self, url_path: str, file: Path) -> Path:
         async def fetch(send: Send) -> httpx.Response:
             async with self._http.stream(**send.arguments(self._timeout)) as response:
                 if not response.is_success:
@@ -403,8 +484,62 @@ class AsyncClient:
                     part.check(response)
                 return response
 
-        await self._run(self._flows.request(Send("GET", artifact_path(task_id, name))), fetch)
+        await self._run(self._flows.request(Send("GET", url_path)), fetch)
         return file
+
+    async def submit_batch(
+        self,
+        source: Source,
+        *,
+        batch_id: str | None = None,
+        task_type: str | None = None,
+        defaults: Mapping[str, JsonValue] | None = None,
+        priority: Priority = "normal",
+        max_in_flight: int | None = None,
+        callback_url: str | None = None,
+        window: Mapping[str, JsonValue] | None = None,
+        metadata: Mapping[str, JsonValue] | None = None,
+    ) -> BatchStatus:
+        """See Client.submit_batch."""
+        said = {
+            "task_type": task_type,
+            "defaults": dict(defaults) if defaults is not None else None,
+            "priority": priority,
+            "max_in_flight": max_in_flight,
+            "callback_url": callback_url,
+            "window": dict(window) if window is not None else None,
+            "metadata": dict(metadata) if metadata is not None else None,
+        }
+        where = source if is_batch_url(source) else await self._upload(source)
+        return await self._run(self._flows.submit_batch(batch_body(where, batch_id or new_task_id(), said)))
+
+    async def batch(self, batch_id: str) -> BatchStatus:
+        """See Client.batch."""
+        return await self._run(self._flows.batch(batch_id))
+
+    async def wait_batch(self, batch_id: str, timeout: float | None = None) -> BatchStatus:
+        """See Client.wait_batch."""
+        return await self._run(self._flows.wait_batch(batch_id, timeout))
+
+    async def cancel_batch(self, batch_id: str) -> BatchStatus:
+        """See Client.cancel_batch."""
+        return await self._run(self._flows.cancel_batch(batch_id))
+
+    async def batches(self, *, page_size: int = 50) -> AsyncIterator[BatchStatus]:
+        """See Client.batches."""
+        cursor = None
+        while True:
+            page = await self._run(self._flows.batch_page(page_size, cursor))
+            for item in page.items:
+                yield item
+            if (cursor := page.cursor) is None:
+                return
+
+    async def batch_file(
+        self, batch_id: str, name: Literal["output", "errors"], path: str | os.PathLike[str]
+    ) -> Path:
+        """See Client.batch_file."""
+        return await self._download(f"{batch_path(batch_id)}/{name}", target(path, f"{name}.jsonl"))
 
     async def close(self) -> None:
         await self._http.aclose()

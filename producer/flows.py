@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from schemas import (
     END_STATES,
+    BatchStatus,
     CallbackEvent,
     CallbackRecord,
     Event,
@@ -35,6 +36,7 @@ _SHORTEST_WAIT = 0.5
 _FIRST_DELAY = 0.25
 _LONGEST_DELAY = 30.0
 _STREAM_SILENCE = 60.0
+_BATCH_LOOK = 1.0
 _BUSY = (429, 503)
 
 T = TypeVar("T")
@@ -127,6 +129,15 @@ class Page(BaseModel):
     cursor: str | None
 
 
+class BatchPage(BaseModel):
+    """Some batches; `cursor` leads to the next ones."""
+
+    model_config = ConfigDict(frozen=True)
+
+    items: tuple[BatchStatus, ...]
+    cursor: str | None
+
+
 class Callbacks(BaseModel):
     """What became of callbacks."""
 
@@ -141,6 +152,7 @@ class Uploaded(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     url: str
+    sha256: str | None = None
 
 
 class Flows:
@@ -211,6 +223,34 @@ class Flows:
     def cancel(self, task_id: str) -> Flow[TaskStatus]:
         return parsed(TaskStatus, (yield from self.request(Send("POST", f"{task_path(task_id)}/cancel"))))
 
+    def submit_batch(self, batch: Mapping[str, JsonValue]) -> Flow[BatchStatus]:
+        body = json.dumps(batch, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
+        send = Send("POST", "/v1/batches", body=body, headers={"Content-Type": "application/json"})
+        return parsed(BatchStatus, (yield from self.request(send)))
+
+    def batch(self, batch_id: str) -> Flow[BatchStatus]:
+        return parsed(BatchStatus, (yield from self.request(Send("GET", batch_path(batch_id)))))
+
+    def cancel_batch(self, batch_id: str) -> Flow[BatchStatus]:
+        send = Send("POST", f"{batch_path(batch_id)}/cancel")
+        return parsed(BatchStatus, (yield from self.request(send)))
+
+    def batch_page(self, limit: int, cursor: str | None) -> Flow[BatchPage]:
+        params = {"limit": str(limit), **({"cursor": cursor} if cursor is not None else {})}
+        return parsed(BatchPage, (yield from self.request(Send("GET", "/v1/batches", params=params))))
+
+    def wait_batch(self, batch_id: str, timeout: float | None) -> Flow[BatchStatus]:
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            status = yield from self.batch(batch_id)
+            if status.ended:
+                return status
+            left = _BATCH_LOOK if end is None else end - time.monotonic()
+            if left <= 0:
+                detail = f"batch {batch_id!r} is {status.state} after {timeout:g} s"
+                raise NotEnded(detail, code="not_ended", status=409)
+            yield Sleep(min(_BATCH_LOOK, left))
+
     def callbacks(self, task_id: str) -> Flow[Callbacks]:
         return parsed(Callbacks, (yield from self.request(Send("GET", f"{task_path(task_id)}/callbacks"))))
 
@@ -261,6 +301,20 @@ def task_body(
 def task_path(task_id: str) -> str:
     # `.` and `..` are ids too, and a URL must not take them for folders.
     return f"/v1/tasks/{'%2E' * len(task_id) if task_id in ('.', '..') else quote(task_id, safe=':')}"
+
+
+def batch_path(batch_id: str) -> str:
+    return f"/v1/batches/{'%2E' * len(batch_id) if batch_id in ('.', '..') else quote(batch_id, safe=':')}"
+
+
+def batch_body(source: Uploaded | str, batch_id: str, said: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The batch as it is sent: only what was said of it."""
+    body: dict[str, JsonValue] = {"batch_id": batch_id}
+    if isinstance(source, Uploaded):
+        body |= {"source": source.url, "source_sha256": source.sha256}
+    else:
+        body["source"] = source
+    return body | {name: value for name, value in said.items() if value is not None}
 
 
 def artifact_path(task_id: str, name: str) -> str:

@@ -10,15 +10,22 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeGuard
 
 import httpx
+
+from schemas.batch import SOURCE_SCHEMES
 
 CHUNK_BYTES = 1 << 20
 
 _SHA256 = re.compile(r'"([0-9a-f]{64})"')
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
+
+
+def is_batch_url(source: Source) -> TypeGuard[str]:
+    """Whether the source of a batch is named by its URL, and not a file here."""
+    return isinstance(source, str) and source.partition(":")[0] in SOURCE_SCHEMES
 
 
 class Upload:

@@ -1,5 +1,17 @@
 """What travels: the task, its result, its status and events, and the installed task types."""
 
+from schemas.batch import (
+    BATCH_END_STATES,
+    DEFAULT_IN_FLIGHT,
+    SET_BY_FEEDER,
+    Batch,
+    BatchCounts,
+    BatchId,
+    BatchState,
+    BatchStatus,
+    BatchSummary,
+    Window,
+)
 from schemas.callback import (
     MAX_CALLBACK_BYTES,
     Callback,
@@ -7,6 +19,7 @@ from schemas.callback import (
     CallbackRecord,
     CallbackState,
     SubjectKind,
+    batch_callback,
     callback_id,
     end_callback,
     task_callback,
@@ -41,13 +54,22 @@ from schemas.task import (
 from schemas.types import TaskType, always, describe_faults, get_type, installed_types, never, parse_task
 
 __all__ = [
+    "BATCH_END_STATES",
+    "DEFAULT_IN_FLIGHT",
     "END_STATES",
     "EVENT_OF_STATE",
     "INPUT_SCHEMES",
     "MAX_BODY_BYTES",
     "MAX_CALLBACK_BYTES",
     "PRIORITIES",
+    "SET_BY_FEEDER",
     "Artifact",
+    "Batch",
+    "BatchCounts",
+    "BatchId",
+    "BatchState",
+    "BatchStatus",
+    "BatchSummary",
     "Callback",
     "CallbackAttempt",
     "CallbackEvent",
@@ -77,7 +99,9 @@ __all__ = [
     "TaskType",
     "Timings",
     "TransientFailure",
+    "Window",
     "always",
+    "batch_callback",
     "callback_id",
     "describe_faults",
     "end_callback",

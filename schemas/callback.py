@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from schemas.batch import BatchSummary
 from schemas.encoding import to_json
 from schemas.result import Result
 from schemas.status import Event, Truncated
@@ -99,6 +100,27 @@ def task_callback(event: Event, url: str, *parts: str | int | None) -> Callback:
         event=event.type,
         url=url,
         body=_body(event),
+    )
+
+
+def batch_callback(summary: BatchSummary, url: str) -> Callback:
+    """The callback that tells of a batch's end, once: what came of it, as its summary says."""
+    event = f"batch.{summary.state}"
+    data = summary.model_dump(mode="json", exclude_none=True)
+    document = {"type": event, "timestamp": data["finished_at"], "data": data}
+    for part in ("metadata", "failures"):
+        if len(json.dumps(document).encode()) >= MAX_CALLBACK_BYTES:
+            data[part] = {}
+            data["truncated"] = [*data.get("truncated", []), part]
+    data["error"] = data.get("error", "")[: 2 * _ERROR_CHARACTERS] or None
+    return Callback(
+        callback_id=callback_id(summary.tenant, "batch", summary.batch_id, event),
+        tenant=summary.tenant,
+        subject_kind="batch",
+        subject_id=summary.batch_id,
+        event=event,
+        url=url,
+        body=json.dumps(document),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from schemas.batch import Batch, BatchStatus
 from schemas.result import Result
 from schemas.status import Event, TaskStatus
 from schemas.task import MAX_BODY_BYTES, PRIORITIES
@@ -32,6 +33,8 @@ def documents(types: Mapping[str, TaskType]) -> dict[str, str]:
         "result.schema.json": _schema(Result),
         "status.schema.json": _schema(TaskStatus),
         "event.schema.json": _schema(Event),
+        "batch.schema.json": _schema(Batch),
+        "batch-status.schema.json": _schema(BatchStatus),
         "asyncapi.json": asyncapi(types),
     }
     for name, task_type in types.items():

@@ -79,6 +79,7 @@ class Result(BaseModel):
     engine: EngineInfo | None = None
     error: ErrorInfo | None = None
     batch_id: str | None = None
+    batch_line: int | None = None
     metadata: dict[str, JsonValue] = {}
     worker: str | None = None
     created_at: AwareDatetime | None = None
@@ -115,6 +116,7 @@ class Result(BaseModel):
             engine=engine,
             error=ErrorInfo.of(error),
             batch_id=task.batch_id,
+            batch_line=task.batch_line,
             metadata=task.metadata,
             worker=worker,
             created_at=task.created_at,

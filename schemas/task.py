@@ -75,6 +75,12 @@ class Task(BaseModel):
         None, gt=0, le=86400, description="Seconds that one run may take; the default is the type's."
     )
     batch_id: TaskId | None = None
+    batch_line: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 31,
+        description="Its line in the batch's source, from 1; set by whoever feeds the batch.",
+    )
     metadata: dict[str, JsonValue] = Field({}, description="Echoed in the result and in callbacks.")
     created_at: AwareDatetime | None = None
 

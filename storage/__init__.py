@@ -1,6 +1,16 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
 from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
+from storage.batch_index import BatchIndex, IndexLost, LeaseLost, Standing, Step
+from storage.batches import (
+    BatchConflict,
+    BatchSource,
+    BatchStore,
+    UnreadableBatch,
+    errors_key,
+    input_key,
+    output_key,
+)
 from storage.callbacks import CallbackRecords
 from storage.fetch import Fetched, Fetcher, ScratchUnavailable
 from storage.local import LocalStore
@@ -21,11 +31,17 @@ __all__ = [
     "AddressPolicy",
     "AddressRefused",
     "BadObjectKey",
+    "BatchConflict",
+    "BatchIndex",
+    "BatchSource",
+    "BatchStore",
     "Begun",
     "CallbackRecords",
     "Fetched",
     "Fetcher",
     "GuardedBackend",
+    "IndexLost",
+    "LeaseLost",
     "LocalStore",
     "ObjectInfo",
     "ObjectNotFound",
@@ -33,17 +49,23 @@ __all__ = [
     "Page",
     "ResultStore",
     "ScratchUnavailable",
+    "Standing",
     "StatusIndex",
     "StatusOutage",
+    "Step",
     "StorageSettings",
     "StoreOutage",
     "Submission",
+    "UnreadableBatch",
     "UnreadableResult",
     "WebhookSecret",
     "WebhookSecrets",
     "WebhookSettings",
     "cache_entry_key",
+    "errors_key",
     "folder",
+    "input_key",
     "open_store",
+    "output_key",
     "upload_key",
 ]

@@ -108,13 +108,14 @@ class LocalStore(ObjectStore):
             with open(self._base + check_key(key), "rb", buffering=0) as file:
                 return file.read()
 
-    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Pieces:
-        chunks = self._chunks(key, self._base + check_key(key), chunk_bytes)
+    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
+        chunks = self._chunks(key, self._base + check_key(key), chunk_bytes, start)
         next(chunks)  # opens the file, so that the call itself says if there is none
         return chunks
 
-    def _chunks(self, key: str, path: str, chunk_bytes: int) -> Pieces:
+    def _chunks(self, key: str, path: str, chunk_bytes: int, start: int) -> Pieces:
         with self._reading(key), open(path, "rb", buffering=0) as file:
+            file.seek(start)
             yield b""
             while chunk := file.read(chunk_bytes):
                 yield chunk

@@ -91,8 +91,10 @@ class ObjectStore(ABC):
         """The whole object. Raises ObjectNotFound."""
 
     @abstractmethod
-    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Pieces:
-        """The object in pieces of at most `chunk_bytes`. Raises ObjectNotFound at the call itself.
+    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
+        """The object from byte `start` on, in pieces of at most `chunk_bytes`; none where it is no longer.
+
+        Raises ObjectNotFound at the call itself.
 
         Whoever leaves it before its end closes it.
         """

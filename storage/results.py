@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pydantic import ValidationError
 
@@ -92,6 +93,27 @@ class ResultStore:
         raise UnreadableResult(
             f"{place}{_FAILURE} comes and goes: something else deletes it while it is saved"
         )
+
+    def load_success(self, tenant: str, task_id: str) -> Result | None:
+        """As `load`, and faster where the task has succeeded, as most have: one round trip."""
+        try:
+            return self._read(folder(tenant, task_id) + _RESULT)
+        except ObjectNotFound:
+            return self.load(tenant, task_id)
+
+    def endings(self, tenant: str, prefix: str) -> Iterator[tuple[str, bool]]:
+        """The ids, beginning with `prefix`, of tasks that have ended, and whether each has succeeded."""
+        base = f"tasks/{segment(tenant)}/"
+        failed = ""
+        for info in self._store.list(base + segment(prefix)):
+            task_id, _, name = info.key.removeprefix(base).partition("/")
+            if failed and failed != task_id:
+                yield unquote(failed), False
+            if name == _RESULT:
+                yield unquote(task_id), True
+            failed = task_id if name == _FAILURE else ""
+        if failed:
+            yield unquote(failed), False
 
     def artifact_key(self, tenant: str, task_id: str, name: str, *, result: Result | None = None) -> str:
         """The key of an artifact that the kept result names; `result` spares loading it.
@@ -180,7 +202,7 @@ def _attempt_of(artifact: Artifact) -> str:
 
 @lru_cache(4096)
 def segment(name: str) -> str:
-    """A tenant or an id as one segment of a key."""
+    """A tenant or an id as one segment of a key; no name leads out of its folder."""
     if name in {".", ".."}:
         return name.replace(".", "%2E")
     return quote(name, safe=":", errors="surrogatepass")

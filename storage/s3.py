@@ -171,8 +171,10 @@ class S3Store(ObjectStore):
         with self._calling(key):
             return self._client.get_object(Bucket=self.bucket, Key=self._name(key))["Body"].read()
 
-    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Pieces:
-        return _opened(self._client, self.bucket, self._name(key), chunk_bytes)[1]
+    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
+        if start and start >= self.stat(key).bytes:
+            return _nothing()  # S3 refuses such a range
+        return _opened(self._client, self.bucket, self._name(key), chunk_bytes, start)[1]
 
     def stat(self, key: str) -> ObjectInfo:
         with self._calling(key):
@@ -245,9 +247,30 @@ def open_object(endpoint_url: str | None, bucket: str, key: str) -> tuple[Object
 _shared_client = cache(s3_client)
 
 
-def _opened(client: S3Client, bucket: str, name: str, chunk_bytes: int) -> tuple[ObjectInfo, Pieces]:
+def list_bucket(endpoint_url: str | None, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
+    """The objects of any bucket whose keys begin with `prefix`. Raises S3Refused and StoreOutage."""
+    with s3_errors(bucket, prefix):
+        paginator = _shared_client(endpoint_url).get_paginator("list_objects_v2")
+        for page in paginator.paginate(Bucket=bucket, Prefix=prefix):
+            for found in page.get("Contents", ()):
+                yield ObjectInfo(
+                    found["Key"], found["Size"], "", found["LastModified"], found["ETag"].strip('"')
+                )
+
+
+def _nothing() -> Pieces:
+    yield from ()
+
+
+def _opened(
+    client: S3Client, bucket: str, name: str, chunk_bytes: int, start: int = 0
+) -> tuple[ObjectInfo, Pieces]:
     with s3_errors(bucket, name):
-        found = client.get_object(Bucket=bucket, Key=name)
+        found = (
+            client.get_object(Bucket=bucket, Key=name, Range=f"bytes={start}-")
+            if start
+            else (client.get_object(Bucket=bucket, Key=name))
+        )
     info = ObjectInfo(
         key=name,
         bytes=found["ContentLength"],

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import redis
@@ -33,9 +34,11 @@ from schemas import (
 )
 from schemas.encoding import clean, to_json
 from storage import status_scripts as scripts
+from storage.batch_scripts import batch_key
 from storage.settings import StorageSettings
 from storage.status_fields import (
     as_text,
+    batch_place,
     event_json,
     micros,
     read_cursor,
@@ -256,7 +259,7 @@ class StatusIndex:
         facts = [
             result.task_type,
             "",
-            result.batch_id or "",
+            batch_place(result.batch_id, result.batch_line),
             result.digest or "",
             micros(result.created_at),
         ]
@@ -278,8 +281,12 @@ class StatusIndex:
         fields = self._change("cancel", tenant, task_id, [])
         return read_status(tenant, task_id, fields) if fields else None
 
-    def cancel_requested(self, tenant: str, task_id: str) -> bool:
-        return bool(self._call(lambda: self._redis.hexists(scripts.record_key(tenant, task_id), "x")))
+    def cancel_requested(self, tenant: str, task_id: str, batch_id: str | None = None) -> bool:
+        """Whether somebody wants the task, or the whole batch that it belongs to, cancelled."""
+        keys = [scripts.record_key(tenant, task_id)]
+        if batch_id is not None:
+            keys.append(batch_key(tenant, batch_id))
+        return any(self._call(partial(self._redis.hexists, key, "x")) for key in keys)
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
         reply = self._call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))

@@ -28,7 +28,15 @@ _CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
 def task_fields(task: Task, digest: str | None = None) -> list[Any]:
     """What a script needs to put a task on record; `digest` spares computing it."""
     digest = digest or task.digest()
-    return [task.task_type, task.priority, task.batch_id or "", digest, micros(task.created_at)]
+    place = batch_place(task.batch_id, task.batch_line)
+    return [task.task_type, task.priority, place, digest, micros(task.created_at)]
+
+
+def batch_place(batch_id: str | None, line: int | None) -> str:
+    """A task's batch as the scripts read it, with the line where it has one; a batch's id holds no slash."""
+    if batch_id is None:
+        return ""
+    return batch_id if line is None else f"{batch_id}/{line}"
 
 
 def event_json(

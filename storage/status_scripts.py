@@ -11,9 +11,14 @@ Times are microseconds since 1970. Sorted sets, scored by creation time, index t
 
 The order number is redrives * 1e6 + attempt * 10 + rank; an end counts as past every attempt of its redrive,
 a success as past everything.
+
+A task that says its line in a batch has a hash only while it runs or waits for a retry: queued it is one of
+the batch's fed lines, ended one of the succeeded, failed or cancelled ones (see storage.batch_scripts).
 """
 
 from __future__ import annotations
+
+from storage import batch_scripts
 
 
 def record_key(tenant: str, task_id: str) -> str:
@@ -40,6 +45,9 @@ _RECORD = (
     + """
 local key = KEYS[1]
 local tenant, id, retention, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+"""
+    + batch_scripts.LINES
+    + """
 local everything = 'inferq:l:' .. tenant
 
 local function state_index(state)
@@ -101,7 +109,8 @@ end
 )
 
 _TASK = """
-local ty, priority, batch, digest, created = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local ty, priority, digest, created = ARGV[5], ARGV[6], ARGV[8], ARGV[9]
+local batch, line = string.match(ARGV[7], '^([^/]*)/?(%d*)$')
 local known, order = unpack(redis.call('HMGET', key, 'd', 'o'))
 if known == '' and digest ~= '' then
   -- The end of an unreadable message that named this id: it gives way to the task itself.
@@ -177,6 +186,10 @@ if not conflict and begins >= order then
   if begins > order then publish(event) end
 end
 local state, cancel = unpack(redis.call('HMGET', key, 's', 'x'))
+if batch ~= '' then
+  local whole, own = unpack(redis.call('HMGET', batch_key(batch), 'x', 'x:' .. line))
+  cancel = cancel or whole or (line ~= '' and own)
+end
 return {known or '', cancel and 1 or 0, state, lost}
 """
 
@@ -220,7 +233,27 @@ local attempts, redrives, state, started, finished = ARGV[10], ARGV[11], ARGV[12
 local worker, failure, event, call = ARGV[15], ARGV[16], ARGV[17], ARGV[18]
 local ends = state == 'succeeded' and SUCCEEDED + ENDED or order_of(redrives, MAX_ATTEMPT, ENDED)
 if known and redis.call('HGET', key, 'k') == call then return 1 end
-if conflict or ends <= order then return 0 end
+if conflict then return 0 end
+if line ~= '' then
+  -- A redrive that runs by now has a later order, and stays.
+  if ends > order then
+    redis.call('DEL', key)
+    for _, zset in ipairs({everything, state_index('queued'), state_index('running'), state_index('retrying'),
+        state_index('failed'), state_index('cancelled'), 'inferq:b:' .. tenant .. ':' .. batch}) do
+      redis.call('ZREM', zset, id)
+    end
+  end
+  -- Lines that the batch is not known to have are left to whoever feeds it: it looks at the object store.
+  if tonumber(line) <= tonumber(redis.call('HGET', batch_key(batch), 'n') or 0) then
+    if end_line(batch, line, state) == 0 then return 0 end
+    keep_batch(batch)
+  elseif not known then
+    return 0
+  end
+  publish(event)
+  return 1
+end
+if ends <= order then return 0 end
 local attempt = tonumber(attempts) < 1 and '1' or attempts
 if not known then create(ty, priority, batch, digest, created, state, ends, attempt) end
 move(state, ends, attempt, redrives)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from producer.cli import callbacks, dead, keys, listen, secrets, server, settings, tasks, topology
+from producer.cli import batch, callbacks, dead, keys, listen, secrets, server, settings, tasks, topology
 from producer.cli.output import complain
 from producer.client import Unauthorized
 from producer.up.commands import down, up
@@ -28,6 +28,7 @@ for part in (server.app, tasks.app, settings.app, listen.app):
 app.command()(up)
 app.command()(down)
 app.add_typer(topology.app, name="topology", help="The exchanges and queues on the broker.")
+app.add_typer(batch.app, name="batch", help="Many tasks from one source.")
 app.add_typer(dead.app, name="dead", help="Tasks that could not be done.")
 app.add_typer(keys.app, name="keys", help="The gateway's API keys.")
 app.add_typer(callbacks.app, name="callback", help="What became of callbacks.")

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from broker.publisher import Publisher
 from broker.settings import BrokerSettings
 from broker.topology import topology_for
-from producer.gateway import callbacks, events, files, health, openapi, problems, tasks
+from producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from producer.gateway.access import Access
 from producer.gateway.health import ReadinessProbe
 from producer.gateway.hub import EventHub
@@ -24,6 +24,8 @@ from producer.gateway.submission import Submitter
 from producer.keys import KeyFile
 from producer.settings import GatewaySettings
 from schemas import installed_types
+from storage.batch_index import BatchIndex
+from storage.batches import BatchStore
 from storage.callbacks import CallbackRecords
 from storage.objects import open_store
 from storage.results import ResultStore
@@ -68,6 +70,8 @@ def create_app(
         hub=EventHub(storage.redis_url, timeout=storage.redis_timeout),
         metrics=metrics,
         closing=asyncio.Event(),
+        batches=BatchStore(store),
+        batch_index=BatchIndex(status),
     )
     app = FastAPI(
         title="inferq",
@@ -83,7 +87,7 @@ def create_app(
     app.state.readiness = ReadinessProbe(services)
     problems.register(app)
     app.add_middleware(Access, metrics=metrics)
-    for part in (tasks, callbacks, events, files, health):
+    for part in (tasks, batches, callbacks, events, files, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend it
     return app

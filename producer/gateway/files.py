@@ -92,19 +92,20 @@ async def post_file(
         async with aclosing(body) as stream:
             form = FormFile(stream, options.get(b"boundary", b""), limit=limit)
             await form.begin()
-            stored = await _store(
+            stored = await store_upload(
                 services, tenant, form.content(), form.content_type, form.filename or filename
             )
     else:
         body = pieces(request, limit=limit, seconds=settings.body_timeout)
         async with aclosing(body) as stream:
-            stored = await _store(services, tenant, stream, content_type.decode("latin-1"), filename)
+            stored = await store_upload(services, tenant, stream, content_type.decode("latin-1"), filename)
     return Response(stored.model_dump_json(), 201, {"Location": stored.url}, "application/json")
 
 
-async def _store(
+async def store_upload(
     services: Services, tenant: str, stream: AsyncIterator[bytes], content_type: str, filename: str
 ) -> UploadedFile:
+    """Stream an upload into the object store."""
     guessed, _ = mimetypes.guess_type(PurePosixPath(filename).name)
     if content_type in ("", DEFAULT_TYPE, "application/x-www-form-urlencoded"):
         content_type = guessed or DEFAULT_TYPE
@@ -193,10 +194,11 @@ async def _download(
         "Content-Type": content_type,
         "Cache-Control": "private, max-age=3600",
     }
-    return StreamingResponse(_chunks(services, chunks), headers=headers)
+    return StreamingResponse(chunks_of(services, chunks), headers=headers)
 
 
-async def _chunks(services: Services, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def chunks_of(services: Services, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """An object's pieces, each read on a thread."""
     try:
         while (chunk := await services.on_store(next, chunks, None)) is not None:
             yield chunk

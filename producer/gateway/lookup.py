@@ -22,6 +22,7 @@ from schemas import (
 )
 from storage.status import StatusOutage
 
+_LINE_DIGITS = 9
 _DOUBTED_AFTER = timedelta(seconds=60)
 _TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
 
@@ -71,8 +72,33 @@ async def find_status(
     if result is None:
         if status is None and outage is not None:
             raise outage
-        return status
+        return status or await queued_line(services, tenant, task_id)
     return TaskStatus.of_result(result) if status is None else await _mended(services, status, result)
+
+
+async def queued_line(services: Services, tenant: str, task_id: str) -> TaskStatus | None:
+    """The status of a task that is a batch's line, and waits in the queue: of such there is no record.
+
+    None for everything else, and for tasks of batches whose lines have ids of their own.
+    """
+    batch_id, dot, number = task_id.rpartition(".")
+    if not dot or not number.isdecimal() or len(number) > _LINE_DIGITS or number.startswith("0"):
+        return None
+    line = int(number)
+    if not await services.on_redis(services.batch_index.is_fed, tenant, batch_id, line):
+        return None
+    batch = await services.on_store(services.batches.load, tenant, batch_id)
+    if batch is None:
+        return None
+    return TaskStatus(
+        task_id=task_id,
+        task_type=batch.task_type or "",
+        tenant=tenant,
+        state="queued",
+        priority=batch.priority,
+        batch_id=batch_id,
+        created_at=batch.created_at,
+    )
 
 
 async def require_status(services: Services, tenant: str, task_id: str) -> TaskStatus:

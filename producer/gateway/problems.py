@@ -58,6 +58,7 @@ class Problem(BaseModel):
     code: str
     errors: tuple[Fault, ...] | None = None
     task_id: str | None = None
+    batch_id: str | None = None
     state: str | None = None
 
 

@@ -16,6 +16,8 @@ from producer.gateway.hub import EventHub
 from producer.gateway.metrics import Metrics
 from producer.keys import KeyFile
 from producer.settings import GatewaySettings
+from storage.batch_index import BatchIndex
+from storage.batches import BatchStore
 from storage.callbacks import CallbackRecords
 from storage.objects import ObjectStore
 from storage.results import ResultStore
@@ -62,6 +64,8 @@ class Services:
     hub: EventHub
     metrics: Metrics
     closing: asyncio.Event
+    batches: BatchStore
+    batch_index: BatchIndex
     _redis_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REDIS_THREADS))
     _store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_STORE_THREADS))
     _upload_threads: CapacityLimiter = field(init=False)

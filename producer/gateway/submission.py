@@ -42,6 +42,8 @@ def complete(document: dict[str, Any], *, tenant: str, task_id: str | None = Non
     """
     if document.get("tenant", tenant) != tenant:
         raise Refused(403, "tenant_mismatch", "the API key belongs to another tenant than the body names")
+    if document.get("batch_line") is not None:
+        raise Refused(422, "invalid_task", "batch_line: it is set by whoever feeds a batch; leave it out")
     if task_id is not None and document.get("task_id", task_id) != task_id:
         raise Refused(422, "id_mismatch", "the body's task_id is not the one in the path")
     stamped = {

@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 from producer.gateway.auth import Tenant
 from producer.gateway.body import read_object
 from producer.gateway.events import wait_for_end
-from producer.gateway.lookup import checked_id, find_result, find_status, require_status, unknown
+from producer.gateway.lookup import (
+    checked_id,
+    find_result,
+    find_status,
+    queued_line,
+    require_status,
+    unknown,
+)
 from producer.gateway.prefer import applied, wait_seconds
 from producer.gateway.problems import Refused
 from producer.gateway.services import Here, Services, task_path
@@ -174,9 +181,11 @@ async def cancel_task(task_id: str, tenant: Tenant, services: Here) -> Response:
         outage = error
     if status is None:
         result = await find_result(services, tenant, task_id)
-        if result is None:
+        status = TaskStatus.of_result(result) if result is not None else None
+        if status is None and outage is None:
+            status = await _cancelled_line(services, tenant, task_id)
+        if status is None:
             raise outage or unknown(task_id)
-        status = TaskStatus.of_result(result)
     if not status.ended:
         return _answer(status, code=202)
     if status.state == "cancelled":
@@ -187,6 +196,16 @@ async def cancel_task(task_id: str, tenant: Tenant, services: Here) -> Response:
         f"task {task_id!r} has {status.state}: there is nothing to cancel",
         about={"task_id": task_id, "state": status.state},
     )
+
+
+async def _cancelled_line(services: Services, tenant: str, task_id: str) -> TaskStatus | None:
+    """Have a batch's line cancelled that waits in the queue; None where it is no such."""
+    status = await queued_line(services, tenant, task_id)
+    if status is None or status.batch_id is None:
+        return None
+    line = int(task_id.rpartition(".")[2])
+    await services.on_redis(services.batch_index.request_cancel, tenant, status.batch_id, line=line)
+    return status.model_copy(update={"cancel_requested": True})
 
 
 @router.get("/tasks", response_model=TaskPage, summary="List tasks, the newest first")

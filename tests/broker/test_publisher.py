@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pika
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker import (
     BrokerSettings,
@@ -290,3 +292,59 @@ async def test_a_cancelled_wait_for_a_place_takes_none() -> None:
     with pytest.raises(BrokerUnavailable):
         await asyncio.wrap_future(third)
     await asyncio.to_thread(publisher.close)
+
+
+@given(
+    headers=st.dictionaries(
+        st.text(max_size=20),
+        st.one_of(st.integers(-(2**40), 2**40), st.text(max_size=50), st.booleans(), st.none()),
+        max_size=4,
+    ),
+    message_id=st.none() | st.text(max_size=60),
+    kind=st.none() | st.text(max_size=30),
+)
+def test_properties_travel_as_pika_encodes_them(
+    headers: dict[str, object], message_id: str | None, kind: str | None
+) -> None:
+    message = Message("e", "k", b"{}", headers, message_id, kind)
+    before = int(time.time())
+    found = pika.BasicProperties().decode(message.encoded_properties())
+    expected = pika.BasicProperties().decode(b"".join(message.properties().encode()))
+    assert before <= found.timestamp <= int(time.time())
+    found.timestamp = expected.timestamp
+    assert repr(found) == repr(expected)
+
+
+def test_many_messages_are_confirmed_as_one(publisher: Publisher, settings: BrokerSettings) -> None:
+    # More than the window holds, and bodies of none, one and several frames.
+    large = Message("", QUEUE, b"x" * 300_000, {}, "large", "echo")
+    empty = Message("", QUEUE, b"", {}, "empty", "echo")
+    publisher.publish_all([*map(message, range(1500)), large, empty, message(1500)]).result(30)
+    seen = drained(settings, 1503)
+    assert len(seen) == 1503
+    assert set(seen.values()) == {1}
+
+
+def test_of_many_messages_one_without_a_queue_is_told_and_the_others_arrive(
+    publisher: Publisher, settings: BrokerSettings
+) -> None:
+    lost = Message("", "nowhere", b"{}", {}, "lost", "echo")
+    with pytest.raises(Unroutable, match="lost"):
+        publisher.publish_all([message(1), lost, message(2)]).result(10)
+    assert drained(settings, 2) == {"t1": 1, "t2": 1}
+
+
+def test_many_messages_survive_a_cut_connection(
+    settings: BrokerSettings, proxied: Callable[[str], tuple[str, TcpProxy]]
+) -> None:
+    url, proxy = proxied(settings.amqp_url)
+    through = settings.model_copy(update={"amqp_url": url})
+    publisher = Publisher(through, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    publisher.wait_connected(10)
+    sent = [publisher.publish_all([message(n) for n in range(s, s + 200)]) for s in range(0, 1000, 200)]
+    proxy.cut()
+    for one in sent:
+        one.result(30)
+    publisher.close()
+    assert len(drained(settings, 1000)) == 1000

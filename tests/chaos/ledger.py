@@ -16,6 +16,7 @@ Kind = Literal[
     "result",  # a success stands in the object store; `what` says who saw it
     "failure",  # a failure or cancellation stands there; `what` is its code
     "event",  # the status index told of its end; `what` is the event's type
+    "callback",  # its end was called back, signed; `run` is the webhook-id, `what` the event's type
     "dead",  # it lies among the dead letters; `what` is the reason
     "fault",  # something was broken on purpose; `what` says what, `run` which time
     "mended",  # the fault of that `run` is over

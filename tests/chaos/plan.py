@@ -35,7 +35,9 @@ _STARTS_OF: Mapping[Trouble, int] = {"transient": 2, "crash": 2, "hopeless": 5, 
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task to submit, `due` seconds after the beginning; `seconds` is how long a run computes."""
+    """A task to submit, `due` seconds after the beginning; `seconds` is how long a run computes.
+
+    `callback`: whether its end is to be called back."""
 
     id: str
     due: float = 0.0
@@ -43,6 +45,7 @@ class PlannedTask:
     priority: Priority = "normal"
     trouble: Trouble = "none"
     copies: int = 1
+    callback: bool = False
 
     @property
     def code(self) -> str | None:

@@ -89,6 +89,8 @@ def _findings(
         dead = f"; its dead letter says {letters[0].what!r}" if letters else ""
         yield Finding("lost", task, f"it was confirmed and never ended{dead}")
     yield from _second(task, history)
+    if planned.callback and (results or failures):
+        yield from _callbacks(task, history)
     if results and failures:
         yield Finding("unexpected", task, f"it failed ({failures[0].what}) and succeeded")
     if results and letters:
@@ -122,6 +124,18 @@ def _second(task: str, history: Mapping[Kind, list[Entry]]) -> Iterator[Finding]
         texts = {entry.content for entry in history[kind] if entry.content}
         if len(texts) > 1:
             yield Finding("second result", task, f"its {kind} was replaced: {len(texts)} different texts")
+
+
+def _callbacks(task: str, history: Mapping[Kind, list[Entry]]) -> Iterator[Finding]:
+    """A task that ended is called back at least once, always under one id, and as it ended."""
+    if not history["callback"]:
+        yield Finding("lost", task, "it ended, and nobody was called back")
+    ids = {entry.run for entry in history["callback"]}
+    if len(ids) > 1:
+        yield Finding("unexpected", task, f"its end was called back under {len(ids)} ids")
+    right = "task.succeeded" if history["result"] else "task.failed"
+    for wrong in sorted({entry.what for entry in history["callback"]} - {right}):
+        yield Finding("unexpected", task, f"it was called back with {wrong!r}, and not with {right!r}")
 
 
 def _end(planned: PlannedTask) -> str:

@@ -73,7 +73,8 @@ def play(scenario: Scenario, ground: Ground, seed: int, *, quick: bool) -> tuple
     problems: list[str] = []
     with Site(scenario.name, ground, scenario.needs, tasks, load.seconds, random, quick=quick) as site:
         try:
-            eventually(lambda: all(worker.ready() for worker in site.workers), 60, "ready workers")
+            parts = [*site.workers, *([site.callbacks] if site.callbacks else [])]
+            eventually(lambda: all(part.ready() for part in parts), 60, "ready workers")
             site.send()
             scenario.breaks(site)
             site.settle(SETTLE_SECONDS)

@@ -45,6 +45,8 @@ def _load(tasks: int, seconds: float, *, busy: float = 1.2, **troubles: int) -> 
 def kill_workers(site: Site) -> None:
     for _ in site.moments(every=2.0):
         site.kill(site.random.choice(site.workers), "worker")
+        if site.callbacks is not None and site.random.random() < 0.4:
+            site.kill(site.callbacks, "callbacks")
 
 
 def kill_engines(site: Site) -> None:
@@ -221,10 +223,11 @@ def _starts(site: Site, task: str, count: int) -> list[tuple[float, str]]:
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "worker-kills",
-        "`kill -9` of a worker every 2 s",
+        "`kill -9` of a worker every 2 s, and of the delivery of callbacks",
         kill_workers,
         _load(600, 36),
         _load(150, 8),
+        Needs(callbacks=True),
     ),
     Scenario(
         "engine-kills",
@@ -292,6 +295,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         kill_workers_in_trouble,
         _load(600, 30, transient=20, hopeless=6, invalid=20, crash=12, poison=4),
         None,
+        Needs(callbacks=True),
     ),
     Scenario(
         "disk-alarm",

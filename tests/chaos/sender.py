@@ -7,6 +7,7 @@ START (Unix time), and ends with status 0 when the broker has confirmed all of t
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from tests.chaos.ledger import Ledger
 from tests.chaos.plan import PlannedTask
 
 _log = logging.getLogger(__name__)
+
+CALLBACK_URL = "CHAOS_CALLBACK_URL"
+"""The variable that says where the ends of tasks are to be called back."""
 
 
 def main(plan_file: str, ledger_file: str, start: str) -> None:
@@ -43,7 +47,8 @@ def _publish(tasks: Sequence[PlannedTask], publisher: Publisher, ledger: Ledger,
     answers: list[Future[None]] = []
     for task in tasks:
         time.sleep(max(0.0, start + task.due - time.time()))
-        message = task_message(parse_task(task.body()))
+        url = {"callback_url": os.environ[CALLBACK_URL]} if task.callback else {}
+        message = task_message(parse_task(task.body() | url))
         for _ in range(task.copies):
             ledger.note("sent", task.id)
             try:

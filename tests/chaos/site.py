@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -25,11 +26,13 @@ from broker import (
     dead_queue,
     topology_for,
 )
+from producer.listen import Heard, Listener
 from producer.up.part import Part, free_ports
 from producer.up.redis import RedisServer
-from storage import ObjectStore, StorageSettings, open_store
+from schemas import END_STATES
+from storage import ObjectStore, StorageSettings, WebhookSecrets, open_store
 from storage.s3 import s3_client
-from tests.chaos import plan, s3
+from tests.chaos import plan, s3, sender
 from tests.chaos.broker import Broker, ports_of, through
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import PlannedTask
@@ -86,6 +89,7 @@ class Needs:
     slots: int = 1
     store: STORES = "folder"
     proxied: bool = False
+    callbacks: bool = False
 
 
 class Site:
@@ -106,7 +110,7 @@ class Site:
         self.ground = ground
         self.broker = ground.broker
         self.random = random
-        self.tasks = {task.id: task for task in tasks}
+        self.tasks = {task.id: replace(task, callback=needs.callbacks) for task in tasks}
         self.vhost = f"{name}-{secrets.token_hex(3)}"
         self.folder = ground.folder / self.vhost
         self.folder.mkdir()
@@ -151,12 +155,47 @@ class Site:
             "WITNESS_LEDGER": str(self.ledger.path),
         }
         self.workers = [Kept(self.ground.crew, self._worker(n)) for n in range(self._needs.workers)]
+        self.callbacks: Kept | None = None
+        if self._needs.callbacks:
+            self._listen()
         self.sender: Kept | None = None
         return self
+
+    def _listen(self) -> None:
+        """Start the delivery of callbacks, and receive them."""
+        file = self.folder / "webhook-secrets.json"
+        secrets = WebhookSecrets(file)
+        secrets.rotate("default")
+
+        def heard(call: Heard) -> None:
+            if call.verified and call.type.removeprefix("task.") in END_STATES:
+                self.ledger.note("callback", call.subject_id, run=call.webhook_id, what=call.type)
+            else:
+                self.problems.append(f"a callback of {call.subject_id} is not right: {call}")
+
+        self._listener = Listener(heard, secrets=lambda: secrets.of("default"))
+        threading.Thread(target=self._listener.serve, daemon=True).start()
+        (port,) = free_ports(1)
+        self._env |= {
+            sender.CALLBACK_URL: self._listener.url,
+            "INFERQ_WEBHOOK_SECRETS_FILE": str(file),
+            "INFERQ_CALLBACK_ALLOWED_NETWORKS": "127.0.0.0/8",
+            "INFERQ_CALLBACK_SCHEDULE": "0,1,1,2,5,10",
+        }
+        part = Part(
+            name=f"{self.vhost}-callbacks",
+            argv=(sys.executable, "-m", "producer.cli", "callbacks", "--queues", "callbacks"),
+            env=self._env | {"INFERQ_PROBE_PORT": str(port)},
+            probe=lambda: _not_ready(port),
+        )
+        self.callbacks = Kept(self.ground.crew, part)
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         for kept in [*([self.sender] if self.sender else []), *self.workers]:
             kept.stop(hurry=kind is not None)
+        if self.callbacks is not None:
+            self.callbacks.stop(hurry=kind is not None)
+            self._listener.close()
         self._stop_watching()
         self.s3.close()
         for proxy in self.proxies:
@@ -233,11 +272,16 @@ class Site:
                 count, since = ended, time.monotonic()
             empty = not any(self._depths().values())
             sent = self.sender is None or self.sender.succeeded
-            if empty and sent and ended == len(self.tasks):
+            if empty and sent and ended == len(self.tasks) and self._called_back():
                 return
             if empty and sent and time.monotonic() > since + _STUCK_SECONDS:
                 break
             time.sleep(0.2)
+
+    def _called_back(self) -> bool:
+        """Whether everybody was called back who is to be."""
+        called = {entry.task for entry in self.ledger.read() if entry.kind == "callback"}
+        return all(task.id in called for task in self.tasks.values() if task.callback)
 
     def close_books(self) -> None:
         """Stop everybody in good order, and enter what stands in the store and among the dead letters."""

@@ -51,6 +51,24 @@ def test_a_task_that_ended_once_gives_no_finding() -> None:
     assert (reckoning.confirmed, reckoning.ended, reckoning.repeated) == (1, 1, 0)
 
 
+CALLED = {"a": PlannedTask("a", callback=True)}
+
+
+@pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        (("callback task.succeeded m1", "callback task.succeeded m1"), None),
+        ((), "lost"),
+        (("callback task.succeeded m1", "callback task.succeeded m2"), "unexpected"),
+        (("callback task.failed m1",), "unexpected"),
+    ],
+)
+def test_an_end_is_called_back_under_one_id_and_as_it_was(
+    lines: tuple[str, ...], fault: Fault | None
+) -> None:
+    assert faults(reckon(entries(*GOOD, *lines), CALLED)) == ({fault} if fault else set())
+
+
 def test_a_confirmed_task_without_an_end_is_lost() -> None:
     reckoning = reckon(entries("sent", "confirmed", "start 1 r1"), A)
     assert reckoning.count("lost") == 1

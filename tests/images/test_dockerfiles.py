@@ -16,17 +16,17 @@ def last_stage(path: Path) -> str:
     return path.read_text("utf-8").partition("COPY --from=")[2]
 
 
-def test_every_task_type_and_the_gateway_have_one() -> None:
+def test_every_task_type_and_each_other_part_have_one() -> None:
     own = {p.name for p in entry_points(group="inferq.engines") if p.value.startswith("consumers.")}
-    assert {path.parent.name for path in dockerfiles()} == own | {"gateway"}
+    assert {path.parent.name for path in dockerfiles()} == own | {"gateway", "callbacks"}
 
 
 @pytest.mark.parametrize("path", dockerfiles(), ids=lambda path: path.parent.name)
 class TestEach:
     def test_it_installs_and_starts_what_it_is_named_after(self, path: Path) -> None:
         image = read(path)
-        if image.name == "gateway":
-            assert image.command == ("inferq", "gateway")
+        if image.name in {"gateway", "callbacks"}:
+            assert image.command == ("inferq", image.name)
         else:
             assert image.command == ("inferq", "worker", image.name)
 

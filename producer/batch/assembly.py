@@ -1,0 +1,246 @@
+"""Putting a batch's results together: the source is read once more, and each line's result beside it.
+
+May be repeated: the two files come out the same, and the summary is written once, after them. Results are
+read some at a time, and no more are held than are being waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from broker import callback_message
+from producer.batch.lines import Line, LineParser, named_id
+from producer.batch.recount import belongs
+from producer.batch.surroundings import Surroundings
+from producer.batch.tasks import task_of
+from schemas import (
+    Batch,
+    BatchCounts,
+    BatchState,
+    BatchSummary,
+    ErrorInfo,
+    InvalidTask,
+    Outage,
+    Result,
+    Task,
+    batch_callback,
+)
+from storage import BatchSource, errors_key, output_key
+
+_AHEAD = 4
+"""Results asked for ahead of the one that is written, for each reader."""
+_JSONL = "application/x-ndjson"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tally:
+    total: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    invalid: int = 0
+    pages: int | None = None
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def counts(self) -> BatchCounts:
+        return BatchCounts(
+            total=self.total,
+            succeeded=self.succeeded,
+            failed=self.failed,
+            cancelled=self.cancelled,
+            invalid=self.invalid,
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line: the task in it, with its result on the way, or why there is none."""
+
+    line: Line
+    task: Task | None = None
+    result: Future[Result | None] | None = None
+    invalid: InvalidTask | None = None
+
+
+class Unfinished(Exception):
+    """A line has not ended, so that it is too early."""
+
+
+class Assembly:
+    """Ends one batch. `run` may raise any Outage: it is then to be repeated."""
+
+    def __init__(self, around: Surroundings, batch: Batch) -> None:
+        self._around = around
+        self._batch = batch
+        self._name = (batch.tenant, batch.batch_id)
+        self._cancelled = around.batches.cancel_requested(*self._name)
+
+    def run(self, error: str | None = None) -> BatchSummary:
+        """Write `output.jsonl`, `errors.jsonl` and the summary, then tell whoever wants to know.
+
+        `error` says why the batch could not be fed at all. Raises Unfinished.
+        """
+        around, batch = self._around, self._batch
+        summary = around.batches.summary(*self._name)
+        if summary is None:
+            self._tell("finishing")
+            summary = around.batches.finish(self._summary(self._write(error), error))
+        if batch.callback_url is not None:
+            around.confirm(callback_message(batch_callback(summary, batch.callback_url)))
+        self._tell(summary.state, summary.error)
+        _log.info("batch %s: %s", batch.batch_id, summary.state)
+        return summary
+
+    def _write(self, error: str | None) -> _Tally:
+        tally = _Tally()
+        store = self._around.store
+        with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
+            output, errors = Path(folder) / "output.jsonl", Path(folder) / "errors.jsonl"
+            with output.open("wb") as succeeded, errors.open("wb") as others:
+                source = self._around.batches.source(*self._name) if error is None else None
+                if source is not None:
+                    for line in self._entries(source):
+                        document, well = self._document(line, tally)
+                        (succeeded if well else others).write(_line(document))
+            store.put(output_key(*self._name), output, content_type=_JSONL)
+            store.put(errors_key(*self._name), errors, content_type=_JSONL)
+        return tally
+
+    def _entries(self, source: BatchSource) -> Iterator[_Entry]:
+        """The lines with their results, in order, as many ahead as are read at a time."""
+        readers = self._around.settings.batch_readers
+        parser = LineParser(self._batch)
+        waiting: deque[_Entry] = deque()
+        with (
+            ThreadPoolExecutor(readers) as threads,
+            self._around.sources.lines(source) as lines,
+            self._around.sources.taken(source) as taken,
+        ):
+            for line in lines:
+                if line.blank:
+                    continue
+                try:
+                    task = task_of(parser, taken, line)
+                except InvalidTask as error:
+                    waiting.append(_Entry(line, invalid=error))
+                else:
+                    load = self._around.results.load_success
+                    result = threads.submit(load, task.tenant, task.task_id)
+                    waiting.append(_Entry(line, task, result))
+                if len(waiting) > readers * _AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+
+    def _document(self, entry: _Entry, tally: _Tally) -> tuple[dict[str, Any], bool]:
+        """What is written of a line, and whether to the output."""
+        tally.total += 1
+        number = entry.line.number
+        if entry.task is None or entry.result is None:
+            tally.invalid += 1
+            error = entry.invalid or InvalidTask("the line is no task")
+            tally.failures[error.code] += 1
+            named = {"task_id": task_id} if (task_id := named_id(entry.line.content)) else {}
+            return {"line": number, **named, "status": "invalid", "error": _error(ErrorInfo.of(error))}, False
+        task, result = entry.task, entry.result.result()
+        about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
+        if result is not None and not belongs(result, self._batch, number):
+            taken = InvalidTask(
+                f"task {task.task_id!r} was submitted before, and not by this line; choose another id",
+                code="id_conflict",
+            )
+            tally.failed += 1
+            tally.failures[taken.code] += 1
+            return {**about, "status": "failed", "error": _error(ErrorInfo.of(taken))}, False
+        if result is None:
+            if not self._cancelled:
+                raise Unfinished
+            tally.cancelled += 1
+            error = InvalidTask("the batch was cancelled before the task was started", code="cancelled")
+            return {**about, "status": "cancelled", "error": _error(ErrorInfo.of(error))}, False
+        return self._ended(about, result, tally)
+
+    def _ended(self, about: dict[str, Any], result: Result, tally: _Tally) -> tuple[dict[str, Any], bool]:
+        kept = result.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            include={"artifacts", "attempts", "timings", "metadata", "finished_at"},
+        )
+        base = (
+            f"{self._around.storage.api_url.rstrip('/')}/v1/tasks/{quote(result.task_id, safe=':')}/artifacts"
+        )
+        for artifact in kept.get("artifacts", ()):
+            artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
+        if result.status == "succeeded":
+            tally.succeeded += 1
+            pages = _pages(result)
+            if pages is not None:
+                tally.pages = (tally.pages or 0) + pages
+            return {**about, "status": "succeeded", "output": result.output, **kept}, True
+        error = result.error or ErrorInfo(code="unknown", message="", retryable=True)
+        if result.status == "cancelled":
+            tally.cancelled += 1
+        else:
+            tally.failed += 1
+            tally.failures[error.code] += 1
+        return {**about, "status": result.status, "error": _error(error), **kept}, False
+
+    def _summary(self, tally: _Tally, error: str | None) -> BatchSummary:
+        batch, now = self._batch, datetime.now(UTC)
+        seconds = max((now - batch.created_at).total_seconds(), 0.001)
+        state: BatchState = "completed"
+        if self._cancelled:
+            state = "cancelled"
+        elif error is not None:
+            state = "failed"
+        ended = tally.succeeded + tally.failed
+        return BatchSummary(
+            batch_id=batch.batch_id,
+            tenant=batch.tenant,
+            state=state,
+            counts=tally.counts(),
+            failures=dict(tally.failures.most_common()),
+            error=error,
+            seconds=round(seconds, 3),
+            tasks_per_second=round(ended / seconds, 3),
+            pages=tally.pages,
+            pages_per_second=round(tally.pages / seconds, 3) if tally.pages is not None else None,
+            schedule=batch.schedule,
+            metadata=batch.metadata,
+            created_at=batch.created_at,
+            finished_at=now,
+        )
+
+    def _tell(self, state: BatchState, error: str | None = None) -> None:
+        try:
+            self._around.index.set_state(*self._name, state, error)
+        except Outage as outage:
+            # The summary in the object store says it as well.
+            _log.warning("batch %s: its state is not in Redis: %s", self._batch.batch_id, outage)
+
+
+def _pages(result: Result) -> int | None:
+    """How many pages an output has, where it has pages."""
+    pages = result.output.get("pages") if isinstance(result.output, dict) else None
+    return len(pages) if isinstance(pages, list) else None
+
+
+def _error(error: ErrorInfo) -> dict[str, Any]:
+    return error.model_dump(mode="json")
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace") + b"\n"

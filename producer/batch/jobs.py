@@ -1,0 +1,106 @@
+"""The jobs of batches, on Celery: feeding, slice by slice, and putting the results together.
+
+A job sends what comes next first (confirmed), and is acknowledged then. Whatever goes wrong, its message is
+given back after a while: a batch waits for what is away, however long, and is never dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Reject
+from celery.signals import worker_shutting_down
+
+from producer.batch.assembly import Assembly, Unfinished
+from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
+from producer.batch.sources import Cursor
+from producer.batch.start import ASSEMBLE, FEED, assemble_message, feed_message
+from producer.batch.surroundings import Surroundings
+from schemas import InferqError, Outage
+
+_AGAIN_SECONDS = 3.0
+
+_log = logging.getLogger(__name__)
+
+
+def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
+    """Add the jobs of batches to an application; `around` defaults to what the environment says."""
+    lock = threading.Lock()
+    shared: list[Surroundings] = [around] if around is not None else []
+
+    def surroundings() -> Surroundings:
+        with lock:
+            if not shared:
+                shared.append(Surroundings.load())
+                worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
+            return shared[0]
+
+    @app.task(name=FEED, bind=True)  # type: ignore[untyped-decorator]
+    def feed(self: Task, tenant: str, batch_id: str, chain: str, part: int, line: int, offset: int) -> None:
+        here = surroundings()
+
+        def once() -> None:
+            cursor = Cursor(line, offset)
+            match Slice(here, tenant, batch_id, chain=chain, part=part, cursor=cursor).run():
+                case GoOn(cursor, seconds):
+                    if seconds:
+                        arguments = {
+                            "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part + 1,
+                            "line": cursor.line, "offset": cursor.offset,
+                        }  # fmt: skip
+                        self.apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
+                    else:
+                        here.confirm(
+                            feed_message(
+                                tenant, batch_id, chain=chain, part=part + 1,
+                                line=cursor.line, offset=cursor.offset,
+                            )
+                        )  # fmt: skip
+                case Assemble(error):
+                    here.confirm(assemble_message(tenant, batch_id, error=error))
+                case Nothing():
+                    pass
+
+        _again_unless_done(here, batch_id, once)
+
+    @app.task(name=ASSEMBLE, bind=True)  # type: ignore[untyped-decorator]
+    def assemble(self: Task, tenant: str, batch_id: str, error: str | None = None) -> None:
+        here = surroundings()
+
+        def once() -> None:
+            batch = here.batches.load(tenant, batch_id)
+            if batch is None:
+                _log.error("batch %s: there is no record of it, so that it cannot be ended", batch_id)
+                return
+            try:
+                Assembly(here, batch).run(error)
+            except Unfinished:
+                # Redis said that all had ended, the object store does not: it is the one to be believed.
+                _log.warning("batch %s: not all of it has ended: it is looked at again", batch_id)
+                standing = here.index.look(tenant, batch_id)
+                line, offset = (standing.line, standing.offset) if standing else (0, 0)
+                here.index.forget(tenant, batch_id, reaches=line)
+                chain = f"again-{self.request.id}"
+                here.confirm(feed_message(tenant, batch_id, chain=chain, line=line, offset=offset))
+
+        _again_unless_done(here, batch_id, once)
+
+
+def _again_unless_done(here: Surroundings, batch_id: str, call: Callable[[], Any]) -> None:
+    """Do it; where it fails, the message goes back to its queue after a while."""
+    try:
+        call()
+    except Outage as error:
+        _log.warning("batch %s: waits, and goes on then: %s", batch_id, error)
+    except InferqError as error:
+        _log.error("batch %s: cannot go on, and tries again: %s", batch_id, error)
+    except Exception:
+        _log.exception("batch %s: cannot go on, and tries again", batch_id)
+    else:
+        return
+    here.stopping.wait(_AGAIN_SECONDS)
+    raise Reject(f"batch {batch_id} is to go on", requeue=True)

@@ -1,0 +1,372 @@
+"""inferq batch: many tasks from a JSONL file, a folder, globs or an s3:// prefix, through the gateway."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import typer
+from pydantic import JsonValue
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from producer.batch.sources import JSONL_ENDINGS, input_field, line_of
+from producer.cli.arguments import parse_assignments
+from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
+from producer.client import Client, NotEnded
+from producer.transfers import is_batch_url
+from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
+
+app = typer.Typer(no_args_is_help=True)
+
+_UPLOADS = 8
+"""Files of a folder that are uploaded at a time."""
+_LOOK_SECONDS = 1.0
+_LINE_SECONDS = 10.0
+"""Between two lines of progress where nobody watches."""
+
+BatchId = Annotated[str, typer.Argument(metavar="ID")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Follow, and save output.jsonl and errors.jsonl in this folder.")
+]
+Into = Annotated[Path | None, typer.Option("--out", help="Save it as this file, or in this folder.")]
+
+
+@app.command()
+def submit(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="A JSONL file, folders and globs, or s3://bucket/prefix."),
+    ],
+    task_type: Annotated[
+        str | None, typer.Option("--type", help="The task type, where the lines do not say it.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="A field or an option of all tasks; needs --type."),
+    ] = None,
+    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
+    max_in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Tasks queued or running at a time, at most.")
+    ] = None,
+    batch_id: Annotated[str | None, typer.Option("--id", help="An id of your own.")] = None,
+    callback: Annotated[str | None, typer.Option(metavar="URL", help="Where to notify of the end.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until its end.")] = False,
+    out: Out = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Submit a batch. With --follow or --out, exit status 1 unless every line has succeeded.
+
+    The files of a folder are uploaded, each a task. Ctrl-C while following leaves the batch running.
+    """
+    if priority not in get_args(Priority):
+        raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
+    if assignments and task_type is None:
+        raise InvalidTask("--set needs --type: what a field is depends on it")
+    defaults: dict[str, JsonValue] = {}
+    if task_type is not None:
+        defaults = parse_assignments(get_type(task_type), assignments or [])
+    name = batch_id or new_task_id()
+    with Client() as client, _source(client, sources, task_type, defaults) as source:
+        status = client.submit_batch(
+            source,
+            batch_id=name,
+            task_type=task_type,
+            defaults=defaults or None,
+            priority=priority,  # type: ignore[arg-type] # checked above
+            max_in_flight=max_in_flight,
+            callback_url=callback,
+        )
+        if not as_json or follow or out:
+            errors_or_output = errors if as_json else console
+            errors_or_output.print(status.batch_id, markup=False, highlight=False)
+        if follow or out:
+            _finish(client, status.batch_id, out, as_json)
+        elif as_json:
+            print_json(status)
+
+
+@contextmanager
+def _source(
+    client: Client, sources: Sequence[str], task_type: str | None, defaults: dict[str, JsonValue]
+) -> Iterator[str | Path]:
+    """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded."""
+    if len(sources) == 1:
+        (only,) = sources
+        if is_batch_url(only):
+            yield only
+            return
+        if only.endswith(JSONL_ENDINGS):
+            path = Path(only)
+            if not path.is_file():
+                raise InvalidTask(f"there is no file {only!r}", code="input_not_found")
+            if path.stat().st_size == 0:
+                raise InvalidTask(f"{only!r} is empty: it holds no task", code="empty_batch")
+            yield path
+            return
+    for source in sources:
+        if is_batch_url(source) or source.endswith(JSONL_ENDINGS):
+            raise InvalidTask(f"{source!r} is a source by itself: submit it alone")
+    field = input_field({"task_type": task_type} | defaults)
+    files = _files(sources)
+    first = next(files, None)
+    if first is None:
+        raise InvalidTask(f"there are no files in {', '.join(sources)}: the batch would be empty")
+    with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
+        made = Path(folder) / "batch.jsonl"
+        with made.open("wb") as lines:
+            for path, url in _uploaded(client, first, files):
+                lines.write(line_of(field, url, str(path)))
+        yield made
+
+
+def _files(sources: Sequence[str]) -> Iterator[Path]:
+    """The files of folders (with what lies below them) and globs, each source in the order of its names."""
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found = sorted(
+                p for p in path.rglob("*") if not any(part.startswith(".") for part in p.parts[1:])
+            )
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+            if not found:
+                raise InvalidTask(
+                    f"{source!r} is no file, folder or glob of any here", code="input_not_found"
+                )
+        yield from (file for file in found if file.is_file())
+
+
+def _uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tuple[Path, str]]:
+    """The files with the URLs that their uploads have, in order; some are on their way at a time."""
+
+    def begin(path: Path) -> tuple[Path, Future[str]]:
+        return path, threads.submit(client.upload, path)
+
+    with (
+        ThreadPoolExecutor(_UPLOADS) as threads,
+        Progress(
+            TextColumn("uploading"), TextColumn("{task.completed:.0f} files"), TimeElapsedColumn(),
+            console=errors, transient=True, disable=not errors.is_terminal,
+        ) as bars,
+    ):  # fmt: skip
+        bar = bars.add_task("", total=None)
+        waiting = deque([begin(first)])
+        for path in rest:
+            waiting.append(begin(path))
+            if len(waiting) > 2 * _UPLOADS:
+                done, url = waiting.popleft()
+                yield done, url.result()
+                bars.advance(bar)
+        while waiting:
+            done, url = waiting.popleft()
+            yield done, url.result()
+            bars.advance(bar)
+
+
+def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> None:
+    """Follow a batch to its end, and say how it ended; exit status 1 unless every line has succeeded."""
+    try:
+        status = _follow(client, batch_id)
+    except KeyboardInterrupt:
+        errors.print(
+            f"batch {batch_id} goes on; come back with: inferq batch status {batch_id} --follow",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        client.batch_file(batch_id, "output", out)
+        client.batch_file(batch_id, "errors", out)
+    if as_json:
+        print_json(status)
+    else:
+        _show(status)
+    if status.state != "completed" or status.counts.succeeded != status.counts.total:
+        raise typer.Exit(1)
+
+
+def _follow(client: Client, batch_id: str) -> BatchStatus:
+    return _with_bar(client, batch_id) if errors.is_terminal else _with_lines(client, batch_id)
+
+
+def _with_bar(client: Client, batch_id: str) -> BatchStatus:
+    with Progress(
+        TextColumn("{task.fields[state]:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    ) as bars:
+        bar = bars.add_task("", total=None, state="queued", note="")
+        while True:
+            status = client.batch(batch_id)
+            counts = status.counts
+            bars.update(
+                bar,
+                total=counts.total,
+                completed=counts.ended + counts.invalid,
+                state=status.state,
+                note=_note(status),
+            )
+            if status.ended:
+                return status
+            time.sleep(_LOOK_SECONDS)
+
+
+def _with_lines(client: Client, batch_id: str) -> BatchStatus:
+    """Progress for a pipe or a log: a line where the state changes, and every now and then."""
+    said, at = "", 0.0
+    while True:
+        status = client.batch(batch_id)
+        now = time.monotonic()
+        if status.state != said or now - at >= _LINE_SECONDS:
+            counts = status.counts
+            done = f"{counts.ended + counts.invalid}/{'?' if counts.total is None else counts.total}"
+            errors.print(
+                f"{status.state} {done} {_note(status)}", markup=False, highlight=False, soft_wrap=True
+            )
+            said, at = status.state, now
+        if status.ended:
+            return status
+        time.sleep(_LOOK_SECONDS)
+
+
+def _note(status: BatchStatus) -> str:
+    counts = status.counts
+    parts = [f"{counts.failed} failed"]
+    if counts.invalid:
+        parts.append(f"{counts.invalid} invalid")
+    if counts.cancelled:
+        parts.append(f"{counts.cancelled} cancelled")
+    if status.rate is not None:
+        parts.append(f"{status.rate:.1f}/s")
+    if status.seconds_left is not None and not status.ended:
+        parts.append(f"{_span(status.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _show(status: BatchStatus) -> None:
+    counts = status.counts
+    rows: list[tuple[str, object]] = [
+        ("batch", status.batch_id),
+        ("state", "will be cancelled" if status.cancel_requested and not status.ended else status.state),
+        ("source", status.source),
+        ("total", counts.total),
+        ("queued", counts.queued),
+        ("running", counts.running),
+        ("succeeded", counts.succeeded),
+        ("failed", counts.failed),
+        ("cancelled", counts.cancelled),
+        ("invalid", counts.invalid),
+    ]
+    if status.rate is not None:
+        rows.append(("rate", f"{status.rate:.1f}/s"))
+    if status.seconds_left is not None and not status.ended:
+        rows.append(("time left", _span(status.seconds_left)))
+    if status.error:
+        rows.append(("error", status.error))
+    print_table(["", ""], rows)
+
+
+@app.command()
+def status(
+    batch_id: BatchId,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until its end.")] = False,
+    out: Out = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where a batch stands. With --follow, exit status 1 unless every line has succeeded."""
+    with Client() as client:
+        if follow or out:
+            _finish(client, batch_id, out, as_json)
+            return
+        found = client.batch(batch_id)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+
+
+@app.command()
+def cancel(batch_id: BatchId, as_json: JsonFlag = False) -> None:
+    """Cancel a batch: nothing queued starts, what runs stops, and its files come then."""
+    with Client() as client:
+        found = client.cancel_batch(batch_id)
+    if as_json:
+        print_json(found)
+    else:
+        what = "cancelled" if found.ended else "will be cancelled"
+        console.print(f"{found.batch_id}: {what}", markup=False, highlight=False)
+
+
+@app.command()
+def output(
+    batch_id: BatchId, out: Annotated[Path | None, typer.Option("--out", help="A file or folder.")] = None
+) -> None:
+    """Print the results of what succeeded, a JSON object in each line."""
+    _file(batch_id, "output", out)
+
+
+@app.command("errors")
+def errors_(batch_id: BatchId, out: Into = None) -> None:
+    """Print what failed, was cancelled or was invalid, a JSON object in each line."""
+    _file(batch_id, "errors", out)
+
+
+def _file(batch_id: str, name: Literal["output", "errors"], out: Path | None) -> None:
+    with Client() as client:
+        try:
+            if out is not None:
+                client.batch_file(batch_id, name, out)
+                return
+            with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
+                path = client.batch_file(batch_id, name, Path(folder))
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, sys.stdout.buffer)
+        except NotEnded as error:
+            complain(error)
+            raise typer.Exit(1) from error
+
+
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20, as_json: JsonFlag = False
+) -> None:
+    """List batches, the newest first."""
+    with Client() as client:
+        found = [
+            status for _, status in zip(range(limit), client.batches(page_size=min(limit, 50)), strict=False)
+        ]
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ["batch", "state", "total", "succeeded", "failed", "invalid", "created"],
+        [
+            (
+                b.batch_id, b.state, b.counts.total, b.counts.succeeded, b.counts.failed, b.counts.invalid,
+                f"{b.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+            )
+            for b in found
+        ],
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""A batch: many tasks from one source, fed in a stream, and where it stands."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, time, timedelta
+from typing import Annotated, Literal, get_args
+from zoneinfo import ZoneInfo
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    field_validator,
+)
+
+from schemas.task import CallbackUrl, Priority, Tenant, TypeName
+
+DEFAULT_IN_FLIGHT = 1000
+
+BatchId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,116}$")]
+"""Short enough for the ids of its tasks, `<batch_id>.<line>`."""
+
+BatchState = Literal[
+    "preparing", "feeding", "paused", "running", "finishing", "completed", "cancelled", "failed"
+]
+BATCH_END_STATES: frozenset[BatchState] = frozenset({"completed", "cancelled", "failed"})
+SOURCE_SCHEMES = ("inferq", "s3")
+
+SET_BY_FEEDER = ("batch_id", "batch_line", "tenant")
+"""What the lines and defaults of a batch cannot say of its tasks."""
+
+_CLOCK = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
+
+
+class Window(BaseModel):
+    """The hours of a day in which a batch is fed; it may lie over midnight. Equal times are the whole day.
+
+    In the hour that daylight saving repeats a time means its first passing; in the one that it leaves out,
+    the moment at which the clock has jumped past it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: str = Field(description="When it opens, as `22:00`.")
+    end: str = Field(description="When it closes, as `06:00`.")
+    time_zone: str = Field("UTC", description="An IANA name, as `Europe/Berlin`.")
+
+    @field_validator("start", "end")
+    @classmethod
+    def _is_a_time_of_day(cls, value: str) -> str:
+        if not _CLOCK.fullmatch(value):
+            raise ValueError("write the time of day as HH:MM, from 00:00 to 23:59")
+        return value
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_a_time_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (OSError, ValueError) as error:  # ZoneInfoNotFoundError is a KeyError on some systems
+            raise ValueError("no such time zone; give an IANA name such as Europe/Berlin") from error
+        except KeyError as error:
+            raise ValueError("no such time zone; give an IANA name such as Europe/Berlin") from error
+        return value
+
+    def opens_in(self, now: datetime) -> float:
+        """Seconds from `now` (aware) until the window is open; 0 while it is."""
+        if self.start == self.end:
+            return 0.0
+        zone = ZoneInfo(self.time_zone)
+        today = now.astimezone(zone).date()
+        starts = []
+        for days in (-1, 0, 1, 2):
+            day = today + timedelta(days=days)
+            opens = _moment(datetime.combine(day, time.fromisoformat(self.start), zone))
+            over_midnight = self.end <= self.start
+            last = day + timedelta(days=1) if over_midnight else day
+            closes = _moment(datetime.combine(last, time.fromisoformat(self.end), zone))
+            if opens <= now < closes:
+                return 0.0
+            if opens > now and closes > opens:
+                starts.append((opens - now).total_seconds())
+        return min(starts)
+
+
+def _moment(local: datetime) -> datetime:
+    """The moment of a local time; one that the clock jumps over is the end of the jump."""
+    moment = local.astimezone(UTC)
+    if moment.astimezone(local.tzinfo).replace(tzinfo=None) == local.replace(tzinfo=None):
+        return moment
+    # The offset before the gap takes a time within it as far past the jump as it stands past its beginning.
+    zone = local.tzinfo
+    low, high = moment - timedelta(hours=4), moment
+    before = low.astimezone(zone).utcoffset()
+    while high - low > timedelta(seconds=1):
+        middle = low + (high - low) / 2
+        low, high = (middle, high) if middle.astimezone(zone).utcoffset() == before else (low, middle)
+    return high.replace(microsecond=0)
+
+
+class Batch(BaseModel):
+    """What is to be done: which source, and what its tasks have in common.
+
+    Each line of the source is a JSON object of task fields that go before the defaults (`options` and
+    `metadata` are merged); each object under an `s3://bucket/prefix` is a task of `task_type`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    batch_id: BatchId
+    tenant: Tenant = "default"
+    source: str = Field(
+        pattern=rf"^({'|'.join(SOURCE_SCHEMES)}):.+",
+        max_length=2048,
+        description="`inferq:` (an uploaded JSONL file, perhaps gzipped), `s3://bucket/file.jsonl`, or "
+        "`s3://bucket/prefix`, each of whose objects is an input.",
+    )
+    source_sha256: str | None = Field(
+        None, description="SHA-256 of an uploaded source: the same content is then the same source."
+    )
+    task_type: TypeName | None = Field(None, description="The type of lines that name none.")
+    defaults: dict[str, JsonValue] = Field({}, description="Task fields that a line may override.")
+    priority: Priority = "normal"
+    max_in_flight: int = Field(
+        DEFAULT_IN_FLIGHT, ge=1, le=1_000_000, description="Tasks that are fed and have not ended, at most."
+    )
+    callback_url: CallbackUrl | None = Field(None, description="Where to tell of the batch's own end.")
+    window: Window | None = Field(None, description="When it may be fed; at any time if absent.")
+    schedule: str | None = Field(None, description="The nightly run that it belongs to.")
+    metadata: dict[str, JsonValue] = Field({}, description="Echoed in its status, summary and callback.")
+    created_at: AwareDatetime
+
+    @field_validator("defaults")
+    @classmethod
+    def _leaves_to_the_feeder(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in (*SET_BY_FEEDER, "task_id"):
+            if name in value:
+                raise ValueError(f"{name} cannot be a default: it differs by line, or the batch says it")
+        return value
+
+    def same_as(self, other: Batch) -> bool:
+        """Whether the two ask for the same, whenever each was made."""
+        ours, theirs = self._content(), other._content()
+        if self.source_sha256 and self.source_sha256 == other.source_sha256:
+            del ours["source"], theirs["source"]
+        return ours == theirs
+
+    def _content(self) -> dict[str, JsonValue]:
+        return self.model_dump(mode="json", exclude={"created_at"})
+
+    def task_id(self, line: int) -> str:
+        """The id of the task in a line that names none; lines count from 1."""
+        return f"{self.batch_id}.{line}"
+
+
+class BatchCounts(BaseModel):
+    """How many lines of a batch are where. `total` is None until the source has been read once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    total: int | None = None
+    queued: int = Field(0, description="Fed, and not ended: running ones included.")
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    invalid: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+
+class BatchSummary(BaseModel):
+    """What came of a batch, written once at its end. `seconds` count from its creation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch_id: str
+    tenant: str
+    state: BatchState
+    counts: BatchCounts
+    failures: dict[str, int] = Field({}, description="How many failed lines, by error code.")
+    error: str | None = Field(None, description="Why the batch itself failed.")
+    seconds: float
+    tasks_per_second: float
+    pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
+    pages_per_second: float | None = None
+    schedule: str | None = None
+    metadata: dict[str, JsonValue] = {}
+    created_at: AwareDatetime
+    finished_at: AwareDatetime
+
+
+class BatchStatus(BaseModel):
+    """Where a batch stands. `rate` is tasks ended per second of late, `seconds_left` a guess from it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch_id: str
+    tenant: str
+    state: BatchState
+    source: str
+    task_type: str | None = None
+    priority: Priority = "normal"
+    counts: BatchCounts = BatchCounts()
+    rate: float | None = None
+    seconds_left: float | None = None
+    cancel_requested: bool = False
+    error: str | None = None
+    schedule: str | None = None
+    metadata: dict[str, JsonValue] = {}
+    created_at: AwareDatetime
+    finished_at: AwareDatetime | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in BATCH_END_STATES
+
+
+BATCH_STATES: tuple[BatchState, ...] = get_args(BatchState)

@@ -1,0 +1,174 @@
+"""Batches with a real broker, Redis and store around them, fed in this process, and a quick worker."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from broker import BrokerSettings, connect, topology_for
+from producer.batch.assembly import Assembly
+from producer.batch.feeder import Assemble, GoOn, Next, Nothing, Slice
+from producer.batch.settings import BatchSettings
+from producer.batch.sources import Cursor
+from producer.batch.surroundings import Surroundings
+from schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
+from storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
+
+START = Cursor()
+
+
+@dataclass
+class BatchSite:
+    """Where batches are fed; `ran` counts how often each task began."""
+
+    around: Surroundings
+    redis: redis.Redis
+    ran: dict[str, int] = field(default_factory=dict)
+
+    def batch(self, content: bytes, **more: Any) -> Batch:
+        """A batch over an upload of this content, on record."""
+        name = f"{uuid.uuid4().hex}.jsonl"
+        self.around.store.put(upload_key("default", name), content)
+        return self.batch_of(f"inferq:{name}", **more)
+
+    def batch_of(self, source: str, **more: Any) -> Batch:
+        said = {"batch_id": f"b{uuid.uuid4().hex[:8]}", "task_type": "echo", **more}
+        return self.around.batches.create(Batch(source=source, created_at=datetime.now(UTC), **said))
+
+    def slice(
+        self,
+        batch: Batch,
+        cursor: Cursor = START,
+        *,
+        chain: str = "c",
+        part: int = 0,
+    ) -> Next:
+        return Slice(self.around, batch.tenant, batch.batch_id, chain=chain, part=part, cursor=cursor).run()
+
+    def feed(self, batch: Batch, *, between: Callable[[Cursor], None] = lambda _: None) -> Assemble:
+        """Slice after slice, until everything has ended."""
+        cursor, part = Cursor(), 0
+        while True:
+            match self.slice(batch, cursor, part=part):
+                case GoOn(cursor, _):
+                    part += 1
+                    assert part < 200
+                    between(cursor)
+                case Assemble() as assemble:
+                    return assemble
+                case Nothing():
+                    raise AssertionError("nothing was to be fed")
+
+    def finish(self, batch: Batch, **more: Any) -> BatchSummary:
+        error = self.feed(batch, **more).error
+        return Assembly(self.around, batch).run(error)
+
+    def output(self, batch: Batch) -> list[dict[str, Any]]:
+        return self._lines(output_key(batch.tenant, batch.batch_id))
+
+    def errors(self, batch: Batch) -> list[dict[str, Any]]:
+        return self._lines(errors_key(batch.tenant, batch.batch_id))
+
+    def _lines(self, key: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.around.store.get(key).splitlines()]
+
+    def depth(self) -> int:
+        connection = connect(self.around.broker, name="test")
+        count = connection.channel().queue_declare("inference.echo.normal", passive=True).method.message_count
+        connection.close()
+        return int(count)
+
+
+class QuickWorker(threading.Thread):
+    """Ends the tasks in the queue as a worker does, without an engine: what fails is said by the payload."""
+
+    def __init__(self, site: BatchSite) -> None:
+        super().__init__(daemon=True)
+        self._site = site
+        self._done = threading.Event()
+        self.tells_redis = True
+        self.status = StatusIndex.from_settings(site.around.storage)
+
+    def run(self) -> None:
+        connection = connect(self._site.around.broker, name="quick worker")
+        channel = connection.channel()
+        topology_for(installed_types()).apply(channel)
+        channel.basic_qos(prefetch_count=50)
+        for method, _, body in channel.consume("inference.echo.normal", inactivity_timeout=0.05):
+            if self._done.is_set():
+                break
+            if method is not None:
+                self._end(body)
+                channel.basic_ack(method.delivery_tag)
+        connection.close()
+
+    def _end(self, body: bytes) -> None:
+        task = parse_task(body)
+        results, now = self._site.around.results, datetime.now(UTC)
+        kept = results.load(task.tenant, task.task_id)
+        if kept is None:
+            cancel = (
+                self.tells_redis
+                and self.status.begin(
+                    task, attempt=1, redrives=0, worker="quick", started_at=now
+                ).cancel_requested
+            )
+            payload = task.payload  # type: ignore[attr-defined]
+            if cancel or payload == "fail":
+                error = InvalidTask("as you wish", code="cancelled" if cancel else "wished")
+                ended = Result.failure(
+                    task, error, attempts=1, finished_at=now, status="cancelled" if cancel else "failed"
+                )
+            else:
+                self._site.ran[task.task_id] = self._site.ran.get(task.task_id, 0) + 1
+                ended = Result(
+                    task_id=task.task_id, task_type=task.task_type, tenant=task.tenant, status="succeeded",
+                    output={"payload": payload}, attempts=1, batch_id=task.batch_id,
+                    batch_line=task.batch_line, metadata=task.metadata, finished_at=now, digest=task.digest(),
+                )  # fmt: skip
+            kept = results.save(ended)
+        if self.tells_redis:
+            self.status.ended(kept)
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join(20)
+        self.status.close()
+
+
+@pytest.fixture
+def site(fresh_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[BatchSite]:
+    address = urlsplit(redis_url)._replace(path="/9").geturl()
+    around = Surroundings(
+        BatchSettings(batch_slice=5, batch_doubt=0.5),
+        StorageSettings(
+            redis_url=address,
+            store_url=(tmp_path / "store").as_uri(),
+            store_fsync=False,
+            api_url="http://api",
+        ),
+        BrokerSettings(amqp_url=fresh_amqp_url),
+    )
+    connection = redis.Redis.from_url(address)
+    yield BatchSite(around, connection)
+    around.close()
+    connection.flushdb()
+    connection.close()
+
+
+@pytest.fixture
+def worker(site: BatchSite) -> Iterator[QuickWorker]:
+    worker = QuickWorker(site)
+    worker.start()
+    yield worker
+    worker.stop()

@@ -1,0 +1,275 @@
+"""Feeding a batch and putting it together, against a real RabbitMQ, Redis and store."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from producer.batch.feeder import Assemble, GoOn, Nothing
+from producer.batch.sources import Cursor
+from storage import BatchConflict
+from tests.batch.conftest import BatchSite, QuickWorker
+
+
+def lines(count: int) -> bytes:
+    return b"".join(b'{"payload": %d}\n' % number for number in range(1, count + 1))
+
+
+def payloads(output: list[dict[str, object]]) -> list[object]:
+    return [entry["output"]["payload"] for entry in output]  # type: ignore[index]
+
+
+def test_every_line_becomes_a_task_and_the_output_is_in_their_order(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    batch = site.batch(lines(1200), max_in_flight=300)
+    summary = site.finish(batch)
+    assert (summary.state, summary.counts.total, summary.counts.succeeded) == ("completed", 1200, 1200)
+    assert payloads(site.output(batch)) == list(range(1, 1201))
+    assert site.errors(batch) == []
+    assert set(site.ran.values()) == {1}
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.state, standing.counts.succeeded, standing.counts.queued) == ("completed", 1200, 0)
+
+
+BAD = [
+    b'\xef\xbb\xbf{"payload": 1}\r\n',  # 1: a byte order mark, CRLF
+    b"\n",  # 2: blank
+    b'{"payload": \n',  # 3: broken
+    b"[1, 2]\r\n",  # 4: no object
+    b'{"payload": 5, "colour": "red"}\n',  # 5: an unknown field
+    b'{"delay": "soon"}\n',  # 6: a wrong type
+    b'{"tenant": "other", "payload": 7}\n',  # 7: another tenant
+    b'{"payload": "' + b"x" * 1_000_000 + b'"}\n',  # 8: 1 MB
+    b'{"task_id": "mine", "payload": 9}\n',  # 9: an id of its own
+    b'{"task_id": "mine", "payload": 10}\n',  # 10: the same again
+    b'{"task_type": "nope"}\n',  # 11: an unknown type
+    b'{"payload": 12, "task_id": "BATCH.1"}\n',  # 12: an id that line 1 has
+    b'{"payload": NaN}\n',  # 13: no JSON number
+    b"\xff\xfe\x00\n",  # 14: no UTF-8
+    b'{"payload": "fail"}\n',  # 15: a task that fails
+    b'   {"payload": 16}',  # 16: no final newline
+]
+
+
+def test_bad_lines_are_counted_and_named_and_stop_nothing(site: BatchSite, worker: QuickWorker) -> None:
+    content = b"".join(BAD).replace(b"BATCH", b"bad")
+    batch = site.batch(content, batch_id="bad")
+    summary = site.finish(batch)
+    assert summary.state == "completed"
+    counts = summary.counts
+    assert (counts.total, counts.succeeded, counts.failed, counts.invalid) == (15, 3, 1, 11)
+    assert [(e["line"], e["task_id"]) for e in site.output(batch)] == [
+        (1, "bad.1"),
+        (9, "mine"),
+        (16, "bad.16"),
+    ]
+    told = {entry["line"]: (entry["status"], entry["error"]["message"]) for entry in site.errors(batch)}
+    assert list(told) == [3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15]
+    for line, words in {
+        3: "not JSON", 4: "not a JSON object", 5: "colour: is unknown", 6: "delay", 7: "another tenant",
+        8: "1000015 bytes", 10: "same task_id as line 9", 11: "not known",
+        12: "kept for the lines without one", 13: "not a JSON number", 14: "JSON", 15: "as you wish",
+    }.items():  # fmt: skip
+        assert words in told[line][1], told[line]
+    assert summary.failures["wished"] == 1
+    standing = site.around.index.look("default", "bad")
+    assert standing is not None
+    assert (standing.counts.invalid, standing.counts.failed, standing.counts.total) == (11, 1, 15)
+
+
+def test_a_gzipped_source_of_two_members_is_read_and_resumed(site: BatchSite, worker: QuickWorker) -> None:
+    packed = gzip.compress(lines(700)) + gzip.compress(b'{"payload": 701}\n{"payload": 702}')
+    batch = site.batch(packed)
+    assert site.finish(batch).counts.succeeded == 702
+    assert payloads(site.output(batch)) == list(range(1, 703))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"\n  \r\n\n", "empty"),
+        (gzip.compress(lines(5000))[:-200], "breaks off"),
+        (gzip.compress(b""), "empty"),
+        (b"\x1f\x8b\x08 this is no gzip", "no intact gzip"),
+    ],
+)
+def test_a_source_that_cannot_be_used_ends_the_batch_with_the_reason(
+    site: BatchSite, content: bytes, words: str
+) -> None:
+    batch = site.batch(content)
+    summary = site.finish(batch)
+    assert summary.state == "failed"
+    assert summary.error is not None
+    assert words in summary.error
+    assert site.output(batch) == site.errors(batch) == []
+
+
+def test_an_upload_that_does_not_exist_ends_the_batch(site: BatchSite) -> None:
+    summary = site.finish(site.batch_of("inferq:nowhere.jsonl"))
+    assert summary.state == "failed"
+    assert "upload it first" in (summary.error or "")
+
+
+def test_defaults_give_way_to_the_line_and_metadata_are_merged(site: BatchSite, worker: QuickWorker) -> None:
+    content = b'{"metadata": {"b": 2}}\n{"payload": "own", "metadata": {"a": 9}}\n{"\\u0070ayload": "esc"}\n'
+    batch = site.batch(content, defaults={"payload": "default", "metadata": {"a": 1}})
+    site.finish(batch)
+    output = site.output(batch)
+    assert payloads(output) == ["default", "own", "esc"]
+    assert [entry["metadata"] for entry in output] == [{"a": 1, "b": 2}, {"a": 9}, {"a": 1}]
+
+
+def test_no_more_than_max_in_flight_are_fed(site: BatchSite) -> None:
+    batch = site.batch(lines(100), max_in_flight=7)
+    match site.slice(batch):
+        case GoOn(cursor, _):
+            assert cursor.line == 7
+        case other:
+            raise AssertionError(other)
+    assert site.depth() == 7
+
+
+def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    batch = site.batch(lines(900), max_in_flight=100)
+    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    assert isinstance(site.slice(batch), GoOn)
+    # The message of the first slice comes again, from the start: its last cursor was never sent on.
+    site.redis.hset(f"inferq:batch:default:{batch.batch_id}", "slice", 0)
+    summary = site.finish(batch)
+    assert summary.counts.succeeded == 900
+    assert set(site.ran.values()) == {1}
+    assert len(site.ran) == 900
+
+
+def test_redis_flushed_between_slices_loses_nothing(site: BatchSite, worker: QuickWorker) -> None:
+    batch = site.batch(lines(2000) + b"broken\n" + b'{"payload": "fail"}\n', max_in_flight=40)
+    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    flushed = []
+
+    def flush(cursor: Cursor) -> None:
+        if len(flushed) < 2 and cursor.line > 100:
+            site.redis.flushdb()
+            flushed.append(cursor.line)
+
+    summary = site.finish(batch, between=flush)
+    assert len(flushed) == 2
+    counts = summary.counts
+    assert (counts.total, counts.succeeded, counts.failed, counts.invalid) == (2002, 2000, 1, 1)
+    assert set(site.ran.values()) == {1}
+    assert payloads(site.output(batch)) == list(range(1, 2001))
+
+
+def test_ends_that_redis_never_heard_of_are_found_in_the_store(site: BatchSite, worker: QuickWorker) -> None:
+    worker.tells_redis = False
+    batch = site.batch(lines(120) + b'{"task_id": "mine"}\n', max_in_flight=50)
+    assert site.finish(batch).counts.succeeded == 121
+
+
+def test_an_id_that_another_task_has_ends_as_a_conflict(site: BatchSite, worker: QuickWorker) -> None:
+    first = site.batch(b'{"task_id": "shared", "payload": 1}\n')
+    site.finish(first)
+    second = site.batch(b'{"task_id": "shared", "payload": 2}\n{"payload": 3}\n')
+    worker.tells_redis = False  # a worker buries it, and tells nobody of its end
+    summary = site.finish(second)
+    assert (summary.counts.succeeded, summary.counts.failed) == (1, 1)
+    assert summary.failures == {"id_conflict": 1}
+
+
+def test_a_cancelled_batch_ends_without_any_worker(site: BatchSite) -> None:
+    batch = site.batch(lines(50) + b"broken\n", max_in_flight=20)
+    site.slice(batch)
+    site.around.batches.request_cancel("default", batch.batch_id)
+    site.redis.flushdb()  # the wish stands in the store, too
+    summary = site.finish(batch)
+    assert summary.state == "cancelled"
+    assert (summary.counts.cancelled, summary.counts.invalid, summary.counts.total) == (50, 1, 51)
+    assert site.output(batch) == []
+    # What waits in the queue finds its end on record.
+    worker = QuickWorker(site)
+    worker.start()
+    while site.depth():
+        pass
+    worker.stop()
+    assert site.ran == {}
+
+
+def test_a_batch_that_redis_is_told_to_cancel_stops_being_fed(site: BatchSite, worker: QuickWorker) -> None:
+    batch = site.batch(lines(3000), max_in_flight=10)
+    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+
+    def cancel(cursor: Cursor) -> None:
+        site.around.batches.request_cancel("default", batch.batch_id)
+
+    summary = site.finish(batch, between=cancel)
+    assert summary.state == "cancelled"
+    assert summary.counts.succeeded == len(site.ran) < 3000
+    assert summary.counts.succeeded + summary.counts.cancelled == 3000
+
+
+def test_a_second_feeding_of_a_batch_gives_way_to_the_first(site: BatchSite) -> None:
+    batch = site.batch(lines(5))
+    take = site.around.index.take
+    name = ("default", batch.batch_id)
+    assert take(*name, chain="a", part=0, token="a0") == "taken"
+    assert take(*name, chain="b", part=0, token="b0") == "another"
+    assert take(*name, chain="a", part=0, token="a1") == "held"
+    site.around.index.release(*name, "a0")
+    assert take(*name, chain="a", part=1, token="a2") == "taken"
+    assert take(*name, chain="a", part=0, token="a3") == "outdated"
+    assert site.slice(batch, chain="b") == Nothing()
+
+
+def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:
+    window = {"start": "00:00", "end": "00:01", "time_zone": "Etc/GMT-14"}
+    batch = site.batch(lines(5), window=window)
+    match site.slice(batch):
+        case GoOn(cursor, seconds):
+            assert cursor.line == 0
+            assert 1 <= seconds <= 30
+        case other:
+            raise AssertionError(other)
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert standing.state == "paused"
+    assert standing.counts.queued == 0
+
+
+def test_the_same_batch_is_one_batch_and_another_is_refused(site: BatchSite) -> None:
+    batch = site.batch(lines(1), batch_id="twice")
+    again = batch.model_copy(update={"created_at": batch.created_at.replace(year=2030)})
+    assert site.around.batches.create(again) == batch
+    with pytest.raises(BatchConflict, match="another content"):
+        site.around.batches.create(again.model_copy(update={"priority": "high"}))
+
+
+def test_assembling_twice_gives_the_same_files_and_one_summary(site: BatchSite, worker: QuickWorker) -> None:
+    batch = site.batch(lines(30) + b"x\n")
+    first = site.finish(batch)
+    before = site.output(batch), site.errors(batch)
+    assert site.slice(batch) == Nothing()
+    assert site.around.batches.summary("default", batch.batch_id) == first
+    assert (site.output(batch), site.errors(batch)) == before
+
+
+def test_redis_keeps_nothing_of_a_line_that_has_ended(site: BatchSite, worker: QuickWorker) -> None:
+    batch = site.batch(lines(300))
+    site.finish(batch)
+    left = sorted(key.decode() for key in site.redis.keys("*"))
+    assert [key for key in left if not key.startswith(("inferq:batch:", "inferq:bits:"))] == []
+    assert json.dumps(left).count(batch.batch_id) == len(left)
+
+
+def test_a_line_that_is_assembled_too_early_is_not_left_out(site: BatchSite) -> None:
+    from producer.batch.assembly import Assembly, Unfinished
+
+    batch = site.batch(lines(3))
+    assert isinstance(site.slice(batch), GoOn | Assemble)
+    with pytest.raises(Unfinished):
+        Assembly(site.around, batch).run()

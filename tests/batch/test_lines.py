@@ -1,0 +1,155 @@
+"""Lines and the tasks in them: the pure core of batches."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from producer.batch.lines import Line, LineParser, read_lines, unpacked
+from schemas import MAX_BODY_BYTES, Batch, InvalidTask, Window
+
+SOME_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def batch(**more: Any) -> Batch:
+    said = {"batch_id": "b", "source": "inferq:x", "task_type": "echo", **more}
+    return Batch(created_at=datetime(2026, 1, 1, tzinfo=UTC), **said)
+
+
+def cut(content: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({min(place, len(content)) for place in places})
+    return [content[a:b] for a, b in zip([0, *ends], [*ends, len(content)], strict=True)]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line), max_size=12),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.lists(st.integers(0, 200), max_size=6),
+)
+def test_lines_are_the_same_however_they_come_and_wherever_one_begins(
+    lines: list[bytes], end: bytes, final: bool, places: list[int]
+) -> None:
+    content = end.join(lines) + (end if final else b"")
+    found = list(read_lines(cut(content, places)))
+    assert found == list(read_lines([content]))
+    assert [line.number for line in found] == list(range(1, len(found) + 1))
+    for line in found:
+        rest = list(read_lines([content[line.end :]], line=line.number, offset=line.end))
+        assert rest == found[line.number :]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, MAX_BODY_BYTES), max_size=30))
+def test_a_line_of_any_length_is_held_in_constant_memory(pieces: list[int]) -> None:
+    total = 10 * MAX_BODY_BYTES
+    found = list(read_lines([b"x" * total, *(b"x" * size for size in pieces), b"\n", b"{}"]))
+    assert found[0] == Line(1, total + sum(pieces) + 1, None, total + sum(pieces))
+    assert found[1].content == b"{}"
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=4), st.lists(st.integers(0, 3000), max_size=4))
+def test_gzip_of_any_members_unpacks(members: list[bytes], places: list[int]) -> None:
+    packed = b"".join(map(gzip.compress, members))
+    assert b"".join(unpacked(cut(packed, places))) == b"".join(members)
+
+
+@settings(deadline=None)
+@given(SOME_JSON)
+def test_the_task_of_a_line_is_that_of_its_object_with_the_batch_around_it(payload: Any) -> None:
+    content = json.dumps({"payload": payload}).encode()
+    task = LineParser(batch(defaults={"delay": 0.5})).parse(Line(7, 0, content, len(content)))
+    body = json.loads(task.body())
+    assert body.pop("payload", None) == payload
+    assert body == {
+        "task_id": "b.7", "task_type": "echo", "batch_id": "b", "batch_line": 7, "delay": 0.5,
+    }  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.text(alphabet='{}[]",:ab1 \\', max_size=30))
+def test_nothing_that_is_no_json_object_becomes_a_task(text: str) -> None:
+    content = text.strip().encode()
+    try:
+        whole = isinstance(json.loads(content), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        with pytest.raises(InvalidTask):
+            LineParser(batch()).parse(Line(1, 0, content, len(content)))
+
+
+@pytest.mark.parametrize("name", ["tenant", "batch_id", "batch_line"])
+@pytest.mark.parametrize("escaped", [False, True])
+def test_a_line_cannot_say_what_the_batch_says(name: str, escaped: bool) -> None:
+    key = f"\\u{ord(name[0]):04x}{name[1:]}" if escaped else name
+    content = f'{{"{key}": {"9" if name == "batch_line" else json.dumps("other")}}}'.encode()
+    with pytest.raises(InvalidTask, match=name):
+        LineParser(batch()).parse(Line(3, 0, content, len(content)))
+
+
+@pytest.mark.parametrize(
+    ("zone", "now", "seconds"),
+    [
+        ("UTC", "2026-03-01T21:00:00+00:00", 3600),
+        ("UTC", "2026-03-01T22:00:00+00:00", 0),
+        ("UTC", "2026-03-01T05:59:59+00:00", 0),
+        ("UTC", "2026-03-01T06:00:00+00:00", 16 * 3600),
+        ("Europe/Berlin", "2026-07-01T20:00:00+00:00", 0),
+        ("Europe/Berlin", "2026-01-01T20:00:00+00:00", 3600),
+        # The night of the change is an hour shorter, and its end comes an hour earlier.
+        ("Europe/Berlin", "2026-03-29T03:59:59+00:00", 0),
+        ("Europe/Berlin", "2026-03-29T04:00:00+00:00", 16 * 3600),
+    ],
+)
+def test_a_window_over_midnight(zone: str, now: str, seconds: float) -> None:
+    window = Window(start="22:00", end="06:00", time_zone=zone)
+    assert window.opens_in(datetime.fromisoformat(now)) == seconds
+
+
+def test_a_window_in_the_missing_hour_opens_as_the_clock_has_jumped() -> None:
+    window = Window(start="02:30", end="04:00", time_zone="Europe/Berlin")
+    assert window.opens_in(datetime(2026, 3, 29, 0, 30, tzinfo=UTC)) == 1800
+    assert window.opens_in(datetime(2026, 3, 29, 1, 0, tzinfo=UTC)) == 0
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 2 * 365 * 86400),
+    st.times(),
+    st.times(),
+    st.sampled_from(["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata"]),
+)
+def test_a_window_is_open_when_it_says_that_it_will_be(seconds: int, start: Any, end: Any, zone: str) -> None:
+    window = Window(start=f"{start:%H:%M}", end=f"{end:%H:%M}", time_zone=zone)
+    now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    wait = window.opens_in(now)
+    assert 0 <= wait < 3 * 86400
+    assert window.opens_in(now + timedelta(seconds=wait)) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"start": "7:00", "end": "08:00"},
+        {"start": "24:00", "end": "08:00"},
+        {"start": "22:00", "end": "06:00", "time_zone": "Mars/Olympus"},
+        {"start": "22:00", "end": "06:00", "time_zone": "../etc/passwd"},
+    ],
+)
+def test_a_window_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        Window(**wrong)

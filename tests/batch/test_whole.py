@@ -1,0 +1,243 @@
+"""Batches as a person has them: the command line, a gateway, a worker, and a feeder that is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from producer.client import Client
+from schemas import BatchStatus
+from storage import ResultStore, StorageSettings, open_store
+from tests.conftest import RabbitMQ
+from tests.installation import inferq, installation
+from tests.worker.conftest import eventually
+
+
+@pytest.fixture(scope="module")
+def env(
+    shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("batches")
+    with installation(shared_rabbitmq, redis_url, folder, "echo", INFERQ_STORE_FSYNC="false") as env:
+        yield env
+
+
+class Feeder:
+    """`inferq callbacks --queues batches` as a process."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self._env = env | {"INFERQ_BATCH_SLICE": "3"}
+        self.start()
+
+    def start(self) -> None:
+        argv = [sys.executable, "-m", "producer.cli", "callbacks", "--queues", "batches", "--threads", "4"]
+        self.process = subprocess.Popen(
+            argv, env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def feeder(env: dict[str, str]) -> Iterator[Feeder]:
+    feeder = Feeder(env)
+    yield feeder
+    assert feeder.stop() == 0
+
+
+@pytest.fixture
+def client(env: dict[str, str]) -> Iterator[Client]:
+    with Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client:
+        yield client
+
+
+def ended(client: Client, batch_id: str, seconds: float = 60) -> BatchStatus:
+    return client.wait_batch(batch_id, timeout=seconds)
+
+
+def entries(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_batch_is_submitted_followed_and_saved(env: dict[str, str], feeder: Feeder, tmp_path: Path) -> None:
+    source = tmp_path / "tasks.jsonl"
+    source.write_text("".join(f'{{"payload": {n}}}\n' for n in range(1, 41)) + "broken\n")
+    run = inferq(
+        env,
+        "batch",
+        "submit",
+        str(source),
+        "--type",
+        "echo",
+        "--id",
+        "cli-1",
+        "--follow",
+        "--out",
+        str(tmp_path),
+    )
+    assert run.returncode == 1, run.stderr  # one line is invalid
+    assert "completed" in run.stdout
+    assert "completed 41/41 0 failed, 1 invalid" in run.stderr
+    output = entries((tmp_path / "output.jsonl").read_text())
+    assert [entry["output"]["payload"] for entry in output] == list(range(1, 41))
+    (error,) = entries((tmp_path / "errors.jsonl").read_text())
+    assert (error["line"], error["error"]["code"]) == (41, "not_json")
+    assert entries(inferq(env, "batch", "output", "cli-1").stdout) == output
+    assert "cli-1" in inferq(env, "batch", "list").stdout
+    status = json.loads(inferq(env, "batch", "status", "cli-1", "--json").stdout)
+    assert (status["state"], status["counts"]["succeeded"], status["counts"]["invalid"]) == (
+        "completed",
+        40,
+        1,
+    )
+    assert inferq(env, "batch", "cancel", "cli-1").returncode == 1  # it has ended
+
+
+def test_a_folder_is_uploaded_and_each_file_a_task(
+    env: dict[str, str], client: Client, tmp_path: Path
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.txt", "b.txt", "deep/c.txt", ".hidden"):
+        (folder / name).write_text("李明在北京。")
+    run = inferq(env, "batch", "submit", str(folder), "--type", "ner", "--id", "folder-1")
+    assert run.returncode == 0, run.stderr
+    store = open_store(StorageSettings(store_url=env["INFERQ_STORE_URL"]))
+    source = client.batch("folder-1").source.removeprefix("inferq:")
+    lines = entries(store.get(f"files/default/{source}").decode())
+    assert [line["metadata"]["source"].rpartition("texts/")[2] for line in lines] == [
+        "a.txt", "b.txt", "deep/c.txt",
+    ]  # fmt: skip
+    assert all(line["text_url"].startswith("inferq:") for line in lines)
+    client.cancel_batch("folder-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.jsonl", "--type", "echo"], "no file"),
+        (["/nowhere/*.png", "--type", "ocr"], "no file, folder or glob"),
+        (["EMPTY"], "empty"),
+        (["FOLDER", "--type", "ocr"], "no files"),
+        (["FOLDER", "--type", "facefusion"], "source_url and target_url"),
+        (["FOLDER"], "needs a task type"),
+        (["s3://bucket/a", "FOLDER"], "submit it alone"),
+        (["s3://bucket/a", "--type", "nope"], "not known"),
+        (["s3://bucket/a", "--set", "x=1"], "--set needs --type"),
+    ],
+)
+def test_what_cannot_be_a_source_is_refused_at_once(
+    env: dict[str, str], tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    places = {"EMPTY": str(tmp_path / "empty.jsonl"), "FOLDER": str(tmp_path / "folder")}
+    run = inferq(env, "batch", "submit", *(places.get(given, given) for given in arguments))
+    assert run.returncode == 1
+    assert words in run.stderr
+
+
+def test_a_jsonl_body_is_a_batch(env: dict[str, str], client: Client, feeder: Feeder) -> None:
+    with httpx.Client(
+        base_url=env["INFERQ_API_URL"], headers={"Authorization": f"Bearer {env['INFERQ_API_KEY']}"}
+    ) as http:
+        spec = {"batch_id": "body-1", "task_type": "echo"}
+
+        def post(body: bytes, **more: Any) -> httpx.Response:
+            return http.post(
+                "/v1/batches",
+                params={"spec": json.dumps(spec | more)},
+                content=body,
+                headers={"Content-Type": "application/x-ndjson"},
+            )
+
+        answer = post(b'{"payload": 1}\n')
+        assert answer.status_code == 202, answer.text
+        assert answer.json()["links"]["output"] == "/v1/batches/body-1/output"
+        assert post(b'{"payload": 1}\n').status_code == 202  # the same content is the same batch
+        assert post(b'{"payload": 2}\n').json()["code"] == "id_conflict"
+        early = http.get("/v1/batches/body-1/output")
+        assert early.status_code == 200 or early.json()["code"] == "not_ended"
+        assert post(b"", batch_id="body-2").json()["code"] == "empty_batch"
+        assert post(b"{}", batch_id="body-2", max_in_flight=0).json()["errors"][0]["field"] == "max_in_flight"
+        window = {"start": "25:00", "end": "06:00"}
+        assert "HH:MM" in post(b"{}", batch_id="body-2", window=window).json()["detail"]
+        assert post(b"{}", batch_id="body-2", tenant="other").status_code == 403
+        assert post(b"{}", batch_id="body-2", source="s3://x/y").json()["code"] == "two_sources"
+        gone = http.post("/v1/batches", json={"batch_id": "body-2", "source": "inferq:gone"})
+        assert gone.json()["code"] == "unknown_file"
+        assert http.get("/v1/batches/body-2").status_code == 404
+        assert ended(client, "body-1").counts.succeeded == 1
+        files = http.get("/v1/batches/body-1/output")
+        assert files.json()["output"] == {"payload": 1}
+        refused = http.post("/v1/tasks", json={"task_type": "echo", "batch_id": "body-1", "batch_line": 1})
+        assert refused.status_code == 422
+
+
+def test_a_queued_line_has_a_status_and_can_be_cancelled(
+    env: dict[str, str], client: Client, feeder: Feeder
+) -> None:
+    slow = b'{"delay": 2}\n' + b'{"payload": 1}\n' * 3
+    batch = client.submit_batch(slow, task_type="echo", batch_id="lines-1")
+    eventually(lambda: client.batch(batch.batch_id).counts.queued, what="a fed batch")
+    assert client.status("lines-1.3").state in ("queued", "running", "succeeded")
+    client.cancel("lines-1.4")
+    status = ended(client, "lines-1")
+    assert (status.counts.succeeded, status.counts.cancelled) == (3, 1)
+    assert client.status("lines-1.4").state == "cancelled"
+    assert client.status("lines-1.3").state == "succeeded"
+
+
+def test_a_running_batch_is_cancelled(env: dict[str, str], client: Client, feeder: Feeder) -> None:
+    batch = client.submit_batch(
+        b'{"delay": 20}\n' * 30, task_type="echo", batch_id="cancel-1", max_in_flight=10
+    )
+    eventually(lambda: client.batch(batch.batch_id).counts.running, what="a running task")
+    begun = time.monotonic()
+    assert client.cancel_batch("cancel-1").cancel_requested
+    status = ended(client, "cancel-1")
+    assert time.monotonic() - begun < 15
+    assert (status.state, status.counts.cancelled, status.counts.total) == ("cancelled", 30, 30)
+
+
+def test_a_feeder_killed_again_and_again_loses_nothing_and_doubles_nothing(
+    env: dict[str, str], client: Client, feeder: Feeder
+) -> None:
+    count = 600
+    source = b"".join(b'{"payload": %d}\n' % n for n in range(1, count + 1))
+    client.submit_batch(source, task_type="echo", batch_id="killed-1", max_in_flight=100)
+    for fed in (1, 200, 400):  # as it begins, and twice on its way
+
+        def reached(fed: int = fed) -> bool:
+            counts = client.batch("killed-1").counts
+            return counts.queued + counts.ended >= fed
+
+        eventually(reached, 60, f"{fed} lines fed")
+        feeder.kill()
+        feeder.start()
+    status = ended(client, "killed-1", 120)
+    assert (status.state, status.counts.succeeded, status.counts.total) == ("completed", count, count)
+    results = ResultStore(open_store(StorageSettings(store_url=env["INFERQ_STORE_URL"])))
+    output = httpx.get(
+        f"{env['INFERQ_API_URL']}/v1/batches/killed-1/output",
+        headers={"Authorization": f"Bearer {env['INFERQ_API_KEY']}"},
+    )
+    assert [e["output"]["payload"] for e in entries(output.text)] == list(range(1, count + 1))
+    sample = results.load("default", "killed-1.300")
+    assert sample is not None
+    assert (sample.attempts, sample.batch_line) == (1, 300)

@@ -1,0 +1,103 @@
+"""What became of callbacks, over HTTP, and sending them again."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from schemas import Callback, CallbackAttempt, CallbackRecord, Result, end_callback
+from storage import CallbackRecords
+from tests.gateway.conftest import FakePublisher, Gateway
+
+URL = "https://example.com/hook"
+
+
+def record(callback: Callback, state: Any, **more: Any) -> CallbackRecord:
+    about = callback.model_dump()
+    attempt = CallbackAttempt(at=datetime.now(UTC), seconds=0.5, status=500, response="oh no")
+    return CallbackRecord(**about, state=state, attempts=(attempt,), updated_at=datetime.now(UTC), **more)
+
+
+def ended(gateway: Gateway, task_id: str) -> tuple[Result, Callback, CallbackRecords]:
+    result = gateway.end(gateway.began(task_id, callback_url=URL))
+    return result, end_callback(result, URL), CallbackRecords(gateway.store, gateway.status)
+
+
+def sent(publisher: FakePublisher) -> list[dict[str, Any]]:
+    return [json.loads(message.body)[1] for message in publisher.messages]
+
+
+def test_attempts_are_shown_and_never_the_body(lone_gateway: Gateway) -> None:
+    _, callback, records = ended(lone_gateway, "t1")
+    records.note(record(callback, "waiting"))
+    (shown,) = lone_gateway.http.get("/v1/tasks/t1/callbacks").json()["items"]
+    assert shown["callback_id"] == callback.callback_id
+    assert shown["attempts"][0]["response"] == "oh no"
+    assert shown["body"] is None
+    with lone_gateway.someone() as other:
+        assert other.get("/v1/tasks/t1/callbacks").status_code == 404
+    assert lone_gateway.http.get("/v1/tasks/unknown/callbacks").status_code == 404
+
+
+def test_what_failed_is_sent_again_as_it_was_even_after_redis_was_lost(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    _, callback, records = ended(lone_gateway, "t2")
+    failed = record(callback, "failed", reason="8 attempts failed")
+    records.keep(failed)
+    assert lone_gateway.results.load(lone_gateway.tenant, "t2") is not None
+    answer = lone_gateway.http.post("/v1/tasks/t2/callbacks/resend")
+    assert answer.status_code == 202
+    assert [item["state"] for item in answer.json()["items"]] == ["waiting"]
+    (again,) = sent(publisher)
+    assert again == {"callback": callback.model_dump(), "attempts": [], "resent": True}
+    with lone_gateway.someone() as other:
+        assert other.post("/v1/tasks/t2/callbacks/resend").status_code == 404
+
+
+def test_a_delivered_end_is_made_anew_of_the_result(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+    _, callback, records = ended(lone_gateway, "t3")
+    records.note(record(callback, "delivered"))
+    assert lone_gateway.http.post("/v1/tasks/t3/callbacks/resend").json()["items"] == []
+    path = f"/v1/tasks/t3/callbacks/{callback.callback_id}/resend"
+    assert lone_gateway.http.post(path).status_code == 202
+    assert sent(publisher)[0]["callback"] == callback.model_dump()
+    assert lone_gateway.http.post("/v1/tasks/t3/callbacks/msg_1/resend").status_code == 404
+
+
+def test_what_is_kept_no_longer_is_refused_with_the_reason(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    _, callback, records = ended(lone_gateway, "t4")
+    started = callback.model_copy(update={"event": "task.started", "callback_id": "msg_" + "0" * 32})
+    records.note(record(started, "delivered"))
+    answer = lone_gateway.http.post(f"/v1/tasks/t4/callbacks/{started.callback_id}/resend")
+    assert (answer.status_code, answer.json()["code"]) == (409, "callback_not_kept")
+    assert publisher.messages == []
+
+
+def test_failures_are_listed_newest_first_until_they_are_delivered(lone_gateway: Gateway) -> None:
+    _, one, records = ended(lone_gateway, "t5")
+    _, other, _ = ended(lone_gateway, "t6")
+    for callback in (one, other):
+        records.note(record(callback, "failed", reason="gone"))
+    listed = lone_gateway.http.get("/v1/callbacks?status=failed").json()["items"]
+    assert [item["subject_id"] for item in listed] == ["t6", "t5"]
+    records.note(record(one, "delivered"))
+    records.note(record(one, "failed"))  # a late copy
+    listed = lone_gateway.http.get("/v1/callbacks").json()["items"]
+    assert [item["subject_id"] for item in listed] == ["t6"]
+    assert lone_gateway.http.get("/v1/callbacks?status=delivered").status_code == 422
+
+
+@pytest.mark.parametrize("url", ["example.com", "ftp://example.com/", "http://", "http://a b/", "", 7])
+def test_a_malformed_callback_url_is_refused_at_once(
+    lone_gateway: Gateway, publisher: FakePublisher, url: Any
+) -> None:
+    answer = lone_gateway.http.post("/v1/tasks", json={"task_type": "echo", "callback_url": url})
+    assert answer.status_code == 422
+    assert "callback_url" in answer.json()["detail"]
+    assert publisher.messages == []
