@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import astuple
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -126,6 +127,24 @@ def _ner(ground: Site, share: int, say: Say) -> None:
     _beside_bare(say, "NER", "texts", "Rounds of 20 tasks with 64 texts each on either side", rates)
 
 
+def _warmup(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.starts import WORK, starts
+
+    say("## The first task after a start, from its delivery to its result, beside those after it")
+    say("")
+    say("Medians and the worst of several starts; each start has a median of its own.")
+    say("")
+    say("| | first, ms | later, ms | first, times later | worst |")
+    say("| --- | ---: | ---: | ---: | ---: |")
+    for name in WORK:
+        found = starts(ground, name, rounds=5 if share == 1 else 2, later=5 if share == 1 else 3)
+        first, later = (
+            statistics.median(seconds) * 1000 for seconds in zip(*map(astuple, found), strict=True)
+        )
+        ratios = [start.first / start.later for start in found]
+        say(f"| {name} | {first:,.1f} | {later:,.1f} | {statistics.median(ratios):.2f} | {max(ratios):.2f} |")
+
+
 def _beside_bare(say: Say, what: str, unit: str, how: str, rates: Rates) -> None:
     say(f"## {what}, {unit} per second: the whole system against the bare engine in a loop")
     say("")
@@ -165,6 +184,7 @@ PARTS: dict[str, Callable[[Site, int, Say], None]] = {
     "latency": _latency,
     "ocr": _ocr,
     "ner": _ner,
+    "warmup": _warmup,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mimetypes
 import statistics
 import tempfile
 import time
@@ -16,7 +17,7 @@ from benchmarks.site import Site
 from broker import Publisher, task_message, topology_for
 from consumers.engine import Context, InputFile
 from consumers.engine_child import engine_class
-from schemas import get_type, new_task_id, parse_task
+from schemas import Task, get_type, new_task_id, parse_task
 from storage import upload_key
 
 PAGES = sorted((Path(__file__).parent.parent / "examples" / "pages").glob("*.png"))
@@ -63,16 +64,15 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
     """
     whole, bare = [], []
     units = sum(item.units for item in work)
-    store, results = site.store(), site.results()
-    for path in {path for item in work for path in item.files.values()}:
-        store.put(upload_key("default", path.name), path, content_type="image/png")
+    results = site.results()
+    stored_inputs(site, work)
     publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
     publisher.start()
     with _bare_engine(type_name) as run, site.inferq_worker(type_name, INFERQ_LANES="normal"):
         for round_number in range(-1, rounds):  # the first warms both up
             ids = [new_task_id() for _ in work]
             sent = [
-                publisher.publish(task_message(parse_task(_message(type_name, task_id, item))))
+                publisher.publish(task_message(task_of(type_name, task_id, item)))
                 for task_id, item in zip(ids, work, strict=True)
             ]
             for confirmed in sent:
@@ -98,9 +98,18 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
     return Rates(statistics.median(whole), statistics.median(bare), statistics.median(ratios))
 
 
-def _message(type_name: str, task_id: str, item: Work) -> dict[str, Any]:
+def stored_inputs(site: Site, work: Sequence[Work]) -> None:
+    """Upload the inputs of tasks."""
+    store = site.store()
+    for path in {path for item in work for path in item.files.values()}:
+        kind = mimetypes.guess_type(path.name)[0] or ""
+        store.put(upload_key("default", path.name), path, content_type=kind)
+
+
+def task_of(type_name: str, task_id: str, item: Work) -> Task:
+    """The task of that id which is this work."""
     urls = {name: f"inferq:{path.name}" for name, path in item.files.items()}
-    return {"task_id": task_id, "task_type": type_name, **urls, **item.fields}
+    return parse_task({"task_id": task_id, "task_type": type_name, **urls, **item.fields})
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def _bare_engine(type_name: str) -> Iterator[Callable[[Work], None]]:
 
         def run(item: Work) -> None:
             engine.run(
-                parse_task(_message(type_name, "bare", item)),
+                task_of(type_name, "bare", item),
                 Context(
                     folder=Path(folder),
                     inputs={

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import logging
 import os
 import signal
@@ -38,6 +39,7 @@ from consumers.engine_messages import (
     send,
 )
 from consumers.settings import WorkerSettings
+from consumers.weights import weights_in_use
 from schemas import (
     InferqError,
     InstallationError,
@@ -98,9 +100,10 @@ def _die_with(worker_pid: int) -> None:
 def _serve(task_type: TaskType, pipe: Connection) -> None:
     try:
         engine = engine_class(task_type)()
-        info = engine.load()
+        info = engine.load().model_copy(update={"weights": weights_in_use()})
         for _ in range(WorkerSettings.load().warmup):
             engine.warm_up()
+        _read(json.dumps({"task_type": task_type.name}))  # to read a task for the first time is slow
     except Exception as error:
         if isinstance(error, InferqError):
             code, message = error.code, str(error)
@@ -211,12 +214,10 @@ def _done(
             f"the engine's output is not a {task_type.output.__name__}: {'; '.join(describe_faults(error))}",
             code="engine_error",
         ) from error
-    text = checked.model_dump_json()
-    inline: str | None = None
-    if len(text.encode()) > INLINE_OUTPUT_BYTES:
-        context.artifact(OUTPUT_ARTIFACT, "application/json").write_text(text, "utf-8")
-    else:
-        inline = text
+    inline: bytes | None = checked.model_dump_json().encode()
+    if inline is not None and len(inline) > INLINE_OUTPUT_BYTES:
+        context.artifact(OUTPUT_ARTIFACT, "application/json").write_bytes(inline)
+        inline = None
     artifacts = {}
     for artifact in context.artifacts:
         if not artifact.path.is_file():

@@ -1,6 +1,7 @@
 """What a worker and its engine process say to each other: JSON lines of a fixed form over a pipe.
 
-Inputs and outputs are files in the scratch folder; their names, a small output and progress travel.
+Inputs and outputs are files in the scratch folder; their names, a small output and progress travel. The
+output follows its line as it is: quoted within the line, it would be written and read once more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class FileNote(_Message):
     path: Path
     content_type: str
     bytes: int = 0
+    sha256: str | None = Field(None, exclude=True)
 
 
 class Prepare(_Message):
@@ -80,11 +82,11 @@ class Progress(_Message):
 class Done(_Message):
     """The run's output and the artifacts that it wrote; `seconds` is what the engine took.
 
-    The output is JSON text, so that the engine process need not take it apart; None where it is an artifact.
+    The output is JSON text, so that neither side takes it apart; None where it is an artifact.
     """
 
     kind: Literal["done"] = "done"
-    output: str | None
+    output: bytes | None = Field(None, exclude=True)
     artifacts: dict[str, FileNote] = {}
     seconds: float
 
@@ -115,7 +117,10 @@ _from_engine: TypeAdapter[Ready | Unable | Progress | Done | Failed | Aborted] =
 
 def send(pipe: Connection, message: BaseModel) -> None:
     """Raises OSError where the other side is gone."""
-    pipe.send_bytes(message.model_dump_json().encode())
+    line = message.model_dump_json().encode()
+    if isinstance(message, Done) and message.output is not None:
+        line += b"\n" + message.output
+    pipe.send_bytes(line)
 
 
 def from_worker(pipe: Connection) -> Prepare | Run | Abort:
@@ -125,4 +130,6 @@ def from_worker(pipe: Connection) -> Prepare | Run | Abort:
 
 def from_engine(pipe: Connection) -> Ready | Unable | Progress | Done | Failed | Aborted:
     """Raises EOFError where the engine process is gone."""
-    return _from_engine.validate_json(pipe.recv_bytes())
+    line, newline, output = pipe.recv_bytes().partition(b"\n")
+    message = _from_engine.validate_json(line)
+    return message.model_copy(update={"output": output}) if newline else message

@@ -106,11 +106,14 @@ class Notices:
         event = Event(type="task.progress", timestamp=at, data=data)
         self._soon(callback_message(task_callback(event, self._url, redrives, attempt, percent)))
 
-    def ended(self, kept: Result) -> None:
-        """Tell how the task ended, by the record that is kept; returns once the broker has it."""
+    def ended(self, kept: Result, output: bytes | None = None) -> None:
+        """Tell how the task ended, by the record that is kept; returns once the broker has it.
+
+        `output` is the output as JSON text, where the record leaves it out.
+        """
         self.settle()
         if self._url is not None and "completed" in self._events:
-            self._publish(callback_message(end_callback(kept, self._url)))
+            self._publish(callback_message(end_callback(kept, self._url, output)))
 
     def settle(self) -> None:
         """See to it that the broker has what was told without waiting."""

@@ -50,6 +50,11 @@ class WorkerSettings(ProbeSettings):
         description="Seconds that a worker waits for Redis once it is away, before it goes on without; "
         "0: it never waits.",
     )
+    result_cache: bool = Field(
+        False,
+        description="Whether a task that asks for what was computed before, for the same tenant, is answered "
+        "without the engine.",
+    )
     grace_seconds: float = Field(
         30.0, ge=0, description="Seconds that a task in hand may go on after SIGTERM; then it is given back."
     )

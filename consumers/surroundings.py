@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from broker import Publisher, backoff
 from consumers.metrics import WorkerMetrics
+from consumers.result_cache import ResultCache
 from consumers.scratch import ScratchFolder
 from consumers.settings import WorkerSettings
 from schemas import Outage, TaskType
@@ -45,6 +46,7 @@ class Surroundings:
     publisher: Publisher
     metrics: WorkerMetrics
     scratch: ScratchFolder
+    cache: ResultCache | None = None
     _stopping: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)

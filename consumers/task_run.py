@@ -25,6 +25,7 @@ from schemas import (
     ErrorInfo,
     InferqError,
     InvalidTask,
+    Outage,
     Priority,
     Result,
     Task,
@@ -61,6 +62,8 @@ class TaskRun:
         self._started_at = datetime.now(UTC)
         self._digest: str | None = None
         self._begun: Task | None = None
+        self._cached = False
+        self._cache_key: str | None = None
         self._held = True
         self._answers: list[Callable[[], bool]] = []
         self._notices = Notices(surroundings.publisher, self._publish, url=None)
@@ -235,7 +238,7 @@ class TaskRun:
             began = time.monotonic()
             inputs = self._fetch(task)
             timings["fetch"] = time.monotonic() - began
-            answer = self._compute(task, inputs)
+            answer = self._known(task, inputs) or self._compute(task, inputs)
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
                 return self._succeeded(task, answer, timings)
@@ -297,8 +300,26 @@ class TaskRun:
                 self._around.fetcher.fetch, url, scratch, name, tenant=task.tenant, checkpoint=checkpoint
             )
             fetched = self._around.patiently("object store", fetch, checkpoint)
-            inputs[name] = FileNote(path=fetched.path, content_type=fetched.content_type, bytes=fetched.bytes)
+            inputs[name] = FileNote(
+                path=fetched.path,
+                content_type=fetched.content_type,
+                bytes=fetched.bytes,
+                sha256=fetched.sha256,
+            )
         return inputs
+
+    def _known(self, task: Task, inputs: dict[str, FileNote]) -> Done | None:
+        """What the result cache answers, where there is one."""
+        cache, engine = self._around.cache, self._engine.info
+        if cache is None or engine is None:
+            return None
+        self._cache_key = cache.key(task, inputs, engine)
+        if self._cache_key is None:
+            return None
+        find = partial(cache.find, task.tenant, self._cache_key, Path(self._scratch))
+        found = self._around.patiently("object store", find)
+        self._cached = found is not None
+        return found
 
     def _compute(self, task: Task, inputs: dict[str, FileNote]) -> Done | Failed:
         around = self._around
@@ -352,7 +373,6 @@ class TaskRun:
             task_type=task.task_type,
             tenant=task.tenant,
             status="succeeded",
-            output=json.loads(done.output) if done.output is not None else None,
             artifacts=artifacts,
             attempts=self._delivery.attempt,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
@@ -364,12 +384,16 @@ class TaskRun:
             started_at=self._started_at,
             finished_at=datetime.now(UTC),
             digest=self._digest,
+            cached=self._cached,
             redrives=self._delivery.redrives,
         )
-        kept = self._record(result)
+        kept = self._record(result, done.output)
         if kept is not result and artifacts:
             discard = partial(around.results.discard, task.tenant, task.task_id, attempt_token=self._token)
             around.patiently("object store", discard)
+        if around.cache is not None and self._cache_key is not None and kept is result and not self._cached:
+            with suppress(Outage):  # the next one is computed again, and that is all
+                around.cache.keep(result, self._cache_key)
         around.metrics.observe(task.task_type, result.timings)
         return "succeeded" if kept is result else "skipped"
 
@@ -387,20 +411,23 @@ class TaskRun:
             ),
         )
 
-    def _record(self, result: Result) -> Result:
-        """Write how the task ended, once; the status follows what is kept."""
+    def _record(self, result: Result, output: bytes | None = None) -> Result:
+        """Write how the task ended, once; the status follows what is kept.
+
+        `output` is the output as JSON text, which the result leaves out.
+        """
         around = self._around
-        kept = around.patiently("object store", partial(around.results.save, result))
-        self._tell_end(kept)
+        kept = around.patiently("object store", partial(around.results.save, result, output))
+        self._tell_end(kept, output if kept is result else None)
         return kept
 
-    def _tell_end(self, result: Result) -> None:
-        answer = self._around.tell(partial(self._around.status.ended_soon, result))
+    def _tell_end(self, result: Result, output: bytes | None = None) -> None:
+        answer = self._around.tell(partial(self._around.status.ended_soon, result, output))
         if answer is not None:
             self._answers.append(answer)
         # While Redis answers. Another task's record under this id is not this task's to tell.
         if result.digest == self._digest:
-            self._notices.ended(result)
+            self._notices.ended(result, output)
 
     def _retry(self, task: Task, retry: Retry) -> str:
         attempt = self._delivery.attempt

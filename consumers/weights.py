@@ -70,9 +70,14 @@ class WeightsUnavailable(TransientFailure):
 class LoadedWeights:
     """A version in use: it stays in the cache until `close`, or the end of this process."""
 
+    name: str
     folder: Path
     version: str
     _lock: BinaryIO = field(repr=False)
+
+    @property
+    def open(self) -> bool:
+        return not self._lock.closed
 
     def close(self) -> None:
         self._lock.close()
@@ -83,10 +88,17 @@ def use_weights(name: str) -> LoadedWeights:
 
     Raises WeightsRefused and WeightsUnavailable.
     """
-    return WeightsCache(WeightsSettings.load()).use(name)
+    weights = WeightsCache(WeightsSettings.load()).use(name)
+    _in_use.append(weights)
+    return weights
 
 
 _in_use: list[LoadedWeights] = []
+
+
+def weights_in_use() -> tuple[str, ...]:
+    """The weights that this process uses, each as `name version`."""
+    return tuple(sorted({f"{w.name} {w.version}" for w in _in_use if w.open}))
 
 
 def model_folder(where: Path) -> Path:
@@ -97,9 +109,7 @@ def model_folder(where: Path) -> Path:
     scheme, _, name = str(where).partition(":")
     if scheme != "weights":
         return where
-    weights = use_weights(name)
-    _in_use.append(weights)
-    return weights.folder
+    return use_weights(name).folder
 
 
 class WeightsCache:
@@ -137,7 +147,7 @@ class WeightsCache:
             lock.close()
             self.pull(name)
         self.prune(name)
-        return LoadedWeights(folder, weights.version, lock)
+        return LoadedWeights(name, folder, weights.version, lock)
 
     def pull(self, name: str, progress: Callable[[int], None] = lambda _count: None) -> Path:
         """Fetch the current version unless it is there and whole. `progress` hears of every piece's bytes.

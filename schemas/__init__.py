@@ -38,7 +38,7 @@ from schemas.task import (
     input_fields,
     new_task_id,
 )
-from schemas.types import TaskType, describe_faults, get_type, installed_types, parse_task
+from schemas.types import TaskType, always, describe_faults, get_type, installed_types, never, parse_task
 
 __all__ = [
     "END_STATES",
@@ -77,12 +77,14 @@ __all__ = [
     "TaskType",
     "Timings",
     "TransientFailure",
+    "always",
     "callback_id",
     "describe_faults",
     "end_callback",
     "get_type",
     "input_fields",
     "installed_types",
+    "never",
     "new_task_id",
     "parse_task",
     "sequence_of",

@@ -102,9 +102,12 @@ def task_callback(event: Event, url: str, *parts: str | int | None) -> Callback:
     )
 
 
-def end_callback(result: Result, url: str) -> Callback:
-    """The callback that tells how a task ended: for one record always the same, to the byte."""
-    return task_callback(Event.of_result(result), url, result.redrives, result.digest)
+def end_callback(result: Result, url: str, output: bytes | None = None) -> Callback:
+    """The callback that tells how a task ended: for one record always the same, to the byte.
+
+    `output` is the output as compact JSON text, where the result itself leaves it out.
+    """
+    return task_callback(Event.of_result(result, output), url, result.redrives, result.digest)
 
 
 def _body(event: Event) -> str:

@@ -45,6 +45,7 @@ class EngineInfo(BaseModel):
     version: str
     model: str
     device: str
+    weights: tuple[str, ...] = Field((), description="Named weights that it had loaded, as `name version`.")
 
 
 class ErrorInfo(BaseModel):
@@ -84,6 +85,7 @@ class Result(BaseModel):
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime
     digest: str | None = Field(None, description="SHA-256 of the task's content; none if it was unreadable.")
+    cached: bool = Field(False, description="Whether it was computed before, for another task of the tenant.")
     redrives: int = Field(0, ge=0, description="How often the task had been redriven when it ended.")
 
     @classmethod

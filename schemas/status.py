@@ -115,9 +115,17 @@ class Event(BaseModel):
     data: EventData
 
     @classmethod
-    def of_result(cls, result: Result) -> Event:
-        """The event of a task's end, with its output where that is small enough to travel inline."""
-        small = len(json.dumps(result.output)) <= INLINE_EVENT_OUTPUT_BYTES
+    def of_result(cls, result: Result, output: bytes | None = None) -> Event:
+        """The event of a task's end, with its output where that is small enough to travel inline.
+
+        `output` is the output as compact JSON text, where the result itself leaves it out.
+        """
+        value, small = result.output, True
+        if output is not None:
+            # One of more than twice the size is too large however it is written, and not worth reading.
+            small = len(output) <= 2 * INLINE_EVENT_OUTPUT_BYTES
+            value = json.loads(output) if small else None
+        small = small and len(json.dumps(value)) <= INLINE_EVENT_OUTPUT_BYTES
         return cls(
             type=EVENT_OF_STATE[result.status],
             timestamp=result.finished_at,
@@ -133,7 +141,7 @@ class Event(BaseModel):
                 progress=1.0 if result.status == "succeeded" else None,
                 batch_id=result.batch_id,
                 error=result.error,
-                output=result.output if small else None,
+                output=value if small else None,
                 metadata=result.metadata,
                 truncated=() if small else ("output",),
             ),

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from importlib.metadata import EntryPoint, entry_points
@@ -30,13 +30,25 @@ _HUGE_EXPONENT = re.compile(rb"[eE]\+?[0-9]{3}")
 _log = logging.getLogger(__name__)
 
 
+def never(_task: Task) -> bool:
+    """For `TaskType.cacheable`: the output is not determined by the task alone."""
+    return False
+
+
+def always(_task: Task) -> bool:
+    """For `TaskType.cacheable`: the same inputs and options give the same output."""
+    return True
+
+
 @dataclass(frozen=True)
 class TaskType:
     """A kind of work: the shape of its task and output, and the engine that does it.
 
     `engine` is a `module:Class` path that only an engine process imports, so that whoever merely submits
     or routes tasks never loads a framework. `arguments` names the inputs that the command line takes by
-    position. `time_limit` is in seconds. `settings` are the engine's own, for the table of all settings.
+    position. `time_limit` is in seconds. `cacheable` says of a task whether another one that
+    asks for the same, of the same content, may have its result (the result cache); by default none may.
+    `settings` are the engine's own, for the table of all settings.
     """
 
     name: str
@@ -47,6 +59,7 @@ class TaskType:
     time_limit: float = 300.0
     max_attempts: int = 5
     summary: str = ""
+    cacheable: Callable[[Task], bool] = never
     settings: type[Settings] | None = None
     distribution: str = ""
 

@@ -12,7 +12,7 @@ from storage.objects import (
     StoreOutage,
     open_store,
 )
-from storage.results import ResultStore, UnreadableResult, folder, upload_key
+from storage.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
 from storage.settings import StorageSettings
 from storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
 from storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
@@ -42,6 +42,7 @@ __all__ = [
     "WebhookSecret",
     "WebhookSecrets",
     "WebhookSettings",
+    "cache_entry_key",
     "folder",
     "open_store",
     "upload_key",

@@ -5,6 +5,7 @@
     tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
     tasks/<tenant>/<task_id>/callbacks/<id>.json          a callback that was given up (storage.callbacks)
     files/<tenant>/<file_id>                              an uploaded input
+    cache/<tenant>/<key>.json                             which task has the result of work done before
 
 Each attempt has a folder of artifacts of its own. Two runs of one task therefore never write to the same
 key, and whichever result is kept names files that nobody else has touched.
@@ -21,7 +22,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from schemas import Artifact, InferqError, InvalidTask, Result
-from schemas.encoding import to_json
+from schemas.encoding import result_json
 from storage.objects import ObjectNotFound, ObjectStore
 
 _RESULT = "result.json"
@@ -60,15 +61,17 @@ class ResultStore:
                 return self._read(place + name)
         return None
 
-    def save(self, result: Result) -> Result:
+    def save(self, result: Result, output: bytes | None = None) -> Result:
         """Record how a task ended, and give the record that is kept, which may be another's.
+
+        `output` is the output as JSON text, where the result leaves it out; what is given back does, too.
 
         A success stands for ever. A failure or a cancellation stands until a success comes, or another
         one that was redriven more often; that of an unreadable message, which has no digest, until the task
         itself ends.
         """
         place = folder(result.tenant, result.task_id)
-        data = to_json(result).encode()
+        data = result_json(result, output)
         if result.status == "succeeded":
             if self._create(place + _RESULT, data):
                 return result
@@ -157,6 +160,11 @@ def upload_key(tenant: str, file_id: str) -> str:
             code="bad_input_url",
         )
     return f"files/{segment(tenant)}/{segment(file_id)}"
+
+
+def cache_entry_key(tenant: str, key: str) -> str:
+    """The key of an entry of the result cache; `key` is hexadecimal."""
+    return f"cache/{segment(tenant)}/{key}.json"
 
 
 def _key(tenant: str, task_id: str, attempt_token: str, name: str) -> str:

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
@@ -243,12 +244,15 @@ class StatusIndex:
         """
         return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
 
-    def ended_soon(self, result: Result) -> Callable[[], bool]:
-        """As `ended`, but only sent: what this gives waits for the answer, so other work can go between."""
-        answer = self._start("ended", result.tenant, result.task_id, self._end(result))
+    def ended_soon(self, result: Result, output: bytes | None = None) -> Callable[[], bool]:
+        """As `ended`, but only sent: what this gives waits for the answer, so other work can go between.
+
+        `output` is the output as JSON text, where the result leaves it out.
+        """
+        answer = self._start("ended", result.tenant, result.task_id, self._end(result, output))
         return lambda: bool(answer())
 
-    def _end(self, result: Result) -> Sequence[Any]:
+    def _end(self, result: Result, output: bytes | None = None) -> Sequence[Any]:
         facts = [
             result.task_type,
             "",
@@ -265,7 +269,7 @@ class StatusIndex:
             micros(result.finished_at),
             clean(result.worker or ""),
             to_json(result.error) if result.error else "",
-            to_json(Event.of_result(result)),
+            to_json(Event.of_result(result, output)),
             secrets.token_hex(6),
         ]
 
@@ -342,6 +346,14 @@ class StatusIndex:
     def ping(self) -> None:
         """Raises StatusOutage, saying what is wrong, where Redis could not be used."""
         self._call(self._redis.ping)
+
+    def warm_up(self) -> None:
+        """As `ping`; makes this thread's connections, and loads the scripts, ahead of their first use."""
+        self.ping()
+        with suppress(redis.RedisError, OSError):  # the call that needs it will tell
+            self._own_connection()
+        # On a connection of its own, since the one before is taken now.
+        self._call(lambda: [self._redis.script_load(script.script) for script in self._scripts.values()])
 
     def close(self) -> None:
         self._redis.close()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from consumers.facefusion.settings import FacefusionSettings
-from schemas import InputUrl, Options, Task, TaskType
+from schemas import InputUrl, Options, Task, TaskType, always
 
 FaceChoice = Literal["largest", "all"] | Annotated[int, Field(strict=True, ge=0, lt=1000)]
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -84,5 +84,6 @@ task_type = TaskType(
     arguments=("source_url", "target_url"),
     time_limit=600,
     summary="puts the face of one picture onto another",
+    cacheable=always,
     settings=FacefusionSettings,
 )

@@ -174,7 +174,7 @@ def judge(code: int, has_output: bool, lines: Sequence[str]) -> InferqError | No
         return no_face_found("source")
     if _OUT_OF_MEMORY.search(said):
         return TransientFailure(
-            f"the GPU has too little free memory for FaceFusion; it said: {last}", code="gpu_out_of_memory"
+            f"the GPU has too little free memory for FaceFusion; it said: {last}", code="out_of_memory"
         )
     if code == 0:
         return TransientFailure(

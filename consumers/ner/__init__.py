@@ -16,7 +16,7 @@ from pydantic import (
 
 from consumers.ner.folding import fold, says_something
 from consumers.ner.settings import NerSettings
-from schemas import InputUrl, Options, Task, TaskType
+from schemas import InputUrl, Options, Task, TaskType, always
 
 MAX_TEXTS = 1000
 """The most texts in one task."""
@@ -147,5 +147,6 @@ task_type = TaskType(
     engine="consumers.ner.engine:NerEngine",
     arguments=("text",),
     summary="finds people, places, organisations and times in Chinese text",
+    cacheable=always,
     settings=NerSettings,
 )

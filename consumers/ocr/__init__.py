@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from consumers.ocr.selection import check_selection
 from consumers.ocr.settings import OcrSettings
-from schemas import InputUrl, Options, Task, TaskType
+from schemas import InputUrl, Options, Task, TaskType, always
 
 PageSelection = Annotated[
     str,
@@ -85,5 +85,6 @@ task_type = TaskType(
     engine="consumers.ocr.engine:OcrEngine",
     arguments=("image_url",),
     summary="reads the text on pictures and documents",
+    cacheable=always,
     settings=OcrSettings,
 )

@@ -36,7 +36,7 @@ class Backend(Protocol):
     def read(self, page: RgbPage) -> list[Line]:
         """The lines on a page, in any order; boxes in pixels of `page`.
 
-        Raises schemas.TransientFailure (`gpu_out_of_memory`) where the GPU's memory does not suffice now.
+        Raises schemas.TransientFailure (`out_of_memory`) where the GPU's memory does not suffice now.
         """
 
 
@@ -112,7 +112,7 @@ def out_of_memory(error: BaseException, height: int, width: int) -> TransientFai
         if any(sign in said for sign in _OUT_OF_MEMORY):
             return TransientFailure(
                 f"the GPU has too little free memory for a page of {width}×{height} pixels",
-                code="gpu_out_of_memory",
+                code="out_of_memory",
             )
         cause = cause.__cause__
     return None

@@ -111,7 +111,7 @@ def test_the_faces_are_chosen_as_the_task_says(
         ("untouched", InvalidTask, "no_face_found", "target_url"),
         ("crash", TransientFailure, "engine_error", "RuntimeError: a bug"),
         ("weights", TransientFailure, "engine_error", "inswapper_128_fp16 failed"),
-        ("out of memory", TransientFailure, "gpu_out_of_memory", "memory"),
+        ("out of memory", TransientFailure, "out_of_memory", "memory"),
         ("killed", TransientFailure, "engine_died", "signal 9"),
         ("garbage", TransientFailure, "engine_error", "no proper picture"),
         ("broken", TransientFailure, "engine_misconfigured", "FFMpeg is not installed"),

@@ -268,7 +268,7 @@ def test_ocr_may_have_a_device_of_its_own() -> None:
 def test_a_gpu_out_of_memory_is_worth_another_attempt(error: Exception) -> None:
     failure = out_of_memory(error, 3000, 2000)
     assert isinstance(failure, TransientFailure)
-    assert failure.code == "gpu_out_of_memory"
+    assert failure.code == "out_of_memory"
     assert "2000×3000" in failure.message
 
 

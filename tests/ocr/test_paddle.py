@@ -281,7 +281,7 @@ def test_a_gpu_out_of_memory_is_worth_another_attempt(stand_in: type[StandIn], t
     stand_in.error = MemoryError("ResourceExhaustedError: Out of memory error on GPU 0.")
     with pytest.raises(TransientFailure) as caught:
         loaded.read(np.zeros((40, 60, 3), np.uint8))
-    assert caught.value.code == "gpu_out_of_memory"
+    assert caught.value.code == "out_of_memory"
     stand_in.error = ValueError("else")
     with pytest.raises(ValueError, match="else"):
         loaded.read(np.zeros((40, 60, 3), np.uint8))

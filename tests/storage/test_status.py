@@ -889,3 +889,28 @@ def test_an_answer_is_fetched_on_any_thread(index: StatusIndex) -> None:
     thread.join()
     assert known(index, job()).state == "succeeded"
     assert len(seen) == 1
+
+
+def test_after_its_warm_up_a_run_neither_connects_nor_loads_a_script(
+    index: StatusIndex, redis_client: redis.Redis
+) -> None:
+    def taken() -> list[int]:
+        info: Any = redis_client.info("all")
+        scripts = ("cmdstat_script|load", "cmdstat_eval")
+        return [info["total_connections_received"], *(info.get(s, {"calls": 0})["calls"] for s in scripts)]
+
+    redis_client.script_flush()
+    index.warm_up()
+    before = taken()
+    answer = index.begin_soon(
+        job(), attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC), digest="d", run="r"
+    )
+    index.cancel_requested("default", "t1")
+    answer()
+    assert taken() == before
+
+
+def test_a_warm_up_without_redis_is_an_outage(doomed: StatusIndex, own_redis: RedisServer) -> None:
+    own_redis.kill()
+    with pytest.raises(StatusOutage):
+        doomed.warm_up()

@@ -142,9 +142,11 @@ def test_sighup_moves_to_the_manifests_current_weights(site: Site, tmp_path: Pat
         (folder / "model.bin").write_bytes(version.encode() * 1000)
         manifest.write_text(describe("small", version, folder.as_uri(), folder))
 
-    def model() -> str | None:
+    def model() -> str:
         engine = site.ended(site.publish({})).engine
-        return engine.model if engine else None
+        assert engine is not None
+        assert engine.weights == (f"small {engine.model}",)
+        return engine.model
 
     publish("a")
     worker = site.worker(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from schemas import InputUrl, Options, Task, TaskType
+from schemas import InputUrl, Options, Task, TaskType, always
 
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
@@ -42,4 +42,5 @@ task_type = TaskType(
     output=FaultyOutput,
     engine="faulty.engine:FaultyEngine",
     time_limit=20,
+    cacheable=always,
 )

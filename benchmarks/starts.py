@@ -1,0 +1,73 @@
+"""How slow the first task after a start is, beside those that follow it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.engines import PAGES, SENTENCES, Work, stored_inputs, task_of
+from benchmarks.site import Site, wait_until
+from broker import Publisher, task_message, topology_for
+from producer.up.part import free_ports
+from schemas import new_task_id
+
+_PORTRAITS = Path(__file__).parent.parent / "examples" / "portraits"
+
+WORK = {
+    "echo": Work({"payload": {"n": 1}}),
+    "ner": Work({"text": SENTENCES[0]}),
+    "ocr": Work(files={"image_url": PAGES[0]}),
+    "facefusion": Work(
+        files={
+            "source_url": _PORTRAITS / "portrait_collins.png",
+            "target_url": _PORTRAITS / "portrait_hopper.jpg",
+        }
+    ),
+    "acestep": Work({"prompt": "calm piano", "duration": 10}),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds from a delivery to its result: of the first task, and the median of those after it."""
+
+    first: float
+    later: float
+
+
+def starts(site: Site, type_name: str, *, rounds: int, later: int) -> Sequence[Start]:
+    """Starts a worker `rounds` times, and sends it one task at a time as soon as it says that it is ready."""
+    work, results, found = WORK[type_name], site.results(), []
+    stored_inputs(site, [work])
+    publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
+    publisher.start()
+
+    def seconds() -> float:
+        task_id = new_task_id()
+        publisher.publish(task_message(task_of(type_name, task_id, work))).result(20)
+        while (result := results.load("default", task_id)) is None:
+            time.sleep(0.005)
+        if result.status != "succeeded" or result.started_at is None:
+            raise RuntimeError(f"{task_id}: {result.error}")
+        return (result.finished_at - result.started_at).total_seconds()
+
+    for _ in range(rounds):
+        port = free_ports(1)[0]
+        with site.inferq_worker(type_name, INFERQ_LANES="normal", INFERQ_PROBE_PORT=str(port)):
+            wait_until(lambda port=port: _ready(port))
+            first, *others = [seconds() for _ in range(1 + later)]
+            found.append(Start(first, statistics.median(others)))
+    publisher.close()
+    return found
+
+
+def _ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

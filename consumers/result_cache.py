@@ -1,0 +1,124 @@
+"""The result cache: a task that was computed before is answered without its engine.
+
+A success leaves `cache/<tenant>/<key>.json` in the object store, which names the task that has the result;
+the key is made of all that determines an output. The entry is a hint and no more: whoever follows it looks
+whether the result and its artifacts still stand, and computes anew where they do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from consumers.engine_messages import Done, FileNote
+from schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
+from storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
+
+_FORM = 1
+"""Stands in each key, so that another way to make keys never finds the old ones."""
+
+
+class Entry(BaseModel):
+    """What lies in the cache: which of the tenant's tasks has the result."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task_id: TaskId
+
+
+class ResultCache:
+    """The cache of a worker for one task type. Its calls may raise StoreOutage."""
+
+    def __init__(self, task_type: TaskType, store: ObjectStore, results: ResultStore) -> None:
+        self._task_type = task_type
+        self._settings = task_type.settings.load() if task_type.settings is not None else None
+        self._store = store
+        self._results = results
+
+    def key(self, task: Task, inputs: Mapping[str, FileNote], engine: EngineInfo) -> str | None:
+        """The key of a task with its inputs fetched; None where its result is nobody else's."""
+        if not self._task_type.cacheable(task):
+            return None
+        contents = {name: [note.sha256, note.content_type] for name, note in inputs.items()}
+        return result_key(task, contents, engine, self._settings)
+
+    def find(self, tenant: str, key: str, scratch: Path) -> Done | None:
+        """What the engine would answer, its artifacts in `scratch`; None where it has to be asked.
+
+        A miss costs one round trip, a hit three, and one more for each artifact.
+        """
+        result = self._known(tenant, key)
+        if result is None:
+            return None
+        notes = {}
+        for number, artifact in enumerate(result.artifacts):
+            scratch.mkdir(parents=True, exist_ok=True)
+            path = scratch / f"cached-{number}"
+            if not self._copy(result, artifact, path):
+                return None
+            notes[artifact.name] = FileNote(
+                path=path, content_type=artifact.content_type, bytes=artifact.bytes
+            )
+        return Done(output=_compact(result.output), artifacts=notes, seconds=0.0)
+
+    def keep(self, result: Result, key: str) -> None:
+        """This success is the answer to `key`; one that was computed anew replaces what stood there."""
+        entry = Entry(task_id=result.task_id).model_dump_json().encode()
+        self._store.put(cache_entry_key(result.tenant, key), entry, content_type="application/json")
+
+    def _known(self, tenant: str, key: str) -> Result | None:
+        try:
+            entry = Entry.model_validate_json(self._store.get(cache_entry_key(tenant, key)))
+            result = self._results.load(tenant, entry.task_id)
+        except (ObjectNotFound, UnreadableResult, ValidationError):
+            return None
+        return result if result is not None and result.status == "succeeded" else None
+
+    def _copy(self, result: Result, artifact: Artifact, path: Path) -> bool:
+        """Whether the artifact still stands as it was, and lies at `path` now."""
+        digest = hashlib.sha256()
+        key = self._results.artifact_key(result.tenant, result.task_id, artifact.name, result=result)
+        try:
+            pieces = self._store.stream(key)
+        except ObjectNotFound:
+            return False
+        with closing(pieces), path.open("wb") as file:
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
+        return digest.hexdigest() == artifact.sha256
+
+
+def _compact(output: JsonValue) -> bytes | None:
+    return None if output is None else json.dumps(output, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def result_key(
+    task: Task,
+    contents: Mapping[str, list[str | None]],
+    engine: EngineInfo,
+    settings: Settings | None,
+) -> str:
+    """SHA-256 (hex) of all that determines a task's output.
+
+    That is: its type and the fields that are the type's own, the options with their defaults, the inputs'
+    `contents` (SHA-256 and content type, by field) in the place of their URLs, the engine's name, version,
+    model and named weights, and the engine's settings, the device among them.
+    """
+    own = set(type(task).model_fields) - set(Task.model_fields) - set(contents)
+    said: dict[str, JsonValue] = {
+        "form": _FORM,
+        "task_type": task.task_type,
+        "inline": task.model_dump(mode="json", include=own),
+        "options": task.options.model_dump(mode="json"),
+        "inputs": {name: list(content) for name, content in contents.items()},
+        "engine": [engine.name, engine.version, engine.model, *engine.weights],
+        "settings": settings.model_dump(mode="json") if settings is not None else None,
+    }
+    canonical = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,161 @@
+"""The result cache: what was computed before for a tenant is answered without the engine, never wrongly."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumers.result_cache import result_key
+from schemas import EngineInfo, Settings, get_type, parse_task
+from tests.worker.conftest import Site, eventually, starts
+
+ON = {"INFERQ_RESULT_CACHE": "true"}
+
+
+class EngineSettings(Settings):
+    threads: int = 1
+
+
+ENGINE = EngineInfo(name="lac", version="1", model="small", device="cpu", weights=("lac 3",))
+
+
+def key(
+    engine: EngineInfo = ENGINE,
+    settings: Settings | None = None,
+    contents: dict[str, list[str | None]] | None = None,
+    **fields: Any,
+) -> str:
+    task = parse_task({"task_id": "t", "task_type": "ocr", "image_url": "inferq:a.png", **fields})
+    given = {"image_url": ["aa", "image/png"]} if contents is None else contents
+    return result_key(task, given, engine, settings or EngineSettings())
+
+
+def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
+    same = [
+        key(task_id="another", tenant="b", priority="high", metadata={"a": 1}, batch_id="b"),
+        key(image_url="https://example.com/the-same-picture.png", time_limit=5),
+        key(callback_url="https://example.com/", expires_at="2030-01-01T00:00:00Z"),
+        key(options={"annotated": False}),  # the default, spelled out
+        key(engine=ENGINE.model_copy(update={"device": "cuda:1"})),
+    ]
+    assert set(same) == {key()}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"contents": {"image_url": ["bb", "image/png"]}},
+        {"contents": {"image_url": ["aa", "application/pdf"]}},
+        {"options": {"annotated": True}},
+        {"settings": EngineSettings(threads=2)},
+        *(
+            {"engine": ENGINE.model_copy(update={name: value})}
+            for name, value in {"name": "x", "version": "2", "model": "large", "weights": ("lac 4",)}.items()
+        ),
+    ],
+)
+def test_whatever_may_change_the_output_changes_the_key(other: dict[str, Any]) -> None:
+    assert key(**other) != key()
+
+
+@given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
+def test_texts_share_a_key_only_if_they_are_equal(one: str, other: str) -> None:
+    def of(text: str) -> str:
+        task = get_type("ner").task.model_validate(
+            {"task_id": "t", "task_type": "ner", "text": text}, strict=False
+        )
+        return result_key(task, {}, ENGINE, None)
+
+    try:
+        keys = of(one), of(other)
+    except ValueError:
+        return  # not a text that a task may have
+    assert (keys[0] == keys[1]) == (one == other)
+
+
+def test_only_a_seed_makes_music_the_same_again() -> None:
+    music = {"task_id": "t", "task_type": "acestep", "prompt": "calm piano"}
+    cacheable = get_type("acestep").cacheable
+    assert not cacheable(parse_task(music))
+    assert cacheable(parse_task({**music, "seed": 1}))
+    assert not get_type("echo").cacheable(parse_task({"task_id": "t", "task_type": "echo"}))
+
+
+def submit(site: Site, marker: Path, tenant: str = "default", **fields: Any) -> str:
+    site.store.put(f"files/{tenant}/in.txt", b"the same content")
+    site.store.put(f"files/{tenant}/in2.txt", b"the same content")
+    return site.publish(
+        {"tenant": tenant, "file_url": "inferq:in.txt", "options": {"marker": str(marker)}, **fields}
+    )
+
+
+def test_a_repeated_task_is_answered_without_the_engine(site: Site, tmp_path: Path) -> None:
+    site.worker(**ON)
+    first = site.ended(submit(site, tmp_path / "m", fault="artifact"))
+    again = site.ended(submit(site, tmp_path / "m", fault="artifact", file_url="inferq:in2.txt"))
+    assert starts(tmp_path / "m") == 1
+    assert (first.cached, again.cached) == (False, True)
+    assert again.output == first.output
+    assert again.engine == first.engine
+    assert [a.sha256 for a in again.artifacts] == [a.sha256 for a in first.artifacts]
+    # The copy stands alone: the first task's folder may go.
+    for info in site.store.list(f"tasks/default/{first.task_id}/"):
+        site.store.delete(info.key)
+    kept = site.results.artifact_key("default", again.task_id, "note.txt")
+    assert site.store.get(kept) == b"a note"
+
+
+def test_it_is_off_unless_it_is_asked_for(site: Site, tmp_path: Path) -> None:
+    site.worker()
+    for _ in range(2):
+        assert not site.ended(submit(site, tmp_path / "m")).cached
+    assert starts(tmp_path / "m") == 2
+    assert not list(site.store.list("cache/"))
+
+
+def test_no_tenant_gets_what_was_computed_for_another(site: Site, tmp_path: Path) -> None:
+    site.worker(**ON)
+    site.ended(submit(site, tmp_path / "m"))
+    task_id = submit(site, tmp_path / "m", tenant="other")
+    result = eventually(lambda: site.results.load("other", task_id))
+    assert not result.cached
+    assert starts(tmp_path / "m") == 2
+
+
+@pytest.mark.parametrize("lost", ["tasks/", "artifacts/", "entry"])
+def test_what_no_longer_stands_is_computed_anew(site: Site, tmp_path: Path, lost: str) -> None:
+    site.worker(**ON)
+    first = site.ended(submit(site, tmp_path / "m", fault="artifact"))
+    (entry,) = site.store.list("cache/")
+    if lost == "entry":
+        site.store.put(entry.key, b"not JSON")
+    else:
+        for info in list(site.store.list(f"tasks/default/{first.task_id}/")):
+            if lost == "tasks/" or lost in info.key:
+                site.store.delete(info.key)
+    again = site.ended(submit(site, tmp_path / "m", fault="artifact"))
+    assert not again.cached
+    assert starts(tmp_path / "m") == 2
+    # And what was computed anew is found from now on.
+    assert json.loads(site.store.get(entry.key)) == {"task_id": again.task_id}
+    assert site.ended(submit(site, tmp_path / "m", fault="artifact")).cached
+
+
+def test_an_artifact_that_was_changed_is_not_handed_on(site: Site, tmp_path: Path) -> None:
+    site.worker(**ON)
+    first = site.ended(submit(site, tmp_path / "m", fault="artifact"))
+    site.store.put(site.results.artifact_key("default", first.task_id, "note.txt"), b"forged")
+    assert not site.ended(submit(site, tmp_path / "m", fault="artifact")).cached
+
+
+def test_failures_are_never_cached(site: Site, tmp_path: Path) -> None:
+    site.worker(**ON)
+    for _ in range(2):
+        assert site.ended(submit(site, tmp_path / uuid.uuid4().hex, fault="invalid")).status == "failed"
+    assert not list(site.store.list("cache/"))
