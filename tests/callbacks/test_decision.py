@@ -55,6 +55,10 @@ def test_every_attempt_is_followed_by_one_thing(
         assert max(pause, asked) <= decision.seconds <= max(pause, asked) * (1 + JITTER)
 
 
+def test_a_receiver_that_is_gone_is_not_asked_again() -> None:
+    assert isinstance(after_attempt([attempt(410)], SCHEDULE), GivenUp)
+
+
 def test_the_schedule_is_the_one_that_is_promised() -> None:
     pauses = []
     attempts = [attempt(500)]

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from broker import callback_message
-from schemas import MAX_CALLBACK_BYTES, Callback, ErrorInfo, Event, Result, sequence_of, task_callback
+from schemas import (
+    MAX_CALLBACK_BYTES,
+    Callback,
+    ErrorInfo,
+    Event,
+    Result,
+    end_callback,
+    sequence_of,
+    task_callback,
+)
 
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 URL = "https://example.com/hook"
@@ -80,6 +89,14 @@ def test_the_same_end_has_the_same_id_and_the_same_bytes() -> None:
 def test_another_redrive_or_task_has_another_id(parts: tuple[int | str, ...]) -> None:
     event = Event.of_result(ended())
     assert task_callback(event, URL, *parts).callback_id != task_callback(event, URL, 0, "d").callback_id
+
+
+@pytest.mark.parametrize(
+    "change", [{"redrives": 1}, {"digest": None}, {"tenant": "other"}, {"task_id": "t2"}]
+)
+def test_another_end_has_another_id(change: dict[str, Any]) -> None:
+    one, other = (end_callback(result, URL) for result in (ended(), ended(**change)))
+    assert one.callback_id != other.callback_id
 
 
 @given(
