@@ -25,6 +25,7 @@ def _interrupted() -> None:
 signal.signal(signal.SIGINT, lambda _number, _frame: _interrupted())
 
 import difflib
+import json
 import shutil
 import threading
 import time
@@ -70,6 +71,8 @@ NAMES = {
 }  # fmt: skip
 PROMPT = "calm piano with soft strings, slow, hopeful"
 MUSIC_SECONDS = 10
+BATCH_LINES = 20
+BATCH_FOLDER = OUTPUT / "batch"
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def main() -> int:
         return 1
     reports = [report(exhibit, result, console) for exhibit, result in results]
     reports.append(show_callback(results[0][1], heard, console))
+    reports.append(show_batch(console))
     right = all(reports)
     show_timings(results, console)
     console.print(f"Results, pictures and music are in {os.path.relpath(OUTPUT)}/", markup=False)
@@ -155,6 +159,7 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
                 Client(env["INFERQ_API_URL"], env["INFERQ_API_KEY"]) as client,
             ):
                 results = compute(shown, client, console, url)
+                compute_batch(client, console)
                 end = time.monotonic() + CALLBACK_PATIENCE
                 while not heard and time.monotonic() < end:
                     time.sleep(0.05)
@@ -219,6 +224,43 @@ def compute(
             keep(client, exhibit, result)
             results.append((exhibit, result))
     return results
+
+
+def compute_batch(client: Client, console: Console) -> None:
+    """Have a small batch done, one of whose lines is broken, and keep its two files."""
+    lines = [
+        json.dumps({"text": f"{number}：{TEXT}"}, ensure_ascii=False) for number in range(1, BATCH_LINES)
+    ]
+    lines.insert(6, '{"text": "a broken line"')
+    batch = client.submit_batch("\n".join(lines).encode(), task_type="ner")
+    with Progress(TextColumn("  {task.description:<22}"), BarColumn(24), console=console) as progress:
+        bar = progress.add_task(f"batch of {len(lines)} lines", total=len(lines))
+        end = time.monotonic() + PATIENCE
+        while not (status := client.batch(batch.batch_id)).ended and time.monotonic() < end:
+            progress.update(bar, completed=status.counts.ended + status.counts.invalid)
+            time.sleep(0.2)
+        progress.update(bar, completed=len(lines))
+    BATCH_FOLDER.mkdir(parents=True, exist_ok=True)
+    client.batch_file(batch.batch_id, "output", BATCH_FOLDER)
+    client.batch_file(batch.batch_id, "errors", BATCH_FOLDER)
+
+
+def show_batch(console: Console) -> bool:
+    """Whether each whole line of the batch has its names, in order, and the broken one is named."""
+    output, errors = (
+        [json.loads(line) for line in (BATCH_FOLDER / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("output.jsonl", "errors.jsonl")
+    )
+    shown = [f"output.jsonl: {len(output)} lines of names"]
+    shown += [f"errors.jsonl: line {entry['line']}: {entry['error']['message']}" for entry in errors]
+    console.print(Panel(Text("\n".join(shown)), title="batch", title_align="left", expand=False))
+    whole = [number for number in range(1, BATCH_LINES + 1) if number != 7]
+    names = [{e["text"] for e in entry["output"]["texts"][0]["entities"]} for entry in output]
+    right = [entry["line"] for entry in output] == whole and [entry["line"] for entry in errors] == [7]
+    if not right or not all({"李明", "王芳"} <= found for found in names):
+        console.print("batch: it should have the names of each line but line 7", style="red", markup=False)
+        return False
+    return True
 
 
 def keep(client: Client, exhibit: Exhibit, result: Result) -> None:

@@ -1,4 +1,4 @@
-"""The settings of those who send: the HTTP gateway and the Python client."""
+"""The settings of those who send: the HTTP gateway, the feeder of batches and the Python client."""
 
 from __future__ import annotations
 
@@ -38,3 +38,20 @@ class ClientSettings(Settings):
 
     api_url: str = Field("http://127.0.0.1:8000", description="Base URL of the gateway.")
     api_key: SecretStr | None = Field(None, description="API key that a client shows to the gateway.")
+
+
+class BatchSettings(Settings):
+    """How batches are fed, and their results put together."""
+
+    batch_slice: float = Field(
+        60.0, gt=0, le=600, description="Seconds that a feeder works on a batch before it hands it on."
+    )
+    batch_doubt: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds without any end after which a batch's tasks in flight are looked up in the "
+        "object store, since Redis may have missed their ends.",
+    )
+    batch_readers: int = Field(
+        8, ge=1, le=64, description="Results read from the object store at a time, for each batch."
+    )

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from broker import BrokerSettings, Message, Publisher, topology_for
-from producer.batch.settings import BatchSettings
 from producer.batch.sources import Sources
+from producer.settings import BatchSettings
 from schemas import installed_types
 from storage import (
     BatchIndex,

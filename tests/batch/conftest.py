@@ -18,9 +18,9 @@ import redis
 from broker import BrokerSettings, connect, topology_for
 from producer.batch.assembly import Assembly
 from producer.batch.feeder import Assemble, GoOn, Next, Nothing, Slice
-from producer.batch.settings import BatchSettings
 from producer.batch.sources import Cursor
 from producer.batch.surroundings import Surroundings
+from producer.settings import BatchSettings
 from schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
 from storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
 

@@ -51,6 +51,11 @@ def test_lines_are_the_same_however_they_come_and_wherever_one_begins(
         assert rest == found[line.number :]
 
 
+def test_a_byte_order_mark_is_passed_over_at_the_beginning_only() -> None:
+    first, second = read_lines([b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}"])
+    assert (first.content, second.content) == (b"{}", b"\xef\xbb\xbf{}")
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, MAX_BODY_BYTES), max_size=30))
 def test_a_line_of_any_length_is_held_in_constant_memory(pieces: list[int]) -> None:

@@ -1,0 +1,262 @@
+"""A night's run over page images in S3, with everything that can die dying once on the way.
+
+    python -m benchmarks.nightly --pages 2000 --workers 1
+
+The pages are made, so that their text is known; each is an object under one prefix, which the batch names.
+Prints pages per second beside as many bare engines, and what was lost, read wrongly or run twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.site import wait_until
+from broker import BrokerSettings, Publisher, topology_for
+from producer.batch.start import start
+from producer.up.part import Part, free_ports
+from producer.up.process import spawn, stop
+from producer.up.rabbitmq import RabbitNode, RabbitPorts
+from producer.up.redis import RedisServer
+from schemas import Batch, Outage, Result, new_task_id
+from storage import BatchIndex, BatchStore, ResultStore, StatusIndex, StorageSettings, open_store, output_key
+from storage.s3 import s3_client
+
+_WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
+_SIZE = (420, 170)
+_BUCKET = "pages"
+_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def page_text(number: int) -> list[str]:
+    """The three lines of a page; no two pages have the same."""
+    digits = f"{number:04d}"
+    return [
+        f"Page {digits}",
+        " ".join(_WORDS[int(d)] for d in digits[:2]),
+        " ".join(_WORDS[int(d)] for d in digits[2:]),
+    ]
+
+
+def page_image(number: int) -> bytes:
+    """The page as a PNG."""
+    image = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=30)
+    for row, text in enumerate(page_text(number)):
+        draw.text((20, 15 + 50 * row), text, fill="black", font=font)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def plain(text: str) -> str:
+    return "".join(text.lower().split())
+
+
+@dataclass
+class Ground:
+    """Everything that runs, each to be killed and started again by its name."""
+
+    folder: Path
+    env: dict[str, str]
+    parts: dict[str, Part] = field(default_factory=dict)
+    commands: dict[str, list[str]] = field(default_factory=dict)
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        log = self.folder / f"{name}.log"
+        if (part := self.parts.get(name)) is not None:
+            self.running[name] = spawn(part, log)
+            wait_until(lambda: part.probe() is None, part.start_limit)
+        else:
+            argv = [sys.executable, "-m", "producer.cli", *self.commands[name]]
+            with log.open("ab") as out:
+                self.running[name] = subprocess.Popen(argv, env=os.environ | self.env, stdout=out, stderr=out)
+
+    def kill(self, name: str) -> None:
+        self.running[name].kill()
+        self.running[name].wait()
+
+    def stop(self, name: str) -> None:
+        process = self.running.pop(name)
+        if (part := self.parts.get(name)) is not None:
+            stop(process, part)
+            return
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(45)
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _ground(workers: int) -> Iterator[Ground]:
+    with tempfile.TemporaryDirectory(prefix="inferq-night-") as name, ExitStack() as stack:
+        folder = Path(name)
+        os.environ |= {
+            "AWS_ACCESS_KEY_ID": "bench",
+            "AWS_SECRET_ACCESS_KEY": "bench",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        moto = subprocess.Popen(
+            [sys.executable, "-c", _MOTO],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        stack.callback(moto.wait)
+        stack.callback(moto.kill)
+        endpoint = f"http://127.0.0.1:{int(moto.stdout.readline())}"  # type: ignore[union-attr]
+        node = RabbitNode.prepare(folder / "rabbitmq", RabbitPorts(*free_ports(5)))
+        server = RedisServer.prepare(folder / "redis", free_ports(1)[0])
+        ground = Ground(
+            folder,
+            {
+                "INFERQ_AMQP_URL": node.url,
+                "INFERQ_REDIS_URL": server.url,
+                "INFERQ_STORE_URL": "s3://results",
+                "INFERQ_S3_ENDPOINT_URL": endpoint,
+                "INFERQ_FETCH_S3_BUCKETS": _BUCKET,
+                "INFERQ_LANES": "normal",
+                "INFERQ_LOG_LEVEL": "WARNING",
+            },
+        )
+        ground.parts = {part.name: part for part in (*node.parts(), server.part())}
+        ground.commands = {"feeder": ["callbacks", "--queues", "batches", "--threads", "4"]}
+        ground.commands |= {f"worker-{n}": ["worker", "ocr"] for n in range(workers)}
+        client = s3_client(endpoint)
+        for bucket in ("results", _BUCKET):
+            client.create_bucket(Bucket=bucket)
+        try:
+            for part in [*ground.parts, *ground.commands]:
+                ground.start(part)
+            yield ground
+        finally:
+            for part in reversed(list(ground.running)):
+                ground.stop(part)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks.nightly", description=__doc__)
+    arguments.add_argument("--pages", type=int, default=2000)
+    arguments.add_argument("--workers", type=int, default=1)
+    arguments.add_argument("--no-faults", action="store_true", help="kill nothing")
+    given = arguments.parse_args()
+    sys.exit(0 if night(given.pages, given.workers, faults=not given.no_faults, say=print) else 1)
+
+
+def night(pages: int, workers: int, *, faults: bool, say: Callable[[str], None]) -> bool:
+    """Run one night and say what came of it; whether nothing was lost, and nothing had twice."""
+    bare = _bare_rate(min(pages, 60)) * workers
+    with _ground(workers) as ground:
+        storage = StorageSettings(
+            redis_url=ground.env["INFERQ_REDIS_URL"],
+            store_url=ground.env["INFERQ_STORE_URL"],
+            s3_endpoint_url=ground.env["INFERQ_S3_ENDPOINT_URL"],
+        )
+        client = s3_client(storage.s3_endpoint_url)
+
+        def upload(number: int) -> None:
+            client.put_object(Bucket=_BUCKET, Key=f"night/{number:06d}.png", Body=page_image(number))
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(upload, range(pages)))
+        store = open_store(storage)
+        batches, index = BatchStore(store), BatchIndex(StatusIndex.from_settings(storage))
+        publisher = Publisher(
+            BrokerSettings(amqp_url=ground.env["INFERQ_AMQP_URL"]),
+            name="night",
+            topology=topology_for(["ocr"]),
+        )
+        publisher.start()
+        publisher.wait_connected(20)
+        batch = Batch(
+            batch_id=new_task_id(), source=f"s3://{_BUCKET}/night/", task_type="ocr", max_in_flight=200,
+            created_at=datetime.now(UTC),
+        )  # fmt: skip
+        start(batch, batches, lambda message: publisher.publish(message).result())
+        publisher.close()
+
+        def done() -> int:
+            try:
+                standing = index.look("default", batch.batch_id)
+            except Outage:
+                return 0
+            return standing.counts.ended if standing is not None and standing.known else 0
+
+        for share, name in ((0.2, "feeder"), (0.4, "worker-0"), (0.6, "redis"), (0.8, "rabbitmq")):
+            wait_until(lambda share=share: done() >= share * pages, 3600, pause=0.5)
+            if faults:
+                if name == "rabbitmq":
+                    ground.stop(name)
+                else:
+                    ground.kill(name)
+                ground.start(name)
+                say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'} at {share:.0%}")
+        wait_until(lambda: batches.summary("default", batch.batch_id) is not None, 3600, pause=0.5)
+        output = [json.loads(line) for line in store.get(output_key("default", batch.batch_id)).splitlines()]
+        return _reckoned(output, pages, bare, ResultStore(store), say)
+
+
+def _reckoned(
+    output: list[dict[str, Any]], pages: int, bare: float, results: ResultStore, say: Callable[[str], None]
+) -> bool:
+    lines = [entry["line"] for entry in output]
+    wrong = [
+        entry["line"]
+        for entry in output
+        if plain(entry["output"]["text"]) != plain("".join(page_text(entry["line"] - 1)))
+    ]
+    kept: list[Result] = [r for e in output if (r := results.load("default", e["task_id"])) is not None]
+    began = min(r.started_at for r in kept if r.started_at)
+    seconds = (max(r.finished_at for r in kept) - began).total_seconds()
+    whole = pages / seconds
+    once = len(set(lines))
+    say(f"pages {pages}, in the output {len(output)}: lost {pages - once}, twice {len(lines) - once}")
+    say(f"in line order: {lines == sorted(lines)}; not read as drawn: {len(wrong)} {wrong[:10]}")
+    say(f"pages/s: {whole:.2f} whole, {bare:.2f} as many bare engines, ratio {whole / bare:.3f}")
+    return sorted(lines) == list(range(1, pages + 1)) and not wrong
+
+
+def _bare_rate(pages: int) -> float:
+    from benchmarks.engines import Work, _bare_engine
+
+    with tempfile.TemporaryDirectory() as name, _bare_engine("ocr") as run:
+        files = []
+        for number in range(pages):
+            path = Path(name) / f"{number}.png"
+            path.write_bytes(page_image(number))
+            files.append(path)
+        run(Work(files={"image_url": files[0]}))
+        began = time.perf_counter()
+        for path in files:
+            run(Work(files={"image_url": path}))
+        return pages / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Batches over what stands in S3: a prefix, a JSONL, and what must not be read."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from producer.batch.lines import SourceUnusable
+from tests.batch.conftest import BatchSite
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+@pytest.fixture
+def pages(site: BatchSite, s3: S3Client, s3_url: str, bucket: str) -> str:
+    """A bucket that batches may be fed from."""
+    storage = site.around.storage
+    object.__setattr__(storage, "s3_endpoint_url", s3_url)
+    object.__setattr__(storage, "fetch_s3_buckets", (bucket,))
+    for key, body in {
+        "in/b.png": b"2",
+        "in/a 1.png": b"1",
+        "in/empty.png": b"",
+        "in/": b"",
+        "x.png": b"x",
+    }.items():
+        s3.put_object(Bucket=bucket, Key=key, Body=body)
+    return bucket
+
+
+def test_each_object_under_a_prefix_is_a_line_and_later_ones_are_not(
+    site: BatchSite, pages: str, s3: S3Client
+) -> None:
+    batch = site.batch_of(f"s3://{pages}/in/", task_type="ocr")
+    source = site.around.sources.settle(batch)
+    s3.put_object(Bucket=pages, Key="in/later.png", Body=b"3")
+    assert site.around.sources.settle(batch) == source
+    with site.around.sources.lines(source) as lines:
+        found = [json.loads(line.content or b"") for line in lines]
+    urls = [f"s3://{pages}/in/a 1.png", f"s3://{pages}/in/b.png"]
+    assert [line["image_url"] for line in found] == urls
+    assert [line["metadata"]["source"] for line in found] == urls
+    assert source.total == 2
+
+
+def test_a_jsonl_in_s3_is_copied(site: BatchSite, pages: str, s3: S3Client) -> None:
+    s3.put_object(Bucket=pages, Key="tasks.jsonl", Body=b'{"payload": 1}\n{"payload": 2}')
+    source = site.around.sources.settle(site.batch_of(f"s3://{pages}/tasks.jsonl"))
+    s3.delete_object(Bucket=pages, Key="tasks.jsonl")
+    with site.around.sources.lines(source) as lines:
+        assert [line.content for line in lines] == [b'{"payload": 1}', b'{"payload": 2}']
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "words"),
+    [
+        ("s3://PAGES/nothing/", {"task_type": "ocr"}, "no objects under"),
+        ("s3://PAGES/gone.jsonl", {}, "there is no"),
+        ("s3://other-bucket/in/", {"task_type": "ocr"}, "INFERQ_FETCH_S3_BUCKETS"),
+        ("s3://PAGES/in/", {"task_type": "facefusion"}, "source_url and target_url"),
+        ("s3://PAGES/in/", {"task_type": None}, "needs a task type"),
+    ],
+)
+def test_a_prefix_that_cannot_be_used_says_why(
+    site: BatchSite, pages: str, source: str, more: dict[str, str], words: str
+) -> None:
+    batch = site.batch_of(source.replace("PAGES", pages), **more)
+    with pytest.raises(SourceUnusable, match=words):
+        site.around.sources.settle(batch)
+
+
+def test_a_bucket_that_does_not_let_us_says_why(site: BatchSite, pages: str) -> None:
+    object.__setattr__(site.around.storage, "fetch_s3_buckets", ("not-there",))
+    batch = site.batch_of("s3://not-there/in/", task_type="ocr")
+    with pytest.raises(SourceUnusable, match="does not exist, or does not let us read"):
+        site.around.sources.settle(batch)
