@@ -10,7 +10,6 @@ from schemas.batch import (
     BatchState,
     BatchStatus,
     BatchSummary,
-    Window,
 )
 from schemas.callback import (
     MAX_CALLBACK_BYTES,
@@ -52,6 +51,7 @@ from schemas.task import (
     new_task_id,
 )
 from schemas.types import TaskType, always, describe_faults, get_type, installed_types, never, parse_task
+from schemas.window import TimeZoneName, Window, time_zone
 
 __all__ = [
     "BATCH_END_STATES",
@@ -97,6 +97,7 @@ __all__ = [
     "TaskId",
     "TaskStatus",
     "TaskType",
+    "TimeZoneName",
     "Timings",
     "TransientFailure",
     "Window",
@@ -113,4 +114,5 @@ __all__ = [
     "parse_task",
     "sequence_of",
     "task_callback",
+    "time_zone",
 ]

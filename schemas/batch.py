@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, time, timedelta
 from typing import Annotated, Literal, get_args
-from zoneinfo import ZoneInfo
 
 from pydantic import (
     AwareDatetime,
@@ -18,6 +15,7 @@ from pydantic import (
 )
 
 from schemas.task import CallbackUrl, Priority, Tenant, TypeName
+from schemas.window import Window
 
 DEFAULT_IN_FLIGHT = 1000
 
@@ -32,74 +30,6 @@ SOURCE_SCHEMES = ("inferq", "s3")
 
 SET_BY_FEEDER = ("batch_id", "batch_line", "tenant")
 """What the lines and defaults of a batch cannot say of its tasks."""
-
-_CLOCK = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
-
-
-class Window(BaseModel):
-    """The hours of a day in which a batch is fed; it may lie over midnight. Equal times are the whole day.
-
-    In the hour that daylight saving repeats a time means its first passing; in the one that it leaves out,
-    the moment at which the clock has jumped past it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    start: str = Field(description="When it opens, as `22:00`.")
-    end: str = Field(description="When it closes, as `06:00`.")
-    time_zone: str = Field("UTC", description="An IANA name, as `Europe/Berlin`.")
-
-    @field_validator("start", "end")
-    @classmethod
-    def _is_a_time_of_day(cls, value: str) -> str:
-        if not _CLOCK.fullmatch(value):
-            raise ValueError("write the time of day as HH:MM, from 00:00 to 23:59")
-        return value
-
-    @field_validator("time_zone")
-    @classmethod
-    def _is_a_time_zone(cls, value: str) -> str:
-        try:
-            ZoneInfo(value)
-        except (OSError, ValueError) as error:  # ZoneInfoNotFoundError is a KeyError on some systems
-            raise ValueError("no such time zone; give an IANA name such as Europe/Berlin") from error
-        except KeyError as error:
-            raise ValueError("no such time zone; give an IANA name such as Europe/Berlin") from error
-        return value
-
-    def opens_in(self, now: datetime) -> float:
-        """Seconds from `now` (aware) until the window is open; 0 while it is."""
-        if self.start == self.end:
-            return 0.0
-        zone = ZoneInfo(self.time_zone)
-        today = now.astimezone(zone).date()
-        starts = []
-        for days in (-1, 0, 1, 2):
-            day = today + timedelta(days=days)
-            opens = _moment(datetime.combine(day, time.fromisoformat(self.start), zone))
-            over_midnight = self.end <= self.start
-            last = day + timedelta(days=1) if over_midnight else day
-            closes = _moment(datetime.combine(last, time.fromisoformat(self.end), zone))
-            if opens <= now < closes:
-                return 0.0
-            if opens > now and closes > opens:
-                starts.append((opens - now).total_seconds())
-        return min(starts)
-
-
-def _moment(local: datetime) -> datetime:
-    """The moment of a local time; one that the clock jumps over is the end of the jump."""
-    moment = local.astimezone(UTC)
-    if moment.astimezone(local.tzinfo).replace(tzinfo=None) == local.replace(tzinfo=None):
-        return moment
-    # The offset before the gap takes a time within it as far past the jump as it stands past its beginning.
-    zone = local.tzinfo
-    low, high = moment - timedelta(hours=4), moment
-    before = low.astimezone(zone).utcoffset()
-    while high - low > timedelta(seconds=1):
-        middle = low + (high - low) / 2
-        low, high = (middle, high) if middle.astimezone(zone).utcoffset() == before else (low, middle)
-    return high.replace(microsecond=0)
 
 
 class Batch(BaseModel):

@@ -39,7 +39,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
             return shared[0]
 
-    @app.task(name=FEED, bind=True)  # type: ignore[untyped-decorator]
+    @app.task(name=FEED, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(self: Task, tenant: str, batch_id: str, chain: str, part: int, line: int, offset: int) -> None:
         here = surroundings()
 
@@ -67,7 +67,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
 
         _again_unless_done(here, batch_id, once)
 
-    @app.task(name=ASSEMBLE, bind=True)  # type: ignore[untyped-decorator]
+    @app.task(name=ASSEMBLE, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: str, batch_id: str, error: str | None = None) -> None:
         here = surroundings()
 

@@ -96,6 +96,18 @@ class Sources:
         with closing(chunks):
             yield _behind(unpacked(chunks), start) if packed else chunks
 
+    def objects(self, source: str) -> Iterator[ObjectInfo]:
+        """The objects below an `s3://bucket/prefix` that are inputs, by their keys; perhaps none.
+
+        Raises SourceUnusable where we may not list it.
+        """
+        try:
+            bucket, prefix = split_s3_prefix(source)
+        except InvalidTask as error:
+            raise SourceUnusable(f"source {source}: {error.message}") from error
+        self._check_bucket(bucket, prefix)
+        return self._inputs(bucket, prefix)
+
     def _fetch(self, batch: Batch) -> str:
         """The key of a JSONL object with the batch's lines."""
         scheme, _, rest = batch.source.partition(":")
@@ -148,17 +160,21 @@ class Sources:
         )
 
     def _objects(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
+        found = self._inputs(bucket, prefix)
+        first = next(found, None)
+        if first is None:
+            raise SourceUnusable(
+                f"there are no objects under s3://{bucket}/{prefix}: check the prefix; nothing was fed"
+            )
+        yield first
+        yield from found
+
+    def _inputs(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
         from storage.s3 import S3Refused, list_bucket
 
+        found = list_bucket(self._settings.s3_endpoint_url, bucket, prefix)
         try:
-            found = (o for o in list_bucket(self._settings.s3_endpoint_url, bucket, prefix) if _is_input(o))
-            first = next(found, None)
-            if first is None:
-                raise SourceUnusable(
-                    f"there are no objects under s3://{bucket}/{prefix}: check the prefix; nothing was fed"
-                )
-            yield first
-            yield from found
+            yield from (each for each in found if _is_input(each))
         except S3Refused as error:
             raise _refused(bucket) from error
 

@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from producer.cli import batch, callbacks, dead, keys, listen, secrets, server, settings, tasks, topology
+from producer.cli import (
+    batch,
+    callbacks,
+    dead,
+    keys,
+    listen,
+    nightly,
+    secrets,
+    server,
+    settings,
+    tasks,
+    topology,
+)
 from producer.cli.output import complain
 from producer.client import Unauthorized
 from producer.up.commands import down, up
@@ -25,12 +37,14 @@ app = typer.Typer(
 
 for part in (server.app, tasks.app, settings.app, listen.app):
     app.add_typer(part)
+app.command()(nightly.beat)
 app.command()(up)
 app.command()(down)
 app.add_typer(topology.app, name="topology", help="The exchanges and queues on the broker.")
 app.add_typer(batch.app, name="batch", help="Many tasks from one source.")
 app.add_typer(dead.app, name="dead", help="Tasks that could not be done.")
 app.add_typer(keys.app, name="keys", help="The gateway's API keys.")
+app.add_typer(nightly.app, name="nightly", help="Batches that a schedule starts.")
 app.add_typer(callbacks.app, name="callback", help="What became of callbacks.")
 app.add_typer(secrets.app, name="secrets", help="What callbacks are signed with.")
 # The parts that are not the producer's: they announce themselves.

@@ -58,7 +58,9 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     A `port` of 0 takes a free one and keeps it. A broker or a Redis that the environment names is used
     instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
-    names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in (*types, *_JOB_PARTS))]
+    schedules = _schedules(folder)
+    probed = (*types, *_JOB_PARTS, *(["beat"] if schedules else []))
+    names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in probed)]
     if port == 0:
         names.append("gateway")
     elif not port_free(port):
@@ -104,6 +106,9 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         "INFERQ_API_KEYS_FILE": str(folder.path / "keys.json"),
         "INFERQ_WEBHOOK_SECRETS_FILE": str(_webhook_secrets(folder)),
     }
+    if schedules is not None:
+        variables["INFERQ_SCHEDULES_FILE"] = str(schedules)
+        facts["schedules"] = str(schedules)
     (folder.path / "store").mkdir(exist_ok=True)
     folder.write_env(variables)
     facts["data"] = f"{folder.path}, logs in {folder.logs}"
@@ -116,6 +121,8 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     allowed = os.environ.get("INFERQ_CALLBACK_ALLOWED_NETWORKS", "127.0.0.0/8,::1/128")
     env = env | {"INFERQ_CALLBACK_ALLOWED_NETWORKS": allowed}
     parts += [_jobs(name, ports[f"probe-{name}"], env, services) for name in _JOB_PARTS]
+    if schedules is not None:
+        parts.append(_beat(ports["probe-beat"], env, services))
     return Plan(tuple(parts), variables, facts)
 
 
@@ -157,6 +164,34 @@ def _jobs(queue: str, port: int, env: Mapping[str, str], needs: tuple[str, ...])
         grace=20,
         start_limit=60,
     )
+
+
+def _beat(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
+    return Part(
+        name="beat",
+        argv=(sys.executable, "-m", "producer.cli", "beat"),
+        env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
+        probe=lambda: http_ready(port),
+        needs=needs,
+        stop_rank=10,
+        grace=15,
+        start_limit=60,
+    )
+
+
+def _schedules(folder: DataFolder) -> Path | None:
+    """The schedules of nightly runs: the file that the environment names, or the folder's own, if it has one.
+
+    Read here, so that a fault in it is told before anything starts. Raises InferqError (`bad_schedules`).
+    """
+    named = os.environ.get("INFERQ_SCHEDULES_FILE")
+    file = Path(named).absolute() if named else folder.path / "schedules.toml"
+    if not named and not file.exists():
+        return None
+    from producer.nightly import read_schedules
+
+    read_schedules(file)
+    return file
 
 
 def http_ready(port: int) -> str | None:

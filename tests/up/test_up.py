@@ -241,6 +241,26 @@ def test_api_key_is_kept_while_it_is_valid(data: Path, services: None) -> None:
     folder.release()
 
 
+def test_beat_is_a_part_where_there_are_schedules(
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = DataFolder(data)
+    folder.hold()
+    good = '[a]\ncron = "0 1 * * *"\nsource = "s3://b/in/"\ntask_type = "ocr"\n'
+    assert "beat" not in [part.name for part in make_plan(folder, port=0, types=("echo",)).parts]
+    own = folder.path / "schedules.toml"
+    own.write_text(good)
+    plan = make_plan(folder, port=0, types=("echo",))
+    assert "beat" in [part.name for part in plan.parts]
+    assert plan.variables["INFERQ_SCHEDULES_FILE"] == str(own)
+    named = tmp_path / "named.toml"
+    named.write_text(good.replace("0 1 * * *", "0 0 31 2 *"))
+    monkeypatch.setenv("INFERQ_SCHEDULES_FILE", str(named))
+    with pytest.raises(InferqError, match="never fires"):
+        make_plan(folder, port=0, types=("echo",))
+    folder.release()
+
+
 def test_types_are_checked_and_each_is_started_once() -> None:
     assert choose_types(" echo,ocr,echo ") == ("echo", "ocr")
     assert "echo" in choose_types(None)

@@ -1,0 +1,215 @@
+"""inferq nightly: what runs by night, and when; inferq beat: what starts it."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from zoneinfo import ZoneInfo
+
+import typer
+
+from broker import BrokerSettings, Message, Publisher, topology_for
+from producer.cli.output import JsonFlag, complain, console, print_json, print_table
+from producer.settings import NightlySettings
+from schemas import InferqError, InstallationError, InvalidTask, installed_types
+from storage import BatchStore, StatusOutage, StorageSettings, open_store
+
+if TYPE_CHECKING:
+    from producer.nightly import Schedule
+
+app = typer.Typer(no_args_is_help=True)
+
+File = Annotated[Path | None, typer.Option("--file", help="The schedules (INFERQ_SCHEDULES_FILE).")]
+
+_SHOWN = 5
+
+
+def _read(file: Path | None) -> dict[str, Schedule]:
+    # Every command loads this module; only these pay for what it takes.
+    try:
+        from producer.nightly import read_schedules
+    except ImportError as error:
+        raise InstallationError(
+            f"schedules cannot be read: {error}; install its packages: pip install 'inferq[jobs]'"
+        ) from error
+    return read_schedules(_path(file))
+
+
+def _path(file: Path | None) -> Path:
+    return file or NightlySettings.load().schedules_file
+
+
+def _publisher(name: str) -> Publisher:
+    publisher = Publisher(BrokerSettings.load(), name=name, topology=topology_for(installed_types()))
+    publisher.start()
+    return publisher
+
+
+@app.command()
+def check(file: File = None, as_json: JsonFlag = False) -> None:
+    """See that the schedules are in order and their sources can be read. Exit status 1 where not."""
+    schedules = _read(file)
+    now = datetime.now(UTC)
+    found = [_checked(schedule, now) for schedule in schedules.values()]
+    if as_json:
+        print_json(found)
+    else:
+        for facts in found:
+            console.print(facts["name"], style="bold", markup=False, highlight=False)
+            for start in facts["next"]:
+                console.print(f"  {start['local']}   {start['utc']}", markup=False, highlight=False)
+            console.print(f"  source: {facts['source']}", markup=False, highlight=False, soft_wrap=True)
+        if not found:
+            console.print(f"{_path(file)} names no schedules", markup=False, soft_wrap=True)
+    faults = [facts for facts in found if not facts["ok"]]
+    for facts in faults:
+        complain(f"{facts['name']}: {facts['source']}")
+    if faults:
+        raise typer.Exit(1)
+
+
+def _checked(schedule: Schedule, now: datetime) -> dict[str, Any]:
+    zone = ZoneInfo(schedule.time_zone)
+    starts = [
+        {"local": f"{start.astimezone(zone):%a %Y-%m-%d %H:%M %Z}", "utc": f"{start:%Y-%m-%d %H:%M} UTC"}
+        for start in islice(schedule.times.after(now), _SHOWN)
+    ]
+    ok, source = _source(schedule)
+    return {"name": schedule.name, "ok": ok, "source": source, "next": starts}
+
+
+def _source(schedule: Schedule) -> tuple[bool, str]:
+    """Whether the source can be read now, in words."""
+    from producer.batch.sources import Sources
+
+    try:
+        settings = StorageSettings.load()
+        store = open_store(settings)
+        objects = Sources(store, BatchStore(store), settings).objects(schedule.source)
+        first = next(objects, None)
+    except InferqError as error:
+        return False, error.message
+    if first is None:
+        return True, f"{schedule.source} can be read; there is nothing in it now"
+    return True, f"{schedule.source} can be read"
+
+
+@app.command("list")
+def list_(file: File = None, as_json: JsonFlag = False) -> None:
+    """List the schedules: when each starts next, and what became of its last run."""
+    now = datetime.now(UTC)
+    rows = [_facts(schedule, now) for schedule in _read(file).values()]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(["name", "next start", "last run", "state"], [list(row.values()) for row in rows])
+
+
+def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
+    from producer.nightly.runs import RunLog
+
+    settings = StorageSettings.load()
+    store = open_store(settings)
+    coming = next(schedule.times.after(now))
+    local = coming.astimezone(ZoneInfo(schedule.time_zone))
+    last = RunLog(store, schedule.tenant, schedule.name).last()
+    run_id = last.run_id if last else None
+    state = _state(settings, BatchStore(store), schedule.tenant, run_id) if run_id else None
+    return {
+        "name": schedule.name,
+        "next": local.isoformat(timespec="minutes"),
+        "last_run": run_id,
+        "state": state,
+    }
+
+
+def _state(settings: StorageSettings, batches: BatchStore, tenant: str, run_id: str) -> str:
+    from storage import BatchIndex, StatusIndex
+
+    summary = batches.summary(tenant, run_id)
+    if summary is not None:
+        if summary.state == "completed" and summary.counts.total == 0:
+            return "completed: nothing new"
+        return summary.state if summary.error is None else f"{summary.state}: {summary.error}"
+    try:
+        standing = BatchIndex(StatusIndex.from_settings(settings)).look(tenant, run_id)
+    except StatusOutage:
+        return "not ended; Redis, which knows more, is away"
+    return (standing.state if standing else None) or "starting"
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")],
+    at: Annotated[
+        str | None, typer.Option(help="The run of this time, e.g. 2026-11-25T01:30+01:00 (default: now).")
+    ] = None,
+    file: File = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Start a schedule's run now. With a time, the run of that time, unless it was started before."""
+    from producer.nightly import run_id_of
+    from producer.nightly.beat import start_message
+
+    schedules = _read(file)
+    if name not in schedules:
+        known = ", ".join(schedules) or "none"
+        raise InvalidTask(f"there is no schedule {name!r}; there are: {known}", code="unknown_schedule")
+    schedule = schedules[name]
+    moment = _moment(at, schedule) if at else datetime.now(UTC).replace(microsecond=0)
+    publisher = _publisher("nightly")
+    try:
+        publisher.publish(start_message(schedule, moment)).result()
+    finally:
+        publisher.close()
+    run_id = run_id_of(name, moment)
+    if as_json:
+        print_json({"run_id": run_id})
+    else:
+        console.print(f"started {run_id}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _moment(text: str, schedule: Schedule) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidTask(f"--at {text!r} is no date and time; write 2026-11-25T01:30+01:00") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=ZoneInfo(schedule.time_zone))
+
+
+def beat(
+    file: File = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see that settings and schedules are in order, and end.")
+    ] = False,
+) -> None:
+    """Start nightly runs when they are due, until SIGTERM. Reads the schedules anew when they change."""
+    schedules = _read(file)
+
+    from broker.celery_app import celery_app
+    from producer.nightly.beat import Beat, keep_beating
+    from producer.nightly.probes import serve_probes
+
+    settings = NightlySettings.load()
+    path = _path(file)
+    store = open_store(StorageSettings.load())
+    broker = BrokerSettings.load()
+    if check:
+        typer.echo(f"beat: settings are in order; schedules: {', '.join(schedules) or 'none'}")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    publisher = _publisher("beat")
+
+    def publish(message: Message) -> None:
+        publisher.publish(message).result()
+
+    heart = Beat(path, store, publish, schedules)
+    if settings.probe_port is not None:
+        serve_probes(settings.probe_host, settings.probe_port, lambda: heart.state)
+    try:
+        keep_beating(celery_app(broker), heart)
+    finally:
+        publisher.close()

@@ -1,0 +1,163 @@
+"""What starts runs in time: Celery beat's loop over the schedules of a file.
+
+It keeps nothing on its own disk. Which run comes last is in the object store, a run's id is its name and
+time, and starting it twice is harmless: so beat may die at any time, and there may be two of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.beat import Scheduler, Service
+from pydantic import JsonValue
+
+from broker import Message, job_message
+from producer.nightly.runs import RunLog
+from producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
+from schemas import InferqError
+from storage import ObjectStore
+
+START = "nightly.start"
+
+_LOOK_SECONDS = 2.0
+"""The longest that a change of the file may go unnoticed."""
+_RETRY_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+def start_message(schedule: Schedule, scheduled_at: datetime) -> Message:
+    """The job that starts a run. It says all of the schedule, so that who works on it needs no file."""
+    run_id = run_id_of(schedule.name, scheduled_at)
+    arguments: dict[str, JsonValue] = {
+        "schedule": schedule.model_dump(mode="json"),
+        "scheduled_at": scheduled_at.astimezone(UTC).isoformat(),
+    }
+    return job_message(START, "inference.batches", arguments, job_id=run_id)
+
+
+@dataclass(frozen=True)
+class BeatState:
+    """Whether beat can start what is due, and if not, what it waits for."""
+
+    ready: bool
+    waiting_for: tuple[str, ...] = ()
+
+
+class Beat:
+    """Starts what is due whenever it is asked to. `publish` returns once the broker has confirmed.
+
+    A run that was missed is caught up once, the latest of each schedule, and none from before it was known.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        store: ObjectStore,
+        publish: Callable[[Message], object],
+        schedules: dict[str, Schedule],
+    ) -> None:
+        self._path = path
+        self._store = store
+        self._publish = publish
+        self._schedules = schedules
+        self._stamp: object = None
+        self._bad = False
+        self._dealt_with: dict[str, tuple[Schedule, datetime]] = {}
+        self.state = BeatState(False, ("the first look",))
+
+    def tick(self, now: datetime) -> float:
+        """Start what is due at `now` (aware); gives the seconds after which to ask again."""
+        waiting = [] if self._read() else [f"a good {self._path.name}"]
+        wait = _LOOK_SECONDS
+        for schedule in self._schedules.values():
+            try:
+                self._look_at(schedule, now)
+            except InferqError as error:
+                _log.warning("%s: cannot be started, and is tried again: %s", schedule.name, error)
+                waiting.append(error.code)
+                continue
+            coming = next(schedule.times.after(now), None)
+            if coming is not None:
+                wait = min(wait, (coming - now).total_seconds())
+        self.state = BeatState(not waiting, tuple(dict.fromkeys(waiting)))
+        return _RETRY_SECONDS if waiting else max(wait, 0.0)
+
+    def _look_at(self, schedule: Schedule, now: datetime) -> None:
+        log = RunLog(self._store, schedule.tenant, schedule.name)
+        before = self._dealt_with.get(schedule.name)
+        if before is not None and before[0].times == schedule.times and before[0].tenant == schedule.tenant:
+            after = before[1]
+        else:
+            after = log.known(now, schedule).since
+        due = schedule.times.latest(after, now)
+        if due is not None and not log.has(run_id_of(schedule.name, due)):
+            self._publish(start_message(schedule, due))
+            _log.info("%s: started the run of %s", schedule.name, due.isoformat())
+        self._dealt_with[schedule.name] = (schedule, max(after, now))
+
+    def _read(self) -> bool:
+        """Read the file where it has changed; whether it is a good one. A bad one changes nothing."""
+        try:
+            found = self._path.stat()
+            stamp: object = (found.st_mtime_ns, found.st_size, found.st_ino)
+        except OSError as error:
+            stamp = error.errno
+        if stamp == self._stamp:
+            return not self._bad
+        try:
+            schedules = read_schedules(self._path)
+        except SchedulesUnusable as error:
+            _log.error("the schedules stay as they were: %s", error)
+            self._bad = True
+        else:
+            self._bad = False
+            if self._stamp is not None:
+                _log.info("read %s again: %s", self._path, ", ".join(schedules) or "no schedules")
+            self._drop(schedules)
+            self._schedules = schedules
+        self._stamp = stamp
+        return not self._bad
+
+    def _drop(self, kept: dict[str, Schedule]) -> None:
+        """Forget schedules that are gone: one that comes back later was not missed meanwhile."""
+        for name, schedule in self._schedules.items():
+            if name in kept:
+                continue
+            self._dealt_with.pop(name, None)
+            try:
+                RunLog(self._store, schedule.tenant, name).forget()
+            except InferqError as error:
+                _log.warning("%s: is gone, and may be caught up if it comes back: %s", name, error)
+
+
+class _BeatScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
+    """Our schedules in the place of those in Celery's configuration."""
+
+    def __init__(self, beat: Beat, *args: Any, **kwargs: Any) -> None:
+        self._beat = beat
+        super().__init__(*args, **kwargs)
+
+    def setup_schedule(self) -> None:
+        return
+
+    def tick(self, *_args: Any, **_kwargs: Any) -> float:
+        return self._beat.tick(datetime.now(UTC))
+
+
+def keep_beating(app: Celery, beat: Beat) -> None:
+    """Run Celery beat, until SIGTERM."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    Service(app, scheduler_cls=partial(_BeatScheduler, beat)).start()

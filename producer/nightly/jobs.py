@@ -1,0 +1,158 @@
+"""The jobs of nightly runs, on Celery: starting one, and watching over its nights.
+
+As with batches, what comes next is sent first, and a job whose services are away goes back to its queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import Reject
+from celery.signals import worker_shutting_down
+
+from broker import callback_message
+from producer.batch.surroundings import Surroundings
+from producer.nightly.beat import START
+from producer.nightly.night import (
+    Night,
+    day_of,
+    ended_between,
+    last_night,
+    night_began,
+    night_callback,
+    paused_night,
+)
+from producer.nightly.runs import Run, RunLog
+from producer.nightly.schedules import Schedule, run_id_of
+from producer.nightly.start import Starter
+from schemas import InferqError, Outage
+
+WATCH = "nightly.watch"
+
+_AGAIN_SECONDS = 3.0
+_WATCH_SECONDS = 15
+"""Seconds, at most, from the end of a run to its summary."""
+_SETTLING_SECONDS = 2.0
+"""What was stored by the end of a night is listed so long after it."""
+
+_log = logging.getLogger(__name__)
+
+
+def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: int = _WATCH_SECONDS) -> None:
+    """Add the jobs of nightly runs to an application; `around` defaults to what the environment says."""
+    lock = threading.Lock()
+    shared: list[Surroundings] = [around] if around is not None else []
+
+    def surroundings() -> Surroundings:
+        with lock:
+            if not shared:
+                shared.append(Surroundings.load())
+                worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
+            return shared[0]
+
+    def watch_on(run: Run, since: datetime, seconds: int) -> None:
+        arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
+        app.tasks[WATCH].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
+
+    @app.task(name=START, shared=False)  # type: ignore[untyped-decorator]
+    def start(schedule: dict[str, Any], scheduled_at: str) -> None:
+        here = surroundings()
+        wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
+
+        def once() -> None:
+            starter = Starter(here.store, here.batches, here.sources, here.confirm)
+            batch = starter.start(wanted, moment)
+            run = Run(run_id=batch.batch_id, scheduled_at=moment, schedule=wanted)
+            watch_on(run, batch.created_at, min(1, watch_seconds))
+
+        _again_unless_done(here, run_id_of(wanted.name, moment), once)
+
+    @app.task(name=WATCH, shared=False)  # type: ignore[untyped-decorator]
+    def watch(run: dict[str, Any], since: str) -> None:
+        here = surroundings()
+        known, began = Run.model_validate(run), datetime.fromisoformat(since)
+
+        def once() -> None:
+            goes_on = Watcher(here, known).look(began, datetime.now(UTC))
+            if goes_on is not None:
+                watch_on(known, goes_on, watch_seconds)
+
+        _again_unless_done(here, known.run_id, once)
+
+
+class Watcher:
+    """Tells of the nights of a run. May raise any Outage: it is then to be asked again."""
+
+    def __init__(self, around: Surroundings, run: Run) -> None:
+        self._around = around
+        self._run = run
+        self._log = RunLog(around.store, run.schedule.tenant, run.schedule.name)
+
+    def look(self, since: datetime, now: datetime) -> datetime | None:
+        """Tell of the nights that have ended between `since` and `now`.
+
+        Gives from when on to look the next time; None where the run has ended and all is told.
+        """
+        around, run = self._around, self._run
+        tenant = run.schedule.tenant
+        summary = around.batches.summary(tenant, run.run_id)
+        if summary is not None:
+            before = [night for night in self._nights() if night.state == "paused"]
+            day = day_of(run, summary.finished_at)
+            if before and before[-1].night == day.isoformat():
+                # What was in flight as the window closed has ended by day: that is told by a name of its own.
+                self._tell(last_night(run, day, summary, before), f"{day.isoformat()}-end")
+            else:
+                self._tell(last_night(run, day, summary, before), day.isoformat())
+            return None
+        window = run.schedule.feeding_window
+        closes = None if window is None else window.closes_after(since)
+        if closes is None or (now - closes).total_seconds() < _SETTLING_SECONDS:
+            return since
+        self._pause(since, closes)
+        return closes
+
+    def _pause(self, since: datetime, closes: datetime) -> None:
+        around, run = self._around, self._run
+        tenant = run.schedule.tenant
+        batch = around.batches.load(tenant, run.run_id)
+        if batch is None:
+            return
+        source = around.batches.source(tenant, run.run_id)
+        ended = ended_between(around.store, batch, since, closes, readers=around.settings.batch_readers)
+        total = None if source is None else source.total
+        began = night_began(run, since, closes)
+        night = paused_night(run, day_of(run, closes), began, closes, total, ended)
+        if night.ended:
+            self._tell(night, night.night)
+
+    def _tell(self, night: Night, name: str) -> None:
+        kept = self._log.keep_night(self._run.run_id, name, night.model_copy(update={"night": name}))
+        url = self._run.schedule.callback
+        if url is not None:
+            self._around.confirm(callback_message(night_callback(kept, url)))
+        _log.info("run %s: night %s: %s, %d ended", kept.run_id, kept.night, kept.state, kept.ended)
+
+    def _nights(self) -> list[Night]:
+        return self._log.nights(self._run.run_id, Night)
+
+
+def _again_unless_done(here: Surroundings, run_id: str, call: Callable[[], Any]) -> None:
+    """Do it; where it fails, the message goes back to its queue after a while."""
+    try:
+        call()
+    except Outage as error:
+        _log.warning("run %s: waits, and goes on then: %s", run_id, error)
+    except InferqError as error:
+        _log.error("run %s: cannot go on, and tries again: %s", run_id, error)
+    except Exception:
+        _log.exception("run %s: cannot go on, and tries again", run_id)
+    else:
+        return
+    here.stopping.wait(_AGAIN_SECONDS)
+    raise Reject(f"run {run_id} is to go on", requeue=True)

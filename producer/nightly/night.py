@@ -1,0 +1,200 @@
+"""What a night came to: told at the end of a run, and whenever its window closes before that.
+
+The numbers are the object store's. A night is what ended behind the end of the night before; the last one is
+what the run as a whole came to, less the nights before. So the nights of a run add up, and each is told once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, datetime
+from itertools import islice
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from producer.nightly.runs import Run
+from schemas import Batch, BatchSummary, Callback, Result, callback_id
+from schemas.encoding import to_json
+from storage import ObjectStore, folder
+
+EVENT = "nightly.summary"
+
+_RECORDS = ("result.json", "failure.json")
+_MOST_READ = 50_000
+"""Results that are read to count their pages; of more in one night the pages are not told."""
+_AT_A_TIME = 256
+_MOST_CODES = 50
+_ERROR_CHARACTERS = 1000
+
+
+class Night(BaseModel):
+    """One night of a run; `night` is the day on which its window opened, `seconds` go from `began` on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    schedule: str
+    tenant: str
+    night: str
+    state: Literal["paused", "completed", "cancelled", "failed"]
+    began: AwareDatetime
+    until: AwareDatetime
+    total: int | None = Field(None, description="Tasks of the whole run.")
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    invalid: int = 0
+    failures: dict[str, int] = Field({}, description="How many did not succeed, by error code.")
+    seconds: float
+    tasks_per_second: float
+    pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
+    pages_per_second: float | None = None
+    error: str | None = Field(None, description="Why the run itself failed.")
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+
+def paused_night(
+    run: Run, day: date, began: datetime, until: datetime, total: int | None, results: Iterable[Result]
+) -> Night:
+    """The night of a run that its window ended; `results` are what ended in it."""
+    states: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    pages: int | None = None
+    for result in results:
+        states[result.status] += 1
+        if result.error is not None:
+            failures[result.error.code] += 1
+        found = _pages(result)
+        if found is not None:
+            pages = (pages or 0) + found
+    return _night(
+        run, day, "paused", began, until, total=total, failures=failures, pages=pages,
+        succeeded=states["succeeded"], failed=states["failed"], cancelled=states["cancelled"],
+    )  # fmt: skip
+
+
+def last_night(run: Run, day: date, summary: BatchSummary, before: list[Night]) -> Night:
+    """The night in which a run ended."""
+    counts = summary.counts
+    failures = Counter(summary.failures)
+    for night in before:
+        failures.subtract(night.failures)
+    pages = summary.pages
+    if pages is not None:
+        pages = max(0, pages - sum(night.pages or 0 for night in before))
+    state = summary.state
+    return _night(
+        run, day, state if state in {"cancelled", "failed"} else "completed",
+        night_began(run, before[-1].until if before else summary.created_at, summary.finished_at),
+        summary.finished_at,
+        total=counts.total, failures=failures, pages=pages,
+        succeeded=max(0, counts.succeeded - sum(night.succeeded for night in before)),
+        failed=max(0, counts.failed - sum(night.failed for night in before)),
+        cancelled=max(0, counts.cancelled - sum(night.cancelled for night in before)),
+        invalid=counts.invalid, error=summary.error,
+    )  # fmt: skip
+
+
+def _night(
+    run: Run, day: date, state: str, began: datetime, until: datetime, *,
+    total: int | None, failures: Counter[str], pages: int | None,
+    succeeded: int, failed: int, cancelled: int, invalid: int = 0, error: str | None = None,
+) -> Night:  # fmt: skip
+    seconds = max((until - began).total_seconds(), 0.001)
+    return Night.model_validate(
+        {
+            "run_id": run.run_id,
+            "schedule": run.schedule.name,
+            "tenant": run.schedule.tenant,
+            "night": day.isoformat(),
+            "state": state,
+            "began": began,
+            "until": until,
+            "total": total,
+            "succeeded": succeeded,
+            "failed": failed,
+            "cancelled": cancelled,
+            "invalid": invalid,
+            "failures": {code: number for code, number in failures.most_common(_MOST_CODES) if number > 0},
+            "seconds": round(seconds, 3),
+            "tasks_per_second": round((succeeded + failed) / seconds, 3),
+            "pages": pages,
+            "pages_per_second": None if pages is None else round(pages / seconds, 3),
+            "error": error and error[:_ERROR_CHARACTERS],
+        }
+    )
+
+
+def day_of(run: Run, moment: datetime) -> date:
+    """The day after which the night is named that `moment` lies in, or is the end of."""
+    window = run.schedule.feeding_window
+    if window is not None:
+        return window.night_of(moment)
+    return run.scheduled_at.astimezone(ZoneInfo(run.schedule.time_zone)).date()
+
+
+def night_began(run: Run, since: datetime, until: datetime) -> datetime:
+    """When the night began that goes until `until`: the hours of the day before it are none of it.
+
+    `since` is the end of the night before, or the run's own beginning.
+    """
+    window = run.schedule.feeding_window
+    opened = window.opened_at(until) if window is not None else None
+    return since if opened is None else max(since, opened)
+
+
+def night_callback(night: Night, url: str) -> Callback:
+    """The callback that tells of a night: for one record always the same, to the byte."""
+    body = {"type": EVENT, "timestamp": night.until, "data": night}
+    return Callback(
+        callback_id=callback_id(night.tenant, "batch", night.run_id, EVENT, night.night),
+        tenant=night.tenant,
+        subject_kind="batch",
+        subject_id=night.run_id,
+        event=EVENT,
+        url=url,
+        body=to_json(_Body.model_validate(body)),
+    )
+
+
+class _Body(BaseModel):
+    type: str
+    timestamp: AwareDatetime
+    data: Night
+
+
+def ended_between(
+    store: ObjectStore, batch: Batch, after: datetime, until: datetime, *, readers: int
+) -> Iterator[Result]:
+    """How the tasks of a batch ended behind `after` and not behind `until`, in constant memory.
+
+    Of very many successes the results come without their outputs. Tasks with ids of their own are not found.
+    """
+    prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")
+    reads = 0
+    found = (
+        info.key
+        for info in store.list(prefix)
+        if _is_record(info.key.removeprefix(prefix)) and after < info.modified <= until
+    )
+    with ThreadPoolExecutor(readers) as threads:
+        while some := list(islice(found, _AT_A_TIME)):
+            for result in threads.map(lambda key: Result.model_validate_json(store.get(key)), some):
+                reads += 1
+                yield result if reads <= _MOST_READ else result.model_copy(update={"output": None})
+
+
+def _is_record(rest: str) -> bool:
+    return rest.partition("/")[2] in _RECORDS
+
+
+def _pages(result: Result) -> int | None:
+    pages = result.output.get("pages") if isinstance(result.output, dict) else None
+    return len(pages) if isinstance(pages, list) else None

@@ -1,0 +1,203 @@
+"""What beat starts, by a clock of the test's own."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from broker import BrokerUnavailable, Message
+from producer.nightly import read_schedules
+from producer.nightly.beat import Beat
+from producer.nightly.runs import Run, RunLog
+from storage import LocalStore, StoreOutage
+
+HOURLY = '[a]\ncron = "0 * * * *"\nsource = "s3://b/in/"\ntask_type = "ocr"\n'
+NOON = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
+
+
+class BeatSite:
+    """A beat on a file and a store; `started` is the times that it started, as hours and minutes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "schedules.toml"
+        self.store = LocalStore(folder / "store", fsync=False)
+        self.messages: list[Message] = []
+        self.away = False
+        self.write(HOURLY)
+        self.beat = self.another()
+
+    def another(self) -> Beat:
+        """A beat of its own on the same file and store, as after a restart."""
+        return Beat(self.path, self.store, self._publish, read_schedules(self.path))
+
+    def write(self, text: str) -> None:
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.replace(self.path)
+
+    def _publish(self, message: Message) -> None:
+        if self.away:
+            raise BrokerUnavailable("RabbitMQ is away")
+        self.messages.append(message)
+
+    @property
+    def started(self) -> list[str]:
+        found = []
+        for message in self.messages:
+            _, arguments, _ = json.loads(message.body)
+            found.append(arguments["schedule"]["name"] + arguments["scheduled_at"][11:16])
+        return found
+
+    def run(self, beat: Beat, start: datetime, end: datetime) -> None:
+        """Ask a beat from `start` to `end`, whenever it wants to be asked."""
+        now = start
+        while now <= end:
+            now += timedelta(seconds=max(beat.tick(now), 0.01))
+
+    def worked_off(self) -> None:
+        """What a worker of the jobs puts on record of every start so far."""
+        for message in self.messages:
+            _, arguments, _ = json.loads(message.body)
+            schedule = read_schedules(self.path)[arguments["schedule"]["name"]]
+            moment = datetime.fromisoformat(arguments["scheduled_at"])
+            batch = schedule.batch(moment)
+            run = Run(run_id=batch.batch_id, scheduled_at=moment, schedule=schedule)
+            RunLog(self.store, "default", schedule.name).claim(run)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> BeatSite:
+    return BeatSite(tmp_path)
+
+
+def minutes(count: float) -> timedelta:
+    return timedelta(minutes=count)
+
+
+def test_each_time_is_started_once_and_on_time(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(150))
+    assert site.started == ["a13:00", "a14:00"]
+
+
+def test_a_schedule_that_is_new_is_not_caught_up(site: BeatSite) -> None:
+    site.beat.tick(NOON + minutes(30))
+    assert site.started == []
+
+
+def test_of_several_missed_runs_the_latest_is_caught_up_once(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(70))
+    site.worked_off()
+    site.messages.clear()
+    later = NOON + minutes(60 * 5 + 30)
+    second = site.another()
+    site.run(second, later, later + minutes(5))
+    assert site.started == ["a17:00"]
+
+
+def test_what_has_been_started_is_not_caught_up_after_a_restart(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(70))
+    site.worked_off()
+    site.run(site.another(), NOON + minutes(71), NOON + minutes(80))
+    assert site.started == ["a13:00"]
+
+
+def test_a_beat_that_died_before_its_message_was_sent_starts_the_run_when_it_is_back(site: BeatSite) -> None:
+    site.beat.tick(NOON + minutes(30))
+    site.away = True
+    site.beat.tick(NOON + minutes(60))
+    site.away = False
+    site.another().tick(NOON + minutes(61))
+    assert site.started == ["a13:00"]
+
+
+def test_two_beats_send_starts_of_the_same_runs(site: BeatSite) -> None:
+    other = site.another()
+    for beat in (site.beat, other):
+        site.run(beat, NOON + minutes(30), NOON + minutes(70))
+    ids = {message.message_id for message in site.messages}
+    assert site.started == ["a13:00", "a13:00"]
+    assert ids == {"a-20261125T130000Z"}
+
+
+@pytest.mark.parametrize("store_is_away", [False, True])
+def test_an_outage_delays_a_start_and_readiness_says_so(
+    site: BeatSite, monkeypatch: pytest.MonkeyPatch, store_is_away: bool
+) -> None:
+    site.beat.tick(NOON + minutes(30))
+    assert site.beat.state.ready
+    if store_is_away:
+
+        def away(_key: str) -> bytes:
+            raise StoreOutage("the store is away")
+
+        monkeypatch.setattr(site.store, "get", away)
+    else:
+        site.away = True
+    assert site.beat.tick(NOON + minutes(60)) <= 5
+    assert not site.beat.state.ready
+    assert site.beat.state.waiting_for
+    monkeypatch.undo()
+    site.away = False
+    site.run(site.beat, NOON + minutes(61), NOON + minutes(62))
+    assert site.started == ["a13:00"]
+    assert site.beat.state.ready
+
+
+def test_one_schedule_that_cannot_be_started_does_not_hold_up_another(
+    site: BeatSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.write(HOURLY + HOURLY.replace("[a]", "[b]"))
+    site.beat.tick(NOON + minutes(30))
+    get = site.store.get
+
+    def broken(key: str) -> bytes:
+        if "/a/" in key:
+            raise StoreOutage("this key cannot be read")
+        return get(key)
+
+    monkeypatch.setattr(site.store, "get", broken)
+    site.beat.tick(NOON + minutes(60))
+    assert site.started == ["b13:00"]
+
+
+def test_the_file_is_read_again_when_it_changes(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(40))
+    site.write(HOURLY.replace('"0 *', '"45,50 *'))
+    site.run(site.beat, NOON + minutes(41), NOON + minutes(52))
+    assert site.started == ["a12:45", "a12:50"]
+
+
+def test_times_that_are_new_are_not_caught_up(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(40))
+    site.write(HOURLY.replace('"0 *', '"35 *'))
+    site.another().tick(NOON + minutes(50))
+    assert site.started == []
+
+
+def test_a_file_that_became_bad_changes_nothing_but_readiness(site: BeatSite) -> None:
+    site.beat.tick(NOON + minutes(30))
+    site.write("[a]\ncron = 1\n")
+    site.run(site.beat, NOON + minutes(31), NOON + minutes(61))
+    assert site.started == ["a13:00"]
+    assert not site.beat.state.ready
+    site.write(HOURLY)
+    site.beat.tick(NOON + minutes(62))
+    assert site.beat.state.ready
+
+
+def test_a_schedule_that_was_away_from_the_file_is_not_caught_up(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(40))
+    site.write("")
+    site.run(site.beat, NOON + minutes(41), NOON + minutes(70))
+    site.write(HOURLY)
+    site.run(site.beat, NOON + minutes(71), NOON + minutes(80))
+    assert site.started == []
+
+
+def test_a_clock_that_is_set_back_starts_nothing_anew(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(62))
+    site.run(site.beat, NOON + minutes(50), NOON + minutes(62))
+    assert site.started == ["a13:00"]

@@ -1,0 +1,182 @@
+"""`inferq nightly` and `inferq beat` as people and supervisors run them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from broker import BrokerSettings, connect, topology_for
+from producer.nightly import read_schedules
+from producer.nightly.runs import Run, RunLog
+from producer.up.part import free_ports
+from storage import LocalStore
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class Desk:
+    """A shell with the settings of the test's services, and a file of schedules."""
+
+    def __init__(self, folder: Path, amqp_url: str, redis_url: str, s3_url: str, bucket: str) -> None:
+        self.file = folder / "schedules.toml"
+        self.store = LocalStore(folder / "store", fsync=False)
+        self.bucket = bucket
+        self.port = free_ports(1)[0]
+        self.env = os.environ | {
+            "INFERQ_AMQP_URL": amqp_url,
+            "INFERQ_REDIS_URL": redis_url,
+            "INFERQ_STORE_URL": (folder / "store").as_uri(),
+            "INFERQ_S3_ENDPOINT_URL": s3_url,
+            "INFERQ_FETCH_S3_BUCKETS": bucket,
+            "INFERQ_SCHEDULES_FILE": str(self.file),
+        }
+        self.connection = connect(BrokerSettings(amqp_url=amqp_url), name="test")
+        self.channel = self.connection.channel()
+        topology_for(["echo"]).apply(self.channel)
+        self.write()
+
+    def write(self, **more: str) -> None:
+        said = {
+            "cron": "30 1 * * *",
+            "time_zone": "Europe/Berlin",
+            "source": f"s3://{self.bucket}/in/",
+            "task_type": "ocr",
+        }
+        lines = [f"{key} = {json.dumps(value)}" for key, value in (said | more).items()]
+        self.file.write_text("\n".join(["[invoices]", *lines]), encoding="utf-8")
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "producer.cli", *arguments]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+
+    def sent(self) -> list[tuple[str, str]]:
+        """The jobs in the queue, and what they are about; they are taken out."""
+        found = []
+        while (got := self.channel.basic_get("inference.batches", auto_ack=True))[0] is not None:
+            found.append((got[1].headers["task"], got[1].headers["id"]))
+        return found
+
+    @contextmanager
+    def beating(self) -> Iterator[subprocess.Popen[bytes]]:
+        """A beat that is ready; killed where it still runs."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "producer.cli", "beat"],
+            env=self.env | {"INFERQ_PROBE_PORT": str(self.port)},
+        )
+        try:
+            wait_for(self._ready)
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def _ready(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path, fresh_amqp_url: str, redis_url: str, s3_url: str, aws: None, bucket: str
+) -> Iterator[Desk]:
+    desk = Desk(tmp_path, fresh_amqp_url, redis_url, s3_url, bucket)
+    yield desk
+    desk.connection.close()
+
+
+def test_check_shows_the_next_starts_and_whether_the_source_can_be_read(desk: Desk, s3: S3Client) -> None:
+    empty = desk.run("nightly", "check")
+    assert empty.returncode == 0
+    assert "there is nothing in it now" in empty.stdout
+    s3.put_object(Bucket=desk.bucket, Key="in/a", Body=b"x")
+    found = desk.run("nightly", "check", "--json")
+    assert found.returncode == 0, found.stderr
+    (facts,) = json.loads(found.stdout)
+    assert len(facts["next"]) == 5
+    for start in facts["next"]:
+        assert "01:30 CE" in start["local"]
+        assert start["utc"].endswith(("00:30 UTC", "23:30 UTC"))
+
+
+def test_check_fails_where_a_source_cannot_be_read(desk: Desk) -> None:
+    desk.write(source="s3://elsewhere/in/")
+    found = desk.run("nightly", "check")
+    assert found.returncode == 1
+    assert "INFERQ_FETCH_S3_BUCKETS" in found.stderr
+    desk.env["INFERQ_FETCH_S3_BUCKETS"] = "elsewhere"
+    found = desk.run("nightly", "check")
+    assert found.returncode == 1
+    assert "'elsewhere' does not exist" in found.stderr
+
+
+@pytest.mark.parametrize("command", [("nightly", "check"), ("beat",)])
+def test_a_fault_in_the_file_ends_every_command_with_its_words(desk: Desk, command: tuple[str, ...]) -> None:
+    desk.write(cron="0 0 31 2 *")
+    found = desk.run(*command)
+    assert found.returncode == 1
+    assert "invoices.cron: '0 0 31 2 *' never fires" in found.stderr
+
+
+def test_run_starts_a_run_by_its_name_and_time(desk: Desk) -> None:
+    found = desk.run("nightly", "run", "invoices", "--at", "2026-11-25T01:30")
+    assert found.stdout == "started invoices-20261125T003000Z\n"
+    assert desk.sent() == [("nightly.start", "invoices-20261125T003000Z")]
+    unknown = desk.run("nightly", "run", "letters")
+    assert unknown.returncode == 1
+    assert "there is no schedule 'letters'; there are: invoices" in unknown.stderr
+
+
+def test_list_says_when_each_starts_and_what_became_of_its_last_run(desk: Desk) -> None:
+    (fresh,) = json.loads(desk.run("nightly", "list", "--json").stdout)
+    assert fresh["next"].endswith(("01:30+01:00", "01:30+02:00"))
+    assert "last_run" not in fresh or fresh["last_run"] is None
+    _started(desk, datetime(2026, 11, 25, 0, 30, tzinfo=UTC))
+    (after,) = json.loads(desk.run("nightly", "list", "--json").stdout)
+    assert (after["last_run"], after["state"]) == ("invoices-20261125T003000Z", "starting")
+
+
+def _started(desk: Desk, moment: datetime) -> None:
+    schedule = read_schedules(desk.file)["invoices"]
+    batch = schedule.batch(moment)
+    log = RunLog(desk.store, "default", "invoices")
+    log.claim(Run(run_id=batch.batch_id, scheduled_at=moment, schedule=schedule))
+
+
+def test_a_beat_that_is_killed_catches_up_when_it_is_back_and_starts_nothing_twice(desk: Desk) -> None:
+    now = datetime.now(UTC)
+    missed = now - timedelta(minutes=10)
+    desk.write(cron=f"{missed:%M} * * * *", time_zone="UTC")
+    schedule = read_schedules(desk.file)["invoices"]
+    RunLog(desk.store, "default", "invoices").known(now - timedelta(hours=5), schedule)
+    run_id = f"invoices-{missed:%Y%m%dT%H%M}00Z"
+    with desk.beating():
+        assert desk.sent() == [("nightly.start", run_id)]
+    # Killed, and nobody has worked on that job: for all that beat can know it was never sent.
+    with desk.beating():
+        assert desk.sent() == [("nightly.start", run_id)]
+    _started(desk, missed.replace(second=0, microsecond=0))
+    with desk.beating() as beat:
+        assert desk.sent() == []
+        beat.terminate()
+        assert beat.wait(20) == 0

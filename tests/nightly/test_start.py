@@ -1,0 +1,166 @@
+"""Starting runs: what is new is taken once, however often one is started and wherever that is cut off."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, cast
+
+import pytest
+
+from producer.batch.sources import Sources
+from producer.nightly.start import Starter
+from storage import BatchStore, ObjectStore, StoreOutage
+
+from .conftest import FIRST, SECOND, THIRD, CutOff, CutStore, NightSite
+
+
+def test_a_run_takes_what_is_new_since_the_last_by_key_and_etag(site: NightSite) -> None:
+    site.put("a", "b", "c", "d")
+    assert site.start(FIRST) == ["a", "b", "c", "d"]
+    site.put("b", content="changed")
+    site.put("bb")
+    site.delete("c")
+    assert site.start(SECOND) == ["b", "bb"]
+    site.put("c")  # gone for a night, and new again
+    assert site.start(THIRD) == ["c"]
+
+
+def test_what_comes_while_a_run_lists_is_taken_by_the_next(
+    site: NightSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.put("a", "c")
+    listed = site.starter.sources.objects
+
+    def slow(source: str) -> Any:
+        for found in listed(source):
+            site.put("b")
+            yield found
+
+    monkeypatch.setattr(site.starter.sources, "objects", slow)
+    assert site.start(FIRST) == ["a", "c"]
+    monkeypatch.undo()
+    assert site.start(SECOND) == ["b"]
+
+
+def test_a_second_start_of_a_run_finds_what_it_took(site: NightSite) -> None:
+    site.put("a")
+    assert site.start(FIRST) == ["a"]
+    site.put("b")
+    assert site.start(FIRST) == ["a"]
+    assert site.start(SECOND) == ["b"]
+    assert site.start(FIRST) == ["a"]
+    assert site.log().last() == site.log().at(1)
+
+
+def test_starts_at_the_same_time_make_one_batch(site: NightSite) -> None:
+    site.put("a", "b")
+
+    def started(moment: datetime) -> list[str]:
+        while True:
+            # A faster starter may delete what a slower one still reads: the job is then tried again.
+            with suppress(StoreOutage):
+                return site.start(moment)
+
+    with ThreadPoolExecutor(6) as threads:
+        taken = list(threads.map(started, [FIRST, SECOND] * 3))
+    for names in (taken[0::2], taken[1::2]):
+        assert names == [names[0]] * 3
+    assert sorted([*taken[0], *taken[1]]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("other_first", [False, True])
+@pytest.mark.parametrize("writes", range(9))
+def test_a_start_that_is_cut_off_anywhere_loses_nothing_and_takes_nothing_twice(
+    site: NightSite, writes: int, other_first: bool
+) -> None:
+    site.put("a", "b")
+    cut = cast(ObjectStore, CutStore(site.store, writes))
+    batches = BatchStore(cut)
+    starter = Starter(cut, batches, Sources(cut, batches, site.settings), site.sent.append)
+    cut_off = True
+    try:
+        starter.start(site.schedule(), FIRST)
+        cut_off = False
+    except CutOff:
+        pass
+    assert cut_off == (writes < 8)
+    site.put("c")
+    if other_first:
+        second = site.start(SECOND)
+        first = site.start(FIRST)
+    else:
+        first = site.start(FIRST)
+        second = site.start(SECOND)
+    assert sorted(first + second) == ["a", "b", "c"]
+    assert site.start(FIRST) == first
+    assert site.start(SECOND) == second
+    assert site.start(THIRD) == []
+
+
+def test_a_run_with_nothing_new_is_a_batch_without_tasks(site: NightSite) -> None:
+    assert site.start(FIRST) == []
+    source = site.batches.source("default", "invoices-20261124T003000Z")
+    assert source is not None
+    assert source.total == 0
+    batch = site.batches.load("default", "invoices-20261124T003000Z")
+    assert batch is not None
+    assert batch.metadata["new_objects"] == 0
+    assert site.jobs() == ["batches.feed"]
+
+
+def test_a_source_that_cannot_be_listed_fails_the_run_and_is_taken_by_the_next(
+    site: NightSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.put("a")
+    assert site.start(FIRST) == ["a"]
+    site.put("b")
+    forbidden = replace(
+        site.starter,
+        sources=Sources(site.store, site.batches, site.settings.model_copy(update={"fetch_s3_buckets": ()})),
+    )
+    site.sent.clear()
+    forbidden.start(site.schedule(), SECOND)
+    assert site.jobs() == ["batches.assemble"]
+    assert "INFERQ_FETCH_S3_BUCKETS" in site.sent[0].body.decode()
+    assert site.start(SECOND) == []  # it stays failed: what a run took is settled once
+    assert site.start(THIRD) == ["b"]
+
+
+def test_a_bucket_that_does_not_exist_is_said_to(site: NightSite) -> None:
+    settings = site.settings.model_copy(update={"fetch_s3_buckets": ("nowhere-1",)})
+    starter = replace(site.starter, sources=Sources(site.store, site.batches, settings))
+    starter.start(site.schedule(source="s3://nowhere-1/in/"), FIRST)
+    assert "nowhere-1" in site.sent[0].body.decode()
+    assert site.jobs() == ["batches.assemble"]
+
+
+def test_another_source_is_new_as_a_whole(site: NightSite) -> None:
+    site.put("a", "deep/a")
+    assert site.start(FIRST) == ["a", "a"]
+    assert site.start(SECOND, source=f"s3://{site.bucket}/in/deep/") == ["a"]
+
+
+def test_a_run_that_takes_everything_leaves_what_is_new_as_it_was(site: NightSite) -> None:
+    site.put("a")
+    assert site.start(FIRST) == ["a"]
+    site.put("b")
+    assert site.start(SECOND, only_new=False) == []  # its feeder lists the source
+    assert site.batches.source("default", "invoices-20261125T003000Z") is None
+    assert site.start(THIRD) == ["b"]
+
+
+def test_lists_of_what_was_there_do_not_pile_up(site: NightSite) -> None:
+    site.put("a")
+    for moment in (FIRST, SECOND, THIRD):
+        site.start(moment)
+    assert len(list(site.store.list("nightly/default/invoices/seen/"))) == 1
+
+
+def test_keys_that_json_and_urls_find_hard_are_new_once(site: NightSite) -> None:
+    names = ["Grüße 你好.png", 'a"b.png', "a b+c%20.png", "a\\n.png"]
+    site.put(*names)
+    assert sorted(site.start(FIRST)) == sorted(names)
+    assert site.start(SECOND) == []
