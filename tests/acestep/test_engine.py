@@ -148,7 +148,8 @@ def test_runs_leave_no_files_no_threads_and_no_memory(
     assert after - before < 200_000
     assert threading.active_count() == threads
     if open_files:
-        assert len(list(descriptors.iterdir())) == open_files
+        # Fewer, where the garbage of an earlier test was closed meanwhile.
+        assert len(list(descriptors.iterdir())) <= open_files
     for number in range(1, run.count + 1):
         left = {path.name for path in (tmp_path / str(number)).rglob("*") if path.is_file()}
         assert left == {"audio.flac", "waveform.png"}

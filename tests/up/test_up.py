@@ -25,6 +25,7 @@ from producer.up.plan import choose_types, http_ready, make_plan
 from schemas import InferqError
 
 INFERQ = (sys.executable, "-m", "producer.cli")
+PLUGIN = Path(__file__).parents[1] / "plugin"
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
@@ -178,9 +179,12 @@ def test_part_that_cannot_start_fails_the_start_with_its_reason(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
-    data: Path, services: None, number: signal.Signals
+    data: Path, services: None, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start(data, "--detach")
+    (tmp_path / "load").write_text("slow")
+    monkeypatch.setenv("FAULTY_LOAD", str(tmp_path / "load"))
+    monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
+    process = start(data, "--detach", "--types", "faulty")
     until(lambda: "producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
