@@ -1,9 +1,10 @@
 """A night's run over page images in S3, with everything that can die dying once on the way.
 
-    python -m benchmarks.nightly --pages 2000 --workers 1
+    python -m benchmarks.nightly --pages 2000 --rows 9 --workers 1
 
 The pages are made, so that their text is known; each is an object under one prefix, which the batch names.
-Prints pages per second beside as many bare engines, and what was lost, read wrongly or run twice.
+Prints pages per second beside as many bare engines, measured before and after the night, and what was lost,
+read wrongly or put out twice.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from storage import BatchIndex, BatchStore, ResultStore, StatusIndex, StorageSet
 from storage.s3 import s3_client
 
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
-_SIZE = (420, 170)
+_WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
 _BUCKET = "pages"
 _MOTO = """
 import sys
@@ -51,23 +52,23 @@ sys.stdin.read()
 """
 
 
-def page_text(number: int) -> list[str]:
-    """The three lines of a page; no two pages have the same."""
+def page_text(number: int, rows: int) -> list[str]:
+    """The lines of a page; no two pages have the same."""
     digits = f"{number:04d}"
-    return [
-        f"Page {digits}",
-        " ".join(_WORDS[int(d)] for d in digits[:2]),
-        " ".join(_WORDS[int(d)] for d in digits[2:]),
-    ]
+    lines = [f"Page {digits}"]
+    for row in range(1, rows):
+        first, second = (int(digits[(2 * row + place) % 4]) for place in (0, 1))
+        lines.append(f"{_WORDS[(first + row) % 10]} {_WORDS[(second + 3 * row) % 10]}")
+    return lines
 
 
-def page_image(number: int) -> bytes:
+def page_image(number: int, rows: int) -> bytes:
     """The page as a PNG."""
-    image = Image.new("RGB", _SIZE, "white")
+    image = Image.new("RGB", (_WIDTH, 2 * _MARGIN + _ROW_HEIGHT * rows), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=30)
-    for row, text in enumerate(page_text(number)):
-        draw.text((20, 15 + 50 * row), text, fill="black", font=font)
+    for row, text in enumerate(page_text(number, rows)):
+        draw.text((20, _MARGIN + _ROW_HEIGHT * row), text, fill="black", font=font)
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
@@ -163,15 +164,17 @@ def _ground(workers: int) -> Iterator[Ground]:
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks.nightly", description=__doc__)
     arguments.add_argument("--pages", type=int, default=2000)
+    arguments.add_argument("--rows", type=int, default=3, help="lines of text on a page")
     arguments.add_argument("--workers", type=int, default=1)
     arguments.add_argument("--no-faults", action="store_true", help="kill nothing")
     given = arguments.parse_args()
-    sys.exit(0 if night(given.pages, given.workers, faults=not given.no_faults, say=print) else 1)
+    right = night(given.pages, given.rows, given.workers, faults=not given.no_faults, say=print)
+    sys.exit(0 if right else 1)
 
 
-def night(pages: int, workers: int, *, faults: bool, say: Callable[[str], None]) -> bool:
+def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[str], None]) -> bool:
     """Run one night and say what came of it; whether nothing was lost, and nothing had twice."""
-    bare = _bare_rate(min(pages, 60)) * workers
+    before = _bare_rate(min(pages, 60), rows)
     with _ground(workers) as ground:
         storage = StorageSettings(
             redis_url=ground.env["INFERQ_REDIS_URL"],
@@ -181,7 +184,7 @@ def night(pages: int, workers: int, *, faults: bool, say: Callable[[str], None])
         client = s3_client(storage.s3_endpoint_url)
 
         def upload(number: int) -> None:
-            client.put_object(Bucket=_BUCKET, Key=f"night/{number:06d}.png", Body=page_image(number))
+            client.put_object(Bucket=_BUCKET, Key=f"night/{number:06d}.png", Body=page_image(number, rows))
 
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(upload, range(pages)))
@@ -219,19 +222,27 @@ def night(pages: int, workers: int, *, faults: bool, say: Callable[[str], None])
                 say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'} at {share:.0%}")
         wait_until(lambda: batches.summary("default", batch.batch_id) is not None, 3600, pause=0.5)
         output = [json.loads(line) for line in store.get(output_key("default", batch.batch_id)).splitlines()]
-        return _reckoned(output, pages, bare, ResultStore(store), say)
+        kept = [r for e in output if (r := ResultStore(store).load("default", e["task_id"])) is not None]
+    # Machines change their speed meanwhile, so that one look would be a matter of luck.
+    after = _bare_rate(min(pages, 60), rows)
+    say(f"a bare engine: {before:.2f} pages/s before the night, {after:.2f} after it")
+    return _reckoned(output, pages, rows, kept, (before + after) / 2 * workers, say)
 
 
 def _reckoned(
-    output: list[dict[str, Any]], pages: int, bare: float, results: ResultStore, say: Callable[[str], None]
+    output: list[dict[str, Any]],
+    pages: int,
+    rows: int,
+    kept: list[Result],
+    bare: float,
+    say: Callable[[str], None],
 ) -> bool:
     lines = [entry["line"] for entry in output]
     wrong = [
         entry["line"]
         for entry in output
-        if plain(entry["output"]["text"]) != plain("".join(page_text(entry["line"] - 1)))
+        if plain(entry["output"]["text"]) != plain("".join(page_text(entry["line"] - 1, rows)))
     ]
-    kept: list[Result] = [r for e in output if (r := results.load("default", e["task_id"])) is not None]
     began = min(r.started_at for r in kept if r.started_at)
     seconds = (max(r.finished_at for r in kept) - began).total_seconds()
     whole = pages / seconds
@@ -242,14 +253,14 @@ def _reckoned(
     return sorted(lines) == list(range(1, pages + 1)) and not wrong
 
 
-def _bare_rate(pages: int) -> float:
+def _bare_rate(pages: int, rows: int) -> float:
     from benchmarks.engines import Work, _bare_engine
 
     with tempfile.TemporaryDirectory() as name, _bare_engine("ocr") as run:
         files = []
         for number in range(pages):
             path = Path(name) / f"{number}.png"
-            path.write_bytes(page_image(number))
+            path.write_bytes(page_image(number, rows))
             files.append(path)
         run(Work(files={"image_url": files[0]}))
         began = time.perf_counter()
