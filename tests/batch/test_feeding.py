@@ -182,6 +182,16 @@ def test_an_id_that_another_task_has_ends_as_a_conflict(site: BatchSite, worker:
     assert summary.failures == {"id_conflict": 1}
 
 
+def test_a_result_that_nobody_can_read_is_a_failed_line(site: BatchSite, worker: QuickWorker) -> None:
+    batch = site.batch(lines(3), batch_id="spoilt")
+    site.around.store.put("tasks/default/spoilt.2/result.json", b"spoilt")
+    worker.spares = {"spoilt.2"}  # as a worker does, which buries it
+    summary = site.finish(batch)
+    assert (summary.counts.succeeded, summary.failures) == (2, {"result_unreadable": 1})
+    (error,) = site.errors(batch)
+    assert (error["line"], error["error"]["code"]) == (2, "result_unreadable")
+
+
 def test_a_cancelled_batch_ends_without_any_worker(site: BatchSite) -> None:
     batch = site.batch(lines(50) + b"broken\n", max_in_flight=20)
     site.slice(batch)
