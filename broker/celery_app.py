@@ -31,6 +31,8 @@ def celery_app(settings: BrokerSettings) -> Celery:
         broker_connection_timeout=settings.amqp_connect_timeout,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # RabbitMQ closes the channel on which a job lasts longer than its consumer_timeout: Celery would end.
+        broker_channel_error_retry=True,
         broker_transport_options={"confirm_publish": True},
         task_queues=[
             Queue(name, exchange, routing_key=name, queue_arguments=job_queue_arguments())

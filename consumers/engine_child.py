@@ -24,7 +24,6 @@ from pydantic import BaseModel, ValidationError
 from consumers.engine import Context, Engine, InputFile, TaskAborted
 from consumers.engine_messages import (
     INLINE_OUTPUT_BYTES,
-    OUTPUT_ARTIFACT,
     Abort,
     Aborted,
     Done,
@@ -51,6 +50,7 @@ from schemas import (
     get_type,
     parse_task,
 )
+from schemas.result import OUTPUT_ARTIFACT
 
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,6 @@ from schemas import EngineInfo
 INLINE_OUTPUT_BYTES = 256 * 1024
 """The largest output (as JSON) that travels inline; a larger one becomes the artifact `output.json`."""
 
-OUTPUT_ARTIFACT = "output.json"
-
 
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True)

@@ -91,13 +91,23 @@ class TaskRun:
         self._around.metrics.tasks.labels(self._around.task_type.name, outcome).inc()
 
     def _give_up(self, error: Exception) -> str:
-        """The last resort: a dead letter without a record, which is better than a loop."""
+        """The last resort: a dead letter, and a record where one can be kept, which is better than a loop."""
         what = f"the worker failed: {type(error).__name__}: {error}"
+        failure = TransientFailure(what, code="worker_error")
         try:
-            self._publish(self._dead(TransientFailure(what, code="worker_error")))
-        except GracePassed:
+            self._publish(self._dead(failure))
+            self._record_anyhow(failure)
+        except (GracePassed, RunAborted):
             return "given_back"
+        except Exception:
+            _log.exception("%s: has no record of its end, only a dead letter", self._name())
         return "failed"
+
+    def _record_anyhow(self, error: InferqError) -> None:
+        """Without a record a batch would wait for its task for ever, and so would whoever asks for it."""
+        task = parse_task(self._delivery.body)
+        self._digest = task.digest()
+        self._record(self._failure(task, error))
 
     def _release(self) -> None:
         """Say that this run is no lost one, now that another worker may begin the task."""

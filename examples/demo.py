@@ -237,7 +237,7 @@ def compute_batch(client: Client, console: Console) -> None:
         bar = progress.add_task(f"batch of {len(lines)} lines", total=len(lines))
         end = time.monotonic() + PATIENCE
         while not (status := client.batch(batch.batch_id)).ended and time.monotonic() < end:
-            progress.update(bar, completed=status.counts.ended + status.counts.invalid)
+            progress.update(bar, completed=status.counts.done or 0)
             time.sleep(0.2)
         progress.update(bar, completed=len(lines))
     BATCH_FOLDER.mkdir(parents=True, exist_ok=True)

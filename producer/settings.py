@@ -61,6 +61,9 @@ class BatchSettings(Settings):
     batch_slice: float = Field(
         60.0, gt=0, le=600, description="Seconds that a feeder works on a batch before it hands it on."
     )
+    batch_lease: int = Field(
+        20, ge=1, le=600, description="Seconds after which a feeder that says nothing more is replaced."
+    )
     batch_doubt: float = Field(
         10.0,
         gt=0,

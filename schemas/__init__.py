@@ -10,6 +10,7 @@ from schemas.batch import (
     BatchState,
     BatchStatus,
     BatchSummary,
+    CountsNow,
 )
 from schemas.callback import (
     MAX_CALLBACK_BYTES,
@@ -76,6 +77,7 @@ __all__ = [
     "CallbackRecord",
     "CallbackState",
     "CallbackUrl",
+    "CountsNow",
     "EndState",
     "EngineInfo",
     "ErrorInfo",

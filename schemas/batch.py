@@ -87,12 +87,32 @@ class Batch(BaseModel):
         return f"{self.batch_id}.{line}"
 
 
-class BatchCounts(BaseModel):
-    """How many lines of a batch are where. `total` is None until the source has been read once."""
+class CountsNow(BaseModel):
+    """How many lines of a batch are where, as far as that is known: what is None is being counted anew.
+
+    `total` is None until the source has been read once.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     total: int | None = None
+    queued: int | None = Field(None, description="Fed, and not ended: running ones included.")
+    running: int | None = None
+    succeeded: int | None = None
+    failed: int | None = None
+    cancelled: int | None = None
+    invalid: int | None = None
+
+    @property
+    def done(self) -> int | None:
+        """How many lines have ended or are invalid."""
+        parts = (self.succeeded, self.failed, self.cancelled, self.invalid)
+        return None if None in parts else sum(part or 0 for part in parts)
+
+
+class BatchCounts(CountsNow):
+    """How many lines of a batch are where. `total` is None until the source has been read once."""
+
     queued: int = Field(0, description="Fed, and not ended: running ones included.")
     running: int = 0
     succeeded: int = 0
@@ -137,7 +157,7 @@ class BatchStatus(BaseModel):
     source: str
     task_type: str | None = None
     priority: Priority = "normal"
-    counts: BatchCounts = BatchCounts()
+    counts: CountsNow = BatchCounts()
     rate: float | None = None
     seconds_left: float | None = None
     cancel_requested: bool = False

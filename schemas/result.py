@@ -48,6 +48,10 @@ class EngineInfo(BaseModel):
     weights: tuple[str, ...] = Field((), description="Named weights that it had loaded, as `name version`.")
 
 
+OUTPUT_ARTIFACT = "output.json"
+"""The artifact that an output too large to travel inline becomes."""
+
+
 class ErrorInfo(BaseModel):
     """Why a task failed. `retryable` says whether the same task may succeed if it is redriven."""
 

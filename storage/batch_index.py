@@ -22,8 +22,6 @@ Taking = Literal["taken", "held", "outdated", "another"]
 """What became of an attempt to take a batch's lease: `held` by somebody, perhaps a dead one; `outdated`, as a
 later slice of the same feeding has begun; or `another` feeding of it is alive."""
 
-_LEASE_SECONDS = 20
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -67,10 +65,14 @@ class LeaseLost(Exception):
 
 
 class BatchIndex:
-    """The lines of batches. Safe to use from many threads; any method may raise StatusOutage."""
+    """The lines of batches. Safe to use from many threads; any method may raise StatusOutage.
 
-    def __init__(self, status: StatusIndex) -> None:
+    `lease_seconds`: how long a feeder that says nothing more keeps its batch.
+    """
+
+    def __init__(self, status: StatusIndex, *, lease_seconds: int = 20) -> None:
         self._status = status
+        self._lease = lease_seconds
         self._scripts = {name: status.script(source) for name, source in scripts.SOURCES.items()}
 
     def take(self, tenant: str, batch_id: str, *, chain: str, part: int, token: str) -> Taking:
@@ -78,7 +80,7 @@ class BatchIndex:
 
         `chain` names a feeding from its start to its end, `part` counts its slices.
         """
-        taking: Taking = self._run("take", tenant, batch_id, [chain, part, token, _LEASE_SECONDS])
+        taking: Taking = self._run("take", tenant, batch_id, [chain, part, token, self._lease])
         return taking
 
     def release(self, tenant: str, batch_id: str, token: str) -> None:
@@ -109,7 +111,7 @@ class BatchIndex:
         """
         reply = self._run(
             "step", tenant, batch_id,
-            [token, _LEASE_SECONDS, _text(reaches), _text(line), offset, len(fed), *fed, *invalid],
+            [token, self._lease, _text(reaches), _text(line), offset, len(fed), *fed, *invalid],
         )  # fmt: skip
         match reply:
             case [0]:

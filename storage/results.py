@@ -14,16 +14,18 @@ key, and whichever result is kept names files that nobody else has touched.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from schemas import Artifact, InferqError, InvalidTask, Result
 from schemas.encoding import result_json
+from schemas.result import OUTPUT_ARTIFACT
 from storage.objects import ObjectNotFound, ObjectStore
 
 _RESULT = "result.json"
@@ -125,6 +127,17 @@ class ResultStore:
             if artifact.name == name:
                 return _key(tenant, task_id, _attempt_of(artifact), name)
         raise ObjectNotFound(f"task {task_id!r} has no artifact {name!r}")
+
+    def output(self, result: Result) -> JsonValue:
+        """The output of a success, which is an artifact where it is large. Raises UnreadableResult."""
+        if all(artifact.name != OUTPUT_ARTIFACT for artifact in result.artifacts):
+            return result.output
+        key = self.artifact_key(result.tenant, result.task_id, OUTPUT_ARTIFACT, result=result)
+        try:
+            output: JsonValue = json.loads(self._store.get(key))
+        except (ObjectNotFound, ValueError) as error:
+            raise UnreadableResult(f"{self._store.location(key)} is not the output that it was") from error
+        return output
 
     def save_artifact(
         self,

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
@@ -243,3 +244,33 @@ def bucket(s3: S3Client) -> str:
     name = f"bucket-{next(_buckets)}"
     s3.create_bucket(Bucket=name)
     return name
+
+
+class _Forbids(BaseHTTPRequestHandler):
+    """S3 to which these credentials are known, and may do nothing."""
+
+    def do_GET(self) -> None:
+        body = (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        )
+        self.send_response(403)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_arguments: object) -> None:
+        return
+
+
+@pytest.fixture
+def forbidding_s3(aws: None) -> Iterator[str]:
+    """The URL of an S3 that answers 403 AccessDenied to everything."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Forbids)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()

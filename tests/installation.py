@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
+from producer.cli.main import main
 from producer.keys import KeyFile
 from producer.up.part import free_ports
 from tests.conftest import RabbitMQ
@@ -26,6 +29,22 @@ def inferq(
         [sys.executable, "-m", "producer.cli", *arguments],
         env=env, capture_output=True, text=True, check=False, timeout=60, input=stdin,
     )  # fmt: skip
+
+
+def inferq_here(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same within this process, for tests that are not of the process: one takes a second to start."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    status: object = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["inferq", *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+    said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(arguments, int(str(status or 0)), said, complained)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from schemas import (
     Task,
     batch_callback,
 )
-from storage import BatchSource, errors_key, output_key
+from storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
 
 _AHEAD = 4
 """Results asked for ahead of the one that is written, for each reader."""
@@ -154,8 +154,15 @@ class Assembly:
             tally.failures[error.code] += 1
             named = {"task_id": task_id} if (task_id := named_id(entry.line.content)) else {}
             return {"line": number, **named, "status": "invalid", "error": _error(ErrorInfo.of(error))}, False
-        task, result = entry.task, entry.result.result()
+        task = entry.task
         about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
+        try:
+            result = entry.result.result()
+        except UnreadableResult as unreadable:
+            # It is nobody's to overwrite, and the batch would wait for its mending for ever.
+            tally.failed += 1
+            tally.failures[unreadable.code] += 1
+            return {**about, "status": "failed", "error": _error(ErrorInfo.of(unreadable))}, False
         if result is not None and not belongs(result, self._batch, number):
             taken = InvalidTask(
                 f"task {task.task_id!r} was submitted before, and not by this line; choose another id",
@@ -185,7 +192,7 @@ class Assembly:
             artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
         if result.status == "succeeded":
             tally.succeeded += 1
-            pages = _pages(result)
+            pages = pages_of(self._around.results, result)
             if pages is not None:
                 tally.pages = (tally.pages or 0) + pages
             return {**about, "status": "succeeded", "output": result.output, **kept}, True
@@ -231,9 +238,13 @@ class Assembly:
             _log.warning("batch %s: its state is not in Redis: %s", self._batch.batch_id, outage)
 
 
-def _pages(result: Result) -> int | None:
-    """How many pages an output has, where it has pages."""
-    pages = result.output.get("pages") if isinstance(result.output, dict) else None
+def pages_of(results: ResultStore, result: Result) -> int | None:
+    """How many pages an output has, where it has pages. Raises StoreOutage."""
+    try:
+        output = results.output(result)
+    except UnreadableResult:
+        return None
+    pages = output.get("pages") if isinstance(output, dict) else None
     return len(pages) if isinstance(pages, list) else None
 
 

@@ -1,43 +1,24 @@
-"""The jobs of batches, on Celery: feeding, slice by slice, and putting the results together.
-
-A job sends what comes next first (confirmed), and is acknowledged then. Whatever goes wrong, its message is
-given back after a while: a batch waits for what is away, however long, and is never dropped.
-"""
+"""The jobs of batches, on Celery: feeding, slice by slice, and putting the results together."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
-from typing import Any
 
 from celery import Celery, Task
-from celery.exceptions import Reject
-from celery.signals import worker_shutting_down
 
+from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.assembly import Assembly, Unfinished
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
 from producer.batch.start import ASSEMBLE, FEED, assemble_message, feed_message
 from producer.batch.surroundings import Surroundings
-from schemas import InferqError, Outage
-
-_AGAIN_SECONDS = 3.0
 
 _log = logging.getLogger(__name__)
 
 
 def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
     """Add the jobs of batches to an application; `around` defaults to what the environment says."""
-    lock = threading.Lock()
-    shared: list[Surroundings] = [around] if around is not None else []
-
-    def surroundings() -> Surroundings:
-        with lock:
-            if not shared:
-                shared.append(Surroundings.load())
-                worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
-            return shared[0]
+    surroundings = loaded_once(around)
 
     @app.task(name=FEED, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(self: Task, tenant: str, batch_id: str, chain: str, part: int, line: int, offset: int) -> None:
@@ -65,7 +46,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 case Nothing():
                     pass
 
-        _again_unless_done(here, batch_id, once)
+        again_unless_done(here, f"batch {batch_id}", once)
 
     @app.task(name=ASSEMBLE, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: str, batch_id: str, error: str | None = None) -> None:
@@ -87,20 +68,4 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 chain = f"again-{self.request.id}"
                 here.confirm(feed_message(tenant, batch_id, chain=chain, line=line, offset=offset))
 
-        _again_unless_done(here, batch_id, once)
-
-
-def _again_unless_done(here: Surroundings, batch_id: str, call: Callable[[], Any]) -> None:
-    """Do it; where it fails, the message goes back to its queue after a while."""
-    try:
-        call()
-    except Outage as error:
-        _log.warning("batch %s: waits, and goes on then: %s", batch_id, error)
-    except InferqError as error:
-        _log.error("batch %s: cannot go on, and tries again: %s", batch_id, error)
-    except Exception:
-        _log.exception("batch %s: cannot go on, and tries again", batch_id)
-    else:
-        return
-    here.stopping.wait(_AGAIN_SECONDS)
-    raise Reject(f"batch {batch_id} is to go on", requeue=True)
+        again_unless_done(here, f"batch {batch_id}", once)

@@ -13,7 +13,7 @@ from producer.batch.sources import Cursor, Sources
 from producer.batch.surroundings import Surroundings
 from producer.batch.tasks import task_of
 from schemas import Batch, EndState, InvalidTask, Result, Task
-from storage import BatchSource
+from storage import BatchSource, UnreadableResult
 
 _MARKED_AT_ONCE = 1000
 _LOOKED_UP_AT_ONCE = 200
@@ -77,7 +77,10 @@ class Recount:
 
     def _end(self, task: Task, error: InvalidTask) -> Result:
         ended = Result.failure(task, error, attempts=0, finished_at=datetime.now(UTC), status="cancelled")
-        kept = self._around.results.save(ended)
+        try:
+            kept = self._around.results.save(ended)
+        except UnreadableResult:
+            return ended
         return kept if kept.batch_line == task.batch_line else ended
 
     def _tasks(
@@ -115,7 +118,10 @@ class Recount:
 
         def state(pair: tuple[int, str]) -> tuple[int, EndState | None]:
             line, task_id = pair
-            result = self._around.results.load(self._batch.tenant, task_id)
+            try:
+                result = self._around.results.load(self._batch.tenant, task_id)
+            except UnreadableResult:
+                return line, "failed"  # the worker has put the task aside, too
             if result is None:
                 return line, None
             return line, result.status if belongs(result, self._batch, line) else "failed"

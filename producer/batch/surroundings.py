@@ -55,7 +55,7 @@ class Surroundings:
 
     @cached_property
     def index(self) -> BatchIndex:
-        return BatchIndex(StatusIndex.from_settings(self.storage))
+        return BatchIndex(StatusIndex.from_settings(self.storage), lease_seconds=self.settings.batch_lease)
 
     @property
     def publisher(self) -> Publisher:

@@ -218,7 +218,7 @@ def _with_bar(client: Client, batch_id: str) -> BatchStatus:
             bars.update(
                 bar,
                 total=counts.total,
-                completed=counts.ended + counts.invalid,
+                completed=counts.done,
                 state=status.state,
                 note=_note(status),
             )
@@ -235,7 +235,7 @@ def _with_lines(client: Client, batch_id: str) -> BatchStatus:
         now = time.monotonic()
         if status.state != said or now - at >= _LINE_SECONDS:
             counts = status.counts
-            done = f"{counts.ended + counts.invalid}/{'?' if counts.total is None else counts.total}"
+            done = "/".join("?" if count is None else str(count) for count in (counts.done, counts.total))
             errors.print(
                 f"{status.state} {done} {_note(status)}", markup=False, highlight=False, soft_wrap=True
             )
@@ -247,7 +247,7 @@ def _with_lines(client: Client, batch_id: str) -> BatchStatus:
 
 def _note(status: BatchStatus) -> str:
     counts = status.counts
-    parts = [f"{counts.failed} failed"]
+    parts = ["being counted anew" if counts.failed is None else f"{counts.failed} failed"]
     if counts.invalid:
         parts.append(f"{counts.invalid} invalid")
     if counts.cancelled:

@@ -29,7 +29,9 @@ from schemas import (
     Batch,
     BatchCounts,
     BatchId,
+    BatchState,
     BatchStatus,
+    CountsNow,
     InferqError,
     Outage,
     describe_faults,
@@ -298,7 +300,7 @@ async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchSta
         return _status(batch, standing)
     summary = await services.on_store(services.batches.summary, tenant, batch_id)
     if summary is None:
-        return _status(batch, standing)
+        return await _unended(services, batch, standing)
     return _status(batch, None).model_copy(
         update={
             "state": summary.state,
@@ -307,6 +309,28 @@ async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchSta
             "rate": summary.tasks_per_second,
             "cancel_requested": summary.state == "cancelled",
             "finished_at": summary.finished_at,
+        }
+    )
+
+
+async def _unended(services: Services, batch: Batch, standing: Standing | None) -> BatchStatus:
+    """Where a batch stands of which Redis knows nothing, or no counts, as far as the object store says."""
+    name = (batch.tenant, batch.batch_id)
+    nothing_is_fed = standing is not None and (standing.known or standing.state == "preparing")
+    source = None if nothing_is_fed else await services.on_store(services.batches.source, *name)
+    if source is None:
+        return _status(batch, standing)
+    state: BatchState = "feeding"
+    if batch.window is not None and not batch.window.is_open(datetime.now(UTC)):
+        state = "paused"
+    return _status(batch, standing).model_copy(
+        update={
+            "state": (standing.state if standing is not None else None) or state,
+            # Its feeder counts anew: until then nought would be a lie.
+            "counts": CountsNow(total=source.total),
+            "rate": None,
+            "seconds_left": None,
+            "cancel_requested": await services.on_store(services.batches.cancel_requested, *name),
         }
     )
 

@@ -1,21 +1,15 @@
-"""The jobs of nightly runs, on Celery: starting one, and watching over its nights.
-
-As with batches, what comes next is sent first, and a job whose services are away goes back to its queue.
-"""
+"""The jobs of nightly runs, on Celery: starting one, and watching over its nights."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery
-from celery.exceptions import Reject
-from celery.signals import worker_shutting_down
 
 from broker import callback_message
+from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.surroundings import Surroundings
 from producer.nightly.beat import START
 from producer.nightly.night import (
@@ -30,11 +24,9 @@ from producer.nightly.night import (
 from producer.nightly.runs import Run, RunLog
 from producer.nightly.schedules import Schedule, run_id_of
 from producer.nightly.start import Starter
-from schemas import InferqError, Outage
 
 WATCH = "nightly.watch"
 
-_AGAIN_SECONDS = 3.0
 _WATCH_SECONDS = 15
 """Seconds, at most, from the end of a run to its summary."""
 _SETTLING_SECONDS = 2.0
@@ -45,15 +37,7 @@ _log = logging.getLogger(__name__)
 
 def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: int = _WATCH_SECONDS) -> None:
     """Add the jobs of nightly runs to an application; `around` defaults to what the environment says."""
-    lock = threading.Lock()
-    shared: list[Surroundings] = [around] if around is not None else []
-
-    def surroundings() -> Surroundings:
-        with lock:
-            if not shared:
-                shared.append(Surroundings.load())
-                worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
-            return shared[0]
+    surroundings = loaded_once(around)
 
     def watch_on(run: Run, since: datetime, seconds: int) -> None:
         arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
@@ -70,7 +54,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
             run = Run(run_id=batch.batch_id, scheduled_at=moment, schedule=wanted)
             watch_on(run, batch.created_at, min(1, watch_seconds))
 
-        _again_unless_done(here, run_id_of(wanted.name, moment), once)
+        again_unless_done(here, f"run {run_id_of(wanted.name, moment)}", once)
 
     @app.task(name=WATCH, shared=False)  # type: ignore[untyped-decorator]
     def watch(run: dict[str, Any], since: str) -> None:
@@ -82,7 +66,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
             if goes_on is not None:
                 watch_on(known, goes_on, watch_seconds)
 
-        _again_unless_done(here, known.run_id, once)
+        again_unless_done(here, f"run {known.run_id}", once)
 
 
 class Watcher:
@@ -140,19 +124,3 @@ class Watcher:
 
     def _nights(self) -> list[Night]:
         return self._log.nights(self._run.run_id, Night)
-
-
-def _again_unless_done(here: Surroundings, run_id: str, call: Callable[[], Any]) -> None:
-    """Do it; where it fails, the message goes back to its queue after a while."""
-    try:
-        call()
-    except Outage as error:
-        _log.warning("run %s: waits, and goes on then: %s", run_id, error)
-    except InferqError as error:
-        _log.error("run %s: cannot go on, and tries again: %s", run_id, error)
-    except Exception:
-        _log.exception("run %s: cannot go on, and tries again", run_id)
-    else:
-        return
-    here.stopping.wait(_AGAIN_SECONDS)
-    raise Reject(f"run {run_id} is to go on", requeue=True)

@@ -11,24 +11,31 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from producer.batch.assembly import pages_of
 from producer.nightly.runs import Run
-from schemas import Batch, BatchSummary, Callback, Result, callback_id
+from schemas import Batch, BatchSummary, Callback, EndState, Result, callback_id
 from schemas.encoding import to_json
-from storage import ObjectStore, folder
+from storage import ObjectStore, ResultStore, UnreadableResult, folder
 
 EVENT = "nightly.summary"
 
 _RECORDS = ("result.json", "failure.json")
-_MOST_READ = 50_000
-"""Results that are read to count their pages; of more in one night the pages are not told."""
 _AT_A_TIME = 256
 _MOST_CODES = 50
 _ERROR_CHARACTERS = 1000
+
+
+class Ended(NamedTuple):
+    """How one task ended: `code` says why it did not succeed, `pages` how many its output has."""
+
+    status: EndState
+    code: str | None = None
+    pages: int | None = None
 
 
 class Night(BaseModel):
@@ -61,19 +68,18 @@ class Night(BaseModel):
 
 
 def paused_night(
-    run: Run, day: date, began: datetime, until: datetime, total: int | None, results: Iterable[Result]
+    run: Run, day: date, began: datetime, until: datetime, total: int | None, ends: Iterable[Ended]
 ) -> Night:
-    """The night of a run that its window ended; `results` are what ended in it."""
+    """The night of a run that its window ended; `ends` are those of the tasks that ended in it."""
     states: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     pages: int | None = None
-    for result in results:
-        states[result.status] += 1
-        if result.error is not None:
-            failures[result.error.code] += 1
-        found = _pages(result)
-        if found is not None:
-            pages = (pages or 0) + found
+    for end in ends:
+        states[end.status] += 1
+        if end.code is not None:
+            failures[end.code] += 1
+        if end.pages is not None:
+            pages = (pages or 0) + end.pages
     return _night(
         run, day, "paused", began, until, total=total, failures=failures, pages=pages,
         succeeded=states["succeeded"], failed=states["failed"], cancelled=states["cancelled"],
@@ -172,29 +178,30 @@ class _Body(BaseModel):
 
 def ended_between(
     store: ObjectStore, batch: Batch, after: datetime, until: datetime, *, readers: int
-) -> Iterator[Result]:
+) -> Iterator[Ended]:
     """How the tasks of a batch ended behind `after` and not behind `until`, in constant memory.
 
-    Of very many successes the results come without their outputs. Tasks with ids of their own are not found.
+    Every result is read. Tasks with ids of their own are not found.
     """
     prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")
-    reads = 0
     found = (
         info.key
         for info in store.list(prefix)
         if _is_record(info.key.removeprefix(prefix)) and after < info.modified <= until
     )
+    results = ResultStore(store)
     with ThreadPoolExecutor(readers) as threads:
         while some := list(islice(found, _AT_A_TIME)):
-            for result in threads.map(lambda key: Result.model_validate_json(store.get(key)), some):
-                reads += 1
-                yield result if reads <= _MOST_READ else result.model_copy(update={"output": None})
+            yield from threads.map(lambda key: _end(results, store.get(key)), some)
+
+
+def _end(results: ResultStore, record: bytes) -> Ended:
+    try:
+        result = Result.model_validate_json(record)
+    except ValidationError:
+        return Ended("failed", UnreadableResult.code)
+    return Ended(result.status, result.error.code if result.error else None, pages_of(results, result))
 
 
 def _is_record(rest: str) -> bool:
     return rest.partition("/")[2] in _RECORDS
-
-
-def _pages(result: Result) -> int | None:
-    pages = result.output.get("pages") if isinstance(result.output, dict) else None
-    return len(pages) if isinstance(pages, list) else None

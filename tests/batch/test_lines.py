@@ -72,7 +72,7 @@ def test_gzip_of_any_members_unpacks(members: list[bytes], places: list[int]) ->
     assert b"".join(unpacked(cut(packed, places))) == b"".join(members)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(SOME_JSON)
 def test_the_task_of_a_line_is_that_of_its_object_with_the_batch_around_it(payload: Any) -> None:
     content = json.dumps({"payload": payload}).encode()

@@ -77,3 +77,17 @@ def test_a_bucket_that_does_not_let_us_says_why(site: BatchSite, pages: str) -> 
     batch = site.batch_of("s3://not-there/in/", task_type="ocr")
     with pytest.raises(SourceUnusable, match="does not exist, or does not let us read"):
         site.around.sources.settle(batch)
+
+
+@pytest.mark.parametrize("source", ["s3://secret/in/", "s3://secret/tasks.jsonl"])
+def test_a_bucket_that_refuses_us_ends_the_batch_and_is_named(
+    site: BatchSite, forbidding_s3: str, source: str
+) -> None:
+    storage = site.around.storage
+    object.__setattr__(storage, "s3_endpoint_url", forbidding_s3)
+    object.__setattr__(storage, "fetch_s3_buckets", ("secret",))
+    summary = site.finish(site.batch_of(source, task_type="ocr"))
+    assert summary.state == "failed"
+    assert summary.error is not None
+    assert "bucket 'secret'" in summary.error
+    assert "the credentials need s3:ListBucket and s3:GetObject" in summary.error

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import redis
 
 from producer.client import Client
-from schemas import BatchStatus
+from schemas import BatchStatus, CountsNow
 from storage import ResultStore, StorageSettings, open_store
 from tests.conftest import RabbitMQ
-from tests.installation import inferq, installation
+from tests.installation import inferq, inferq_here, installation
 from tests.worker.conftest import eventually
 
 
@@ -35,7 +37,7 @@ class Feeder:
     """`inferq callbacks --queues batches` as a process."""
 
     def __init__(self, env: dict[str, str]) -> None:
-        self._env = env | {"INFERQ_BATCH_SLICE": "3"}
+        self._env = env | {"INFERQ_BATCH_SLICE": "3", "INFERQ_BATCH_LEASE": "2"}
         self.start()
 
     def start(self) -> None:
@@ -97,15 +99,15 @@ def test_a_batch_is_submitted_followed_and_saved(env: dict[str, str], feeder: Fe
     assert [entry["output"]["payload"] for entry in output] == list(range(1, 41))
     (error,) = entries((tmp_path / "errors.jsonl").read_text())
     assert (error["line"], error["error"]["code"]) == (41, "not_json")
-    assert entries(inferq(env, "batch", "output", "cli-1").stdout) == output
-    assert "cli-1" in inferq(env, "batch", "list").stdout
-    status = json.loads(inferq(env, "batch", "status", "cli-1", "--json").stdout)
+    assert entries(inferq_here(env, "batch", "output", "cli-1").stdout) == output
+    assert "cli-1" in inferq_here(env, "batch", "list").stdout
+    status = json.loads(inferq_here(env, "batch", "status", "cli-1", "--json").stdout)
     assert (status["state"], status["counts"]["succeeded"], status["counts"]["invalid"]) == (
         "completed",
         40,
         1,
     )
-    assert inferq(env, "batch", "cancel", "cli-1").returncode == 1  # it has ended
+    assert inferq_here(env, "batch", "cancel", "cli-1").returncode == 1  # it has ended
 
 
 def test_a_folder_is_uploaded_and_each_file_a_task(
@@ -115,7 +117,7 @@ def test_a_folder_is_uploaded_and_each_file_a_task(
     (folder / "deep").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "deep/c.txt", ".hidden"):
         (folder / name).write_text("李明在北京。")
-    run = inferq(env, "batch", "submit", str(folder), "--type", "ner", "--id", "folder-1")
+    run = inferq_here(env, "batch", "submit", str(folder), "--type", "ner", "--id", "folder-1")
     assert run.returncode == 0, run.stderr
     store = open_store(StorageSettings(store_url=env["INFERQ_STORE_URL"]))
     source = client.batch("folder-1").source.removeprefix("inferq:")
@@ -147,7 +149,7 @@ def test_what_cannot_be_a_source_is_refused_at_once(
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder").mkdir()
     places = {"EMPTY": str(tmp_path / "empty.jsonl"), "FOLDER": str(tmp_path / "folder")}
-    run = inferq(env, "batch", "submit", *(places.get(given, given) for given in arguments))
+    run = inferq_here(env, "batch", "submit", *(places.get(given, given) for given in arguments))
     assert run.returncode == 1
     assert words in run.stderr
 
@@ -215,6 +217,25 @@ def test_a_running_batch_is_cancelled(env: dict[str, str], client: Client, feede
     assert (status.state, status.counts.cancelled, status.counts.total) == ("cancelled", 30, 30)
 
 
+def test_a_batch_that_redis_forgets_is_told_without_wrong_numbers(
+    env: dict[str, str], client: Client, feeder: Feeder
+) -> None:
+    now = datetime.now(UTC)
+    window = {"start": f"{now + timedelta(hours=2):%H:%M}", "end": f"{now + timedelta(hours=3):%H:%M}"}
+    client.submit_batch(b'{"payload": 1}\n' * 3, task_type="echo", batch_id="flushed-1", window=window)
+    eventually(lambda: client.batch("flushed-1").state == "paused", what="a paused batch")
+    assert client.batch("flushed-1").counts.queued == 0
+    with redis.Redis.from_url(env["INFERQ_REDIS_URL"]) as connection:
+        connection.flushdb()
+    status = client.batch("flushed-1")
+    assert (status.state, status.counts) == ("paused", CountsNow(total=3))
+    assert status.counts.done is None
+    shown = inferq_here(env, "batch", "status", "flushed-1")
+    assert shown.returncode == 0, shown.stderr
+    client.cancel_batch("flushed-1")
+    assert client.batch("flushed-1").cancel_requested
+
+
 def test_a_feeder_killed_again_and_again_loses_nothing_and_doubles_nothing(
     env: dict[str, str], client: Client, feeder: Feeder
 ) -> None:
@@ -225,7 +246,7 @@ def test_a_feeder_killed_again_and_again_loses_nothing_and_doubles_nothing(
 
         def reached(fed: int = fed) -> bool:
             counts = client.batch("killed-1").counts
-            return counts.queued + counts.ended >= fed
+            return (counts.queued or 0) + (counts.done or 0) >= fed
 
         eventually(reached, 60, f"{fed} lines fed")
         feeder.kill()

@@ -14,6 +14,8 @@ from celery.contrib.testing.worker import start_worker
 
 from broker import JOB_QUEUES, BrokerSettings, Publisher, connect, job_message, topology_for
 from broker.celery_app import celery_app
+from tests.broker.conftest import control
+from tests.conftest import RabbitMQ
 
 
 @pytest.fixture
@@ -85,3 +87,42 @@ def test_celery_and_the_topology_declare_the_same_queues(settings: BrokerSetting
     missing = [str(d) for d in topology_for([]).differences(connection)]
     connection.close()
     assert not [line for line in missing if "jobs" in line or any(name in line for name in JOB_QUEUES)]
+
+
+@pytest.fixture
+def impatient_broker(shared_rabbitmq: RabbitMQ) -> Iterator[None]:
+    """Before 4.3, RabbitMQ closes channels opened now on which a delivery is held for over a second."""
+    limits = {"consumer_timeout": 1000, "channel_tick_interval": 300}
+    code = [f"application:set_env(rabbit, {name}, {ms})" for name, ms in limits.items()]
+    control(shared_rabbitmq, "eval", ", ".join(code) + ".")
+    yield
+    code = ["application:set_env(rabbit, consumer_timeout, 172800000)"]
+    code.append("application:set_env(rabbit, channel_tick_interval, 60000)")
+    control(shared_rabbitmq, "eval", ", ".join(code) + ".")
+
+
+def test_a_job_that_outlasts_the_brokers_patience_is_done_and_the_worker_goes_on(
+    settings: BrokerSettings, publisher: Publisher, impatient_broker: None
+) -> None:
+    app = celery_app(settings)
+    began: list[float] = []
+    ended: list[float] = []
+
+    @app.task(name="test.long")
+    def long() -> None:
+        began.append(time.monotonic())
+        if len(began) == 1:
+            time.sleep(3)
+        ended.append(time.monotonic())
+
+    @app.task(name="test.next")
+    def following() -> None:
+        done.set()
+
+    done = threading.Event()
+    publisher.publish(job_message("test.long", "inference.batches", {}, job_id="long")).result()
+    with working(app):
+        # The broker hands it out again meanwhile, which ends as soon as it finds the work done.
+        wait_for(lambda: ended and len(ended) == len(began) and ended[-1] - began[0] > 2.5)
+        publisher.publish(job_message("test.next", "inference.batches", {}, job_id="next")).result()
+        assert done.wait(20)

@@ -1,4 +1,4 @@
-"""`inferq nightly` and `inferq beat` as people and supervisors run them, in processes of their own."""
+"""`inferq nightly` and `inferq beat` as people and supervisors run them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from producer.nightly import read_schedules
 from producer.nightly.runs import Run, RunLog
 from producer.up.part import free_ports
 from storage import LocalStore
+from tests.installation import inferq, inferq_here
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -58,8 +59,7 @@ class Desk:
         self.file.write_text("\n".join(["[invoices]", *lines]), encoding="utf-8")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "producer.cli", *arguments]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        return inferq_here(self.env, *arguments)
 
     def sent(self) -> list[tuple[str, str]]:
         """The jobs in the queue, and what they are about; they are taken out."""
@@ -106,7 +106,7 @@ def desk(
 
 
 def test_check_shows_the_next_starts_and_whether_the_source_can_be_read(desk: Desk, s3: S3Client) -> None:
-    empty = desk.run("nightly", "check")
+    empty = inferq(desk.env, "nightly", "check")
     assert empty.returncode == 0
     assert "there is nothing in it now" in empty.stdout
     s3.put_object(Bucket=desk.bucket, Key="in/a", Body=b"x")
@@ -128,6 +128,14 @@ def test_check_fails_where_a_source_cannot_be_read(desk: Desk) -> None:
     found = desk.run("nightly", "check")
     assert found.returncode == 1
     assert "'elsewhere' does not exist" in found.stderr
+
+
+def test_check_names_the_bucket_that_may_not_be_listed(desk: Desk, forbidding_s3: str) -> None:
+    desk.env["INFERQ_S3_ENDPOINT_URL"] = forbidding_s3
+    found = desk.run("nightly", "check")
+    assert found.returncode == 1
+    assert f"invoices: bucket '{desk.bucket}'" in found.stderr
+    assert "the credentials need s3:ListBucket and s3:GetObject" in found.stderr
 
 
 @pytest.mark.parametrize("command", [("nightly", "check"), ("beat",)])

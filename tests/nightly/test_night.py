@@ -16,12 +16,14 @@ from broker import BrokerSettings, Message
 from producer.batch.surroundings import Surroundings
 from producer.nightly import Schedule
 from producer.nightly.jobs import Watcher
+from producer.nightly.night import Ended, ended_between
 from producer.nightly.runs import Run, RunLog
 from producer.settings import BatchSettings
 from schemas import BatchCounts, BatchSummary, ErrorInfo, Result
 from storage import StorageSettings
 
 START = "2026-11-25T01:30"
+EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 
 
 def at(clock: str) -> datetime:
@@ -129,6 +131,29 @@ def test_each_night_is_told_by_its_own_day_and_all_add_up_to_the_run(nights: Mak
     hour = 3600
     assert [night["seconds"] for night in run.told] == [4.5 * hour, 5 * hour, 60]
     assert run.told[2]["pages_per_second"] == pytest.approx(2 / 60, abs=0.001)
+
+
+def test_pages_count_in_an_output_that_is_an_artifact_and_a_spoilt_record_is_a_failure(
+    nights: MakeNights, tmp_path: Path
+) -> None:
+    run = nights()
+    run.ends(1, "2026-11-25T02:00", pages=3)
+    run.ends(2, "2026-11-25T02:00", code="not_an_image")
+    large = tmp_path / "output.json"
+    large.write_text(json.dumps({"pages": [{}] * 400}))
+    results, store = run.around.results, run.around.store
+    first, second, third = (run.batch.task_id(line) for line in (1, 2, 3))
+    artifact = results.save_artifact(
+        "default", third, "output.json", large, "application/json", attempt_token="1-a"
+    )
+    kept = results.load("default", first)
+    assert kept is not None
+    results.save(kept.model_copy(update={"task_id": third, "output": None, "artifacts": (artifact,)}))
+    store.put(f"tasks/default/{second}/failure.json", b"spoilt")
+    ended = list(ended_between(store, run.batch, *EVER, readers=2))
+    assert sorted(ended, key=lambda end: end.pages or 0) == [
+        Ended("failed", "result_unreadable"), Ended("succeeded", None, 3), Ended("succeeded", None, 400),
+    ]  # fmt: skip
 
 
 def test_a_look_that_is_repeated_tells_the_same_to_the_byte(nights: MakeNights) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,6 +31,7 @@ from producer.nightly.start import Starter
 from producer.settings import BatchSettings
 from schemas import BatchSummary, InvalidTask, Result, Window, installed_types, parse_task
 from storage import StatusIndex, StorageSettings, errors_key, output_key
+from tests.conftest import RabbitMQ
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -144,9 +146,17 @@ class Site:
             return
 
 
+@pytest.fixture(scope="module")
+def nights_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
+    """A virtual host for all tests of this file: the queues of delays take seconds to declare."""
+    name = f"nights-{uuid.uuid4().hex[:12]}"
+    yield shared_rabbitmq.add_vhost(name)
+    shared_rabbitmq.remove_vhost(name)
+
+
 @pytest.fixture
 def site(
-    fresh_amqp_url: str, redis_url: str, tmp_path: Path, s3_url: str, s3: S3Client, bucket: str
+    nights_amqp_url: str, redis_url: str, tmp_path: Path, s3_url: str, s3: S3Client, bucket: str
 ) -> Iterator[Site]:
     address = urlsplit(redis_url)._replace(path=f"/{next(_databases)}").geturl()
     around = Surroundings(
@@ -158,9 +168,11 @@ def site(
             s3_endpoint_url=s3_url,
             fetch_s3_buckets=(bucket,),
         ),
-        BrokerSettings(amqp_url=fresh_amqp_url),
+        BrokerSettings(amqp_url=nights_amqp_url),
     )
     site = Site(around, s3, bucket)
+    for queue in ("inference.ner.low", "inference.callbacks", "inference.batches"):
+        site.channel.queue_purge(queue)
     yield site
     site.close()
     with redis.Redis.from_url(address) as connection:

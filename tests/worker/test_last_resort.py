@@ -1,0 +1,98 @@
+"""What becomes of a delivery where even the failing of it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from broker import Delivery, Message
+from consumers.metrics import WorkerMetrics
+from consumers.scratch import ScratchFolder
+from consumers.settings import WorkerSettings
+from consumers.surroundings import Surroundings
+from consumers.task_run import TaskRun
+from schemas import get_type
+from storage import Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
+
+TASK = {"task_id": "b.7", "task_type": "echo", "payload": 1, "batch_id": "b", "batch_line": 7}
+
+
+class ForgetfulPublisher:
+    """Cannot make a retry's message; all else is kept."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def publish(self, message: Message) -> Future[None]:
+        if message.exchange.startswith("inference.retry"):
+            raise RuntimeError("a fault of our own")
+        self.sent.append(message)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def broken(*_arguments: object) -> None:
+    raise RuntimeError("another fault of our own")
+
+
+@pytest.fixture
+def around(redis_url: str, tmp_path: Path) -> Iterator[Surroundings]:
+    store = LocalStore(tmp_path / "store", fsync=False)
+    storage = StorageSettings(redis_url=redis_url, store_url=(tmp_path / "store").as_uri())
+    scratch = ScratchFolder(tmp_path / "scratch")
+    around = Surroundings(
+        settings=WorkerSettings(), task_type=get_type("echo"), store=store, results=ResultStore(store),
+        fetcher=Fetcher(store, storage), status=StatusIndex.from_settings(storage),
+        publisher=cast(Any, ForgetfulPublisher()), metrics=WorkerMetrics(),
+        scratch=scratch,
+    )  # fmt: skip
+    yield around
+    around.status.close()
+    scratch.close()
+
+
+def settled(around: Surroundings, delivery: Delivery) -> list[str]:
+    """Complete a delivery by an engine that breaks; gives what was done with it."""
+    done: list[str] = []
+    consumer = SimpleNamespace(
+        ack=lambda _delivery, more: done.append("ack"), give_back=lambda _delivery: done.append("give back")
+    )
+    engine = SimpleNamespace(usable=True, info=None, prepare=broken)
+    TaskRun(around, cast(Any, consumer), cast(Any, engine), delivery, "normal").complete()
+    return done
+
+
+DELIVERY = Delivery(
+    queue="inference.echo.normal", tag=1, epoch=1, body=json.dumps(TASK).encode(),
+    routing_key="task_type.echo.normal", headers={}, redelivered=False,
+)  # fmt: skip
+
+
+def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(around: Surroundings) -> None:
+    assert settled(around, DELIVERY) == ["ack"]
+    (letter,) = cast(ForgetfulPublisher, around.publisher).sent
+    assert letter.exchange == "inference.dead"
+    result = around.results.load("default", "b.7")
+    assert result is not None
+    assert (result.status, result.batch_id, result.batch_line) == ("failed", "b", 7)
+    assert result.error is not None
+    assert (result.error.code, result.error.retryable) == ("worker_error", True)
+    status = around.status.get("default", "b.7")
+    assert status is None or status.state == "failed"
+
+
+def test_where_no_record_can_be_kept_it_is_settled_all_the_same(
+    around: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(around.results, "save", broken)
+    assert settled(around, replace(DELIVERY, tag=2)) == ["ack"]
+    assert len(cast(ForgetfulPublisher, around.publisher).sent) == 1
+    assert around.results.load("default", "b.7") is None
