@@ -15,10 +15,11 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 from celery.signals import worker_shutting_down
 
+from broker import ASSEMBLE_JOB, FEED_JOB
 from producer.batch.assembly import Assembly, Unfinished
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
-from producer.batch.start import ASSEMBLE, FEED, assemble_message, feed_message
+from producer.batch.start import assemble_message, feed_message
 from producer.batch.surroundings import Surroundings
 from schemas import InferqError, Outage
 
@@ -39,7 +40,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
             return shared[0]
 
-    @app.task(name=FEED, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=FEED_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(self: Task, tenant: str, batch_id: str, chain: str, part: int, line: int, offset: int) -> None:
         here = surroundings()
 
@@ -67,7 +68,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
 
         _again_unless_done(here, batch_id, once)
 
-    @app.task(name=ASSEMBLE, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: str, batch_id: str, error: str | None = None) -> None:
         here = surroundings()
 

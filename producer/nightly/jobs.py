@@ -15,9 +15,8 @@ from celery import Celery
 from celery.exceptions import Reject
 from celery.signals import worker_shutting_down
 
-from broker import callback_message
+from broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
 from producer.batch.surroundings import Surroundings
-from producer.nightly.beat import START
 from producer.nightly.night import (
     Night,
     day_of,
@@ -31,8 +30,6 @@ from producer.nightly.runs import Run, RunLog
 from producer.nightly.schedules import Schedule, run_id_of
 from producer.nightly.start import Starter
 from schemas import InferqError, Outage
-
-WATCH = "nightly.watch"
 
 _AGAIN_SECONDS = 3.0
 _WATCH_SECONDS = 15
@@ -57,9 +54,9 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
     def watch_on(run: Run, since: datetime, seconds: int) -> None:
         arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
-        app.tasks[WATCH].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
+        app.tasks[NIGHT_WATCH_JOB].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
 
-    @app.task(name=START, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=NIGHT_START_JOB, shared=False)  # type: ignore[untyped-decorator]
     def start(schedule: dict[str, Any], scheduled_at: str) -> None:
         here = surroundings()
         wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
@@ -72,7 +69,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
         _again_unless_done(here, run_id_of(wanted.name, moment), once)
 
-    @app.task(name=WATCH, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=NIGHT_WATCH_JOB, shared=False)  # type: ignore[untyped-decorator]
     def watch(run: dict[str, Any], since: str) -> None:
         here = surroundings()
         known, began = Run.model_validate(run), datetime.fromisoformat(since)
