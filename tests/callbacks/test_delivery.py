@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from broker import job_message
+from consumers.callbacks.settings import CallbackSettings
+from schemas import InstallationError
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
 from tests.certificates import certificate
 from tests.worker.conftest import eventually
@@ -190,7 +192,12 @@ def test_without_redis_a_callback_is_delivered_all_the_same(caller: Caller, rece
         ("INFERQ_CALLBACK_TIMEOUT", "0"),
     ],
 )
-def test_bad_settings_are_named(caller: Caller, setting: str, value: str) -> None:
-    process = caller.start("--check", ready=False, **{setting: value})
-    assert process.wait(20) == 1
-    assert setting in caller.log.read_text()
+def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
+    monkeypatch.setenv(setting, value)
+    with pytest.raises(InstallationError, match=setting):
+        CallbackSettings.load()
+
+
+def test_a_bad_setting_ends_the_process(caller: Caller) -> None:
+    assert caller.start("--check", ready=False, INFERQ_CALLBACK_TIMEOUT="0").wait(20) == 1
+    assert "INFERQ_CALLBACK_TIMEOUT" in caller.log.read_text()

@@ -46,7 +46,11 @@ def publisher(settings: BrokerSettings) -> Iterator[Publisher]:
 
 @contextmanager
 def working(app: Celery) -> Iterator[None]:
-    with start_worker(app, pool="threads", concurrency=4, perform_ping_check=False, loglevel="ERROR"):
+    with start_worker(
+        app, pool="threads", concurrency=4, perform_ping_check=False, loglevel="ERROR"
+    ) as worker:
+        # Else its loop may notice only after 10 s that it is to end, as no signal wakes it here.
+        worker.timer.call_repeatedly(0.1, nothing)
         yield
 
 
