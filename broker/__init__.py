@@ -4,7 +4,19 @@ from broker.connection import connect
 from broker.consumer import Consumer
 from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
 from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.jobs import CALLBACK_JOB, JOB_ENTRY_POINTS, callback_message, delayed, job_copy, job_message
+from broker.jobs import (
+    ASSEMBLE_JOB,
+    CALLBACK_JOB,
+    FEED_JOB,
+    JOB_ENTRY_POINTS,
+    NIGHT_START_JOB,
+    NIGHT_WATCH_JOB,
+    QUEUE_JOBS,
+    callback_message,
+    delayed,
+    job_copy,
+    job_message,
+)
 from broker.messages import (
     Delivery,
     Message,
@@ -30,9 +42,14 @@ from broker.topology import (
 )
 
 __all__ = [
+    "ASSEMBLE_JOB",
     "CALLBACK_JOB",
+    "FEED_JOB",
     "JOB_ENTRY_POINTS",
     "JOB_QUEUES",
+    "NIGHT_START_JOB",
+    "NIGHT_WATCH_JOB",
+    "QUEUE_JOBS",
     "RETRY_LEVELS",
     "BrokerSettings",
     "BrokerUnavailable",

@@ -2,22 +2,27 @@
 
 It runs on the same broker as the tasks: quorum queues, confirmed publishes, late acks, and delays by Celery's
 native delayed delivery, whose messages rest in quorum queues of the broker and not in anybody's memory.
+What Celery rejects, such as a job that it does not know, the broker keeps in `inference.unroutable`.
 https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
 """
 
 from __future__ import annotations
 
+import logging
 import ssl
 from typing import Any
 from urllib.parse import quote
 
 from celery import Celery
+from celery.worker.consumer import Consumer
 from kombu.entity import Exchange, Queue
 from pika import PlainCredentials
 
 from broker.settings import BrokerSettings
 from broker.topology import JOB_QUEUES, JOBS, job_queue_arguments
 from schemas import InstallationError
+
+_log = logging.getLogger(__name__)
 
 
 def celery_app(settings: BrokerSettings) -> Celery:
@@ -44,10 +49,13 @@ def celery_app(settings: BrokerSettings) -> Celery:
         task_default_exchange_type="topic",
         task_create_missing_queues=False,
         task_acks_late=True,
+        # What a job itself did not foresee (arguments of another version, say) is kept, not thrown away.
+        task_acks_on_failure_or_timeout=False,
         task_reject_on_worker_lost=True,
         task_ignore_result=True,
         task_publish_retry=True,
         worker_prefetch_multiplier=1,
+        worker_consumer="broker.celery_app:KeepingConsumer",
         # They would need queues that are neither durable nor quorum, which RabbitMQ is about to give up.
         worker_enable_remote_control=False,
         worker_send_task_events=False,
@@ -56,6 +64,14 @@ def celery_app(settings: BrokerSettings) -> Celery:
         timezone="UTC",
     )
     return app
+
+
+class KeepingConsumer(Consumer):  # type: ignore[misc]
+    """Celery's consumer, except that it rejects a message that it cannot decode: Celery's acknowledges it."""
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        _log.error("message %r cannot be decoded, the broker keeps it: %s", message.headers.get("id"), exc)
+        message.reject_log_error(_log, self.connection_errors)
 
 
 def _url(settings: BrokerSettings, number: int) -> str:

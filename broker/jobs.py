@@ -24,6 +24,16 @@ JOB_ENTRY_POINTS = "inferq.jobs"
 
 CALLBACK_JOB = "callbacks.deliver"
 """The job that delivers a callback; its argument `callback` is the JSON of a schemas.Callback."""
+FEED_JOB = "batches.feed"
+ASSEMBLE_JOB = "batches.assemble"
+NIGHT_START_JOB = "nightly.start"
+NIGHT_WATCH_JOB = "nightly.watch"
+
+QUEUE_JOBS: Mapping[JobQueue, tuple[str, ...]] = {
+    "inference.callbacks": (CALLBACK_JOB,),
+    "inference.batches": (FEED_JOB, ASSEMBLE_JOB, NIGHT_START_JOB, NIGHT_WATCH_JOB),
+}
+"""The jobs that come by each queue: whoever takes from it has to know them all."""
 
 
 def job_message(

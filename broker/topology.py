@@ -228,7 +228,7 @@ def topology_for(type_names: Iterable[str]) -> Topology:
         Exchange(TASKS, "topic", {"alternate-exchange": UNROUTABLE}),
         Exchange(DEAD, "topic", {"alternate-exchange": UNROUTABLE}),
     ]
-    queues = [Queue(UNROUTABLE, {"x-delivery-limit": NO_DELIVERY_LIMIT})]
+    queues = [_unroutable_queue()]
     bindings = [Binding(UNROUTABLE, UNROUTABLE)]
     exchanges.append(Exchange(JOBS, "topic"))
     for job_queue in JOB_QUEUES:
@@ -269,9 +269,9 @@ def job_topology() -> Topology:
     they are declared first, so that it finds them there. They are exactly as Celery has them.
     https://github.com/celery/kombu/blob/main/kombu/transport/native_delayed_delivery.py
     """
-    exchanges = [Exchange(JOBS, "topic"), Exchange(DELAYED, "topic")]
-    queues = []
-    bindings = []
+    exchanges = [Exchange(UNROUTABLE, "fanout"), Exchange(JOBS, "topic"), Exchange(DELAYED, "topic")]
+    queues = [_unroutable_queue()]
+    bindings = [Binding(UNROUTABLE, UNROUTABLE)]
     for job_queue in JOB_QUEUES:
         queues.append(_job_queue(job_queue))
         bindings += [
@@ -301,8 +301,13 @@ def job_queue_arguments() -> dict[str, Any]:
     return arguments
 
 
+def _unroutable_queue() -> Queue:
+    return Queue(UNROUTABLE, {"x-delivery-limit": NO_DELIVERY_LIMIT})
+
+
 def _job_queue(name: str) -> Queue:
-    return Queue(name, {"x-delivery-limit": NO_DELIVERY_LIMIT})
+    # A job that nobody knows, or that failed in a way it does not expect, is rejected: it is not to be lost.
+    return Queue(name, {"x-delivery-limit": NO_DELIVERY_LIMIT, **_dead_lettering(UNROUTABLE)})
 
 
 def _dead_lettering(exchange: str) -> dict[str, Any]:

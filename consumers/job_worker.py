@@ -13,8 +13,8 @@ from celery import Celery, bootsteps, signals
 from pika.exceptions import AMQPConnectionError
 
 from broker import (
-    CALLBACK_JOB,
     JOB_ENTRY_POINTS,
+    QUEUE_JOBS,
     BrokerSettings,
     BrokerUnavailable,
     JobQueue,
@@ -48,6 +48,19 @@ def application(settings: BrokerSettings) -> Celery:
     return app
 
 
+def check_jobs(app: Celery, queues: Sequence[JobQueue]) -> None:
+    """Raises InstallationError where a job that comes by these queues is not installed.
+
+    Celery would reject what others could do.
+    """
+    missing = [name for queue in queues for name in QUEUE_JOBS[queue] if name not in app.tasks]
+    if missing:
+        raise InstallationError(
+            f"jobs that come by {', '.join(queues)} are not installed: {', '.join(missing)}; "
+            f"entry-point group {JOB_ENTRY_POINTS!r} lacks them; install inferq: pip install 'inferq[jobs]'"
+        )
+
+
 def work(
     app: Celery,
     queues: Sequence[JobQueue],
@@ -60,12 +73,7 @@ def work(
 
     Raises InstallationError and TopologyMismatch.
     """
-    if "inference.callbacks" in queues and CALLBACK_JOB not in app.tasks:
-        # Celery would throw away what it does not know.
-        raise InstallationError(
-            f"the job {CALLBACK_JOB!r} is not installed: entry-point group {JOB_ENTRY_POINTS!r} lacks it; "
-            "install inferq anew: pip install 'inferq[jobs]'"
-        )
+    check_jobs(app, queues)
     consuming = _Consuming()
     server = None
     if probes.probe_port is not None:

@@ -27,11 +27,12 @@ def callbacks(
     ] = False,
 ) -> None:
     """Deliver callbacks and feed batches, until SIGTERM."""
-    from consumers.job_worker import application, work
+    from consumers.job_worker import application, check_jobs, work
 
     chosen = _chosen(queues)
     broker, probes = BrokerSettings.load(), ProbeSettings.load()
     jobs = application(broker)
+    check_jobs(jobs, chosen)
     if check:
         names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")

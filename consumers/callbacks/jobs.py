@@ -102,9 +102,9 @@ class CallbackJobs:
                 try:
                     _read(message.body)
                 except (ValueError, TypeError, LookupError, RecursionError) as error:
-                    _log.error("job %r is no callback and is dropped: %s", message.headers.get("id"), error)
+                    _log.error("job %r is no callback and is put aside: %s", message.headers.get("id"), error)
                     targets.leave(target, 0.0, timed_out=False)
-                    ack(_log, consumer.connection_errors)
+                    reject(_log, consumer.connection_errors)
                 else:
                     to_pool(message, body, ack, reject, callbacks)
                 return

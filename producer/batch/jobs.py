@@ -6,11 +6,12 @@ import logging
 
 from celery import Celery, Task
 
+from broker import ASSEMBLE_JOB, FEED_JOB
 from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.assembly import Assembly, Unfinished
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
-from producer.batch.start import ASSEMBLE, FEED, assemble_message, feed_message
+from producer.batch.start import assemble_message, feed_message
 from producer.batch.surroundings import Surroundings
 
 _log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
     """Add the jobs of batches to an application; `around` defaults to what the environment says."""
     surroundings = loaded_once(around)
 
-    @app.task(name=FEED, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=FEED_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(self: Task, tenant: str, batch_id: str, chain: str, part: int, line: int, offset: int) -> None:
         here = surroundings()
 
@@ -48,7 +49,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
 
         again_unless_done(here, f"batch {batch_id}", once)
 
-    @app.task(name=ASSEMBLE, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: str, batch_id: str, error: str | None = None) -> None:
         here = surroundings()
 

@@ -7,12 +7,9 @@ from collections.abc import Callable
 
 from pydantic import JsonValue
 
-from broker import Message, job_message
+from broker import ASSEMBLE_JOB, FEED_JOB, Message, job_message
 from schemas import Batch
 from storage import BatchStore
-
-FEED = "batches.feed"
-ASSEMBLE = "batches.assemble"
 
 
 def start(batch: Batch, batches: BatchStore, publish: Callable[[Message], object]) -> Batch:
@@ -39,7 +36,7 @@ def feed_message(
     arguments: dict[str, JsonValue] = {
         "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part, "line": line, "offset": offset,
     }  # fmt: skip
-    return job_message(FEED, "inference.batches", arguments, job_id=f"feed-{chain}-{part}")
+    return job_message(FEED_JOB, "inference.batches", arguments, job_id=f"feed-{chain}-{part}")
 
 
 def assemble_message(tenant: str, batch_id: str, *, error: str | None = None) -> Message:
@@ -49,4 +46,4 @@ def assemble_message(tenant: str, batch_id: str, *, error: str | None = None) ->
     """
     arguments: dict[str, JsonValue] = {"tenant": tenant, "batch_id": batch_id, "error": error}
     job_id = f"assemble-{secrets.token_hex(6)}"
-    return job_message(ASSEMBLE, "inference.batches", arguments, job_id=job_id)
+    return job_message(ASSEMBLE_JOB, "inference.batches", arguments, job_id=job_id)

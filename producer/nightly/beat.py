@@ -19,13 +19,11 @@ from celery import Celery
 from celery.beat import Scheduler, Service
 from pydantic import JsonValue
 
-from broker import Message, job_message
+from broker import NIGHT_START_JOB, Message, job_message
 from producer.nightly.runs import RunLog
 from producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
 from schemas import InferqError
 from storage import ObjectStore
-
-START = "nightly.start"
 
 _LOOK_SECONDS = 2.0
 """The longest that a change of the file may go unnoticed."""
@@ -41,7 +39,7 @@ def start_message(schedule: Schedule, scheduled_at: datetime) -> Message:
         "schedule": schedule.model_dump(mode="json"),
         "scheduled_at": scheduled_at.astimezone(UTC).isoformat(),
     }
-    return job_message(START, "inference.batches", arguments, job_id=run_id)
+    return job_message(NIGHT_START_JOB, "inference.batches", arguments, job_id=run_id)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import Any
 
 from celery import Celery
 
-from broker import callback_message
+from broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
 from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.surroundings import Surroundings
-from producer.nightly.beat import START
 from producer.nightly.night import (
     Night,
     day_of,
@@ -24,8 +23,6 @@ from producer.nightly.night import (
 from producer.nightly.runs import Run, RunLog
 from producer.nightly.schedules import Schedule, run_id_of
 from producer.nightly.start import Starter
-
-WATCH = "nightly.watch"
 
 _WATCH_SECONDS = 15
 """Seconds, at most, from the end of a run to its summary."""
@@ -41,9 +38,9 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
     def watch_on(run: Run, since: datetime, seconds: int) -> None:
         arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
-        app.tasks[WATCH].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
+        app.tasks[NIGHT_WATCH_JOB].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
 
-    @app.task(name=START, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=NIGHT_START_JOB, shared=False)  # type: ignore[untyped-decorator]
     def start(schedule: dict[str, Any], scheduled_at: str) -> None:
         here = surroundings()
         wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
@@ -56,7 +53,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
         again_unless_done(here, f"run {run_id_of(wanted.name, moment)}", once)
 
-    @app.task(name=WATCH, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=NIGHT_WATCH_JOB, shared=False)  # type: ignore[untyped-decorator]
     def watch(run: dict[str, Any], since: str) -> None:
         here = surroundings()
         known, began = Run.model_validate(run), datetime.fromisoformat(since)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import httpx
 import pytest
 import redis
 
+from broker import BrokerSettings, Message, Publisher, topology_for
+from producer.batch.start import assemble_message
 from producer.client import Client
 from schemas import BatchStatus, CountsNow
-from storage import ResultStore, StorageSettings, open_store
+from storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
+from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
 from tests.worker.conftest import eventually
@@ -29,19 +33,24 @@ def env(
     shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("batches")
-    with installation(shared_rabbitmq, redis_url, folder, "echo", INFERQ_STORE_FSYNC="false") as env:
+    settings = {
+        "INFERQ_STORE_FSYNC": "false",
+        "INFERQ_CALLBACK_ALLOWED_NETWORKS": "127.0.0.0/8",
+        "INFERQ_WEBHOOK_SECRETS_FILE": str(folder / "secrets.json"),
+    }
+    with installation(shared_rabbitmq, redis_url, folder, "echo", **settings) as env:
         yield env
 
 
 class Feeder:
-    """`inferq callbacks --queues batches` as a process."""
+    """`inferq callbacks` as a process."""
 
     def __init__(self, env: dict[str, str]) -> None:
         self._env = env | {"INFERQ_BATCH_SLICE": "3", "INFERQ_BATCH_LEASE": "2"}
         self.start()
 
     def start(self) -> None:
-        argv = [sys.executable, "-m", "producer.cli", "callbacks", "--queues", "batches", "--threads", "4"]
+        argv = [sys.executable, "-m", "producer.cli", "callbacks", "--threads", "4"]
         self.process = subprocess.Popen(
             argv, env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -76,7 +85,39 @@ def entries(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_batch_is_submitted_followed_and_saved(env: dict[str, str], feeder: Feeder, tmp_path: Path) -> None:
+def test_a_batch_is_submitted_followed_saved_and_called_back(
+    env: dict[str, str], feeder: Feeder, tmp_path: Path
+) -> None:
+    store = open_store(StorageSettings(store_url=env["INFERQ_STORE_URL"]))
+    secret = WebhookSecrets(Path(env["INFERQ_WEBHOOK_SECRETS_FILE"])).rotate("default").secret
+    stood: list[int] = []
+
+    def look(handler: BaseHTTPRequestHandler, number: int) -> None:
+        stood.append(sum(store.stat(key("default", "cli-1")).bytes > 0 for key in (output_key, errors_key)))
+        say(200)(handler, number)
+
+    with Receiver(look) as receiver:
+        whole_batch(env, receiver.url, tmp_path)
+        eventually(lambda: receiver.got, what="the batch's callback")
+        publish(env, assemble_message("default", "cli-1"))
+        eventually(lambda: len(receiver.got) == 2, what="the repeated callback")
+    first, second = receiver.got
+    event = first.verify(secret.get_secret_value())
+    assert (event["type"], event["data"]["batch_id"]) == ("batch.completed", "cli-1")
+    assert event["data"]["counts"]["succeeded"] == 40
+    assert (first.id, first.body) == (second.id, second.body)
+    assert stood == [2, 2]
+
+
+def publish(env: dict[str, str], message: Message) -> None:
+    broker = BrokerSettings(amqp_url=env["INFERQ_AMQP_URL"])
+    publisher = Publisher(broker, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    publisher.publish(message).result()
+    publisher.close()
+
+
+def whole_batch(env: dict[str, str], callback_url: str, tmp_path: Path) -> None:
     source = tmp_path / "tasks.jsonl"
     source.write_text("".join(f'{{"payload": {n}}}\n' for n in range(1, 41)) + "broken\n")
     run = inferq(
@@ -88,6 +129,8 @@ def test_a_batch_is_submitted_followed_and_saved(env: dict[str, str], feeder: Fe
         "echo",
         "--id",
         "cli-1",
+        "--callback",
+        callback_url,
         "--follow",
         "--out",
         str(tmp_path),

@@ -18,13 +18,13 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from broker import Publisher, callback_message, topology_for
+from broker import Publisher, callback_message, connect, job_topology, topology_for
+from consumers.job_worker import declare_patiently
 from producer.up.part import free_ports
 from schemas import Callback, Event, Result, task_callback
 from storage import CallbackRecords, WebhookSecrets
-from tests.worker.conftest import Site, eventually, site
-
-__all__ = ["Caller", "Got", "Receiver", "callback", "site"]
+from tests.conftest import RabbitMQ
+from tests.worker.conftest import Site, eventually, site_at
 
 TENANT = "default"
 
@@ -201,6 +201,33 @@ class Caller:
                 process.kill()
             process.wait()
         self.publisher.close(0)
+
+
+@pytest.fixture(scope="package", name="place")
+def shared_place(
+    shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """What all tests here share, as it takes a while to declare the queues of delayed delivery."""
+    url = shared_rabbitmq.add_vhost("callbacks")
+    with site_at(url, shared_rabbitmq, redis_url, tmp_path_factory.mktemp("callbacks")) as place:
+        declare_patiently(place.broker)
+        yield place
+    shared_rabbitmq.remove_vhost("callbacks")
+
+
+@pytest.fixture
+def site(place: Site) -> Iterator[Site]:
+    yield place
+    for worker in place.workers:
+        worker.discard()
+    connection = connect(place.broker, name="test")
+    channel = connection.channel()
+    for queue in reversed(job_topology().queues):  # the job queues last: they get what was in flight
+        channel.queue_purge(queue.name)
+    connection.close()
+    (place.folder / "secrets.json").unlink(missing_ok=True)
+    (place.folder / "callbacks.log").unlink(missing_ok=True)
+    place.forget()
 
 
 @pytest.fixture

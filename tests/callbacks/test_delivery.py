@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
+from functools import partial
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
 from broker import job_message
+from consumers.callbacks.settings import CallbackSettings
+from schemas import InstallationError
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
+from tests.certificates import certificate
 from tests.worker.conftest import eventually
 
 
@@ -43,50 +48,65 @@ def test_a_callback_arrives_signed_with_every_valid_secret(caller: Caller, recei
     assert len(receiver.got[1].headers["webhook-signature"].split(" ")) == 2
 
 
-def test_each_kind_of_receiver_gets_what_it_deserves(caller: Caller) -> None:
-    """One process, receivers of all kinds at once: the schedule is 0, 1 and 1 s, an attempt takes 2 s."""
-    caller.start(INFERQ_CALLBACK_TIMEOUT="2")
+def test_each_kind_of_receiver_gets_what_it_deserves(caller: Caller, tmp_path: Path) -> None:
+    """One process, receivers of all kinds at once: the schedule is 0, 1 and 1 s, an attempt takes 1 s."""
+    (tmp_path / "trusted").mkdir()
+    trusted, _ = certificate(tmp_path / "trusted", "localhost")
+    self_signed, _ = certificate(tmp_path, "localhost")
+    secure = {"good certificate": trusted, "another's name": trusted, "self-signed": self_signed}
+    bundle = str(tmp_path / "trusted" / "localhost.pem")
+    caller.start(INFERQ_CALLBACK_TIMEOUT="1", SSL_CERT_FILE=bundle)
     answers = {
         "mends": in_turn(say(500, b"oh\x00 no"), say(200)),
         "redirects": say(302, Location="http://127.0.0.1:1/"),
         "gone": say(410),
         "refuses": say(400),
-        "asks to wait": in_turn(say(503, Retry_After="3"), say(204)),
+        "asks to wait": in_turn(say(503, Retry_After="2"), say(204)),
         "hangs": hang(20),
         "drips": drip,
     }
     with ExitStack() as stack:
         receivers = {name: stack.enter_context(Receiver(answer)) for name, answer in answers.items()}
         sent = {name: callback(receiver.url) for name, receiver in receivers.items()}
+        for name, context in secure.items():
+            wrap = partial(context.wrap_socket, server_side=True)
+            receiver = receivers[name] = stack.enter_context(Receiver(wrap=wrap))
+            host = "127.0.0.1" if name == "another's name" else "localhost"
+            sent[name] = callback(f"https://{host}:{receiver.port}/hook")
         sent["private"] = callback("http://10.1.2.3/hook")
         sent["no name"] = callback("http://nowhere.invalid/hook")
         sent["no url"] = callback("http://[::1/hook")
         sent["closed"] = callback("http://127.0.0.1:1/hook")
         sent["no secret"] = callback(receivers["mends"].url, tenant="unknown")
         caller.send(*sent.values())
-        delivered = {name: caller.came_to(sent[name], "delivered") for name in ("mends", "asks to wait")}
+        arrive = ("mends", "asks to wait", "good certificate")
+        delivered = {name: caller.came_to(sent[name], "delivered") for name in arrive}
         failed = {name: caller.came_to(sent[name], "failed") for name in sent.keys() - delivered.keys()}
         got = {name: receiver.got for name, receiver in receivers.items()}
     assert [a.status for a in delivered["mends"].attempts] == [500, 200]
     assert delivered["mends"].attempts[0].response == "oh  no"
     assert {request.id for request in got["mends"]} == {sent["mends"].callback_id}
     assert len({request.body for request in got["mends"]}) == 1
-    assert got["asks to wait"][1].at - got["asks to wait"][0].at >= 3
+    assert got["asks to wait"][1].at - got["asks to wait"][0].at >= 2
     assert [a.status for a in failed["gone"].attempts] == [410]
     assert [a.status for a in failed["refuses"].attempts] == [400, 400, 400]
     assert [a.status for a in failed["redirects"].attempts] == [302, 302, 302]
     for name, words in {
-        "hangs": "no answer within 2 s",
-        "drips": "did not end within 2 s",
+        "hangs": "no answer within 1 s",
+        "drips": "did not end within 1 s",
         "private": "INFERQ_CALLBACK_ALLOWED_NETWORKS",
         "no name": "cannot be resolved",
         "no url": "bad_input_url",
         "closed": "the connection failed",
+        "self-signed": "certificate_refused: the server's certificate does not hold: self-signed",
+        "another's name": "certificate_refused: the server's certificate does not hold: IP address mismatch",
         "no secret": "inferq secrets rotate unknown",
     }.items():
         assert words in failed[name].attempts[-1].error, name
-        assert len(failed[name].attempts) == 3
-    assert all(a.seconds < 3.5 for a in failed["drips"].attempts)
+        assert len(failed[name].attempts) == 3, name
+    assert [a.status for a in delivered["good certificate"].attempts] == [200]
+    assert not any(got[name] for name in secure if name != "good certificate")
+    assert all(a.seconds < 2.5 for a in failed["drips"].attempts)
     for name, record in failed.items():
         kept = caller.records.kept(record.tenant, "task", sent[name].subject_id)
         assert [(r.callback_id, r.body) for r in kept] == [(record.callback_id, sent[name].body)], name
@@ -139,7 +159,7 @@ def test_a_process_that_is_killed_in_mid_delivery_costs_no_callback(caller: Call
         assert len(receiver.got) == 2
 
 
-def test_what_is_no_callback_is_dropped_and_stops_nobody(caller: Caller, receiver: Receiver) -> None:
+def test_what_is_no_callback_is_put_aside_and_stops_nobody(caller: Caller, receiver: Receiver) -> None:
     for arguments in ({}, {"callback": 1}, {"callback": {"url": "x"}}):
         message = job_message("callbacks.deliver", "inference.callbacks", arguments, job_id="bad")
         caller.publisher.publish(message).result()
@@ -148,7 +168,8 @@ def test_what_is_no_callback_is_dropped_and_stops_nobody(caller: Caller, receive
     caller.start()
     caller.came_to(sent, "delivered")
     assert caller.site.depth("inference.callbacks") == 0
-    assert caller.log.read_text().count("is no callback and is dropped") == 3
+    assert caller.log.read_text().count("is no callback") == 3
+    eventually(lambda: caller.site.depth("inference.unroutable") == 3)
 
 
 def test_without_redis_a_callback_is_delivered_all_the_same(caller: Caller, receiver: Receiver) -> None:
@@ -171,7 +192,12 @@ def test_without_redis_a_callback_is_delivered_all_the_same(caller: Caller, rece
         ("INFERQ_CALLBACK_TIMEOUT", "0"),
     ],
 )
-def test_bad_settings_are_named(caller: Caller, setting: str, value: str) -> None:
-    process = caller.start("--check", ready=False, **{setting: value})
-    assert process.wait(20) == 1
-    assert setting in caller.log.read_text()
+def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
+    monkeypatch.setenv(setting, value)
+    with pytest.raises(InstallationError, match=setting):
+        CallbackSettings.load()
+
+
+def test_a_bad_setting_ends_the_process(caller: Caller) -> None:
+    assert caller.start("--check", ready=False, INFERQ_CALLBACK_TIMEOUT="0").wait(20) == 1
+    assert "INFERQ_CALLBACK_TIMEOUT" in caller.log.read_text()

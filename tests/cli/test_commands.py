@@ -161,6 +161,7 @@ def test_the_topology_is_shown_applied_and_checked(installation: dict[str, str])
         (("dead", "list", "echo", "--since", "yesterday"), "'yesterday' is neither a span"),
         (("dead", "show", "echo", "nobody"), "no dead letter"),
         (("worker", "unheard"), "known are:"),
+        (("submit", "echo", "1", "--callback", "mailto:me@example.com"), "callback_url"),
     ],
 )
 def test_bad_input_is_one_clear_line(

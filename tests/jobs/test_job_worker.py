@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from celery import Celery, Task
-from celery.contrib.testing.worker import start_worker
+from celery import Task
 
-from broker import JOB_QUEUES, BrokerSettings, Publisher, connect, job_message, topology_for
+from broker import (
+    JOB_QUEUES,
+    QUEUE_JOBS,
+    BrokerSettings,
+    JobQueue,
+    Message,
+    Publisher,
+    connect,
+    job_message,
+    topology_for,
+)
 from broker.celery_app import celery_app
+from consumers.job_worker import application, work
+from consumers.settings import ProbeSettings
+from schemas import InstallationError
 from tests.broker.conftest import control
+from tests.celery_worker import working
 from tests.conftest import RabbitMQ
 
 
@@ -31,12 +45,6 @@ def publisher(settings: BrokerSettings) -> Iterator[Publisher]:
     publisher.close()
 
 
-@contextmanager
-def working(app: Celery) -> Iterator[None]:
-    with start_worker(app, pool="threads", concurrency=4, perform_ping_check=False, loglevel="ERROR"):
-        yield
-
-
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -48,7 +56,7 @@ def test_a_job_of_our_publisher_reaches_celery(settings: BrokerSettings, publish
     app = celery_app(settings)
     got: list[tuple[str, str, int]] = []
 
-    @app.task(name="test.note", bind=True)
+    @app.task(name="test.note", bind=True, shared=False)
     def note(self: Task, text: str) -> None:
         got.append((text, self.request.id, self.request.retries))
 
@@ -65,7 +73,7 @@ def test_a_retry_rests_in_the_broker_and_comes_back(settings: BrokerSettings, pu
     began: list[float] = []
     done = threading.Event()
 
-    @app.task(name="test.retry", bind=True, max_retries=None)
+    @app.task(name="test.retry", bind=True, max_retries=None, shared=False)
     def again(self: Task) -> None:
         began.append(time.monotonic())
         if len(began) < 2:
@@ -76,6 +84,63 @@ def test_a_retry_rests_in_the_broker_and_comes_back(settings: BrokerSettings, pu
     with working(app):
         assert done.wait(20)
     assert 1.0 <= began[1] - began[0] <= 6.0
+
+
+def test_what_cannot_be_done_is_kept_where_an_operator_sees_it(
+    settings: BrokerSettings, publisher: Publisher
+) -> None:
+    """Unknown, wrong arguments, an error of its own, no JSON, no job at all; what comes behind is done."""
+    app = celery_app(settings)
+    done = threading.Event()
+
+    @app.task(name="test.done", shared=False)
+    def be_done() -> None:
+        done.set()
+
+    @app.task(name="test.picky", shared=False)
+    def picky(text: str) -> None:
+        raise ValueError(text)
+
+    bad = [
+        job_message("test.unknown", "inference.batches", {}, job_id="unknown"),
+        job_message("test.unknown", "inference.callbacks", {}, job_id="unknown too"),
+        job_message("test.picky", "inference.batches", {"wrong": 1}, job_id="wrong"),
+        job_message("test.picky", "inference.batches", {"text": "no"}, job_id="fails"),
+        replace(job_message("test.picky", "inference.batches", {}, job_id="not JSON"), body=b"{"),
+        Message("inference.jobs", "inference.batches", b"{", {"id": "no job"}, "no job", None),
+    ]
+    publisher.publish_all([*bad, job_message("test.done", "inference.batches", {}, job_id="done")]).result()
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    kept: dict[str, str] = {}
+
+    def all_kept() -> bool:
+        method, properties, _ = channel.basic_get("inference.unroutable", auto_ack=True)
+        if method is not None and properties is not None and properties.headers is not None:
+            kept[properties.headers["id"]] = method.routing_key
+        return len(kept) == len(bad)
+
+    with working(app):
+        assert done.wait(20)
+        wait_for(all_kept)
+    connection.close()
+    assert kept == {message.headers["id"]: message.routing_key for message in bad}
+
+
+@pytest.mark.parametrize(("queue", "name"), [(q, n) for q, names in QUEUE_JOBS.items() for n in names])
+def test_a_process_that_lacks_a_job_of_its_queues_does_not_start(queue: JobQueue, name: str) -> None:
+    settings = BrokerSettings()
+    app = celery_app(settings)
+    for other in itertools.chain.from_iterable(QUEUE_JOBS.values()):
+        if other != name:
+            app.task(name=other, shared=False)(nothing)
+    with pytest.raises(InstallationError, match=name):
+        work(app, [queue], threads=1, broker=settings, probes=ProbeSettings())
+
+
+def test_the_installed_jobs_are_those_of_the_queues() -> None:
+    installed = {name for name in application(BrokerSettings()).tasks if not name.startswith("celery.")}
+    assert installed == set(itertools.chain.from_iterable(QUEUE_JOBS.values()))
 
 
 def test_celery_and_the_topology_declare_the_same_queues(settings: BrokerSettings) -> None:

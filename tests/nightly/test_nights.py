@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import pika
 import pytest
 import redis
-from celery.contrib.testing.worker import start_worker
 
 from broker import BrokerSettings, connect, topology_for
 from broker.celery_app import celery_app
@@ -31,6 +30,7 @@ from producer.nightly.start import Starter
 from producer.settings import BatchSettings
 from schemas import BatchSummary, InvalidTask, Result, Window, installed_types, parse_task
 from storage import StatusIndex, StorageSettings, errors_key, output_key
+from tests.celery_worker import working
 from tests.conftest import RabbitMQ
 
 if TYPE_CHECKING:
@@ -131,10 +131,7 @@ class Site:
         app = celery_app(self.around.broker)
         batch_jobs.add_jobs(app, self.around)
         jobs.add_jobs(app, self.around, watch_seconds=1)
-        with start_worker(
-            app, pool="threads", concurrency=4, perform_ping_check=False, loglevel="ERROR",
-            queues=["inference.batches"],
-        ):  # fmt: skip
+        with working(app, queues=["inference.batches"]):
             yield
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,11 @@ class Site:
         with DeadLetters(self.broker, type_name) as letters:
             return letters.read()
 
+    def forget(self) -> None:
+        """Empty the Redis database."""
+        with redis.Redis.from_url(self.env["INFERQ_REDIS_URL"]) as connection:
+            connection.flushdb()
+
     def depth(self, queue: str) -> int:
         connection = connect(self.broker, name="test")
         count = connection.channel().queue_declare(queue, passive=True).method.message_count
@@ -172,27 +177,27 @@ class DripServer:
                     time.sleep(0.05)
 
 
-@pytest.fixture
-def site(fresh_amqp_url: str, shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path: Path) -> Iterator[Site]:
+@contextmanager
+def site_at(amqp_url: str, rabbitmq: RabbitMQ, redis_url: str, folder: Path) -> Iterator[Site]:
     # Of a queue's own time to live and a policy's the shorter holds: the first retry comes at once.
-    shared_rabbitmq.management.put(
-        f"/policies/{fresh_amqp_url.rpartition('/')[2]}/hurry",
+    rabbitmq.management.put(
+        f"/policies/{amqp_url.rpartition('/')[2]}/hurry",
         json={"pattern": r"^inference\.retry\.", "apply-to": "queues", "definition": {"message-ttl": 400}},
     ).raise_for_status()
     address = urlsplit(redis_url)._replace(path="/7").geturl()
     own = {
-        "INFERQ_AMQP_URL": fresh_amqp_url,
+        "INFERQ_AMQP_URL": amqp_url,
         "INFERQ_REDIS_URL": address,
-        "INFERQ_STORE_URL": (tmp_path / "store").as_uri(),
-        "INFERQ_SCRATCH_DIR": str(tmp_path / "scratch"),
+        "INFERQ_STORE_URL": (folder / "store").as_uri(),
+        "INFERQ_SCRATCH_DIR": str(folder / "scratch"),
         "PYTHONPATH": str(PLUGIN),
     }
     storage = StorageSettings(redis_url=address, store_url=own["INFERQ_STORE_URL"])
     store = open_store(storage)
     place = Site(
         env=os.environ | own,
-        folder=tmp_path,
-        broker=BrokerSettings(amqp_url=fresh_amqp_url),
+        folder=folder,
+        broker=BrokerSettings(amqp_url=amqp_url),
         store=store,
         results=ResultStore(store),
         status=StatusIndex.from_settings(storage),
@@ -200,6 +205,11 @@ def site(fresh_amqp_url: str, shared_rabbitmq: RabbitMQ, redis_url: str, tmp_pat
     yield place
     for worker in place.workers:
         worker.discard()
+    place.forget()
     place.status.close()
-    with redis.Redis.from_url(address) as connection:
-        connection.flushdb()
+
+
+@pytest.fixture
+def site(fresh_amqp_url: str, shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path: Path) -> Iterator[Site]:
+    with site_at(fresh_amqp_url, shared_rabbitmq, redis_url, tmp_path) as place:
+        yield place

@@ -1,0 +1,62 @@
+"""Callbacks on the command line and in the client, against a running gateway."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from producer.cli import app
+from producer.client import AsyncClient, Client
+from schemas import InvalidTask
+from tests.gateway.conftest import FakePublisher, Gateway
+from tests.gateway.test_gateway_callbacks import ended, record, sent
+
+
+@pytest.fixture
+def command(lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("INFERQ_API_URL", lone_gateway.url)
+    monkeypatch.setenv("INFERQ_API_KEY", lone_gateway.key)
+    return lambda *arguments: CliRunner().invoke(app, ["callback", *arguments])
+
+
+def test_callbacks_are_listed_shown_and_sent_again(
+    lone_gateway: Gateway, publisher: FakePublisher, command: Any
+) -> None:
+    assert command("list").output.strip() == "none"
+    _, callback, records = ended(lone_gateway, "t1")
+    failed = record(callback, "failed", reason="8 attempts failed")
+    records.note(failed)
+    records.keep(failed)
+    for arguments in (["list"], ["list", "t1"]):
+        (listed,) = json.loads(command(*arguments, "--json").output)
+        assert (listed["callback_id"], listed["state"]) == (callback.callback_id, "failed")
+    shown = json.loads(command("show", "t1", callback.callback_id, "--json").output)
+    assert [attempt["status"] for attempt in shown["attempts"]] == [500]
+    assert "oh no" in command("show", "t1", callback.callback_id).output
+    unknown = command("show", "t1", "msg_1").exception
+    assert isinstance(unknown, InvalidTask)
+    assert "no callback 'msg_1'" in unknown.message
+    for arguments in (["resend", "t1"], ["resend", "t1", callback.callback_id]):
+        (again,) = json.loads(command(*arguments, "--json").output)
+        assert (again["callback_id"], again["state"]) == (callback.callback_id, "waiting")
+    assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
+
+
+async def test_both_clients_say_the_same(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+    _, callback, records = ended(lone_gateway, "t1")
+    failed = record(callback, "failed", reason="gone")
+    records.note(failed)
+    records.keep(failed)
+    async with AsyncClient(lone_gateway.url, lone_gateway.key) as client:
+        found = await client.callbacks("t1")
+        failures = await client.failed_callbacks()
+        again = await client.resend("t1")
+    assert [r.callback_id for r in (*found, *failures, *again)] == [callback.callback_id] * 3
+    with Client(lone_gateway.url, lone_gateway.key) as plain:
+        assert [r.callback_id for r in plain.callbacks("t1")] == [callback.callback_id]
+        assert plain.resend("t1", callback.callback_id)[0].state == "waiting"
+        plain.failed_callbacks(limit=1)
+    assert len(sent(publisher)) == 2
