@@ -133,7 +133,7 @@ def test_a_process_that_lacks_a_job_of_its_queues_does_not_start(queue: JobQueue
     app = celery_app(settings)
     for other in itertools.chain.from_iterable(QUEUE_JOBS.values()):
         if other != name:
-            app.task(name=other, shared=False)(nothing)
+            app.task(name=other, shared=False)(lambda: None)
     with pytest.raises(InstallationError, match=name):
         work(app, [queue], threads=1, broker=settings, probes=ProbeSettings())
 
