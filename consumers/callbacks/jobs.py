@@ -49,7 +49,7 @@ def add_jobs(app: Celery) -> None:
     def deliver(_task: Task, **arguments: Any) -> None:
         jobs.deliver(Job.model_validate(arguments))
 
-    app.task(name=CALLBACK_JOB, bind=True, max_retries=None, Strategy=jobs.strategy)(deliver)
+    app.task(name=CALLBACK_JOB, bind=True, max_retries=None, Strategy=jobs.strategy, shared=False)(deliver)
 
 
 class CallbackJobs:

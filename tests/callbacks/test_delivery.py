@@ -133,8 +133,9 @@ def test_a_dead_target_holds_up_nobody_elses(caller: Caller) -> None:
         eventually(lambda: len(healthy.got) == 2, 30, "the healthy target's second callback")
         several = time.monotonic() - began
         print(f"behind 1,000 of one dead target: {one:.2f} s; behind 300 of six: {several:.2f} s")  # noqa: T201 - the figures
-        assert one < 2
-        assert several < 2
+        # An attempt at a target that hangs takes 15 s: whoever waited for one would be later by far.
+        assert one < 10
+        assert several < 10
         assert len(dead.got) <= 2
         metrics = caller.get("/metrics").text
         assert "inferq_callbacks_deferred_total" in metrics

@@ -45,6 +45,10 @@ def publisher(settings: BrokerSettings) -> Iterator[Publisher]:
     publisher.close()
 
 
+def nothing() -> None:
+    return
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -133,7 +137,7 @@ def test_a_process_that_lacks_a_job_of_its_queues_does_not_start(queue: JobQueue
     app = celery_app(settings)
     for other in itertools.chain.from_iterable(QUEUE_JOBS.values()):
         if other != name:
-            app.task(name=other, shared=False)(lambda: None)
+            app.task(name=other, shared=False)(nothing)
     with pytest.raises(InstallationError, match=name):
         work(app, [queue], threads=1, broker=settings, probes=ProbeSettings())
 
@@ -173,14 +177,14 @@ def test_a_job_that_outlasts_the_brokers_patience_is_done_and_the_worker_goes_on
     began: list[float] = []
     ended: list[float] = []
 
-    @app.task(name="test.long")
+    @app.task(name="test.long", shared=False)
     def long() -> None:
         began.append(time.monotonic())
         if len(began) == 1:
             time.sleep(3)
         ended.append(time.monotonic())
 
-    @app.task(name="test.next")
+    @app.task(name="test.next", shared=False)
     def following() -> None:
         done.set()
 
