@@ -7,31 +7,23 @@ rotation a tenant has two (or more) that are valid at once, and callbacks carry 
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
-import json
-import logging
-import os
 import secrets
-import tempfile
-import threading
-from collections.abc import Iterator, MutableSequence, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
-from schemas import InferqError, InstallationError, Settings
+from schemas import InferqError, Settings
 from schemas.task import Tenant
+from storage.record_file import RecordFile
 
 PREFIX = "whsec_"
 KEEP_SECONDS = 86400.0
 """How long the secrets of before stay valid after a rotation, unless it says otherwise."""
 
 _BYTES = 32
-
-_log = logging.getLogger(__name__)
 
 
 class WebhookSettings(Settings):
@@ -62,7 +54,6 @@ class WebhookSecret(BaseModel):
         return self.until is None or now < self.until
 
 
-_RECORDS = TypeAdapter(tuple[WebhookSecret, ...])
 _TENANT: TypeAdapter[str] = TypeAdapter(Tenant)
 
 
@@ -74,10 +65,14 @@ class WebhookSecrets:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._seen: tuple[int, int, int] | None = None
-        self._known: tuple[WebhookSecret, ...] | None = None
+        self._file = RecordFile(
+            path,
+            WebhookSecret,
+            what="the file of webhook secrets",
+            setting="INFERQ_WEBHOOK_SECRETS_FILE",
+            code="bad_secrets_file",
+            dump=_dump,
+        )
 
     def rotate(self, tenant: str, *, keep: float = KEEP_SECONDS) -> WebhookSecret:
         """Give the tenant a new secret; those of before stay valid for `keep` seconds more.
@@ -94,7 +89,7 @@ class WebhookSecrets:
         last = now + timedelta(seconds=keep)
         text = PREFIX + base64.b64encode(secrets.token_bytes(_BYTES)).decode()
         made = WebhookSecret(tenant=tenant, secret=SecretStr(text), created=now)
-        with self._changing() as records:
+        with self._file.changing() as records:
             for number, record in enumerate(records):
                 if record.tenant == tenant and (record.until is None or record.until > last):
                     records[number] = record.model_copy(update={"until": last})
@@ -104,109 +99,30 @@ class WebhookSecrets:
 
     def revoke(self, secret_id: str) -> WebhookSecret:
         """Take a secret away, at once. Raises InferqError (`unknown_secret`) where none has that id."""
-        with self._changing() as records:
+        with self._file.changing() as records:
             for record in records:
                 if record.secret_id == secret_id:
                     records.remove(record)
                     return record
         raise InferqError(
-            f"no secret in {self._path} has the id {secret_id!r}; list them: inferq secrets list",
+            f"no secret in {self._file.path} has the id {secret_id!r}; list them: inferq secrets list",
             code="unknown_secret",
         )
 
     def list(self) -> tuple[WebhookSecret, ...]:
         """Every secret, the oldest first, those that are no longer valid included."""
-        return self._read()
+        return self._file.read()
 
     def of(self, tenant: str) -> tuple[str, ...]:
         """The tenant's valid secrets, the newest first."""
         now = datetime.now(UTC)
         return tuple(
             record.secret.get_secret_value()
-            for record in reversed(self._current())
+            for record in reversed(self._file.current())
             if record.tenant == tenant and record.valid(now)
         )
 
-    def _current(self) -> tuple[WebhookSecret, ...]:
-        with self._lock:
-            seen = self._fingerprint()
-            if self._known is None or seen != self._seen:
-                try:
-                    self._known = self._read()
-                except InstallationError as error:
-                    if self._known is None:
-                        raise
-                    _log.error("keeping to the secrets of before: %s", error)
-                self._seen = seen
-            return self._known
 
-    def _fingerprint(self) -> tuple[int, int, int] | None:
-        try:
-            stat = self._path.stat()
-        except OSError:
-            return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-    def _read(self) -> tuple[WebhookSecret, ...]:
-        try:
-            return _RECORDS.validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return ()
-        except ValidationError as error:
-            # Its words would quote the secrets.
-            places = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
-            raise self._bad(f"it is no list of secrets ({places or 'not JSON'})") from None
-        except OSError as error:
-            raise self._bad(str(error)) from error
-
-    def _bad(self, what: str) -> InstallationError:
-        return InstallationError(
-            f"the file of webhook secrets {self._path} cannot be read: {what}; set "
-            "INFERQ_WEBHOOK_SECRETS_FILE to a readable one, or move it away and run: inferq secrets rotate",
-            code="bad_secrets_file",
-        )
-
-    @contextmanager
-    def _changing(self) -> Iterator[MutableSequence[WebhookSecret]]:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # The lock is a file of its own: the secrets' file is replaced, and a lock on it with it.
-            lock = os.open(self._path.with_name(self._path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            records = list(self._read())
-            before = tuple(records)
-            yield records
-            if tuple(records) != before:
-                self._write(records)
-        finally:
-            os.close(lock)
-
-    def _write(self, records: Sequence[WebhookSecret]) -> None:
-        content = [
-            record.model_dump(mode="json", exclude_none=True) | {"secret": record.secret.get_secret_value()}
-            for record in records
-        ]
-        try:
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    os.fchmod(handle, 0o600)
-                    file.write(json.dumps(content, indent=2) + "\n")
-                    file.flush()
-                    os.fsync(handle)
-                Path(temporary).replace(self._path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> InstallationError:
-        return InstallationError(
-            f"the file of webhook secrets {self._path} cannot be written: {error}; set "
-            "INFERQ_WEBHOOK_SECRETS_FILE to one that can",
-            code="bad_secrets_file",
-        )
+def _dump(record: WebhookSecret) -> dict[str, Any]:
+    shown = record.model_dump(mode="json", exclude_none=True)
+    return shown | {"secret": record.secret.get_secret_value()}
