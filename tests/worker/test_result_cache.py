@@ -132,7 +132,8 @@ def test_no_tenant_gets_what_was_computed_for_another(site: Site, tmp_path: Path
 def test_what_no_longer_stands_is_computed_anew(site: Site, tmp_path: Path, lost: str) -> None:
     site.worker(**ON)
     first = site.ended(submit(site, tmp_path / "m", fault="artifact"))
-    (entry,) = site.store.list("cache/")
+    # The entry comes after the result that can be seen, and before the ack.
+    (entry,) = eventually(lambda: list(site.store.list("cache/")))
     if lost == "entry":
         site.store.put(entry.key, b"not JSON")
     else:
