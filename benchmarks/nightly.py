@@ -2,9 +2,9 @@
 
     python -m benchmarks.nightly --pages 2000 --rows 9 --workers 1
 
-The pages are made, so that their text is known; each is an object under one prefix, which the batch names.
-Prints pages per second beside as many bare engines, measured before and after the night, and what was lost,
-read wrongly or put out twice.
+The pages are made, so that their text is known; each is an object under one prefix, which a schedule names
+and `inferq nightly run` starts. Prints pages per second beside as many bare engines, measured before and
+after the night, and what was lost, read wrongly or put out twice.
 """
 
 from __future__ import annotations
@@ -22,26 +22,32 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.site import wait_until
-from broker import BrokerSettings, Publisher, topology_for
-from producer.batch.start import start
+from producer.nightly.night import Night
+from producer.nightly.runs import RunLog
 from producer.up.part import Part, free_ports
 from producer.up.process import spawn, stop
 from producer.up.rabbitmq import RabbitNode, RabbitPorts
 from producer.up.redis import RedisServer
-from schemas import Batch, Outage, Result, new_task_id
+from schemas import Outage, Result
 from storage import BatchIndex, BatchStore, ResultStore, StatusIndex, StorageSettings, open_store, output_key
 from storage.s3 import s3_client
 
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
 _BUCKET = "pages"
+_SCHEDULES = f"""
+[scans]
+cron = "30 1 * * *"
+source = "s3://{_BUCKET}/night/"
+task_type = "ocr"
+max_in_flight = 200
+"""
 _MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -94,9 +100,20 @@ class Ground:
             self.running[name] = spawn(part, log)
             wait_until(lambda: part.probe() is None, part.start_limit)
         else:
-            argv = [sys.executable, "-m", "producer.cli", *self.commands[name]]
             with log.open("ab") as out:
-                self.running[name] = subprocess.Popen(argv, env=os.environ | self.env, stdout=out, stderr=out)
+                self.running[name] = subprocess.Popen(
+                    self._inferq(*self.commands[name]), env=os.environ | self.env, stdout=out, stderr=out
+                )
+
+    def command(self, *arguments: str) -> str:
+        """What one command says."""
+        done = subprocess.run(
+            self._inferq(*arguments), env=os.environ | self.env, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return done.stdout
+
+    def _inferq(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "producer.cli", *arguments]
 
     def kill(self, name: str) -> None:
         self.running[name].kill()
@@ -132,6 +149,8 @@ def _ground(workers: int) -> Iterator[Ground]:
         stack.callback(moto.wait)
         stack.callback(moto.kill)
         endpoint = f"http://127.0.0.1:{int(moto.stdout.readline())}"  # type: ignore[union-attr]
+        schedules = folder / "schedules.toml"
+        schedules.write_text(_SCHEDULES)
         node = RabbitNode.prepare(folder / "rabbitmq", RabbitPorts(*free_ports(5)))
         server = RedisServer.prepare(folder / "redis", free_ports(1)[0])
         ground = Ground(
@@ -142,7 +161,7 @@ def _ground(workers: int) -> Iterator[Ground]:
                 "INFERQ_STORE_URL": "s3://results",
                 "INFERQ_S3_ENDPOINT_URL": endpoint,
                 "INFERQ_FETCH_S3_BUCKETS": _BUCKET,
-                "INFERQ_LANES": "normal",
+                "INFERQ_SCHEDULES_FILE": str(schedules),
                 "INFERQ_LOG_LEVEL": "WARNING",
             },
         )
@@ -190,23 +209,11 @@ def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[s
             list(threads.map(upload, range(pages)))
         store = open_store(storage)
         batches, index = BatchStore(store), BatchIndex(StatusIndex.from_settings(storage))
-        publisher = Publisher(
-            BrokerSettings(amqp_url=ground.env["INFERQ_AMQP_URL"]),
-            name="night",
-            topology=topology_for(["ocr"]),
-        )
-        publisher.start()
-        publisher.wait_connected(20)
-        batch = Batch(
-            batch_id=new_task_id(), source=f"s3://{_BUCKET}/night/", task_type="ocr", max_in_flight=200,
-            created_at=datetime.now(UTC),
-        )  # fmt: skip
-        start(batch, batches, lambda message: publisher.publish(message).result())
-        publisher.close()
+        run_id = json.loads(ground.command("nightly", "run", "scans", "--json"))["run_id"]
 
         def done() -> int:
             try:
-                standing = index.look("default", batch.batch_id)
+                standing = index.look("default", run_id)
             except Outage:
                 return 0
             return standing.counts.ended if standing is not None and standing.known else 0
@@ -220,12 +227,16 @@ def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[s
                     ground.kill(name)
                 ground.start(name)
                 say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'} at {share:.0%}")
-        wait_until(lambda: batches.summary("default", batch.batch_id) is not None, 3600, pause=0.5)
-        output = [json.loads(line) for line in store.get(output_key("default", batch.batch_id)).splitlines()]
+        wait_until(lambda: batches.summary("default", run_id) is not None, 3600, pause=0.5)
+        output = [json.loads(line) for line in store.get(output_key("default", run_id)).splitlines()]
+        log = RunLog(store, "default", "scans")
+        wait_until(lambda: bool(log.nights(run_id, Night)), 60, pause=0.5)
+        (told,) = log.nights(run_id, Night)
         kept = [r for e in output if (r := ResultStore(store).load("default", e["task_id"])) is not None]
     # Machines change their speed meanwhile, so that one look would be a matter of luck.
     after = _bare_rate(min(pages, 60), rows)
     say(f"a bare engine: {before:.2f} pages/s before the night, {after:.2f} after it")
+    say(f"the night's own summary: {told.succeeded} of {told.total}, {told.pages_per_second} pages/s")
     return _reckoned(output, pages, rows, kept, (before + after) / 2 * workers, say)
 
 
