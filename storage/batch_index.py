@@ -101,7 +101,7 @@ class BatchIndex:
         reaches: int | None = None,
         line: int | None = None,
         offset: int = 0,
-        fed: Sequence[int] = (),
+        fed: Iterable[int] = (),
         invalid: Iterable[int] = (),
     ) -> Step:
         """Mark lines as fed and as invalid, all up to `line` being dealt with. What comes next is no line
@@ -109,9 +109,10 @@ class BatchIndex:
 
         Raises IndexLost and LeaseLost, and then has changed nothing.
         """
+        new = _runs(fed)
         reply = self._run(
             "step", tenant, batch_id,
-            [token, self._lease, _text(reaches), _text(line), offset, len(fed), *fed, *invalid],
+            [token, self._lease, _text(reaches), _text(line), offset, len(new), *new, *_runs(invalid)],
         )  # fmt: skip
         match reply:
             case [0]:
@@ -139,10 +140,10 @@ class BatchIndex:
         self._run("forget", tenant, batch_id, [reaches])
 
     def mark(
-        self, tenant: str, batch_id: str, state: Literal["fed", "invalid"], lines: Sequence[int]
+        self, tenant: str, batch_id: str, state: Literal["fed", "invalid"], lines: Iterable[int]
     ) -> None:
         """Mark lines, before the index is open."""
-        self._run("mark", tenant, batch_id, [state, *lines])
+        self._run("mark", tenant, batch_id, [state, *_runs(lines)])
 
     def set_state(self, tenant: str, batch_id: str, state: BatchState, error: str | None = None) -> None:
         self._set(tenant, batch_id, {"s": state, "e": clean(error or "")})
@@ -205,6 +206,17 @@ def _rate(sample: str | None, ended: int) -> float | None:
     at, before = sample.split()
     seconds = (int(micros(datetime.now(UTC))) - int(at)) / 1e6
     return max(0.0, ended - int(before)) / seconds if seconds > 0.1 else None
+
+
+def _runs(lines: Iterable[int]) -> list[int]:
+    """The first and last of each run of lines that follow each other."""
+    ends: list[int] = []
+    for line in lines:
+        if ends and line == ends[-1] + 1:
+            ends[-1] = line
+        else:
+            ends += (line, line)
+    return ends
 
 
 def _text(number: int | None) -> str:

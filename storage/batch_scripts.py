@@ -66,6 +66,27 @@ local lease = 'inferq:lease:' .. tenant .. ':' .. batch
 """
 )
 
+_RUNS = """
+-- Sets the bits of lines that stand in ARGV from `at` to `last` as runs: first line, last line, and so on.
+local function set_runs(key, at, last)
+  for i = at, last, 2 do
+    local bit, final = tonumber(ARGV[i]) - 1, tonumber(ARGV[i + 1]) - 1
+    while bit % 8 ~= 0 and bit <= final do
+      redis.call('SETBIT', key, bit, 1)
+      bit = bit + 1
+    end
+    local bytes = math.floor((final + 1 - bit) / 8)
+    if bytes > 0 then
+      redis.call('SETRANGE', key, bit / 8, string.rep('\\255', bytes))
+      bit = bit + 8 * bytes
+    end
+    for rest = bit, final do redis.call('SETBIT', key, rest, 1) end
+  end
+end
+"""
+"""One command for many lines: each command in a script costs as much as the script itself, and a line in
+Redis's log of changes."""
+
 _COUNTS = """
 local function counts()
   local found = {}
@@ -115,6 +136,7 @@ return 1
 
 _STEP = (
     _COUNTS
+    + _RUNS
     + """
 local token, seconds, reaches, line, offset = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local fed = tonumber(ARGV[10])
@@ -122,8 +144,8 @@ if redis.call('HEXISTS', key, 'open') == 0 then return {0} end
 local holder = redis.call('GET', lease)
 if holder and holder ~= token then return {-1} end
 redis.call('SET', lease, token, 'EX', seconds)
-for i = 11, 10 + fed do redis.call('SETBIT', bits('fed', batch), tonumber(ARGV[i]) - 1, 1) end
-for i = 11 + fed, #ARGV do redis.call('SETBIT', bits('invalid', batch), tonumber(ARGV[i]) - 1, 1) end
+set_runs(bits('fed', batch), 11, 10 + fed)
+set_runs(bits('invalid', batch), 11 + fed, #ARGV)
 if line ~= '' then redis.call('HSET', key, 'l', line, 'o', offset) end
 if reaches ~= '' then redis.call('HSET', key, 'n', reaches) end
 keep_batch(batch)
@@ -139,11 +161,14 @@ for i = 6, #ARGV do end_line(batch, ARGV[i], state) end
 return 1
 """
 
-_MARK = """
-for i = 6, #ARGV do redis.call('SETBIT', bits(ARGV[5], batch), tonumber(ARGV[i]) - 1, 1) end
+_MARK = (
+    _RUNS
+    + """
+set_runs(bits(ARGV[5], batch), 6, #ARGV)
 keep_batch(batch)
 return 1
 """
+)
 
 _LOOK = (
     _COUNTS

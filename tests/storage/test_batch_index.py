@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from schemas import EndState, ErrorInfo, Result, Task, parse_task
 from storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
@@ -142,3 +144,23 @@ def test_another_feeder_and_a_lost_index_are_told(index: BatchIndex, address: st
     with pytest.raises(IndexLost):
         index.step(*B, token="t", fed=[5])
     assert index.look(*B) is None
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.sets(st.integers(1, 70), max_size=70), min_size=1, max_size=4),
+    invalid=st.sets(st.integers(71, 99)),
+)
+def test_any_lines_are_marked_and_no_others(
+    index: BatchIndex, steps: list[set[int]], invalid: set[int]
+) -> None:
+    """Runs of lines are set byte by byte, and must leave their neighbours alone."""
+    index.forget(*B, reaches=0)
+    index.open(*B, line=0, offset=0, total=99, cancelled=False)
+    fed: set[int] = set()
+    for lines in steps:
+        fed |= lines
+        step = index.step(*B, token="t", line=99, fed=sorted(lines), invalid=sorted(invalid))
+        assert (step.fed, step.invalid) == (len(fed), len(invalid))
+        assert index.dealt_with(*B, 1, 99) == fed | invalid
+        assert index.unended(*B) == sorted(fed)
