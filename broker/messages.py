@@ -30,7 +30,7 @@ _MOST = 1_000_000
 """Counts in headers are anybody's to set; beyond this they are taken for this."""
 
 
-_PLAIN = (int, str)
+_PLAIN = frozenset((int, str))
 _TIMESTAMP = struct.Struct(">Q")
 _IDENTIFIED = (
     pika.BasicProperties.FLAG_MESSAGE_ID
@@ -78,12 +78,13 @@ class Message:
         Raises what pika raises where it cannot be encoded.
         """
         values = tuple(self.headers.items())
-        if self.message_id is None or self.type is None or not all(type(v) in _PLAIN for _, v in values):
+        types = tuple(map(type, self.headers.values()))
+        if self.message_id is None or self.type is None or not _PLAIN.issuperset(types):
             return b"".join(self.properties().encode())
         message_id, kind = self.message_id.encode(), self.type.encode()
         if len(message_id) > 255 or len(kind) > 255:
             raise ShortStringTooLong(self.message_id)
-        return _encoded_head(values, tuple(map(type, self.headers.values()))) + b"%c%b%b%c%b" % (
+        return _encoded_head(values, types) + b"%c%b%b%c%b" % (
             len(message_id), message_id, _TIMESTAMP.pack(int(time.time())), len(kind), kind,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import pika
@@ -341,6 +342,11 @@ class Publisher(BrokerThread):
         return True
 
 
+@lru_cache(1024)
+def _longest_name(exchange: str, routing_key: str) -> int:
+    return max(len(exchange.encode()), len(routing_key.encode()))
+
+
 def _sendable(message: Message) -> bytes:
     """How the message's properties travel, once it is sure that they can be sent.
 
@@ -349,7 +355,7 @@ def _sendable(message: Message) -> bytes:
     try:
         encoded = message.encoded_properties()
         size = len(encoded)
-        names = max(len(message.exchange.encode()), len(message.routing_key.encode()))
+        names = _longest_name(message.exchange, message.routing_key)
     except (ValueError, TypeError, struct.error, AMQPError) as error:
         raise InvalidTask(f"the message cannot be sent: {error}", code="unsendable") from error
     if size > _MAX_HEADER_BYTES or names > 255:

@@ -31,7 +31,7 @@ class BrokerSettings(Settings):
     amqp_blocked_limit: float = Field(
         10.0, gt=0, description="Seconds that a memory or disk alarm may hold publishing before it raises."
     )
-    publish_window: int = Field(1000, ge=1, description="Messages published and not yet confirmed, at most.")
+    publish_window: int = Field(2000, ge=1, description="Messages published and not yet confirmed, at most.")
     publish_timeout: float = Field(30.0, gt=0, description="Seconds to wait for a confirm before raising.")
 
     def connections(self, name: str) -> list[pika.URLParameters]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
@@ -42,6 +43,7 @@ NO_DELIVERY_LIMIT = 1_000_000_000
 back, that would drop them. 3.x refuses -1, its later name for no limit."""
 
 
+@lru_cache(1024)
 def routing_key(type_name: str, priority: Priority = "normal") -> str:
     return f"task_type.{type_name}.{priority}"
 

@@ -94,7 +94,8 @@ class Task(BaseModel):
 
     def body(self) -> bytes:
         """The UTF-8 JSON that goes onto the queue: only what differs from the defaults."""
-        return self.model_dump_json(exclude_defaults=True).encode()
+        # As model_dump_json does, without the way over a str.
+        return self.__pydantic_serializer__.to_json(self, exclude_defaults=True)
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the task asks for, so that the same id with another content shows.

@@ -25,7 +25,9 @@ ENTRY_POINT_GROUP = "inferq.engines"
 MAX_DEPTH = 100
 """The most levels of lists and objects in a task."""
 
-_HUGE_EXPONENT = re.compile(rb"[eE]\+?[0-9]{3}")
+# A search for one letter is several times as fast as for either of two.
+_HUGE_EXPONENT_E = re.compile(rb"E\+?[0-9]{3}")
+_HUGE_EXPONENT = re.compile(rb"e\+?[0-9]{3}")
 
 _log = logging.getLogger(__name__)
 
@@ -111,10 +113,11 @@ def _unknown(name: str) -> InvalidTask:
     return InvalidTask(f"task_type {name!r} is not known here; known are: {known}", code="unknown_task_type")
 
 
-def parse_task(body: bytes | str | Mapping[str, Any]) -> Task:
+def parse_task(body: bytes | str | Mapping[str, Any], *, expected: str | None = None) -> Task:
     """The task in a message body (UTF-8 JSON) or in a decoded mapping, validated by its own type.
 
-    Raises InvalidTask, with every fault named by its field, for anything else.
+    Where it is of the type `expected` it is read faster. Raises InvalidTask, with every fault named by its
+    field, for anything else.
     """
     if isinstance(body, Mapping):
         try:
@@ -128,14 +131,16 @@ def parse_task(body: bytes | str | Mapping[str, Any]) -> Task:
             f"the task has {len(body)} bytes, the limit is {MAX_BODY_BYTES}; pass large inputs by URL",
             code="task_too_large",
         )
-    if b"NaN" in body or b"Infinity" in body or _HUGE_EXPONENT.search(body):
+    if b"NaN" in body or b"Infinity" in body or _HUGE_EXPONENT.search(body) or _HUGE_EXPONENT_E.search(body):
         _refuse_constants(body)
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
         _refuse_depth(body)
     try:
-        task: Task = _union().validate_json(body)
+        task: Task = _reader(expected)(body)
     except ValidationError as error:
-        raise _explain(error) from error
+        if expected is None:
+            raise _explain(error) from error
+        return parse_task(body)  # of another type, or wrong: the union of all tells
     return task
 
 
@@ -174,6 +179,12 @@ def _refuse_depth(body: bytes) -> None:
             for child in (value.values() if isinstance(value, dict) else value)
             if isinstance(child, dict | list)
         ]
+
+
+@cache
+def _reader(type_name: str | None) -> Callable[[bytes], Any]:
+    known = installed_types().get(type_name) if type_name is not None else None
+    return known.task.__pydantic_validator__.validate_json if known else _union().validate_json
 
 
 @cache

@@ -29,6 +29,8 @@ from storage import BatchSource, IndexLost, LeaseLost, Step
 
 _CHUNK = 500
 """Lines that are published, confirmed and marked together."""
+_CHUNK_BYTES = 4 << 20
+"""A chunk of large lines ends before it has so many."""
 _CHUNKS_ON_THEIR_WAY = 4
 _LOOK_SECONDS = 0.1
 _IDLE_DELAY = 2
@@ -296,11 +298,15 @@ class _Feeding:
         if self._last < self._slice.reached:
             dealt_with = self._slice.dealt_with(self._last + 1, self._last + count)
         chunk = _Chunk(self._slice.cursor)
+        size = 0
         for _ in range(count):
+            if size > _CHUNK_BYTES:
+                break
             line = next(self._lines, None)
             if line is None:
                 self._exhausted = True
                 break
+            size += line.length
             self._last = line.number
             chunk.cursor = Cursor(line.number, line.end)
             if line.blank or line.number in dealt_with:

@@ -124,8 +124,9 @@ class LineParser:
         self._defaults = defaults_of(batch)
         inner = _json(self._defaults)[1:-1]
         self._head = b"{" + inner + (b"," if inner else b"")
-        self._tenant = json.dumps(batch.tenant).encode()
-        self._batch_id = json.dumps(batch.batch_id).encode()
+        self._tail = _json({"tenant": batch.tenant, "batch_id": batch.batch_id})[1:-1]
+        own_type = self._defaults.get("task_type")
+        self._type = own_type if isinstance(own_type, str) else None
         self._reserved = f"{batch.batch_id}."
         self._merges = any(isinstance(self._defaults.get(name), dict) for name in _MERGED)
 
@@ -142,7 +143,7 @@ class LineParser:
         # Anything that may need a look; most lines do not.
         if b'"batch_' in content or b'"tenant"' in content or b"\\u" in content or self._merges:
             content = self._merged(content)
-        task = parse_task(self._spliced(content, own_id, line.number))
+        task = parse_task(self._spliced(content, own_id, line.number), expected=self._type)
         if task.task_id != own_id and task.task_id.startswith(self._reserved):
             raise InvalidTask(
                 f"task_id {task.task_id!r} is kept for the lines without one: choose ids that do not begin "
@@ -158,8 +159,8 @@ class LineParser:
         if not (content.startswith(b"{") and content.endswith(b"}")):
             _object(content)  # says what is wrong
         inner = content[1:-1].strip()
-        return b'%b"task_id":"%b",%b%b"tenant":%b,"batch_id":%b,"batch_line":%d}' % (
-            self._head, own_id.encode(), inner, b"," if inner else b"", self._tenant, self._batch_id, number,
+        return b'%b"task_id":"%b",%b%b%b,"batch_line":%d}' % (
+            self._head, own_id.encode(), inner, b"," if inner else b"", self._tail, number,
         )  # fmt: skip
 
     def _merged(self, content: bytes) -> bytes:
