@@ -7,6 +7,7 @@ when it began, however long it takes.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 import tempfile
@@ -42,6 +43,7 @@ from storage.fetch_url import split_s3_url
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _JSONL = "application/x-ndjson"
 _COMMIT_LINES = 50_000
+_TASK_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Cursor(NamedTuple):
@@ -193,7 +195,8 @@ class Sources:
                 lines = line.number
                 if line.blank:
                     blank += 1
-                elif (task_id := named_id(line.content)) is not None:
+                elif (task_id := named_id(line.content)) is not None and _TASK_ID.fullmatch(task_id):
+                    # Others make the line invalid, whoever has them; some (a lone surrogate) SQLite refuses.
                     ids.add(task_id, line.number)
             if lines == blank:
                 raise SourceUnusable("the source holds no line with a task in it: the batch is empty")

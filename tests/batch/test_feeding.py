@@ -81,6 +81,17 @@ def test_bad_lines_are_counted_and_named_and_stop_nothing(site: BatchSite, worke
     assert (standing.counts.invalid, standing.counts.failed, standing.counts.total) == (11, 1, 15)
 
 
+def test_a_line_whose_id_cannot_be_one_is_invalid_and_the_rest_is_fed(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    bad = [b"\\ud800", b"a b", b"x" * 129, b"", b"a b"]
+    content = b"".join(b'{"task_id": "%b", "payload": 1}\n' % task_id for task_id in bad)
+    batch = site.batch(content + b'{"task_id": "good-id", "payload": 6}\n{"payload": 7}\n')
+    summary = site.finish(batch)
+    assert (summary.state, summary.counts.succeeded, summary.counts.invalid) == ("completed", 2, 5)
+    assert payloads(site.output(batch)) == [6, 7]
+
+
 def test_a_gzipped_source_of_two_members_is_read_and_resumed(site: BatchSite, worker: QuickWorker) -> None:
     packed = gzip.compress(lines(700)) + gzip.compress(b'{"payload": 701}\n{"payload": 702}')
     batch = site.batch(packed)
