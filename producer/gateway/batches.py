@@ -288,17 +288,14 @@ async def require_batch(services: Services, tenant: str, batch_id: str) -> Batch
 
 async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchStatus | None:
     """Where the batch stands; None where there is none. Raises StoreOutage."""
-    batch = await services.on_store(services.batches.load, tenant, batch_id)
+    # The summary is asked for whatever Redis says, which may have missed the end: all three at a time.
+    batch, summary, standing = await asyncio.gather(
+        services.on_store(services.batches.load, tenant, batch_id),
+        services.on_store(services.batches.summary, tenant, batch_id),
+        _standing(services, tenant, batch_id),
+    )
     if batch is None:
         return None
-    standing = None
-    try:
-        standing = await services.on_redis(services.batch_index.look, tenant, batch_id)
-    except Outage as error:
-        _log.warning("batch %s: its counts are not known: %s", batch_id, error)
-    if standing is not None and standing.known and standing.state not in _ENDING:
-        return _status(batch, standing)
-    summary = await services.on_store(services.batches.summary, tenant, batch_id)
     if summary is None:
         return await _unended(services, batch, standing)
     return _status(batch, None).model_copy(
@@ -311,6 +308,14 @@ async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchSta
             "finished_at": summary.finished_at,
         }
     )
+
+
+async def _standing(services: Services, tenant: str, batch_id: str) -> Standing | None:
+    try:
+        return await services.on_redis(services.batch_index.look, tenant, batch_id)
+    except Outage as error:
+        _log.warning("batch %s: its counts are not known: %s", batch_id, error)
+        return None
 
 
 async def _unended(services: Services, batch: Batch, standing: Standing | None) -> BatchStatus:
