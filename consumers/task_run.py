@@ -476,6 +476,9 @@ class TaskRun:
         self._publish(self._dead(bury.error))
         if bury.record:
             self._record(self._failure(task, bury.error, timings=timings))
+        elif task.batch_line is not None:
+            # The record is another's, but the line has ended. The index leaves what another has begun alone.
+            self._around.tell(partial(self._around.status.ended, self._failure(task, bury.error)))
         return "failed"
 
     def _cancelled(self, task: Task) -> str:
