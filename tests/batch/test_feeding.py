@@ -7,9 +7,10 @@ import json
 
 import pytest
 
+from producer.batch.assembly import end
 from producer.batch.feeder import Assemble, GoOn, Nothing
 from producer.batch.sources import Cursor
-from storage import BatchConflict
+from storage import BatchConflict, upload_key
 from tests.batch.conftest import BatchSite, QuickWorker
 
 
@@ -124,6 +125,31 @@ def test_an_upload_that_does_not_exist_ends_the_batch(site: BatchSite) -> None:
     summary = site.finish(site.batch_of("inferq:nowhere.jsonl"))
     assert summary.state == "failed"
     assert "upload it first" in (summary.error or "")
+
+
+def test_a_source_that_goes_after_it_was_fed_ends_the_batch_with_what_has_ended(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    batch = site.batch(lines(20) + b'{"payload": "fail"}\n')
+    site.feed(batch)
+    site.around.store.delete(upload_key("default", batch.source.removeprefix("inferq:")))
+    summary = end(site.around, batch)
+    assert summary.state == "failed"
+    assert "submit the batch anew" in (summary.error or "")
+    counts = summary.counts
+    assert (counts.total, counts.succeeded, counts.failed) == (21, 20, 1)
+    assert summary.failures == {"wished": 1}
+
+
+def test_a_source_that_goes_between_two_slices_leaves_the_counts_true(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    batch = site.batch(lines(900), max_in_flight=100)
+    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    key = upload_key("default", batch.source.removeprefix("inferq:"))
+    summary = site.finish(batch, between=lambda _: site.around.store.delete(key))
+    assert (summary.state, summary.counts.total) == ("failed", 900)
+    assert 0 < summary.counts.succeeded < 900
 
 
 def test_defaults_give_way_to_the_line_and_metadata_are_merged(site: BatchSite, worker: QuickWorker) -> None:
