@@ -90,6 +90,7 @@ class Slice:
         self._ends = time.monotonic() + around.settings.batch_slice
         self._state: BatchState | None = None
         self._reached = 0
+        self._kept = time.monotonic()
 
     def run(self) -> Next:
         """Feed, until the slice is over."""
@@ -124,7 +125,7 @@ class Slice:
                 return Assemble()
             self._tell("preparing")
         try:
-            source = around.sources.settle(batch)
+            source = around.sources.settle(batch, self._keep)
             self._open(batch, source, cancelled=cancelled)
             return self._fed(batch, source)
         except SourceUnusable as error:
@@ -141,11 +142,13 @@ class Slice:
             if cancelled and not standing.cancel_requested:
                 index.request_cancel(*self._name)
             return
-        index.forget(*self._name, reaches=self._cursor.line)
+        index.forget(*self._name, reaches=self._cursor.line, token=self._token)
         line, offset = self._cursor
         if line:
             Recount(self._around, batch, source, self._renew).all(self._cursor)
-        index.open(*self._name, line=line, offset=offset, total=source.total, cancelled=cancelled)
+        index.open(
+            *self._name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
+        )
 
     def _fed(self, batch: Batch, source: BatchSource) -> Next:
         around = self._around
@@ -208,6 +211,14 @@ class Slice:
     def _renew(self) -> None:
         with suppress(IndexLost):
             self._step()
+
+    def _keep(self) -> None:
+        """Renew the lease where that is due. Where Redis is away nobody else can take it, either."""
+        now = time.monotonic()
+        if now - self._kept > self._around.settings.batch_lease / 4:
+            self._kept = now
+            with suppress(Outage):
+                self._renew()
 
     def _tell(self, state: BatchState) -> None:
         if state != self._state:

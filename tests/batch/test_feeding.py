@@ -8,7 +8,7 @@ import json
 import pytest
 
 from producer.batch.assembly import end
-from producer.batch.feeder import Assemble, GoOn, Nothing
+from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
 from storage import BatchConflict, upload_key
 from tests.batch.conftest import BatchSite, QuickWorker
@@ -271,6 +271,22 @@ def test_a_second_feeding_of_a_batch_gives_way_to_the_first(site: BatchSite) -> 
     assert take(*name, chain="a", part=1, token="a2") == "taken"
     assert take(*name, chain="a", part=0, token="a3") == "outdated"
     assert site.slice(batch, chain="b") == Nothing()
+
+
+def test_a_feeder_says_that_it_lives_while_it_settles_the_source(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(lines(5))
+    assert site.around.index.look("default", batch.batch_id) is None  # its lease is as ever
+    object.__setattr__(site.around.settings, "batch_lease", 0)  # due at once
+    renewed: list[bool] = []
+
+    def renew(feeding: Slice) -> None:
+        renewed.append(site.around.batches.source("default", batch.batch_id) is None)
+
+    monkeypatch.setattr(Slice, "_renew", renew)
+    site.slice(batch)
+    assert renewed[:1] == [True]
 
 
 def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:

@@ -104,7 +104,7 @@ def index(around: Surroundings) -> Iterator[BatchIndex]:
     """Line 7 of the batch is fed."""
     index = BatchIndex(around.status)
     index.forget("default", "b", reaches=7)
-    index.open("default", "b", line=7, offset=0, total=7, cancelled=False)
+    index.open("default", "b", token="t", line=7, offset=0, total=7, cancelled=False)
     index.mark("default", "b", "fed", [7])
     yield index
     around.status.ask(lambda redis: redis.delete("inferq:t:default:b.7"))
