@@ -133,8 +133,11 @@ def _files(sources: Sequence[str]) -> Iterator[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
+            # Hidden is what is so below the folder: that may be `..`, or lie in a hidden one itself.
             found = sorted(
-                p for p in path.rglob("*") if not any(part.startswith(".") for part in p.parts[1:])
+                p
+                for p in path.rglob("*")
+                if not any(part.startswith(".") for part in p.relative_to(path).parts)
             )
         elif path.is_file():
             found = [path]

@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from producer.cli.arguments import Given, bundle, parse_assignments
+from producer.cli.batch import _files
 from schemas import InputUrl, InvalidTask, Options, Task, TaskType, get_type
 
 
@@ -98,3 +99,16 @@ def test_no_inputs_make_one_task_and_too_many_are_refused() -> None:
     assert bundle(get_type("echo"), [], given={}) == [{}]
     with pytest.raises(InvalidTask, match="no further inputs"):
         bundle(get_type("echo"), ["x"], given={"payload": 1})
+
+
+def test_hidden_is_what_is_hidden_below_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans, here = tmp_path / ".data" / "scans", tmp_path / "here"
+    (scans / ".git").mkdir(parents=True)
+    here.mkdir()
+    for name in ("a.png", ".DS_Store", ".git/b.png"):
+        (scans / name).touch()
+    monkeypatch.chdir(here)
+    for source in (str(scans), "../.data/scans"):
+        assert [path.name for path in _files([source])] == ["a.png"]
+    monkeypatch.chdir(scans)
+    assert [path.name for path in _files(["."])] == ["a.png"]
