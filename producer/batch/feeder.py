@@ -164,14 +164,13 @@ class Slice:
                 if step.ended != ended:
                     moved, ended = time.monotonic(), step.ended
                 if step.cancel_requested:
-                    while feeding.on_their_way:
-                        feeding.settle(wait=True)
+                    feeding.drain()
                     return self._cancelled(batch, source)
                 opens_in = batch.window.opens_in(datetime.now(UTC)) if batch.window else 0.0
                 if feeding.done and step.in_flight <= 0:
                     return Assemble()
                 if around.stopping.is_set() or time.monotonic() > self._ends:
-                    return GoOn(self._cursor)
+                    return self._go_on(feeding)
                 if not feeding.done and opens_in <= 0:
                     self._tell("feeding")
                     room = batch.max_in_flight - step.in_flight - feeding.on_their_way
@@ -185,20 +184,26 @@ class Slice:
                 elif not feeding.done:
                     self._tell("paused")
                     if step.in_flight <= 0:
-                        return GoOn(self._cursor, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
+                        return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
                 else:
                     self._tell("running")
                 idle = time.monotonic() - moved
                 if idle > around.settings.batch_doubt:
                     Recount(around, batch, source, self._renew).in_flight()
-                    return GoOn(self._cursor, _IDLE_DELAY)
+                    return self._go_on(feeding, _IDLE_DELAY)
                 around.stopping.wait(_LOOK_SECONDS)
+
+    def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
+        # What is on its way and not marked would go out again with the next slice.
+        with suppress(PublishRejected):
+            feeding.drain()
+        return GoOn(self._cursor, seconds)
 
     def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
         """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
         end = time.monotonic() + _CANCEL_SECONDS
         while (step := self._step()).in_flight > 0 and time.monotonic() < end:
-            self._around.stopping.wait(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # no end of the process cuts this short
         if step.in_flight > 0:
             recount = Recount(self._around, batch, source, self._renew)
             recount.in_flight()
@@ -281,7 +286,7 @@ class _Feeding:
         self._lines = lines
         self._taken = taken
         self._chunks: deque[_Chunk] = deque()
-        self._last = slice_.cursor.line
+        self._read = slice_.cursor
         self._reaches = 0
         self._exhausted = False
 
@@ -296,23 +301,23 @@ class _Feeding:
         return sum(len(chunk.fed) for chunk in self._chunks)
 
     def feed(self, count: int) -> bool:
-        """Send the next lines, `count` at most; False where there are none."""
+        """Send the next lines, `count` at most; False where all have been read before."""
         if self._exhausted:
             return False
-        if self._reaches < self._last + 2 * _CHUNK:
+        last = self._read.line
+        if self._reaches < last + 2 * _CHUNK:
             # A worker may be done with a line before it is marked: it must be known to be the batch's.
-            self._reaches = self._last + 8 * _CHUNK
+            self._reaches = last + 8 * _CHUNK
             self._slice.reach(self._reaches)
         dealt_with: frozenset[int] = frozenset()
-        if self._last < self._slice.reached:
-            dealt_with = self._slice.dealt_with(self._last + 1, self._last + count)
-        chunk = _Chunk(self._slice.cursor)
+        if last < self._slice.reached:
+            dealt_with = self._slice.dealt_with(last + 1, last + count)
+        chunk = _Chunk(self._read)
         for _ in range(count):
             line = next(self._lines, None)
             if line is None:
                 self._exhausted = True
                 break
-            self._last = line.number
             chunk.cursor = Cursor(line.number, line.end)
             if line.blank or line.number in dealt_with:
                 continue
@@ -323,9 +328,16 @@ class _Feeding:
                 continue
             chunk.fed.append(line.number)
             chunk.messages.append(task_message(task))
-        self._slice.publish(chunk)
-        self._chunks.append(chunk)
+        if chunk.cursor != self._read:
+            self._read = chunk.cursor
+            self._slice.publish(chunk)
+            self._chunks.append(chunk)
         return True
+
+    def drain(self) -> None:
+        """Wait for whatever is on its way, and mark it."""
+        while self._chunks:
+            self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> Step:
         """Mark the chunks that are confirmed; waits for the oldest where many are on their way."""

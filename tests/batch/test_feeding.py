@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
 
 import pytest
 
+from broker import Message
 from producer.batch.assembly import end
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
@@ -169,6 +173,33 @@ def test_no_more_than_max_in_flight_are_fed(site: BatchSite) -> None:
         case other:
             raise AssertionError(other)
     assert site.depth() == 7
+
+
+def test_what_is_on_its_way_as_a_slice_ends_goes_out_once(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(lines(4000), max_in_flight=5000)
+    sent: Counter[str | None] = Counter()
+    publish_all = site.around.publisher.publish_all
+
+    def count(messages: Sequence[Message]) -> Future[None]:
+        sent.update(message.message_id for message in messages)
+        if len(sent) in (1000, 2000):
+            site.around.stopping.set()
+        return publish_all(messages)
+
+    monkeypatch.setattr(site.around.publisher, "publish_all", count)
+    cursor = Cursor()
+    for part in range(3):
+        going_on = site.slice(batch, cursor, part=part)
+        assert isinstance(going_on, GoOn)
+        cursor = going_on.cursor
+        assert cursor.line == (1000, 2000, 4000)[part]
+        site.around.stopping.clear()
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.line, standing.offset) == (4000, len(lines(4000)))
+    assert (len(sent), set(sent.values())) == (4000, {1})
 
 
 def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
