@@ -265,16 +265,28 @@ class Slice:
         chunk.confirmed = self._around.publisher.publish_all(chunk.messages)
 
     def wait(self, chunk: _Chunk) -> None:
-        while chunk.confirmed is not None:
-            try:
-                chunk.confirmed.result()
-                return
-            except PublishRejected as error:
-                if self._around.stopping.is_set() or time.monotonic() > self._ends:
-                    raise
-                _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], error)
-                self._around.stopping.wait(_REJECTED_PAUSE)
-                self.publish(chunk)
+        if chunk.confirmed is None:
+            return
+        try:
+            chunk.confirmed.result()
+            return
+        except PublishRejected as error:
+            rejected = error
+        # Which of them were refused is told by one future for each alone; later on only those go out.
+        messages = chunk.messages
+        while messages:
+            if self._around.stopping.is_set() or time.monotonic() > self._ends:
+                raise rejected
+            _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], rejected)
+            self._around.stopping.wait(_REJECTED_PAUSE)
+            sent = [(message, self._around.publisher.publish(message)) for message in messages]
+            messages = []
+            for message, confirmed in sent:
+                try:
+                    confirmed.result()
+                except PublishRejected as error:
+                    rejected = error
+                    messages.append(message)
 
 
 class _Feeding:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from broker import Message
+from broker import Message, PublishRejected
 from producer.batch.assembly import end
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
@@ -200,6 +200,32 @@ def test_what_is_on_its_way_as_a_slice_ends_goes_out_once(
     assert standing is not None
     assert (standing.line, standing.offset) == (4000, len(lines(4000)))
     assert (len(sent), set(sent.values())) == (4000, {1})
+
+
+def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
+    site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(lines(10))
+    sent: Counter[str | None] = Counter()
+    publish_all = site.around.publisher.publish_all
+    late = batch.task_id(4)
+
+    def refuse(messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
+        sent.update(message.message_id for message in messages if message.type == "echo")
+        taken = [message for message in messages if message.message_id != late or sent[late] > 3]
+        confirmed = publish_all(taken, timeout=timeout)
+        if len(taken) == len(messages):
+            return confirmed
+        confirmed.result()
+        refused: Future[None] = Future()
+        refused.set_exception(PublishRejected("the queue is full"))
+        return refused
+
+    monkeypatch.setattr("producer.batch.feeder._REJECTED_PAUSE", 0.05)
+    monkeypatch.setattr(site.around.publisher, "publish_all", refuse)
+    assert site.finish(batch).counts.succeeded == 10
+    assert sent.pop(late) == 4
+    assert set(sent.values()) == {2}
 
 
 def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
