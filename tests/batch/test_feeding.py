@@ -7,13 +7,16 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from datetime import UTC, datetime
 
 import pytest
 
 from broker import Message, PublishRejected
 from producer.batch.assembly import end
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
+from producer.batch.recount import Recount
 from producer.batch.sources import Cursor
+from schemas import InvalidTask, Result, parse_task
 from storage import BatchConflict, upload_key
 from tests.batch.conftest import BatchSite, QuickWorker
 
@@ -264,6 +267,35 @@ def test_ends_that_redis_never_heard_of_are_found_in_the_store(site: BatchSite, 
     worker.tells_redis = False
     batch = site.batch(lines(120) + b'{"task_id": "mine"}\n', max_in_flight=50)
     assert site.finish(batch).counts.succeeded == 121
+
+
+def test_all_that_is_in_flight_is_looked_up_and_the_source_is_read_once_for_it(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"".join(b'{"task_id": "own-%d", "payload": %d}\n' % (n, n) for n in range(1, 501))
+    batch = site.batch(content)
+    site.slice(batch)
+    source = site.around.batches.source("default", batch.batch_id)
+    assert source is not None
+    for number in (450, 451):
+        task = parse_task(
+            {"task_id": f"own-{number}", "task_type": "echo", "payload": number,
+             "batch_id": batch.batch_id, "batch_line": number}
+        )  # fmt: skip
+        site.around.results.save(
+            Result.failure(task, InvalidTask("no"), attempts=1, finished_at=datetime.now(UTC))
+        )
+    read, lines_of = [], site.around.sources.lines
+    monkeypatch.setattr(site.around.sources, "lines", lambda *of: read.append(of) or lines_of(*of))
+    recount = Recount(site.around, batch, source, lambda: None)
+    recount.in_flight()
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.counts.failed, standing.counts.queued, len(read)) == (2, 498, 1)
+    recount.cancel_in_flight()
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.counts.failed, standing.counts.cancelled, len(read)) == (2, 498, 2)
 
 
 def test_an_id_that_another_task_has_ends_as_a_conflict(site: BatchSite, worker: QuickWorker) -> None:
