@@ -97,6 +97,13 @@ def test_nothing_that_is_no_json_object_becomes_a_task(text: str) -> None:
             LineParser(batch()).parse(Line(1, 0, content, len(content)))
 
 
+def test_a_fault_is_named_by_its_place_in_the_line() -> None:
+    content = b'{"payload": }'
+    with pytest.raises(InvalidTask, match="line 1 column 13") as refused:
+        LineParser(batch(defaults={"delay": 0.5})).parse(Line(1, 0, content, len(content)))
+    assert refused.value.code == "not_json"
+
+
 @pytest.mark.parametrize("name", ["tenant", "batch_id", "batch_line"])
 @pytest.mark.parametrize("escaped", [False, True])
 def test_a_line_cannot_say_what_the_batch_says(name: str, escaped: bool) -> None:
