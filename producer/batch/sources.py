@@ -271,15 +271,18 @@ class _File:
         self._rest = b""
 
     def read(self, count: int = -1) -> bytes:
-        if count < 0:
-            return self._rest + b"".join(self._pieces)
-        while len(self._rest) < count:
+        found, held = [self._rest], len(self._rest)
+        while count < 0 or held < count:
             piece = next(self._pieces, None)
             if piece is None:
                 break
-            self._rest += piece
-        taken, self._rest = self._rest[:count], self._rest[count:]
-        return taken
+            found.append(piece)
+            held += len(piece)
+        whole = b"".join(found)
+        if count < 0:
+            count = held
+        self._rest = whole[count:]
+        return whole[:count]
 
 
 def split_s3_prefix(url: str) -> tuple[str, str]:
