@@ -70,9 +70,7 @@ class _Entry:
     """A line: the task in it, with its result on the way, or why there is none."""
 
     line: Line
-    task: Task | None = None
-    result: Future[Result | None] | None = None
-    invalid: InvalidTask | None = None
+    found: tuple[Task, Future[Result | None]] | InvalidTask
 
 
 class Unfinished(Exception):
@@ -146,11 +144,11 @@ class Assembly:
                 try:
                     task = task_of(parser, taken, line)
                 except InvalidTask as error:
-                    waiting.append(_Entry(line, invalid=error))
+                    waiting.append(_Entry(line, error))
                 else:
                     load = self._around.results.load_success
                     result = threads.submit(load, task.tenant, task.task_id)
-                    waiting.append(_Entry(line, task, result))
+                    waiting.append(_Entry(line, (task, result)))
                 if len(waiting) > readers * _AHEAD:
                     yield waiting.popleft()
             while waiting:
@@ -191,16 +189,16 @@ class Assembly:
         """What is written of a line, and whether to the output."""
         tally.total += 1
         number = entry.line.number
-        if entry.task is None or entry.result is None:
+        if isinstance(entry.found, InvalidTask):
+            error = entry.found
             tally.invalid += 1
-            error = entry.invalid or InvalidTask("the line is no task")
             tally.failures[error.code] += 1
             named = {"task_id": task_id} if (task_id := named_id(entry.line.content)) else {}
             return {"line": number, **named, "status": "invalid", "error": _error(ErrorInfo.of(error))}, False
-        task = entry.task
+        task, coming = entry.found
         about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
         try:
-            result = entry.result.result()
+            result = coming.result()
         except UnreadableResult as unreadable:
             # It is nobody's to overwrite, and the batch would wait for its mending for ever.
             tally.failed += 1
