@@ -364,7 +364,13 @@ class TaskRun:
             self._held = False
             self._release()
         if self._around.tell(
-            partial(self._around.status.cancel_requested, task.tenant, task.task_id, task.batch_id)
+            partial(
+                self._around.status.cancel_requested,
+                task.tenant,
+                task.task_id,
+                task.batch_id,
+                task.batch_line,
+            )
         ):
             return "cancelled"
         return None

@@ -129,6 +129,8 @@ def test_a_cancelled_batch_lets_nothing_begin_and_stops_what_runs(
     assert not status.cancel_requested("default", "b:1.1", "b:1")
     index.request_cancel(*B, line=2)
     assert begin(status, 2)
+    assert status.cancel_requested("default", "b:1.2", "b:1", 2)
+    assert not status.cancel_requested("default", "b:1.1", "b:1", 1)
     assert not begin(status, 3)
     index.request_cancel(*B)
     assert begin(status, 3)
