@@ -364,7 +364,13 @@ class TaskRun:
             self._held = False
             self._release()
         if self._around.tell(
-            partial(self._around.status.cancel_requested, task.tenant, task.task_id, task.batch_id)
+            partial(
+                self._around.status.cancel_requested,
+                task.tenant,
+                task.task_id,
+                task.batch_id,
+                task.batch_line,
+            )
         ):
             return "cancelled"
         return None
@@ -476,6 +482,9 @@ class TaskRun:
         self._publish(self._dead(bury.error))
         if bury.record:
             self._record(self._failure(task, bury.error, timings=timings))
+        elif task.batch_line is not None:
+            # The record is another's, but the line has ended. The index leaves what another has begun alone.
+            self._around.tell(partial(self._around.status.ended, self._failure(task, bury.error)))
         return "failed"
 
     def _cancelled(self, task: Task) -> str:

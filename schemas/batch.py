@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -134,7 +134,7 @@ class BatchSummary(BaseModel):
     tenant: str
     state: BatchState
     counts: BatchCounts
-    failures: dict[str, int] = Field({}, description="How many failed lines, by error code.")
+    failures: dict[str, int] = Field({}, description="How many failed and invalid lines, by error code.")
     error: str | None = Field(None, description="Why the batch itself failed.")
     seconds: float
     tasks_per_second: float
@@ -170,6 +170,3 @@ class BatchStatus(BaseModel):
     @property
     def ended(self) -> bool:
         return self.state in BATCH_END_STATES
-
-
-BATCH_STATES: tuple[BatchState, ...] = get_args(BatchState)

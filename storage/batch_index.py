@@ -87,10 +87,11 @@ class BatchIndex:
         self._run("release", tenant, batch_id, [token])
 
     def open(
-        self, tenant: str, batch_id: str, *, line: int, offset: int, total: int, cancelled: bool
+        self, tenant: str, batch_id: str, *, token: str, line: int, offset: int, total: int, cancelled: bool
     ) -> None:
-        """The bitmaps are right, up to `line`."""
-        self._run("open", tenant, batch_id, [line, offset, total, int(cancelled)])
+        """The bitmaps are right, up to `line`. Raises LeaseLost, and then has changed nothing."""
+        if self._run("open", tenant, batch_id, [line, offset, total, int(cancelled), token]) < 0:
+            raise LeaseLost
 
     def step(
         self,
@@ -107,7 +108,7 @@ class BatchIndex:
         """Mark lines as fed and as invalid, all up to `line` being dealt with. What comes next is no line
         beyond `reaches`.
 
-        Raises IndexLost and LeaseLost, and then has changed nothing.
+        Raises IndexLost (the lease is renewed all the same) and LeaseLost, and then has marked nothing.
         """
         new = _runs(fed)
         reply = self._run(
@@ -135,9 +136,13 @@ class BatchIndex:
         found: list[int] = self._run("unended", tenant, batch_id, [after, limit])
         return found
 
-    def forget(self, tenant: str, batch_id: str, *, reaches: int) -> None:
-        """Throw the bitmaps away, to make them anew; ends of lines up to `reaches` are marked from now on."""
-        self._run("forget", tenant, batch_id, [reaches])
+    def forget(self, tenant: str, batch_id: str, *, reaches: int, token: str = "") -> None:
+        """Throw the bitmaps away, to make them anew; ends of lines up to `reaches` are marked from now on.
+
+        With a `token`, raises LeaseLost where another feeder has the batch, and then has changed nothing.
+        """
+        if self._run("forget", tenant, batch_id, [reaches, token]) < 0:
+            raise LeaseLost
 
     def mark(
         self, tenant: str, batch_id: str, state: Literal["fed", "invalid"], lines: Iterable[int]

@@ -127,7 +127,9 @@ return 0
 """
 
 _OPEN = """
-local line, offset, total, cancelled = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local line, offset, total, cancelled, token = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local holder = redis.call('GET', lease)
+if holder and holder ~= token then return -1 end
 redis.call('HSET', key, 'open', '1', 'n', line, 'l', line, 'o', offset, 't', total)
 if cancelled == '1' then redis.call('HSET', key, 'x', '1') end
 keep_batch(batch)
@@ -140,10 +142,11 @@ _STEP = (
     + """
 local token, seconds, reaches, line, offset = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local fed = tonumber(ARGV[10])
-if redis.call('HEXISTS', key, 'open') == 0 then return {0} end
 local holder = redis.call('GET', lease)
 if holder and holder ~= token then return {-1} end
+-- Before the index is open, too: making it anew may take longer than the lease.
 redis.call('SET', lease, token, 'EX', seconds)
+if redis.call('HEXISTS', key, 'open') == 0 then return {0} end
 set_runs(bits('fed', batch), 11, 10 + fed)
 set_runs(bits('invalid', batch), 11 + fed, #ARGV)
 if line ~= '' then redis.call('HSET', key, 'l', line, 'o', offset) end
@@ -209,6 +212,8 @@ return found
 """
 
 _FORGET = """
+local holder = redis.call('GET', lease)
+if holder and ARGV[6] ~= '' and holder ~= ARGV[6] then return -1 end
 for _, state in ipairs({'fed', 'succeeded', 'failed', 'cancelled', 'invalid'}) do
   redis.call('DEL', bits(state, batch))
 end

@@ -12,6 +12,7 @@ batches/<tenant>/<batch_id>/summary.json    how it ended, written once, after th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import TypeVar
 from urllib.parse import unquote
 
@@ -92,12 +93,12 @@ class BatchStore:
             if info.key.endswith(f"/{_BATCH}") and (found := self._load(info.key, Batch)) is not None:
                 yield found
 
-    def ids(self, tenant: str) -> Iterator[str]:
-        """The ids of the tenant's batches, in order, without reading them."""
+    def made(self, tenant: str) -> Iterator[tuple[datetime, str]]:
+        """When each of the tenant's batches was put on record, and its id, without reading them."""
         base = f"batches/{segment(tenant)}/"
         for info in self._store.list(base):
             if info.key.endswith(f"/{_BATCH}"):
-                yield unquote(info.key.removeprefix(base).partition("/")[0])
+                yield info.modified, unquote(info.key.removeprefix(base).partition("/")[0])
 
     def source(self, tenant: str, batch_id: str) -> BatchSource | None:
         return self._load(_place(tenant, batch_id) + "source.json", BatchSource)

@@ -281,12 +281,18 @@ class StatusIndex:
         fields = self._change("cancel", tenant, task_id, [])
         return read_status(tenant, task_id, fields) if fields else None
 
-    def cancel_requested(self, tenant: str, task_id: str, batch_id: str | None = None) -> bool:
-        """Whether somebody wants the task, or the whole batch that it belongs to, cancelled."""
-        keys = [scripts.record_key(tenant, task_id)]
-        if batch_id is not None:
-            keys.append(batch_key(tenant, batch_id))
-        return any(self._call(partial(self._redis.hexists, key, "x")) for key in keys)
+    def cancel_requested(
+        self, tenant: str, task_id: str, batch_id: str | None = None, line: int | None = None
+    ) -> bool:
+        """Whether somebody wants the task, its line, or the whole batch that it belongs to cancelled."""
+        key = scripts.record_key(tenant, task_id)
+        if self._call(partial(self._redis.hexists, key, "x")):
+            return True
+        if batch_id is None:
+            return False
+        wishes = ["x"] if line is None else ["x", f"x:{line}"]
+        found = self._call(partial(self._redis.hmget, batch_key(tenant, batch_id), wishes))
+        return any(wish is not None for wish in found)
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
         reply = self._call(lambda: self._redis.hgetall(scripts.record_key(tenant, task_id)))

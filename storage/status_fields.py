@@ -125,6 +125,6 @@ def read_cursor(cursor: str) -> tuple[str, str]:
 
 def _bad_cursor(cursor: str) -> InvalidTask:
     return InvalidTask(
-        f"{cursor[:100]!r} is not a cursor of a task listing: pass the one that the page before gave",
+        f"{cursor[:100]!r} is not a cursor of a listing: pass the one that the page before gave",
         code="bad_cursor",
     )

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from broker import callback_message
-from producer.batch.lines import Line, LineParser, named_id
+from producer.batch.lines import Line, LineParser, SourceUnusable, named_id
 from producer.batch.recount import belongs
 from producer.batch.surroundings import Surroundings
 from producer.batch.tasks import task_of
@@ -28,6 +28,7 @@ from schemas import (
     BatchCounts,
     BatchState,
     BatchSummary,
+    EndState,
     ErrorInfo,
     InvalidTask,
     Outage,
@@ -69,13 +70,20 @@ class _Entry:
     """A line: the task in it, with its result on the way, or why there is none."""
 
     line: Line
-    task: Task | None = None
-    result: Future[Result | None] | None = None
-    invalid: InvalidTask | None = None
+    found: tuple[Task, Future[Result | None]] | InvalidTask
 
 
 class Unfinished(Exception):
     """A line has not ended, so that it is too early."""
+
+
+def end(around: Surroundings, batch: Batch, error: str | None = None) -> BatchSummary:
+    """End a batch, as `Assembly.run` does, and too where its source has gone since it was fed."""
+    assembly = Assembly(around, batch)
+    try:
+        return assembly.run(error)
+    except SourceUnusable as gone:
+        return assembly.run(gone.message)
 
 
 class Assembly:
@@ -90,7 +98,7 @@ class Assembly:
     def run(self, error: str | None = None) -> BatchSummary:
         """Write `output.jsonl`, `errors.jsonl` and the summary, then tell whoever wants to know.
 
-        `error` says why the batch could not be fed at all. Raises Unfinished.
+        `error` says why the batch could not be fed, or not to its end. Raises Unfinished and SourceUnusable.
         """
         around, batch = self._around, self._batch
         summary = around.batches.summary(*self._name)
@@ -109,8 +117,10 @@ class Assembly:
         with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
             output, errors = Path(folder) / "output.jsonl", Path(folder) / "errors.jsonl"
             with output.open("wb") as succeeded, errors.open("wb") as others:
-                source = self._around.batches.source(*self._name) if error is None else None
-                if source is not None:
+                source = self._around.batches.source(*self._name)
+                if source is not None and error is not None:
+                    self._count(source, tally)
+                elif source is not None:
                     for line in self._entries(source):
                         document, well = self._document(line, tally)
                         (succeeded if well else others).write(_line(document))
@@ -134,30 +144,68 @@ class Assembly:
                 try:
                     task = task_of(parser, taken, line)
                 except InvalidTask as error:
-                    waiting.append(_Entry(line, invalid=error))
+                    waiting.append(_Entry(line, error))
                 else:
                     load = self._around.results.load_success
                     result = threads.submit(load, task.tenant, task.task_id)
-                    waiting.append(_Entry(line, task, result))
+                    waiting.append(_Entry(line, (task, result)))
                 if len(waiting) > readers * _AHEAD:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
 
+    def _count(self, source: BatchSource, tally: _Tally) -> None:
+        """What has ended, without a look at the lines."""
+        tally.total = source.total
+        # A listing does not find tasks that have ids of their own; Redis, where it knows them, does.
+        standing = self._around.index.look(*self._name) if source.own_ids else None
+        if standing is not None and standing.known:
+            counts = standing.counts
+            tally.succeeded, tally.failed = counts.succeeded, counts.failed
+            tally.cancelled, tally.invalid = counts.cancelled, counts.invalid
+            return
+        prefix = f"{self._batch.batch_id}."
+        others: list[str] = []
+        for task_id, success in self._around.results.endings(self._batch.tenant, prefix):
+            if not task_id.removeprefix(prefix).isdigit():
+                continue
+            if success:
+                tally.succeeded += 1
+            else:
+                others.append(task_id)
+        with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+            for state, code in threads.map(self._ending, others):
+                if state == "succeeded":
+                    tally.succeeded += 1
+                elif state == "cancelled":
+                    tally.cancelled += 1
+                else:
+                    tally.failed += 1
+                    tally.failures[code] += 1
+
+    def _ending(self, task_id: str) -> tuple[EndState, str]:
+        try:
+            result = self._around.results.load(self._batch.tenant, task_id)
+        except UnreadableResult as unreadable:
+            return "failed", unreadable.code
+        if result is None:
+            return "failed", "unknown"
+        return result.status, result.error.code if result.error is not None else "unknown"
+
     def _document(self, entry: _Entry, tally: _Tally) -> tuple[dict[str, Any], bool]:
         """What is written of a line, and whether to the output."""
         tally.total += 1
         number = entry.line.number
-        if entry.task is None or entry.result is None:
+        if isinstance(entry.found, InvalidTask):
+            error = entry.found
             tally.invalid += 1
-            error = entry.invalid or InvalidTask("the line is no task")
             tally.failures[error.code] += 1
             named = {"task_id": task_id} if (task_id := named_id(entry.line.content)) else {}
             return {"line": number, **named, "status": "invalid", "error": _error(ErrorInfo.of(error))}, False
-        task = entry.task
+        task, coming = entry.found
         about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
         try:
-            result = entry.result.result()
+            result = coming.result()
         except UnreadableResult as unreadable:
             # It is nobody's to overwrite, and the batch would wait for its mending for ever.
             tally.failed += 1

@@ -92,6 +92,7 @@ class Slice:
         self._ends = time.monotonic() + around.settings.batch_slice
         self._state: BatchState | None = None
         self._reached = 0
+        self._kept = time.monotonic()
 
     def run(self) -> Next:
         """Feed, until the slice is over."""
@@ -126,7 +127,7 @@ class Slice:
                 return Assemble()
             self._tell("preparing")
         try:
-            source = around.sources.settle(batch)
+            source = around.sources.settle(batch, self._keep)
             self._open(batch, source, cancelled=cancelled)
             return self._fed(batch, source)
         except SourceUnusable as error:
@@ -143,11 +144,13 @@ class Slice:
             if cancelled and not standing.cancel_requested:
                 index.request_cancel(*self._name)
             return
-        index.forget(*self._name, reaches=self._cursor.line)
+        index.forget(*self._name, reaches=self._cursor.line, token=self._token)
         line, offset = self._cursor
         if line:
             Recount(self._around, batch, source, self._renew).all(self._cursor)
-        index.open(*self._name, line=line, offset=offset, total=source.total, cancelled=cancelled)
+        index.open(
+            *self._name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
+        )
 
     def _fed(self, batch: Batch, source: BatchSource) -> Next:
         around = self._around
@@ -163,14 +166,13 @@ class Slice:
                 if step.ended != ended:
                     moved, ended = time.monotonic(), step.ended
                 if step.cancel_requested:
-                    while feeding.on_their_way:
-                        feeding.settle(wait=True)
+                    feeding.drain()
                     return self._cancelled(batch, source)
                 opens_in = batch.window.opens_in(datetime.now(UTC)) if batch.window else 0.0
                 if feeding.done and step.in_flight <= 0:
                     return Assemble()
                 if around.stopping.is_set() or time.monotonic() > self._ends:
-                    return GoOn(self._cursor)
+                    return self._go_on(feeding)
                 if not feeding.done and opens_in <= 0:
                     self._tell("feeding")
                     room = batch.max_in_flight - step.in_flight - feeding.on_their_way
@@ -184,20 +186,26 @@ class Slice:
                 elif not feeding.done:
                     self._tell("paused")
                     if step.in_flight <= 0:
-                        return GoOn(self._cursor, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
+                        return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
                 else:
                     self._tell("running")
                 idle = time.monotonic() - moved
                 if idle > around.settings.batch_doubt:
                     Recount(around, batch, source, self._renew).in_flight()
-                    return GoOn(self._cursor, _IDLE_DELAY)
+                    return self._go_on(feeding, _IDLE_DELAY)
                 around.stopping.wait(_LOOK_SECONDS)
+
+    def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
+        # What is on its way and not marked would go out again with the next slice.
+        with suppress(PublishRejected):
+            feeding.drain()
+        return GoOn(self._cursor, seconds)
 
     def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
         """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
         end = time.monotonic() + _CANCEL_SECONDS
         while (step := self._step()).in_flight > 0 and time.monotonic() < end:
-            self._around.stopping.wait(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # no end of the process cuts this short
         if step.in_flight > 0:
             recount = Recount(self._around, batch, source, self._renew)
             recount.in_flight()
@@ -210,6 +218,14 @@ class Slice:
     def _renew(self) -> None:
         with suppress(IndexLost):
             self._step()
+
+    def _keep(self) -> None:
+        """Renew the lease where that is due. Where Redis is away nobody else can take it, either."""
+        now = time.monotonic()
+        if now - self._kept > self._around.settings.batch_lease / 4:
+            self._kept = now
+            with suppress(Outage):
+                self._renew()
 
     def _tell(self, state: BatchState) -> None:
         if state != self._state:
@@ -251,16 +267,28 @@ class Slice:
         chunk.confirmed = self._around.publisher.publish_all(chunk.messages)
 
     def wait(self, chunk: _Chunk) -> None:
-        while chunk.confirmed is not None:
-            try:
-                chunk.confirmed.result()
-                return
-            except PublishRejected as error:
-                if self._around.stopping.is_set() or time.monotonic() > self._ends:
-                    raise
-                _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], error)
-                self._around.stopping.wait(_REJECTED_PAUSE)
-                self.publish(chunk)
+        if chunk.confirmed is None:
+            return
+        try:
+            chunk.confirmed.result()
+            return
+        except PublishRejected as error:
+            rejected = error
+        # Which of them were refused is told by one future for each alone; later on only those go out.
+        messages = chunk.messages
+        while messages:
+            if self._around.stopping.is_set() or time.monotonic() > self._ends:
+                raise rejected
+            _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], rejected)
+            self._around.stopping.wait(_REJECTED_PAUSE)
+            sent = [(message, self._around.publisher.publish(message)) for message in messages]
+            messages = []
+            for message, confirmed in sent:
+                try:
+                    confirmed.result()
+                except PublishRejected as error:
+                    rejected = error
+                    messages.append(message)
 
 
 class _Feeding:
@@ -272,7 +300,7 @@ class _Feeding:
         self._lines = lines
         self._taken = taken
         self._chunks: deque[_Chunk] = deque()
-        self._last = slice_.cursor.line
+        self._read = slice_.cursor
         self._reaches = 0
         self._exhausted = False
 
@@ -287,17 +315,18 @@ class _Feeding:
         return sum(len(chunk.fed) for chunk in self._chunks)
 
     def feed(self, count: int) -> bool:
-        """Send the next lines, `count` at most; False where there are none."""
+        """Send the next lines, `count` at most; False where all have been read before."""
         if self._exhausted:
             return False
-        if self._reaches < self._last + 2 * _CHUNK:
+        last = self._read.line
+        if self._reaches < last + 2 * _CHUNK:
             # A worker may be done with a line before it is marked: it must be known to be the batch's.
-            self._reaches = self._last + 8 * _CHUNK
+            self._reaches = last + 8 * _CHUNK
             self._slice.reach(self._reaches)
         dealt_with: frozenset[int] = frozenset()
-        if self._last < self._slice.reached:
-            dealt_with = self._slice.dealt_with(self._last + 1, self._last + count)
-        chunk = _Chunk(self._slice.cursor)
+        if last < self._slice.reached:
+            dealt_with = self._slice.dealt_with(last + 1, last + count)
+        chunk = _Chunk(self._read)
         size = 0
         for _ in range(count):
             if size > _CHUNK_BYTES:
@@ -307,7 +336,6 @@ class _Feeding:
                 self._exhausted = True
                 break
             size += line.length
-            self._last = line.number
             chunk.cursor = Cursor(line.number, line.end)
             if line.blank or line.number in dealt_with:
                 continue
@@ -318,9 +346,16 @@ class _Feeding:
                 continue
             chunk.fed.append(line.number)
             chunk.messages.append(task_message(task))
-        self._slice.publish(chunk)
-        self._chunks.append(chunk)
+        if chunk.cursor != self._read:
+            self._read = chunk.cursor
+            self._slice.publish(chunk)
+            self._chunks.append(chunk)
         return True
+
+    def drain(self) -> None:
+        """Wait for whatever is on its way, and mark it."""
+        while self._chunks:
+            self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> Step:
         """Mark the chunks that are confirmed; waits for the oldest where many are on their way."""

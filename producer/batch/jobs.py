@@ -8,7 +8,7 @@ from celery import Celery, Task
 
 from broker import ASSEMBLE_JOB, FEED_JOB
 from producer.batch.again import again_unless_done, loaded_once
-from producer.batch.assembly import Assembly, Unfinished
+from producer.batch.assembly import Unfinished, end
 from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
 from producer.batch.start import assemble_message, feed_message
@@ -59,7 +59,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 _log.error("batch %s: there is no record of it, so that it cannot be ended", batch_id)
                 return
             try:
-                Assembly(here, batch).run(error)
+                end(here, batch, error)
             except Unfinished:
                 # Redis said that all had ended, the object store does not: it is the one to be believed.
                 _log.warning("batch %s: not all of it has ended: it is looked at again", batch_id)

@@ -143,7 +143,12 @@ class LineParser:
         # Anything that may need a look; most lines do not.
         if b'"batch_' in content or b'"tenant"' in content or b"\\u" in content or self._merges:
             content = self._merged(content)
-        task = parse_task(self._spliced(content, own_id, line.number), expected=self._type)
+        try:
+            task = parse_task(self._spliced(content, own_id, line.number), expected=self._type)
+        except InvalidTask as error:
+            if error.code == "not_json":
+                _object(content)  # names the place in the line as it is
+            raise
         if task.task_id != own_id and task.task_id.startswith(self._reserved):
             raise InvalidTask(
                 f"task_id {task.task_id!r} is kept for the lines without one: choose ids that do not begin "

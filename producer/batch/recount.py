@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TypeVar
 
-from producer.batch.lines import LineParser, named_id
+from producer.batch.lines import Line, LineParser, named_id
 from producer.batch.sources import Cursor, Sources
 from producer.batch.surroundings import Surroundings
 from producer.batch.tasks import task_of
@@ -17,6 +18,7 @@ from storage import BatchSource, UnreadableResult
 
 _MARKED_AT_ONCE = 1000
 _LOOKED_UP_AT_ONCE = 200
+_PASSED_AT_ONCE = 50_000
 
 T = TypeVar("T")
 
@@ -49,31 +51,39 @@ class Recount:
             self._list(cursor)
 
     def in_flight(self) -> None:
-        """Mark those lines as ended whose end Redis has missed; looks on for as long as it finds any."""
-        after = 0
-        while lines := self._around.index.unended(*self._name, after=after, limit=_LOOKED_UP_AT_ONCE):
-            after = lines[-1]
-            found = self._look_up(self._ids(lines))
-            self._mark(found)
-            self._renew()
-            if not any(found.values()):
-                return
+        """Mark those lines as ended whose end Redis has missed."""
+        with self._ids() as ids_of:
+            for lines in self._unended():
+                self._mark(self._look_up(ids_of(lines)))
+                self._renew()
+                if self._around.stopping.is_set():
+                    return  # somebody else goes on
 
     def cancel_in_flight(self) -> None:
         """Record the end of whatever has not ended: its message finds that, and nothing is run."""
         error = InvalidTask("the batch was cancelled before the task ended", code="cancelled")
+        parser = LineParser(self._batch)
+        with self._picked() as pick, self._sources.taken(self._source) as taken:
+            for lines in self._unended():
+                tasks = []
+                for line in pick(lines):
+                    with suppress(InvalidTask):
+                        tasks.append(task_of(parser, taken, line))
+                with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+                    kept = list(threads.map(lambda task: self._end(task, error), tasks))
+                ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
+                for result in kept:
+                    if result.batch_line is not None:
+                        ends[result.status].append(result.batch_line)
+                self._mark(ends)
+                self._renew()
+
+    def _unended(self) -> Iterator[list[int]]:
+        """The lines that are fed and have not ended, as Redis has it, some at a time."""
         after = 0
         while lines := self._around.index.unended(*self._name, after=after, limit=_LOOKED_UP_AT_ONCE):
+            yield lines
             after = lines[-1]
-            tasks = [task for line, task in self._tasks(Cursor(after, 0), frozenset(lines)) if task]
-            with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
-                kept = list(threads.map(lambda task: self._end(task, error), tasks))
-            ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
-            for result in kept:
-                if result.batch_line is not None:
-                    ends[result.status].append(result.batch_line)
-            self._mark(ends)
-            self._renew()
 
     def _end(self, task: Task, error: InvalidTask) -> Result:
         ended = Result.failure(task, error, attempts=0, finished_at=datetime.now(UTC), status="cancelled")
@@ -83,35 +93,47 @@ class Recount:
             return ended
         return kept if kept.batch_line == task.batch_line else ended
 
-    def _tasks(
-        self, cursor: Cursor, wanted: frozenset[int] | None = None
-    ) -> Iterator[tuple[int, Task | None]]:
+    def _tasks(self, cursor: Cursor) -> Iterator[tuple[int, Task | None]]:
         """The lines up to the cursor and their tasks, None where a line is invalid."""
         parser = LineParser(self._batch)
         with self._sources.lines(self._source) as lines, self._sources.taken(self._source) as taken:
             for line in lines:
                 if line.number > cursor.line:
                     return
-                if line.blank or (wanted is not None and line.number not in wanted):
+                if line.blank:
                     continue
                 try:
                     yield line.number, task_of(parser, taken, line)
                 except InvalidTask:
                     yield line.number, None
 
-    def _ids(self, lines: list[int]) -> Iterator[tuple[int, str]]:
-        """The lines with the ids of their tasks."""
+    @contextmanager
+    def _picked(self) -> Iterator[Callable[[list[int]], Iterator[Line]]]:
+        """What gives the lines of these numbers. Called on and on, with ever higher ones, it reads once."""
+        with self._sources.lines(self._source) as lines:
+
+            def pick(numbers: list[int]) -> Iterator[Line]:
+                for number in numbers:
+                    for line in lines:
+                        if line.number % _PASSED_AT_ONCE == 0:
+                            self._renew()
+                        if line.number == number:
+                            yield line
+                            break
+
+            yield pick
+
+    @contextmanager
+    def _ids(self) -> Iterator[Callable[[list[int]], Iterator[tuple[int, str]]]]:
+        """What gives lines with the ids of their tasks, as `_picked` gives the lines."""
+        own_id = self._batch.task_id
         if not self._source.own_ids:
-            yield from ((line, self._batch.task_id(line)) for line in lines)
+            yield lambda numbers: ((number, own_id(number)) for number in numbers)
             return
-        wanted = set(lines)
-        with self._sources.lines(self._source) as read:
-            for line in read:
-                if line.number in wanted:
-                    yield line.number, named_id(line.content) or self._batch.task_id(line.number)
-                    wanted.discard(line.number)
-                    if not wanted:
-                        return
+        with self._picked() as pick:
+            yield lambda numbers: (
+                (line.number, named_id(line.content) or own_id(line.number)) for line in pick(numbers)
+            )
 
     def _look_up(self, ids: Iterable[tuple[int, str]]) -> Ends:
         """Which of these lines have ended, by their results."""

@@ -7,10 +7,11 @@ when it began, however long it takes.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -42,6 +43,7 @@ from storage.fetch_url import split_s3_url
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _JSONL = "application/x-ndjson"
 _COMMIT_LINES = 50_000
+_TASK_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Cursor(NamedTuple):
@@ -59,16 +61,17 @@ class Sources:
         self._batches = batches
         self._settings = settings
 
-    def settle(self, batch: Batch) -> BatchSource:
+    def settle(self, batch: Batch, alive: Callable[[], None] = lambda: None) -> BatchSource:
         """Which JSONL the batch is fed from: what was settled before, or what is made now.
 
-        Raises SourceUnusable where there is nothing to feed, or no right to it.
+        `alive` is called very often, as this may take long. Raises SourceUnusable where there is nothing to
+        feed, or no right to it.
         """
         known = self._batches.source(batch.tenant, batch.batch_id)
         if known is not None:
             return known
         return self._batches.keep_source(
-            batch.tenant, batch.batch_id, self._survey(batch, self._fetch(batch))
+            batch.tenant, batch.batch_id, self._survey(batch, self._fetch(batch, alive), alive)
         )
 
     @contextmanager
@@ -108,7 +111,7 @@ class Sources:
         self._check_bucket(bucket, prefix)
         return self._inputs(bucket, prefix)
 
-    def _fetch(self, batch: Batch) -> str:
+    def _fetch(self, batch: Batch, alive: Callable[[], None]) -> str:
         """The key of a JSONL object with the batch's lines."""
         scheme, _, rest = batch.source.partition(":")
         try:
@@ -120,9 +123,9 @@ class Sources:
             self._check_bucket(bucket, name)
             key = input_key(batch.tenant, batch.batch_id, secrets.token_hex(8))
             if name.endswith(JSONL_ENDINGS):
-                self._copy(bucket, name, key)
+                self._copy(bucket, name, key, alive)
             else:
-                self._list(batch, bucket, name, key)
+                self._list(batch, bucket, name, key, alive)
         except ObjectNotFound as error:
             raise SourceUnusable(f"there is no {batch.source}: upload it first, or correct it") from error
         except InvalidTask as error:
@@ -141,7 +144,7 @@ class Sources:
                 "results and uploads of inferq itself cannot be a source: copy them elsewhere"
             )
 
-    def _copy(self, bucket: str, name: str, key: str) -> None:
+    def _copy(self, bucket: str, name: str, key: str, alive: Callable[[], None]) -> None:
         from storage.s3 import S3Refused, open_object  # boto3 takes long to import: only who uses it pays
 
         try:
@@ -149,15 +152,12 @@ class Sources:
         except S3Refused as error:
             raise _refused(bucket) from error
         with closing(chunks):
-            self._store.put(key, cast(BinaryIO, _File(chunks)), content_type=_JSONL)
+            self._store.put(key, cast(BinaryIO, _File(_each(chunks, alive))), content_type=_JSONL)
 
-    def _list(self, batch: Batch, bucket: str, prefix: str, key: str) -> None:
+    def _list(self, batch: Batch, bucket: str, prefix: str, key: str, alive: Callable[[], None]) -> None:
         field = input_field(defaults_of(batch))
-        self._store.put(
-            key,
-            cast(BinaryIO, _File(_listed_lines(field, bucket, self._objects(bucket, prefix)))),
-            content_type=_JSONL,
-        )
+        lines = _each(_listed_lines(field, bucket, self._objects(bucket, prefix)), alive)
+        self._store.put(key, cast(BinaryIO, _File(lines)), content_type=_JSONL)
 
     def _objects(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
         found = self._inputs(bucket, prefix)
@@ -178,7 +178,7 @@ class Sources:
         except S3Refused as error:
             raise _refused(bucket) from error
 
-    def _survey(self, batch: Batch, key: str) -> BatchSource:
+    def _survey(self, batch: Batch, key: str, alive: Callable[[], None]) -> BatchSource:
         """Read the source once: how many lines it has, and which ids of their own occur twice."""
         with closing(self._store.stream(key)) as chunks:
             head = next((chunk for chunk in chunks if chunk), b"")
@@ -189,11 +189,12 @@ class Sources:
             tempfile.TemporaryDirectory(prefix="inferq-ids-") as folder,
             closing(_Ids(Path(folder))) as ids,
         ):
-            for line in read_lines(pieces):
+            for line in read_lines(_each(pieces, alive)):
                 lines = line.number
                 if line.blank:
                     blank += 1
-                elif (task_id := named_id(line.content)) is not None:
+                elif (task_id := named_id(line.content)) is not None and _TASK_ID.fullmatch(task_id):
+                    # Others make the line invalid, whoever has them; some (a lone surrogate) SQLite refuses.
                     ids.add(task_id, line.number)
             if lines == blank:
                 raise SourceUnusable("the source holds no line with a task in it: the batch is empty")
@@ -270,15 +271,18 @@ class _File:
         self._rest = b""
 
     def read(self, count: int = -1) -> bytes:
-        if count < 0:
-            return self._rest + b"".join(self._pieces)
-        while len(self._rest) < count:
+        found, held = [self._rest], len(self._rest)
+        while count < 0 or held < count:
             piece = next(self._pieces, None)
             if piece is None:
                 break
-            self._rest += piece
-        taken, self._rest = self._rest[:count], self._rest[count:]
-        return taken
+            found.append(piece)
+            held += len(piece)
+        whole = b"".join(found)
+        if count < 0:
+            count = held
+        self._rest = whole[count:]
+        return whole[:count]
 
 
 def split_s3_prefix(url: str) -> tuple[str, str]:
@@ -330,6 +334,13 @@ def _refused(bucket: str) -> SourceUnusable:
         f"bucket {bucket!r} does not exist, or does not let us read: the credentials need s3:ListBucket and "
         "s3:GetObject"
     )
+
+
+def _each(pieces: Iterator[bytes], then: Callable[[], None]) -> Iterator[bytes]:
+    """The pieces, with a call behind each."""
+    for piece in pieces:
+        yield piece
+        then()
 
 
 def _behind(pieces: Iterator[bytes], start: int) -> Iterator[bytes]:

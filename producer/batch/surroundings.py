@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -76,6 +75,3 @@ class Surroundings:
     def close(self) -> None:
         if "_publisher" in self.__dict__:
             self._publisher.close()
-
-
-Publish = Callable[[Message], object]

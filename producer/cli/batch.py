@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from producer.batch.sources import JSONL_ENDINGS, input_field, line_of
 from producer.cli.arguments import parse_assignments
 from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from producer.client import Client, NotEnded
+from producer.client import Client, NotEnded, Unavailable
 from producer.transfers import is_batch_url
 from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 
@@ -133,8 +133,11 @@ def _files(sources: Sequence[str]) -> Iterator[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
+            # Hidden is what is so below the folder: that may be `..`, or lie in a hidden one itself.
             found = sorted(
-                p for p in path.rglob("*") if not any(part.startswith(".") for part in p.parts[1:])
+                p
+                for p in path.rglob("*")
+                if not any(part.startswith(".") for part in p.relative_to(path).parts)
             )
         elif path.is_file():
             found = [path]
@@ -212,8 +215,7 @@ def _with_bar(client: Client, batch_id: str) -> BatchStatus:
         transient=True,
     ) as bars:
         bar = bars.add_task("", total=None, state="queued", note="")
-        while True:
-            status = client.batch(batch_id)
+        for status in _looks(client, batch_id):
             counts = status.counts
             bars.update(
                 bar,
@@ -222,16 +224,13 @@ def _with_bar(client: Client, batch_id: str) -> BatchStatus:
                 state=status.state,
                 note=_note(status),
             )
-            if status.ended:
-                return status
-            time.sleep(_LOOK_SECONDS)
+    return status
 
 
 def _with_lines(client: Client, batch_id: str) -> BatchStatus:
     """Progress for a pipe or a log: a line where the state changes, and every now and then."""
     said, at = "", 0.0
-    while True:
-        status = client.batch(batch_id)
+    for status in _looks(client, batch_id):
         now = time.monotonic()
         if status.state != said or now - at >= _LINE_SECONDS:
             counts = status.counts
@@ -240,8 +239,28 @@ def _with_lines(client: Client, batch_id: str) -> BatchStatus:
                 f"{status.state} {done} {_note(status)}", markup=False, highlight=False, soft_wrap=True
             )
             said, at = status.state, now
-        if status.ended:
-            return status
+    return status
+
+
+def _looks(client: Client, batch_id: str) -> Iterator[BatchStatus]:
+    """Where the batch stands, on and on until it has ended. A gateway that is away is waited for."""
+    away = False
+    while True:
+        try:
+            status = client.batch(batch_id)
+        except Unavailable as error:
+            if not away:
+                errors.print(
+                    f"{error}; the batch goes on, and is looked at again until the gateway answers",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            away = True
+        else:
+            away = False
+            yield status
+            if status.ended:
+                return
         time.sleep(_LOOK_SECONDS)
 
 
@@ -297,10 +316,10 @@ def status(
 ) -> None:
     """Show where a batch stands. With --follow, exit status 1 unless every line has succeeded."""
     with Client() as client:
+        found = client.batch(batch_id)
         if follow or out:
             _finish(client, batch_id, out, as_json)
             return
-        found = client.batch(batch_id)
     if as_json:
         print_json(found)
     else:

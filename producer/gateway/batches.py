@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -43,6 +43,7 @@ from storage.batches import BatchConflict, errors_key, output_key
 from storage.objects import ObjectNotFound
 from storage.results import upload_key
 from storage.status import StatusOutage
+from storage.status_fields import micros, read_cursor, write_cursor
 
 JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
 _ID: TypeAdapter[str] = TypeAdapter(BatchId)
@@ -72,10 +73,7 @@ class BatchAnswer(BatchStatus):
 
 
 class BatchPage(BaseModel):
-    """Some batches, by their ids from the last one backwards; those made by us sort by time.
-
-    `next` is the path of the page after, none on the last.
-    """
+    """Some batches, the newest first. `next` is the path of the page after, none on the last."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -188,27 +186,33 @@ async def _check_upload(services: Services, batch: Batch) -> None:
         raise Refused(422, "empty_batch", f"source: {batch.source!r} is empty: it holds no task")
 
 
-@router.get("/batches", response_model=BatchPage, summary="List batches")
+@router.get("/batches", response_model=BatchPage, summary="List batches, the newest first")
 async def list_batches(
     tenant: Tenant,
     services: Here,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=_PAGE)] = 50,
 ) -> Response:
-    def ids() -> list[str]:
-        found = services.batches.ids(tenant)
-        older = (batch_id for batch_id in sorted(found, reverse=True) if cursor is None or batch_id < cursor)
-        return list(islice(older, limit + 1))
+    before = _place(*read_cursor(cursor)) if cursor else None
 
-    names = await services.on_store(ids)
-    more, names = len(names) > limit, names[:limit]
-    found = [await find_batch(services, tenant, name) for name in names]
-    last = names[-1] if more else None
+    def older() -> list[tuple[int, str]]:
+        places = (_place(micros(made), batch_id) for made, batch_id in services.batches.made(tenant))
+        return heapq.nlargest(limit + 1, (place for place in places if before is None or place < before))
+
+    places = await services.on_store(older)
+    more, places = len(places) > limit, places[:limit]
+    found = [await find_batch(services, tenant, name) for _, name in places]
+    last = write_cursor(str(places[-1][0]), places[-1][1]) if more else None
     following = f"/v1/batches?{urlencode({'cursor': last, 'limit': limit})}" if last else None
     items = tuple(status for status in found if status is not None)
     page = BatchPage(items=items, cursor=last, next=following)
     headers = {"Link": f'<{following}>; rel="next"'} if following else {}
     return Response(page.model_dump_json(), headers=headers, media_type="application/json")
+
+
+def _place(made: str, batch_id: str) -> tuple[int, str]:
+    """What a listing sorts by."""
+    return int(made), batch_id
 
 
 @router.get("/batches/{batch_id}", response_model=BatchAnswer, summary="Where a batch stands")
@@ -288,17 +292,14 @@ async def require_batch(services: Services, tenant: str, batch_id: str) -> Batch
 
 async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchStatus | None:
     """Where the batch stands; None where there is none. Raises StoreOutage."""
-    batch = await services.on_store(services.batches.load, tenant, batch_id)
+    # The summary is asked for whatever Redis says, which may have missed the end: all three at a time.
+    batch, summary, standing = await asyncio.gather(
+        services.on_store(services.batches.load, tenant, batch_id),
+        services.on_store(services.batches.summary, tenant, batch_id),
+        _standing(services, tenant, batch_id),
+    )
     if batch is None:
         return None
-    standing = None
-    try:
-        standing = await services.on_redis(services.batch_index.look, tenant, batch_id)
-    except Outage as error:
-        _log.warning("batch %s: its counts are not known: %s", batch_id, error)
-    if standing is not None and standing.known and standing.state not in _ENDING:
-        return _status(batch, standing)
-    summary = await services.on_store(services.batches.summary, tenant, batch_id)
     if summary is None:
         return await _unended(services, batch, standing)
     return _status(batch, None).model_copy(
@@ -311,6 +312,14 @@ async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchSta
             "finished_at": summary.finished_at,
         }
     )
+
+
+async def _standing(services: Services, tenant: str, batch_id: str) -> Standing | None:
+    try:
+        return await services.on_redis(services.batch_index.look, tenant, batch_id)
+    except Outage as error:
+        _log.warning("batch %s: its counts are not known: %s", batch_id, error)
+        return None
 
 
 async def _unended(services: Services, batch: Batch, standing: Standing | None) -> BatchStatus:

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from broker import BrokerSettings, connect, topology_for
-from producer.batch.assembly import Assembly
+from producer.batch.assembly import end
 from producer.batch.feeder import Assemble, GoOn, Next, Nothing, Slice
 from producer.batch.sources import Cursor
 from producer.batch.surroundings import Surroundings
@@ -72,7 +72,7 @@ class BatchSite:
 
     def finish(self, batch: Batch, **more: Any) -> BatchSummary:
         error = self.feed(batch, **more).error
-        return Assembly(self.around, batch).run(error)
+        return end(self.around, batch, error)
 
     def output(self, batch: Batch) -> list[dict[str, Any]]:
         return self._lines(output_key(batch.tenant, batch.batch_id))

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import UTC, datetime
 
 import pytest
 
-from producer.batch.feeder import Assemble, GoOn, Nothing
+from broker import Message, PublishRejected
+from producer.batch.assembly import end
+from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
+from producer.batch.recount import Recount
 from producer.batch.sources import Cursor
-from storage import BatchConflict
+from schemas import InvalidTask, Result, parse_task
+from storage import BatchConflict, upload_key
 from tests.batch.conftest import BatchSite, QuickWorker
 
 
@@ -81,6 +89,17 @@ def test_bad_lines_are_counted_and_named_and_stop_nothing(site: BatchSite, worke
     assert (standing.counts.invalid, standing.counts.failed, standing.counts.total) == (11, 1, 15)
 
 
+def test_a_line_whose_id_cannot_be_one_is_invalid_and_the_rest_is_fed(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    bad = [b"\\ud800", b"a b", b"x" * 129, b"", b"a b"]
+    content = b"".join(b'{"task_id": "%b", "payload": 1}\n' % task_id for task_id in bad)
+    batch = site.batch(content + b'{"task_id": "good-id", "payload": 6}\n{"payload": 7}\n')
+    summary = site.finish(batch)
+    assert (summary.state, summary.counts.succeeded, summary.counts.invalid) == ("completed", 2, 5)
+    assert payloads(site.output(batch)) == [6, 7]
+
+
 def test_a_gzipped_source_of_two_members_is_read_and_resumed(site: BatchSite, worker: QuickWorker) -> None:
     packed = gzip.compress(lines(700)) + gzip.compress(b'{"payload": 701}\n{"payload": 702}')
     batch = site.batch(packed)
@@ -115,6 +134,33 @@ def test_an_upload_that_does_not_exist_ends_the_batch(site: BatchSite) -> None:
     assert "upload it first" in (summary.error or "")
 
 
+@pytest.mark.parametrize("own_ids", [False, True])
+def test_a_source_that_goes_after_it_was_fed_ends_the_batch_with_what_has_ended(
+    site: BatchSite, worker: QuickWorker, own_ids: bool
+) -> None:
+    failing = b'{"task_id": "fails", "payload": "fail"}\n' if own_ids else b'{"payload": "fail"}\n'
+    batch = site.batch(lines(20) + failing)
+    site.feed(batch)
+    site.around.store.delete(upload_key("default", batch.source.removeprefix("inferq:")))
+    summary = end(site.around, batch)
+    assert summary.state == "failed"
+    assert "submit the batch anew" in (summary.error or "")
+    counts = summary.counts
+    assert (counts.total, counts.succeeded, counts.failed) == (21, 20, 1)
+    assert summary.failures == ({} if own_ids else {"wished": 1})
+
+
+def test_a_source_that_goes_between_two_slices_leaves_the_counts_true(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    batch = site.batch(lines(900), max_in_flight=100)
+    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    key = upload_key("default", batch.source.removeprefix("inferq:"))
+    summary = site.finish(batch, between=lambda _: site.around.store.delete(key))
+    assert (summary.state, summary.counts.total) == ("failed", 900)
+    assert 0 < summary.counts.succeeded < 900
+
+
 def test_defaults_give_way_to_the_line_and_metadata_are_merged(site: BatchSite, worker: QuickWorker) -> None:
     content = b'{"metadata": {"b": 2}}\n{"payload": "own", "metadata": {"a": 9}}\n{"\\u0070ayload": "esc"}\n'
     batch = site.batch(content, defaults={"payload": "default", "metadata": {"a": 1}})
@@ -132,6 +178,59 @@ def test_no_more_than_max_in_flight_are_fed(site: BatchSite) -> None:
         case other:
             raise AssertionError(other)
     assert site.depth() == 7
+
+
+def test_what_is_on_its_way_as_a_slice_ends_goes_out_once(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(lines(4000), max_in_flight=5000)
+    sent: Counter[str | None] = Counter()
+    publish_all = site.around.publisher.publish_all
+
+    def count(messages: Sequence[Message]) -> Future[None]:
+        sent.update(message.message_id for message in messages)
+        if len(sent) in (1000, 2000):
+            site.around.stopping.set()
+        return publish_all(messages)
+
+    monkeypatch.setattr(site.around.publisher, "publish_all", count)
+    cursor = Cursor()
+    for part in range(3):
+        going_on = site.slice(batch, cursor, part=part)
+        assert isinstance(going_on, GoOn)
+        cursor = going_on.cursor
+        assert cursor.line == (1000, 2000, 4000)[part]
+        site.around.stopping.clear()
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.line, standing.offset) == (4000, len(lines(4000)))
+    assert (len(sent), set(sent.values())) == (4000, {1})
+
+
+def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
+    site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(lines(10))
+    sent: Counter[str | None] = Counter()
+    publish_all = site.around.publisher.publish_all
+    late = batch.task_id(4)
+
+    def refuse(messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
+        sent.update(message.message_id for message in messages if message.type == "echo")
+        taken = [message for message in messages if message.message_id != late or sent[late] > 3]
+        confirmed = publish_all(taken, timeout=timeout)
+        if len(taken) == len(messages):
+            return confirmed
+        confirmed.result()
+        refused: Future[None] = Future()
+        refused.set_exception(PublishRejected("the queue is full"))
+        return refused
+
+    monkeypatch.setattr("producer.batch.feeder._REJECTED_PAUSE", 0.05)
+    monkeypatch.setattr(site.around.publisher, "publish_all", refuse)
+    assert site.finish(batch).counts.succeeded == 10
+    assert sent.pop(late) == 4
+    assert set(sent.values()) == {2}
 
 
 def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
@@ -170,6 +269,35 @@ def test_ends_that_redis_never_heard_of_are_found_in_the_store(site: BatchSite, 
     worker.tells_redis = False
     batch = site.batch(lines(120) + b'{"task_id": "mine"}\n', max_in_flight=50)
     assert site.finish(batch).counts.succeeded == 121
+
+
+def test_all_that_is_in_flight_is_looked_up_and_the_source_is_read_once_for_it(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"".join(b'{"task_id": "own-%d", "payload": %d}\n' % (n, n) for n in range(1, 501))
+    batch = site.batch(content)
+    site.slice(batch)
+    source = site.around.batches.source("default", batch.batch_id)
+    assert source is not None
+    for number in (450, 451):
+        task = parse_task(
+            {"task_id": f"own-{number}", "task_type": "echo", "payload": number,
+             "batch_id": batch.batch_id, "batch_line": number}
+        )  # fmt: skip
+        site.around.results.save(
+            Result.failure(task, InvalidTask("no"), attempts=1, finished_at=datetime.now(UTC))
+        )
+    read, lines_of = [], site.around.sources.lines
+    monkeypatch.setattr(site.around.sources, "lines", lambda *of: read.append(of) or lines_of(*of))
+    recount = Recount(site.around, batch, source, lambda: None)
+    recount.in_flight()
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.counts.failed, standing.counts.queued, len(read)) == (2, 498, 1)
+    recount.cancel_in_flight()
+    standing = site.around.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert (standing.counts.failed, standing.counts.cancelled, len(read)) == (2, 498, 2)
 
 
 def test_an_id_that_another_task_has_ends_as_a_conflict(site: BatchSite, worker: QuickWorker) -> None:
@@ -234,6 +362,22 @@ def test_a_second_feeding_of_a_batch_gives_way_to_the_first(site: BatchSite) -> 
     assert take(*name, chain="a", part=1, token="a2") == "taken"
     assert take(*name, chain="a", part=0, token="a3") == "outdated"
     assert site.slice(batch, chain="b") == Nothing()
+
+
+def test_a_feeder_says_that_it_lives_while_it_settles_the_source(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(lines(5))
+    assert site.around.index.look("default", batch.batch_id) is None  # its lease is as ever
+    object.__setattr__(site.around.settings, "batch_lease", 0)  # due at once
+    renewed: list[bool] = []
+
+    def renew(feeding: Slice) -> None:
+        renewed.append(site.around.batches.source("default", batch.batch_id) is None)
+
+    monkeypatch.setattr(Slice, "_renew", renew)
+    site.slice(batch)
+    assert renewed[:1] == [True]
 
 
 def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:

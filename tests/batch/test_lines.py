@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
+import itertools
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from producer.batch.lines import Line, LineParser, read_lines, unpacked
+from producer.batch.sources import _File
 from schemas import MAX_BODY_BYTES, Batch, InvalidTask, Window
 
 SOME_JSON = st.recursive(
@@ -72,6 +76,19 @@ def test_gzip_of_any_members_unpacks(members: list[bytes], places: list[int]) ->
     assert b"".join(unpacked(cut(packed, places))) == b"".join(members)
 
 
+@given(st.lists(st.binary(max_size=9), max_size=9), st.lists(st.integers(-1, 20), max_size=9))
+def test_pieces_are_read_as_a_file_is(pieces: list[bytes], counts: list[int]) -> None:
+    file, ours = io.BytesIO(b"".join(pieces)), _File(iter(pieces))
+    assert [ours.read(count) for count in counts] == [file.read(count) for count in counts]
+
+
+def test_many_small_pieces_are_put_together_once() -> None:
+    pieces = itertools.repeat(b"x" * 100, 100_000)
+    began = time.process_time()
+    assert len(_File(pieces).read(10_000_000)) == 10_000_000
+    assert time.process_time() - began < 5  # it was minutes, each piece a copy of all before it
+
+
 @settings(deadline=None, max_examples=30)
 @given(SOME_JSON)
 def test_the_task_of_a_line_is_that_of_its_object_with_the_batch_around_it(payload: Any) -> None:
@@ -95,6 +112,13 @@ def test_nothing_that_is_no_json_object_becomes_a_task(text: str) -> None:
     if not whole:
         with pytest.raises(InvalidTask):
             LineParser(batch()).parse(Line(1, 0, content, len(content)))
+
+
+def test_a_fault_is_named_by_its_place_in_the_line() -> None:
+    content = b'{"payload": }'
+    with pytest.raises(InvalidTask, match="line 1 column 13") as refused:
+        LineParser(batch(defaults={"delay": 0.5})).parse(Line(1, 0, content, len(content)))
+    assert refused.value.code == "not_json"
 
 
 @pytest.mark.parametrize("name", ["tenant", "batch_id", "batch_line"])

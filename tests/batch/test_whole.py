@@ -279,6 +279,17 @@ def test_a_batch_that_redis_forgets_is_told_without_wrong_numbers(
     assert client.batch("flushed-1").cancel_requested
 
 
+def test_a_batch_whose_end_redis_has_missed_is_shown_as_ended(
+    env: dict[str, str], client: Client, feeder: Feeder
+) -> None:
+    client.submit_batch(b'{"payload": 1}\n', task_type="echo", batch_id="missed-1")
+    assert ended(client, "missed-1").state == "completed"
+    with redis.Redis.from_url(env["INFERQ_REDIS_URL"]) as connection:
+        connection.hset("inferq:batch:default:missed-1", "s", "running")
+    status = client.batch("missed-1")
+    assert (status.state, status.counts.succeeded) == ("completed", 1)
+
+
 def test_a_feeder_killed_again_and_again_loses_nothing_and_doubles_nothing(
     env: dict[str, str], client: Client, feeder: Feeder
 ) -> None:

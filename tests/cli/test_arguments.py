@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Literal, cast
 
 import pytest
 from pydantic import BaseModel
 
 from producer.cli.arguments import Given, bundle, parse_assignments
-from schemas import InputUrl, InvalidTask, Options, Task, TaskType, get_type
+from producer.cli.batch import _files, _looks
+from producer.client import Client, Unavailable
+from schemas import BatchStatus, InputUrl, InvalidTask, Options, Task, TaskType, get_type
 
 
 class PairOptions(Options):
@@ -98,3 +102,37 @@ def test_no_inputs_make_one_task_and_too_many_are_refused() -> None:
     assert bundle(get_type("echo"), [], given={}) == [{}]
     with pytest.raises(InvalidTask, match="no further inputs"):
         bundle(get_type("echo"), ["x"], given={"payload": 1})
+
+
+def test_hidden_is_what_is_hidden_below_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans, here = tmp_path / ".data" / "scans", tmp_path / "here"
+    (scans / ".git").mkdir(parents=True)
+    here.mkdir()
+    for name in ("a.png", ".DS_Store", ".git/b.png"):
+        (scans / name).touch()
+    monkeypatch.chdir(here)
+    for source in (str(scans), "../.data/scans"):
+        assert [path.name for path in _files([source])] == ["a.png"]
+    monkeypatch.chdir(scans)
+    assert [path.name for path in _files(["."])] == ["a.png"]
+
+
+def test_a_gateway_that_is_away_is_waited_for_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = BatchStatus(
+        batch_id="b", tenant="t", state="running", source="inferq:x", created_at=datetime.now(UTC)
+    )
+    away = Unavailable("cannot be reached", code="unavailable")
+    answers = iter([running, away, away, running, running.model_copy(update={"state": "completed"})])
+
+    def batch(_batch_id: str) -> BatchStatus:
+        answer = next(answers)
+        if isinstance(answer, Unavailable):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("producer.cli.batch._LOOK_SECONDS", 0)
+    looks = _looks(cast(Client, SimpleNamespace(batch=batch)), "b")
+    assert [status.state for status in looks] == ["running", "running", "completed"]
+    assert capsys.readouterr().err.count("cannot be reached") == 1

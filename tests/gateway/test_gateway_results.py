@@ -11,7 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from schemas import Artifact, Task
+from schemas import Artifact, Batch, Task
+from storage import BatchStore
 from tests.gateway.conftest import Gateway, wait_until
 from tests.gateway.test_gateway_submit import ECHO, problem
 
@@ -302,3 +303,19 @@ def test_the_store_being_away_is_said_so(own_gateway: Gateway, tmp_path: Path) -
     finally:
         store.unlink()
         (tmp_path / "away").rename(store)
+
+
+def test_batches_are_listed_the_newest_first_whatever_their_ids(gateway: Gateway) -> None:
+    store = BatchStore(gateway.store)
+    names = ["nightly-2026", "0198", "z", "a", "nightly-2025"]
+    for name in names:
+        store.create(
+            Batch(batch_id=name, tenant=gateway.tenant, source="inferq:x", created_at=datetime.now(UTC))
+        )
+    found, path = [], "/v1/batches?limit=2"
+    while path:
+        page = gateway.http.get(path).json()
+        found += [item["batch_id"] for item in page["items"]]
+        path = page["next"]
+    assert found == names[::-1]
+    assert gateway.http.get("/v1/batches?cursor=z").json()["code"] == "bad_cursor"

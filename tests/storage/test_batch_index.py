@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -38,7 +39,7 @@ def index(status: StatusIndex) -> BatchIndex:
     """With lines 1 to 3 fed, and up to 10 to come."""
     index = BatchIndex(status)
     index.take(*B, chain="c", part=0, token="t")
-    index.open(*B, line=0, offset=0, total=10, cancelled=False)
+    index.open(*B, token="t", line=0, offset=0, total=10, cancelled=False)
     index.step(*B, token="t", reaches=10, line=4, offset=99, fed=[1, 2, 3], invalid=[4])
     return index
 
@@ -128,6 +129,8 @@ def test_a_cancelled_batch_lets_nothing_begin_and_stops_what_runs(
     assert not status.cancel_requested("default", "b:1.1", "b:1")
     index.request_cancel(*B, line=2)
     assert begin(status, 2)
+    assert status.cancel_requested("default", "b:1.2", "b:1", 2)
+    assert not status.cancel_requested("default", "b:1.1", "b:1", 1)
     assert not begin(status, 3)
     index.request_cancel(*B)
     assert begin(status, 3)
@@ -146,6 +149,22 @@ def test_another_feeder_and_a_lost_index_are_told(index: BatchIndex, address: st
     assert index.look(*B) is None
 
 
+def test_whoever_makes_the_index_anew_keeps_the_batch(status: StatusIndex) -> None:
+    index = BatchIndex(status, lease_seconds=1)
+    assert index.take(*B, chain="c", part=0, token="t") == "taken"
+    index.forget(*B, reaches=5, token="t")
+    for _ in range(3):
+        time.sleep(0.5)
+        with pytest.raises(IndexLost):
+            index.step(*B, token="t")
+    assert index.take(*B, chain="d", part=0, token="d0") == "another"
+    with pytest.raises(LeaseLost):
+        index.forget(*B, reaches=0, token="d0")
+    with pytest.raises(LeaseLost):
+        index.open(*B, token="d0", line=0, offset=0, total=10, cancelled=False)
+    assert index.look(*B).reaches == 5  # type: ignore[union-attr]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(st.sets(st.integers(1, 70), max_size=70), min_size=1, max_size=4),
@@ -156,7 +175,7 @@ def test_any_lines_are_marked_and_no_others(
 ) -> None:
     """Runs of lines are set byte by byte, and must leave their neighbours alone."""
     index.forget(*B, reaches=0)
-    index.open(*B, line=0, offset=0, total=99, cancelled=False)
+    index.open(*B, token="t", line=0, offset=0, total=99, cancelled=False)
     fed: set[int] = set()
     for lines in steps:
         fed |= lines

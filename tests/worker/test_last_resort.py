@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,8 +19,8 @@ from consumers.scratch import ScratchFolder
 from consumers.settings import WorkerSettings
 from consumers.surroundings import Surroundings
 from consumers.task_run import TaskRun
-from schemas import get_type
-from storage import Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
+from schemas import InvalidTask, Result, get_type, parse_task
+from storage import BatchIndex, Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
 
 TASK = {"task_id": "b.7", "task_type": "echo", "payload": 1, "batch_id": "b", "batch_line": 7}
 
@@ -59,13 +60,13 @@ def around(redis_url: str, tmp_path: Path) -> Iterator[Surroundings]:
     scratch.close()
 
 
-def settled(around: Surroundings, delivery: Delivery) -> list[str]:
+def settled(around: Surroundings, delivery: Delivery, prepare: Callable[..., None] = broken) -> list[str]:
     """Complete a delivery by an engine that breaks; gives what was done with it."""
     done: list[str] = []
     consumer = SimpleNamespace(
         ack=lambda _delivery, more: done.append("ack"), give_back=lambda _delivery: done.append("give back")
     )
-    engine = SimpleNamespace(usable=True, info=None, prepare=broken)
+    engine = SimpleNamespace(usable=True, info=None, prepare=prepare)
     TaskRun(around, cast(Any, consumer), cast(Any, engine), delivery, "normal").complete()
     return done
 
@@ -96,3 +97,42 @@ def test_where_no_record_can_be_kept_it_is_settled_all_the_same(
     assert settled(around, replace(DELIVERY, tag=2)) == ["ack"]
     assert len(cast(ForgetfulPublisher, around.publisher).sent) == 1
     assert around.results.load("default", "b.7") is None
+
+
+@pytest.fixture
+def index(around: Surroundings) -> Iterator[BatchIndex]:
+    """Line 7 of the batch is fed."""
+    index = BatchIndex(around.status)
+    index.forget("default", "b", reaches=7)
+    index.open("default", "b", token="t", line=7, offset=0, total=7, cancelled=False)
+    index.mark("default", "b", "fed", [7])
+    yield index
+    around.status.ask(lambda redis: redis.delete("inferq:t:default:b.7"))
+
+
+def test_a_line_whose_id_an_ended_task_has_ends_without_a_trace(
+    around: Surroundings, index: BatchIndex
+) -> None:
+    other = parse_task({"task_id": "b.7", "task_type": "echo", "payload": "another"})
+    now = datetime.now(UTC)
+    kept = around.results.save(
+        Result.failure(other, InvalidTask("as you wish"), attempts=1, finished_at=now, digest=other.digest())
+    )
+    assert settled(around, DELIVERY, prepare=lambda _body: None) == ["ack"]
+    assert around.results.load("default", "b.7") == kept
+    assert around.status.get("default", "b.7") is None
+    assert index.unended("default", "b") == []
+    standing = index.look("default", "b")
+    assert standing is not None
+    assert standing.counts.failed == 1
+
+
+def test_a_line_whose_id_a_running_task_has_leaves_that_alone(
+    around: Surroundings, index: BatchIndex
+) -> None:
+    other = parse_task({"task_id": "b.7", "task_type": "echo", "payload": "another"})
+    around.status.begin(other, attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC))
+    before = around.status.get("default", "b.7")
+    assert settled(around, DELIVERY, prepare=lambda _body: None) == ["ack"]
+    assert around.status.get("default", "b.7") == before
+    assert index.unended("default", "b") == [7]  # the recount tells it, once the other has ended
