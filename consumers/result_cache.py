@@ -13,22 +13,28 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
 from consumers.engine_messages import Done, FileNote
 from schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
 from storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
 
-_FORM = 1
-"""Stands in each key, so that another way to make keys never finds the old ones."""
+_FORM = 2
+"""Stands in each key, so that another way to make keys or entries never finds the old ones."""
 
 
 class Entry(BaseModel):
-    """What lies in the cache: which of the tenant's tasks has the result."""
+    """What lies in the cache: which of the tenant's tasks has the result, and which result it is."""
 
     model_config = ConfigDict(frozen=True)
 
     task_id: TaskId
+    digest: str | None
+    finished_at: AwareDatetime
+
+    @classmethod
+    def of(cls, result: Result) -> Entry:
+        return cls(task_id=result.task_id, digest=result.digest, finished_at=result.finished_at)
 
 
 class ResultCache:
@@ -68,7 +74,7 @@ class ResultCache:
 
     def keep(self, result: Result, key: str) -> None:
         """This success is the answer to `key`; one that was computed anew replaces what stood there."""
-        entry = Entry(task_id=result.task_id).model_dump_json().encode()
+        entry = Entry.of(result).model_dump_json().encode()
         self._store.put(cache_entry_key(result.tenant, key), entry, content_type="application/json")
 
     def _known(self, tenant: str, key: str) -> Result | None:
@@ -77,7 +83,10 @@ class ResultCache:
             result = self._results.load(tenant, entry.task_id)
         except (ObjectNotFound, UnreadableResult, ValidationError):
             return None
-        return result if result is not None and result.status == "succeeded" else None
+        if result is None or result.status != "succeeded" or result.task_type != self._task_type.name:
+            return None
+        # Once a result is deleted its id may be used again, for a task that asks for something else.
+        return result if Entry.of(result) == entry else None
 
     def _copy(self, result: Result, artifact: Artifact, path: Path) -> bool:
         """Whether the artifact still stands as it was, and lies at `path` now."""

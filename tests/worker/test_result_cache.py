@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.result_cache import result_key
-from schemas import EngineInfo, Settings, get_type, parse_task
+from consumers.result_cache import ResultCache, result_key
+from schemas import EngineInfo, Result, Settings, get_type, parse_task
+from storage import LocalStore, ResultStore
 from tests.worker.conftest import Site, eventually, starts
 
 ON = {"INFERQ_RESULT_CACHE": "true"}
@@ -144,8 +146,37 @@ def test_what_no_longer_stands_is_computed_anew(site: Site, tmp_path: Path, lost
     assert not again.cached
     assert starts(tmp_path / "m") == 2
     # And what was computed anew is found from now on.
-    assert json.loads(site.store.get(entry.key)) == {"task_id": again.task_id}
+    assert json.loads(site.store.get(entry.key))["task_id"] == again.task_id
     assert site.ended(submit(site, tmp_path / "m", fault="artifact")).cached
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"digest": "d2"},
+        {"finished_at": datetime(2026, 1, 2, tzinfo=UTC)},
+        {"task_type": "ner"},
+        {"status": "failed"},
+    ],
+)
+def test_what_an_id_that_is_used_again_came_to_is_not_handed_on(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    results = ResultStore(store)
+    cache = ResultCache(get_type("ocr"), store, results)
+    result = Result(
+        task_id="letters.1", task_type="ocr", tenant="default", status="succeeded", output="AAA",
+        attempts=1, finished_at=datetime(2026, 1, 1, tzinfo=UTC), digest="d1",
+    )  # fmt: skip
+    cache.keep(results.save(result), "aa")
+    found = cache.find("default", "aa", tmp_path)
+    assert found is not None
+    assert found.output == b'"AAA"'
+    for info in list(store.list("tasks/")):
+        store.delete(info.key)
+    results.save(result.model_copy(update={"output": "BBB", **other}))
+    assert cache.find("default", "aa", tmp_path) is None
 
 
 def test_an_artifact_that_was_changed_is_not_handed_on(site: Site, tmp_path: Path) -> None:
