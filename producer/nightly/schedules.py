@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from producer.batch.lines import Line, LineParser, defaults_of
-from producer.batch.sources import JSONL_ENDINGS, input_field, line_of
+from producer.batch.sources import JSONL_ENDINGS, input_field, line_of, split_s3_prefix
 from producer.nightly.cron import Cron
 from schemas import (
     DEFAULT_IN_FLIGHT,
@@ -120,6 +120,10 @@ class Schedule(BaseModel):
 
     def check(self) -> None:
         """Raises InvalidTask where no object or line of the source could become a task."""
+        try:
+            split_s3_prefix(self.source)
+        except InvalidTask as error:
+            raise InvalidTask(f"source {self.source}: {error.message}") from error
         batch = self.batch(datetime(2026, 1, 1, tzinfo=UTC))
         if not self.source.endswith(JSONL_ENDINGS):
             field = input_field(defaults_of(batch))

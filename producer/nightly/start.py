@@ -20,7 +20,7 @@ from producer.batch.start import assemble_message, start
 from producer.nightly.listing import Seen, with_news
 from producer.nightly.runs import Run, RunLog, Taken
 from producer.nightly.schedules import Schedule, run_id_of
-from schemas import Batch
+from schemas import Batch, InvalidTask
 from storage import (
     BatchSource,
     BatchStore,
@@ -99,7 +99,8 @@ class Starter:
         base = seen if seen_source == schedule.source else None
         try:
             objects = self._list(log, run, token, base)
-        except SourceUnusable as error:
+        except (SourceUnusable, InvalidTask) as error:
+            # Whatever is wrong with it, the run has its place: unsettled, it would hold up all that follow.
             made = unchanged.model_copy(update={"error": error.message})
         else:
             made = Taken(token=token, objects=objects, seen=token, seen_source=schedule.source)

@@ -14,7 +14,7 @@ from producer.nightly.beat import Beat
 from producer.nightly.runs import Run, RunLog
 from storage import LocalStore, StoreOutage
 
-HOURLY = '[a]\ncron = "0 * * * *"\nsource = "s3://b/in/"\ntask_type = "ocr"\n'
+HOURLY = '[a]\ncron = "0 * * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
 NOON = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
 
 

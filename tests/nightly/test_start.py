@@ -137,6 +137,14 @@ def test_a_bucket_that_does_not_exist_is_said_to(site: NightSite) -> None:
     assert site.jobs() == ["batches.assemble"]
 
 
+@pytest.mark.parametrize("source", ["s3://scans//in/", "s3://my_bucket/in/", "s3://ab/in/"])
+def test_a_source_that_no_bucket_can_be_fails_the_run_and_not_the_next(site: NightSite, source: str) -> None:
+    site.put("a")
+    site.starter.start(site.schedule(source=source), FIRST)
+    assert site.jobs() == ["batches.assemble"]
+    assert site.start(SECOND) == ["a"]
+
+
 def test_another_source_is_new_as_a_whole(site: NightSite) -> None:
     site.put("a", "deep/a")
     assert site.start(FIRST) == ["a", "a"]
