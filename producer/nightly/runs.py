@@ -81,10 +81,12 @@ class RunLog:
 
     def claim(self, run: Run) -> int:
         """The place of a run, which it has from now on if it had none. The first place is 0."""
+        # The hint first: a starter that stalls here would else begin behind the place that another one took
+        # for this run meanwhile, and give it a second.
+        place = self._hint()
         known = self._load(f"runs/{run.run_id}.json", _Place)
         if known is not None:
             return known.place
-        place = self._hint()
         while not self._create(f"places/{place}.json", run):
             other = self.at(place).run_id
             if other == run.run_id:
