@@ -22,6 +22,7 @@ from producer.nightly.schedules import Schedule
 from schemas import InferqError
 from schemas.encoding import to_json
 from storage import ObjectNotFound, ObjectStore
+from storage.results import segment
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -77,7 +78,7 @@ class RunLog:
 
     def __init__(self, store: ObjectStore, tenant: str, name: str) -> None:
         self._store = store
-        self._folder = f"nightly/{tenant}/{name}/"
+        self._folder = f"nightly/{segment(tenant)}/{name}/"
 
     def claim(self, run: Run) -> int:
         """The place of a run, which it has from now on if it had none. The first place is 0."""

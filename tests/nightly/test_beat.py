@@ -163,6 +163,13 @@ def test_one_schedule_that_cannot_be_started_does_not_hold_up_another(
     assert site.started == ["b13:00"]
 
 
+@pytest.mark.parametrize("tenant", [".", ".."])
+def test_a_tenant_whose_name_means_a_folder_has_its_runs_like_any_other(site: BeatSite, tenant: str) -> None:
+    site.write(HOURLY + f'tenant = "{tenant}"\n')
+    site.run(site.another(), NOON + minutes(30), NOON + minutes(70))
+    assert site.started == ["a13:00"]
+
+
 def test_the_file_is_read_again_when_it_changes(site: BeatSite) -> None:
     site.run(site.beat, NOON + minutes(30), NOON + minutes(40))
     site.write(HOURLY.replace('"0 *', '"45,50 *'))
