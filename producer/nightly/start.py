@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from broker import Message
 from producer.batch.lines import SourceUnusable, defaults_of, read_lines, unpacked
@@ -36,6 +37,13 @@ _GZIP = "application/gzip"
 _log = logging.getLogger(__name__)
 
 
+class Started(NamedTuple):
+    """A run as it is on record, which a later start may not have asked for, and its batch."""
+
+    run: Run
+    batch: Batch
+
+
 @dataclass(frozen=True)
 class Starter:
     """Starts runs. `publish` returns once the broker has confirmed the message."""
@@ -45,8 +53,8 @@ class Starter:
     sources: Sources
     publish: Callable[[Message], object]
 
-    def start(self, schedule: Schedule, scheduled_at: datetime) -> Batch:
-        """Start the schedule's run of that time, or what is left to do of an earlier start; gives its batch.
+    def start(self, schedule: Schedule, scheduled_at: datetime) -> Started:
+        """Start the schedule's run of that time, or what is left to do of an earlier start.
 
         Any number of starts of one run make one batch. Raises StoreOutage, BrokerUnavailable and
         BatchConflict; it is then to be called again.
@@ -66,13 +74,13 @@ class Starter:
             )
         wanted = run.schedule.batch(run.scheduled_at, **about)
         if taken.error is None:
-            return start(wanted, self.batches, self.publish)
+            return Started(run, start(wanted, self.batches, self.publish))
         # Its feeder would take what the next run takes.
         batch = self.batches.create(wanted)
         if self.batches.summary(tenant, run_id) is None:
             _log.error("run %s: %s", run_id, taken.error)
             self.publish(assemble_message(tenant, run_id, error=taken.error))
-        return batch
+        return Started(run, batch)
 
     def _settled(self, log: RunLog, place: int) -> Taken:
         """What the run in a place takes; those in the places before it are settled first."""
