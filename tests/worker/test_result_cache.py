@@ -31,11 +31,12 @@ def key(
     engine: EngineInfo = ENGINE,
     settings: Settings | None = None,
     contents: dict[str, list[str | None]] | None = None,
+    version: str = "1",
     **fields: Any,
 ) -> str:
     task = parse_task({"task_id": "t", "task_type": "ocr", "image_url": "inferq:a.png", **fields})
     given = {"image_url": ["aa", "image/png"]} if contents is None else contents
-    return result_key(task, given, engine, settings or EngineSettings())
+    return result_key(task, given, engine, settings or EngineSettings(), version)
 
 
 def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
@@ -44,9 +45,10 @@ def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
         key(image_url="https://example.com/the-same-picture.png", time_limit=5),
         key(callback_url="https://example.com/", expires_at="2030-01-01T00:00:00Z"),
         key(options={"annotated": False}),  # the default, spelled out
-        key(engine=ENGINE.model_copy(update={"device": "cuda:1"})),
     ]
     assert set(same) == {key()}
+    first, second = (ENGINE.model_copy(update={"device": f"cuda:{number} (bfloat16)"}) for number in (0, 1))
+    assert key(engine=first) == key(engine=second)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +58,16 @@ def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
         {"contents": {"image_url": ["aa", "application/pdf"]}},
         {"options": {"annotated": True}},
         {"settings": EngineSettings(threads=2)},
+        {"version": "2"},
         *(
-            {"engine": ENGINE.model_copy(update={name: value})}
-            for name, value in {"name": "x", "version": "2", "model": "large", "weights": ("lac 4",)}.items()
+            {"engine": ENGINE.model_copy(update=update)}
+            for update in (
+                {"name": "x"},
+                {"version": "2"},
+                {"model": "large"},
+                {"weights": ("lac 4",)},
+                {"device": "cuda:0"},
+            )
         ),
     ],
 )
@@ -72,13 +81,24 @@ def test_texts_share_a_key_only_if_they_are_equal(one: str, other: str) -> None:
         task = get_type("ner").task.model_validate(
             {"task_id": "t", "task_type": "ner", "text": text}, strict=False
         )
-        return result_key(task, {}, ENGINE, None)
+        return result_key(task, {}, ENGINE, None, "1")
 
     try:
         keys = of(one), of(other)
     except ValueError:
         return  # not a text that a task may have
     assert (keys[0] == keys[1]) == (one == other)
+
+
+@pytest.mark.parametrize(("where", "cached"), [("weights:pp-ocr", True), ("/models/pp-ocr", False)])
+def test_what_a_folder_without_a_version_holds_is_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, cached: bool
+) -> None:
+    monkeypatch.setenv("INFERQ_OCR_MODEL_DIR", where)
+    store = LocalStore(tmp_path, fsync=False)
+    cache = ResultCache(get_type("ocr"), store, ResultStore(store))
+    task = parse_task({"task_id": "t", "task_type": "ocr", "image_url": "inferq:a.png"})
+    assert (cache.key(task, {}, ENGINE) is not None) == cached
 
 
 def test_only_a_seed_makes_music_the_same_again() -> None:
