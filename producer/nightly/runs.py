@@ -14,7 +14,9 @@ object, and none is left out, however many starters there are and wherever one o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeVar
+from urllib.parse import unquote
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +29,8 @@ from storage.results import segment
 M = TypeVar("M", bound=BaseModel)
 
 _JSON = "application/json"
+_KNOWN = "known.json"
+"""Sorts before all else that a schedule has."""
 
 
 class UnreadableRun(InferqError):
@@ -71,6 +75,18 @@ class Known(_Record):
 
 class _Place(_Record):
     place: int
+
+
+def known_schedules(store: ObjectStore) -> Iterator[tuple[str, str]]:
+    """Tenant and name of every schedule that is known. In one listing each, however many runs it had."""
+    key = ""
+    while (first := next(store.list("nightly/", start_after=key), None)) is not None:
+        key = first.key
+        match key.split("/"):
+            case [_, tenant, name, *rest] if rest:
+                if rest == [_KNOWN]:
+                    yield unquote(tenant), name
+                key = f"nightly/{tenant}/{name}/~"  # behind all that a schedule has
 
 
 class RunLog:
@@ -132,16 +148,16 @@ class RunLog:
 
     def known(self, now: AwareDatetime, schedule: Schedule) -> Known:
         """Since when the schedule is known with its present times: from now on, if it was not."""
-        found = self._load("known.json", Known)
+        found = self._load(_KNOWN, Known)
         if found is not None and (found.cron, found.time_zone) == (schedule.cron, schedule.time_zone):
             return found
         made = Known(cron=schedule.cron, time_zone=schedule.time_zone, since=now)
-        self._put("known.json", made)
+        self._put(_KNOWN, made)
         return made
 
     def forget(self) -> None:
         """Be a schedule that was never known; its runs stay."""
-        self._store.delete(f"{self._folder}known.json")
+        self._store.delete(f"{self._folder}{_KNOWN}")
 
     def keep_night(self, run_id: str, day: str, night: M) -> M:
         """Record what a night came to, and give the record that is kept: the first."""
