@@ -83,7 +83,7 @@ def _checked(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 def _source(schedule: Schedule) -> tuple[bool, str]:
     """Whether the source can be read now, in words."""
-    from producer.batch.sources import Sources
+    from producer.batch.sources import JSONL_ENDINGS, Sources, split_s3_prefix
 
     try:
         settings = StorageSettings.load()
@@ -92,7 +92,11 @@ def _source(schedule: Schedule) -> tuple[bool, str]:
         first = next(objects, None)
     except InferqError as error:
         return False, error.message
-    if first is None:
+    if schedule.source.endswith(JSONL_ENDINGS):
+        # Of all keys that begin with its own a file's comes first.
+        if first is None or first.key != split_s3_prefix(schedule.source)[1]:
+            return False, f"there is no {schedule.source}, or it is empty: upload it first, or correct it"
+    elif first is None:
         return True, f"{schedule.source} can be read; there is nothing in it now"
     return True, f"{schedule.source} can be read"
 

@@ -130,6 +130,16 @@ def test_check_fails_where_a_source_cannot_be_read(desk: Desk) -> None:
     assert "'elsewhere' does not exist" in found.stderr
 
 
+def test_check_fails_where_a_file_of_tasks_is_not_there(desk: Desk, s3: S3Client) -> None:
+    desk.write(source=f"s3://{desk.bucket}/in.jsonl")
+    s3.put_object(Bucket=desk.bucket, Key="in.jsonl.old", Body=b"{}")
+    found = desk.run("nightly", "check")
+    assert found.returncode == 1
+    assert f"there is no s3://{desk.bucket}/in.jsonl" in found.stderr
+    s3.put_object(Bucket=desk.bucket, Key="in.jsonl", Body=b"{}")
+    assert desk.run("nightly", "check").returncode == 0
+
+
 def test_check_names_the_bucket_that_may_not_be_listed(desk: Desk, forbidding_s3: str) -> None:
     desk.env["INFERQ_S3_ENDPOINT_URL"] = forbidding_s3
     found = desk.run("nightly", "check")
