@@ -41,7 +41,11 @@ class Ended(NamedTuple):
 
 
 class Night(BaseModel):
-    """One night of a run; `night` is the day on which its window opened, `seconds` go from `began` on."""
+    """One night of a run; `seconds` go from `began` on.
+
+    `night` is the day on which its window opened; with `-end` behind it, what ended after that night was told
+    and before the next one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -141,10 +145,15 @@ def _night(
 
 
 def day_of(run: Run, moment: datetime) -> date:
-    """The day after which the night is named that `moment` lies in, or is the end of."""
+    """The day after which the night is named that `moment` lies in, or is the end of.
+
+    Before the first opening of its window, and without one, a run's night is that of the day it is due.
+    """
     window = run.schedule.feeding_window
-    if window is not None:
-        return window.night_of(moment)
+    if window is not None and (opened := window.opened_at(moment)) is not None:
+        closes = window.closes_after(opened)
+        if closes is not None and closes > run.scheduled_at:
+            return window.night_of(moment)
     return run.scheduled_at.astimezone(ZoneInfo(run.schedule.time_zone)).date()
 
 

@@ -224,6 +224,13 @@ def test_a_window_over_midnight_is_the_night_of_the_day_on_which_it_opened(night
     assert [night["night"] for night in run.told] == ["2026-11-24"]
 
 
+def test_a_run_that_ends_before_its_window_opens_is_told_by_its_own_day(nights: MakeNights) -> None:
+    run = nights(window="22:00-01:00")  # due at 01:30
+    run.over("2026-11-25T01:31", counts={"total": 0})
+    run.look(at(START), "2026-11-25T01:31:10")
+    assert [night["night"] for night in run.told] == ["2026-11-25"]
+
+
 def test_a_run_without_a_window_is_one_night_however_long_it_takes(nights: MakeNights) -> None:
     run = nights(window=None)
     run.ends(1, "2026-11-25T02:00")
