@@ -9,26 +9,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Mapping
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
 from consumers.engine_messages import Done, FileNote
 from schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
 from storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
 
-_FORM = 1
-"""Stands in each key, so that another way to make keys never finds the old ones."""
+_FORM = 2
+"""Stands in each key, so that another way to make keys or entries never finds the old ones."""
+
+_NUMBER = re.compile(r":\d+")
+
+_log = logging.getLogger(__name__)
 
 
 class Entry(BaseModel):
-    """What lies in the cache: which of the tenant's tasks has the result."""
+    """What lies in the cache: which of the tenant's tasks has the result, and which result it is."""
 
     model_config = ConfigDict(frozen=True)
 
     task_id: TaskId
+    digest: str | None
+    finished_at: AwareDatetime
+
+    @classmethod
+    def of(cls, result: Result) -> Entry:
+        return cls(task_id=result.task_id, digest=result.digest, finished_at=result.finished_at)
 
 
 class ResultCache:
@@ -36,16 +49,22 @@ class ResultCache:
 
     def __init__(self, task_type: TaskType, store: ObjectStore, results: ResultStore) -> None:
         self._task_type = task_type
+        self._version = _version(task_type.distribution)
         self._settings = task_type.settings.load() if task_type.settings is not None else None
+        self._unpinned = unpinned(self._settings)
+        if self._unpinned:
+            _log.warning(
+                "the result cache stays off: nothing says which content %s has", ", ".join(self._unpinned)
+            )
         self._store = store
         self._results = results
 
     def key(self, task: Task, inputs: Mapping[str, FileNote], engine: EngineInfo) -> str | None:
         """The key of a task with its inputs fetched; None where its result is nobody else's."""
-        if not self._task_type.cacheable(task):
+        if self._unpinned or not self._task_type.cacheable(task):
             return None
         contents = {name: [note.sha256, note.content_type] for name, note in inputs.items()}
-        return result_key(task, contents, engine, self._settings)
+        return result_key(task, contents, engine, self._settings, self._version)
 
     def find(self, tenant: str, key: str, scratch: Path) -> Done | None:
         """What the engine would answer, its artifacts in `scratch`; None where it has to be asked.
@@ -68,7 +87,7 @@ class ResultCache:
 
     def keep(self, result: Result, key: str) -> None:
         """This success is the answer to `key`; one that was computed anew replaces what stood there."""
-        entry = Entry(task_id=result.task_id).model_dump_json().encode()
+        entry = Entry.of(result).model_dump_json().encode()
         self._store.put(cache_entry_key(result.tenant, key), entry, content_type="application/json")
 
     def _known(self, tenant: str, key: str) -> Result | None:
@@ -77,7 +96,10 @@ class ResultCache:
             result = self._results.load(tenant, entry.task_id)
         except (ObjectNotFound, UnreadableResult, ValidationError):
             return None
-        return result if result is not None and result.status == "succeeded" else None
+        if result is None or result.status != "succeeded" or result.task_type != self._task_type.name:
+            return None
+        # Once a result is deleted its id may be used again, for a task that asks for something else.
+        return result if Entry.of(result) == entry else None
 
     def _copy(self, result: Result, artifact: Artifact, path: Path) -> bool:
         """Whether the artifact still stands as it was, and lies at `path` now."""
@@ -98,17 +120,37 @@ def _compact(output: JsonValue) -> bytes | None:
     return None if output is None else json.dumps(output, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution) if distribution else ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def unpinned(settings: Settings | None) -> list[str]:
+    """The settings that name a file or folder, whose content may change; that of `weights:NAME` may not."""
+    if settings is None:
+        return []
+    prefix = str(type(settings).model_config.get("env_prefix", ""))
+    return [
+        f"{prefix}{name}".upper()
+        for name, value in settings
+        if isinstance(value, Path) and not str(value).startswith("weights:")
+    ]
+
+
 def result_key(
     task: Task,
     contents: Mapping[str, list[str | None]],
     engine: EngineInfo,
     settings: Settings | None,
+    version: str,
 ) -> str:
     """SHA-256 (hex) of all that determines a task's output.
 
     That is: its type and the fields that are the type's own, the options with their defaults, the inputs'
     `contents` (SHA-256 and content type, by field) in the place of their URLs, the engine's name, version,
-    model and named weights, and the engine's settings, the device among them.
+    model, named weights, kind of device and settings, and the `version` of what the type came with.
     """
     own = set(type(task).model_fields) - set(Task.model_fields) - set(contents)
     said: dict[str, JsonValue] = {
@@ -117,7 +159,10 @@ def result_key(
         "inline": task.model_dump(mode="json", include=own),
         "options": task.options.model_dump(mode="json"),
         "inputs": {name: list(content) for name, content in contents.items()},
-        "engine": [engine.name, engine.version, engine.model, *engine.weights],
+        "version": version,
+        # The second GPU of a machine computes what the first one does; the CPU does not.
+        "engine": [engine.name, engine.version, engine.model, _NUMBER.sub("", engine.device)],
+        "weights": list(engine.weights),
         "settings": settings.model_dump(mode="json") if settings is not None else None,
     }
     canonical = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from schemas.errors import InstallationError, InvalidTask
 from schemas.settings import Settings
@@ -212,22 +213,24 @@ def _explain(error: ValidationError) -> InvalidTask:
 
 def describe_faults(error: ValidationError) -> list[str]:
     """One line for each fault of a validation: the field's path and what is wrong with it."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        path = [str(part) for part in fault["loc"]]
-        if path and path[0] in installed_types():
-            path = path[1:]  # the union's tag says nothing that the reader does not know
-        where = ".".join(path) or "task"
-        match fault["type"]:
-            case "missing":
-                what = "is missing"
-            case "union_tag_not_found":
-                where, what = "task_type", "is missing"
-            case "extra_forbidden":
-                what = "is unknown"
-            case _:
-                shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
-                shown = shown if len(shown) <= 80 else shown[:77] + "..."
-                what = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}, got {shown}"
-        lines.append(f"{where}: {what}")
-    return lines
+    return [describe_fault(fault) for fault in error.errors(include_url=False)]
+
+
+def describe_fault(fault: ErrorDetails) -> str:
+    """One fault of a validation in words, as `describe_faults` gives it."""
+    path = [str(part) for part in fault["loc"]]
+    if path and path[0] in installed_types():
+        path = path[1:]  # the union's tag says nothing that the reader does not know
+    where = ".".join(path) or "task"
+    match fault["type"]:
+        case "missing":
+            what = "is missing"
+        case "union_tag_not_found":
+            where, what = "task_type", "is missing"
+        case "extra_forbidden":
+            what = "is unknown"
+        case _:
+            shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            what = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}, got {shown}"
+    return f"{where}: {what}"

@@ -122,15 +122,17 @@ class Window(BaseModel):
         for days in (-3, -2, -1, 0, 1, 2, 3):
             day = today + timedelta(days=days)
             last = day + timedelta(days=1) if self.end <= self.start else day
-            opens, closes = _moment(day, self.start, zone), _moment(last, self.end, zone)
+            opens, closes = (
+                moment_of(datetime.combine(on, time.fromisoformat(clock)), zone)
+                for on, clock in ((day, self.start), (last, self.end))
+            )
             if opens < closes:
                 found.append((opens, closes))
         return found
 
 
-def _moment(day: date, clock: str, zone: ZoneInfo) -> datetime:
-    """The moment of a local time, in UTC; one that the clock jumps over is the end of the jump."""
-    local = datetime.combine(day, time.fromisoformat(clock))
+def moment_of(local: datetime, zone: ZoneInfo) -> datetime:
+    """The moment of a local time (naive), in UTC; one that the clock jumps over is the end of the jump."""
     moment = local.replace(tzinfo=zone).astimezone(UTC)
     if moment.astimezone(zone).replace(tzinfo=None) == local:
         return moment

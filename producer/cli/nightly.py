@@ -15,6 +15,7 @@ from broker import BrokerSettings, Message, Publisher, topology_for
 from producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from producer.settings import NightlySettings
 from schemas import InferqError, InstallationError, InvalidTask, installed_types
+from schemas.window import moment_of
 from storage import BatchStore, StatusOutage, StorageSettings, open_store
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _checked(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 def _source(schedule: Schedule) -> tuple[bool, str]:
     """Whether the source can be read now, in words."""
-    from producer.batch.sources import Sources
+    from producer.batch.sources import JSONL_ENDINGS, Sources, split_s3_prefix
 
     try:
         settings = StorageSettings.load()
@@ -92,7 +93,11 @@ def _source(schedule: Schedule) -> tuple[bool, str]:
         first = next(objects, None)
     except InferqError as error:
         return False, error.message
-    if first is None:
+    if schedule.source.endswith(JSONL_ENDINGS):
+        # Of all keys that begin with its own a file's comes first.
+        if first is None or first.key != split_s3_prefix(schedule.source)[1]:
+            return False, f"there is no {schedule.source}, or it is empty: upload it first, or correct it"
+    elif first is None:
         return True, f"{schedule.source} can be read; there is nothing in it now"
     return True, f"{schedule.source} can be read"
 
@@ -159,7 +164,11 @@ def run(
         known = ", ".join(schedules) or "none"
         raise InvalidTask(f"there is no schedule {name!r}; there are: {known}", code="unknown_schedule")
     schedule = schedules[name]
-    moment = _moment(at, schedule) if at else datetime.now(UTC).replace(microsecond=0)
+    now = datetime.now(UTC).replace(microsecond=0)
+    moment = _moment(at, schedule) if at else now
+    if moment > now:
+        # Under that id beat would find it started, and that night would be this one.
+        raise InvalidTask(f"--at {at!r} is yet to come: inferq beat starts that run; leave --at out for now")
     publisher = _publisher("nightly")
     try:
         publisher.publish(start_message(schedule, moment)).result()
@@ -177,7 +186,8 @@ def _moment(text: str, schedule: Schedule) -> datetime:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
         raise InvalidTask(f"--at {text!r} is no date and time; write 2026-11-25T01:30+01:00") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=ZoneInfo(schedule.time_zone))
+    moment = moment.replace(microsecond=0)  # a run's id has none, and the same id is the same run
+    return moment if moment.tzinfo else moment_of(moment, ZoneInfo(schedule.time_zone))
 
 
 def beat(

@@ -20,13 +20,13 @@ from celery.beat import Scheduler, Service
 from pydantic import JsonValue
 
 from broker import NIGHT_START_JOB, Message, job_message
-from producer.nightly.runs import RunLog
+from producer.nightly.runs import RunLog, known_schedules
 from producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
 from schemas import InferqError
 from storage import ObjectStore
 
 _LOOK_SECONDS = 2.0
-"""The longest that a change of the file may go unnoticed."""
+"""The longest that a change of the file may go unnoticed, and how long it has to stand to be taken over."""
 _RETRY_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
@@ -68,14 +68,21 @@ class Beat:
         self._publish = publish
         self._schedules = schedules
         self._stamp: object = None
+        self._seen: tuple[object, datetime] | None = None
         self._bad = False
+        self._tidy = True
         self._dealt_with: dict[str, tuple[Schedule, datetime]] = {}
         self.state = BeatState(False, ("the first look",))
 
     def tick(self, now: datetime) -> float:
         """Start what is due at `now` (aware); gives the seconds after which to ask again."""
-        waiting = [] if self._read() else [f"a good {self._path.name}"]
+        waiting = [] if self._read(now) else [f"a good {self._path.name}"]
         wait = _LOOK_SECONDS
+        try:
+            self._forget_others()
+        except InferqError as error:
+            _log.warning("schedules that are gone cannot be forgotten yet: %s", error)
+            waiting.append(error.code)
         for schedule in self._schedules.values():
             try:
                 self._look_at(schedule, now)
@@ -102,39 +109,55 @@ class Beat:
             _log.info("%s: started the run of %s", schedule.name, due.isoformat())
         self._dealt_with[schedule.name] = (schedule, max(after, now))
 
-    def _read(self) -> bool:
-        """Read the file where it has changed; whether it is a good one. A bad one changes nothing."""
+    def _read(self, now: datetime) -> bool:
+        """Read the file where it has changed; whether it is a good one. A bad one changes nothing.
+
+        A change counts once it reads the same at two looks: what is caught while it is written may be cut off
+        between two tables, and read well.
+        """
         try:
             found = self._path.stat()
             stamp: object = (found.st_mtime_ns, found.st_size, found.st_ino)
         except OSError as error:
             stamp = error.errno
         if stamp == self._stamp:
+            self._seen = None
             return not self._bad
         try:
-            schedules = read_schedules(self._path)
+            read: dict[str, Schedule] | str = read_schedules(self._path)
         except SchedulesUnusable as error:
-            _log.error("the schedules stay as they were: %s", error)
-            self._bad = True
-        else:
-            self._bad = False
-            if self._stamp is not None:
-                _log.info("read %s again: %s", self._path, ", ".join(schedules) or "no schedules")
-            self._drop(schedules)
-            self._schedules = schedules
-        self._stamp = stamp
+            read = error.message
+        if self._seen is None or self._seen[0] != read:
+            self._seen = (read, now)
+        if abs((now - self._seen[1]).total_seconds()) >= _LOOK_SECONDS:
+            self._take_over(read)
+            self._stamp, self._seen = stamp, None
         return not self._bad
 
-    def _drop(self, kept: dict[str, Schedule]) -> None:
-        """Forget schedules that are gone: one that comes back later was not missed meanwhile."""
-        for name, schedule in self._schedules.items():
-            if name in kept:
-                continue
+    def _take_over(self, read: dict[str, Schedule] | str) -> None:
+        self._bad = isinstance(read, str)
+        if isinstance(read, str):
+            _log.error("the schedules stay as they were: %s", read)
+            return
+        if self._stamp is not None:
+            _log.info("read %s again: %s", self._path, ", ".join(read) or "no schedules")
+        for name in self._schedules.keys() - read.keys():
             self._dealt_with.pop(name, None)
-            try:
-                RunLog(self._store, schedule.tenant, name).forget()
-            except InferqError as error:
-                _log.warning("%s: is gone, and may be caught up if it comes back: %s", name, error)
+        self._schedules = read
+        self._tidy = False
+
+    def _forget_others(self) -> None:
+        """Forget schedules that are gone, if only since a beat before this one: one that comes back later
+        was not missed meanwhile.
+        """
+        if self._tidy:
+            return
+        kept = {(schedule.tenant, name) for name, schedule in self._schedules.items()}
+        for tenant, name in known_schedules(self._store):
+            if (tenant, name) not in kept:
+                RunLog(self._store, tenant, name).forget()
+                _log.info("%s of tenant %s: is gone, and forgotten", name, tenant)
+        self._tidy = True
 
 
 class _BeatScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types

@@ -23,15 +23,11 @@ _SOME_TIME = datetime(2024, 1, 1, tzinfo=UTC)
 _FIRST_LOOK = timedelta(hours=2)
 
 
-class CronNeverFires(ValueError):
-    """The expression is well formed, and no day ever matches it."""
-
-
 @dataclass(frozen=True)
 class Cron:
     """A cron expression in the time zone of an IANA name. Times go in aware and come out in UTC.
 
-    Raises ValueError for what is neither, and CronNeverFires.
+    Raises ValueError for what is neither, and for what never fires.
     """
 
     expression: str
@@ -58,7 +54,11 @@ class Cron:
             raise self._never()
 
     def after(self, moment: datetime) -> Iterator[datetime]:
-        """The times behind `moment`, each once, in order."""
+        """The times behind `moment`, each once, in order.
+
+        Where the clock moves by half an hour (Lord Howe Island), a fixed minute of every hour may be left out
+        in the hour of the change, in spring and in autumn.
+        """
         last = moment.astimezone(UTC)
         for local in CronSim(self.expression, moment.astimezone(self._zone)):
             due = local.astimezone(UTC)
@@ -87,8 +87,8 @@ class Cron:
     def _zone(self) -> ZoneInfo:
         return time_zone(self.zone)
 
-    def _never(self) -> CronNeverFires:
-        return CronNeverFires(f"{self.expression!r} never fires: no month of its has such a day")
+    def _never(self) -> ValueError:
+        return ValueError(f"{self.expression!r} never fires: no month of its has such a day")
 
 
 def _is_expression(expression: str) -> bool:

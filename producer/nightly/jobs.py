@@ -47,9 +47,9 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
         def once() -> None:
             starter = Starter(here.store, here.batches, here.sources, here.confirm)
-            batch = starter.start(wanted, moment)
-            run = Run(run_id=batch.batch_id, scheduled_at=moment, schedule=wanted)
-            watch_on(run, batch.created_at, min(1, watch_seconds))
+            run, batch = starter.start(wanted, moment)
+            if not Watcher(here, run).over:
+                watch_on(run, batch.created_at, min(1, watch_seconds))
 
         again_unless_done(here, f"run {run_id_of(wanted.name, moment)}", once)
 
@@ -73,6 +73,11 @@ class Watcher:
         self._around = around
         self._run = run
         self._log = RunLog(around.store, run.schedule.tenant, run.schedule.name)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run's last night is on record: whoever put it there tells of it."""
+        return any(night.state != "paused" for night in self._nights())
 
     def look(self, since: datetime, now: datetime) -> datetime | None:
         """Tell of the nights that have ended between `since` and `now`.

@@ -1,7 +1,8 @@
 """What a night came to: told at the end of a run, and whenever its window closes before that.
 
 The numbers are the object store's. A night is what ended behind the end of the night before; the last one is
-what the run as a whole came to, less the nights before. So the nights of a run add up, and each is told once.
+what the run as a whole came to, less the nights before. So the nights of a run add up, unless what failed in
+one of them was redriven and ended in another; each is told once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
-from itertools import islice
+from itertools import groupby, islice
 from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -24,14 +25,15 @@ from storage import ObjectStore, ResultStore, UnreadableResult, folder
 
 EVENT = "nightly.summary"
 
-_RECORDS = ("result.json", "failure.json")
+_RECORDS = ("failure.json", "result.json")
+"""In the order in which a task's are listed: the last one stands."""
 _AT_A_TIME = 256
 _MOST_CODES = 50
 _ERROR_CHARACTERS = 1000
 
 
 class Ended(NamedTuple):
-    """How one task ended: `code` says why it did not succeed, `pages` how many its output has."""
+    """How one task ended: `code` says why it failed, `pages` how many its output has."""
 
     status: EndState
     code: str | None = None
@@ -39,7 +41,11 @@ class Ended(NamedTuple):
 
 
 class Night(BaseModel):
-    """One night of a run; `night` is the day on which its window opened, `seconds` go from `began` on."""
+    """One night of a run; `seconds` go from `began` on.
+
+    `night` is the day on which its window opened; with `-end` behind it, what ended after that night was told
+    and before the next one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,7 +61,7 @@ class Night(BaseModel):
     failed: int = 0
     cancelled: int = 0
     invalid: int = 0
-    failures: dict[str, int] = Field({}, description="How many did not succeed, by error code.")
+    failures: dict[str, int] = Field({}, description="How many failed or were invalid, by error code.")
     seconds: float
     tasks_per_second: float
     pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
@@ -139,10 +145,15 @@ def _night(
 
 
 def day_of(run: Run, moment: datetime) -> date:
-    """The day after which the night is named that `moment` lies in, or is the end of."""
+    """The day after which the night is named that `moment` lies in, or is the end of.
+
+    Before the first opening of its window, and without one, a run's night is that of the day it is due.
+    """
     window = run.schedule.feeding_window
-    if window is not None:
-        return window.night_of(moment)
+    if window is not None and (opened := window.opened_at(moment)) is not None:
+        closes = window.closes_after(opened)
+        if closes is not None and closes > run.scheduled_at:
+            return window.night_of(moment)
     return run.scheduled_at.astimezone(ZoneInfo(run.schedule.time_zone)).date()
 
 
@@ -181,13 +192,15 @@ def ended_between(
 ) -> Iterator[Ended]:
     """How the tasks of a batch ended behind `after` and not behind `until`, in constant memory.
 
-    Every result is read. Tasks with ids of their own are not found.
+    Every result is read. Tasks with ids of their own are not found. One that succeeded after a failure, as
+    a redriven one does, ended when it succeeded.
     """
     prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")
+    records = (info for info in store.list(prefix) if _is_record(info.key.removeprefix(prefix)))
     found = (
-        info.key
-        for info in store.list(prefix)
-        if _is_record(info.key.removeprefix(prefix)) and after < info.modified <= until
+        last.key
+        for _, of_task in groupby(records, key=lambda info: info.key.rpartition("/")[0])
+        if after < (last := list(of_task)[-1]).modified <= until
     )
     results = ResultStore(store)
     with ThreadPoolExecutor(readers) as threads:
@@ -200,7 +213,9 @@ def _end(results: ResultStore, record: bytes) -> Ended:
         result = Result.model_validate_json(record)
     except ValidationError:
         return Ended("failed", UnreadableResult.code)
-    return Ended(result.status, result.error.code if result.error else None, pages_of(results, result))
+    # As in a run's summary, where the cancelled are no failures.
+    code = result.error.code if result.error and result.status == "failed" else None
+    return Ended(result.status, code, pages_of(results, result))
 
 
 def _is_record(rest: str) -> bool:

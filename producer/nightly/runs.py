@@ -14,7 +14,9 @@ object, and none is left out, however many starters there are and wherever one o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeVar
+from urllib.parse import unquote
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
@@ -22,10 +24,13 @@ from producer.nightly.schedules import Schedule
 from schemas import InferqError
 from schemas.encoding import to_json
 from storage import ObjectNotFound, ObjectStore
+from storage.results import segment
 
 M = TypeVar("M", bound=BaseModel)
 
 _JSON = "application/json"
+_KNOWN = "known.json"
+"""Sorts before all else that a schedule has."""
 
 
 class UnreadableRun(InferqError):
@@ -72,19 +77,33 @@ class _Place(_Record):
     place: int
 
 
+def known_schedules(store: ObjectStore) -> Iterator[tuple[str, str]]:
+    """Tenant and name of every schedule that is known. In one listing each, however many runs it had."""
+    key = ""
+    while (first := next(store.list("nightly/", start_after=key), None)) is not None:
+        key = first.key
+        match key.split("/"):
+            case [_, tenant, name, *rest] if rest:
+                if rest == [_KNOWN]:
+                    yield unquote(tenant), name
+                key = f"nightly/{tenant}/{name}/~"  # behind all that a schedule has
+
+
 class RunLog:
     """The runs of one schedule. Every method may raise StoreOutage and UnreadableRun."""
 
     def __init__(self, store: ObjectStore, tenant: str, name: str) -> None:
         self._store = store
-        self._folder = f"nightly/{tenant}/{name}/"
+        self._folder = f"nightly/{segment(tenant)}/{name}/"
 
     def claim(self, run: Run) -> int:
         """The place of a run, which it has from now on if it had none. The first place is 0."""
+        # The hint first: a starter that stalls here would else begin behind the place that another one took
+        # for this run meanwhile, and give it a second.
+        place = self._hint()
         known = self._load(f"runs/{run.run_id}.json", _Place)
         if known is not None:
             return known.place
-        place = self._hint()
         while not self._create(f"places/{place}.json", run):
             other = self.at(place).run_id
             if other == run.run_id:
@@ -129,16 +148,16 @@ class RunLog:
 
     def known(self, now: AwareDatetime, schedule: Schedule) -> Known:
         """Since when the schedule is known with its present times: from now on, if it was not."""
-        found = self._load("known.json", Known)
+        found = self._load(_KNOWN, Known)
         if found is not None and (found.cron, found.time_zone) == (schedule.cron, schedule.time_zone):
             return found
         made = Known(cron=schedule.cron, time_zone=schedule.time_zone, since=now)
-        self._put("known.json", made)
+        self._put(_KNOWN, made)
         return made
 
     def forget(self) -> None:
         """Be a schedule that was never known; its runs stay."""
-        self._store.delete(f"{self._folder}known.json")
+        self._store.delete(f"{self._folder}{_KNOWN}")
 
     def keep_night(self, run_id: str, day: str, night: M) -> M:
         """Record what a night came to, and give the record that is kept: the first."""

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from broker import Message
 from producer.batch.lines import SourceUnusable, defaults_of, read_lines, unpacked
@@ -20,7 +21,7 @@ from producer.batch.start import assemble_message, start
 from producer.nightly.listing import Seen, with_news
 from producer.nightly.runs import Run, RunLog, Taken
 from producer.nightly.schedules import Schedule, run_id_of
-from schemas import Batch
+from schemas import Batch, InvalidTask
 from storage import (
     BatchSource,
     BatchStore,
@@ -36,6 +37,13 @@ _GZIP = "application/gzip"
 _log = logging.getLogger(__name__)
 
 
+class Started(NamedTuple):
+    """A run as it is on record, which a later start may not have asked for, and its batch."""
+
+    run: Run
+    batch: Batch
+
+
 @dataclass(frozen=True)
 class Starter:
     """Starts runs. `publish` returns once the broker has confirmed the message."""
@@ -45,8 +53,8 @@ class Starter:
     sources: Sources
     publish: Callable[[Message], object]
 
-    def start(self, schedule: Schedule, scheduled_at: datetime) -> Batch:
-        """Start the schedule's run of that time, or what is left to do of an earlier start; gives its batch.
+    def start(self, schedule: Schedule, scheduled_at: datetime) -> Started:
+        """Start the schedule's run of that time, or what is left to do of an earlier start.
 
         Any number of starts of one run make one batch. Raises StoreOutage, BrokerUnavailable and
         BatchConflict; it is then to be called again.
@@ -66,13 +74,13 @@ class Starter:
             )
         wanted = run.schedule.batch(run.scheduled_at, **about)
         if taken.error is None:
-            return start(wanted, self.batches, self.publish)
+            return Started(run, start(wanted, self.batches, self.publish))
         # Its feeder would take what the next run takes.
         batch = self.batches.create(wanted)
         if self.batches.summary(tenant, run_id) is None:
             _log.error("run %s: %s", run_id, taken.error)
             self.publish(assemble_message(tenant, run_id, error=taken.error))
-        return batch
+        return Started(run, batch)
 
     def _settled(self, log: RunLog, place: int) -> Taken:
         """What the run in a place takes; those in the places before it are settled first."""
@@ -99,7 +107,8 @@ class Starter:
         base = seen if seen_source == schedule.source else None
         try:
             objects = self._list(log, run, token, base)
-        except SourceUnusable as error:
+        except (SourceUnusable, InvalidTask) as error:
+            # Whatever is wrong with it, the run has its place: unsettled, it would hold up all that follow.
             made = unchanged.model_copy(update={"error": error.message})
         else:
             made = Taken(token=token, objects=objects, seen=token, seen_source=schedule.source)

@@ -61,7 +61,7 @@ class NightSite:
 
     def start(self, moment: datetime, **more: Any) -> list[str]:
         """Start a run; gives the names of the objects that it takes."""
-        return self.names(self.starter.start(self.schedule(**more), moment))
+        return self.names(self.starter.start(self.schedule(**more), moment).batch)
 
     def names(self, batch: Batch) -> list[str]:
         """The names of the objects in the JSONL that a batch is fed from."""

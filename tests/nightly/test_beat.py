@@ -11,10 +11,10 @@ import pytest
 from broker import BrokerUnavailable, Message
 from producer.nightly import read_schedules
 from producer.nightly.beat import Beat
-from producer.nightly.runs import Run, RunLog
+from producer.nightly.runs import Run, RunLog, known_schedules
 from storage import LocalStore, StoreOutage
 
-HOURLY = '[a]\ncron = "0 * * * *"\nsource = "s3://b/in/"\ntask_type = "ocr"\n'
+HOURLY = '[a]\ncron = "0 * * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
 NOON = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
 
 
@@ -150,7 +150,7 @@ def test_one_schedule_that_cannot_be_started_does_not_hold_up_another(
     site: BeatSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.write(HOURLY + HOURLY.replace("[a]", "[b]"))
-    site.beat.tick(NOON + minutes(30))
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(31))
     get = site.store.get
 
     def broken(key: str) -> bytes:
@@ -161,6 +161,13 @@ def test_one_schedule_that_cannot_be_started_does_not_hold_up_another(
     monkeypatch.setattr(site.store, "get", broken)
     site.beat.tick(NOON + minutes(60))
     assert site.started == ["b13:00"]
+
+
+@pytest.mark.parametrize("tenant", [".", ".."])
+def test_a_tenant_whose_name_means_a_folder_has_its_runs_like_any_other(site: BeatSite, tenant: str) -> None:
+    site.write(HOURLY + f'tenant = "{tenant}"\n')
+    site.run(site.another(), NOON + minutes(30), NOON + minutes(70))
+    assert site.started == ["a13:00"]
 
 
 def test_the_file_is_read_again_when_it_changes(site: BeatSite) -> None:
@@ -184,7 +191,7 @@ def test_a_file_that_became_bad_changes_nothing_but_readiness(site: BeatSite) ->
     assert site.started == ["a13:00"]
     assert not site.beat.state.ready
     site.write(HOURLY)
-    site.beat.tick(NOON + minutes(62))
+    site.run(site.beat, NOON + minutes(62), NOON + minutes(63))
     assert site.beat.state.ready
 
 
@@ -195,6 +202,64 @@ def test_a_schedule_that_was_away_from_the_file_is_not_caught_up(site: BeatSite)
     site.write(HOURLY)
     site.run(site.beat, NOON + minutes(71), NOON + minutes(80))
     assert site.started == []
+
+
+@pytest.mark.parametrize("between", ["", HOURLY + 'tenant = "other"\n', HOURLY.replace("[a]", "[b]")])
+def test_a_schedule_that_went_while_beat_was_down_is_not_caught_up(site: BeatSite, between: str) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(70))
+    site.worked_off()
+    site.messages.clear()
+    site.write(between)
+    site.run(site.another(), NOON + minutes(75), NOON + minutes(76))
+    site.write(HOURLY)
+    site.run(site.another(), NOON + minutes(400), NOON + minutes(410))
+    assert site.started == []
+
+
+def test_a_tenant_that_is_changed_and_changed_back_is_not_caught_up(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(40))
+    site.write(HOURLY + 'tenant = "other"\n')
+    site.run(site.beat, NOON + minutes(41), NOON + minutes(42))
+    site.write(HOURLY)
+    site.run(site.another(), NOON + minutes(71), NOON + minutes(72))
+    assert site.started == []
+
+
+def test_schedules_are_forgotten_once_the_store_is_back(
+    site: BeatSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(40))
+    site.write("")
+
+    def away(_prefix: str, **_more: str) -> None:
+        raise StoreOutage("the store is away")
+
+    monkeypatch.setattr(site.store, "list", away)
+    site.run(site.beat, NOON + minutes(41), NOON + minutes(42))
+    assert not site.beat.state.ready
+    monkeypatch.undo()
+    site.run(site.beat, NOON + minutes(43), NOON + minutes(44))
+    assert site.beat.state.ready
+    assert not list(known_schedules(site.store))
+
+
+def test_a_file_that_is_caught_while_it_is_written_changes_nothing(site: BeatSite) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(59.99))
+    for cut in ("", "[a]\ncron = "):
+        site.path.write_text(cut)
+        site.beat.tick(NOON + minutes(60))
+    site.path.write_text(HOURLY)
+    site.run(site.beat, NOON + minutes(60.01), NOON + minutes(61))
+    assert site.started == ["a13:00"]
+    assert list(known_schedules(site.store)) == [("default", "a")]
+
+
+def test_the_known_schedules_are_found_among_all_their_runs(site: BeatSite) -> None:
+    site.write("".join(HOURLY.replace("[a]", f"[{name}]") for name in ("a", "a-b", "a2", "b")))
+    site.run(site.another(), NOON + minutes(30), NOON + minutes(190))
+    site.worked_off()
+    RunLog(site.store, "default", "a2").forget()
+    assert sorted(known_schedules(site.store)) == [("default", name) for name in ("a", "a-b", "b")]
 
 
 def test_a_clock_that_is_set_back_starts_nothing_anew(site: BeatSite) -> None:

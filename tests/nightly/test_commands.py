@@ -130,6 +130,16 @@ def test_check_fails_where_a_source_cannot_be_read(desk: Desk) -> None:
     assert "'elsewhere' does not exist" in found.stderr
 
 
+def test_check_fails_where_a_file_of_tasks_is_not_there(desk: Desk, s3: S3Client) -> None:
+    desk.write(source=f"s3://{desk.bucket}/in.jsonl")
+    s3.put_object(Bucket=desk.bucket, Key="in.jsonl.old", Body=b"{}")
+    found = desk.run("nightly", "check")
+    assert found.returncode == 1
+    assert f"there is no s3://{desk.bucket}/in.jsonl" in found.stderr
+    s3.put_object(Bucket=desk.bucket, Key="in.jsonl", Body=b"{}")
+    assert desk.run("nightly", "check").returncode == 0
+
+
 def test_check_names_the_bucket_that_may_not_be_listed(desk: Desk, forbidding_s3: str) -> None:
     desk.env["INFERQ_S3_ENDPOINT_URL"] = forbidding_s3
     found = desk.run("nightly", "check")
@@ -147,12 +157,26 @@ def test_a_fault_in_the_file_ends_every_command_with_its_words(desk: Desk, comma
 
 
 def test_run_starts_a_run_by_its_name_and_time(desk: Desk) -> None:
-    found = desk.run("nightly", "run", "invoices", "--at", "2026-11-25T01:30")
-    assert found.stdout == "started invoices-20261125T003000Z\n"
-    assert desk.sent() == [("nightly.start", "invoices-20261125T003000Z")]
+    found = desk.run("nightly", "run", "invoices", "--at", "2025-11-25T01:30:00.25")
+    assert found.stdout == "started invoices-20251125T003000Z\n"
+    body = desk.channel.basic_get("inference.batches", auto_ack=True)[2]
+    assert body is not None
+    # The same id has the same time, to the microsecond: another one would be another batch's.
+    assert json.loads(body)[1]["scheduled_at"] == "2025-11-25T00:30:00+00:00"
+    skipped = desk.run("nightly", "run", "invoices", "--at", "2025-03-30T02:30")  # the clock jumps at 2
+    assert skipped.stdout == "started invoices-20250330T010000Z\n"
+    assert desk.sent() == [("nightly.start", "invoices-20250330T010000Z")]
     unknown = desk.run("nightly", "run", "letters")
     assert unknown.returncode == 1
     assert "there is no schedule 'letters'; there are: invoices" in unknown.stderr
+
+
+def test_a_run_of_a_time_to_come_is_left_to_beat(desk: Desk) -> None:
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    found = desk.run("nightly", "run", "invoices", "--at", tomorrow.isoformat())
+    assert found.returncode == 1
+    assert "is yet to come" in found.stderr
+    assert desk.sent() == []
 
 
 def test_list_says_when_each_starts_and_what_became_of_its_last_run(desk: Desk) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.nightly import Cron, CronNeverFires
+from producer.nightly import Cron
 
 BERLIN = ZoneInfo("Europe/Berlin")
 EXPRESSIONS = (
@@ -100,7 +100,7 @@ def test_the_latest_is_the_last_that_stepping_on_would_find(
 
 @pytest.mark.parametrize("expression", ["0 0 31 2 *", "0 0 30 2 *", "0 0 31 4,6,9,11 *", "0 0 30,31 FEB *"])
 def test_a_cron_that_never_fires_is_refused(expression: str) -> None:
-    with pytest.raises(CronNeverFires, match="never fires"):
+    with pytest.raises(ValueError, match="never fires"):
         Cron(expression)
 
 
@@ -124,7 +124,7 @@ def test_a_leap_day_fires() -> None:
 def test_what_is_no_cron_is_refused_with_what_is_wrong(expression: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         Cron(expression)
-    assert not isinstance(caught.value, CronNeverFires)
+    assert "never fires" not in str(caught.value)
 
 
 def test_a_cron_in_no_time_zone_is_refused() -> None:

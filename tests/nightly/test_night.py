@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,7 +19,7 @@ from producer.nightly.jobs import Watcher
 from producer.nightly.night import Ended, ended_between
 from producer.nightly.runs import Run, RunLog
 from producer.settings import BatchSettings
-from schemas import BatchCounts, BatchSummary, ErrorInfo, Result
+from schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Result
 from storage import StorageSettings
 
 START = "2026-11-25T01:30"
@@ -60,13 +60,15 @@ class Nights:
     def look(self, since: datetime, now: str) -> datetime | None:
         return Watcher(self.around, self.run).look(since, at(now))
 
-    def ends(self, line: int, clock: str, *, pages: int = 1, code: str | None = None) -> None:
+    def ends(
+        self, line: int, clock: str, *, pages: int = 1, code: str | None = None, status: str = "failed"
+    ) -> None:
         """The task of a line ends then."""
         task_id = self.batch.task_id(line)
         result = Result(
             task_id=task_id, task_type="ocr", tenant="default", attempts=1, finished_at=at(clock),
             batch_id=self.batch.batch_id, batch_line=line, digest="d",
-            status="failed" if code else "succeeded",
+            status=cast(EndState, status) if code else "succeeded",
             output=None if code else {"pages": [{}] * pages},
             error=ErrorInfo(code=code, message="", retryable=False) if code else None,
         )  # fmt: skip
@@ -156,6 +158,29 @@ def test_pages_count_in_an_output_that_is_an_artifact_and_a_spoilt_record_is_a_f
     ]  # fmt: skip
 
 
+def test_a_task_that_was_redriven_ends_once_and_when_it_succeeds(nights: MakeNights) -> None:
+    run = nights()
+    run.ends(1, "2026-11-25T02:00", code="out_of_memory")
+    run.ends(1, "2026-11-25T03:00", pages=2)
+    run.ends(2, "2026-11-25T02:00", code="out_of_memory")
+    run.ends(2, "2026-11-25T12:00", pages=3)  # by day, before the night is told
+    first = run.look(at(START), "2026-11-25T12:10")
+    assert first is not None
+    run.look(first, "2026-11-26T06:00:05")
+    assert [night["succeeded"] for night in run.told] == [1, 1]
+    assert [night["failed"] for night in run.told] == [0, 0]
+    assert [night["pages"] for night in run.told] == [2, 3]
+
+
+def test_what_was_cancelled_is_no_failure(nights: MakeNights) -> None:
+    run = nights()
+    run.ends(1, "2026-11-25T02:00", code="cancelled", status="cancelled")
+    run.ends(2, "2026-11-25T02:00", code="not_an_image")
+    run.look(at(START), "2026-11-25T06:00:05")
+    assert [(night["cancelled"], night["failed"]) for night in run.told] == [(1, 1)]
+    assert run.told[0]["failures"] == {"not_an_image": 1}
+
+
 def test_a_look_that_is_repeated_tells_the_same_to_the_byte(nights: MakeNights) -> None:
     run = nights()
     run.ends(1, "2026-11-25T02:00")
@@ -197,6 +222,13 @@ def test_a_window_over_midnight_is_the_night_of_the_day_on_which_it_opened(night
     run.ends(1, "2026-11-25T02:00")
     run.look(at(START), "2026-11-25T06:00:05")
     assert [night["night"] for night in run.told] == ["2026-11-24"]
+
+
+def test_a_run_that_ends_before_its_window_opens_is_told_by_its_own_day(nights: MakeNights) -> None:
+    run = nights(window="22:00-01:00")  # due at 01:30
+    run.over("2026-11-25T01:31", counts={"total": 0})
+    run.look(at(START), "2026-11-25T01:31:10")
+    assert [night["night"] for night in run.told] == ["2026-11-25"]
 
 
 def test_a_run_without_a_window_is_one_night_however_long_it_takes(nights: MakeNights) -> None:

@@ -218,6 +218,27 @@ def test_a_run_goes_from_its_start_to_its_summary_and_the_next_takes_what_is_new
         assert site.callback()[1]["data"]["total"] == 0
 
 
+def test_a_later_start_is_told_of_as_the_run_was_first_started_and_an_ended_run_no_more(site: Site) -> None:
+    site.put("a")
+    moment = datetime(2026, 11, 24, 1, 30, tzinfo=UTC)
+    run_id = site.start(site.schedule(), moment)
+    with site.working():
+        wait_for(lambda: site.around.batches.load("default", run_id))
+        # The schedule was changed meanwhile; by its zone the same time is another day.
+        site.start(site.schedule(time_zone="America/New_York"), moment)
+        wait_for(lambda: site.depth("inference.batches") == 0)
+        time.sleep(1)  # it is being worked on
+        site.work(1)
+        first = site.callback()
+        assert first[1]["data"]["night"] == "2026-11-24"
+        assert site.callback() == first
+        site.start(site.schedule(), moment)
+        time.sleep(4)  # a watch looks within a second
+        assert site.depth("inference.callbacks") == 0
+    nights = RunLog(site.around.store, "default", "letters").nights(run_id, Night)
+    assert [night.night for night in nights] == ["2026-11-24"]
+
+
 def test_a_run_whose_source_cannot_be_read_fails_with_words_and_is_told(site: Site) -> None:
     storage = site.around.storage.model_copy(update={"fetch_s3_buckets": ("nowhere-2",)})
     object.__setattr__(site.around, "storage", storage)

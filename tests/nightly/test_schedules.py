@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from producer.nightly import SchedulesUnusable, read_schedules, run_id_of
+from schemas import installed_types
 
 GOOD = """
 [invoices]
@@ -74,6 +75,9 @@ def test_a_file_of_tasks_is_taken_whole(tmp_path: Path) -> None:
         ),
         ("source", '"/data/scans"', "invoices.source"),
         ("source", '"s3:scans"', "invoices"),
+        ("source", '"s3://scans//in/"', "invoices: source s3://scans//in/"),
+        ("source", '"s3://my_bucket/in/"', "invoices: source s3://my_bucket/in/"),
+        ("source", '"s3://ab/in/"', "invoices: source s3://ab/in/"),
         ("window", '"1-6"', "invoices.window: write the window as 22:00-06:00"),
         ("window", '"01:00"', "invoices.window: write the window as 22:00-06:00"),
         ("priority", '"urgent"', "invoices.priority"),
@@ -88,6 +92,26 @@ def test_a_file_of_tasks_is_taken_whole(tmp_path: Path) -> None:
 )
 def test_each_fault_is_named_by_table_and_key(tmp_path: Path, key: str, value: str, words: str) -> None:
     assert words in fault(tmp_path, changed(key, value))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ('task_type = "orc"', "a: task_type 'orc' is not known here"),
+        ('task_type = "ocr"\noptions = { layuot = true }', "a: options.layuot: is unknown"),
+        ('task_type = "ocr"\noptions = { annotated = "perhaps" }', "a: options.annotated: "),
+        ('task_type = "ocr"\ndefaults = { imege_url = "inferq:x" }', "a: imege_url: is unknown"),
+        ('defaults = { task_type = ["ocr"] }', "is not known here"),
+    ],
+)
+def test_what_a_file_of_tasks_has_for_defaults_is_checked_too(tmp_path: Path, said: str, words: str) -> None:
+    assert words in fault(tmp_path, f'[a]\ncron = "0 1 * * *"\nsource = "s3://scans/in.jsonl"\n{said}\n')
+
+
+@pytest.mark.parametrize("task_type", [*installed_types()])
+def test_what_the_lines_of_a_file_may_say_is_not_missed(tmp_path: Path, task_type: str) -> None:
+    text = f'[a]\ncron = "0 1 * * *"\nsource = "s3://scans/in.jsonl"\ntask_type = "{task_type}"\n'
+    assert read_schedules(written(tmp_path, text))["a"].task_type == task_type
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:

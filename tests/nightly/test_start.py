@@ -11,6 +11,8 @@ from typing import Any, cast
 import pytest
 
 from producer.batch.sources import Sources
+from producer.nightly import run_id_of
+from producer.nightly.runs import Run
 from producer.nightly.start import Starter
 from storage import BatchStore, ObjectStore, StoreOutage
 
@@ -69,6 +71,35 @@ def test_starts_at_the_same_time_make_one_batch(site: NightSite) -> None:
     for names in (taken[0::2], taken[1::2]):
         assert names == [names[0]] * 3
     assert sorted([*taken[0], *taken[1]]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("reads", range(1, 4))
+def test_a_starter_that_stalls_gives_a_run_no_second_place(
+    site: NightSite, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    first, second = (
+        Run(run_id=run_id_of("invoices", moment), scheduled_at=moment, schedule=site.schedule())
+        for moment in (FIRST, SECOND)
+    )
+    get = site.store.get
+    left = reads
+
+    def stalling(key: str) -> bytes:
+        nonlocal left
+        try:
+            return get(key)
+        finally:
+            left -= 1
+            if left == 0:
+                monkeypatch.undo()
+                site.log().claim(first)
+                site.log().claim(second)
+
+    monkeypatch.setattr(site.store, "get", stalling)
+    assert site.log().claim(first) == 0
+    monkeypatch.undo()
+    assert [site.log().claim(run) for run in (first, second)] == [0, 1]
+    assert site.log().last() == second
 
 
 @pytest.mark.parametrize("other_first", [False, True])
@@ -135,6 +166,14 @@ def test_a_bucket_that_does_not_exist_is_said_to(site: NightSite) -> None:
     starter.start(site.schedule(source="s3://nowhere-1/in/"), FIRST)
     assert "nowhere-1" in site.sent[0].body.decode()
     assert site.jobs() == ["batches.assemble"]
+
+
+@pytest.mark.parametrize("source", ["s3://scans//in/", "s3://my_bucket/in/", "s3://ab/in/"])
+def test_a_source_that_no_bucket_can_be_fails_the_run_and_not_the_next(site: NightSite, source: str) -> None:
+    site.put("a")
+    site.starter.start(site.schedule(source=source), FIRST)
+    assert site.jobs() == ["batches.assemble"]
+    assert site.start(SECOND) == ["a"]
 
 
 def test_another_source_is_new_as_a_whole(site: NightSite) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.result_cache import result_key
-from schemas import EngineInfo, Settings, get_type, parse_task
+from consumers.result_cache import ResultCache, result_key
+from schemas import EngineInfo, Result, Settings, get_type, parse_task
+from storage import LocalStore, ResultStore
 from tests.worker.conftest import Site, eventually, starts
 
 ON = {"INFERQ_RESULT_CACHE": "true"}
@@ -29,11 +31,12 @@ def key(
     engine: EngineInfo = ENGINE,
     settings: Settings | None = None,
     contents: dict[str, list[str | None]] | None = None,
+    version: str = "1",
     **fields: Any,
 ) -> str:
     task = parse_task({"task_id": "t", "task_type": "ocr", "image_url": "inferq:a.png", **fields})
     given = {"image_url": ["aa", "image/png"]} if contents is None else contents
-    return result_key(task, given, engine, settings or EngineSettings())
+    return result_key(task, given, engine, settings or EngineSettings(), version)
 
 
 def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
@@ -42,9 +45,10 @@ def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
         key(image_url="https://example.com/the-same-picture.png", time_limit=5),
         key(callback_url="https://example.com/", expires_at="2030-01-01T00:00:00Z"),
         key(options={"annotated": False}),  # the default, spelled out
-        key(engine=ENGINE.model_copy(update={"device": "cuda:1"})),
     ]
     assert set(same) == {key()}
+    first, second = (ENGINE.model_copy(update={"device": f"cuda:{number} (bfloat16)"}) for number in (0, 1))
+    assert key(engine=first) == key(engine=second)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +58,16 @@ def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
         {"contents": {"image_url": ["aa", "application/pdf"]}},
         {"options": {"annotated": True}},
         {"settings": EngineSettings(threads=2)},
+        {"version": "2"},
         *(
-            {"engine": ENGINE.model_copy(update={name: value})}
-            for name, value in {"name": "x", "version": "2", "model": "large", "weights": ("lac 4",)}.items()
+            {"engine": ENGINE.model_copy(update=update)}
+            for update in (
+                {"name": "x"},
+                {"version": "2"},
+                {"model": "large"},
+                {"weights": ("lac 4",)},
+                {"device": "cuda:0"},
+            )
         ),
     ],
 )
@@ -70,13 +81,24 @@ def test_texts_share_a_key_only_if_they_are_equal(one: str, other: str) -> None:
         task = get_type("ner").task.model_validate(
             {"task_id": "t", "task_type": "ner", "text": text}, strict=False
         )
-        return result_key(task, {}, ENGINE, None)
+        return result_key(task, {}, ENGINE, None, "1")
 
     try:
         keys = of(one), of(other)
     except ValueError:
         return  # not a text that a task may have
     assert (keys[0] == keys[1]) == (one == other)
+
+
+@pytest.mark.parametrize(("where", "cached"), [("weights:pp-ocr", True), ("/models/pp-ocr", False)])
+def test_what_a_folder_without_a_version_holds_is_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, cached: bool
+) -> None:
+    monkeypatch.setenv("INFERQ_OCR_MODEL_DIR", where)
+    store = LocalStore(tmp_path, fsync=False)
+    cache = ResultCache(get_type("ocr"), store, ResultStore(store))
+    task = parse_task({"task_id": "t", "task_type": "ocr", "image_url": "inferq:a.png"})
+    assert (cache.key(task, {}, ENGINE) is not None) == cached
 
 
 def test_only_a_seed_makes_music_the_same_again() -> None:
@@ -144,8 +166,37 @@ def test_what_no_longer_stands_is_computed_anew(site: Site, tmp_path: Path, lost
     assert not again.cached
     assert starts(tmp_path / "m") == 2
     # And what was computed anew is found from now on.
-    assert json.loads(site.store.get(entry.key)) == {"task_id": again.task_id}
+    assert json.loads(site.store.get(entry.key))["task_id"] == again.task_id
     assert site.ended(submit(site, tmp_path / "m", fault="artifact")).cached
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"digest": "d2"},
+        {"finished_at": datetime(2026, 1, 2, tzinfo=UTC)},
+        {"task_type": "ner"},
+        {"status": "failed"},
+    ],
+)
+def test_what_an_id_that_is_used_again_came_to_is_not_handed_on(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    results = ResultStore(store)
+    cache = ResultCache(get_type("ocr"), store, results)
+    result = Result(
+        task_id="letters.1", task_type="ocr", tenant="default", status="succeeded", output="AAA",
+        attempts=1, finished_at=datetime(2026, 1, 1, tzinfo=UTC), digest="d1",
+    )  # fmt: skip
+    cache.keep(results.save(result), "aa")
+    found = cache.find("default", "aa", tmp_path)
+    assert found is not None
+    assert found.output == b'"AAA"'
+    for info in list(store.list("tasks/")):
+        store.delete(info.key)
+    results.save(result.model_copy(update={"output": "BBB", **other}))
+    assert cache.find("default", "aa", tmp_path) is None
 
 
 def test_an_artifact_that_was_changed_is_not_handed_on(site: Site, tmp_path: Path) -> None:
