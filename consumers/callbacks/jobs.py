@@ -67,7 +67,9 @@ class CallbackJobs:
         self._storage = storage
         self._webhooks = webhooks
         self._lock = threading.Lock()
-        self._targets = Targets(threads=1, limit=settings.callback_target_limit)
+        self._targets = Targets(
+            threads=1, limit=settings.callback_target_limit, slow=settings.callback_timeout / 2
+        )
 
     def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
         """Celery's way from a message to a thread, with a look at the target first.
