@@ -26,6 +26,8 @@ _CARRIED_RESPONSE = 200
 _LATER_SECONDS = 30.0
 """How long a callback rests whose failure could not be kept, as the object store is away."""
 
+_AFTER_FAULT_SECONDS = 60.0
+
 
 class Job(BaseModel):
     """What the job `callbacks.deliver` is given."""
@@ -71,8 +73,29 @@ class Delivery:
         self._follow(job, decision)
         return sent
 
+    def put_off(self, job: Job, error: Exception) -> None:
+        """Try again later after a fault of our own; it counts as an attempt, so that it ends by the schedule.
+
+        Raises Outage where the broker does not take the next attempt's message.
+        """
+        why = _internal(error)
+        if len(job.attempts) < len(self.settings.callback_schedule):
+            job = job.model_copy(update={"attempts": (*job.attempts, _unsent(why).attempt)})
+        self.publish(delayed(job.message(), _AFTER_FAULT_SECONDS))
+        due = datetime.now(UTC) + timedelta(seconds=_AFTER_FAULT_SECONDS)
+        try:
+            self._note(_record(job, "waiting", next_at=due, reason=why))
+        except Exception:  # it may be what failed before, and the next attempt is on its way
+            _log.exception("%s: not on record", job.callback.callback_id)
+
     def _send(self, job: Job) -> Sent:
-        callback = job.callback
+        try:
+            return self._signed(job.callback)
+        except Exception as error:
+            _log.exception("%s: the attempt itself failed", job.callback.callback_id)
+            return _unsent(_internal(error))
+
+    def _signed(self, callback: Callback) -> Sent:
         try:
             secrets = self.secrets.of(callback.tenant)
         except InferqError as error:
@@ -129,6 +152,11 @@ class Delivery:
             self.records.drop(_record(job, "delivered"))
         except Outage as error:
             _log.warning("%s is delivered, but stays among the failures: %s", job.callback.callback_id, error)
+
+
+def _internal(error: Exception) -> str:
+    """No more than the kind: the owner of the task is to see it, and the message may name what is ours."""
+    return f"internal: {type(error).__name__}"
 
 
 def _unsent(why: str) -> Sent:

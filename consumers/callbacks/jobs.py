@@ -37,7 +37,6 @@ from storage.fetch_url import parse_http_url
 _log = logging.getLogger(__name__)
 
 _BROKER_PATIENCE_SECONDS = 120.0
-_AFTER_FAULT_SECONDS = 60.0
 
 
 def add_jobs(app: Celery) -> None:
@@ -140,7 +139,7 @@ class CallbackJobs:
 
     def _put_off(self, job: Job, error: Exception) -> None:
         try:
-            self._publish(delayed(job.message(), _AFTER_FAULT_SECONDS))
+            self._delivery.put_off(job, error)
         except Outage:
             raise Reject(error, requeue=True) from error
 

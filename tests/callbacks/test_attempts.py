@@ -1,0 +1,101 @@
+"""What follows each attempt: sent, put off, kept and forgotten, with nothing real around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from broker import Message
+from consumers.callbacks.delivery import Delivery, Job
+from consumers.callbacks.metrics import CallbackMetrics
+from consumers.callbacks.sending import Sent
+from consumers.callbacks.settings import CallbackSettings
+from schemas import Callback, CallbackAttempt, CallbackRecord
+from tests.callbacks.conftest import callback
+
+SECRETS = ("whsec_" + "A" * 32,)
+
+
+@dataclass
+class Around:
+    """The secrets, the sender, the records and the queue of a delivery. An answer is a status or an error."""
+
+    answers: list[int | Exception] = field(default_factory=list)
+    sent: list[Callback] = field(default_factory=list)
+    noted: list[CallbackRecord] = field(default_factory=list)
+    kept: dict[str, CallbackRecord] = field(default_factory=dict)
+    queue: list[Message] = field(default_factory=list)
+    store_fault: Exception | None = None
+    schedule: tuple[float, ...] = (0, 1, 1)
+
+    def __post_init__(self) -> None:
+        around: Any = self
+        self.delivery = Delivery(
+            settings=CallbackSettings(callback_schedule=self.schedule),
+            secrets=around,
+            sender=around,
+            records=around,
+            metrics=CallbackMetrics(CollectorRegistry(), lambda: 0.0),
+            publish=self.queue.append,
+        )
+
+    def of(self, _tenant: str) -> Sequence[str]:
+        return SECRETS
+
+    def send(self, callback: Callback, _secrets: Sequence[str]) -> Sent:
+        self.sent.append(callback)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return Sent(CallbackAttempt(at=datetime.now(UTC), seconds=0.1, status=answer))
+
+    def note(self, record: CallbackRecord) -> None:
+        self.noted.append(record)
+
+    def keep(self, record: CallbackRecord) -> None:
+        if self.store_fault is not None:
+            raise self.store_fault
+        self.kept[record.callback_id] = record
+
+    def drop(self, record: CallbackRecord) -> None:
+        self.kept.pop(record.callback_id, None)
+
+    def next_job(self) -> Job:
+        return Job.model_validate(json.loads(self.queue.pop().body)[1])
+
+    def run(self, job: Job) -> None:
+        """Attempt after attempt, until the queue is empty."""
+        self.delivery.attempt(job)
+        while self.queue:
+            self.delivery.attempt(self.next_job())
+
+
+def failed(*statuses: int) -> tuple[CallbackAttempt, ...]:
+    return tuple(CallbackAttempt(at=datetime.now(UTC), seconds=0.1, status=status) for status in statuses)
+
+
+def new_job(*statuses: int, **more: Any) -> Job:
+    return Job(callback=callback("https://example.com/"), attempts=failed(*statuses), **more)
+
+
+def test_what_nobody_foresaw_is_an_attempt_that_the_record_shows() -> None:
+    around = Around([RuntimeError("a secret")] * 3)
+    around.run(new_job())
+    (record,) = around.kept.values()
+    assert [attempt.error for attempt in record.attempts] == ["internal: RuntimeError"] * 3
+    assert "a secret" not in str(around.noted)
+
+
+def test_a_fault_after_an_attempt_is_bounded_by_the_schedule_too() -> None:
+    around = Around()
+    job = new_job()
+    for _ in range(5):
+        around.delivery.put_off(job, KeyError("x"))
+        job = around.next_job()
+    assert [attempt.error for attempt in job.attempts] == ["internal: KeyError"] * 3
+    assert (around.noted[-1].state, around.noted[-1].reason) == ("waiting", "internal: KeyError")
