@@ -60,17 +60,16 @@ class Delivery:
         next attempt's message.
         """
         schedule = self.settings.callback_schedule
-        sent: Sent | None = None
-        if len(job.attempts) < len(schedule):
-            sent = self._send(job)
-            # What was learnt travels with the callback: the index may be lost.
-            job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
-            retry_after = sent.retry_after
-        else:
-            retry_after = None  # given up before, when that could not be kept
+        if job.attempts:
+            decision = after_attempt(job.attempts, schedule)
+            if isinstance(decision, GivenUp):  # before, when that could not be kept
+                self._follow(job, decision)
+                return None
+        sent = self._send(job)
+        # What was learnt travels with the callback: the index may be lost.
+        job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
         chance = random.random()  # noqa: S311 - jitter, not a secret
-        decision = after_attempt(job.attempts, schedule, retry_after=retry_after, chance=chance)
-        self._follow(job, decision)
+        self._follow(job, after_attempt(job.attempts, schedule, retry_after=sent.retry_after, chance=chance))
         return sent
 
     def put_off(self, job: Job, error: Exception) -> None:

@@ -16,6 +16,7 @@ from consumers.callbacks.metrics import CallbackMetrics
 from consumers.callbacks.sending import Sent
 from consumers.callbacks.settings import CallbackSettings
 from schemas import Callback, CallbackAttempt, CallbackRecord
+from storage import StoreOutage
 from tests.callbacks.conftest import callback
 
 SECRETS = ("whsec_" + "A" * 32,)
@@ -99,3 +100,17 @@ def test_a_fault_after_an_attempt_is_bounded_by_the_schedule_too() -> None:
         job = around.next_job()
     assert [attempt.error for attempt in job.attempts] == ["internal: KeyError"] * 3
     assert (around.noted[-1].state, around.noted[-1].reason) == ("waiting", "internal: KeyError")
+
+
+def test_what_is_given_up_is_not_sent_again_while_it_cannot_be_kept() -> None:
+    for answers in ([410], [500, 500, 500]):
+        around = Around(list(answers), store_fault=StoreOutage("away"))
+        job = new_job()
+        for _ in range(len(answers) + 3):
+            around.delivery.attempt(job)
+            job = around.next_job()
+        assert len(around.sent) == len(answers)
+        around.store_fault = None
+        around.run(job)
+        (record,) = around.kept.values()
+        assert [attempt.status for attempt in record.attempts] == answers
