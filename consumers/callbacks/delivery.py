@@ -112,7 +112,8 @@ class Delivery:
         match decision:
             case Delivered():
                 self._note(_record(job, "delivered"))
-                if job.resent:
+                if job.resent or len(job.attempts) >= len(self.settings.callback_schedule):
+                    # The last attempt may be one made twice, as a crash came between its failure and the ack.
                     self._drop(job)
                 self.metrics.outcomes.labels("delivered").inc()
             case Again(seconds):

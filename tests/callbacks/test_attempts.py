@@ -114,3 +114,13 @@ def test_what_is_given_up_is_not_sent_again_while_it_cannot_be_kept() -> None:
         around.run(job)
         (record,) = around.kept.values()
         assert [attempt.status for attempt in record.attempts] == answers
+
+
+def test_a_last_attempt_that_is_made_twice_leaves_no_failure_behind() -> None:
+    around = Around([500, 200])
+    job = new_job(500, 500)
+    around.delivery.attempt(job)
+    assert around.kept
+    around.delivery.attempt(job)  # it was not acknowledged
+    assert not around.kept
+    assert [record.state for record in around.noted] == ["failed", "delivered"]
