@@ -8,10 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from broker import Message, callback_message, delayed
-from consumers.callbacks.decision import Again, Decision, Delivered, GivenUp, after_attempt
+from consumers.callbacks.decision import (
+    JITTER,
+    MAX_RETRY_AFTER,
+    Again,
+    Decision,
+    Delivered,
+    GivenUp,
+    after_attempt,
+)
 from consumers.callbacks.metrics import CallbackMetrics
 from consumers.callbacks.sending import Sender, Sent
 from consumers.callbacks.settings import CallbackSettings
@@ -30,16 +38,22 @@ _AFTER_FAULT_SECONDS = 60.0
 
 
 class Job(BaseModel):
-    """What the job `callbacks.deliver` is given."""
+    """What the job `callbacks.deliver` is given. `since`: when it was seen here for the first time."""
 
     model_config = ConfigDict(frozen=True)
 
     callback: Callback
     attempts: tuple[CallbackAttempt, ...] = ()
     resent: bool = False
+    since: AwareDatetime | None = None
 
     def message(self) -> Message:
-        return callback_message(self.callback, attempts=self.attempts, resent=self.resent)
+        return callback_message(
+            self.callback,
+            attempts=self.attempts,
+            resent=self.resent,
+            since=self.since or datetime.now(UTC),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,21 @@ class Delivery:
         chance = random.random()  # noqa: S311 - jitter, not a secret
         self._follow(job, after_attempt(job.attempts, schedule, retry_after=sent.retry_after, chance=chance))
         return sent
+
+    def overdue(self, since: datetime | None) -> bool:
+        """Whether the schedule is over for a callback seen then, and what a receiver may ask for on top."""
+        if since is None:
+            return False
+        whole = sum(self.settings.callback_schedule) * (1 + JITTER) + MAX_RETRY_AFTER
+        return datetime.now(UTC) - since > timedelta(seconds=whole)
+
+    def expire(self, job: Job) -> None:
+        """Give up a callback that is overdue, and whose target takes nothing. Raises Outage, as `attempt`."""
+        seen = f" since {job.since:%Y-%m-%d %H:%M} UTC" if job.since is not None else ""
+        self._give_up(
+            job,
+            f"its target goes on timing out, and others wait for it too: {len(job.attempts)} attempts{seen}",
+        )
 
     def put_off(self, job: Job, error: Exception) -> None:
         """Try again later after a fault of our own; it counts as an attempt, so that it ends by the schedule.
@@ -112,8 +141,9 @@ class Delivery:
         match decision:
             case Delivered():
                 self._note(_record(job, "delivered"))
-                if job.resent or len(job.attempts) >= len(self.settings.callback_schedule):
-                    # The last attempt may be one made twice, as a crash came between its failure and the ack.
+                last = len(job.attempts) >= len(self.settings.callback_schedule)
+                if job.resent or last or self.overdue(job.since):
+                    # It may have been given up before: a crash came between that and the ack.
                     self._drop(job)
                 self.metrics.outcomes.labels("delivered").inc()
             case Again(seconds):

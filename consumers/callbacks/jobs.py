@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -37,6 +38,8 @@ from storage.fetch_url import parse_http_url
 _log = logging.getLogger(__name__)
 
 _BROKER_PATIENCE_SECONDS = 120.0
+_ENDINGS = 4
+"""Threads that give up callbacks to targets that hang; those of the pool are for sending."""
 
 
 def add_jobs(app: Celery) -> None:
@@ -69,6 +72,7 @@ class CallbackJobs:
         self._targets = Targets(
             threads=1, limit=settings.callback_target_limit, slow=settings.callback_timeout / 2
         )
+        self._endings = ThreadPoolExecutor(_ENDINGS, thread_name_prefix="endings")
 
     def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
         """Celery's way from a message to a thread, with a look at the target first.
@@ -90,27 +94,37 @@ class CallbackJobs:
                 if put.exception() is None:
                     ack(_log, consumer.connection_errors)
                 else:
-                    _log.warning("a callback could not be put aside, it is taken again: %s", put.exception())
+                    _log.warning(
+                        "a callback could not be put aside or ended, it is taken again: %s", put.exception()
+                    )
                     reject(_log, consumer.connection_errors, True)
 
             try:
                 # No more than is needed: what is put aside is put aside as it came.
-                target = _target(json.loads(message.body)[1]["callback"]["url"])
+                document = json.loads(message.body)
+                target = _target(document[1]["callback"]["url"])
             except (ValueError, TypeError, LookupError, RecursionError):
-                target = _NO_TARGET
+                document, target = None, _NO_TARGET
             delay = targets.enter(target)
-            if delay is None:
+            # A backlog for a target that hangs would have one attempt at a time, for months.
+            overdue = delay is not None and targets.hangs(target) and self._delivery.overdue(_since(document))
+            if delay is None or overdue:
                 try:
-                    _read(message.body)
+                    job = _read(message.body)
                 except (ValueError, TypeError, LookupError, RecursionError) as error:
                     _log.error("job %r is no callback and is put aside: %s", message.headers.get("id"), error)
-                    targets.leave(target, 0.0, timed_out=False)
+                    if delay is None:
+                        targets.leave(target, 0.0, timed_out=False)
                     reject(_log, consumer.connection_errors)
                 else:
-                    to_pool(message, body, ack, reject, callbacks)
+                    if overdue:
+                        self._endings.submit(self._delivery.expire, job).add_done_callback(settle)
+                    else:
+                        to_pool(message, body, ack, reject, callbacks)
                 return
             deferred.inc()
-            copy = job_copy("inference.callbacks", bytes(message.body), message.headers)
+            seen = _seen(document)
+            copy = job_copy("inference.callbacks", seen or bytes(message.body), message.headers)
             try:
                 self._publisher.publish(delayed(copy, delay)).add_done_callback(settle)
             except Outage as error:
@@ -194,6 +208,23 @@ def _read(body: bytes | str) -> Job:
         # Its own words would repeat what the task holds.
         places = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
         raise ValueError(f"wrong in {places}") from None
+
+
+def _since(document: Any) -> datetime | None:
+    """When the callback of a job's message was seen here for the first time, where it says so."""
+    try:
+        since = datetime.fromisoformat(document[1]["since"])
+    except (ValueError, TypeError, LookupError):
+        return None
+    return since if since.tzinfo is not None else None
+
+
+def _seen(document: Any) -> bytes | None:
+    """The body of a job's message with the word that it was seen now; None where it says when, or cannot."""
+    if document is None or _since(document) is not None:
+        return None
+    document[1]["since"] = datetime.now(UTC).isoformat()
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 _NO_TARGET: Target = ("", "", 0)

@@ -31,9 +31,11 @@ _Standing = Literal["trusted", "new", "suspect"]
 
 @dataclass
 class _State:
-    """What is known of a target: seconds that a sending takes, and when the last one put aside is due."""
+    """What is known of a target: whether the last sending timed out, the seconds that one takes, and when the
+    last one put aside is due."""
 
     standing: _Standing = "new"
+    hangs: bool = False
     busy: int = 0
     seconds: float = 0.2
     next_at: float = 0.0
@@ -69,6 +71,12 @@ class Targets:
                 return None
             return self._delay(state)
 
+    def hangs(self, target: Target) -> bool:
+        """Whether the target timed out the last time."""
+        with self._lock:
+            state = self._states.get(target)
+            return state is not None and state.hangs
+
     def leave(self, target: Target, seconds: float, *, timed_out: bool) -> None:
         """Give a place back after a sending that took so many seconds."""
         with self._lock:
@@ -79,6 +87,7 @@ class Targets:
                 # It is back: nobody needs to queue up behind what it was.
                 state.next_at, state.seconds = 0.0, seconds
             state.standing = "suspect" if suspect else "trusted"
+            state.hangs = timed_out
             state.busy -= 1
             state.seconds = 0.7 * state.seconds + 0.3 * seconds
             self._busy[state.standing] += state.busy

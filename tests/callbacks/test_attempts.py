@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 
-from broker import Message
+from broker import BrokerSettings, Message, callback_message
+from consumers.callbacks import jobs
 from consumers.callbacks.delivery import Delivery, Job
 from consumers.callbacks.metrics import CallbackMetrics
 from consumers.callbacks.sending import Sent
 from consumers.callbacks.settings import CallbackSettings
 from schemas import Callback, CallbackAttempt, CallbackRecord
-from storage import StoreOutage
+from storage import StorageSettings, StoreOutage, WebhookSettings
 from tests.callbacks.conftest import callback
 
 SECRETS = ("whsec_" + "A" * 32,)
@@ -124,3 +129,107 @@ def test_a_last_attempt_that_is_made_twice_leaves_no_failure_behind() -> None:
     around.delivery.attempt(job)  # it was not acknowledged
     assert not around.kept
     assert [record.state for record in around.noted] == ["failed", "delivered"]
+
+
+@dataclass
+class Arrivals:
+    """Celery's way from the broker to the pool, with the pool and the broker replaced by lists."""
+
+    around: Around
+    pool: list[Message] = field(default_factory=list)
+    settled: list[str] = field(default_factory=list)
+    broker_fault: Exception | None = None
+
+    def __post_init__(self) -> None:
+        around: Any = self
+        self.jobs = jobs.CallbackJobs(
+            self.around.delivery.settings, BrokerSettings(), StorageSettings(), WebhookSettings()
+        )
+        vars(self.jobs).update(
+            _delivery=self.around.delivery, _publisher=around, _metrics=self.around.delivery.metrics
+        )
+        app: Any = SimpleNamespace(amqp=SimpleNamespace(queues=SimpleNamespace(consume_from=())))
+        consumer = SimpleNamespace(pool=SimpleNamespace(limit=8), connection_errors=())
+        self.handle = self.jobs.strategy(around, app, consumer)
+
+    def publish(self, message: Message) -> Future[None]:
+        if self.broker_fault is not None:
+            raise self.broker_fault
+        self.around.queue.append(message)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def arrive(self, job: Job) -> None:
+        def ack(*_about: Any) -> None:
+            self.settled.append("ack")
+
+        def reject(_log: Any, _errors: Any, requeue: bool = False) -> None:
+            self.settled.append("requeue" if requeue else "reject")
+
+        message = callback_message(job.callback, attempts=job.attempts, since=job.since)
+        self.handle(message, None, ack, reject, None)
+
+
+@pytest.fixture
+def arrivals(monkeypatch: pytest.MonkeyPatch) -> Callable[[Around], Arrivals]:
+    made: list[Arrivals] = []
+    monkeypatch.setattr(
+        jobs, "celery_strategy", lambda *_about: lambda message, *_more: made[-1].pool.append(message)
+    )
+
+    def make(around: Around) -> Arrivals:
+        made.append(Arrivals(around))
+        return made[-1]
+
+    return make
+
+
+def hang(arrivals: Arrivals) -> None:
+    """Let the target of all have timed out, and be busy with one more."""
+    targets, target = arrivals.jobs._targets, ("https", "example.com", 443)
+    targets.enter(target)
+    targets.leave(target, 15.0, timed_out=True)
+    targets.enter(target)
+
+
+def test_a_backlog_for_a_target_that_hangs_ends_by_the_schedule(
+    arrivals: Callable[[Around], Arrivals],
+) -> None:
+    around = Around()
+    line = arrivals(around)
+    hang(line)
+    line.arrive(new_job())
+    aside = around.next_job()
+    assert aside.since is not None
+    day = timedelta(days=1)
+    line.arrive(aside.model_copy(update={"since": aside.since - day}))
+    again = around.next_job()
+    assert again.since == aside.since - day
+    late = again.model_copy(update={"since": again.since - timedelta(seconds=5)})
+    line.arrive(late)
+    ends = time.monotonic() + 5
+    while len(line.settled) < 3 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert line.settled == ["ack"] * 3
+    assert not around.queue
+    assert not around.sent
+    assert "goes on timing out" in str(around.kept[late.callback.callback_id].reason)
+    around.answers = [200]
+    around.delivery.attempt(late)  # it was not acknowledged, and the target is back
+    assert not around.kept
+
+
+def test_what_is_late_is_sent_where_the_target_answers(arrivals: Callable[[Around], Arrivals]) -> None:
+    line = arrivals(Around())
+    line.arrive(new_job(since=datetime.now(UTC) - timedelta(days=9)))
+    assert len(line.pool) == 1
+    assert not line.around.kept
+
+
+def test_every_attempt_carries_when_the_callback_was_first_seen() -> None:
+    around = Around([500, 500])
+    around.delivery.attempt(new_job())
+    first = around.next_job()
+    around.delivery.attempt(first)
+    assert first.since == around.next_job().since is not None
