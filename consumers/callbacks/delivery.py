@@ -190,7 +190,7 @@ def _internal(error: Exception) -> str:
 
 
 def _unsent(why: str) -> Sent:
-    return Sent(CallbackAttempt(at=datetime.now(UTC), seconds=0.0, error=why))
+    return Sent(CallbackAttempt(at=datetime.now(UTC), seconds=0.0, error=why), tried=False)
 
 
 def _carried(attempt: CallbackAttempt) -> CallbackAttempt:

@@ -114,7 +114,7 @@ class CallbackJobs:
                 except (ValueError, TypeError, LookupError, RecursionError) as error:
                     _log.error("job %r is no callback and is put aside: %s", message.headers.get("id"), error)
                     if delay is None:
-                        targets.leave(target, 0.0, timed_out=False)
+                        targets.leave(target, None)
                     reject(_log, consumer.connection_errors)
                 else:
                     if overdue:
@@ -136,7 +136,6 @@ class CallbackJobs:
 
     def deliver(self, job: Job) -> None:
         """Make one attempt, on a thread of the pool; its place at the target has been taken."""
-        began = time.monotonic()
         sent = None
         try:
             sent = self._delivery.attempt(job)
@@ -148,8 +147,13 @@ class CallbackJobs:
             _log.exception("%s: the delivery itself failed", job.callback.callback_id)
             self._put_off(job, error)
         finally:
-            timed_out = sent is not None and sent.timed_out
-            self._targets.leave(_target(job.callback.url), time.monotonic() - began, timed_out=timed_out)
+            # The rest of the time was ours: a target is not slow because our store is.
+            tried = sent if sent is not None and sent.tried else None
+            self._targets.leave(
+                _target(job.callback.url),
+                tried.attempt.seconds if tried else None,
+                timed_out=tried is not None and tried.timed_out,
+            )
 
     def _put_off(self, job: Job, error: Exception) -> None:
         try:

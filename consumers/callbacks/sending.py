@@ -25,11 +25,15 @@ _ERROR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Sent:
-    """What came of an attempt. `retry_after`: the seconds that the receiver asked us to stay away."""
+    """What came of an attempt. `retry_after`: the seconds that the receiver asked us to stay away.
+
+    `tried`: the receiver had a part in it.
+    """
 
     attempt: CallbackAttempt
     retry_after: float | None = None
     timed_out: bool = False
+    tried: bool = True
 
 
 class Sender:

@@ -77,10 +77,14 @@ class Targets:
             state = self._states.get(target)
             return state is not None and state.hangs
 
-    def leave(self, target: Target, seconds: float, *, timed_out: bool) -> None:
-        """Give a place back after a sending that took so many seconds."""
+    def leave(self, target: Target, seconds: float | None, *, timed_out: bool = False) -> None:
+        """Give a place back after a sending that took so many seconds; None where nothing was sent."""
         with self._lock:
             state = self._states[target]
+            if seconds is None:
+                state.busy -= 1
+                self._busy[state.standing] -= 1
+                return
             suspect = timed_out or seconds > self.slow
             self._busy[state.standing] -= state.busy
             if state.standing == "suspect" and not suspect:

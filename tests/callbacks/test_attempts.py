@@ -233,3 +233,18 @@ def test_every_attempt_carries_when_the_callback_was_first_seen() -> None:
     first = around.next_job()
     around.delivery.attempt(first)
     assert first.since == around.next_job().since is not None
+
+
+def test_a_target_is_judged_by_its_own_time_only(arrivals: Callable[[Around], Arrivals]) -> None:
+    around = Around([200])
+    line = arrivals(around)
+    told: list[float | None] = []
+    targets: Any = SimpleNamespace(leave=lambda _target, seconds, *, timed_out: told.append(seconds))
+    vars(line.jobs).update(_targets=targets)
+    note = around.note
+    vars(around).update(note=lambda record: (time.sleep(0.3), note(record)))
+    line.jobs.deliver(new_job())
+    line.jobs.deliver(new_job(410))  # given up before
+    vars(around).update(of=lambda _tenant: ())
+    line.jobs.deliver(new_job())
+    assert told == [0.1, None, None]

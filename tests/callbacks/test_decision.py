@@ -120,6 +120,16 @@ def test_a_target_that_answers_slowly_leaves_threads_to_the_others() -> None:
     assert sum(targets.enter(A) is None for _ in range(20)) == 3
 
 
+def test_a_place_that_was_not_used_teaches_nothing() -> None:
+    targets = Targets(threads=8, limit=8, clock=lambda: 0.0)
+    targets.enter(A)
+    targets.leave(A, 15.0, timed_out=True)
+    targets.enter(A)
+    targets.leave(A, None)
+    assert targets.busy == 0
+    assert sum(targets.enter(A) is None for _ in range(20)) == 1
+
+
 @given(
     moves=st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["enter", "answer", "hang"])), max_size=300),
     threads=st.integers(2, 40),
