@@ -91,12 +91,14 @@ class CallbackJobs:
         def handle(message: Any, body: Any, ack: Callable[..., None], reject: Callable[..., None],
                    callbacks: Any) -> None:  # fmt: skip
             def settle(put: Future[None]) -> None:
-                if put.exception() is None:
+                error = put.exception()
+                if error is None:
                     ack(_log, consumer.connection_errors)
+                elif isinstance(error, InvalidTask):
+                    _log.error("job %r cannot be sent on: %s", message.headers.get("id"), error)
+                    reject(_log, consumer.connection_errors)
                 else:
-                    _log.warning(
-                        "a callback could not be put aside or ended, it is taken again: %s", put.exception()
-                    )
+                    _log.warning("a callback could not be put aside or ended, it is taken again: %s", error)
                     reject(_log, consumer.connection_errors, True)
 
             try:
@@ -118,7 +120,7 @@ class CallbackJobs:
                     reject(_log, consumer.connection_errors)
                 else:
                     if overdue:
-                        self._endings.submit(self._delivery.expire, job).add_done_callback(settle)
+                        self._endings.submit(self._expire, job).add_done_callback(settle)
                     else:
                         to_pool(message, body, ack, reject, callbacks)
                 return
@@ -127,7 +129,7 @@ class CallbackJobs:
             copy = job_copy("inference.callbacks", seen or bytes(message.body), message.headers)
             try:
                 self._publisher.publish(delayed(copy, delay)).add_done_callback(settle)
-            except Outage as error:
+            except (Outage, InvalidTask) as error:
                 failed: Future[None] = Future()
                 failed.set_exception(error)
                 settle(failed)
@@ -154,6 +156,15 @@ class CallbackJobs:
                 tried.attempt.seconds if tried else None,
                 timed_out=tried is not None and tried.timed_out,
             )
+
+    def _expire(self, job: Job) -> None:
+        try:
+            self._delivery.expire(job)
+        except Outage:
+            raise
+        except Exception as error:
+            _log.exception("%s: it could not be given up", job.callback.callback_id)
+            self._delivery.put_off(job, error)
 
     def _put_off(self, job: Job, error: Exception) -> None:
         try:

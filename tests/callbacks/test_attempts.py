@@ -20,7 +20,7 @@ from consumers.callbacks.delivery import Delivery, Job
 from consumers.callbacks.metrics import CallbackMetrics
 from consumers.callbacks.sending import Sent
 from consumers.callbacks.settings import CallbackSettings
-from schemas import Callback, CallbackAttempt, CallbackRecord
+from schemas import Callback, CallbackAttempt, CallbackRecord, InvalidTask
 from storage import StorageSettings, StoreOutage, WebhookSettings
 from tests.callbacks.conftest import callback
 
@@ -248,3 +248,14 @@ def test_a_target_is_judged_by_its_own_time_only(arrivals: Callable[[Around], Ar
     vars(around).update(of=lambda _tenant: ())
     line.jobs.deliver(new_job())
     assert told == [0.1, None, None]
+
+
+def test_what_cannot_be_put_aside_is_taken_again_or_kept_apart(
+    arrivals: Callable[[Around], Arrivals],
+) -> None:
+    line = arrivals(Around())
+    hang(line)
+    for fault in (StoreOutage("away"), InvalidTask("too large", code="unsendable")):
+        line.broker_fault = fault
+        line.arrive(new_job())
+    assert line.settled == ["requeue", "reject"]
