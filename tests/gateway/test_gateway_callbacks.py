@@ -101,3 +101,14 @@ def test_a_malformed_callback_url_is_refused_at_once(
     assert answer.status_code == 422
     assert "callback_url" in answer.json()["detail"]
     assert publisher.messages == []
+
+
+def test_much_progress_does_not_hide_the_end(lone_gateway: Gateway) -> None:
+    _, callback, records = ended(lone_gateway, "t7")
+    for number in range(301):
+        about = {"event": "task.progress", "callback_id": f"msg_{number:032x}"}
+        records.note(record(callback.model_copy(update=about), "delivered"))
+    records.note(record(callback, "failed"))
+    shown = lone_gateway.http.get("/v1/tasks/t7/callbacks").json()["items"]
+    assert len(shown) == 301
+    assert shown[-1]["callback_id"] == callback.callback_id
