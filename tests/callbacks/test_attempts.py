@@ -18,7 +18,7 @@ from broker import BrokerSettings, Message, callback_message
 from consumers.callbacks import jobs
 from consumers.callbacks.delivery import Delivery, Job
 from consumers.callbacks.metrics import CallbackMetrics
-from consumers.callbacks.sending import Sent
+from consumers.callbacks.sending import Sender, Sent
 from consumers.callbacks.settings import CallbackSettings
 from schemas import Callback, CallbackAttempt, CallbackRecord, InvalidTask
 from storage import StorageSettings, StoreOutage, WebhookSettings
@@ -259,3 +259,10 @@ def test_what_cannot_be_put_aside_is_taken_again_or_kept_apart(
         line.broker_fault = fault
         line.arrive(new_job())
     assert line.settled == ["requeue", "reject"]
+
+
+def test_an_attempt_has_its_whole_time_and_as_many_connections_as_threads() -> None:
+    sender = Sender(CallbackSettings(callback_timeout=120))
+    assert sender._pool._timeouts["read"] == sender._pool._timeouts["write"] == 120
+    assert sender._pool._timeouts["connect"] == 40
+    assert sender._pool._connections._max_connections > 1000
