@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -15,6 +16,8 @@ from producer.gateway.problems import Refused, not_found
 from producer.gateway.services import Here, Services
 from schemas import EVENT_OF_STATE, Callback, CallbackRecord, Outage, end_callback
 from storage.status import StatusOutage
+
+_log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1", tags=["callbacks"])
 
@@ -96,15 +99,23 @@ async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
     await services.publisher.confirm(
         callback_message(callback, resent=True), timeout=services.settings.submit_timeout
     )
-    return record.model_copy(
+    now = datetime.now(UTC)
+    again = record.model_copy(
         update={
             "state": "waiting",
             "reason": "sent again",
-            "next_at": datetime.now(UTC),
+            "next_at": now,
             "attempts": (),
+            "updated_at": now,
             "body": None,
         }
     )
+    try:
+        # Or whoever asks for all that failed again would start another chain of attempts.
+        await services.on_redis(services.callbacks.note, again)
+    except StatusOutage as error:
+        _log.warning("callback %s is sent again, but not on record: %s", record.callback_id, error)
+    return again
 
 
 async def _made_again(services: Services, record: CallbackRecord) -> Callback:

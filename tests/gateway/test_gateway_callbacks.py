@@ -112,3 +112,15 @@ def test_much_progress_does_not_hide_the_end(lone_gateway: Gateway) -> None:
     shown = lone_gateway.http.get("/v1/tasks/t7/callbacks").json()["items"]
     assert len(shown) == 301
     assert shown[-1]["callback_id"] == callback.callback_id
+
+
+def test_what_is_being_sent_again_is_not_sent_twice(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+    _, callback, records = ended(lone_gateway, "t8")
+    failed = record(callback, "failed")
+    records.keep(failed)
+    records.note(failed)
+    again = "/v1/tasks/t8/callbacks/resend"
+    assert [item["state"] for item in lone_gateway.http.post(again).json()["items"]] == ["waiting"]
+    assert lone_gateway.http.post(again).json()["items"] == []
+    assert lone_gateway.http.get("/v1/callbacks").json()["items"] == []
+    assert len(publisher.messages) == 1
