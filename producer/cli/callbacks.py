@@ -10,6 +10,7 @@ import typer
 from producer.cli.output import JsonFlag, console, print_json, print_table
 from producer.client import Client
 from schemas import CallbackRecord, InvalidTask, SubjectKind
+from storage.fetch_url import redacted
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -35,7 +36,7 @@ def _print(records: Sequence[CallbackRecord], as_json: bool) -> None:
                     len(r.attempts),
                     _last(r),
                     r.next_at,
-                    r.url,
+                    redacted(r.url),
                 )
                 for r in records
             ],

@@ -45,6 +45,16 @@ def test_callbacks_are_listed_shown_and_sent_again(
     assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
 
 
+def test_the_table_shows_no_password(lone_gateway: Gateway, command: Any) -> None:
+    _, callback, records = ended(lone_gateway, "t1")
+    url = "https://user:geheim@example.com/h?token=secret"
+    records.note(record(callback.model_copy(update={"url": url}), "failed"))
+    for arguments in (["list"], ["show", "t1", callback.callback_id]):
+        shown = command(*arguments).output
+        assert "example.com" in shown.replace("\n", "")
+        assert not any(word in shown for word in ("user:", "geheim", "secret"))
+
+
 def test_a_batchs_callbacks_are_found_by_the_batchs_id(
     lone_gateway: Gateway, publisher: FakePublisher, command: Any
 ) -> None:
