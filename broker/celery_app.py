@@ -16,6 +16,8 @@ from urllib.parse import quote
 from celery import Celery
 from celery.worker.consumer import Consumer
 from kombu.entity import Exchange, Queue
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport.pyamqp import SSLTransport
 from pika import PlainCredentials
 
 from broker.settings import BrokerSettings
@@ -23,6 +25,8 @@ from broker.topology import JOB_QUEUES, JOBS, job_queue_arguments
 from schemas import InstallationError
 
 _log = logging.getLogger(__name__)
+
+_TLS_SCHEME = "inferq-amqps"
 
 
 def celery_app(settings: BrokerSettings) -> Celery:
@@ -74,6 +78,26 @@ class KeepingConsumer(Consumer):  # type: ignore[misc]
         message.reject_log_error(_log, self.connection_errors)
 
 
+class CheckingTransport(SSLTransport):
+    """Kombu's TLS, except that each node of the broker has to show a certificate for its own name.
+
+    Kombu checks no name unless it is told one, and then the first node's for all of them.
+    """
+
+    def establish_connection(self) -> Any:
+        client: Any = self.client
+        hostname = client.hostname
+        client.ssl = {**client.ssl, "server_hostname": hostname}
+        try:
+            return super().establish_connection()  # type: ignore[no-untyped-call]
+        finally:
+            client.hostname = hostname  # kombu makes an address of localhost, which is another name
+
+
+# The scheme is all that kombu goes by when it moves on to the next node.
+TRANSPORT_ALIASES[_TLS_SCHEME] = f"{__name__}:{CheckingTransport.__name__}"
+
+
 def _url(settings: BrokerSettings, number: int) -> str:
     """The URL as Celery reads it: without the query, which means other things there."""
     parameters = settings.connections("jobs")[number]
@@ -84,7 +108,7 @@ def _url(settings: BrokerSettings, number: int) -> str:
     password = quote(credentials.password, safe="")
     host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host
     vhost = quote(parameters.virtual_host, safe="")
-    scheme = "amqps" if parameters.ssl_options is not None else "amqp"
+    scheme = _TLS_SCHEME if parameters.ssl_options is not None else "amqp"
     return f"{scheme}://{user}:{password}@{host}:{parameters.port}/{vhost}"
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from pydantic import JsonValue
@@ -93,11 +94,16 @@ def delayed(message: Message, seconds: float) -> Message:
 
 
 def callback_message(
-    callback: Callback, *, attempts: Sequence[CallbackAttempt] = (), resent: bool = False
+    callback: Callback,
+    *,
+    attempts: Sequence[CallbackAttempt] = (),
+    resent: bool = False,
+    since: datetime | None = None,
 ) -> Message:
     """The message that has a callback delivered, however long that takes.
 
     `attempts` are those that were made so far. `resent`: it had been given up, and its owner asked again.
+    `since`: when the delivery first saw it.
     """
     return job_message(
         CALLBACK_JOB,
@@ -106,6 +112,7 @@ def callback_message(
             "callback": callback.model_dump(mode="json"),
             "attempts": [attempt.model_dump(mode="json", exclude_none=True) for attempt in attempts],
             "resent": resent,
+            **({"since": since.isoformat()} if since is not None else {}),
         },
         job_id=callback.callback_id,
         retries=len(attempts),

@@ -66,6 +66,7 @@ from schemas import (
     Priority,
     Result,
     State,
+    SubjectKind,
     TaskStatus,
     new_task_id,
 )
@@ -178,13 +179,15 @@ class Client:
         """Ask for the task to be cancelled. Raises Conflict where it has ended otherwise."""
         return self._run(self._flows.cancel(task_id))
 
-    def callbacks(self, task_id: str) -> Sequence[CallbackRecord]:
-        """What became of the task's callbacks, attempt by attempt."""
-        return self._run(self._flows.callbacks(task_id)).items
+    def callbacks(self, subject_id: str, *, kind: SubjectKind = "task") -> Sequence[CallbackRecord]:
+        """What became of the callbacks of a task (or batch, by its id and `kind`), attempt by attempt."""
+        return self._run(self._flows.callbacks(subject_id, kind)).items
 
-    def resend(self, task_id: str, callback_id: str | None = None) -> Sequence[CallbackRecord]:
-        """Have a callback of the task sent again, under its `webhook-id`; without an id, all that failed."""
-        return self._run(self._flows.resend(task_id, callback_id)).items
+    def resend(
+        self, subject_id: str, callback_id: str | None = None, *, kind: SubjectKind = "task"
+    ) -> Sequence[CallbackRecord]:
+        """Have a callback sent again, under its `webhook-id`; without a callback's id, all that failed."""
+        return self._run(self._flows.resend(subject_id, callback_id, kind)).items
 
     def failed_callbacks(self, limit: int = 50) -> Sequence[CallbackRecord]:
         """The callbacks that were given up, the newest first, as far as the index keeps them."""
@@ -419,13 +422,15 @@ class AsyncClient:
         """See Client.cancel."""
         return await self._run(self._flows.cancel(task_id))
 
-    async def callbacks(self, task_id: str) -> Sequence[CallbackRecord]:
+    async def callbacks(self, subject_id: str, *, kind: SubjectKind = "task") -> Sequence[CallbackRecord]:
         """See Client.callbacks."""
-        return (await self._run(self._flows.callbacks(task_id))).items
+        return (await self._run(self._flows.callbacks(subject_id, kind))).items
 
-    async def resend(self, task_id: str, callback_id: str | None = None) -> Sequence[CallbackRecord]:
+    async def resend(
+        self, subject_id: str, callback_id: str | None = None, *, kind: SubjectKind = "task"
+    ) -> Sequence[CallbackRecord]:
         """See Client.resend."""
-        return (await self._run(self._flows.resend(task_id, callback_id))).items
+        return (await self._run(self._flows.resend(subject_id, callback_id, kind))).items
 
     async def failed_callbacks(self, limit: int = 50) -> Sequence[CallbackRecord]:
         """See Client.failed_callbacks."""

@@ -28,6 +28,7 @@ from schemas import (
     InferqError,
     Priority,
     Result,
+    SubjectKind,
     TaskStatus,
 )
 
@@ -251,11 +252,12 @@ class Flows:
                 raise NotEnded(detail, code="not_ended", status=409)
             yield Sleep(min(_BATCH_LOOK, left))
 
-    def callbacks(self, task_id: str) -> Flow[Callbacks]:
-        return parsed(Callbacks, (yield from self.request(Send("GET", f"{task_path(task_id)}/callbacks"))))
+    def callbacks(self, subject_id: str, kind: SubjectKind) -> Flow[Callbacks]:
+        path = callbacks_path(subject_id, kind)
+        return parsed(Callbacks, (yield from self.request(Send("GET", path))))
 
-    def resend(self, task_id: str, callback_id: str | None) -> Flow[Callbacks]:
-        path = f"{task_path(task_id)}/callbacks"
+    def resend(self, subject_id: str, callback_id: str | None, kind: SubjectKind) -> Flow[Callbacks]:
+        path = callbacks_path(subject_id, kind)
         path += f"/{quote(callback_id, safe='')}/resend" if callback_id else "/resend"
         return parsed(Callbacks, (yield from self.request(Send("POST", path))))
 
@@ -305,6 +307,10 @@ def task_path(task_id: str) -> str:
 
 def batch_path(batch_id: str) -> str:
     return f"/v1/batches/{'%2E' * len(batch_id) if batch_id in ('.', '..') else quote(batch_id, safe=':')}"
+
+
+def callbacks_path(subject_id: str, kind: SubjectKind) -> str:
+    return f"{task_path(subject_id) if kind == 'task' else batch_path(subject_id)}/callbacks"
 
 
 def batch_body(source: Uploaded | str, batch_id: str, said: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

@@ -81,19 +81,24 @@ def sequence_of(state: State, *, attempt: int, redrives: int, progress: float | 
     """The place of an event among all events of its task: what happened later has the larger number.
 
     It counts by redrive, attempt and how far the attempt is; the same event always has the same number.
-    Attempts beyond 999 count as 999. `progress` is a fraction from 0 to 1.
+    Attempts beyond 998 count as 998. A success counts as the last of all attempts, as it takes the place of a
+    failure, which may be a later attempt's. `progress` is a fraction from 0 to 1.
     """
+    attempt = min(attempt, _LAST_ATTEMPT - 1)
     if state == "queued":
         attempt, phase = attempt - 1, _ATTEMPT_ENDED
     elif state == "running":
         phase = 0 if progress is None else 1 + int(min(max(progress, 0.0), 1.0) * _PROGRESS_STEPS)
     elif state == "retrying":
         phase = _ATTEMPT_FAILED
+    elif state == "succeeded":
+        attempt, phase = _LAST_ATTEMPT, _ATTEMPT_ENDED
     else:
         phase = _ATTEMPT_ENDED
-    return (min(redrives, 1_000_000) * 1000 + min(attempt, 999)) * (_ATTEMPT_ENDED + 1) + phase
+    return (min(redrives, 1_000_000) * (_LAST_ATTEMPT + 1) + attempt) * (_ATTEMPT_ENDED + 1) + phase
 
 
+_LAST_ATTEMPT = 999
 _PROGRESS_STEPS = 9_996
 _ATTEMPT_FAILED = 9_998
 _ATTEMPT_ENDED = 9_999

@@ -25,6 +25,9 @@ MAX_LISTED = 500
 
 _MOST_FAILURES = 10_000
 _MOST_RECORDS = 300
+"""The records of one task or batch after which no more of its progress are listed; the others always are."""
+
+_EVERY = 1_000_000_000
 
 _SAVE = """
 local record, failures = KEYS[1], KEYS[2]
@@ -70,7 +73,7 @@ class CallbackRecords:
                 moment,
                 self._index.retention,
                 _MOST_FAILURES,
-                _MOST_RECORDS,
+                _MOST_RECORDS if record.event == "task.progress" else _EVERY,
             ],
         )
 

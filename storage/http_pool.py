@@ -15,13 +15,16 @@ from storage.fetch_url import HttpUrl
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 30.0
+_POOL_SECONDS = 10.0
 
 
 class HttpPool:
     """Connections that are kept for the next exchange with the same server. Safe from many threads.
 
     Redirects are answers like any other. What goes wrong comes as httpcore's exceptions, and as InvalidTask
-    (`address_refused`, `bad_input_url`) where a host leads nowhere that is permitted.
+    (`address_refused`, `bad_input_url`) where a host leads nowhere that is permitted. `patience`: the seconds
+    that a read or write may take; connecting has 10 s or a third of it, so that a host's next address has its
+    chance. There are at most so many `connections`, None for any number.
     """
 
     def __init__(
@@ -31,10 +34,15 @@ class HttpPool:
         resolver: Resolver = system_resolver,
         ssl_context: ssl.SSLContext | None = None,
         agent: str = "inferq",
+        patience: float = _READ_SECONDS,
+        connections: int | None = 256,
     ) -> None:
         self._backend = GuardedBackend(policy, resolver)
         self._ssl_context = ssl_context
         self._agent = agent
+        connect = max(_CONNECT_SECONDS, patience / 3)
+        self._timeouts = {"connect": connect, "read": patience, "write": patience, "pool": _POOL_SECONDS}
+        self._most = connections
         self.deadline = self._backend.deadline
 
     @cached_property
@@ -42,7 +50,7 @@ class HttpPool:
         return httpcore.ConnectionPool(
             ssl_context=self._ssl_context or _trusted(),
             network_backend=self._backend,
-            max_connections=256,
+            max_connections=self._most,
             max_keepalive_connections=16,
             keepalive_expiry=20.0,
         )
@@ -59,7 +67,6 @@ class HttpPool:
         if content is not None:
             lines["Content-Length"] = str(len(content))
         encoded = [(name.encode(), value.encode()) for name, value in lines.items()]
-        timeouts = {"connect": _CONNECT_SECONDS, "read": _READ_SECONDS, "write": _READ_SECONDS, "pool": 10.0}
         place = httpcore.URL(
             scheme=url.scheme.encode(), host=url.host.encode(), port=url.port, target=url.target.encode()
         )
@@ -67,7 +74,7 @@ class HttpPool:
         def send(stack: ExitStack) -> httpcore.Response:
             return stack.enter_context(
                 self._connections.stream(
-                    method, place, headers=encoded, content=content, extensions={"timeout": timeouts}
+                    method, place, headers=encoded, content=content, extensions={"timeout": self._timeouts}
                 )
             )
 

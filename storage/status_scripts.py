@@ -209,7 +209,7 @@ redis.call('EXPIRE', key, retention)
 local data = {task_id = id, task_type = ty, tenant = tenant, state = 'running', attempt = tonumber(attempt),
   progress = tonumber(fraction), batch_id = batch or nil}
 -- As schemas.sequence_of has it.
-local attempts = math.min(tonumber(redrives or 0), 1e6) * 1000 + math.min(tonumber(attempt), 999)
+local attempts = math.min(tonumber(redrives or 0), 1e6) * 1000 + math.min(tonumber(attempt), 998)
 data.sequence = attempts * 10000 + 1 + math.floor(tonumber(fraction) * 9996)
 if note ~= '' then data.note = note end
 publish(cjson.encode({type = 'task.progress', timestamp = timestamp, data = data}))

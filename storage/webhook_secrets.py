@@ -7,13 +7,23 @@ rotation a tenant has two (or more) that are valid at once, and callbacks carry 
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from schemas import InferqError, Settings
 from schemas.task import Tenant
@@ -44,6 +54,18 @@ class WebhookSecret(BaseModel):
     secret: SecretStr
     created: AwareDatetime
     until: AwareDatetime | None = None
+
+    @field_validator("secret")
+    @classmethod
+    def _signs(cls, secret: SecretStr) -> SecretStr:
+        text = secret.get_secret_value()
+        try:
+            usable = text.startswith(PREFIX) and base64.b64decode(text.removeprefix(PREFIX), validate=True)
+        except (binascii.Error, ValueError):
+            usable = b""
+        if not usable:
+            raise ValueError("a secret is whsec_ and base64")
+        return secret
 
     @property
     def secret_id(self) -> str:

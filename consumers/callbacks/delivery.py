@@ -8,10 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from broker import Message, callback_message, delayed
-from consumers.callbacks.decision import Again, Decision, Delivered, GivenUp, after_attempt
+from consumers.callbacks.decision import (
+    JITTER,
+    MAX_RETRY_AFTER,
+    Again,
+    Decision,
+    Delivered,
+    GivenUp,
+    after_attempt,
+)
 from consumers.callbacks.metrics import CallbackMetrics
 from consumers.callbacks.sending import Sender, Sent
 from consumers.callbacks.settings import CallbackSettings
@@ -26,18 +34,26 @@ _CARRIED_RESPONSE = 200
 _LATER_SECONDS = 30.0
 """How long a callback rests whose failure could not be kept, as the object store is away."""
 
+_AFTER_FAULT_SECONDS = 60.0
+
 
 class Job(BaseModel):
-    """What the job `callbacks.deliver` is given."""
+    """What the job `callbacks.deliver` is given. `since`: when it was seen here for the first time."""
 
     model_config = ConfigDict(frozen=True)
 
     callback: Callback
     attempts: tuple[CallbackAttempt, ...] = ()
     resent: bool = False
+    since: AwareDatetime | None = None
 
     def message(self) -> Message:
-        return callback_message(self.callback, attempts=self.attempts, resent=self.resent)
+        return callback_message(
+            self.callback,
+            attempts=self.attempts,
+            resent=self.resent,
+            since=self.since or datetime.now(UTC),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,21 +74,56 @@ class Delivery:
         next attempt's message.
         """
         schedule = self.settings.callback_schedule
-        sent: Sent | None = None
-        if len(job.attempts) < len(schedule):
-            sent = self._send(job)
-            # What was learnt travels with the callback: the index may be lost.
-            job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
-            retry_after = sent.retry_after
-        else:
-            retry_after = None  # given up before, when that could not be kept
+        if job.attempts:
+            decision = after_attempt(job.attempts, schedule)
+            if isinstance(decision, GivenUp):  # before, when that could not be kept
+                self._follow(job, decision)
+                return None
+        sent = self._send(job)
+        # What was learnt travels with the callback: the index may be lost.
+        job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
         chance = random.random()  # noqa: S311 - jitter, not a secret
-        decision = after_attempt(job.attempts, schedule, retry_after=retry_after, chance=chance)
-        self._follow(job, decision)
+        self._follow(job, after_attempt(job.attempts, schedule, retry_after=sent.retry_after, chance=chance))
         return sent
 
+    def overdue(self, since: datetime | None) -> bool:
+        """Whether the schedule is over for a callback seen then, and what a receiver may ask for on top."""
+        if since is None:
+            return False
+        whole = sum(self.settings.callback_schedule) * (1 + JITTER) + MAX_RETRY_AFTER
+        return datetime.now(UTC) - since > timedelta(seconds=whole)
+
+    def expire(self, job: Job) -> None:
+        """Give up a callback that is overdue, and whose target takes nothing. Raises Outage, as `attempt`."""
+        seen = f" since {job.since:%Y-%m-%d %H:%M} UTC" if job.since is not None else ""
+        self._give_up(
+            job,
+            f"its target goes on timing out, and others wait for it too: {len(job.attempts)} attempts{seen}",
+        )
+
+    def put_off(self, job: Job, error: Exception) -> None:
+        """Try again later after a fault of our own; it counts as an attempt, so that it ends by the schedule.
+
+        Raises Outage where the broker does not take the next attempt's message.
+        """
+        why = _internal(error)
+        if len(job.attempts) < len(self.settings.callback_schedule):
+            job = job.model_copy(update={"attempts": (*job.attempts, _unsent(why).attempt)})
+        self.publish(delayed(job.message(), _AFTER_FAULT_SECONDS))
+        due = datetime.now(UTC) + timedelta(seconds=_AFTER_FAULT_SECONDS)
+        try:
+            self._note(_record(job, "waiting", next_at=due, reason=why))
+        except Exception:  # it may be what failed before, and the next attempt is on its way
+            _log.exception("%s: not on record", job.callback.callback_id)
+
     def _send(self, job: Job) -> Sent:
-        callback = job.callback
+        try:
+            return self._signed(job.callback)
+        except Exception as error:
+            _log.exception("%s: the attempt itself failed", job.callback.callback_id)
+            return _unsent(_internal(error))
+
+    def _signed(self, callback: Callback) -> Sent:
         try:
             secrets = self.secrets.of(callback.tenant)
         except InferqError as error:
@@ -90,7 +141,9 @@ class Delivery:
         match decision:
             case Delivered():
                 self._note(_record(job, "delivered"))
-                if job.resent:
+                last = len(job.attempts) >= len(self.settings.callback_schedule)
+                if job.resent or last or self.overdue(job.since):
+                    # It may have been given up before: a crash came between that and the ack.
                     self._drop(job)
                 self.metrics.outcomes.labels("delivered").inc()
             case Again(seconds):
@@ -131,8 +184,13 @@ class Delivery:
             _log.warning("%s is delivered, but stays among the failures: %s", job.callback.callback_id, error)
 
 
+def _internal(error: Exception) -> str:
+    """No more than the kind: the owner of the task is to see it, and the message may name what is ours."""
+    return f"internal: {type(error).__name__}"
+
+
 def _unsent(why: str) -> Sent:
-    return Sent(CallbackAttempt(at=datetime.now(UTC), seconds=0.0, error=why))
+    return Sent(CallbackAttempt(at=datetime.now(UTC), seconds=0.0, error=why), tried=False)
 
 
 def _carried(attempt: CallbackAttempt) -> CallbackAttempt:

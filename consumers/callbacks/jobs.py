@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -37,7 +38,8 @@ from storage.fetch_url import parse_http_url
 _log = logging.getLogger(__name__)
 
 _BROKER_PATIENCE_SECONDS = 120.0
-_AFTER_FAULT_SECONDS = 60.0
+_ENDINGS = 4
+"""Threads that give up callbacks to targets that hang; those of the pool are for sending."""
 
 
 def add_jobs(app: Celery) -> None:
@@ -67,7 +69,10 @@ class CallbackJobs:
         self._storage = storage
         self._webhooks = webhooks
         self._lock = threading.Lock()
-        self._targets = Targets(threads=1, limit=settings.callback_target_limit)
+        self._targets = Targets(
+            threads=1, limit=settings.callback_target_limit, slow=settings.callback_timeout / 2
+        )
+        self._endings = ThreadPoolExecutor(_ENDINGS, thread_name_prefix="endings")
 
     def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
         """Celery's way from a message to a thread, with a look at the target first.
@@ -86,33 +91,45 @@ class CallbackJobs:
         def handle(message: Any, body: Any, ack: Callable[..., None], reject: Callable[..., None],
                    callbacks: Any) -> None:  # fmt: skip
             def settle(put: Future[None]) -> None:
-                if put.exception() is None:
+                error = put.exception()
+                if error is None:
                     ack(_log, consumer.connection_errors)
+                elif isinstance(error, InvalidTask):
+                    _log.error("job %r cannot be sent on: %s", message.headers.get("id"), error)
+                    reject(_log, consumer.connection_errors)
                 else:
-                    _log.warning("a callback could not be put aside, it is taken again: %s", put.exception())
+                    _log.warning("a callback could not be put aside or ended, it is taken again: %s", error)
                     reject(_log, consumer.connection_errors, True)
 
             try:
                 # No more than is needed: what is put aside is put aside as it came.
-                target = _target(json.loads(message.body)[1]["callback"]["url"])
+                document = json.loads(message.body)
+                target = _target(document[1]["callback"]["url"])
             except (ValueError, TypeError, LookupError, RecursionError):
-                target = _NO_TARGET
+                document, target = None, _NO_TARGET
             delay = targets.enter(target)
-            if delay is None:
+            # A backlog for a target that hangs would have one attempt at a time, for months.
+            overdue = delay is not None and targets.hangs(target) and self._delivery.overdue(_since(document))
+            if delay is None or overdue:
                 try:
-                    _read(message.body)
+                    job = _read(message.body)
                 except (ValueError, TypeError, LookupError, RecursionError) as error:
                     _log.error("job %r is no callback and is put aside: %s", message.headers.get("id"), error)
-                    targets.leave(target, 0.0, timed_out=False)
+                    if delay is None:
+                        targets.leave(target, None)
                     reject(_log, consumer.connection_errors)
                 else:
-                    to_pool(message, body, ack, reject, callbacks)
+                    if overdue:
+                        self._endings.submit(self._expire, job).add_done_callback(settle)
+                    else:
+                        to_pool(message, body, ack, reject, callbacks)
                 return
             deferred.inc()
-            copy = job_copy("inference.callbacks", bytes(message.body), message.headers)
+            seen = _seen(document)
+            copy = job_copy("inference.callbacks", seen or bytes(message.body), message.headers)
             try:
                 self._publisher.publish(delayed(copy, delay)).add_done_callback(settle)
-            except Outage as error:
+            except (Outage, InvalidTask) as error:
                 failed: Future[None] = Future()
                 failed.set_exception(error)
                 settle(failed)
@@ -121,7 +138,6 @@ class CallbackJobs:
 
     def deliver(self, job: Job) -> None:
         """Make one attempt, on a thread of the pool; its place at the target has been taken."""
-        began = time.monotonic()
         sent = None
         try:
             sent = self._delivery.attempt(job)
@@ -133,12 +149,26 @@ class CallbackJobs:
             _log.exception("%s: the delivery itself failed", job.callback.callback_id)
             self._put_off(job, error)
         finally:
-            timed_out = sent is not None and sent.timed_out
-            self._targets.leave(_target(job.callback.url), time.monotonic() - began, timed_out=timed_out)
+            # The rest of the time was ours: a target is not slow because our store is.
+            tried = sent if sent is not None and sent.tried else None
+            self._targets.leave(
+                _target(job.callback.url),
+                tried.attempt.seconds if tried else None,
+                timed_out=tried is not None and tried.timed_out,
+            )
+
+    def _expire(self, job: Job) -> None:
+        try:
+            self._delivery.expire(job)
+        except Outage:
+            raise
+        except Exception as error:
+            _log.exception("%s: it could not be given up", job.callback.callback_id)
+            self._delivery.put_off(job, error)
 
     def _put_off(self, job: Job, error: Exception) -> None:
         try:
-            self._publish(delayed(job.message(), _AFTER_FAULT_SECONDS))
+            self._delivery.put_off(job, error)
         except Outage:
             raise Reject(error, requeue=True) from error
 
@@ -193,6 +223,23 @@ def _read(body: bytes | str) -> Job:
         # Its own words would repeat what the task holds.
         places = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
         raise ValueError(f"wrong in {places}") from None
+
+
+def _since(document: Any) -> datetime | None:
+    """When the callback of a job's message was seen here for the first time, where it says so."""
+    try:
+        since = datetime.fromisoformat(document[1]["since"])
+    except (ValueError, TypeError, LookupError):
+        return None
+    return since if since.tzinfo is not None else None
+
+
+def _seen(document: Any) -> bytes | None:
+    """The body of a job's message with the word that it was seen now; None where it says when, or cannot."""
+    if document is None or _since(document) is not None:
+        return None
+    document[1]["since"] = datetime.now(UTC).isoformat()
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 _NO_TARGET: Target = ("", "", 0)

@@ -25,11 +25,15 @@ _ERROR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Sent:
-    """What came of an attempt. `retry_after`: the seconds that the receiver asked us to stay away."""
+    """What came of an attempt. `retry_after`: the seconds that the receiver asked us to stay away.
+
+    `tried`: the receiver had a part in it.
+    """
 
     attempt: CallbackAttempt
     retry_after: float | None = None
     timed_out: bool = False
+    tried: bool = True
 
 
 class Sender:
@@ -45,10 +49,14 @@ class Sender:
         self._timeout = settings.callback_timeout
         policy = AddressPolicy(settings.callback_allowed_networks, setting="INFERQ_CALLBACK_ALLOWED_NETWORKS")
         agent = f"inferq/{version('inferq')}"
-        self._pool = HttpPool(policy, resolver=resolver, ssl_context=ssl_context, agent=agent)
-
-    def close(self) -> None:
-        self._pool.close()
+        self._pool = HttpPool(
+            policy,
+            resolver=resolver,
+            ssl_context=ssl_context,
+            agent=agent,
+            patience=self._timeout,  # the deadline of the whole attempt is the one that counts
+            connections=None,  # each thread has one at most: waiting for one would be the target's fault
+        )
 
     def send(self, callback: Callback, secrets: Sequence[str]) -> Sent:
         """Make one attempt, signed with each of the secrets, of which there has to be at least one."""

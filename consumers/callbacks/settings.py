@@ -11,7 +11,7 @@ from schemas import Settings
 from storage.settings import Network
 
 SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 36000.0)
-"""Seconds from one attempt to the next, as the Standard Webhooks propose; the first counts from the event."""
+"""Seconds from one attempt to the next, as the Standard Webhooks propose; the first is made at once."""
 
 
 class CallbackSettings(Settings):
@@ -21,7 +21,8 @@ class CallbackSettings(Settings):
         SCHEDULE,
         min_length=1,
         max_length=50,
-        description="Seconds before each attempt to deliver a callback, counted from the one before.",
+        description="Seconds before each attempt to deliver a callback, counted from the one before; the "
+        "first is 0, at once.",
     )
     callback_timeout: float = Field(
         15.0, gt=0, le=300, description="Seconds that one attempt to deliver a callback may take in all."
@@ -44,6 +45,8 @@ class CallbackSettings(Settings):
     def _not_negative(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(0 <= seconds <= 10 * 86400 for seconds in value):
             raise ValueError("each of the seconds must lie between 0 and 864000 (10 days)")
+        if value[0] != 0:
+            raise ValueError("the first attempt is made at once: begin with 0, as in 0,5,300")
         return value
 
     @field_validator("callback_allowed_networks", mode="before")

@@ -6,6 +6,7 @@ at a time of its own, and rests in the broker until then.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -30,9 +31,11 @@ _Standing = Literal["trusted", "new", "suspect"]
 
 @dataclass
 class _State:
-    """What is known of a target: seconds that a sending takes, and when the last one put aside is due."""
+    """What is known of a target: whether the last sending timed out, the seconds that one takes, and when the
+    last one put aside is due."""
 
     standing: _Standing = "new"
+    hangs: bool = False
     busy: int = 0
     seconds: float = 0.2
     next_at: float = 0.0
@@ -42,13 +45,15 @@ class _State:
 class Targets:
     """The places of one process, `threads` in all. Safe from many threads.
 
-    A target that answers has up to `limit` of them, and at most half of those that are free, so that the next
-    one finds some; one that was never heard of has two, and one that timed out the last time a single one.
-    Suspects together have at most half of all places, and together with the new ones three quarters.
+    A target that answers has up to `limit` of them, and at most half of those that the others leave, so that
+    the next one finds some; one that was never heard of has two; one that timed out the last time, or took
+    longer than `slow` seconds, a single one. Suspects together have at most half of all places, and together
+    with the new ones three quarters.
     """
 
     threads: int
     limit: int
+    slow: float = math.inf
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
     _states: dict[Target, _State] = field(default_factory=dict)
@@ -66,15 +71,27 @@ class Targets:
                 return None
             return self._delay(state)
 
-    def leave(self, target: Target, seconds: float, *, timed_out: bool) -> None:
-        """Give a place back after a sending that took so many seconds."""
+    def hangs(self, target: Target) -> bool:
+        """Whether the target timed out the last time."""
+        with self._lock:
+            state = self._states.get(target)
+            return state is not None and state.hangs
+
+    def leave(self, target: Target, seconds: float | None, *, timed_out: bool = False) -> None:
+        """Give a place back after a sending that took so many seconds; None where nothing was sent."""
         with self._lock:
             state = self._states[target]
+            if seconds is None:
+                state.busy -= 1
+                self._busy[state.standing] -= 1
+                return
+            suspect = timed_out or seconds > self.slow
             self._busy[state.standing] -= state.busy
-            if state.standing == "suspect" and not timed_out:
+            if state.standing == "suspect" and not suspect:
                 # It is back: nobody needs to queue up behind what it was.
                 state.next_at, state.seconds = 0.0, seconds
-            state.standing = "suspect" if timed_out else "trusted"
+            state.standing = "suspect" if suspect else "trusted"
+            state.hangs = timed_out
             state.busy -= 1
             state.seconds = 0.7 * state.seconds + 0.3 * seconds
             self._busy[state.standing] += state.busy
@@ -85,7 +102,7 @@ class Targets:
         suspects = self._busy["suspect"]
         match state.standing:
             case "trusted":
-                return min(self.limit, state.busy + (free + 1) // 2) if free else 0
+                return min(self.limit, max(1, (state.busy + free) // 2)) if free else 0
             case "new":
                 crowded = suspects + self._busy["new"] >= max(1, self.threads * 3 // 4)
                 return 0 if crowded or not free else min(_NEW_LIMIT, self.limit)

@@ -9,11 +9,13 @@ import typer
 
 from producer.cli.output import JsonFlag, console, print_json, print_table
 from producer.client import Client
-from schemas import CallbackRecord, InvalidTask
+from schemas import CallbackRecord, InvalidTask, SubjectKind
+from storage.fetch_url import redacted
 
 app = typer.Typer(no_args_is_help=True)
 
-TaskId = Annotated[str, typer.Argument(metavar="ID", help="The task's id.")]
+SubjectId = Annotated[str, typer.Argument(metavar="ID", help="The task's id, or with --batch the batch's.")]
+BatchFlag = Annotated[bool, typer.Option("--batch", help="ID is a batch's, or a nightly run's.")]
 
 
 def _print(records: Sequence[CallbackRecord], as_json: bool) -> None:
@@ -23,12 +25,26 @@ def _print(records: Sequence[CallbackRecord], as_json: bool) -> None:
         console.print("none")
     else:
         print_table(
-            ["callback", "task", "event", "state", "attempts", "last", "next", "url"],
+            ["callback", "of", "id", "event", "state", "attempts", "last", "next", "url"],
             [
-                (r.callback_id, r.subject_id, r.event, r.state, len(r.attempts), _last(r), r.next_at, r.url)
+                (
+                    r.callback_id,
+                    r.subject_kind,
+                    r.subject_id,
+                    r.event,
+                    r.state,
+                    len(r.attempts),
+                    _last(r),
+                    r.next_at,
+                    redacted(r.url),
+                )
                 for r in records
             ],
         )
+
+
+def _kind(batch: bool) -> SubjectKind:
+    return "batch" if batch else "task"
 
 
 def _last(record: CallbackRecord) -> str | None:
@@ -40,24 +56,34 @@ def _last(record: CallbackRecord) -> str | None:
 
 @app.command("list")
 def list_(
-    task_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="The task's id; without it, all that failed.")
+    subject_id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ID]", help="The task's id, or with --batch the batch's; without it, all that failed."
+        ),
     ] = None,
+    batch: BatchFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List a task's callbacks, or the newest of all that were given up."""
+    """List the callbacks of a task or batch, or the newest of all that were given up."""
     with Client() as client:
-        found = client.failed_callbacks() if task_id is None else client.callbacks(task_id)
+        if subject_id is None:
+            found = client.failed_callbacks()
+        else:
+            found = client.callbacks(subject_id, kind=_kind(batch))
     _print(found, as_json)
 
 
 @app.command()
-def show(task_id: TaskId, callback_id: str, as_json: JsonFlag = False) -> None:
+def show(
+    subject_id: SubjectId, callback_id: str, batch: BatchFlag = False, as_json: JsonFlag = False
+) -> None:
     """Show a callback, attempt by attempt."""
     with Client() as client:
-        found = [record for record in client.callbacks(task_id) if record.callback_id == callback_id]
+        known = client.callbacks(subject_id, kind=_kind(batch))
+    found = [record for record in known if record.callback_id == callback_id]
     if not found:
-        raise InvalidTask(f"task {task_id!r} has no callback {callback_id!r}", code="not_found")
+        raise InvalidTask(f"{_kind(batch)} {subject_id!r} has no callback {callback_id!r}", code="not_found")
     if as_json:
         print_json(found[0])
         return
@@ -70,12 +96,13 @@ def show(task_id: TaskId, callback_id: str, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def resend(
-    task_id: TaskId,
+    subject_id: SubjectId,
     callback_id: Annotated[
         str | None, typer.Argument(metavar="[CALLBACK_ID]", help="Without it, all that failed.")
     ] = None,
+    batch: BatchFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Send a callback again, under the same webhook-id."""
     with Client() as client:
-        _print(client.resend(task_id, callback_id), as_json)
+        _print(client.resend(subject_id, callback_id, kind=_kind(batch)), as_json)

@@ -278,13 +278,17 @@ async def _file(services: Services, tenant: str, batch_id: str, key_of: Any, nam
     return StreamingResponse(chunks_of(services, stream), headers=headers, media_type="application/x-ndjson")
 
 
-async def require_batch(services: Services, tenant: str, batch_id: str) -> BatchStatus:
-    """Where the batch stands. Raises Refused (404) where there is none."""
+def checked_batch_id(batch_id: str) -> str:
+    """`batch_id` itself. Raises Refused (404) for one that no batch can have."""
     try:
-        _ID.validate_python(batch_id)
+        return _ID.validate_python(batch_id)
     except ValidationError as error:
         raise not_found(f"batch {batch_id!r}") from error
-    status = await find_batch(services, tenant, batch_id)
+
+
+async def require_batch(services: Services, tenant: str, batch_id: str) -> BatchStatus:
+    """Where the batch stands. Raises Refused (404) where there is none."""
+    status = await find_batch(services, tenant, checked_batch_id(batch_id))
     if status is None:
         raise not_found(f"batch {batch_id!r}")
     return status

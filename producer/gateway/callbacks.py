@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -10,11 +11,22 @@ from pydantic import BaseModel, ConfigDict
 
 from broker import callback_message
 from producer.gateway.auth import Tenant
+from producer.gateway.batches import checked_batch_id, require_batch
 from producer.gateway.lookup import checked_id, find_result, require_status
 from producer.gateway.problems import Refused, not_found
 from producer.gateway.services import Here, Services
-from schemas import EVENT_OF_STATE, Callback, CallbackRecord, Outage, end_callback
+from schemas import (
+    EVENT_OF_STATE,
+    Callback,
+    CallbackRecord,
+    Outage,
+    SubjectKind,
+    batch_callback,
+    end_callback,
+)
 from storage.status import StatusOutage
+
+_log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1", tags=["callbacks"])
 
@@ -30,11 +42,13 @@ class CallbackList(BaseModel):
 @router.get("/tasks/{task_id}/callbacks", summary="What became of a task's callbacks")
 async def task_callbacks(task_id: str, tenant: Tenant, services: Here) -> CallbackList:
     """Each callback with its attempts: as the index has it, and what was given up from the object store."""
-    checked_id(task_id)
-    found = await _known(services, tenant, task_id)
-    if not found:
-        await require_status(services, tenant, task_id)
-    return CallbackList(items=tuple(record.model_copy(update={"body": None}) for record in found))
+    return await _listed(services, tenant, "task", checked_id(task_id))
+
+
+@router.get("/batches/{batch_id}/callbacks", summary="What became of a batch's callbacks")
+async def batch_callbacks(batch_id: str, tenant: Tenant, services: Here) -> CallbackList:
+    """As for a task; those of a nightly run's nights are its batch's."""
+    return await _listed(services, tenant, "batch", checked_batch_id(batch_id))
 
 
 @router.post(
@@ -42,11 +56,15 @@ async def task_callbacks(task_id: str, tenant: Tenant, services: Here) -> Callba
 )
 async def resend_failed(task_id: str, tenant: Tenant, services: Here) -> CallbackList:
     """All that were given up, each under the `webhook-id` that it had."""
-    checked_id(task_id)
-    failed = [record for record in await _known(services, tenant, task_id) if record.state == "failed"]
-    if not failed:
-        await require_status(services, tenant, task_id)
-    return CallbackList(items=tuple([await _resend(services, record) for record in failed]))
+    return await _resent(services, tenant, "task", checked_id(task_id))
+
+
+@router.post(
+    "/batches/{batch_id}/callbacks/resend", status_code=202, summary="Send a batch's failed callbacks again"
+)
+async def resend_failed_of_batch(batch_id: str, tenant: Tenant, services: Here) -> CallbackList:
+    """All that were given up, each under the `webhook-id` that it had."""
+    return await _resent(services, tenant, "batch", checked_batch_id(batch_id))
 
 
 @router.post(
@@ -54,11 +72,19 @@ async def resend_failed(task_id: str, tenant: Tenant, services: Here) -> Callbac
 )
 async def resend_one(task_id: str, callback_id: str, tenant: Tenant, services: Here) -> CallbackList:
     """Whatever became of it before; the `webhook-id` stays, so that a receiver knows what it has already."""
-    checked_id(task_id)
-    for record in await _known(services, tenant, task_id):
-        if record.callback_id == callback_id:
-            return CallbackList(items=(await _resend(services, record),))
-    raise not_found(f"callback {callback_id[:80]!r} of task {task_id!r}")
+    return await _resent(services, tenant, "task", checked_id(task_id), callback_id)
+
+
+@router.post(
+    "/batches/{batch_id}/callbacks/{callback_id}/resend",
+    status_code=202,
+    summary="Send a batch's callback again",
+)
+async def resend_one_of_batch(
+    batch_id: str, callback_id: str, tenant: Tenant, services: Here
+) -> CallbackList:
+    """Whatever became of it before; the `webhook-id` stays, so that a receiver knows what it has already."""
+    return await _resent(services, tenant, "batch", checked_batch_id(batch_id), callback_id)
 
 
 @router.get("/callbacks", summary="Callbacks that were given up, the newest first")
@@ -72,17 +98,53 @@ async def failed_callbacks(
     return CallbackList(items=await services.on_redis(services.callbacks.failures, tenant, limit=limit))
 
 
-async def _known(services: Services, tenant: str, task_id: str) -> tuple[CallbackRecord, ...]:
-    """The task's callbacks, the oldest first. Raises an Outage where neither place can be asked."""
+async def _listed(services: Services, tenant: str, kind: SubjectKind, subject_id: str) -> CallbackList:
+    found = await _known(services, tenant, kind, subject_id)
+    if not found:
+        await _require(services, tenant, kind, subject_id)
+    return CallbackList(items=tuple(record.model_copy(update={"body": None}) for record in found))
+
+
+async def _resent(
+    services: Services, tenant: str, kind: SubjectKind, subject_id: str, callback_id: str | None = None
+) -> CallbackList:
+    """Send one callback again, or all that were given up. Raises Refused."""
+    known = await _known(services, tenant, kind, subject_id)
+    if callback_id is None:
+        chosen = [record for record in known if record.state == "failed"]
+        if not chosen:
+            await _require(services, tenant, kind, subject_id)
+    else:
+        chosen = [record for record in known if record.callback_id == callback_id]
+        if not chosen:
+            raise not_found(f"callback {callback_id[:80]!r} of {kind} {subject_id!r}")
+    return CallbackList(items=tuple([await _resend(services, record) for record in chosen]))
+
+
+async def _require(services: Services, tenant: str, kind: SubjectKind, subject_id: str) -> None:
+    """Raises Refused (404) where there is no such task or batch."""
+    if kind == "task":
+        await require_status(services, tenant, subject_id)
+    else:
+        await require_batch(services, tenant, subject_id)
+
+
+async def _known(
+    services: Services, tenant: str, kind: SubjectKind, subject_id: str
+) -> tuple[CallbackRecord, ...]:
+    """The callbacks of a task or batch, the oldest first.
+
+    Raises an Outage where neither place can be asked.
+    """
     outage: Outage | None = None
     known: dict[str, CallbackRecord] = {}
     try:
-        kept = await services.on_store(services.callbacks.kept, tenant, "task", task_id)
+        kept = await services.on_store(services.callbacks.kept, tenant, kind, subject_id)
         known = {record.callback_id: record for record in kept}
     except Outage as error:
         outage = error
     try:
-        for record in await services.on_redis(services.callbacks.indexed, tenant, "task", task_id):
+        for record in await services.on_redis(services.callbacks.indexed, tenant, kind, subject_id):
             body = known[record.callback_id].body if record.callback_id in known else None
             known[record.callback_id] = record.model_copy(update={"body": body})
     except StatusOutage as error:
@@ -96,19 +158,27 @@ async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
     await services.publisher.confirm(
         callback_message(callback, resent=True), timeout=services.settings.submit_timeout
     )
-    return record.model_copy(
+    now = datetime.now(UTC)
+    again = record.model_copy(
         update={
             "state": "waiting",
             "reason": "sent again",
-            "next_at": datetime.now(UTC),
+            "next_at": now,
             "attempts": (),
+            "updated_at": now,
             "body": None,
         }
     )
+    try:
+        # Or whoever asks for all that failed again would start another chain of attempts.
+        await services.on_redis(services.callbacks.note, again)
+    except StatusOutage as error:
+        _log.warning("callback %s is sent again, but not on record: %s", record.callback_id, error)
+    return again
 
 
 async def _made_again(services: Services, record: CallbackRecord) -> Callback:
-    """The callback that a record is of: as it was kept, or made anew of the task's record. Raises Refused."""
+    """The callback that a record is of: as it was kept, or made anew of the end's record. Raises Refused."""
     about = {
         "callback_id": record.callback_id,
         "tenant": record.tenant,
@@ -119,11 +189,17 @@ async def _made_again(services: Services, record: CallbackRecord) -> Callback:
     }
     if record.body is not None:
         return Callback.model_validate({**about, "body": record.body})
-    result = await find_result(services, record.tenant, record.subject_id)
-    if result is not None and record.event == EVENT_OF_STATE[result.status]:
-        made = end_callback(result, record.url)
-        if made.callback_id == record.callback_id:
-            return made
+    made: Callback | None = None
+    if record.subject_kind == "task":
+        result = await find_result(services, record.tenant, record.subject_id)
+        if result is not None and record.event == EVENT_OF_STATE[result.status]:
+            made = end_callback(result, record.url)
+    else:
+        summary = await services.on_store(services.batches.summary, record.tenant, record.subject_id)
+        if summary is not None:
+            made = batch_callback(summary, record.url)
+    if made is not None and made.callback_id == record.callback_id:
+        return made
     raise Refused(
         409,
         "callback_not_kept",

@@ -107,6 +107,29 @@ def test_a_target_that_answers_gets_its_limit_and_one_that_hangs_a_single_place(
     assert [targets.enter(A) for _ in range(8)] == [None] * 8
 
 
+def test_a_target_that_answers_slowly_leaves_threads_to_the_others() -> None:
+    targets = Targets(threads=8, limit=8, slow=7.5, clock=lambda: 0.0)
+    targets.enter(A)
+    targets.leave(A, 7.0, timed_out=False)
+    assert sum(targets.enter(A) is None for _ in range(20)) == 4
+    assert targets.enter(B) is None
+    for _ in range(4):
+        targets.leave(A, 8.0, timed_out=False)
+    assert sum(targets.enter(A) is None for _ in range(20)) == 1
+    targets.leave(A, 0.1, timed_out=False)
+    assert sum(targets.enter(A) is None for _ in range(20)) == 3
+
+
+def test_a_place_that_was_not_used_teaches_nothing() -> None:
+    targets = Targets(threads=8, limit=8, clock=lambda: 0.0)
+    targets.enter(A)
+    targets.leave(A, 15.0, timed_out=True)
+    targets.enter(A)
+    targets.leave(A, None)
+    assert targets.busy == 0
+    assert sum(targets.enter(A) is None for _ in range(20)) == 1
+
+
 @given(
     moves=st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["enter", "answer", "hang"])), max_size=300),
     threads=st.integers(2, 40),

@@ -62,6 +62,18 @@ def test_the_file_is_private_and_no_message_quotes_it(secrets: WebhookSecrets, t
         WebhookSecrets(tmp_path / "x.json").rotate("bad/name")
 
 
+@pytest.mark.parametrize("secret", ["whsec_!!!", "whsec_", "whsec_abc", "c2VjcmV0", "whsec_ö", ""])
+def test_a_secret_that_cannot_sign_is_refused_as_the_file_is_read(
+    secrets: WebhookSecrets, tmp_path: Path, secret: str
+) -> None:
+    secrets.rotate("acme")
+    file = tmp_path / "some" / "secrets.json"
+    records = json.loads(file.read_text())
+    file.write_text(json.dumps([*records, records[0] | {"secret": secret}]))
+    with pytest.raises(InstallationError, match=r"1\.secret"):
+        WebhookSecrets(file).of("acme")
+
+
 def test_the_reference_library_verifies_each_signature_over_the_exact_bytes(secrets: WebhookSecrets) -> None:
     secrets.rotate("acme")
     secrets.rotate("acme")

@@ -12,7 +12,7 @@ from producer.cli import app
 from producer.client import AsyncClient, Client
 from schemas import InvalidTask
 from tests.gateway.conftest import FakePublisher, Gateway
-from tests.gateway.test_gateway_callbacks import ended, record, sent
+from tests.gateway.test_gateway_callbacks import ended, ended_batch, record, sent
 
 
 @pytest.fixture
@@ -45,6 +45,35 @@ def test_callbacks_are_listed_shown_and_sent_again(
     assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
 
 
+def test_the_table_shows_no_password(lone_gateway: Gateway, command: Any) -> None:
+    _, callback, records = ended(lone_gateway, "t1")
+    url = "https://user:geheim@example.com/h?token=secret"
+    records.note(record(callback.model_copy(update={"url": url}), "failed"))
+    for arguments in (["list"], ["show", "t1", callback.callback_id]):
+        shown = command(*arguments).output
+        assert "example.com" in shown.replace("\n", "")
+        assert not any(word in shown for word in ("user:", "geheim", "secret"))
+
+
+def test_a_batchs_callbacks_are_found_by_the_batchs_id(
+    lone_gateway: Gateway, publisher: FakePublisher, command: Any
+) -> None:
+    callback, records = ended_batch(lone_gateway, "b1")
+    failed = record(callback, "failed", reason="gone")
+    records.note(failed)
+    records.keep(failed)
+    for arguments in (["list"], ["list", "b1", "--batch"]):
+        (listed,) = json.loads(command(*arguments, "--json").output)
+        assert (listed["subject_kind"], listed["callback_id"]) == ("batch", callback.callback_id)
+    assert "oh no" in command("show", "--batch", "b1", callback.callback_id).output
+    unknown = command("show", "--batch", "b1", "msg_1").exception
+    assert "batch 'b1' has no callback" in str(unknown)
+    for arguments in (["resend", "b1", "--batch"], ["resend", "b1", callback.callback_id, "--batch"]):
+        (again,) = json.loads(command(*arguments, "--json").output)
+        assert again["state"] == "waiting"
+    assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
+
+
 async def test_both_clients_say_the_same(lone_gateway: Gateway, publisher: FakePublisher) -> None:
     _, callback, records = ended(lone_gateway, "t1")
     failed = record(callback, "failed", reason="gone")
@@ -59,4 +88,8 @@ async def test_both_clients_say_the_same(lone_gateway: Gateway, publisher: FakeP
         assert [r.callback_id for r in plain.callbacks("t1")] == [callback.callback_id]
         assert plain.resend("t1", callback.callback_id)[0].state == "waiting"
         plain.failed_callbacks(limit=1)
-    assert len(sent(publisher)) == 2
+        batchs, records = ended_batch(lone_gateway, "b1")
+        records.note(record(batchs, "delivered"))
+        assert plain.callbacks("b1", kind="batch")[0].callback_id == batchs.callback_id
+        assert plain.resend("b1", batchs.callback_id, kind="batch")[0].state == "waiting"
+    assert len(sent(publisher)) == 3

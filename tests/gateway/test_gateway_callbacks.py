@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from schemas import Callback, CallbackAttempt, CallbackRecord, Result, end_callback
-from storage import CallbackRecords
+from schemas import (
+    BatchCounts,
+    BatchSummary,
+    Callback,
+    CallbackAttempt,
+    CallbackRecord,
+    Result,
+    batch_callback,
+    end_callback,
+)
+from storage import BatchStore, CallbackRecords
 from tests.gateway.conftest import FakePublisher, Gateway
 
 URL = "https://example.com/hook"
@@ -101,3 +110,64 @@ def test_a_malformed_callback_url_is_refused_at_once(
     assert answer.status_code == 422
     assert "callback_url" in answer.json()["detail"]
     assert publisher.messages == []
+
+
+def test_much_progress_does_not_hide_the_end(lone_gateway: Gateway) -> None:
+    _, callback, records = ended(lone_gateway, "t7")
+    for number in range(301):
+        about = {"event": "task.progress", "callback_id": f"msg_{number:032x}"}
+        records.note(record(callback.model_copy(update=about), "delivered"))
+    records.note(record(callback, "failed"))
+    shown = lone_gateway.http.get("/v1/tasks/t7/callbacks").json()["items"]
+    assert len(shown) == 301
+    assert shown[-1]["callback_id"] == callback.callback_id
+
+
+def test_what_is_being_sent_again_is_not_sent_twice(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+    _, callback, records = ended(lone_gateway, "t8")
+    failed = record(callback, "failed")
+    records.keep(failed)
+    records.note(failed)
+    again = "/v1/tasks/t8/callbacks/resend"
+    assert [item["state"] for item in lone_gateway.http.post(again).json()["items"]] == ["waiting"]
+    assert lone_gateway.http.post(again).json()["items"] == []
+    assert lone_gateway.http.get("/v1/callbacks").json()["items"] == []
+    assert len(publisher.messages) == 1
+
+
+def ended_batch(gateway: Gateway, batch_id: str) -> tuple[Callback, CallbackRecords]:
+    now = datetime.now(UTC)
+    summary = BatchSummary(
+        batch_id=batch_id,
+        tenant=gateway.tenant,
+        state="completed",
+        counts=BatchCounts(),
+        seconds=1.0,
+        tasks_per_second=1.0,
+        created_at=now,
+        finished_at=now,
+    )
+    kept = BatchStore(gateway.store).finish(summary)
+    return batch_callback(kept, URL), CallbackRecords(gateway.store, gateway.status)
+
+
+def test_a_batchs_callbacks_are_shown_and_sent_again(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+    end, records = ended_batch(lone_gateway, "b1")
+    night = end.model_copy(update={"event": "nightly.summary", "callback_id": "msg_" + "1" * 32})
+    records.note(record(end, "delivered"))
+    failed = record(night, "failed")
+    records.note(failed)
+    records.keep(failed)
+    path = "/v1/batches/b1/callbacks"
+    shown = lone_gateway.http.get(path).json()["items"]
+    assert {item["event"] for item in shown} == {"batch.completed", "nightly.summary"}
+    assert lone_gateway.http.get("/v1/tasks/b1/callbacks").status_code == 404
+    assert lone_gateway.http.get("/v1/batches/unknown/callbacks").status_code == 404
+    assert lone_gateway.http.get("/v1/batches/a%20b/callbacks").status_code == 404
+    (again,) = lone_gateway.http.post(f"{path}/resend").json()["items"]
+    assert again["callback_id"] == night.callback_id
+    assert lone_gateway.http.post(f"{path}/{end.callback_id}/resend").status_code == 202
+    assert lone_gateway.http.post(f"{path}/msg_1/resend").status_code == 404
+    assert [job["callback"] for job in sent(publisher)] == [night.model_dump(), end.model_dump()]
+    records.drop(failed)
+    assert lone_gateway.http.post(f"{path}/{night.callback_id}/resend").status_code == 409

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +33,7 @@ from consumers.settings import ProbeSettings
 from schemas import InstallationError
 from tests.broker.conftest import control
 from tests.celery_worker import working
+from tests.certificates import certificate
 from tests.conftest import RabbitMQ
 
 
@@ -195,3 +200,60 @@ def test_a_job_that_outlasts_the_brokers_patience_is_done_and_the_worker_goes_on
         wait_for(lambda: ended and len(ended) == len(began) and ended[-1] - began[0] > 2.5)
         publisher.publish(job_message("test.next", "inference.batches", {}, job_id="next")).result()
         assert done.wait(20)
+
+
+@dataclass
+class TlsNode:
+    """A node that does no more than the handshake; `names` has what the clients that trusted it asked for."""
+
+    context: ssl.SSLContext
+    names: list[str | None] = field(default_factory=list)
+
+    def __enter__(self) -> TlsNode:
+        def told(_socket: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> None:
+            self._name = name
+
+        self.context.sni_callback = told
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._listening.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                line, _ = self._listening.accept()
+                with suppress(OSError), self.context.wrap_socket(line, server_side=True):
+                    self.names.append(self._name)
+
+
+def test_celery_checks_each_node_of_the_broker_by_its_own_name(tmp_path: Path) -> None:
+    context, _ = certificate(tmp_path, "localhost")
+    with TlsNode(context) as node:
+
+        def connections(*hosts: str) -> list[Exception]:
+            """What comes of connecting to one after the other, as Celery does."""
+            urls = ",".join(f"amqps://guest:guest@{host}:{node.port}" for host in hosts)
+            app = celery_app(BrokerSettings(amqp_url=urls, amqp_ca_file=tmp_path / "localhost.pem"))
+            connection = app.connection_for_write()
+            errors: list[Exception] = []
+            for _ in range(2 * len(hosts)):
+                try:
+                    connection.transport.establish_connection()
+                except OSError as error:  # it is no broker in any case
+                    errors.append(error)
+                connection.maybe_switch_next()
+            return errors
+
+        def refused(errors: list[Exception]) -> list[bool]:
+            return [isinstance(error, ssl.SSLCertVerificationError) for error in errors]
+
+        assert refused(connections("localhost")) == [False, False]
+        wait_for(lambda: node.names == ["localhost"] * 2)
+        assert refused(connections("127.0.0.1")) == [True, True]
+        assert refused(connections("127.0.0.1", "localhost")) == [True, False, True, False]
+        assert refused(connections("localhost", "127.0.0.1")) == [False, True, False, True]
+        wait_for(lambda: node.names == ["localhost"] * 6)

@@ -101,7 +101,7 @@ def test_another_end_has_another_id(change: dict[str, Any]) -> None:
 
 @given(
     redrives=st.integers(0, 2_000),
-    attempt=st.integers(1, 999),
+    attempt=st.integers(1, 998),
     later=st.integers(1, 5),
     fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
@@ -118,10 +118,12 @@ def test_what_happens_later_has_the_larger_number(
     assert number("queued") < number("running") < number("running", progress=low)
     assert number("running", progress=low) <= number("running", progress=high)
     assert number("running", progress=high) < number("retrying") < number("succeeded")
-    following = min(attempt + later, 999)
+    following = min(attempt + later, 998)
     if following > attempt:
         assert number("retrying") < number("running", attempt=following) < number("failed", attempt=following)
-    assert number("failed", attempt=999) < number("running", attempt=1, redrives=redrives + 1)
+    assert number("failed", attempt=1200) < number("succeeded")
+    assert number("succeeded") < number("queued", attempt=1, redrives=redrives + 1)
+    assert number("succeeded") < number("running", attempt=1, redrives=redrives + 1)
 
 
 @pytest.mark.parametrize(
