@@ -257,6 +257,13 @@ def _reckoned(
     began = min(r.started_at for r in kept if r.started_at)
     seconds = (max(r.finished_at for r in kept) - began).total_seconds()
     whole = pages / seconds
+    computed = sum(r.timings.inference or 0.0 for r in kept)
+    spent = sum((r.finished_at - r.started_at).total_seconds() for r in kept if r.started_at)
+    say(
+        f"of a page's {1000 * seconds / pages:.0f} ms: {1000 * computed / pages:.0f} inference, "
+        f"{1000 * (spent - computed) / pages:.0f} input and result, "
+        f"{1000 * (seconds - spent) / pages:.0f} between two pages"
+    )
     once = len(set(lines))
     say(f"pages {pages}, in the output {len(output)}: lost {pages - once}, twice {len(lines) - once}")
     say(f"in line order: {lines == sorted(lines)}; not read as drawn: {len(wrong)} {wrong[:10]}")
