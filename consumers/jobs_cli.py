@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Annotated
 
 import typer
@@ -14,6 +15,9 @@ from schemas import InstallationError
 app = typer.Typer()
 
 _PREFIX = "inference."
+_GIVES_WAY = 5
+"""By how much a process that only feeds batches lowers its priority: feeding takes all it can get, and for
+the broker, the gateway and the workers beside it somebody waits."""
 
 
 @app.command()
@@ -40,6 +44,8 @@ def callbacks(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # Celery's own lines would tell of each job that it comes and goes, arguments included.
     logging.getLogger("celery").setLevel(logging.WARNING)
+    if chosen == ("inference.batches",):
+        os.nice(_GIVES_WAY)
     raise typer.Exit(work(jobs, chosen, threads=threads, broker=broker, probes=probes))
 
 
