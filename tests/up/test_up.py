@@ -250,7 +250,7 @@ def test_beat_is_a_part_where_there_are_schedules(
 ) -> None:
     folder = DataFolder(data)
     folder.hold()
-    good = '[a]\ncron = "0 1 * * *"\nsource = "s3://b/in/"\ntask_type = "ocr"\n'
+    good = '[a]\ncron = "0 1 * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
     assert "beat" not in [part.name for part in make_plan(folder, port=0, types=("echo",)).parts]
     own = folder.path / "schedules.toml"
     own.write_text(good)
