@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from broker import JOB_QUEUES, BrokerSettings, JobQueue
+from consumers.callbacks.settings import CallbackSettings  # noqa: F401 - `inferq settings` lists what is loaded
 from consumers.settings import ProbeSettings
 from schemas import InstallationError
 
