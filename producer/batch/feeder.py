@@ -154,7 +154,7 @@ class Slice:
 
     def _fed(self, batch: Batch, source: BatchSource) -> Next:
         around = self._around
-        step = self._step()
+        step = self.step()
         moved, ended = time.monotonic(), step.ended
         with (
             around.sources.lines(source, self._cursor) as lines,
@@ -204,7 +204,7 @@ class Slice:
     def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
         """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
         end = time.monotonic() + _CANCEL_SECONDS
-        while (step := self._step()).in_flight > 0 and time.monotonic() < end:
+        while (step := self.step()).in_flight > 0 and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)  # no end of the process cuts this short
         if step.in_flight > 0:
             recount = Recount(self._around, batch, source, self._renew)
@@ -212,12 +212,9 @@ class Slice:
             recount.cancel_in_flight()
         return Assemble()
 
-    def _step(self) -> Step:
-        return self._around.index.step(*self._name, token=self._token)
-
     def _renew(self) -> None:
         with suppress(IndexLost):
-            self._step()
+            self.step()
 
     def _keep(self) -> None:
         """Renew the lease where that is due. Where Redis is away nobody else can take it, either."""
@@ -233,6 +230,9 @@ class Slice:
             self._state = state
 
     # What `_Feeding` needs.
+
+    def step(self) -> Step:
+        return self._around.index.step(*self._name, token=self._token)
 
     def mark(self, chunk: _Chunk, reaches: int) -> Step:
         step = self._around.index.step(
@@ -370,7 +370,7 @@ class _Feeding:
             step = self._slice.mark(oldest, self._reaches)
             self._chunks.popleft()
             wait = False
-        return step or self._slice._step()
+        return step or self._slice.step()
 
 
 def _worthwhile(batch: Batch) -> int:
