@@ -125,16 +125,19 @@ class CallbackJobs:
                         to_pool(message, body, ack, reject, callbacks)
                 return
             deferred.inc()
-            seen = _seen(document)
-            copy = job_copy("inference.callbacks", seen or bytes(message.body), message.headers)
-            try:
-                self._publisher.publish(delayed(copy, delay)).add_done_callback(settle)
-            except (Outage, InvalidTask) as error:
-                failed: Future[None] = Future()
-                failed.set_exception(error)
-                settle(failed)
+            body_seen = _seen(document) or bytes(message.body)
+            copy = job_copy("inference.callbacks", body_seen, message.headers)
+            self._put_aside(copy, delay).add_done_callback(settle)
 
         return handle
+
+    def _put_aside(self, message: Message, seconds: float) -> Future[None]:
+        try:
+            return self._publisher.publish(delayed(message, seconds))
+        except (Outage, InvalidTask) as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
 
     def deliver(self, job: Job) -> None:
         """Make one attempt, on a thread of the pool; its place at the target has been taken."""
