@@ -18,6 +18,9 @@ LOOPBACK = "127.0.0.1"
 
 _random = random.SystemRandom()
 
+_reserved: list[socket.socket] = []
+"""Sockets bound to the ports that `free_ports` gave out in this process; nothing listens on them."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -54,17 +57,26 @@ def port_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """That many different loopback ports on which nobody listens at the moment.
+    """That many different loopback ports on which nobody listens, and which nobody else was given.
 
     They lie below the range that the kernel gives to outgoing connections (Linux: from 32768), so that no
-    such connection sits on a port while its server is being restarted.
+    such connection sits on a port while its server is being restarted. Until this process ends they are
+    bound, so that another process that looks for a free port passes them by; a server that sets
+    SO_REUSEADDR, as servers do, can listen there.
     """
     found: list[int] = []
     for port in _random.sample(range(15000, 32000), 4000):
         if len(found) == count:
             return found
-        if port_free(port):
-            found.append(port)
+        held = socket.socket()
+        try:
+            held.bind((LOOPBACK, port))  # refused where anybody is bound, listening or not
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # from now on, it lets a server in
+        except OSError:
+            held.close()
+            continue
+        _reserved.append(held)
+        found.append(port)
     raise InstallationError(f"no {count} free loopback ports between 15000 and 32000", code="no_free_port")
 
 

@@ -203,6 +203,16 @@ def test_free_ports_differ_and_lie_below_the_outgoing_ones() -> None:
     assert all(15000 <= port < 32000 for port in ports)
 
 
+def test_a_port_given_out_is_kept_for_its_server() -> None:
+    (port,) = free_ports(1)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", port)):
+            assert port_answers(port) is None
+        assert "refused" in (port_answers(port) or "")
+
+
 def test_secret_is_made_once_and_an_empty_file_is_none(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     private_text(file, "\n")

@@ -38,8 +38,8 @@ def test_a_high_task_overtakes_two_hundred_low_ones(site: Site) -> None:
         site.worker("echo")
     eventually(lambda: site.depth("inference.echo.low") < 190)
     for _ in range(3):
-        published = datetime.now(UTC)
         high = publish(site, "high", 0)
+        published = datetime.now(UTC)  # the broker has it: before that, nothing is there to be overtaken
         urgent = site.ended(high)
         before = [
             r for r in (site.results.load("default", i) for i in low)
