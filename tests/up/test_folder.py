@@ -49,9 +49,7 @@ def test_ports_are_kept_until_somebody_takes_one(tmp_path: Path) -> None:
     first = folder.ports(["amqp", "redis", "epmd"])
     assert len(set(first.values())) == 3
     assert folder.ports(["amqp", "redis", "epmd"]) == first
-    with socket.socket() as thief:
-        thief.bind(("127.0.0.1", first["redis"]))
-        thief.listen()
+    with socket.create_server(("127.0.0.1", first["redis"])):
         second = folder.ports(["amqp", "redis", "epmd"])
     assert second["redis"] not in first.values()
     assert second | {"redis": 0} == first | {"redis": 0}

@@ -139,7 +139,7 @@ class WorkerProcess:
             assert self.process.poll() is None, self.log.read_text()
             return self.ready()
 
-        eventually(ready_or_gone, 30, "a ready worker")
+        eventually(ready_or_gone, 60, "a ready worker")
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
