@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -90,7 +89,7 @@ def delayed(message: Message, seconds: float) -> Message:
     # Celery enters at the highest level, whose exchange and those below each look at the long key: that takes
     # the broker milliseconds. The levels above the first 1 would only pass it down.
     level = delay_level(whole.bit_length() - 1)
-    return replace(message, exchange=level, routing_key=f"{bits}.{message.routing_key}")
+    return message._replace(exchange=level, routing_key=f"{bits}.{message.routing_key}")
 
 
 def callback_message(

@@ -6,10 +6,11 @@ import json
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pika
 from pika.exceptions import ShortStringTooLong
@@ -51,14 +52,13 @@ def _encoded_head(headers: tuple[tuple[str, Any], ...], _types: tuple[type, ...]
     return struct.pack(">H", flags | _IDENTIFIED) + pieces[2:]
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """What is published: always persistent, always mandatory."""
 
     exchange: str
     routing_key: str
     body: bytes
-    headers: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, Any] = MappingProxyType({})
     message_id: str | None = None
     type: str | None = None
 

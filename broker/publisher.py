@@ -52,7 +52,7 @@ class _Answer:
     future: Future[None] = field(default_factory=Future)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Pending:
     message: Message
     deadline: float
@@ -61,6 +61,28 @@ class _Pending:
     returned: str | None = None
     sent: bool = False
     settled: bool = False
+
+
+class _Window:
+    """Places for messages on their way."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._changed = threading.Condition()
+
+    def take(self, most: int, timeout: float = 0.0) -> int:
+        """Take up to `most` places; how many there were, once there is one; 0 after `timeout` seconds."""
+        with self._changed:
+            if not self._free:
+                self._changed.wait_for(lambda: self._free, timeout)
+            taken = min(most, self._free)
+            self._free -= taken
+            return taken
+
+    def give_back(self, count: int) -> None:
+        with self._changed:
+            self._free += count
+            self._changed.notify(count)
 
 
 class Publisher(BrokerThread):
@@ -77,7 +99,7 @@ class Publisher(BrokerThread):
 
     def __init__(self, settings: BrokerSettings, *, name: str, topology: Topology | None = None) -> None:
         super().__init__(settings, name=f"{name} publisher", topology=topology)
-        self._window = threading.BoundedSemaphore(settings.publish_window)
+        self._window = _Window(settings.publish_window)
         self._waiting: deque[_Pending] = deque()
         self._unconfirmed: dict[int, _Pending] = {}
         self._last_tag = 0
@@ -103,34 +125,32 @@ class Publisher(BrokerThread):
         Blocks while the window is full. Raises InvalidTask, with nothing sent, for what cannot be.
         """
         answer = _Answer(len(messages))
-        burst = [self._pending(message, timeout, answer) for message in messages]
+        deadline = self._deadline(timeout)
+        burst = [_Pending(message, deadline, _sendable(message), answer) for message in messages]
         if not burst:
             answer.future.set_result(None)
             return answer.future
         # From here on the answer is ours to give: a caller's cancel cannot take the messages back.
         answer.future.set_running_or_notify_cancel()
         begun = 0
-        for number, pending in enumerate(burst):
-            if self._window.acquire(blocking=False):
-                continue
-            # What has a place goes out before this waits for one: it is what will make room.
-            self._send(burst[begun:number])
-            begun = number
-            if not self._window.acquire(timeout=max(0.0, pending.deadline - time.monotonic())):
+        while begun < len(burst):
+            # What has a place goes out before this waits for more: it is what will make room.
+            places = self._window.take(len(burst) - begun, max(0.0, deadline - time.monotonic()))
+            if not places:
                 late = self._late("the publish window stayed full")
-                if number == 0:
+                if begun == 0:
                     raise late
-                for missed in burst[number:]:
-                    self._settle(missed, late)
-                return answer.future
-        self._send(burst[begun:])
+                self._settle(burst[begun:], late)
+                break
+            self._send(burst[begun : begun + places])
+            begun += places
         return answer.future
 
     async def confirm(self, message: Message, *, timeout: float | None = None) -> None:
         """Send a message and wait for its confirm, from asyncio. Raises what `publish` gives."""
-        pending = self._pending(message, timeout, _Answer(1))
+        pending = _Pending(message, self._deadline(timeout), _sendable(message), _Answer(1))
         # A thread that waited for a place would take it even for a caller that has been cancelled.
-        while not self._window.acquire(blocking=False):
+        while not self._window.take(1):
             if time.monotonic() >= pending.deadline:
                 raise self._late("the publish window stayed full")
             await asyncio.sleep(_WINDOW_LOOK_SECONDS)
@@ -151,18 +171,16 @@ class Publisher(BrokerThread):
     def _busy(self) -> bool:
         return bool(self._waiting or self._unconfirmed)
 
-    def _pending(self, message: Message, timeout: float | None, answer: _Answer) -> _Pending:
+    def _deadline(self, timeout: float | None) -> float:
         if self._closing.is_set():
             raise BrokerUnavailable("the publisher is closed")
-        limit = self._settings.publish_timeout if timeout is None else timeout
-        return _Pending(message, time.monotonic() + limit, _sendable(message), answer)
+        return time.monotonic() + (self._settings.publish_timeout if timeout is None else timeout)
 
     def _send(self, burst: Sequence[_Pending]) -> None:
         """Have messages sent that have their places in the window."""
         with self._gate:
             if self._closed:
-                for _ in burst:
-                    self._window.release()
+                self._window.give_back(len(burst))
                 raise BrokerUnavailable("the publisher is closed")
             self._waiting.extend(burst)
         if not self._wake_due:
@@ -210,7 +228,7 @@ class Publisher(BrokerThread):
         while self._waiting:
             pending = self._waiting.popleft()
             if pending.deadline <= now:
-                self._resolve(pending, self._late("the broker did not confirm in time"))
+                self._resolve([pending], self._late("the broker did not confirm in time"))
                 continue
             message = pending.message
             self._last_tag += 1
@@ -272,27 +290,28 @@ class Publisher(BrokerThread):
         tags = [tag]
         if method.multiple:
             tags = list(itertools.takewhile(lambda unconfirmed: unconfirmed <= tag, self._unconfirmed))
-        for confirmed in tags:
-            pending = self._unconfirmed.pop(confirmed, None)
+        taken: list[_Pending] = []
+        for answered in tags:
+            pending = self._unconfirmed.pop(answered, None)
             if pending is None:
                 continue
+            if isinstance(method, spec.Basic.Ack) and pending.returned is None:
+                taken.append(pending)
+                continue
             message = pending.message
-            where = f"exchange {message.exchange!r}, routing key {message.routing_key!r}"
+            what = (
+                f"message {message.message_id!r} (exchange {message.exchange!r}, routing key "
+                f"{message.routing_key!r})"
+            )
             if isinstance(method, spec.Basic.Nack):
-                self._resolve(
-                    pending,
-                    PublishRejected(
-                        f"RabbitMQ refused message {message.message_id!r} ({where}): most likely "
-                        "its queue is at its length limit; start more workers, or raise the limit"
-                    ),
-                )
-            elif pending.returned is not None:
-                advice = "run: inferq topology apply"
-                self._resolve(
-                    pending, Unroutable(f"no queue takes message {message.message_id!r} ({where}); {advice}")
+                error: Exception = PublishRejected(
+                    f"RabbitMQ refused {what}: most likely its queue is at its length limit; start more "
+                    "workers, or raise the limit"
                 )
             else:
-                self._resolve(pending, None)
+                error = Unroutable(f"no queue takes {what}; run: inferq topology apply")
+            self._resolve([pending], error)
+        self._resolve(taken, None)
 
     def _idle(self) -> None:
         now = time.monotonic()
@@ -305,7 +324,7 @@ class Publisher(BrokerThread):
             pending = self._waiting.popleft()
             if due(pending):
                 after = " after it was sent once" if pending.sent else ""
-                self._resolve(pending, self._late(f"the broker did not take the message in time{after}"))
+                self._resolve([pending], self._late(f"the broker did not take the message in time{after}"))
             else:
                 self._waiting.append(pending)
         now = time.monotonic()
@@ -313,33 +332,38 @@ class Publisher(BrokerThread):
             # Sent and unanswered: its tag goes with it, so that a late answer finds nobody.
             if pending.deadline <= now:
                 del self._unconfirmed[tag]
-                self._resolve(pending, self._late("the broker did not confirm the message in time"))
+                self._resolve([pending], self._late("the broker did not confirm the message in time"))
 
     def _fail_all(self, error: BrokerUnavailable) -> None:
-        while self._waiting:
-            self._resolve(self._waiting.popleft(), error)
-        while self._unconfirmed:
-            self._resolve(self._unconfirmed.popitem()[1], error)
+        self._resolve([*self._waiting, *self._unconfirmed.values()], error)
+        self._waiting.clear()
+        self._unconfirmed.clear()
 
-    def _resolve(self, pending: _Pending, error: Exception | None) -> None:
-        if self._settle(pending, error):
-            self._window.release()
+    def _resolve(self, burst: Sequence[_Pending], error: Exception | None) -> None:
+        """Answer for messages that had places in the window."""
+        self._window.give_back(self._settle(burst, error))
 
-    def _settle(self, pending: _Pending, error: Exception | None) -> bool:
-        """Answer for a message, once; False where closing was faster."""
+    def _settle(self, burst: Sequence[_Pending], error: Exception | None) -> int:
+        """Answer for messages, once for each; how many it was: closing may have been faster."""
+        settled = 0
+        answered: list[_Answer] = []
         with self._gate:
-            if pending.settled:
-                return False
-            pending.settled = True
-            answer = pending.answer
-            answer.left -= 1
-            answer.error = answer.error or error
-            last = answer.left == 0
-        if last and answer.error is None:
-            answer.future.set_result(None)
-        elif last:
-            answer.future.set_exception(answer.error)
-        return True
+            for pending in burst:
+                if pending.settled:
+                    continue
+                pending.settled = True
+                settled += 1
+                answer = pending.answer
+                answer.left -= 1
+                answer.error = answer.error or error
+                if answer.left == 0:
+                    answered.append(answer)
+        for answer in answered:
+            if answer.error is None:
+                answer.future.set_result(None)
+            else:
+                answer.future.set_exception(answer.error)
+        return settled
 
 
 @lru_cache(1024)

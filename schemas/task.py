@@ -57,6 +57,13 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def __eq__(self, other: object) -> bool:
+        # Each body asks whether the options are the default ones, and mostly they are that very object.
+        return self is other or super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.__dict__.values()))
+
 
 class Task(BaseModel):
     """What every task says, whatever its type. A type's own task adds its inputs, flat, and its options."""
@@ -81,7 +88,12 @@ class Task(BaseModel):
         le=1 << 31,
         description="Its line in the batch's source, from 1; set by whoever feeds the batch.",
     )
-    metadata: dict[str, JsonValue] = Field({}, description="Echoed in the result and in callbacks.")
+    # A dict as the default itself would be copied for each task, which costs as much as reading the task.
+    metadata: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Echoed in the result and in callbacks.",
+        json_schema_extra={"default": {}},
+    )
     created_at: AwareDatetime | None = None
 
     @field_validator("expires_at", "created_at", mode="after")

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_done_is_kept_where_an_operator_sees_it(
         job_message("test.unknown", "inference.callbacks", {}, job_id="unknown too"),
         job_message("test.picky", "inference.batches", {"wrong": 1}, job_id="wrong"),
         job_message("test.picky", "inference.batches", {"text": "no"}, job_id="fails"),
-        replace(job_message("test.picky", "inference.batches", {}, job_id="not JSON"), body=b"{"),
+        job_message("test.picky", "inference.batches", {}, job_id="not JSON")._replace(body=b"{"),
         Message("inference.jobs", "inference.batches", b"{", {"id": "no job"}, "no job", None),
     ]
     publisher.publish_all([*bad, job_message("test.done", "inference.batches", {}, job_id="done")]).result()
