@@ -30,7 +30,11 @@ _QUEUE = "inference.echo.normal"
 
 @dataclass(frozen=True)
 class Fed:
-    """What feeding a batch took: memory in bytes, latencies of its status over HTTP in seconds."""
+    """What feeding a batch took: memory in bytes, latencies of its status over HTTP in seconds.
+
+    `late_max` is how late, in seconds, the machine at worst woke the thread that asked for the status: what
+    one of the request's several turns between threads may take on it, whatever the gateway does.
+    """
 
     lines: int
     rate: float
@@ -38,6 +42,7 @@ class Fed:
     redis: int
     status_p50: float
     status_max: float
+    late_max: float
 
 
 def feed(ground: Site, lines: int) -> Fed:
@@ -69,7 +74,8 @@ def feed(ground: Site, lines: int) -> Fed:
         start(batch, BatchStore(store), lambda message: publisher.publish(message).result())
         stopping = threading.Event()
         latencies: list[float] = []
-        watcher = threading.Thread(target=_watch, args=(http, batch.batch_id, latencies, stopping))
+        late: list[float] = []
+        watcher = threading.Thread(target=_watch, args=(http, batch.batch_id, latencies, late, stopping))
         watcher.start()
 
         def queued() -> int:
@@ -94,6 +100,7 @@ def feed(ground: Site, lines: int) -> Fed:
         redis=taken,
         status_p50=statistics.median(latencies),
         status_max=max(latencies),
+        late_max=max(late),
     )
 
 
@@ -105,8 +112,15 @@ def _peak(pid: int) -> int:
     return int(psutil.Process(pid).memory_info().rss)
 
 
-def _watch(http: httpx.Client, batch_id: str, latencies: list[float], stopping: threading.Event) -> None:
-    while not stopping.wait(0.2):
+def _watch(
+    http: httpx.Client, batch_id: str, latencies: list[float], late: list[float], stopping: threading.Event
+) -> None:
+    pause = 0.2
+    while True:
+        begun = time.perf_counter()
+        if stopping.wait(pause):
+            return
+        late.append(time.perf_counter() - begun - pause)
         begun = time.perf_counter()
         answer = http.get(f"/v1/batches/{batch_id}")
         latencies.append(time.perf_counter() - begun)
