@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -51,8 +52,10 @@ class Surroundings:
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)
     _goes_on_without_redis: bool = False
+    _beside: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
+        self._beside = ThreadPoolExecutor(self.settings.slots, thread_name_prefix="beside a slot")
         self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
         self.metrics.without_redis.set_function(
             lambda: float(self.status.away_for is not None and self.redis_patience_left == 0)
@@ -127,6 +130,10 @@ class Surroundings:
                 self._pauses.pop(service, None)
                 self.metrics.paused.labels(service).set(0)
             return value
+
+    def meanwhile(self, call: Callable[[], T]) -> Future[T]:
+        """Make a call beside the slot's own thread, which has one such call at a time."""
+        return self._beside.submit(call)
 
     def tell(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index that no outage delays: without Redis it is left out."""

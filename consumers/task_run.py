@@ -9,7 +9,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -65,6 +67,7 @@ class TaskRun:
         self._cached = False
         self._cache_key: str | None = None
         self._held = True
+        self._fetch_seconds = 0.0
         self._answers: list[Callable[[], bool]] = []
         self._notices = Notices(surroundings.publisher, self._publish, url=None)
 
@@ -170,7 +173,10 @@ class TaskRun:
             )
             self._engine.prepare(delivery.body.decode())
         # The engine reads the task, and the store is asked, while Redis answers.
-        ended = around.patiently("object store", partial(around.results.load, task.tenant, task.task_id))
+        load = partial(around.results.load, task.tenant, task.task_id)
+        earlier = partial(around.patiently, "object store", load)
+        looked_up = around.meanwhile(earlier) if task.inputs() else None
+        ended = earlier() if looked_up is None else None
         begun = around.ask(answer) if answer else None
         facts = Facts(
             task=task,
@@ -184,12 +190,18 @@ class TaskRun:
             lost_runs=begun.lost_runs if begun else None,
             deliveries=delivery.deliveries,
         )
+        fetched = None
+        if looked_up is not None:
+            # Mostly there is no earlier result: the inputs come while the store looks for one.
+            if isinstance(before_run(facts), Run):
+                fetched = self._fetch_ahead(task)
+            facts = replace(facts, ended=looked_up.result())
         match before_run(facts):
             case Run():
                 self._notices.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
                 )
-                return self._attempt(task)
+                return self._attempt(task, fetched)
             case Skip(ended):
                 self._tell_end(ended)
                 return "skipped"
@@ -240,14 +252,13 @@ class TaskRun:
 
     # The run.
 
-    def _attempt(self, task: Task) -> str:
+    def _attempt(self, task: Task, fetched: Future[dict[str, FileNote]] | None) -> str:
         around = self._around
         timings = {"queued": self._queued(task)}
         engine_died = False
         try:
-            began = time.monotonic()
-            inputs = self._fetch(task)
-            timings["fetch"] = time.monotonic() - began
+            inputs = self._fetch(task) if fetched is None else fetched.result()
+            timings["fetch"] = self._fetch_seconds
             answer = self._known(task, inputs) or self._compute(task, inputs)
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
@@ -290,9 +301,19 @@ class TaskRun:
             case Bury():
                 return self._bury(task, verdict, timings)
 
+    def _fetch_ahead(self, task: Task) -> Future[dict[str, FileNote]]:
+        """Fetch the inputs before it is sure that they are needed; what goes wrong counts if they are."""
+        fetched: Future[dict[str, FileNote]] = Future()
+        try:
+            fetched.set_result(self._fetch(task))
+        except Exception as error:
+            fetched.set_exception(error)
+        return fetched
+
     def _fetch(self, task: Task) -> dict[str, FileNote]:
         inputs = {}
-        next_look = time.monotonic() + _LOOK_SECONDS
+        began = time.monotonic()
+        next_look = began + _LOOK_SECONDS
 
         def checkpoint() -> None:
             nonlocal next_look
@@ -316,6 +337,7 @@ class TaskRun:
                 bytes=fetched.bytes,
                 sha256=fetched.sha256,
             )
+        self._fetch_seconds = time.monotonic() - began
         return inputs
 
     def _known(self, task: Task, inputs: dict[str, FileNote]) -> Done | None:
