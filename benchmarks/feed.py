@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import threading
@@ -47,6 +48,7 @@ class Fed:
 
 def feed(ground: Site, lines: int) -> Fed:
     """Feed a batch of so many lines, with no worker, by a feeder of its own."""
+    gc.freeze()  # a collection of all that is loaded here would be counted as the gateway's
     store = ground.store()
     name = f"{new_task_id()}.jsonl"
     source = ground.folder / name

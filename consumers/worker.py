@@ -6,6 +6,7 @@ folder → run in the slot's engine process → upload the artifacts → write `
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import queue
@@ -312,3 +313,4 @@ def _rehearse(task_type: TaskType) -> None:
     task = Task(task_id="made-up", task_type=name, created_at=now)
     result = Result.failure(task, InvalidTask("made up"), attempts=1, finished_at=now, started_at=now)
     Event.of_result(result).model_dump_json()
+    gc.freeze()  # what is loaded stays: looking through all of it for garbage would come between two tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -104,6 +105,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.publisher.start()
     services.hub.start()
+    gc.freeze()  # what is loaded stays: to look through all of it for garbage would hold up every answer
     try:
         yield
     finally:
