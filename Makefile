@@ -25,7 +25,7 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 	@exec $(BIN)/inferq up
 
 test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
-	@$(BIN)/python -m pytest --cov --cov-fail-under=90 -n 3 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --cov --cov-fail-under=90 -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-engines: .make/test-engines ## run the tests that need the engines' own large packages, in .venv-engines
 	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -m engines $(ENGINE_TESTS) $(ARGS)

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 _spawner = ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
 
+_LONGEST = ("worker", "up", "cli", "contract", "ocr")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders that take longest: at the end, none is left for one process alone."""
+    items.sort(key=lambda item: item.path.parent.name not in _LONGEST)
+
+
 class Node:
     """Parts that are started and ended together; `url` is where to reach what they serve.
 
