@@ -120,8 +120,7 @@ class DataFolder:
         missing = [name for name in names if name not in chosen]
         # The ports of parts that do not start this time stay theirs.
         taken = {port for port in kept.values() if isinstance(port, int)}
-        fresh = [port for port in free_ports(len(missing) + len(taken)) if port not in taken]
-        chosen |= dict(zip(missing, fresh, strict=False))
+        chosen |= dict(zip(missing, free_ports(len(missing), besides=taken), strict=True))
         private_text(file, json.dumps(kept | chosen, indent=2) + "\n")
         return chosen
 

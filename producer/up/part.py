@@ -8,7 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,8 @@ def port_free(port: int) -> bool:
     return True
 
 
-def free_ports(count: int) -> list[int]:
-    """That many different loopback ports on which nobody listens, and which nobody else was given.
+def free_ports(count: int, *, besides: Collection[int] = ()) -> list[int]:
+    """That many different loopback ports, none of `besides`: nobody listens there, or was given them.
 
     They lie below the range that the kernel gives to outgoing connections (Linux: from 32768), so that no
     such connection sits on a port while its server is being restarted. Until this process ends they are
@@ -68,6 +68,8 @@ def free_ports(count: int) -> list[int]:
     for port in _random.sample(range(15000, 32000), 4000):
         if len(found) == count:
             return found
+        if port in besides:
+            continue
         held = socket.socket()
         try:
             held.bind((LOOPBACK, port))  # refused where anybody is bound, listening or not
