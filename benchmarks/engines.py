@@ -68,7 +68,7 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
     stored_inputs(site, work)
     publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
     publisher.start()
-    with _bare_engine(type_name) as run, site.inferq_worker(type_name, INFERQ_LANES="normal"):
+    with bare_engine(type_name) as run, site.inferq_worker(type_name, INFERQ_LANES="normal"):
         for round_number in range(-1, rounds):  # the first warms both up
             ids = [new_task_id() for _ in work]
             sent = [
@@ -113,8 +113,8 @@ def task_of(type_name: str, task_id: str, item: Work) -> Task:
 
 
 @contextmanager
-def _bare_engine(type_name: str) -> Iterator[Callable[[Work], None]]:
-    """The engine itself, as a program of its own would call it."""
+def bare_engine(type_name: str) -> Iterator[Callable[[Work], None]]:
+    """The engine itself, as a program of its own would call it: one call per piece of work."""
     engine = engine_class(get_type(type_name))()
     engine.load()
     engine.warm_up()

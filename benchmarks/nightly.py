@@ -1,16 +1,18 @@
 """A night's run over page images in S3, with everything that can die dying once on the way.
 
-    python -m benchmarks.nightly --pages 2000 --rows 9 --workers 1
+    python -m benchmarks.nightly --pages 2000 --rows 24 --workers 1
 
 The pages are made, so that their text is known; each is an object under one prefix, which a schedule names
-and `inferq nightly run` starts. Prints pages per second beside as many bare engines, measured before and
-after the night, and what was lost, read wrongly or put out twice.
+and `inferq nightly run` starts. Every now and then the workers are held still and a bare engine reads some of
+the pages: the machine changes its speed, and so both sides see the same of it. Prints pages per second beside
+as many bare engines, and what was lost, read wrongly or put out twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import signal
@@ -18,15 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.engines import Work, bare_engine
 from benchmarks.site import wait_until
 from producer.nightly.night import Night
 from producer.nightly.runs import RunLog
@@ -41,6 +45,8 @@ from storage.s3 import s3_client
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
 _BUCKET = "pages"
+_TURN, _BETWEEN = 6, 40
+"""How many pages the bare engine reads in a turn, and how many the night reads from one turn to the next."""
 _SCHEDULES = f"""
 [scans]
 cron = "30 1 * * *"
@@ -102,7 +108,11 @@ class Ground:
         else:
             with log.open("ab") as out:
                 self.running[name] = subprocess.Popen(
-                    self._inferq(*self.commands[name]), env=os.environ | self.env, stdout=out, stderr=out
+                    self._inferq(*self.commands[name]),
+                    env=os.environ | self.env,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,  # so that it can be held with its engine
                 )
 
     def command(self, *arguments: str) -> str:
@@ -114,6 +124,18 @@ class Ground:
 
     def _inferq(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "producer.cli", *arguments]
+
+    @contextmanager
+    def held(self, kind: str) -> Iterator[None]:
+        """All commands of a kind and their children stand still meanwhile."""
+        groups = [process.pid for name, process in self.running.items() if name.startswith(kind)]
+        for group in groups:
+            os.killpg(group, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for group in groups:
+                os.killpg(group, signal.SIGCONT)
 
     def kill(self, name: str) -> None:
         self.running[name].kill()
@@ -191,10 +213,46 @@ def main() -> None:
     sys.exit(0 if right else 1)
 
 
+class Turns:
+    """A bare engine's turns at the pages, while the workers are held."""
+
+    def __init__(self, ground: Ground, run: Callable[[Work], None], files: Sequence[Path]) -> None:
+        self._ground = ground
+        self._run = run
+        self._files = itertools.cycle(files)
+        self._pages = 0
+        self._seconds = 0.0
+        self._held: list[tuple[datetime, datetime]] = []
+
+    def take(self) -> None:
+        work = [Work(files={"image_url": next(self._files)}) for _ in range(_TURN)]
+        with self._ground.held("worker"):
+            since = datetime.now(UTC)
+            began = time.perf_counter()
+            for page in work:
+                self._run(page)
+            self._seconds += time.perf_counter() - began
+            self._pages += len(work)
+            self._held.append((since, datetime.now(UTC)))
+
+    @property
+    def rate(self) -> float:
+        """Pages per second."""
+        return self._pages / self._seconds
+
+    def within(self, since: datetime, until: datetime) -> float:
+        """For how many seconds of that time the workers were held."""
+        overlaps = ((min(until, end) - max(since, begin)).total_seconds() for begin, end in self._held)
+        return sum(seconds for seconds in overlaps if seconds > 0)
+
+
 def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[str], None]) -> bool:
     """Run one night and say what came of it; whether nothing was lost, and nothing had twice."""
-    before = _bare_rate(min(pages, 60), rows)
-    with _ground(workers) as ground:
+    with ExitStack() as stack:
+        run = stack.enter_context(bare_engine("ocr"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ground = stack.enter_context(_ground(workers))
+        turns = Turns(ground, run, [_page_file(folder, number, rows) for number in range(min(pages, 60))])
         storage = StorageSettings(
             redis_url=ground.env["INFERQ_REDIS_URL"],
             store_url=ground.env["INFERQ_STORE_URL"],
@@ -218,26 +276,32 @@ def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[s
                 return 0
             return standing.counts.ended if standing is not None and standing.known else 0
 
-        for share, name in ((0.2, "feeder"), (0.4, "worker-0"), (0.6, "redis"), (0.8, "rabbitmq")):
-            wait_until(lambda share=share: done() >= share * pages, 3600, pause=0.5)
-            if faults:
-                if name == "rabbitmq":
-                    ground.stop(name)
-                else:
-                    ground.kill(name)
-                ground.start(name)
-                say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'} at {share:.0%}")
+        causes = {0.2: "feeder", 0.4: "worker-0", 0.6: "redis", 0.8: "rabbitmq"} if faults else {}
+        for at in sorted({*range(_BETWEEN // 2, pages, _BETWEEN), *(share * pages for share in causes)}):
+            wait_until(lambda at=at: done() >= at, 3600, pause=0.5)
+            if (name := causes.get(at / pages)) is None:
+                turns.take()
+                continue
+            if name == "rabbitmq":
+                ground.stop(name)
+            else:
+                ground.kill(name)
+            ground.start(name)
+            say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'} at {at / pages:.0%}")
         wait_until(lambda: batches.summary("default", run_id) is not None, 3600, pause=0.5)
         output = [json.loads(line) for line in store.get(output_key("default", run_id)).splitlines()]
         log = RunLog(store, "default", "scans")
         wait_until(lambda: bool(log.nights(run_id, Night)), 60, pause=0.5)
         (told,) = log.nights(run_id, Night)
         kept = [r for e in output if (r := ResultStore(store).load("default", e["task_id"])) is not None]
-    # Machines change their speed meanwhile, so that one look would be a matter of luck.
-    after = _bare_rate(min(pages, 60), rows)
-    say(f"a bare engine: {before:.2f} pages/s before the night, {after:.2f} after it")
     say(f"the night's own summary: {told.succeeded} of {told.total}, {told.pages_per_second} pages/s")
-    return _reckoned(output, pages, rows, kept, (before + after) / 2 * workers, say)
+    return _reckoned(output, pages, rows, kept, turns, workers, say)
+
+
+def _page_file(folder: Path, number: int, rows: int) -> Path:
+    path = folder / f"{number}.png"
+    path.write_bytes(page_image(number, rows))
+    return path
 
 
 def _reckoned(
@@ -245,7 +309,8 @@ def _reckoned(
     pages: int,
     rows: int,
     kept: list[Result],
-    bare: float,
+    turns: Turns,
+    workers: int,
     say: Callable[[str], None],
 ) -> bool:
     lines = [entry["line"] for entry in output]
@@ -254,37 +319,26 @@ def _reckoned(
         for entry in output
         if plain(entry["output"]["text"]) != plain("".join(page_text(entry["line"] - 1, rows)))
     ]
-    began = min(r.started_at for r in kept if r.started_at)
-    seconds = (max(r.finished_at for r in kept) - began).total_seconds()
-    whole = pages / seconds
-    computed = sum(r.timings.inference or 0.0 for r in kept)
-    spent = sum((r.finished_at - r.started_at).total_seconds() for r in kept if r.started_at)
+    spans = [(r.started_at, r.finished_at, r.timings.inference or 0.0) for r in kept if r.started_at]
+    began, ended = min(since for since, _, _ in spans), max(until for _, until, _ in spans)
+    seconds = (ended - began).total_seconds() - turns.within(began, ended)
+    computed = spent = 0.0
+    for since, until, inference in spans:
+        held = turns.within(since, until)
+        spent += (until - since).total_seconds() - held
+        # Nearly all of a page's time is inference, and so nearly all holding falls into it.
+        computed += inference - held if inference > held else inference
+    whole, bare = pages / seconds, turns.rate * workers
     say(
-        f"of a page's {1000 * seconds / pages:.0f} ms: {1000 * computed / pages:.0f} inference, "
+        f"of a page's {1000 * workers * seconds / pages:.0f} ms: {1000 * computed / pages:.0f} inference, "
         f"{1000 * (spent - computed) / pages:.0f} input and result, "
-        f"{1000 * (seconds - spent) / pages:.0f} between two pages"
+        f"{1000 * (workers * seconds - spent) / pages:.0f} between two pages"
     )
     once = len(set(lines))
     say(f"pages {pages}, in the output {len(output)}: lost {pages - once}, twice {len(lines) - once}")
     say(f"in line order: {lines == sorted(lines)}; not read as drawn: {len(wrong)} {wrong[:10]}")
     say(f"pages/s: {whole:.2f} whole, {bare:.2f} as many bare engines, ratio {whole / bare:.3f}")
     return sorted(lines) == list(range(1, pages + 1)) and not wrong
-
-
-def _bare_rate(pages: int, rows: int) -> float:
-    from benchmarks.engines import Work, _bare_engine
-
-    with tempfile.TemporaryDirectory() as name, _bare_engine("ocr") as run:
-        files = []
-        for number in range(pages):
-            path = Path(name) / f"{number}.png"
-            path.write_bytes(page_image(number, rows))
-            files.append(path)
-        run(Work(files={"image_url": files[0]}))
-        began = time.perf_counter()
-        for path in files:
-            run(Work(files={"image_url": path}))
-        return pages / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":
