@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,6 +96,7 @@ class Ground:
 
     folder: Path
     env: dict[str, str]
+    workers: int
     parts: dict[str, Part] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class Ground:
 
 
 @contextmanager
-def _ground(workers: int) -> Iterator[Ground]:
+def _ground(workers: int, *, take_ahead: bool) -> Iterator[Ground]:
     with tempfile.TemporaryDirectory(prefix="inferq-night-") as name, ExitStack() as stack:
         folder = Path(name)
         os.environ |= {
@@ -184,8 +185,10 @@ def _ground(workers: int) -> Iterator[Ground]:
                 "INFERQ_S3_ENDPOINT_URL": endpoint,
                 "INFERQ_FETCH_S3_BUCKETS": _BUCKET,
                 "INFERQ_SCHEDULES_FILE": str(schedules),
+                "INFERQ_TAKE_AHEAD": str(take_ahead),
                 "INFERQ_LOG_LEVEL": "WARNING",
             },
+            workers,
         )
         ground.parts = {part.name: part for part in (*node.parts(), server.part())}
         ground.commands = {"feeder": ["callbacks", "--queues", "batches", "--threads", "4"]}
@@ -207,9 +210,11 @@ def main() -> None:
     arguments.add_argument("--pages", type=int, default=2000)
     arguments.add_argument("--rows", type=int, default=3, help="lines of text on a page")
     arguments.add_argument("--workers", type=int, default=1)
+    arguments.add_argument("--take-ahead", action="store_true", help="run workers with INFERQ_TAKE_AHEAD")
     arguments.add_argument("--no-faults", action="store_true", help="kill nothing")
     given = arguments.parse_args()
-    right = night(given.pages, given.rows, given.workers, faults=not given.no_faults, say=print)
+    ground = _ground(given.workers, take_ahead=given.take_ahead)
+    right = night(given.pages, given.rows, ground, faults=not given.no_faults, say=print)
     sys.exit(0 if right else 1)
 
 
@@ -246,12 +251,19 @@ class Turns:
         return sum(seconds for seconds in overlaps if seconds > 0)
 
 
-def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[str], None]) -> bool:
+def night(
+    pages: int,
+    rows: int,
+    on: AbstractContextManager[Ground],
+    *,
+    faults: bool,
+    say: Callable[[str], None],
+) -> bool:
     """Run one night and say what came of it; whether nothing was lost, and nothing had twice."""
     with ExitStack() as stack:
         run = stack.enter_context(bare_engine("ocr"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ground = stack.enter_context(_ground(workers))
+        ground = stack.enter_context(on)
         turns = Turns(ground, run, [_page_file(folder, number, rows) for number in range(min(pages, 60))])
         storage = StorageSettings(
             redis_url=ground.env["INFERQ_REDIS_URL"],
@@ -277,7 +289,7 @@ def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[s
             return standing.counts.ended if standing is not None and standing.known else 0
 
         causes = {0.2: "feeder", 0.4: "worker-0", 0.6: "redis", 0.8: "rabbitmq"} if faults else {}
-        for at in sorted({*range(_BETWEEN // 2, pages, _BETWEEN), *(share * pages for share in causes)}):
+        for at in sorted({*range(min(_BETWEEN, pages) // 2, pages, _BETWEEN), *(share * pages for share in causes)}):
             wait_until(lambda at=at: done() >= at, 3600, pause=0.5)
             if (name := causes.get(at / pages)) is None:
                 turns.take()
@@ -295,7 +307,7 @@ def night(pages: int, rows: int, workers: int, *, faults: bool, say: Callable[[s
         (told,) = log.nights(run_id, Night)
         kept = [r for e in output if (r := ResultStore(store).load("default", e["task_id"])) is not None]
     say(f"the night's own summary: {told.succeeded} of {told.total}, {told.pages_per_second} pages/s")
-    return _reckoned(output, pages, rows, kept, turns, workers, say)
+    return _reckoned(output, pages, rows, kept, turns, ground.workers, say)
 
 
 def _page_file(folder: Path, number: int, rows: int) -> Path:

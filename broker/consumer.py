@@ -40,6 +40,8 @@ class Consumer(BrokerThread):
     """Hands out one delivery at a time from `queues`, given with the most urgent lane first.
 
     `next` and the settling calls belong to one working thread; nothing they do waits for the network.
+    `priority`: a queue delivers to a consumer of a lower one only while all of a higher one have their hands
+    full.
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class Consumer(BrokerThread):
         *,
         name: str,
         topology: Topology | None = None,
+        priority: int = 0,
     ) -> None:
         if not queues:
             raise ValueError("a consumer needs at least one queue")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
+        self._arguments = {"x-consumer-timeout": _HOLD_SECONDS * 1000}
+        if priority:
+            self._arguments["x-priority"] = priority
         self._inbox: deque[Delivery] = deque()
         self._epoch = 0
         self._tags: dict[str, str] = {}
@@ -214,7 +220,7 @@ class Consumer(BrokerThread):
                 channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
 
         self._tags[name] = channel.basic_consume(
-            name, deliver, callback=subscribed, arguments={"x-consumer-timeout": _HOLD_SECONDS * 1000}
+            name, deliver, callback=subscribed, arguments=self._arguments
         )
 
     def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:

@@ -38,6 +38,12 @@ class WorkerSettings(ProbeSettings):
     slots: int = Field(
         1, ge=1, le=64, description="Tasks at a time; each slot is an engine process of its own."
     )
+    take_ahead: bool = Field(
+        False,
+        description="Whether a slot takes a second task while its engine computes the first, unless another "
+        "worker is idle: its inputs are fetched by the time that the engine is free, and results are stored "
+        "while the next task is computed.",
+    )
     max_attempts: int | None = Field(
         None,
         ge=1,

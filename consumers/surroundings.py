@@ -55,7 +55,8 @@ class Surroundings:
     _beside: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._beside = ThreadPoolExecutor(self.settings.slots, thread_name_prefix="beside a slot")
+        at_a_time = self.settings.slots * (2 if self.settings.take_ahead else 1)
+        self._beside = ThreadPoolExecutor(at_a_time, thread_name_prefix="beside a slot")
         self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
         self.metrics.without_redis.set_function(
             lambda: float(self.status.away_for is not None and self.redis_patience_left == 0)
@@ -132,7 +133,7 @@ class Surroundings:
             return value
 
     def meanwhile(self, call: Callable[[], T]) -> Future[T]:
-        """Make a call beside the slot's own thread, which has one such call at a time."""
+        """Make a call beside the calling thread, which has one such call at a time."""
         return self._beside.submit(call)
 
     def tell(self, call: Callable[[], T]) -> T | None:

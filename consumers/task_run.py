@@ -19,7 +19,8 @@ from pathlib import Path
 from broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
 from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
 from consumers.engine_messages import Done, Failed, FileNote
-from consumers.engine_process import AbortReason, EngineDied, EngineProcess, RunAborted, Watch
+from consumers.engine_process import AbortReason, EngineDied, RunAborted, Watch
+from consumers.engine_seat import EngineSeat
 from consumers.notices import Notices, legible_url
 from consumers.surroundings import GracePassed, Surroundings
 from schemas import (
@@ -40,7 +41,14 @@ from storage import UnreadableResult
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.25
-"""How often a download in progress is asked about: cancelled? shutting down?"""
+"""How often a download in progress, or a wait for the engine, is asked about: cancelled? shutting down?"""
+
+
+class NotBegun(Exception):
+    """The run has not begun, and will not: the message says why. Another worker may have the task."""
+
+
+_GIVES_BACK = (GracePassed, RunAborted, NotBegun)
 
 
 class TaskRun:
@@ -50,13 +58,15 @@ class TaskRun:
         self,
         surroundings: Surroundings,
         consumer: Consumer,
-        engine: EngineProcess,
+        seat: EngineSeat,
         delivery: Delivery,
         lane: Priority,
     ) -> None:
         self._around = surroundings
         self._consumer = consumer
-        self._engine = engine
+        self._seat = seat
+        self._seated = False
+        self._engine = seat.engine
         self._delivery = delivery
         self._lane = lane
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
@@ -73,20 +83,24 @@ class TaskRun:
 
     def complete(self) -> None:
         """Do whatever this delivery needs, and settle it."""
+        why = "the worker is stopping"
         try:
             outcome = self._outcome()
+        except NotBegun as not_begun:
+            outcome, why = "given_back", str(not_begun)
         except (GracePassed, RunAborted):
             outcome = "given_back"
         except Exception as error:
             # A delivery is settled whatever happens: one that ends its worker would go on to the next.
             _log.exception("%s: could not be brought to its end", self._name())
             outcome = self._give_up(error)
+        self._leave_engine()
         if outcome == "given_back":
             self._release()
             self._consumer.give_back(self._delivery)
-            _log.info("%s: given back, the worker is stopping", self._name())
+            _log.info("%s: given back, %s", self._name(), why)
         else:
-            self._consumer.ack(self._delivery, more=self._engine.usable and self._around.takes_more)
+            self._consumer.ack(self._delivery, more=self._seat.usable and self._around.takes_more)
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         for answer in self._answers:
             self._around.report(answer)
@@ -100,7 +114,7 @@ class TaskRun:
         try:
             self._publish(self._dead(failure))
             self._record_anyhow(failure)
-        except (GracePassed, RunAborted):
+        except _GIVES_BACK:
             return "given_back"
         except Exception:
             _log.exception("%s: has no record of its end, only a dead letter", self._name())
@@ -139,7 +153,7 @@ class TaskRun:
             return self._decide(task)
         except UnreadableResult as error:
             return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
-        except (GracePassed, RunAborted):
+        except _GIVES_BACK:
             raise
         except Exception as error:
             # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.
@@ -151,53 +165,36 @@ class TaskRun:
 
     def _decide(self, task: Task) -> str:
         around, delivery = self._around, self._delivery
-        name = around.task_type.name
         self._digest = task.digest()
         self._notices = Notices(
             around.publisher, self._publish, url=task.callback_url, events=task.callback_events
         )
-        answer = None
-        if task.task_type == name:
-            self._begun = task
-            answer = around.tell(
-                partial(
-                    around.status.begin_soon,
-                    task,
-                    attempt=delivery.attempt,
-                    redrives=delivery.redrives,
-                    worker=around.settings.worker_name,
-                    started_at=self._started_at,
-                    digest=self._digest,
-                    run=self._token,
-                )
-            )
-            self._engine.prepare(delivery.body.decode())
-        # The engine reads the task, and the store is asked, while Redis answers.
-        load = partial(around.results.load, task.tenant, task.task_id)
-        earlier = partial(around.patiently, "object store", load)
-        looked_up = around.meanwhile(earlier) if task.inputs() else None
-        ended = earlier() if looked_up is None else None
-        begun = around.ask(answer) if answer else None
         facts = Facts(
             task=task,
             digest=self._digest,
-            type_name=name,
+            type_name=around.task_type.name,
             redrives=delivery.redrives,
             now=self._started_at,
-            ended=ended,
-            recorded_digest=begun.digest if begun else None,
-            cancel_requested=begun.cancel_requested if begun else False,
-            lost_runs=begun.lost_runs if begun else None,
             deliveries=delivery.deliveries,
         )
-        fetched = None
-        if looked_up is not None:
-            # Mostly there is no earlier result: the inputs come while the store looks for one.
+        if self._take_engine():
+            begun = self._begin(task)
+            # The engine reads the task, and the store is asked, while Redis answers.
+            facts, fetched = self._look_and_fetch(facts, begun)
+        else:
+            # Another task is computed: all that needs no engine is done before this one's run begins.
+            facts, fetched = self._look_and_fetch(facts, lambda facts: facts)
             if isinstance(before_run(facts), Run):
-                fetched = self._fetch_ahead(task)
-            facts = replace(facts, ended=looked_up.result())
-        match before_run(facts):
+                self._await_engine(task)
+            self._started_at = datetime.now(UTC)
+            facts = self._begin(task)(replace(facts, now=self._started_at))
+        verdict = before_run(facts)
+        if not isinstance(verdict, Run):
+            self._leave_engine()
+        match verdict:
             case Run():
+                if not (self._seated or self._await_engine(task)):
+                    return self._cancelled(task)
                 self._notices.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
                 )
@@ -212,6 +209,84 @@ class TaskRun:
                 return "failed"
             case Bury() as bury:
                 return self._bury(task, bury)
+
+    def _begin(self, task: Task) -> Callable[[Facts], Facts]:
+        """Tell that a run begins; what this gives waits for the answer, and adds it to what is known."""
+        around, delivery = self._around, self._delivery
+        answer = None
+        if task.task_type == around.task_type.name:
+            self._begun = task
+            answer = around.tell(
+                partial(
+                    around.status.begin_soon,
+                    task,
+                    attempt=delivery.attempt,
+                    redrives=delivery.redrives,
+                    worker=around.settings.worker_name,
+                    started_at=self._started_at,
+                    digest=self._digest or "",
+                    run=self._token,
+                )
+            )
+            if self._seated:
+                self._engine.prepare(delivery.body.decode())
+
+        def known(facts: Facts) -> Facts:
+            begun = around.ask(answer) if answer else None
+            if begun is None:
+                return facts
+            return replace(
+                facts,
+                recorded_digest=begun.digest,
+                cancel_requested=begun.cancel_requested,
+                lost_runs=begun.lost_runs,
+            )
+
+        return known
+
+    def _look_and_fetch(
+        self, facts: Facts, further: Callable[[Facts], Facts]
+    ) -> tuple[Facts, Future[dict[str, FileNote]] | None]:
+        """Look for an earlier result; the inputs come meanwhile, as mostly there is none.
+
+        `further` adds what else becomes known. The inputs are None where there are none, or no use for them.
+        """
+        around, task = self._around, facts.task
+        load = partial(around.results.load, task.tenant, task.task_id)
+        earlier = partial(around.patiently, "object store", load)
+        if not task.inputs():
+            # A turn of another thread would cost a small task more than it saves.
+            ended = earlier()
+            return replace(further(facts), ended=ended), None
+        looked_up = around.meanwhile(earlier)
+        facts = further(facts)
+        fetched = self._fetch_ahead(task) if isinstance(before_run(facts), Run) else None
+        return replace(facts, ended=looked_up.result()), fetched
+
+    def _take_engine(self, timeout: float = 0) -> bool:
+        """Whether the engine became ours within `timeout` seconds. Raises NotBegun where there is none."""
+        self._seated = self._seat.take(timeout)
+        if self._seated:
+            self._engine = self._seat.engine
+            if not self._engine.usable:
+                raise NotBegun("the engine is gone")
+        return self._seated
+
+    def _await_engine(self, task: Task) -> bool:
+        """Wait until the engine is ours; False where the task is cancelled before. Raises NotBegun."""
+        while not self._take_engine(_LOOK_SECONDS):
+            if self._around.stopping:
+                raise NotBegun("the worker is stopping")
+            if not self._consumer.holds(self._delivery):
+                raise NotBegun("its connection was lost")
+            if self._abort_reason(task) == "cancelled":
+                return False
+        return True
+
+    def _leave_engine(self) -> None:
+        if self._seated:
+            self._seated = False
+            self._seat.leave()
 
     def _refuse(self, error: InvalidTask) -> str:
         """Dead-letter a message that is no task; its owner gets a failure where the message names one."""
@@ -260,6 +335,7 @@ class TaskRun:
             inputs = self._fetch(task) if fetched is None else fetched.result()
             timings["fetch"] = self._fetch_seconds
             answer = self._known(task, inputs) or self._compute(task, inputs)
+            self._leave_engine()
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
                 return self._succeeded(task, answer, timings)
@@ -270,6 +346,7 @@ class TaskRun:
                 error = TransientFailure(answer.message, code=answer.code)
         except RunAborted as aborted:
             if aborted.reason == "cancelled":
+                self._leave_engine()
                 return self._cancelled(task)
             raise
         except EngineDied as died:
@@ -277,6 +354,7 @@ class TaskRun:
             around.metrics.engine_deaths.inc()
         except (InvalidTask, TransientFailure) as failed:
             error = failed
+        self._leave_engine()
         return self._failed(task, error, engine_died=engine_died, timings=Timings(**timings))
 
     def _failed(

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import queue
 import threading
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal
 
-from broker import BrokerSettings, Consumer, Publisher, backoff, topology_for, work_queue
+from broker import BrokerSettings, Consumer, Delivery, Publisher, topology_for, work_queue
 from consumers.device_memory import DeviceMemory
-from consumers.engine_process import EngineProcess, MemoryLimits, RunAborted, Wear
+from consumers.engine_process import RunAborted
+from consumers.engine_seat import EngineSeat
 from consumers.metrics import WorkerMetrics
 from consumers.probes import ProbeServer, Readiness
 from consumers.result_cache import ResultCache
@@ -34,7 +33,6 @@ from schemas import (
     Result,
     Task,
     TaskType,
-    TransientFailure,
     parse_task,
 )
 from storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
@@ -45,6 +43,9 @@ Request = Literal["stop", "hurry", "reload"]
 
 _IDLE_LOOK_SECONDS = 0.5
 """How long an idle slot waits for a task before it looks after its engine."""
+
+_READY_LOOK_SECONDS = 0.1
+"""How often a hand that takes tasks ahead looks whether the first engine is ready."""
 
 
 class Worker:
@@ -85,6 +86,7 @@ class Worker:
             cache=ResultCache(task_type, store, results) if settings.result_cache else None,
         )
         self._slots = [_Slot(number, self._surroundings, broker) for number in range(settings.slots)]
+        self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:
@@ -135,7 +137,7 @@ class Worker:
     def reload(self) -> None:
         """Load the engines anew beside the running ones, and swap between two tasks."""
         for slot in self._slots:
-            slot.reload_requested.set()
+            slot.reload()
 
     def readiness(self) -> Readiness:
         """Whether every slot would take a task at this moment."""
@@ -146,35 +148,88 @@ class Worker:
         return Readiness(not waiting, tuple(waiting))
 
 
-class _Slot(threading.Thread):
-    """One engine process and one consumer, and the thread that serves both."""
+class _Slot:
+    """One engine process, and the hands that bring tasks to it: a second one where tasks are taken ahead."""
 
     def __init__(self, number: int, surroundings: Surroundings, broker: BrokerSettings) -> None:
-        super().__init__(name=f"slot {number}", daemon=True)
-        self._surroundings = surroundings
-        task_type, settings = surroundings.task_type, surroundings.settings
-        self._consumer = Consumer(
-            broker,
-            [work_queue(task_type.name, lane) for lane in settings.lanes],
-            name=f"{settings.worker_name}/{number}",
-            topology=topology_for([task_type.name]),
-        )
-        self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
-        self._limits = MemoryLimits(settings.engine_memory_limit, settings.engine_recycle_memory)
-        self._engine = EngineProcess(task_type.name, self._limits)
-        self._max_tasks = settings.engine_max_tasks or math.inf
-        self._successor: EngineProcess | None = None
-        self._successor_limit = 0.0
-        self._successor_reason: Wear | None = None
-        self.reload_requested = threading.Event()
-        self.fatal: InferqError | None = None
-        self._engine_ready = False
+        name = f"slot {number}"
+        seat = EngineSeat(name, surroundings)
+        self._seat = seat
+        self._hands = [_Hand(name, surroundings, broker, seat)]
+        if surroundings.settings.take_ahead:
+            self._hands.append(_Hand(f"{name} ahead", surroundings, broker, seat, ahead=True))
+        over = threading.Barrier(len(self._hands), action=seat.close)
+        for hand in self._hands:
+            hand.over = over
 
     @property
     def waiting_for(self) -> str | None:
         """What keeps this slot from taking a task; None if nothing does."""
-        if not self._engine_ready:
-            return f"{self.name}: its engine to load"
+        first = self._hands[0]
+        if not self._seat.ready:
+            return f"{first.name}: its engine to load"
+        return next((reason for hand in self._hands if (reason := hand.waiting_for)), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has a task in hand."""
+        return any(hand.busy for hand in self._hands)
+
+    @property
+    def fatal(self) -> InferqError | None:
+        """What ended it, where that was an error."""
+        return next((hand.fatal for hand in self._hands if hand.fatal is not None), None)
+
+    def start(self) -> None:
+        for hand in self._hands:
+            hand.start()
+
+    def is_alive(self) -> bool:
+        return all(hand.is_alive() for hand in self._hands)
+
+    def stop_consuming(self) -> None:
+        for hand in self._hands:
+            hand.stop_consuming()
+
+    def reload(self) -> None:
+        self._seat.reload_requested.set()
+
+
+class _Hand(threading.Thread):
+    """One consumer, and the thread that brings what it delivers to the engine, one task at a time.
+
+    `ahead`: the broker hands it a task only where none that is not `ahead`, of any worker, would take it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        surroundings: Surroundings,
+        broker: BrokerSettings,
+        seat: EngineSeat,
+        *,
+        ahead: bool = False,
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._surroundings = surroundings
+        self._seat = seat
+        self._ahead = ahead
+        task_type, settings = surroundings.task_type, surroundings.settings
+        self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
+        self._consumer = Consumer(
+            broker,
+            list(self._lane_of),
+            name=f"{settings.worker_name}/{name.removeprefix('slot ')}",
+            topology=topology_for([task_type.name]),
+            priority=-1 if ahead else 0,
+        )
+        self.busy = False
+        self.fatal: InferqError | None = None
+        self.over = threading.Barrier(1)
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What keeps it from taking a task; None if nothing does."""
         if not self._consumer.connected:
             return f"{self.name}: {self._consumer.last_error or 'RabbitMQ'}"
         return None
@@ -195,114 +250,42 @@ class _Slot(threading.Thread):
             self.fatal = InferqError(f"{self.name} was ended by {type(error).__name__}: {error}")
             self._surroundings.stop(self._surroundings.settings.grace_seconds)
         finally:
-            self._engine_ready = False
             self._consumer.close()
-            self._engine.close()
-            if self._successor is not None:
-                self._successor.kill()
+            # The engine was started by one of the hands, and ends with that thread: all end together.
+            self.over.wait()
 
     def _serve(self) -> None:
         around = self._surroundings
-        self._load_engine()
-        around.patiently("object store", around.store.ping)
+        if self._ahead:
+            while not self._seat.ready:
+                if around.stopping:
+                    return
+                around.sleep(_READY_LOOK_SECONDS)
+        else:
+            self._seat.restore()
+            around.patiently("object store", around.store.ping)
         around.tell(around.status.warm_up)  # where Redis is away, the patience with it runs from here
         _rehearse(around.task_type)
         self._consumer.start()
         while not around.stopping:
-            if not self._engine.usable:
+            if not self._seat.usable:
                 self._consumer.pause()
-                if self._engine.worn is not None:
-                    self._replaces(self._engine.worn)
-                self._load_engine()
-            self._swap_engine()
+                self._seat.restore()
             delivery = self._consumer.next(_IDLE_LOOK_SECONDS)
-            if not self._engine.alive:  # it may have died while idle: that costs no task an attempt
-                self._engine.kill()
-            if delivery is None:
+            if delivery is not None:
+                self._bring(delivery)
+            else:
+                self._seat.look()
                 around.look_for_redis()
-                continue
-            if around.stopping or not self._engine.usable:
-                self._consumer.give_back(delivery)
-                continue
-            with around.metrics.busy_slots.track_inprogress():
-                run = TaskRun(around, self._consumer, self._engine, delivery, self._lane_of[delivery.queue])
-                run.complete()
 
-    def _load_engine(self) -> None:
-        """Load until it succeeds; only what can never work ends it."""
+    def _bring(self, delivery: Delivery) -> None:
         around = self._surroundings
-        self._engine_ready = False
-        failures = 0
-        while True:
-            began = time.monotonic()
-            self._engine.close()
-            self._engine.spawn()
-            try:
-                info = self._engine.wait_ready(
-                    limit=around.settings.start_limit, stopping=lambda: around.stopping
-                )
-                break
-            except TransientFailure as error:
-                failures += 1
-                wait = backoff(failures)
-                _log.error("%s: %s; next start in %.1f s", self.name, error, wait)
-                around.sleep(wait)
-        self._engine_ready = True
-        around.metrics.engine_starts.inc()
-        _log.info(
-            "%s: %s %s on %s is ready after %.1f s",
-            self.name, info.name, info.version, info.device, time.monotonic() - began,
-        )  # fmt: skip
-
-    def _swap_engine(self) -> None:
-        """Start a successor where one is asked for or due, and take it where it is ready."""
-        if self.reload_requested.is_set():
-            self.reload_requested.clear()
-            if self._successor is not None:
-                self._successor.kill()
-            self._start_successor(None)
-        elif self._engine.tasks >= self._max_tasks and self._successor is None:
-            self._start_successor("max_tasks")
-        successor = self._successor
-        if successor is None:
+        if around.stopping:
+            self._consumer.give_back(delivery)
             return
-        if not successor.has_answered:
-            if time.monotonic() > self._successor_limit:
-                self._successor = None
-                self._engine.tasks = 0
-                successor.kill()
-                _log.error(
-                    "%s: the new engine is not ready within INFERQ_START_LIMIT, the old one stays", self.name
-                )
-            return
-        self._successor = None
-        try:
-            info = successor.wait_ready(limit=1)
-        except (InstallationError, TransientFailure) as error:
-            if self._successor_reason is not None and error.code == "out_of_memory":
-                _log.info("%s: no room for a new engine beside the old one, which goes first", self.name)
-                self._engine.worn = self._successor_reason
-                return
-            _log.error("%s: the new engine does not load, the old one stays: %s", self.name, error)
-            self._engine.tasks = 0  # one that was due is tried again after as many tasks
-            return
-        if self._successor_reason is not None:
-            self._replaces(self._successor_reason)
-        old, self._engine = self._engine, successor
-        self._surroundings.metrics.engine_starts.inc()
-        _log.info("%s: now %s %s, model %s", self.name, info.name, info.version, info.model)
-        with suppress(OSError):
-            old.close()
-
-    def _start_successor(self, reason: Wear | None) -> None:
-        self._successor_reason = reason
-        self._successor = EngineProcess(self._surroundings.task_type.name, self._limits)
-        self._successor.spawn()
-        self._successor_limit = time.monotonic() + self._surroundings.settings.start_limit
-
-    def _replaces(self, reason: Wear) -> None:
-        _log.info("%s: replaces its engine process: %s", self.name, reason)
-        self._surroundings.metrics.engine_replacements.labels(reason).inc()
+        self.busy = True
+        TaskRun(around, self._consumer, self._seat, delivery, self._lane_of[delivery.queue]).complete()
+        self.busy = False
 
 
 def _rehearse(task_type: TaskType) -> None:

@@ -67,7 +67,12 @@ def settled(around: Surroundings, delivery: Delivery, prepare: Callable[..., Non
         ack=lambda _delivery, more: done.append("ack"), give_back=lambda _delivery: done.append("give back")
     )
     engine = SimpleNamespace(usable=True, info=None, prepare=prepare)
-    TaskRun(around, cast(Any, consumer), cast(Any, engine), delivery, "normal").complete()
+    seat = SimpleNamespace(
+        engine=engine, usable=True, take=lambda _timeout: True, leave=lambda: done.append("leave")
+    )
+    TaskRun(around, cast(Any, consumer), cast(Any, seat), delivery, "normal").complete()
+    done.remove("leave")  # once, or the next task would wait for ever
+    assert "leave" not in done
     return done
 
 

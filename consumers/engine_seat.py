@@ -1,0 +1,154 @@
+"""A slot's engine from its first start to its end, and the one task at a time that may use it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from contextlib import suppress
+
+from broker import backoff
+from consumers.engine_process import EngineProcess, MemoryLimits, Wear
+from consumers.surroundings import Surroundings
+from schemas import InstallationError, TransientFailure
+
+_log = logging.getLogger(__name__)
+
+
+class EngineSeat:
+    """Who has taken the seat may use `engine`; between two tasks the engine is looked after here.
+
+    The thread that looks after it must outlive the engine, which the kernel ends with its parent.
+    """
+
+    def __init__(self, name: str, surroundings: Surroundings) -> None:
+        settings = surroundings.settings
+        self._name = name
+        self._around = surroundings
+        self._limits = MemoryLimits(settings.engine_memory_limit, settings.engine_recycle_memory)
+        self._max_tasks = settings.engine_max_tasks or math.inf
+        self._taken = threading.Lock()
+        self._successor: EngineProcess | None = None
+        self._successor_limit = 0.0
+        self._successor_reason: Wear | None = None
+        self.engine = EngineProcess(surroundings.task_type.name, self._limits)
+        self.ready = False
+        self.reload_requested = threading.Event()
+
+    @property
+    def usable(self) -> bool:
+        """Whether nothing is known that would keep the engine from another run."""
+        return self.engine.usable
+
+    def take(self, timeout: float = 0) -> bool:
+        """Take the seat, if it becomes free within `timeout` seconds. The engine may still not be usable."""
+        if not self._taken.acquire(timeout=timeout):
+            return False
+        self._swap()
+        if not self.engine.alive:  # it may have died while idle: that costs no task an attempt
+            self.engine.kill()
+        return True
+
+    def leave(self) -> None:
+        """Give the seat to whoever waits for it."""
+        self._taken.release()
+
+    def look(self) -> None:
+        """Look after the engine, unless a task has it."""
+        if self.take():
+            self.leave()
+
+    def restore(self) -> None:
+        """Load an engine where there is none that can be used, until it succeeds.
+
+        Raises InstallationError where it can never work, RunAborted or GracePassed where the worker stops.
+        """
+        with self._taken:
+            if self.engine.usable:
+                return
+            if self.engine.worn is not None:
+                self._replaces(self.engine.worn)
+            self._load()
+
+    def close(self) -> None:
+        """End the engine, and one that is loading beside it."""
+        self.ready = False
+        self.engine.close()
+        if self._successor is not None:
+            self._successor.kill()
+
+    def _load(self) -> None:
+        around = self._around
+        self.ready = False
+        failures = 0
+        while True:
+            began = time.monotonic()
+            self.engine.close()
+            self.engine.spawn()
+            try:
+                info = self.engine.wait_ready(
+                    limit=around.settings.start_limit, stopping=lambda: around.stopping
+                )
+                break
+            except TransientFailure as error:
+                failures += 1
+                wait = backoff(failures)
+                _log.error("%s: %s; next start in %.1f s", self._name, error, wait)
+                around.sleep(wait)
+        self.ready = True
+        around.metrics.engine_starts.inc()
+        _log.info(
+            "%s: %s %s on %s is ready after %.1f s",
+            self._name, info.name, info.version, info.device, time.monotonic() - began,
+        )  # fmt: skip
+
+    def _swap(self) -> None:
+        """Start a successor where one is asked for or due, and seat it where it is ready."""
+        if self.reload_requested.is_set():
+            self.reload_requested.clear()
+            if self._successor is not None:
+                self._successor.kill()
+            self._start_successor(None)
+        elif self.engine.tasks >= self._max_tasks and self._successor is None:
+            self._start_successor("max_tasks")
+        successor = self._successor
+        if successor is None:
+            return
+        if not successor.has_answered:
+            if time.monotonic() > self._successor_limit:
+                self._successor = None
+                self.engine.tasks = 0
+                successor.kill()
+                _log.error(
+                    "%s: the new engine is not ready within INFERQ_START_LIMIT, the old one stays", self._name
+                )
+            return
+        self._successor = None
+        try:
+            info = successor.wait_ready(limit=1)
+        except (InstallationError, TransientFailure) as error:
+            if self._successor_reason is not None and error.code == "out_of_memory":
+                _log.info("%s: no room for a new engine beside the old one, which goes first", self._name)
+                self.engine.worn = self._successor_reason
+                return
+            _log.error("%s: the new engine does not load, the old one stays: %s", self._name, error)
+            self.engine.tasks = 0  # one that was due is tried again after as many tasks
+            return
+        if self._successor_reason is not None:
+            self._replaces(self._successor_reason)
+        old, self.engine = self.engine, successor
+        self._around.metrics.engine_starts.inc()
+        _log.info("%s: now %s %s, model %s", self._name, info.name, info.version, info.model)
+        with suppress(OSError):
+            old.close()
+
+    def _start_successor(self, reason: Wear | None) -> None:
+        self._successor_reason = reason
+        self._successor = EngineProcess(self._around.task_type.name, self._limits)
+        self._successor.spawn()
+        self._successor_limit = time.monotonic() + self._around.settings.start_limit
+
+    def _replaces(self, reason: Wear) -> None:
+        _log.info("%s: replaces its engine process: %s", self._name, reason)
+        self._around.metrics.engine_replacements.labels(reason).inc()
