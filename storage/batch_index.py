@@ -27,11 +27,12 @@ later slice of the same feeding has begun; or `another` feeding of it is alive."
 class Standing:
     """A batch as the index has it. `line` and `offset` (bytes) say how far its source has been dealt with.
 
-    No line beyond `reaches` is fed. `known`: whether the counts are right. `rate` is in tasks per
-    second.
+    No line beyond `reaches` is fed. `known`: whether the counts are right. `leased`: a feeder has it at this
+    moment. `rate` is in tasks per second.
     """
 
     known: bool
+    leased: bool
     state: BatchState | None
     error: str | None
     cancel_requested: bool
@@ -162,7 +163,7 @@ class BatchIndex:
 
     def look(self, tenant: str, batch_id: str) -> Standing | None:
         """Where a batch stands; None where nothing is known of it."""
-        record, *numbers = self._run("look", tenant, batch_id, [])
+        record, leased, *numbers = self._run("look", tenant, batch_id, [])
         if not record:
             return None
         fields = dict(zip(record[::2], record[1::2], strict=True))
@@ -170,6 +171,7 @@ class BatchIndex:
         ended = succeeded + failed + cancelled
         return Standing(
             known=bool(numbers),
+            leased=bool(leased),
             state=fields.get("s") or None,
             error=fields.get("e") or None,
             cancel_requested="x" in fields,

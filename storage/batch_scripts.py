@@ -176,10 +176,12 @@ return 1
 _LOOK = (
     _COUNTS
     + """
-if redis.call('HEXISTS', key, 'open') == 0 then return {redis.call('HGETALL', key)} end
+local leased = redis.call('EXISTS', lease)
+if redis.call('HEXISTS', key, 'open') == 0 then return {redis.call('HGETALL', key), leased} end
 local found = counts()
 sample(found[2] + found[3] + found[4])
-return {redis.call('HGETALL', key), redis.call('ZCARD', 'inferq:b:' .. tenant .. ':' .. batch), unpack(found)}
+local running = redis.call('ZCARD', 'inferq:b:' .. tenant .. ':' .. batch)
+return {redis.call('HGETALL', key), leased, running, unpack(found)}
 """
 )
 

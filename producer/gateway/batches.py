@@ -31,6 +31,7 @@ from schemas import (
     BatchId,
     BatchState,
     BatchStatus,
+    BatchSummary,
     CountsNow,
     InferqError,
     Outage,
@@ -138,6 +139,7 @@ async def post_batch(
         # With its id the client can submit the same batch again; it may even have been taken.
         refused.about["batch_id"] = batch.batch_id
         raise refused from error
+    services.known_batches.keep(kept)
     status = await find_batch(services, tenant, kept.batch_id)
     return _answer(status or _status(kept, None), code=202, location=True)
 
@@ -296,14 +298,21 @@ async def require_batch(services: Services, tenant: str, batch_id: str) -> Batch
 
 async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchStatus | None:
     """Where the batch stands; None where there is none. Raises StoreOutage."""
-    # The summary is asked for whatever Redis says, which may have missed the end: all three at a time.
-    batch, summary, standing = await asyncio.gather(
-        services.on_store(services.batches.load, tenant, batch_id),
-        services.on_store(services.batches.summary, tenant, batch_id),
-        _standing(services, tenant, batch_id),
-    )
+    name = (tenant, batch_id)
+    known = services.known_batches.get(*name)
+    if known is None:
+        (batch, summary), standing = await asyncio.gather(
+            _recorded(services, *name), _standing(services, *name)
+        )
+    else:
+        standing = await _standing(services, *name)
+        if standing is not None and _is_fed(standing):
+            return await _unended(services, known, standing)
+        # Redis may have missed the end, and a batch without a feeder may have been deleted.
+        batch, summary = await _recorded(services, *name)
     if batch is None:
         return None
+    services.known_batches.keep(batch)
     if summary is None:
         return await _unended(services, batch, standing)
     return _status(batch, None).model_copy(
@@ -316,6 +325,23 @@ async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchSta
             "finished_at": summary.finished_at,
         }
     )
+
+
+async def _recorded(
+    services: Services, tenant: str, batch_id: str
+) -> tuple[Batch | None, BatchSummary | None]:
+    return await asyncio.gather(
+        services.on_store(services.batches.load, tenant, batch_id),
+        services.on_store(services.batches.summary, tenant, batch_id),
+    )
+
+
+def _is_fed(standing: Standing) -> bool:
+    """Whether Redis alone tells enough: a feeder has the batch, whose end begins once it is given back.
+
+    A feeder whose message came twice may take it after the end: the state is then still that of the end.
+    """
+    return standing.leased and standing.state not in _ENDING
 
 
 async def _standing(services: Services, tenant: str, batch_id: str) -> Standing | None:

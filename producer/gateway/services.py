@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from producer.gateway.hub import EventHub
 from producer.gateway.metrics import Metrics
 from producer.keys import KeyFile
 from producer.settings import GatewaySettings
+from schemas import Batch
 from storage.batch_index import BatchIndex
 from storage.batches import BatchStore
 from storage.callbacks import CallbackRecords
@@ -28,6 +30,7 @@ T = TypeVar("T")
 
 _REDIS_THREADS = 32
 _STORE_THREADS = 64
+_KNOWN_BATCHES = 256
 
 
 class TaskPublisher(Protocol):
@@ -43,6 +46,30 @@ class TaskPublisher(Protocol):
     async def confirm(self, message: Message, *, timeout: float | None = None) -> None: ...
 
     def close(self, timeout: float = 5.0) -> None: ...
+
+
+class KnownBatches:
+    """The records of the batches that were asked for last, which never change; some may be deleted by now.
+
+    For the event loop's thread alone.
+    """
+
+    def __init__(self, limit: int = _KNOWN_BATCHES) -> None:
+        self._limit = limit
+        self._batches: OrderedDict[tuple[str, str], Batch] = OrderedDict()
+
+    def get(self, tenant: str, batch_id: str) -> Batch | None:
+        batch = self._batches.get((tenant, batch_id))
+        if batch is not None:
+            self._batches.move_to_end((tenant, batch_id))
+        return batch
+
+    def keep(self, batch: Batch) -> None:
+        name = (batch.tenant, batch.batch_id)
+        self._batches[name] = batch
+        self._batches.move_to_end(name)
+        if len(self._batches) > self._limit:
+            self._batches.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,7 @@ class Services:
     closing: asyncio.Event
     batches: BatchStore
     batch_index: BatchIndex
+    known_batches: KnownBatches = field(default_factory=KnownBatches)
     _redis_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REDIS_THREADS))
     _store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_STORE_THREADS))
     _upload_threads: CapacityLimiter = field(init=False)

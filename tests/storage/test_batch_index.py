@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from schemas import EndState, ErrorInfo, Result, Task, parse_task
 from storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
+from tests.storage.conftest import wait_until
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 B = ("default", "b:1")
@@ -163,6 +164,30 @@ def test_whoever_makes_the_index_anew_keeps_the_batch(status: StatusIndex) -> No
     with pytest.raises(LeaseLost):
         index.open(*B, token="d0", line=0, offset=0, total=10, cancelled=False)
     assert index.look(*B).reaches == 5  # type: ignore[union-attr]
+
+
+def test_a_look_tells_whether_a_feeder_has_the_batch(status: StatusIndex) -> None:
+    index = BatchIndex(status)
+
+    def leased() -> bool | None:
+        standing = index.look(*B)
+        return standing and standing.leased
+
+    index.set_state(*B, "preparing")
+    assert leased() is False
+    index.take(*B, chain="c", part=0, token="t")
+    assert leased() is True
+    index.open(*B, token="t", line=0, offset=0, total=10, cancelled=False)
+    assert leased() is True
+    index.step(*B, token="t", reaches=10, line=2, offset=99, fed=[1, 2])
+    assert (leased(), counts(index)) == (True, (2, 0, 0, 0, 0, 0))
+    index.release(*B, "other")
+    assert leased() is True
+    index.release(*B, "t")
+    assert (leased(), counts(index)) == (False, (2, 0, 0, 0, 0, 0))
+    BatchIndex(status, lease_seconds=1).take(*B, chain="c", part=1, token="t1")
+    assert leased() is True
+    wait_until(lambda: leased() is False)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
