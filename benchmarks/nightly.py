@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ source = "s3://{_BUCKET}/night/"
 task_type = "ocr"
 max_in_flight = 200
 """
+_FAULTS = ((20, "feeder"), (40, "worker-0"), (60, "redis"), (80, "rabbitmq"))
+"""After how many per cent of the pages what ends."""
 _MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -288,18 +292,12 @@ def night(
                 return 0
             return standing.counts.ended if standing is not None and standing.known else 0
 
-        causes = {0.2: "feeder", 0.4: "worker-0", 0.6: "redis", 0.8: "rabbitmq"} if faults else {}
-        for at in sorted({*range(min(_BETWEEN, pages) // 2, pages, _BETWEEN), *(share * pages for share in causes)}):
+        events = [(at, turns.take) for at in range(min(_BETWEEN, pages) // 2, pages, _BETWEEN)]
+        if faults:
+            events += [(pages * at // 100, partial(_end, ground, name, say)) for at, name in _FAULTS]
+        for at, event in sorted(events, key=itemgetter(0)):
             wait_until(lambda at=at: done() >= at, 3600, pause=0.5)
-            if (name := causes.get(at / pages)) is None:
-                turns.take()
-                continue
-            if name == "rabbitmq":
-                ground.stop(name)
-            else:
-                ground.kill(name)
-            ground.start(name)
-            say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'} at {at / pages:.0%}")
+            event()
         wait_until(lambda: batches.summary("default", run_id) is not None, 3600, pause=0.5)
         output = [json.loads(line) for line in store.get(output_key("default", run_id)).splitlines()]
         log = RunLog(store, "default", "scans")
@@ -308,6 +306,16 @@ def night(
         kept = [r for e in output if (r := ResultStore(store).load("default", e["task_id"])) is not None]
     say(f"the night's own summary: {told.succeeded} of {told.total}, {told.pages_per_second} pages/s")
     return _reckoned(output, pages, rows, kept, turns, ground.workers, say)
+
+
+def _end(ground: Ground, name: str, say: Callable[[str], None]) -> None:
+    """Kill a part, or stop it if it is the broker, and start it again."""
+    if name == "rabbitmq":
+        ground.stop(name)
+    else:
+        ground.kill(name)
+    ground.start(name)
+    say(f"{name} {'restarted' if name == 'rabbitmq' else 'killed'}")
 
 
 def _page_file(folder: Path, number: int, rows: int) -> Path:
