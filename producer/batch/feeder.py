@@ -33,6 +33,8 @@ _CHUNK_BYTES = 4 << 20
 """A chunk of large lines ends before it has so many."""
 _CHUNKS_ON_THEIR_WAY = 4
 _LOOK_SECONDS = 0.1
+_SELDOM_SECONDS = 0.5
+"""How often a batch is looked at, and how often where little moves in the meantime."""
 _IDLE_DELAY = 2
 """Seconds that a slice in which nothing moves makes room for those of other batches."""
 _HELD_DELAY = 3
@@ -156,6 +158,7 @@ class Slice:
         around = self._around
         step = self.step()
         moved, ended = time.monotonic(), step.ended
+        looked, pause = ended, _LOOK_SECONDS
         with (
             around.sources.lines(source, self._cursor) as lines,
             around.sources.taken(source, after=self._cursor.line) as taken,
@@ -193,7 +196,10 @@ class Slice:
                 if idle > around.settings.batch_doubt:
                     Recount(around, batch, source, self._renew).in_flight()
                     return self._go_on(feeding, _IDLE_DELAY)
-                around.stopping.wait(_LOOK_SECONDS)
+                few = step.ended - looked < _worthwhile(batch) // 4
+                pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
+                looked = step.ended
+                around.stopping.wait(pause)
 
     def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
         # What is on its way and not marked would go out again with the next slice.
