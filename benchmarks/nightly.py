@@ -47,7 +47,7 @@ from storage.s3 import s3_client
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
 _BUCKET = "pages"
-_TURN, _BETWEEN = 6, 40
+_TURN, _BETWEEN = 3, 20
 """How many pages the bare engine reads in a turn, and how many the night reads from one turn to the next."""
 _SCHEDULES = f"""
 [scans]

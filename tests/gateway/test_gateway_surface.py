@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,16 @@ def test_a_body_is_an_object_or_refused(body: bytes) -> None:
         assert isinstance(decode_object(body), dict)
     except InvalidTask as error:
         assert error.code == "not_json"
+
+
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement() -> None:
+    """Head and body are packets of their own: with Nagle's algorithm the second one waits up to 40 ms."""
+    with (
+        listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_taken_port_is_a_clear_error() -> None:
