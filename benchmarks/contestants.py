@@ -42,13 +42,21 @@ class Contestant(ABC):
 
 
 class Inferq(Contestant):
-    """Ours. `lanes` are the priorities that the worker serves; `fsync`: whether results wait for the disk."""
+    """Ours. `lanes` are the priorities that the worker serves; `fsync`: whether results wait for the disk.
 
-    def __init__(self, site: Site, *, lanes: str = "normal", fsync: bool = True) -> None:
-        lane_note = "one lane" if "," not in lanes else "three lanes"
-        self.name = f"inferq, {lane_note}" + ("" if fsync else ", results without fsync")
+    `ahead`: whether the worker takes a second task while the first one is computed.
+    """
+
+    def __init__(self, site: Site, *, lanes: str = "normal", fsync: bool = True, ahead: bool = False) -> None:
+        notes = ["one lane" if "," not in lanes else "three lanes"]
+        notes += ["tasks taken ahead"] * ahead + ["results without fsync"] * (not fsync)
+        self.name = ", ".join(["inferq", *notes])
         self._site = site
-        self._settings = {"INFERQ_LANES": lanes, "INFERQ_STORE_FSYNC": str(fsync).lower()}
+        self._settings = {
+            "INFERQ_LANES": lanes,
+            "INFERQ_STORE_FSYNC": str(fsync).lower(),
+            "INFERQ_TAKE_AHEAD": str(ahead).lower(),
+        }
         self._results = site.results()
         self._numbers = itertools.count()
         self._publisher = Publisher(site.broker(), name="bench", topology=topology_for(["clock"]))

@@ -28,9 +28,13 @@ from broker.topology import Topology
 
 _log = logging.getLogger(__name__)
 
-_HOLD_SECONDS = 2 * 86_400
-"""How long a delivery may be in hand: the longest time limit, and a day's outage. RabbitMQ heeds it from 4.3
-on; an older one knows `consumer_timeout` in its configuration only, by default half an hour."""
+_HOLD_SECONDS = 3 * 86_400
+"""How long a delivery may be in hand: the longest time limit, twice where it was taken ahead of another that
+takes as long, and a day's outage. RabbitMQ heeds it from 4.3 on; an older one knows `consumer_timeout` in its
+configuration only, by default half an hour."""
+
+_GIVES_WAY = -1
+"""The consumer priority of one that gives way; that of all others is 0."""
 
 _SETTLE_SECONDS = 0.02
 """How long a lane that may hold more is waited for before the other lanes are subscribed to again."""
@@ -40,8 +44,8 @@ class Consumer(BrokerThread):
     """Hands out one delivery at a time from `queues`, given with the most urgent lane first.
 
     `next` and the settling calls belong to one working thread; nothing they do waits for the network.
-    `priority`: a queue delivers to a consumer of a lower one only while all of a higher one have their hands
-    full.
+    One that `gives_way`, for good or until it is told otherwise, gets a delivery only where no consumer that
+    does not would take it: its subscriptions have a lower consumer priority.
     """
 
     def __init__(
@@ -51,15 +55,14 @@ class Consumer(BrokerThread):
         *,
         name: str,
         topology: Topology | None = None,
-        priority: int = 0,
+        gives_way: bool = False,
     ) -> None:
         if not queues:
             raise ValueError("a consumer needs at least one queue")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
-        self._arguments = {"x-consumer-timeout": _HOLD_SECONDS * 1000}
-        if priority:
-            self._arguments["x-priority"] = priority
+        self._always_gives_way = gives_way
+        self._gives_way = self._subscribed_giving_way = gives_way
         self._inbox: deque[Delivery] = deque()
         self._epoch = 0
         self._tags: dict[str, str] = {}
@@ -73,13 +76,15 @@ class Consumer(BrokerThread):
 
     # The working thread's side.
 
-    def next(self, timeout: float) -> Delivery | None:
+    def next(self, timeout: float, *, gives_way: bool = False) -> Delivery | None:
         """The next delivery, or None if none came within `timeout` seconds.
 
         Asking is what makes a lane deliver: a consumer that is not asked holds no message back from others.
         """
         end = time.monotonic() + timeout
-        if not self._inbox and not self._wanted and not self._stopped.is_set():
+        self._gives_way = gives_way or self._always_gives_way
+        as_wanted = self._wanted and self._subscribed_giving_way == self._gives_way
+        if not self._inbox and not as_wanted and not self._stopped.is_set():
             self._wanted = True
             self._perform(self._subscribe_all)
         while not self._inbox:
@@ -96,8 +101,9 @@ class Consumer(BrokerThread):
         """Whether the delivery is still ours; with its channel lost, the broker hands it out again."""
         return self._channel is not None and delivery.epoch == self._epoch
 
-    def ack(self, delivery: Delivery, *, more: bool = True) -> None:
+    def ack(self, delivery: Delivery, *, more: bool = True, gives_way: bool = False) -> None:
         """Done with it. `more` says that the next delivery is wanted at once."""
+        self._gives_way = gives_way or self._always_gives_way
         self._settle(delivery, more=more, finish=lambda channel: channel.basic_ack(delivery.tag))
 
     def give_back(self, delivery: Delivery) -> None:
@@ -153,6 +159,8 @@ class Consumer(BrokerThread):
                 self._current = None
                 settled(channel)
                 return
+            if self._subscribed_giving_way != self._gives_way:
+                self._unsubscribe()  # before this delivery makes room for the next one
             self._look_above(channel, 0, settled)
 
         if not self._perform(on_thread):
@@ -188,6 +196,9 @@ class Consumer(BrokerThread):
         channel = self._channel
         if channel is None or not channel.is_open or not self._wanted or self._current is not None:
             return
+        if self._subscribed_giving_way != self._gives_way:
+            self._unsubscribe()
+            self._subscribed_giving_way = self._gives_way
         for lane, name in enumerate(self._lanes):
             if name not in self._tags:
                 self._subscribe(channel, lane)
@@ -219,9 +230,10 @@ class Consumer(BrokerThread):
             if lane + 1 < len(self._lanes):
                 channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
 
-        self._tags[name] = channel.basic_consume(
-            name, deliver, callback=subscribed, arguments=self._arguments
-        )
+        arguments = {"x-consumer-timeout": _HOLD_SECONDS * 1000}
+        if self._subscribed_giving_way:
+            arguments["x-priority"] = _GIVES_WAY
+        self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed, arguments=arguments)
 
     def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:
         """`function`, which does nothing once a delivery has come that had not come now."""

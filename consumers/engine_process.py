@@ -87,7 +87,7 @@ class Watch:
 
 
 class EngineProcess:
-    """One engine process. All methods belong to one thread, which must outlive the process."""
+    """One engine process, for one thread at a time; the one that starts it must outlive it."""
 
     def __init__(self, type_name: str, limits: MemoryLimits = MemoryLimits()) -> None:
         self._type_name = type_name

@@ -6,7 +6,8 @@ import logging
 import math
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from broker import backoff
 from consumers.engine_process import EngineProcess, MemoryLimits, Wear
@@ -29,6 +30,8 @@ class EngineSeat:
         self._limits = MemoryLimits(settings.engine_memory_limit, settings.engine_recycle_memory)
         self._max_tasks = settings.engine_max_tasks or math.inf
         self._taken = threading.Lock()
+        self._in_hand = 0
+        self._counting = threading.Lock()
         self._successor: EngineProcess | None = None
         self._successor_limit = 0.0
         self._successor_reason: Wear | None = None
@@ -39,15 +42,40 @@ class EngineSeat:
     @property
     def usable(self) -> bool:
         """Whether nothing is known that would keep the engine from another run."""
-        return self.engine.usable
+        return self.ready and self.engine.usable
+
+    @property
+    def shared(self) -> bool:
+        """Whether more than one task is in hand."""
+        return self._in_hand > 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is in hand."""
+        return self._in_hand > 0
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """For as long as a task is in hand, whether it has the seat or waits for it."""
+        with self._counting:
+            self._in_hand += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._in_hand -= 1
 
     def take(self, timeout: float = 0) -> bool:
         """Take the seat, if it becomes free within `timeout` seconds. The engine may still not be usable."""
         if not self._taken.acquire(timeout=timeout):
             return False
-        self._swap()
-        if not self.engine.alive:  # it may have died while idle: that costs no task an attempt
-            self.engine.kill()
+        try:
+            self._swap()
+            if not self.engine.alive:  # it may have died while idle: that costs no task an attempt
+                self.engine.kill()
+        except BaseException:
+            self._taken.release()
+            raise
         return True
 
     def leave(self) -> None:
@@ -144,9 +172,14 @@ class EngineSeat:
             old.close()
 
     def _start_successor(self, reason: Wear | None) -> None:
-        self._successor_reason = reason
-        self._successor = EngineProcess(self._around.task_type.name, self._limits)
-        self._successor.spawn()
+        successor = EngineProcess(self._around.task_type.name, self._limits)
+        try:
+            successor.spawn()
+        except OSError as error:
+            _log.error("%s: a new engine cannot be started, the old one stays: %s", self._name, error)
+            self.engine.tasks = 0
+            return
+        self._successor, self._successor_reason = successor, reason
         self._successor_limit = time.monotonic() + self._around.settings.start_limit
 
     def _replaces(self, reason: Wear) -> None:

@@ -67,6 +67,7 @@ class TaskRun:
         self._seat = seat
         self._seated = False
         self._engine = seat.engine
+        self._engine_info = seat.engine.info
         self._delivery = delivery
         self._lane = lane
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
@@ -100,7 +101,11 @@ class TaskRun:
             self._consumer.give_back(self._delivery)
             _log.info("%s: given back, %s", self._name(), why)
         else:
-            self._consumer.ack(self._delivery, more=self._seat.usable and self._around.takes_more)
+            self._consumer.ack(
+                self._delivery,
+                more=self._seat.usable and self._around.takes_more,
+                gives_way=self._seat.shared,
+            )
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         for answer in self._answers:
             self._around.report(answer)
@@ -111,10 +116,11 @@ class TaskRun:
         """The last resort: a dead letter, and a record where one can be kept, which is better than a loop."""
         what = f"the worker failed: {type(error).__name__}: {error}"
         failure = TransientFailure(what, code="worker_error")
+        self._leave_engine()
         try:
             self._publish(self._dead(failure))
             self._record_anyhow(failure)
-        except _GIVES_BACK:
+        except (GracePassed, RunAborted):
             return "given_back"
         except Exception:
             _log.exception("%s: has no record of its end, only a dead letter", self._name())
@@ -152,12 +158,14 @@ class TaskRun:
         try:
             return self._decide(task)
         except UnreadableResult as error:
+            self._leave_engine()
             return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
         except _GIVES_BACK:
             raise
         except Exception as error:
             # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.
             _log.exception("%s: the worker failed", self._name())
+            self._leave_engine()
             what = f"the worker failed: {type(error).__name__}: {error}"
             return self._failed(task, TransientFailure(what, code="worker_error"))
 
@@ -177,17 +185,21 @@ class TaskRun:
             now=self._started_at,
             deliveries=delivery.deliveries,
         )
-        if self._take_engine():
-            begun = self._begin(task)
+        # A download must not keep the engine from a task that is ready for it.
+        fetches_first = around.settings.take_ahead and bool(task.inputs())
+        if not fetches_first and self._take_engine():
             # The engine reads the task, and the store is asked, while Redis answers.
-            facts, fetched = self._look_and_fetch(facts, begun)
+            facts, fetched = self._look_and_fetch(facts, self._begin(task))
         else:
-            # Another task is computed: all that needs no engine is done before this one's run begins.
+            # Before the run begins, all is done that needs no engine: until then that is another task's.
             facts, fetched = self._look_and_fetch(facts, lambda facts: facts)
             if isinstance(before_run(facts), Run):
                 self._await_engine(task)
             self._started_at = datetime.now(UTC)
             facts = self._begin(task)(replace(facts, now=self._started_at))
+            if facts.ended is None and facts.lost_runs is None:
+                # The index does not count the run: another copy of the task may have ended meanwhile.
+                facts = replace(facts, ended=self._earlier(task))
         verdict = before_run(facts)
         if not isinstance(verdict, Run):
             self._leave_engine()
@@ -252,36 +264,40 @@ class TaskRun:
         `further` adds what else becomes known. The inputs are None where there are none, or no use for them.
         """
         around, task = self._around, facts.task
-        load = partial(around.results.load, task.tenant, task.task_id)
-        earlier = partial(around.patiently, "object store", load)
         if not task.inputs():
             # A turn of another thread would cost a small task more than it saves.
-            ended = earlier()
+            ended = self._earlier(task)
             return replace(further(facts), ended=ended), None
-        looked_up = around.meanwhile(earlier)
+        looked_up = around.meanwhile(partial(self._earlier, task))
         facts = further(facts)
         fetched = self._fetch_ahead(task) if isinstance(before_run(facts), Run) else None
         return replace(facts, ended=looked_up.result()), fetched
+
+    def _earlier(self, task: Task) -> Result | None:
+        load = partial(self._around.results.load, task.tenant, task.task_id)
+        return self._around.patiently("object store", load)
 
     def _take_engine(self, timeout: float = 0) -> bool:
         """Whether the engine became ours within `timeout` seconds. Raises NotBegun where there is none."""
         self._seated = self._seat.take(timeout)
         if self._seated:
             self._engine = self._seat.engine
-            if not self._engine.usable:
-                raise NotBegun("the engine is gone")
+            self._engine_info = self._engine.info
+        if not self._seat.usable:
+            raise NotBegun("the engine is gone")
         return self._seated
 
     def _await_engine(self, task: Task) -> bool:
         """Wait until the engine is ours; False where the task is cancelled before. Raises NotBegun."""
-        while not self._take_engine(_LOOK_SECONDS):
+        while True:
             if self._around.stopping:
                 raise NotBegun("the worker is stopping")
             if not self._consumer.holds(self._delivery):
                 raise NotBegun("its connection was lost")
+            if self._take_engine(_LOOK_SECONDS):
+                return True
             if self._abort_reason(task) == "cancelled":
                 return False
-        return True
 
     def _leave_engine(self) -> None:
         if self._seated:
@@ -420,7 +436,7 @@ class TaskRun:
 
     def _known(self, task: Task, inputs: dict[str, FileNote]) -> Done | None:
         """What the result cache answers, where there is one."""
-        cache, engine = self._around.cache, self._engine.info
+        cache, engine = self._around.cache, self._engine_info
         if cache is None or engine is None:
             return None
         self._cache_key = cache.key(task, inputs, engine)
@@ -494,7 +510,7 @@ class TaskRun:
             artifacts=artifacts,
             attempts=self._delivery.attempt,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
-            engine=self._engine.info,
+            engine=self._engine_info,
             batch_id=task.batch_id,
             batch_line=task.batch_line,
             metadata=task.metadata,
@@ -600,7 +616,7 @@ class TaskRun:
             finished_at=datetime.now(UTC),
             digest=self._digest,
             timings=timings,
-            engine=self._engine.info,
+            engine=self._engine_info,
             worker=self._around.settings.worker_name,
             started_at=self._started_at,
             redrives=self._delivery.redrives,

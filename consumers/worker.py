@@ -155,12 +155,9 @@ class _Slot:
         name = f"slot {number}"
         seat = EngineSeat(name, surroundings)
         self._seat = seat
-        self._hands = [_Hand(name, surroundings, broker, seat)]
-        if surroundings.settings.take_ahead:
-            self._hands.append(_Hand(f"{name} ahead", surroundings, broker, seat, ahead=True))
-        over = threading.Barrier(len(self._hands), action=seat.close)
-        for hand in self._hands:
-            hand.over = over
+        names = [name, f"{name} ahead"] if surroundings.settings.take_ahead else [name]
+        over = threading.Barrier(len(names), action=seat.close)
+        self._hands = [_Hand(each, surroundings, broker, seat, over, ahead=each != name) for each in names]
 
     @property
     def waiting_for(self) -> str | None:
@@ -173,7 +170,7 @@ class _Slot:
     @property
     def busy(self) -> bool:
         """Whether it has a task in hand."""
-        return any(hand.busy for hand in self._hands)
+        return self._seat.busy
 
     @property
     def fatal(self) -> InferqError | None:
@@ -198,7 +195,8 @@ class _Slot:
 class _Hand(threading.Thread):
     """One consumer, and the thread that brings what it delivers to the engine, one task at a time.
 
-    `ahead`: the broker hands it a task only where none that is not `ahead`, of any worker, would take it.
+    A hand that is `ahead`, and the other one while that has a task, gets a task only where no slot is idle.
+    All hands of a slot end together, once each is `over`: the engine ends with the thread that started it.
     """
 
     def __init__(
@@ -207,8 +205,9 @@ class _Hand(threading.Thread):
         surroundings: Surroundings,
         broker: BrokerSettings,
         seat: EngineSeat,
+        over: threading.Barrier,
         *,
-        ahead: bool = False,
+        ahead: bool,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._surroundings = surroundings
@@ -221,11 +220,10 @@ class _Hand(threading.Thread):
             list(self._lane_of),
             name=f"{settings.worker_name}/{name.removeprefix('slot ')}",
             topology=topology_for([task_type.name]),
-            priority=-1 if ahead else 0,
+            gives_way=ahead,
         )
-        self.busy = False
+        self._over = over
         self.fatal: InferqError | None = None
-        self.over = threading.Barrier(1)
 
     @property
     def waiting_for(self) -> str | None:
@@ -251,8 +249,7 @@ class _Hand(threading.Thread):
             self._surroundings.stop(self._surroundings.settings.grace_seconds)
         finally:
             self._consumer.close()
-            # The engine was started by one of the hands, and ends with that thread: all end together.
-            self.over.wait()
+            self._over.wait()
 
     def _serve(self) -> None:
         around = self._surroundings
@@ -263,7 +260,7 @@ class _Hand(threading.Thread):
                 around.sleep(_READY_LOOK_SECONDS)
         else:
             self._seat.restore()
-            around.patiently("object store", around.store.ping)
+        around.patiently("object store", around.store.ping)
         around.tell(around.status.warm_up)  # where Redis is away, the patience with it runs from here
         _rehearse(around.task_type)
         self._consumer.start()
@@ -271,7 +268,7 @@ class _Hand(threading.Thread):
             if not self._seat.usable:
                 self._consumer.pause()
                 self._seat.restore()
-            delivery = self._consumer.next(_IDLE_LOOK_SECONDS)
+            delivery = self._consumer.next(_IDLE_LOOK_SECONDS, gives_way=self._seat.busy)
             if delivery is not None:
                 self._bring(delivery)
             else:
@@ -283,9 +280,8 @@ class _Hand(threading.Thread):
         if around.stopping:
             self._consumer.give_back(delivery)
             return
-        self.busy = True
-        TaskRun(around, self._consumer, self._seat, delivery, self._lane_of[delivery.queue]).complete()
-        self.busy = False
+        with self._seat.expected():
+            TaskRun(around, self._consumer, self._seat, delivery, self._lane_of[delivery.queue]).complete()
 
 
 def _rehearse(task_type: TaskType) -> None:

@@ -50,6 +50,7 @@ from producer.up.detached import while_up
 from producer.up.foreground import Wish
 from producer.up.part import port_free
 from producer.up.plan import TENANT
+from producer.up.supervisor import Report as Stage
 from schemas import InferqError, Result
 from storage import WebhookSecrets
 
@@ -149,8 +150,18 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
     shown = exhibits()
     types = tuple(sorted({exhibit.task_type for exhibit in shown}))
     wish = Wish(DATA, PORT if port_free(PORT) else 0, types)
-    with console.status(f"Starting RabbitMQ, Redis, the gateway and {len(types)} workers") as status:
-        with while_up(wish, report=lambda report: status.update(f"{report.part}: {report.stage}")) as env:
+    starting = f"Starting RabbitMQ, Redis, the gateway and {len(types)} workers"
+    if not console.is_terminal:
+        console.print(starting)
+    with console.status(starting) as status:
+
+        def tell(stage: Stage) -> None:
+            if console.is_terminal:
+                status.update(f"{stage.part}: {stage.stage}")
+            else:
+                console.print(f"  {stage.part}: {stage.stage}")
+
+        with while_up(wish, report=tell) as env:
             status.stop()
             console.print(f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s")
             secrets = WebhookSecrets(Path(env["INFERQ_WEBHOOK_SECRETS_FILE"]))

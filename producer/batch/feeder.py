@@ -196,7 +196,7 @@ class Slice:
                 if idle > around.settings.batch_doubt:
                     Recount(around, batch, source, self._renew).in_flight()
                     return self._go_on(feeding, _IDLE_DELAY)
-                few = step.ended - looked < _worthwhile(batch) // 4
+                few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
                 pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
                 looked = step.ended
                 around.stopping.wait(pause)

@@ -310,9 +310,12 @@ async def find_batch(services: Services, tenant: str, batch_id: str) -> BatchSta
             return await _unended(services, known, standing)
         # Redis may have missed the end, and a batch without a feeder may have been deleted.
         batch, summary = await _recorded(services, *name)
+    if batch is None or summary is not None:
+        services.known_batches.drop(*name)
+    else:
+        services.known_batches.keep(batch)
     if batch is None:
         return None
-    services.known_batches.keep(batch)
     if summary is None:
         return await _unended(services, batch, standing)
     return _status(batch, None).model_copy(
@@ -339,7 +342,7 @@ async def _recorded(
 def _is_fed(standing: Standing) -> bool:
     """Whether Redis alone tells enough: a feeder has the batch, whose end begins once it is given back.
 
-    A feeder whose message came twice may take it after the end: the state is then still that of the end.
+    A feeder whose message came twice may have it for a moment after the end, mostly still in its state.
     """
     return standing.leased and standing.state not in _ENDING
 

@@ -49,7 +49,7 @@ class TaskPublisher(Protocol):
 
 
 class KnownBatches:
-    """The records of the batches that were asked for last, which never change; some may be deleted by now.
+    """The records of batches that were asked for and had not ended; they never change.
 
     For the event loop's thread alone.
     """
@@ -63,6 +63,9 @@ class KnownBatches:
         if batch is not None:
             self._batches.move_to_end((tenant, batch_id))
         return batch
+
+    def drop(self, tenant: str, batch_id: str) -> None:
+        self._batches.pop((tenant, batch_id), None)
 
     def keep(self, batch: Batch) -> None:
         name = (batch.tenant, batch.batch_id)

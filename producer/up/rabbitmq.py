@@ -17,7 +17,7 @@ from producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_ans
 from schemas import InstallationError
 
 USER = "inferq"
-CONSUMER_TIMEOUT = 48 * 3600
+CONSUMER_TIMEOUT = 72 * 3600
 """Seconds that a delivery may stay unacked: the longest time limit of a task (a day), and as much again for
 a worker that keeps a finished task in hand while the object store is away."""
 

@@ -6,13 +6,17 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pika
 import pytest
 
 from broker import connect
+from consumers.engine_process import EngineProcess
+from consumers.engine_seat import EngineSeat
 from schemas import parse_task
+from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 AHEAD = {"INFERQ_TAKE_AHEAD": "1"}
@@ -92,6 +96,71 @@ def test_an_idle_worker_gets_the_task_before_a_busy_one_takes_it_ahead(site: Sit
     assert site.results.load("default", first.task_id) is None
     first.open()
     site.ended(first.task_id)
+
+
+def test_a_slot_whose_second_hand_computes_gives_way_too(
+    site: Site, worker: WorkerProcess, tmp_path: Path, shared_rabbitmq: RabbitMQ
+) -> None:
+    first = Gate(site, tmp_path)
+    second = Gate(site, tmp_path, "second", started=False)
+    eventually(lambda: site.depth(QUEUE) == 0, what="a second task in hand")
+    first.open()
+    second.wait_started()
+    site.ended(first.task_id)
+    site.worker(**AHEAD)
+    for _ in range(6):
+        assert site.ended(site.publish({}), 10).status == "succeeded"
+    assert site.results.load("default", second.task_id) is None
+    second.open()
+    site.ended(second.task_id)
+    # Idle again, each slot's first hand is asked before any that takes tasks ahead.
+    vhost = site.env["INFERQ_AMQP_URL"].rpartition("/")[2]
+
+    def priorities() -> list[int]:
+        consumers = shared_rabbitmq.management.get(f"/consumers/{vhost}").json()
+        return sorted(c["arguments"].get("x-priority", 0) for c in consumers if c["queue"]["name"] == QUEUE)
+
+    eventually(lambda: priorities() == [-1, -1, 0, 0], what="the priorities of idle workers")
+
+
+def test_no_task_is_kept_for_an_engine_that_is_still_loading(site: Site, tmp_path: Path) -> None:
+    switch = tmp_path / "load"
+    worker = site.worker(**AHEAD, FAULTY_LOAD=str(switch), INFERQ_START_LIMIT="60")
+    first = Gate(site, tmp_path)
+    second = taken_ahead(site, {})
+    switch.write_text("slow")
+    os.kill(worker.engine_pid(), signal.SIGKILL)
+    first.open()
+    site.worker()
+    for task_id in (first.task_id, second):
+        assert site.ended(task_id).status == "succeeded"
+    assert not worker.ready()
+
+
+@pytest.mark.parametrize("fault", [OSError("too many open files"), RuntimeError("a fault of our own")])
+def test_a_new_engine_that_cannot_be_started_leaves_the_seat_to_the_old_one(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    settings = SimpleNamespace(
+        engine_memory_limit=None, engine_recycle_memory=None, engine_max_tasks=None, start_limit=1
+    )
+    around = SimpleNamespace(settings=settings, task_type=SimpleNamespace(name="faulty"))
+    seat = EngineSeat("slot", cast(Any, around))
+
+    def spawn(_process: EngineProcess) -> None:
+        raise fault
+
+    monkeypatch.setattr(EngineProcess, "spawn", spawn)
+    old = seat.engine
+    seat.reload_requested.set()
+    if isinstance(fault, OSError):
+        assert seat.take()
+        seat.leave()
+    else:
+        with pytest.raises(RuntimeError):
+            seat.take()
+    assert seat.take()
+    assert seat.engine is old
 
 
 def test_one_that_is_cancelled_while_it_waits_never_starts(site: Site) -> None:

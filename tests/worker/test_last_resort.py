@@ -64,11 +64,15 @@ def settled(around: Surroundings, delivery: Delivery, prepare: Callable[..., Non
     """Complete a delivery by an engine that breaks; gives what was done with it."""
     done: list[str] = []
     consumer = SimpleNamespace(
-        ack=lambda _delivery, more: done.append("ack"), give_back=lambda _delivery: done.append("give back")
+        ack=lambda _delivery, **_more: done.append("ack"),
+        give_back=lambda _delivery: done.append("give back"),
     )
-    engine = SimpleNamespace(usable=True, info=None, prepare=prepare)
     seat = SimpleNamespace(
-        engine=engine, usable=True, take=lambda _timeout: True, leave=lambda: done.append("leave")
+        engine=SimpleNamespace(usable=True, info=None, prepare=prepare),
+        usable=True,
+        shared=False,
+        take=lambda _timeout: True,
+        leave=lambda: done.append("leave"),
     )
     TaskRun(around, cast(Any, consumer), cast(Any, seat), delivery, "normal").complete()
     done.remove("leave")  # once, or the next task would wait for ever
