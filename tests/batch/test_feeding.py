@@ -156,7 +156,14 @@ def test_a_source_that_goes_between_two_slices_leaves_the_counts_true(
     batch = site.batch(lines(900), max_in_flight=100)
     object.__setattr__(site.around.settings, "batch_slice", 0.3)
     key = upload_key("default", batch.source.removeprefix("inferq:"))
-    summary = site.finish(batch, between=lambda _: site.around.store.delete(key))
+
+    def go_away(_next: object) -> None:
+        # A slow machine's first slice may be over before any task has ended.
+        standing = site.around.index.look("default", batch.batch_id)
+        if standing is not None and standing.counts.succeeded:
+            site.around.store.delete(key)
+
+    summary = site.finish(batch, between=go_away)
     assert (summary.state, summary.counts.total) == ("failed", 900)
     assert 0 < summary.counts.succeeded < 900
 
