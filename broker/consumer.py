@@ -28,7 +28,7 @@ from broker.topology import Topology
 
 _log = logging.getLogger(__name__)
 
-_HOLD_SECONDS = 3 * 86_400
+HOLD_SECONDS = 3 * 86_400
 """How long a delivery may be in hand: the longest time limit, twice where it was taken ahead of another that
 takes as long, and a day's outage. RabbitMQ heeds it from 4.3 on; an older one knows `consumer_timeout` in its
 configuration only, by default half an hour."""
@@ -230,7 +230,7 @@ class Consumer(BrokerThread):
             if lane + 1 < len(self._lanes):
                 channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
 
-        arguments = {"x-consumer-timeout": _HOLD_SECONDS * 1000}
+        arguments = {"x-consumer-timeout": HOLD_SECONDS * 1000}
         if self._subscribed_giving_way:
             arguments["x-priority"] = _GIVES_WAY
         self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed, arguments=arguments)

@@ -55,7 +55,7 @@ class EngineSeat:
         return self._in_hand > 0
 
     @contextmanager
-    def expected(self) -> Iterator[None]:
+    def task_in_hand(self) -> Iterator[None]:
         """For as long as a task is in hand, whether it has the seat or waits for it."""
         with self._counting:
             self._in_hand += 1

@@ -48,9 +48,6 @@ class NotBegun(Exception):
     """The run has not begun, and will not: the message says why. Another worker may have the task."""
 
 
-_GIVES_BACK = (GracePassed, RunAborted, NotBegun)
-
-
 class TaskRun:
     """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
 
@@ -160,7 +157,7 @@ class TaskRun:
         except UnreadableResult as error:
             self._leave_engine()
             return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
-        except _GIVES_BACK:
+        except (NotBegun, GracePassed, RunAborted):
             raise
         except Exception as error:
             # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.

@@ -280,7 +280,7 @@ class _Hand(threading.Thread):
         if around.stopping:
             self._consumer.give_back(delivery)
             return
-        with self._seat.expected():
+        with self._seat.task_in_hand():
             TaskRun(around, self._consumer, self._seat, delivery, self._lane_of[delivery.queue]).complete()
 
 

@@ -50,7 +50,7 @@ from producer.up.detached import while_up
 from producer.up.foreground import Wish
 from producer.up.part import port_free
 from producer.up.plan import TENANT
-from producer.up.supervisor import Report as Stage
+from producer.up.supervisor import Report
 from schemas import InferqError, Result
 from storage import WebhookSecrets
 
@@ -155,11 +155,12 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
         console.print(starting)
     with console.status(starting) as status:
 
-        def tell(stage: Stage) -> None:
+        def tell(said: Report) -> None:
+            line = f"{said.part}: {said.stage}"
             if console.is_terminal:
-                status.update(f"{stage.part}: {stage.stage}")
+                status.update(line)
             else:
-                console.print(f"  {stage.part}: {stage.stage}")
+                console.print(f"  {line}")
 
         with while_up(wish, report=tell) as env:
             status.stop()

@@ -13,13 +13,11 @@ from urllib.parse import quote
 import pika
 import pika.exceptions
 
+from broker.consumer import HOLD_SECONDS
 from producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
 from schemas import InstallationError
 
 USER = "inferq"
-CONSUMER_TIMEOUT = 72 * 3600
-"""Seconds that a delivery may stay unacked: the longest time limit of a task (a day), and as much again for
-a worker that keeps a finished task in hand while the object store is away."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ prometheus.tcp.port = {self.ports.prometheus}
 default_user = {USER}
 default_pass = {self.password}
 default_vhost = /
-consumer_timeout = {CONSUMER_TIMEOUT * 1000}
+consumer_timeout = {HOLD_SECONDS * 1000}
 log.console = true
 log.console.level = warning
 """

@@ -142,8 +142,11 @@ class WorkerProcess:
         eventually(ready_or_gone, 60, "a ready worker")
 
     def engine_pid(self) -> int:
+        return self.engine_pids()[0]
+
+    def engine_pids(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return next(int(pid) for file in children for pid in file.read_text().split())
+        return [int(pid) for file in children for pid in file.read_text().split()]
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
         self.process.send_signal(number)

@@ -239,7 +239,7 @@ def test_engines_are_swapped_although_one_task_follows_the_other(
     gates = [Gate(site, tmp_path)]
     worker.process.send_signal(signal.SIGHUP)
     end = time.monotonic() + 20
-    while str(old) in worker_children(worker):
+    while old in worker.engine_pids():
         assert time.monotonic() < end, "the engine was not swapped"
         gates.append(Gate(site, tmp_path, f"gate-{len(gates)}", started=False))
         eventually(lambda: site.depth(QUEUE) == 0, what="the next task in hand")
@@ -248,11 +248,6 @@ def test_engines_are_swapped_although_one_task_follows_the_other(
     gates[-1].open()
     for gate in gates:
         assert site.ended(gate.task_id).attempts == 1
-
-
-def worker_children(worker: WorkerProcess) -> list[str]:
-    tasks = Path(f"/proc/{worker.process.pid}/task").glob("*/children")
-    return [pid for file in tasks for pid in file.read_text().split()]
 
 
 def test_a_stream_of_tasks_runs_each_once_and_one_at_a_time(
