@@ -60,17 +60,23 @@ def around(redis_url: str, tmp_path: Path) -> Iterator[Surroundings]:
     scratch.close()
 
 
-def settled(around: Surroundings, delivery: Delivery, prepare: Callable[..., None] = broken) -> list[str]:
+def settled(
+    around: Surroundings,
+    delivery: Delivery,
+    prepare: Callable[..., None] = broken,
+    *,
+    shared: bool = False,
+) -> list[str]:
     """Complete a delivery by an engine that breaks; gives what was done with it."""
     done: list[str] = []
     consumer = SimpleNamespace(
-        ack=lambda _delivery, **_more: done.append("ack"),
+        ack=lambda _delivery, *, more, gives_way: done.append("ack, giving way" if gives_way else "ack"),
         give_back=lambda _delivery: done.append("give back"),
     )
     seat = SimpleNamespace(
         engine=SimpleNamespace(usable=True, info=None, prepare=prepare),
         usable=True,
-        shared=False,
+        shared=shared,
         take=lambda _timeout: True,
         leave=lambda: done.append("leave"),
     )
@@ -97,6 +103,10 @@ def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(around: Sur
     assert (result.error.code, result.error.retryable) == ("worker_error", True)
     status = around.status.get("default", "b.7")
     assert status is None or status.state == "failed"
+
+
+def test_a_slot_with_another_task_in_hand_gives_way_from_the_ack_on(around: Surroundings) -> None:
+    assert settled(around, replace(DELIVERY, tag=3), shared=True) == ["ack, giving way"]
 
 
 def test_where_no_record_can_be_kept_it_is_settled_all_the_same(
