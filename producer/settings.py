@@ -51,7 +51,10 @@ class NightlySettings(Settings):
 class ClientSettings(Settings):
     """Where the Python client and the command line send, and as whom."""
 
-    api_url: str = Field("http://127.0.0.1:8000", description="Base URL of the gateway.")
+    api_url: str = Field(
+        "http://127.0.0.1:8000",
+        description="The gateway as its users reach it: where clients send, and the base of links to files.",
+    )
     api_key: SecretStr | None = Field(None, description="API key that a client shows to the gateway.")
 
 

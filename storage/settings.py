@@ -41,7 +41,8 @@ class StorageSettings(Settings):
         None, description="The S3 service, where it is not AWS (MinIO, Ceph, ...)."
     )
     api_url: str = Field(
-        "http://127.0.0.1:8000", description="The gateway as its users reach it: the base of links to files."
+        "http://127.0.0.1:8000",
+        description="The gateway as its users reach it: where clients send, and the base of links to files.",
     )
     fetch_max_bytes: int = Field(512 * 1024**2, gt=0, description="The largest input, in bytes.")
     fetch_timeout: float = Field(120.0, gt=0, description="Seconds that one whole download may take.")

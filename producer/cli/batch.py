@@ -25,7 +25,7 @@ from producer.client import Client, NotEnded, Unavailable
 from producer.transfers import is_batch_url
 from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(name="batch", help="Many tasks from one source.", no_args_is_help=True)
 
 _UPLOADS = 8
 """Files of a folder that are uploaded at a time."""

@@ -12,7 +12,7 @@ from producer.client import Client
 from schemas import CallbackRecord, InvalidTask, SubjectKind
 from storage.fetch_url import redacted
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(name="callback", help="What became of callbacks.", no_args_is_help=True)
 
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="The task's id, or with --batch the batch's.")]
 BatchFlag = Annotated[bool, typer.Option("--batch", help="ID is a batch's, or a nightly run's.")]

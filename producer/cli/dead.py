@@ -11,7 +11,7 @@ from broker import BrokerSettings, DeadLetter, DeadLetters, Filter
 from producer.cli.output import JsonFlag, console, print_json, print_table
 from schemas import InvalidTask, get_type
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(name="dead", help="Tasks that could not be done.", no_args_is_help=True)
 
 Type = Annotated[str, typer.Argument(metavar="TYPE", help="The task type.")]
 Reason = Annotated[str | None, typer.Option(help="Only those of this reason, e.g. not_an_image.")]

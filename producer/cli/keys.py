@@ -11,7 +11,7 @@ from producer.cli.output import JsonFlag, console, print_json, print_table
 from producer.keys import KeyFile
 from producer.settings import GatewaySettings
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(name="keys", help="The gateway's API keys.", no_args_is_help=True)
 
 File = Annotated[Path | None, typer.Option("--file", help="The key file (default: INFERQ_API_KEYS_FILE).")]
 

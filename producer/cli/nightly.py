@@ -21,7 +21,9 @@ from storage import BatchStore, StatusOutage, StorageSettings, open_store
 if TYPE_CHECKING:
     from producer.nightly import Schedule
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer()
+nightly = typer.Typer(no_args_is_help=True)
+app.add_typer(nightly, name="nightly", help="Batches that a schedule starts.")
 
 File = Annotated[Path | None, typer.Option("--file", help="The schedules (INFERQ_SCHEDULES_FILE).")]
 
@@ -29,7 +31,7 @@ _SHOWN = 5
 
 
 def _read(file: Path | None) -> dict[str, Schedule]:
-    # Every command loads this module; only these pay for what it takes.
+    # `inferq --help` loads this module, also where schedules are not installed.
     try:
         from producer.nightly import read_schedules
     except ImportError as error:
@@ -49,7 +51,7 @@ def _publisher(name: str) -> Publisher:
     return publisher
 
 
-@app.command()
+@nightly.command()
 def check(file: File = None, as_json: JsonFlag = False) -> None:
     """See that the schedules are in order and their sources can be read. Exit status 1 where not."""
     schedules = _read(file)
@@ -102,7 +104,7 @@ def _source(schedule: Schedule) -> tuple[bool, str]:
     return True, f"{schedule.source} can be read"
 
 
-@app.command("list")
+@nightly.command("list")
 def list_(file: File = None, as_json: JsonFlag = False) -> None:
     """List the schedules: when each starts next, and what became of its last run."""
     now = datetime.now(UTC)
@@ -146,7 +148,7 @@ def _state(settings: StorageSettings, batches: BatchStore, tenant: str, run_id: 
     return (standing.state if standing else None) or "starting"
 
 
-@app.command()
+@nightly.command()
 def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")],
     at: Annotated[
@@ -190,6 +192,7 @@ def _moment(text: str, schedule: Schedule) -> datetime:
     return moment if moment.tzinfo else moment_of(moment, ZoneInfo(schedule.time_zone))
 
 
+@app.command()
 def beat(
     file: File = None,
     check: Annotated[

@@ -12,7 +12,7 @@ from producer.cli.output import JsonFlag, console, print_json, print_table
 from schemas import InferqError
 from storage.webhook_secrets import KEEP_SECONDS, WebhookSecrets, WebhookSettings
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(name="secrets", help="What callbacks are signed with.", no_args_is_help=True)
 
 File = Annotated[
     Path | None, typer.Option("--file", help="The file of secrets (default: INFERQ_WEBHOOK_SECRETS_FILE).")

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from producer.cli.output import JsonFlag, print_json, print_table
+from producer.cli.parts import Parts
 from schemas import Settings, installed_types
 from schemas.publish import DISTRIBUTION
 
@@ -33,10 +34,12 @@ class Variable:
 
 def variables(*, plugins: bool = True) -> list[Variable]:
     """Every variable of every part that is installed, in alphabetical order."""
-    # Loading the types loads the settings that their engines read.
+    # Loading the commands and the types loads the settings that they and their engines read.
+    list(Parts().values())
     foreign = {t.settings for t in installed_types().values() if t.distribution != DISTRIBUTION}
     found: dict[str, Variable] = {}
-    for model in _models(Settings):
+    # By name, as the order in which they were loaded is nobody's.
+    for model in sorted(_models(Settings), key=lambda model: model.__name__):
         if model in foreign and not plugins:
             continue
         prefix = str(model.model_config.get("env_prefix", ""))

@@ -14,7 +14,7 @@ from broker import BrokerSettings, BrokerUnavailable, Topology, connect, topolog
 from producer.cli.output import JsonFlag, console, print_json, print_table
 from schemas import get_type, installed_types
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(name="topology", help="The exchanges and queues on the broker.", no_args_is_help=True)
 
 Types = Annotated[
     str | None, typer.Option("--types", help="Task types, e.g. ocr,ner (default: all installed).")

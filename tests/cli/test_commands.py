@@ -16,7 +16,7 @@ import pytest
 
 from producer.keys import KeyFile
 from tests.conftest import RabbitMQ
-from tests.installation import inferq, installation
+from tests.installation import inferq, inferq_here, installation
 from tests.worker.conftest import eventually
 
 PAGES = Path(__file__).parents[2] / "examples" / "pages"
@@ -228,3 +228,18 @@ def test_fifty_submissions_of_one_id_are_one_task(installation: dict[str, str]) 
         assert result["attempts"] == 1
         assert put(51) == 200
         assert client.get("/v1/tasks/fifty/result").json()["finished_at"] == result["finished_at"]
+
+
+def test_a_command_loads_nothing_that_only_others_need() -> None:
+    code = (
+        "import sys; from producer.cli import app; "
+        "app(['keys', '--help'], standalone_mode=False); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "producer.keys" in loaded
+    assert not loaded & {"celery", "consumers.cli", "fastapi", "httpx", "pika"}
+
+
+def test_a_mistyped_command_is_set_right(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "Did you mean 'submit'?" in inferq_here({}, "sumbit").stderr

@@ -29,7 +29,10 @@ DOWN_LIMIT = 120.0
 INSIST_LIMIT = 40.0
 """Seconds for each further step; the guard of a killed supervisor takes up to 30 s."""
 
+app = typer.Typer()
 
+
+@app.command()
 def up(
     data: Data = Path(".inferq"),
     port: Annotated[
@@ -44,7 +47,7 @@ def up(
     ] = False,
 ) -> None:
     """Start everything on this machine, a private RabbitMQ and Redis included."""
-    # Every command loads this module; only this one pays for what it takes.
+    # `inferq down` needs nothing of this.
     from producer.up.detached import start_detached
     from producer.up.foreground import Wish, keep_up
     from producer.up.plan import choose_types
@@ -65,6 +68,7 @@ def up(
         raise typer.Exit(130) from None
 
 
+@app.command()
 def down(data: Data = Path(".inferq")) -> None:
     """Stop what `inferq up` started on a data folder, and wait until it is gone."""
     console = Console(soft_wrap=True)
