@@ -185,3 +185,36 @@ class EngineSeat:
     def _replaces(self, reason: Wear) -> None:
         _log.info("%s: replaces its engine process: %s", self._name, reason)
         self._around.metrics.engine_replacements.labels(reason).inc()
+
+
+class NotBegun(Exception):
+    """The run has not begun, and will not: the message says why. Another worker may have the task."""
+
+
+class Turn:
+    """One task's use of a seat's engine, which is its own from `take` to `leave`.
+
+    `engine` and `info` are those that it had last.
+    """
+
+    def __init__(self, seat: EngineSeat) -> None:
+        self._seat = seat
+        self.taken = False
+        self.engine = seat.engine
+        self.info = seat.engine.info
+
+    def take(self, timeout: float = 0) -> bool:
+        """Whether the engine is the task's within `timeout` seconds. Raises NotBegun where there is none."""
+        self.taken = self._seat.take(timeout)
+        if self.taken:
+            self.engine = self._seat.engine
+            self.info = self.engine.info
+        if not self._seat.usable:
+            raise NotBegun("the engine is gone")
+        return self.taken
+
+    def leave(self) -> None:
+        """Let another task have the engine; nothing happens where it is not this one's."""
+        if self.taken:
+            self.taken = False
+            self._seat.leave()

@@ -20,7 +20,8 @@ from broker import Consumer, Delivery, Message, dead_message, named_id, retry_me
 from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
 from consumers.engine_messages import Done, Failed, FileNote
 from consumers.engine_process import AbortReason, EngineDied, RunAborted, Watch
-from consumers.engine_seat import EngineSeat
+from consumers.engine_seat import EngineSeat, NotBegun, Turn
+from consumers.inputs import LOOK_SECONDS, Inputs, fetch_inputs
 from consumers.notices import Notices, legible_url
 from consumers.surroundings import GracePassed, Surroundings
 from schemas import (
@@ -40,13 +41,6 @@ from storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.25
-"""How often a download in progress, or a wait for the engine, is asked about: cancelled? shutting down?"""
-
-
-class NotBegun(Exception):
-    """The run has not begun, and will not: the message says why. Another worker may have the task."""
-
 
 class TaskRun:
     """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
@@ -62,9 +56,7 @@ class TaskRun:
         self._around = surroundings
         self._consumer = consumer
         self._seat = seat
-        self._seated = False
-        self._engine = seat.engine
-        self._engine_info = seat.engine.info
+        self._turn = Turn(seat)
         self._delivery = delivery
         self._lane = lane
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
@@ -75,7 +67,6 @@ class TaskRun:
         self._cached = False
         self._cache_key: str | None = None
         self._held = True
-        self._fetch_seconds = 0.0
         self._answers: list[Callable[[], bool]] = []
         self._notices = Notices(surroundings.publisher, self._publish, url=None)
 
@@ -92,7 +83,7 @@ class TaskRun:
             # A delivery is settled whatever happens: one that ends its worker would go on to the next.
             _log.exception("%s: could not be brought to its end", self._name())
             outcome = self._give_up(error)
-        self._leave_engine()
+        self._turn.leave()
         if outcome == "given_back":
             self._release()
             self._consumer.give_back(self._delivery)
@@ -113,7 +104,7 @@ class TaskRun:
         """The last resort: a dead letter, and a record where one can be kept, which is better than a loop."""
         what = f"the worker failed: {type(error).__name__}: {error}"
         failure = TransientFailure(what, code="worker_error")
-        self._leave_engine()
+        self._turn.leave()
         try:
             self._publish(self._dead(failure))
             self._record_anyhow(failure)
@@ -155,14 +146,14 @@ class TaskRun:
         try:
             return self._decide(task)
         except UnreadableResult as error:
-            self._leave_engine()
+            self._turn.leave()
             return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
         except (NotBegun, GracePassed, RunAborted):
             raise
         except Exception as error:
             # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.
             _log.exception("%s: the worker failed", self._name())
-            self._leave_engine()
+            self._turn.leave()
             what = f"the worker failed: {type(error).__name__}: {error}"
             return self._failed(task, TransientFailure(what, code="worker_error"))
 
@@ -184,7 +175,7 @@ class TaskRun:
         )
         # A download must not keep the engine from a task that is ready for it.
         fetches_first = around.settings.take_ahead and bool(task.inputs())
-        if not fetches_first and self._take_engine():
+        if not fetches_first and self._turn.take():
             # The engine reads the task, and the store is asked, while Redis answers.
             facts, fetched = self._look_and_fetch(facts, self._begin(task))
         else:
@@ -199,10 +190,10 @@ class TaskRun:
                 facts = replace(facts, ended=self._earlier(task))
         verdict = before_run(facts)
         if not isinstance(verdict, Run):
-            self._leave_engine()
+            self._turn.leave()
         match verdict:
             case Run():
-                if not (self._seated or self._await_engine(task)):
+                if not (self._turn.taken or self._await_engine(task)):
                     return self._cancelled(task)
                 self._notices.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
@@ -237,8 +228,8 @@ class TaskRun:
                     run=self._token,
                 )
             )
-            if self._seated:
-                self._engine.prepare(delivery.body.decode())
+            if self._turn.taken:
+                self._turn.engine.prepare(delivery.body.decode())
 
         def known(facts: Facts) -> Facts:
             begun = around.ask(answer) if answer else None
@@ -255,7 +246,7 @@ class TaskRun:
 
     def _look_and_fetch(
         self, facts: Facts, further: Callable[[Facts], Facts]
-    ) -> tuple[Facts, Future[dict[str, FileNote]] | None]:
+    ) -> tuple[Facts, Future[Inputs] | None]:
         """Look for an earlier result; the inputs come meanwhile, as mostly there is none.
 
         `further` adds what else becomes known. The inputs are None where there are none, or no use for them.
@@ -274,16 +265,6 @@ class TaskRun:
         load = partial(self._around.results.load, task.tenant, task.task_id)
         return self._around.patiently("object store", load)
 
-    def _take_engine(self, timeout: float = 0) -> bool:
-        """Whether the engine became ours within `timeout` seconds. Raises NotBegun where there is none."""
-        self._seated = self._seat.take(timeout)
-        if self._seated:
-            self._engine = self._seat.engine
-            self._engine_info = self._engine.info
-        if not self._seat.usable:
-            raise NotBegun("the engine is gone")
-        return self._seated
-
     def _await_engine(self, task: Task) -> bool:
         """Wait until the engine is ours; False where the task is cancelled before. Raises NotBegun."""
         while True:
@@ -291,15 +272,10 @@ class TaskRun:
                 raise NotBegun("the worker is stopping")
             if not self._consumer.holds(self._delivery):
                 raise NotBegun("its connection was lost")
-            if self._take_engine(_LOOK_SECONDS):
+            if self._turn.take(LOOK_SECONDS):
                 return True
             if self._abort_reason(task) == "cancelled":
                 return False
-
-    def _leave_engine(self) -> None:
-        if self._seated:
-            self._seated = False
-            self._seat.leave()
 
     def _refuse(self, error: InvalidTask) -> str:
         """Dead-letter a message that is no task; its owner gets a failure where the message names one."""
@@ -340,15 +316,15 @@ class TaskRun:
 
     # The run.
 
-    def _attempt(self, task: Task, fetched: Future[dict[str, FileNote]] | None) -> str:
+    def _attempt(self, task: Task, fetched: Future[Inputs] | None) -> str:
         around = self._around
         timings = {"queued": self._queued(task)}
         engine_died = False
         try:
             inputs = self._fetch(task) if fetched is None else fetched.result()
-            timings["fetch"] = self._fetch_seconds
-            answer = self._known(task, inputs) or self._compute(task, inputs)
-            self._leave_engine()
+            timings["fetch"] = inputs.seconds
+            answer = self._known(task, inputs.files) or self._compute(task, inputs.files)
+            self._turn.leave()
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
                 return self._succeeded(task, answer, timings)
@@ -359,7 +335,7 @@ class TaskRun:
                 error = TransientFailure(answer.message, code=answer.code)
         except RunAborted as aborted:
             if aborted.reason == "cancelled":
-                self._leave_engine()
+                self._turn.leave()
                 return self._cancelled(task)
             raise
         except EngineDied as died:
@@ -367,7 +343,7 @@ class TaskRun:
             around.metrics.engine_deaths.inc()
         except (InvalidTask, TransientFailure) as failed:
             error = failed
-        self._leave_engine()
+        self._turn.leave()
         return self._failed(task, error, engine_died=engine_died, timings=Timings(**timings))
 
     def _failed(
@@ -392,48 +368,21 @@ class TaskRun:
             case Bury():
                 return self._bury(task, verdict, timings)
 
-    def _fetch_ahead(self, task: Task) -> Future[dict[str, FileNote]]:
+    def _fetch_ahead(self, task: Task) -> Future[Inputs]:
         """Fetch the inputs before it is sure that they are needed; what goes wrong counts if they are."""
-        fetched: Future[dict[str, FileNote]] = Future()
+        fetched: Future[Inputs] = Future()
         try:
             fetched.set_result(self._fetch(task))
         except Exception as error:
             fetched.set_exception(error)
         return fetched
 
-    def _fetch(self, task: Task) -> dict[str, FileNote]:
-        inputs = {}
-        began = time.monotonic()
-        next_look = began + _LOOK_SECONDS
-
-        def checkpoint() -> None:
-            nonlocal next_look
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + _LOOK_SECONDS
-                reason = self._abort_reason(task)
-                if reason is not None:
-                    raise RunAborted(reason)
-
-        for name, url in task.inputs().items():
-            scratch = Path(self._scratch)
-            scratch.mkdir(parents=True, exist_ok=True)
-            # An outage of our own store delays the fetch; another's failure is the task's.
-            fetch = partial(
-                self._around.fetcher.fetch, url, scratch, name, tenant=task.tenant, checkpoint=checkpoint
-            )
-            fetched = self._around.patiently("object store", fetch, checkpoint)
-            inputs[name] = FileNote(
-                path=fetched.path,
-                content_type=fetched.content_type,
-                bytes=fetched.bytes,
-                sha256=fetched.sha256,
-            )
-        self._fetch_seconds = time.monotonic() - began
-        return inputs
+    def _fetch(self, task: Task) -> Inputs:
+        return fetch_inputs(self._around, task, Path(self._scratch), partial(self._abort_reason, task))
 
     def _known(self, task: Task, inputs: dict[str, FileNote]) -> Done | None:
         """What the result cache answers, where there is one."""
-        cache, engine = self._around.cache, self._engine_info
+        cache, engine = self._around.cache, self._turn.info
         if cache is None or engine is None:
             return None
         self._cache_key = cache.key(task, inputs, engine)
@@ -459,7 +408,7 @@ class TaskRun:
                 at=datetime.now(UTC),
             )
 
-        return self._engine.run(
+        return self._turn.engine.run(
             self._delivery.body.decode(),
             self._scratch,
             inputs,
@@ -507,7 +456,7 @@ class TaskRun:
             artifacts=artifacts,
             attempts=self._delivery.attempt,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
-            engine=self._engine_info,
+            engine=self._turn.info,
             batch_id=task.batch_id,
             batch_line=task.batch_line,
             metadata=task.metadata,
@@ -613,7 +562,7 @@ class TaskRun:
             finished_at=datetime.now(UTC),
             digest=self._digest,
             timings=timings,
-            engine=self._engine_info,
+            engine=self._turn.info,
             worker=self._around.settings.worker_name,
             started_at=self._started_at,
             redrives=self._delivery.redrives,

@@ -13,11 +13,13 @@ import pika
 import pytest
 
 from broker import connect
+from consumers.decision import MAX_DELIVERIES
 from consumers.engine_process import EngineProcess
 from consumers.engine_seat import EngineSeat
 from schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
+from tests.worker.test_poison import hand_out
 
 AHEAD = {"INFERQ_TAKE_AHEAD": "1"}
 QUEUE = "inference.faulty.normal"
@@ -230,6 +232,20 @@ def test_one_that_has_ended_already_does_not_wait(site: Site, worker: WorkerProc
     eventually(lambda: 'outcome="skipped"' in worker.get("/metrics").text, what="the copy passed over")
     first.open()
     site.ended(last)
+
+
+def test_one_that_was_handed_out_often_and_never_lost_has_its_input(site: Site, tmp_path: Path) -> None:
+    """Until Redis says that no run was lost it looks like poison, for which nothing is fetched."""
+    site.store.put("files/default/often", b"the input")
+    options = {"gate": str(tmp_path / "gate"), "marker": str(tmp_path / "marker")}
+    task_id = site.publish({"fault": "gate", "file_url": "inferq:often", "options": options})
+    worker = site.worker(INFERQ_GRACE_SECONDS="0")
+    eventually(lambda: starts(tmp_path / "marker") == 1, what="the start of a task")
+    worker.stop()
+    hand_out(site, MAX_DELIVERIES)
+    (tmp_path / "gate").touch()
+    site.worker(**AHEAD)
+    assert site.ended(task_id).output == {"value": "the input"}
 
 
 def test_engines_are_swapped_although_one_task_follows_the_other(
