@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
 from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
@@ -284,6 +285,7 @@ class TaskRun:
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken = json.loads(self._delivery.body)
             record = Result(
+                **_line_of(broken),
                 task_id=broken["task_id"],
                 task_type=self._around.task_type.name,
                 tenant=broken.get("tenant", "default"),
@@ -585,3 +587,12 @@ class TaskRun:
 
     def _name(self) -> str:
         return f"task {named_id(self._delivery)!r} on {self._delivery.queue}"
+
+
+def _line_of(broken: dict[str, Any]) -> dict[str, Any]:
+    """Of which line of which batch an unreadable message is, where it says so legibly."""
+    with suppress(KeyError, ValueError):
+        line = {name: broken[name] for name in ("batch_id", "batch_line")}
+        Task.model_validate({"task_id": "any", "task_type": "any", **line})
+        return line
+    return {}

@@ -71,7 +71,7 @@ class BatchSettings(Settings):
         10.0,
         gt=0,
         description="Seconds without any end after which a batch's tasks in flight are looked up in the "
-        "object store, since Redis may have missed their ends.",
+        "object store, since Redis may have missed their ends; then again at ever longer intervals.",
     )
     batch_readers: int = Field(
         8, ge=1, le=64, description="Results read from the object store at a time, for each batch."

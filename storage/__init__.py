@@ -1,7 +1,7 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
 from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
-from storage.batch_index import BatchIndex, IndexLost, LeaseLost, Standing, Step
+from storage.batch_index import BatchIndex, IndexLost, LeaseLost, Lull, Standing, Step
 from storage.batches import (
     BatchConflict,
     BatchSource,
@@ -43,6 +43,7 @@ __all__ = [
     "IndexLost",
     "LeaseLost",
     "LocalStore",
+    "Lull",
     "ObjectInfo",
     "ObjectNotFound",
     "ObjectStore",

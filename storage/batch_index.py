@@ -24,11 +24,23 @@ later slice of the same feeding has begun; or `another` feeding of it is alive."
 
 
 @dataclass(frozen=True)
+class Lull:
+    """Since when no task of a batch has ended, in POSIX seconds; `ended` tasks had by then.
+
+    `asked`: how many seconds it had lasted when the object store was last asked for ends.
+    """
+
+    ended: int
+    since: float
+    asked: float = 0.0
+
+
+@dataclass(frozen=True)
 class Standing:
     """A batch as the index has it. `line` and `offset` (bytes) say how far its source has been dealt with.
 
     No line beyond `reaches` is fed. `known`: whether the counts are right. `leased`: a feeder has it at this
-    moment. `rate` is in tasks per second.
+    moment. `rate` is in tasks per second. `lull` is what a feeder noted last.
     """
 
     known: bool
@@ -41,6 +53,7 @@ class Standing:
     reaches: int
     counts: BatchCounts
     rate: float | None
+    lull: Lull | None
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,10 @@ class BatchIndex:
         """Have the batch, or one line of it, cancelled: nothing of it starts, and what runs stops."""
         self._set(tenant, batch_id, {"x" if line is None else f"x:{line}": "1"})
 
+    def note_lull(self, tenant: str, batch_id: str, lull: Lull) -> None:
+        """Keep for the next slice how long nothing has ended."""
+        self._set(tenant, batch_id, {"q": f"{lull.ended} {lull.since} {lull.asked}"})
+
     def is_fed(self, tenant: str, batch_id: str, line: int) -> bool:
         return line in self.dealt_with(tenant, batch_id, line, line)
 
@@ -188,6 +205,7 @@ class BatchIndex:
                 invalid=invalid,
             ),
             rate=_rate(fields.get("before") or fields.get("then"), ended),
+            lull=_lull(fields.get("q")),
         )
 
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
@@ -213,6 +231,13 @@ def _rate(sample: str | None, ended: int) -> float | None:
     at, before = sample.split()
     seconds = (int(micros(datetime.now(UTC))) - int(at)) / 1e6
     return max(0.0, ended - int(before)) / seconds if seconds > 0.1 else None
+
+
+def _lull(noted: str | None) -> Lull | None:
+    if not noted:
+        return None
+    ended, since, asked = noted.split()
+    return Lull(int(ended), float(since), float(asked))
 
 
 def _runs(lines: Iterable[int]) -> list[int]:

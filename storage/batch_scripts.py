@@ -4,6 +4,7 @@ A batch is a hash under `inferq:batch:<tenant>:<batch>`:
     open whether its bitmaps are right; whoever feeds it sets this, once it has made them so
     n no line beyond this one is fed    l o the last line that was dealt with, and where it ends (bytes)
     t total lines    s state    e why it failed    x cancel flag    x:<line> cancel flag of one line
+    q `<ended> <since> <asked>`, for how long no task has ended
     chain slice which feeding of it is the present one
     then before the two latest samples of `<microseconds> <ended>`, for the rate
 and a bitmap per state, `inferq:bits:<state>:<tenant>:<batch>` with the states fed, succeeded, failed,

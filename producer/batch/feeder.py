@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from broker import Message, PublishRejected, task_message
@@ -25,7 +25,7 @@ from producer.batch.sources import Cursor, Taken
 from producer.batch.surroundings import Surroundings
 from producer.batch.tasks import task_of
 from schemas import Batch, BatchState, InvalidTask, Outage
-from storage import BatchSource, IndexLost, LeaseLost, Step
+from storage import BatchSource, IndexLost, LeaseLost, Lull, Step
 
 _CHUNK = 500
 """Lines that are published, confirmed and marked together."""
@@ -41,6 +41,11 @@ _HELD_DELAY = 3
 _REJECTED_PAUSE = 1.0
 _PAUSE_DELAY = 30
 """Seconds, at most, between two looks at a batch outside its window: somebody may cancel it."""
+_DOUBT_SECONDS = 600
+"""At what intervals, at most, the object store is asked about tasks of which none ends: that takes a request
+for each, and they may stand in the queue for days."""
+AGAIN = "again-"
+"""How the chain of a feeding begins that has to come about, as what it goes on from is over."""
 _CANCEL_SECONDS = 2.0
 """What runs gets this long to stop by itself before a cancelled batch records the end of whatever is left."""
 
@@ -94,6 +99,7 @@ class Slice:
         self._ends = time.monotonic() + around.settings.batch_slice
         self._state: BatchState | None = None
         self._reached = 0
+        self._lull: Lull | None = None
         self._kept = time.monotonic()
 
     def run(self) -> Next:
@@ -106,9 +112,11 @@ class Slice:
         if around.batches.summary(*self._name) is not None:
             return Nothing()
         match around.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
-            case "outdated" | "another":
+            case "outdated":
                 return Nothing()
-            case "held":
+            case "another" if not self._chain.startswith(AGAIN):
+                return Nothing()
+            case "another" | "held":
                 return GoOn(self._cursor, _HELD_DELAY)
         try:
             return self._settled(batch)
@@ -143,6 +151,7 @@ class Slice:
             if standing.line > self._cursor.line:
                 self._cursor = Cursor(standing.line, standing.offset)
             self._reached = standing.reaches
+            self._lull = standing.lull
             if cancelled and not standing.cancel_requested:
                 index.request_cancel(*self._name)
             return
@@ -157,17 +166,15 @@ class Slice:
     def _fed(self, batch: Batch, source: BatchSource) -> Next:
         around = self._around
         step = self.step()
-        moved, ended = time.monotonic(), step.ended
-        looked, pause = ended, _LOOK_SECONDS
+        looked, pause = step.ended, _LOOK_SECONDS
         with (
             around.sources.lines(source, self._cursor) as lines,
             around.sources.taken(source, after=self._cursor.line) as taken,
         ):
-            feeding = _Feeding(self, LineParser(batch), lines, taken)
+            feeding = _Feeding(self, LineParser(batch), lines, taken, last=source.lines)
             while True:
                 step = feeding.settle()
-                if step.ended != ended:
-                    moved, ended = time.monotonic(), step.ended
+                lull = self._lull_at(step)
                 if step.cancel_requested:
                     feeding.drain()
                     return self._cancelled(batch, source)
@@ -181,7 +188,7 @@ class Slice:
                     room = batch.max_in_flight - step.in_flight - feeding.on_their_way
                     # Some at a time: line by line would cost a confirm and a mark each.
                     if room >= _worthwhile(batch) and feeding.feed(min(room, _CHUNK)):
-                        moved = time.monotonic()
+                        self._lull = None
                         continue
                     if feeding.on_their_way:
                         step = feeding.settle(wait=True)
@@ -192,9 +199,9 @@ class Slice:
                         return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
                 else:
                     self._tell("running")
-                idle = time.monotonic() - moved
-                if idle > around.settings.batch_doubt:
+                if _doubtful(lull, around.settings.batch_doubt):
                     Recount(around, batch, source, self._renew).in_flight()
+                    self._lull = replace(lull, asked=time.time() - lull.since)
                     return self._go_on(feeding, _IDLE_DELAY)
                 few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
                 pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
@@ -205,7 +212,16 @@ class Slice:
         # What is on its way and not marked would go out again with the next slice.
         with suppress(PublishRejected):
             feeding.drain()
+        if self._lull is not None:
+            self._around.index.note_lull(*self._name, self._lull)
         return GoOn(self._cursor, seconds)
+
+    def _lull_at(self, step: Step) -> Lull:
+        """For how long no task has ended, which may be longer than this slice takes."""
+        now = time.time()
+        if self._lull is None or self._lull.ended != step.ended or self._lull.since > now:
+            self._lull = Lull(step.ended, now)
+        return self._lull
 
     def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
         """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
@@ -300,7 +316,9 @@ class Slice:
 class _Feeding:
     """The chunks of one slice: read, sent, and marked once they are confirmed."""
 
-    def __init__(self, slice_: Slice, parser: LineParser, lines: Iterator[Line], taken: Taken) -> None:
+    def __init__(
+        self, slice_: Slice, parser: LineParser, lines: Iterator[Line], taken: Taken, *, last: int
+    ) -> None:
         self._slice = slice_
         self._parser = parser
         self._lines = lines
@@ -308,7 +326,7 @@ class _Feeding:
         self._chunks: deque[_Chunk] = deque()
         self._read = slice_.cursor
         self._reaches = 0
-        self._exhausted = False
+        self._exhausted = self._read.line >= last  # a closed window must not keep an end from being seen
 
     @property
     def done(self) -> bool:
@@ -377,6 +395,12 @@ class _Feeding:
             self._chunks.popleft()
             wait = False
         return step or self._slice.step()
+
+
+def _doubtful(lull: Lull, after: float) -> bool:
+    """Whether to ask the object store for ends: after so many seconds, then each time it has doubled."""
+    still = time.time() - lull.since
+    return still > after and still - lull.asked > min(lull.asked, _DOUBT_SECONDS)
 
 
 def _worthwhile(batch: Batch) -> int:

@@ -9,7 +9,7 @@ from celery import Celery, Task
 from broker import ASSEMBLE_JOB, FEED_JOB
 from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.assembly import Unfinished, end
-from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
+from producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
 from producer.batch.start import assemble_message, feed_message
 from producer.batch.surroundings import Surroundings
@@ -66,7 +66,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 standing = here.index.look(tenant, batch_id)
                 line, offset = (standing.line, standing.offset) if standing else (0, 0)
                 here.index.forget(tenant, batch_id, reaches=line)
-                chain = f"again-{self.request.id}"
+                chain = f"{AGAIN}{self.request.id}"
                 here.confirm(feed_message(tenant, batch_id, chain=chain, line=line, offset=offset))
 
         again_unless_done(here, f"batch {batch_id}", once)

@@ -108,11 +108,11 @@ def _line(number: int, end: int, content: bytes, dropped: int) -> Line:
         raise SourceUnusable(f"the source has more than {MAX_LINES:,} lines: split it into several batches")
     if number == 1 and content.startswith(_BOM):
         content = content[len(_BOM) :]
-    if dropped:
-        return Line(number, end, None, dropped + len(content))
+    length = dropped + len(content.removesuffix(b"\r"))
+    # With its white space: whether a line is too long must not depend on where the pieces are cut.
+    if length > MAX_BODY_BYTES:
+        return Line(number, end, None, length)
     content = content.strip(b" \t\r")
-    if len(content) > MAX_BODY_BYTES:
-        return Line(number, end, None, len(content))
     return Line(number, end, content, len(content))
 
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from producer.batch.sources import JSONL_ENDINGS, input_field, line_of
 from producer.cli.arguments import parse_assignments
 from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from producer.client import Client, NotEnded, Unavailable
+from producer.client import Client, NotEnded, NotFound, Unavailable
 from producer.transfers import is_batch_url
 from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 
@@ -75,7 +75,7 @@ def submit(
     if task_type is not None:
         defaults = parse_assignments(get_type(task_type), assignments or [])
     name = batch_id or new_task_id()
-    with Client() as client, _source(client, sources, task_type, defaults) as source:
+    with Client() as client, _source(client, sources, task_type, defaults, batch_id) as source:
         status = client.submit_batch(
             source,
             batch_id=name,
@@ -96,7 +96,11 @@ def submit(
 
 @contextmanager
 def _source(
-    client: Client, sources: Sequence[str], task_type: str | None, defaults: dict[str, JsonValue]
+    client: Client,
+    sources: Sequence[str],
+    task_type: str | None,
+    defaults: dict[str, JsonValue],
+    batch_id: str | None,
 ) -> Iterator[str | Path]:
     """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded."""
     if len(sources) == 1:
@@ -120,12 +124,25 @@ def _source(
     first = next(files, None)
     if first is None:
         raise InvalidTask(f"there are no files in {', '.join(sources)}: the batch would be empty")
+    if batch_id is not None:
+        _check_new(client, batch_id)
     with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
         made = Path(folder) / "batch.jsonl"
         with made.open("wb") as lines:
             for path, url in _uploaded(client, first, files):
                 lines.write(line_of(field, url, str(path)))
         yield made
+
+
+def _check_new(client: Client, batch_id: str) -> None:
+    """Uploaded anew, the same files are other content: better said before they are."""
+    with suppress(NotFound):
+        client.batch(batch_id)
+        raise InvalidTask(
+            f"there is a batch {batch_id!r} already, and files can be submitted once under an id: if that is "
+            f"this submission, see `inferq batch status {batch_id} --follow`; else choose another --id",
+            code="id_conflict",
+        )
 
 
 def _files(sources: Sequence[str]) -> Iterator[Path]:

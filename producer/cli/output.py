@@ -11,6 +11,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -41,7 +42,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         # What stands first is an id or a name, which has to be copied in one piece.
         table.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        # As text: what stands in brackets would be taken for a style.
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     wide = console if console.is_terminal else Console(width=_PIPE_WIDTH)
     wide.print(table)
 

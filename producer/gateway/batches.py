@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import json
 import logging
+import secrets
 from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from python_multipart.multipart import parse_options_header
 
 from broker.messages import Message
-from producer.batch.start import start
+from producer.batch.start import feed_message, start
 from producer.gateway.auth import Tenant
 from producer.gateway.body import decode_object, pieces, read_object
 from producer.gateway.files import chunks_of, store_upload
@@ -247,6 +248,9 @@ async def cancel_batch(batch_id: str, tenant: Tenant, services: Here) -> Respons
         await services.on_redis(services.batch_index.request_cancel, tenant, batch_id)
     except StatusOutage as error:
         _log.warning("batch %s: to be cancelled, though Redis does not know: %s", batch_id, error)
+    # Nobody may be feeding it: its feeding was never handed over, or waits for a window to open.
+    message = feed_message(tenant, batch_id, chain=secrets.token_hex(6))
+    await services.publisher.confirm(message, timeout=services.settings.submit_timeout)
     return _answer(status.model_copy(update={"cancel_requested": True}), code=202)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import pytest
 
 from broker import Message, PublishRejected
 from producer.batch.assembly import end
-from producer.batch.feeder import Assemble, GoOn, Nothing, Slice
+from producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from producer.batch.recount import Recount
 from producer.batch.sources import Cursor
-from schemas import InvalidTask, Result, parse_task
+from schemas import InvalidTask, Result, Window, parse_task
 from storage import BatchConflict, upload_key
 from tests.batch.conftest import BatchSite, QuickWorker
 
@@ -371,6 +373,13 @@ def test_a_second_feeding_of_a_batch_gives_way_to_the_first(site: BatchSite) -> 
     assert site.slice(batch, chain="b") == Nothing()
 
 
+def test_a_feeding_that_has_to_come_about_waits_for_the_lease(site: BatchSite) -> None:
+    batch = site.batch(lines(3))
+    assert site.around.index.take("default", batch.batch_id, chain="over", part=0, token="dead") == "taken"
+    assert site.slice(batch, chain="c") == Nothing()
+    assert isinstance(site.slice(batch, chain=f"{AGAIN}1"), GoOn)
+
+
 def test_a_feeder_says_that_it_lives_while_it_settles_the_source(
     site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +409,38 @@ def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:
     assert standing is not None
     assert standing.state == "paused"
     assert standing.counts.queued == 0
+
+
+def test_what_has_ended_in_a_closed_window_is_put_together_without_waiting_for_it_to_open(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = site.around.settings.model_copy(update={"batch_slice": 0.3})
+    object.__setattr__(site.around, "settings", settings)
+    batch = site.batch(lines(20), window={"start": "22:00", "end": "06:00", "time_zone": "UTC"})
+    monkeypatch.setattr(Window, "opens_in", lambda *_: 0.0)
+    fed = site.slice(batch)
+    assert isinstance(fed, GoOn)
+    monkeypatch.setattr(Window, "opens_in", lambda *_: 3600.0)
+    site.around.index.ends("default", batch.batch_id, "succeeded", range(1, 21))
+    assert site.slice(batch, fed.cursor, part=1) == Assemble()
+
+
+def test_the_object_store_is_asked_more_and_more_seldom_for_ends_that_do_not_come(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(Recount, "in_flight", lambda _: asked.append(time.monotonic()))
+    settings = site.around.settings.model_copy(update={"batch_slice": 0.3, "batch_doubt": 0.2})
+    object.__setattr__(site.around, "settings", settings)
+    batch = site.batch(lines(5))
+    cursor, part, end = Cursor(), 0, time.monotonic() + 3.5
+    while time.monotonic() < end:
+        match site.slice(batch, cursor, part=part):
+            case GoOn(cursor, _):
+                part += 1
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert len(pauses) >= 2  # although no slice lasts until then
+    assert all(later > 1.5 * earlier for earlier, later in pairwise(pauses))
 
 
 def test_the_same_batch_is_one_batch_and_another_is_refused(site: BatchSite) -> None:

@@ -55,6 +55,21 @@ def test_lines_are_the_same_however_they_come_and_wherever_one_begins(
         assert rest == found[line.number :]
 
 
+@settings(deadline=None)
+@given(
+    st.integers(MAX_BODY_BYTES - 4, MAX_BODY_BYTES + 8),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    st.sampled_from([b"", b"\n", b"\r\n"]),
+    st.lists(st.integers(0, MAX_BODY_BYTES + 9), max_size=4),
+)
+def test_a_padded_line_is_too_long_or_not_wherever_the_pieces_are_cut(
+    length: int, mark: bytes, end: bytes, places: list[int]
+) -> None:
+    content = mark + b"{}".rjust(length) + end
+    (line,) = read_lines(cut(content, places))
+    assert line.content == (b"{}" if length <= MAX_BODY_BYTES else None)
+
+
 def test_a_byte_order_mark_is_passed_over_at_the_beginning_only() -> None:
     first, second = read_lines([b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}"])
     assert (first.content, second.content) == (b"{}", b"\xef\xbb\xbf{}")

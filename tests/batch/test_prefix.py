@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from producer.batch.lines import SourceUnusable
+from producer.batch.sources import Sources
+from storage import BatchStore, open_store
 from tests.batch.conftest import BatchSite
 
 if TYPE_CHECKING:
@@ -44,6 +46,21 @@ def test_each_object_under_a_prefix_is_a_line_and_later_ones_are_not(
     assert [line["image_url"] for line in found] == urls
     assert [line["metadata"]["source"] for line in found] == urls
     assert source.total == 2
+
+
+def test_what_the_store_itself_has_under_a_prefix_is_no_input(
+    site: BatchSite, pages: str, s3: S3Client
+) -> None:
+    for key in ("own/tasks/default/t/result.json", "own/batches/b.json", "own-scans/a.png"):
+        s3.put_object(Bucket=pages, Key=key, Body=b"{}")
+    storage = site.around.storage.model_copy(update={"store_url": f"s3://{pages}/own"})
+    store = open_store(storage)
+    sources = Sources(store, BatchStore(store), storage)
+    assert [found.key for found in sources.objects(f"s3://{pages}/own")] == ["own-scans/a.png"]
+    everything = [found.key for found in sources.objects(f"s3://{pages}")]
+    assert everything == ["in/a 1.png", "in/b.png", "own-scans/a.png", "x.png"]
+    with pytest.raises(SourceUnusable, match="inferq itself"):
+        sources.objects(f"s3://{pages}/own/tasks")
 
 
 def test_a_jsonl_in_s3_is_copied(site: BatchSite, pages: str, s3: S3Client) -> None:

@@ -169,6 +169,9 @@ def test_a_folder_is_uploaded_and_each_file_a_task(
         "a.txt", "b.txt", "deep/c.txt",
     ]  # fmt: skip
     assert all(line["text_url"].startswith("inferq:") for line in lines)
+    again = inferq_here(env, "batch", "submit", str(folder), "--type", "ner", "--id", "folder-1")
+    assert again.returncode == 1
+    assert "inferq batch status folder-1 --follow" in again.stderr
     client.cancel_batch("folder-1")
 
 

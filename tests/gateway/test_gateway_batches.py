@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from producer.gateway.services import KnownBatches
-from schemas import Batch, BatchCounts, BatchSummary
+from schemas import Batch, BatchCounts, BatchSummary, Outage
 from storage import BatchIndex, BatchStore, ObjectStore
-from tests.gateway.conftest import Gateway, as_new_tenant, wait_until
+from tests.gateway.conftest import FakePublisher, Gateway, as_new_tenant, wait_until
 
 PATH = "/v1/batches/b"
 
@@ -83,6 +84,19 @@ def test_a_batch_that_is_fed_costs_no_look_into_the_object_store(
     assert (first["state"], first["counts"]["queued"], first["cancel_requested"]) == ("feeding", 2, False)
     assert (second["state"], second["counts"]["queued"], second["cancel_requested"]) == ("feeding", 3, True)
     assert second["source"] == "inferq:x"
+
+
+def test_a_batch_that_nobody_feeds_is_handed_over_to_be_cancelled(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    made(lone_gateway)
+    publisher.error = Outage("away")
+    assert lone_gateway.http.post(f"{PATH}/cancel").status_code == 503
+    publisher.error = None
+    answer = lone_gateway.http.post(f"{PATH}/cancel")
+    assert (answer.status_code, answer.json()["cancel_requested"]) == (202, True)
+    (message,) = publisher.messages
+    assert (message.routing_key, json.loads(message.body)[1]["batch_id"]) == ("batches", "b")
 
 
 def test_a_tenant_never_gets_what_is_kept_of_anothers_batch(lone_gateway: Gateway) -> None:

@@ -191,6 +191,8 @@ def test_base64_data_comes_back(data: bytes) -> None:
 
 def test_s3_keys_are_taken_literally() -> None:
     assert split_s3_url("s3://bucket/a/b c%20?x#y.png") == ("bucket", "a/b c%20?x#y.png")
+    spaces = "Screenshot 9.41\u202fAM\u3000\u00a0\U0001f469\u200d\U0001f4bb.png"
+    assert split_s3_url(f"s3://bucket/{spaces}") == ("bucket", spaces)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -115,6 +116,21 @@ def test_a_malformed_message_is_dead_lettered_with_its_reason_and_stops_nobody(s
             assert failure.status == "failed"
             assert failure.error is not None
             assert failure.error.code == reason
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [({"batch_line": 7}, ("b", 7)), ({"batch_line": "seven"}, (None, None)), ({}, (None, None))],
+)
+def test_the_failure_of_an_unreadable_line_is_that_lines(
+    site: Site, line: dict[str, Any], kept: tuple[str | None, int | None]
+) -> None:
+    site.worker()
+    site.publish({"task_id": "b.7", "options": {"surprise": 1}, "batch_id": "b", **line})
+    failure = site.ended("b.7")
+    assert failure.error is not None
+    assert failure.error.code == "invalid_task"
+    assert (failure.batch_id, failure.batch_line) == kept
 
 
 def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
