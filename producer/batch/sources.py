@@ -81,6 +81,16 @@ class Sources:
         with self._pieces(source.key, packed=source.gzip, start=cursor.offset) as pieces:
             yield read_lines(pieces, line=cursor.line, offset=cursor.offset)
 
+    def own_ids(self, source: BatchSource) -> Iterator[str]:
+        """The task ids that the lines name, each once. Raises SourceUnusable."""
+        if not source.own_ids:
+            return
+        with self.lines(source) as lines, self.taken(source) as taken:
+            for line in lines:
+                task_id = named_id(line.content)
+                if task_id is not None and _TASK_ID.fullmatch(task_id) and taken.by(line.number) is None:
+                    yield task_id
+
     @contextmanager
     def taken(self, source: BatchSource, *, after: int = 0) -> Iterator[Taken]:
         """Which lines behind `after` name a task id that another line has taken."""

@@ -10,6 +10,7 @@ from celery import Celery
 
 from broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
 from producer.batch.again import again_unless_done, loaded_once
+from producer.batch.lines import SourceUnusable
 from producer.batch.surroundings import Surroundings
 from producer.nightly.night import (
     Night,
@@ -110,10 +111,18 @@ class Watcher:
         if batch is None:
             return
         source = around.batches.source(tenant, run.run_id)
-        ended = ended_between(around.store, batch, since, closes, readers=around.settings.batch_readers)
+        ended = ended_between(
+            around.store, batch, since, closes,
+            readers=around.settings.batch_readers,
+            own_ids=around.sources.own_ids(source) if source is not None else (),
+        )  # fmt: skip
         total = None if source is None else source.total
         began = night_began(run, since, closes)
-        night = paused_night(run, day_of(run, closes), began, closes, total, ended)
+        try:
+            night = paused_night(run, day_of(run, closes), began, closes, total, ended)
+        except SourceUnusable as error:
+            _log.warning("run %s: a night cannot be told: %s", run.run_id, error)
+            return
         if night.ended:
             self._tell(night, night.night)
 

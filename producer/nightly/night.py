@@ -21,7 +21,7 @@ from producer.batch.assembly import pages_of
 from producer.nightly.runs import Run
 from schemas import Batch, BatchSummary, Callback, EndState, Result, callback_id
 from schemas.encoding import to_json
-from storage import ObjectStore, ResultStore, UnreadableResult, folder
+from storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResult, folder
 
 EVENT = "nightly.summary"
 
@@ -188,35 +188,56 @@ class _Body(BaseModel):
 
 
 def ended_between(
-    store: ObjectStore, batch: Batch, after: datetime, until: datetime, *, readers: int
+    store: ObjectStore,
+    batch: Batch,
+    after: datetime,
+    until: datetime,
+    *,
+    readers: int,
+    own_ids: Iterable[str] = (),
 ) -> Iterator[Ended]:
     """How the tasks of a batch ended behind `after` and not behind `until`, in constant memory.
 
-    Every result is read. Tasks with ids of their own are not found. One that succeeded after a failure, as
-    a redriven one does, ended when it succeeded.
+    `own_ids` are those that the lines name. Every result is read. One that succeeded after a failure, as a
+    redriven one does, ended when it succeeded.
     """
-    prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")
-    records = (info for info in store.list(prefix) if _is_record(info.key.removeprefix(prefix)))
-    found = (
-        last.key
-        for _, of_task in groupby(records, key=lambda info: info.key.rpartition("/")[0])
-        if after < (last := list(of_task)[-1]).modified <= until
-    )
     results = ResultStore(store)
+
+    def last_of(records: Iterable[ObjectInfo]) -> str | None:
+        """The key of the record that a task ended with, where that was then."""
+        last = None
+        for info in records:
+            if info.key.rpartition("/")[2] in _RECORDS:
+                last = info
+        return last.key if last is not None and after < last.modified <= until else None
+
+    def end_of(key: str) -> Ended | None:
+        return _end(results, store.get(key), batch.batch_id)
+
+    def own_end(task_id: str) -> Ended | None:
+        place = folder(batch.tenant, task_id)
+        # What lies deeper are its artifacts and callbacks.
+        key = last_of(info for info in store.list(place) if "/" not in info.key.removeprefix(place))
+        return end_of(key) if key is not None else None
+
+    prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")
+    flat = (info for info in store.list(prefix) if info.key.removeprefix(prefix).count("/") == 1)
+    tasks = groupby(flat, key=lambda info: info.key.rpartition("/")[0])
+    listed = (key for _, records in tasks if (key := last_of(records)) is not None)
     with ThreadPoolExecutor(readers) as threads:
-        while some := list(islice(found, _AT_A_TIME)):
-            yield from threads.map(lambda key: _end(results, store.get(key)), some)
+        for look, names in ((end_of, listed), (own_end, iter(own_ids))):
+            while some := list(islice(names, _AT_A_TIME)):
+                yield from (end for end in threads.map(look, some) if end is not None)
 
 
-def _end(results: ResultStore, record: bytes) -> Ended:
+def _end(results: ResultStore, record: bytes, batch_id: str) -> Ended | None:
+    """How a task ended; None where it is another batch's."""
     try:
         result = Result.model_validate_json(record)
     except ValidationError:
         return Ended("failed", UnreadableResult.code)
+    if result.batch_id != batch_id:
+        return None
     # As in a run's summary, where the cancelled are no failures.
     code = result.error.code if result.error and result.status == "failed" else None
     return Ended(result.status, code, pages_of(results, result))
-
-
-def _is_record(rest: str) -> bool:
-    return rest.partition("/")[2] in _RECORDS

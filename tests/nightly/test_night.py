@@ -20,7 +20,7 @@ from producer.nightly.night import Ended, ended_between
 from producer.nightly.runs import Run, RunLog
 from producer.settings import BatchSettings
 from schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Result
-from storage import StorageSettings
+from storage import BatchSource, StorageSettings
 
 START = "2026-11-25T01:30"
 EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
@@ -61,10 +61,17 @@ class Nights:
         return Watcher(self.around, self.run).look(since, at(now))
 
     def ends(
-        self, line: int, clock: str, *, pages: int = 1, code: str | None = None, status: str = "failed"
+        self,
+        line: int,
+        clock: str,
+        *,
+        pages: int = 1,
+        code: str | None = None,
+        status: str = "failed",
+        task_id: str | None = None,
     ) -> None:
         """The task of a line ends then."""
-        task_id = self.batch.task_id(line)
+        task_id = task_id or self.batch.task_id(line)
         result = Result(
             task_id=task_id, task_type="ocr", tenant="default", attempts=1, finished_at=at(clock),
             batch_id=self.batch.batch_id, batch_line=line, digest="d",
@@ -74,7 +81,10 @@ class Nights:
         )  # fmt: skip
         self.around.results.save(result)
         name = "failure.json" if code else "result.json"
-        os.utime(self._folder / "tasks" / "default" / task_id / name, (at(clock).timestamp(),) * 2)
+        os.utime(self.path(task_id, name), (at(clock).timestamp(),) * 2)
+
+    def path(self, task_id: str, name: str) -> Path:
+        return self._folder / "tasks" / "default" / task_id / name
 
     def over(self, clock: str, *, state: str = "completed", **more: Any) -> None:
         counts = more.pop("counts")
@@ -156,6 +166,26 @@ def test_pages_count_in_an_output_that_is_an_artifact_and_a_spoilt_record_is_a_f
     assert sorted(ended, key=lambda end: end.pages or 0) == [
         Ended("failed", "result_unreadable"), Ended("succeeded", None, 3), Ended("succeeded", None, 400),
     ]  # fmt: skip
+
+
+def test_lines_with_ids_of_their_own_count_where_the_result_is_theirs(nights: MakeNights) -> None:
+    run = nights()
+    run.around.store.put("lines", b'{"task_id": "mine"}\n{}\n{"task_id": "mine"}\n{"task_id": "foreign"}\n')
+    run.around.store.put("taken", b"[3,1]\n")
+    source = BatchSource(key="lines", gzip=False, lines=4, blank=0, taken="taken", own_ids=True)
+    run.around.batches.keep_source("default", run.batch.batch_id, source)
+    run.ends(1, "2026-11-25T02:00", task_id="mine", pages=5)
+    run.ends(2, "2026-11-25T03:00")
+    other = Result(
+        task_id="foreign", task_type="ocr", tenant="default", attempts=1, finished_at=at("2026-11-25T02:00"),
+        status="succeeded", digest="d", output={},
+    )  # fmt: skip
+    run.around.results.save(other)
+    store_clock = at("2026-11-25T02:00").timestamp()
+    os.utime(run.path("foreign", "result.json"), (store_clock, store_clock))
+    run.look(at(START), "2026-11-25T06:00:05")
+    (told,) = run.told
+    assert (told["succeeded"], told["pages"], told["total"]) == (2, 6, 4)
 
 
 def test_a_task_that_was_redriven_ends_once_and_when_it_succeeds(nights: MakeNights) -> None:
