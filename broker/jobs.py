@@ -96,13 +96,13 @@ def callback_message(
     callback: Callback,
     *,
     attempts: Sequence[CallbackAttempt] = (),
-    resent: bool = False,
+    resent_at: datetime | None = None,
     since: datetime | None = None,
 ) -> Message:
     """The message that has a callback delivered, however long that takes.
 
-    `attempts` are those that were made so far. `resent`: it had been given up, and its owner asked again.
-    `since`: when the delivery first saw it.
+    `attempts` are those that were made so far. `resent_at`: when its owner asked for it again. `since`: when
+    the delivery first saw it.
     """
     return job_message(
         CALLBACK_JOB,
@@ -110,7 +110,7 @@ def callback_message(
         {
             "callback": callback.model_dump(mode="json"),
             "attempts": [attempt.model_dump(mode="json", exclude_none=True) for attempt in attempts],
-            "resent": resent,
+            **({"resent_at": resent_at.isoformat()} if resent_at is not None else {}),
             **({"since": since.isoformat()} if since is not None else {}),
         },
         job_id=callback.callback_id,

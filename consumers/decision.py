@@ -106,14 +106,7 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
     known = facts.ended.digest if facts.ended is not None else facts.recorded_digest
     if known is not None and known != facts.digest:
         # The id belongs to the other task, and so does its record.
-        return Bury(
-            InvalidTask(
-                f"task_id {task.task_id!r} of tenant {task.tenant!r} already names a task with other "
-                "content; choose another id",
-                code="id_conflict",
-            ),
-            record=False,
-        )
+        return id_conflict(task)
     # A failure without a digest is that of an unreadable message with this id, not of this task.
     if (
         known is not None
@@ -148,6 +141,18 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
             )
         )
     return Run()
+
+
+def id_conflict(task: Task) -> Bury:
+    """What becomes of a task whose id another one has."""
+    return Bury(
+        InvalidTask(
+            f"task_id {task.task_id!r} of tenant {task.tenant!r} already names a task with other content; "
+            "choose another id",
+            code="id_conflict",
+        ),
+        record=False,
+    )
 
 
 def after_failure(

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
-from consumers.decision import Bury, Cancel, Expire, Facts, Retry, Run, Skip, after_failure, before_run
+from consumers.decision import (
+    Bury,
+    Cancel,
+    Expire,
+    Facts,
+    Retry,
+    Run,
+    Skip,
+    after_failure,
+    before_run,
+    id_conflict,
+)
 from consumers.engine_messages import Done, Failed, FileNote
 from consumers.engine_process import AbortReason, EngineDied, RunAborted, Watch
 from consumers.engine_seat import EngineSeat, NotBegun, Turn
@@ -478,6 +489,8 @@ class TaskRun:
             with suppress(Outage):  # the next one is computed again, and that is all
                 around.cache.keep(result, self._cache_key)
         around.metrics.observe(task.task_type, result.timings)
+        if kept.digest is not None and kept.digest != self._digest:
+            return self._bury(task, id_conflict(task))  # the other one came between
         return "succeeded" if kept is result else "skipped"
 
     def _upload(self, task: Task, name: str, note: FileNote) -> Artifact:

@@ -79,6 +79,7 @@ class CallbackRecord(BaseModel):
     attempts: tuple[CallbackAttempt, ...] = ()
     next_at: AwareDatetime | None = Field(None, description="When the next attempt is due, about.")
     reason: str | None = Field(None, description="Why it was given up, or what it waits for.")
+    resent_at: AwareDatetime | None = Field(None, description="When its owner asked for it again, last.")
     updated_at: AwareDatetime
     body: str | None = None
 

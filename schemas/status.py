@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
-from schemas.result import ErrorInfo, Result
+from schemas.result import OUTPUT_ARTIFACT, ErrorInfo, Result
 from schemas.task import Priority
 
 State = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
@@ -81,8 +81,8 @@ def sequence_of(state: State, *, attempt: int, redrives: int, progress: float | 
     """The place of an event among all events of its task: what happened later has the larger number.
 
     It counts by redrive, attempt and how far the attempt is; the same event always has the same number.
-    Attempts beyond 998 count as 998. A success counts as the last of all attempts, as it takes the place of a
-    failure, which may be a later attempt's. `progress` is a fraction from 0 to 1.
+    Attempts beyond 998 count as 998. A success counts as the last of all attempts and redrives, as it takes
+    the place of a failure, which may be a later one's. `progress` is a fraction from 0 to 1.
     """
     attempt = min(attempt, _LAST_ATTEMPT - 1)
     if state == "queued":
@@ -92,12 +92,13 @@ def sequence_of(state: State, *, attempt: int, redrives: int, progress: float | 
     elif state == "retrying":
         phase = _ATTEMPT_FAILED
     elif state == "succeeded":
-        attempt, phase = _LAST_ATTEMPT, _ATTEMPT_ENDED
+        redrives, attempt, phase = _LAST_REDRIVE, _LAST_ATTEMPT, _ATTEMPT_ENDED
     else:
         phase = _ATTEMPT_ENDED
-    return (min(redrives, 1_000_000) * (_LAST_ATTEMPT + 1) + attempt) * (_ATTEMPT_ENDED + 1) + phase
+    return (min(redrives, _LAST_REDRIVE) * (_LAST_ATTEMPT + 1) + attempt) * (_ATTEMPT_ENDED + 1) + phase
 
 
+_LAST_REDRIVE = 1_000_000
 _LAST_ATTEMPT = 999
 _PROGRESS_STEPS = 9_996
 _ATTEMPT_FAILED = 9_998
@@ -125,7 +126,8 @@ class Event(BaseModel):
 
         `output` is the output as compact JSON text, where the result itself leaves it out.
         """
-        value, small = result.output, True
+        # A large one is an artifact, of which an event says nothing.
+        value, small = result.output, all(artifact.name != OUTPUT_ARTIFACT for artifact in result.artifacts)
         if output is not None:
             # One of more than twice the size is too large however it is written, and not worth reading.
             small = len(output) <= 2 * INLINE_EVENT_OUTPUT_BYTES

@@ -9,12 +9,13 @@ until it is delivered after all.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
 from pydantic import ValidationError
 
-from schemas import CallbackRecord, SubjectKind
+from schemas import Callback, CallbackRecord, SubjectKind
 from schemas.encoding import to_json
 from storage.objects import ObjectNotFound, ObjectStore
 from storage.results import segment
@@ -32,9 +33,14 @@ _EVERY = 1_000_000_000
 _SAVE = """
 local record, failures = KEYS[1], KEYS[2]
 local id, state, json, member, now, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local resent = ARGV[9]
 local before = redis.call('HGET', record, id)
--- A copy that is late must not take a delivery back.
-if before and state ~= 'delivered' and cjson.decode(before).state == 'delivered' then return 0 end
+if before and state ~= 'delivered' then
+  local known = cjson.decode(before)
+  local sent = type(known.resent_at) == 'string' and string.gsub(known.resent_at, 'Z$', '') or ''
+  -- What was sent again stands over what was sent before, and a delivery over a copy of it that is late.
+  if resent < sent or (resent == sent and known.state == 'delivered') then return 0 end
+end
 if not before and redis.call('HLEN', record) >= tonumber(ARGV[8]) then return 0 end
 redis.call('HSET', record, id, json)
 redis.call('EXPIRE', record, retention)
@@ -58,7 +64,10 @@ class CallbackRecords:
         self._save = index.script(_SAVE)
 
     def note(self, record: CallbackRecord) -> None:
-        """Put a record into the index, over the one of before; one that says delivered stands."""
+        """Put a record into the index, over the one of before.
+
+        One that says delivered stands, unless it was sent again since; so does one that was sent again later.
+        """
         keys = [_key(record.tenant, record.subject_kind, record.subject_id), _failures(record.tenant)]
         text = to_json(record.model_copy(update={"body": None}))
         member = f"{record.subject_kind}:{record.subject_id}:{record.callback_id}"
@@ -74,6 +83,7 @@ class CallbackRecords:
                 self._index.retention,
                 _MOST_FAILURES,
                 _MOST_RECORDS if record.event == "task.progress" else _EVERY,
+                _moment(record.resent_at),
             ],
         )
 
@@ -88,6 +98,12 @@ class CallbackRecords:
         """Forget that it was given up: it has been delivered."""
         place = _place(record.tenant, record.subject_kind, record.subject_id)
         self._store.delete(f"{place}{record.callback_id}.json")
+
+    def known(self, callback: Callback) -> CallbackRecord | None:
+        """What the index knows of a callback."""
+        key = _key(callback.tenant, callback.subject_kind, callback.subject_id)
+        text: Any = self._index.ask(lambda client: client.hget(key, callback.callback_id))
+        return _read(text) if text is not None else None
 
     def indexed(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
         """What the index knows of the callbacks of a task or batch."""
@@ -123,6 +139,11 @@ class CallbackRecords:
 
         records = (_read(text) for text in self._index.ask(ask))
         return tuple(record for record in records if record is not None and record.state == "failed")
+
+
+def _moment(at: datetime | None) -> str:
+    """As it stands in the record's JSON, without the Z: such texts compare as the moments do."""
+    return at.astimezone(UTC).isoformat().removesuffix("+00:00") if at is not None else ""
 
 
 def _read(text: str | bytes) -> CallbackRecord | None:

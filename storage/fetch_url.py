@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
+import idna
+
 from schemas import InvalidTask
 
 _PORTS = {"http": 80, "https": 443}
@@ -131,7 +133,8 @@ def _host(host: str, *, bracketed: bool) -> str:
             raise ValueError("an IPv6 zone means nothing to anybody else")
         return str(IPv6Address(host))
     if not host.isascii():
-        host = host.encode("idna").decode().lower()
+        # As browsers do: the standard library's own codec takes some names for somebody else's.
+        host = idna.encode(host, uts46=True).decode()
     if not _HOST.fullmatch(host) or ".." in host or len(host) > 253:
         raise ValueError(f"{host[:80]!r} is not a host name" if host else "it has no host")
     return host

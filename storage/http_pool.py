@@ -71,10 +71,17 @@ class HttpPool:
             scheme=url.scheme.encode(), host=url.host.encode(), port=url.port, target=url.target.encode()
         )
 
+        connected = False
+
+        def trace(event: str, _about: object) -> None:
+            nonlocal connected
+            connected = connected or event == "connection.connect_tcp.started"
+
         def send(stack: ExitStack) -> httpcore.Response:
+            extensions = {"timeout": self._timeouts, "trace": trace}
             return stack.enter_context(
                 self._connections.stream(
-                    method, place, headers=encoded, content=content, extensions={"timeout": self._timeouts}
+                    method, place, headers=encoded, content=content, extensions=extensions
                 )
             )
 
@@ -83,6 +90,8 @@ class HttpPool:
                 response = send(stack)
             except (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError):
                 # A kept connection may have been closed by the server just now: a fresh one tells.
+                if connected:
+                    raise
                 response = send(stack)
             yield response
 

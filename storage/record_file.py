@@ -91,6 +91,7 @@ class RecordFile(Generic[R]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # The lock is a file of its own: the other one is replaced, and a lock on it with it.
             lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+            self._give(lock)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -110,6 +111,12 @@ class RecordFile(Generic[R]):
             return None
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
+    def _give(self, handle: int) -> None:
+        """Give a file to the owner of the records, or of their folder: root may have made it for another."""
+        if os.geteuid() == 0:
+            owner = (self.path if self.path.exists() else self.path.parent).stat()
+            os.fchown(handle, owner.st_uid, owner.st_gid)
+
     def _write(self, records: Sequence[R]) -> None:
         text = json.dumps([self._dump(record) for record in records], indent=2) + "\n"
         try:
@@ -117,6 +124,7 @@ class RecordFile(Generic[R]):
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
                     os.fchmod(handle, 0o600)
+                    self._give(handle)
                     file.write(text)
                     file.flush()
                     os.fsync(handle)

@@ -36,6 +36,9 @@ _LATER_SECONDS = 30.0
 
 _AFTER_FAULT_SECONDS = 60.0
 
+_HUNG_SECONDS = 6 * 3600.0
+"""For how long a target has to time out, with nothing else between, until what is overdue is given up."""
+
 
 class Job(BaseModel):
     """What the job `callbacks.deliver` is given. `since`: when it was seen here for the first time."""
@@ -44,14 +47,14 @@ class Job(BaseModel):
 
     callback: Callback
     attempts: tuple[CallbackAttempt, ...] = ()
-    resent: bool = False
+    resent_at: AwareDatetime | None = None
     since: AwareDatetime | None = None
 
     def message(self) -> Message:
         return callback_message(
             self.callback,
             attempts=self.attempts,
-            resent=self.resent,
+            resent_at=self.resent_at,
             since=self.since or datetime.now(UTC),
         )
 
@@ -75,6 +78,8 @@ class Delivery:
         """
         schedule = self.settings.callback_schedule
         if job.attempts:
+            if self._is_delivered(job):
+                return None
             decision = after_attempt(job.attempts, schedule)
             if isinstance(decision, GivenUp):  # before, when that could not be kept
                 self._follow(job, decision)
@@ -88,13 +93,21 @@ class Delivery:
 
     def overdue(self, since: datetime | None) -> bool:
         """Whether the schedule is over for a callback seen then, and what a receiver may ask for on top."""
-        if since is None:
-            return False
-        whole = sum(self.settings.callback_schedule) * (1 + JITTER) + MAX_RETRY_AFTER
-        return datetime.now(UTC) - since > timedelta(seconds=whole)
+        return since is not None and datetime.now(UTC) - since > timedelta(seconds=self._whole)
+
+    def hopeless(self, since: datetime | None, hung: float) -> bool:
+        """Whether to give up a callback that is overdue, as its target has hung for so many seconds.
+
+        After a standstill of our own all are overdue, and the target is given time to take them.
+        """
+        return hung > min(self._whole, _HUNG_SECONDS) and self.overdue(since)
+
+    @property
+    def _whole(self) -> float:
+        return sum(self.settings.callback_schedule) * (1 + JITTER) + MAX_RETRY_AFTER
 
     def expire(self, job: Job) -> None:
-        """Give up a callback that is overdue, and whose target takes nothing. Raises Outage, as `attempt`."""
+        """Give up a callback that is hopeless. Raises Outage, as `attempt`."""
         seen = f" since {job.since:%Y-%m-%d %H:%M} UTC" if job.since is not None else ""
         self._give_up(
             job,
@@ -142,7 +155,7 @@ class Delivery:
             case Delivered():
                 self._note(_record(job, "delivered"))
                 last = len(job.attempts) >= len(self.settings.callback_schedule)
-                if job.resent or last or self.overdue(job.since):
+                if job.resent_at is not None or last or self.overdue(job.since):
                     # It may have been given up before: a crash came between that and the ack.
                     self._drop(job)
                 self.metrics.outcomes.labels("delivered").inc()
@@ -155,7 +168,19 @@ class Delivery:
             case GivenUp(reason):
                 self._give_up(job, reason)
 
+    def _is_delivered(self, job: Job) -> bool:
+        """Whether another copy of the job, or one that was sent again, has been delivered meanwhile."""
+        try:
+            known = self.records.known(job.callback)
+        except Outage:
+            return False
+        if known is None or known.state != "delivered":
+            return False
+        return job.resent_at is None or (known.resent_at is not None and known.resent_at >= job.resent_at)
+
     def _give_up(self, job: Job, reason: str) -> None:
+        if self._is_delivered(job):
+            return
         record = _record(job, "failed", reason=reason)
         callback = job.callback
         try:
@@ -213,6 +238,7 @@ def _record(
         attempts=job.attempts,
         next_at=next_at,
         reason=reason,
+        resent_at=job.resent_at,
         updated_at=datetime.now(UTC),
         body=callback.body,
     )

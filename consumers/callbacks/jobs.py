@@ -109,8 +109,8 @@ class CallbackJobs:
                 document, target = None, _NO_TARGET
             delay = targets.enter(target)
             # A backlog for a target that hangs would have one attempt at a time, for months.
-            overdue = delay is not None and targets.hangs(target) and self._delivery.overdue(_since(document))
-            if delay is None or overdue:
+            hopeless = delay is not None and self._delivery.hopeless(_since(document), targets.hung(target))
+            if delay is None or hopeless:
                 try:
                     job = _read(message.body)
                 except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -119,7 +119,7 @@ class CallbackJobs:
                         targets.leave(target, None)
                     reject(_log, consumer.connection_errors)
                 else:
-                    if overdue:
+                    if hopeless:
                         self._endings.submit(self._expire, job).add_done_callback(settle)
                     else:
                         to_pool(message, body, ack, reject, callbacks)

@@ -31,11 +31,11 @@ _Standing = Literal["trusted", "new", "suspect"]
 
 @dataclass
 class _State:
-    """What is known of a target: whether the last sending timed out, the seconds that one takes, and when the
-    last one put aside is due."""
+    """What is known of a target: since when every sending has timed out, the seconds that one takes, and when
+    the last one put aside is due."""
 
     standing: _Standing = "new"
-    hangs: bool = False
+    hangs_since: float | None = None
     busy: int = 0
     seconds: float = 0.2
     next_at: float = 0.0
@@ -71,11 +71,13 @@ class Targets:
                 return None
             return self._delay(state)
 
-    def hangs(self, target: Target) -> bool:
-        """Whether the target timed out the last time."""
+    def hung(self, target: Target) -> float:
+        """For how many seconds every sending to the target has timed out; 0 where the last one did not."""
         with self._lock:
             state = self._states.get(target)
-            return state is not None and state.hangs
+            if state is None or state.hangs_since is None:
+                return 0.0
+            return self.clock() - state.hangs_since
 
     def leave(self, target: Target, seconds: float | None, *, timed_out: bool = False) -> None:
         """Give a place back after a sending that took so many seconds; None where nothing was sent."""
@@ -91,7 +93,10 @@ class Targets:
                 # It is back: nobody needs to queue up behind what it was.
                 state.next_at, state.seconds = 0.0, seconds
             state.standing = "suspect" if suspect else "trusted"
-            state.hangs = timed_out
+            if not timed_out:
+                state.hangs_since = None
+            elif state.hangs_since is None:
+                state.hangs_since = self.clock()
             state.busy -= 1
             state.seconds = 0.7 * state.seconds + 0.3 * seconds
             self._busy[state.standing] += state.busy

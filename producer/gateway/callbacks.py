@@ -19,6 +19,7 @@ from schemas import (
     EVENT_OF_STATE,
     Callback,
     CallbackRecord,
+    InferqError,
     Outage,
     SubjectKind,
     batch_callback,
@@ -145,8 +146,11 @@ async def _known(
         outage = error
     try:
         for record in await services.on_redis(services.callbacks.indexed, tenant, kind, subject_id):
-            body = known[record.callback_id].body if record.callback_id in known else None
-            known[record.callback_id] = record.model_copy(update={"body": body})
+            given_up = known.get(record.callback_id)
+            if given_up is None:
+                known[record.callback_id] = record
+            elif record.updated_at >= given_up.updated_at:  # the index may have missed that
+                known[record.callback_id] = record.model_copy(update={"body": given_up.body})
     except StatusOutage as error:
         if outage is not None:
             raise outage from error
@@ -155,9 +159,6 @@ async def _known(
 
 async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
     callback = await _made_again(services, record)
-    await services.publisher.confirm(
-        callback_message(callback, resent=True), timeout=services.settings.submit_timeout
-    )
     now = datetime.now(UTC)
     again = record.model_copy(
         update={
@@ -165,16 +166,29 @@ async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
             "reason": "sent again",
             "next_at": now,
             "attempts": (),
+            "resent_at": now,
             "updated_at": now,
             "body": None,
         }
     )
+    # Before, or this would stand over what becomes of it.
+    await _note(services, again)
+    try:
+        await services.publisher.confirm(
+            callback_message(callback, resent_at=now), timeout=services.settings.submit_timeout
+        )
+    except InferqError:
+        await _note(services, record.model_copy(update={"resent_at": now}))
+        raise
+    return again
+
+
+async def _note(services: Services, record: CallbackRecord) -> None:
     try:
         # Or whoever asks for all that failed again would start another chain of attempts.
-        await services.on_redis(services.callbacks.note, again)
+        await services.on_redis(services.callbacks.note, record)
     except StatusOutage as error:
-        _log.warning("callback %s is sent again, but not on record: %s", record.callback_id, error)
-    return again
+        _log.warning("callback %s is to be sent again, but not on record: %s", record.callback_id, error)
 
 
 async def _made_again(services: Services, record: CallbackRecord) -> Callback:

@@ -38,6 +38,7 @@ class Around:
     queue: list[Message] = field(default_factory=list)
     store_fault: Exception | None = None
     schedule: tuple[float, ...] = (0, 1, 1)
+    index: CallbackRecord | None = None
 
     def __post_init__(self) -> None:
         around: Any = self
@@ -62,6 +63,9 @@ class Around:
 
     def note(self, record: CallbackRecord) -> None:
         self.noted.append(record)
+
+    def known(self, _callback: Callback) -> CallbackRecord | None:
+        return self.index
 
     def keep(self, record: CallbackRecord) -> None:
         if self.store_fault is not None:
@@ -129,6 +133,25 @@ def test_a_last_attempt_that_is_made_twice_leaves_no_failure_behind() -> None:
     around.delivery.attempt(job)  # it was not acknowledged
     assert not around.kept
     assert [record.state for record in around.noted] == ["failed", "delivered"]
+
+
+def test_what_was_delivered_meanwhile_is_neither_sent_nor_kept_as_a_failure() -> None:
+    """It was sent again, or a crash had made two of one job."""
+    asked = datetime.now(UTC)
+    delivered = Around([500, 200])
+    delivered.run(new_job(500, resent_at=asked))
+    (_, record) = delivered.noted
+    assert (record.state, record.resent_at) == ("delivered", asked)
+
+    around = Around([500, 500], index=record)
+    around.run(new_job(500))
+    around.run(new_job(500, resent_at=asked))
+    assert not around.sent
+    around.delivery.expire(new_job(500))
+    assert not around.kept
+    around.run(new_job(500, resent_at=asked + timedelta(seconds=1)))  # since then asked for once more
+    assert len(around.sent) == 2
+    assert around.kept
 
 
 @dataclass
@@ -208,10 +231,14 @@ def test_a_backlog_for_a_target_that_hangs_ends_by_the_schedule(
     assert again.since == aside.since - day
     late = again.model_copy(update={"since": again.since - timedelta(seconds=5)})
     line.arrive(late)
+    # After a standstill of our own, it may well take what has piled up.
+    late = around.next_job()
+    vars(line.jobs._targets).update(clock=lambda: time.monotonic() + 6 * 3600)
+    line.arrive(late)
     ends = time.monotonic() + 5
-    while len(line.settled) < 3 and time.monotonic() < ends:
+    while len(line.settled) < 4 and time.monotonic() < ends:
         time.sleep(0.01)
-    assert line.settled == ["ack"] * 3
+    assert line.settled == ["ack"] * 4
     assert not around.queue
     assert not around.sent
     assert "goes on timing out" in str(around.kept[late.callback.callback_id].reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +29,18 @@ def test_rotation_keeps_the_secret_of_before_valid_for_a_while(secrets: WebhookS
     third = secrets.rotate("acme", keep=0).secret.get_secret_value()
     assert secrets.of("acme") == (third,)
     assert secrets.of("other") == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can write another's file")
+def test_what_root_rotates_stays_its_owners(secrets: WebhookSecrets, tmp_path: Path) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    os.chown(folder, 12345, 23456)
+    for _ in range(2):
+        secrets.rotate("acme")
+        for name in ("secrets.json", "secrets.json.lock"):
+            about = (folder / name).stat()
+            assert (about.st_uid, about.st_gid, stat.S_IMODE(about.st_mode)) == (12345, 23456, 0o600)
 
 
 def test_a_later_rotation_does_not_prolong_an_old_secret(secrets: WebhookSecrets) -> None:

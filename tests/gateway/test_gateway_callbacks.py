@@ -14,6 +14,7 @@ from schemas import (
     Callback,
     CallbackAttempt,
     CallbackRecord,
+    Outage,
     Result,
     batch_callback,
     end_callback,
@@ -62,7 +63,8 @@ def test_what_failed_is_sent_again_as_it_was_even_after_redis_was_lost(
     assert answer.status_code == 202
     assert [item["state"] for item in answer.json()["items"]] == ["waiting"]
     (again,) = sent(publisher)
-    assert again == {"callback": callback.model_dump(), "attempts": [], "resent": True}
+    assert datetime.fromisoformat(again.pop("resent_at")).tzinfo is not None
+    assert again == {"callback": callback.model_dump(), "attempts": []}
     with lone_gateway.someone() as other:
         assert other.post("/v1/tasks/t2/callbacks/resend").status_code == 404
 
@@ -133,6 +135,49 @@ def test_what_is_being_sent_again_is_not_sent_twice(lone_gateway: Gateway, publi
     assert lone_gateway.http.post(again).json()["items"] == []
     assert lone_gateway.http.get("/v1/callbacks").json()["items"] == []
     assert len(publisher.messages) == 1
+
+
+def test_what_was_given_up_while_redis_was_away_is_shown_and_sent_again(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    _, callback, records = ended(lone_gateway, "t9")
+    records.note(record(callback, "waiting"))
+    records.keep(record(callback, "failed"))
+    (shown,) = lone_gateway.http.get("/v1/tasks/t9/callbacks").json()["items"]
+    assert shown["state"] == "failed"
+    (again,) = lone_gateway.http.post("/v1/tasks/t9/callbacks/resend").json()["items"]
+    assert again["state"] == "waiting"
+    (shown,) = lone_gateway.http.get("/v1/tasks/t9/callbacks").json()["items"]
+    assert shown["state"] == "waiting"
+
+
+def test_a_delivered_one_that_is_sent_again_is_shown_as_that_goes(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    _, callback, records = ended(lone_gateway, "t10")
+    records.note(record(callback, "delivered"))
+    path = f"/v1/tasks/t10/callbacks/{callback.callback_id}/resend"
+
+    def shown() -> str:
+        (item,) = lone_gateway.http.get("/v1/tasks/t10/callbacks").json()["items"]
+        return str(item["state"])
+
+    publisher.error = Outage("away")
+    assert lone_gateway.http.post(path).status_code == 503
+    assert shown() == "delivered"
+    publisher.error = None
+    assert lone_gateway.http.post(path).status_code == 202
+    assert shown() == "waiting"
+    asked = datetime.fromisoformat(sent(publisher)[0]["resent_at"])
+    records.note(record(callback, "waiting", resent_at=asked))
+    records.note(record(callback, "failed"))  # of before
+    assert shown() == "waiting"
+    records.note(record(callback, "failed", resent_at=asked))
+    assert shown() == "failed"
+    assert lone_gateway.http.get("/v1/callbacks").json()["items"][0]["subject_id"] == "t10"
+    records.note(record(callback, "delivered", resent_at=asked))
+    records.note(record(callback, "failed", resent_at=asked))  # a late copy
+    assert shown() == "delivered"
 
 
 def ended_batch(gateway: Gateway, batch_id: str) -> tuple[Callback, CallbackRecords]:

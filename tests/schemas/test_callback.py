@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from broker import callback_message
 from schemas import (
     MAX_CALLBACK_BYTES,
+    Artifact,
     Callback,
     ErrorInfo,
     Event,
@@ -22,6 +23,7 @@ from schemas import (
     sequence_of,
     task_callback,
 )
+from schemas.result import OUTPUT_ARTIFACT
 
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 URL = "https://example.com/hook"
@@ -70,6 +72,15 @@ def test_a_body_is_small_and_json_whatever_the_task_holds(
         data["error"]["code"] != "c" * scale
         or len(data["error"]["message"]) < len(result.error.message if result.error else "")
     )
+
+
+def test_an_output_that_is_an_artifact_is_said_to_be_left_out() -> None:
+    artifact = Artifact(
+        name=OUTPUT_ARTIFACT, url="/o", content_type="application/json", bytes=300_000, sha256="0" * 64
+    )
+    data = Event.of_result(ended(artifacts=(artifact,))).data
+    assert (data.output, data.truncated) == (None, ("output",))
+    assert Event.of_result(ended(output=None)).data.truncated == ()
 
 
 def test_the_output_goes_before_the_metadata() -> None:
@@ -122,8 +133,9 @@ def test_what_happens_later_has_the_larger_number(
     if following > attempt:
         assert number("retrying") < number("running", attempt=following) < number("failed", attempt=following)
     assert number("failed", attempt=1200) < number("succeeded")
-    assert number("succeeded") < number("queued", attempt=1, redrives=redrives + 1)
-    assert number("succeeded") < number("running", attempt=1, redrives=redrives + 1)
+    assert number("failed") < number("queued", attempt=1, redrives=redrives + 1)
+    # It takes the place of a failure of whatever redrive: that of a copy which went on meanwhile.
+    assert number("failed", redrives=redrives + later) < number("succeeded") < 2**53
 
 
 @pytest.mark.parametrize(

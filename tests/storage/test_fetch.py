@@ -209,6 +209,15 @@ def test_a_kept_connection_that_the_server_closed_is_replaced(fetch: Fetch, serv
     fetch(server.url())
     failed(fetch, server.url("/close"))
     assert fetch(server.url()).bytes == 1
+    assert [request.split()[1] for request in server.requests] == [b"/", b"/close", b"/close", b"/"]
+
+
+def test_a_fresh_connection_that_the_server_closes_is_no_reason_to_ask_twice(
+    fetch: Fetch, server: Server
+) -> None:
+    server.answers["/close"] = lambda s: s.close()
+    failed(fetch, server.url("/close"))
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(("status", "code"), [

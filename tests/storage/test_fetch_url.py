@@ -85,6 +85,7 @@ def test_only_permitted_addresses_of_a_host_are_used() -> None:
             "http://bücher.example/ü?ü=é",
             HttpUrl("http", "xn--bcher-kva.example", 80, "/%C3%BC?%C3%BC=%C3%A9"),
         ),
+        ("http://faß.de/", HttpUrl("http", "xn--fa-hia.de", 80, "/")),  # fass.de is somebody else's
         ("http://h/a?b?c#d?e", HttpUrl("http", "h", 80, "/a?b?c")),
         ("http://h//a//b", HttpUrl("http", "h", 80, "//a//b")),
         ("http://my_host/", HttpUrl("http", "my_host", 80, "/")),

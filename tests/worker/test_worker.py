@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from broker import DeadLetters
-from schemas import PRIORITIES, parse_task
+from schemas import PRIORITIES, Result, parse_task
 from storage import ResultStore, StorageSettings, open_store
 from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually, starts
 
@@ -131,6 +131,22 @@ def test_the_failure_of_an_unreadable_line_is_that_lines(
     assert failure.error is not None
     assert failure.error.code == "invalid_task"
     assert (failure.batch_id, failure.batch_line) == kept
+
+
+def test_the_loser_of_an_id_that_two_tasks_have_is_dead_lettered(site: Site, tmp_path: Path) -> None:
+    site.worker()
+    options = {"gate": str(tmp_path / "gate"), "marker": str(tmp_path / "marker")}
+    task_id = site.publish({"fault": "gate", "options": options})
+    eventually(lambda: starts(tmp_path / "marker") == 1, what="the start of a task")
+    other = Result(
+        task_id=task_id, task_type="faulty", tenant="default", status="succeeded", attempts=1,
+        digest="0" * 64, output={}, finished_at=datetime.now(UTC),
+    )  # fmt: skip
+    site.results.save(other)
+    (tmp_path / "gate").touch()
+    (letter,) = eventually(site.dead, what="a dead letter")
+    assert (letter.reason, letter.task_id) == ("id_conflict", task_id)
+    assert site.ended(task_id) == other
 
 
 def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
