@@ -28,6 +28,7 @@ _COUNTS = (ATTEMPT, REDRIVES, ENGINE_DEATHS)
 _TRACE = (TRACEPARENT, "tracestate")
 _TRACE_CHARACTERS = 512
 _MOST = 1_000_000
+_SHORT_STRING_BYTES = 255
 """Counts in headers are anybody's to set; beyond this they are taken for this."""
 
 
@@ -191,14 +192,25 @@ def redriven_message(delivery: Delivery) -> Message:
 
 
 def named_id(delivery: Delivery) -> str | None:
-    """The task's id: the message's own where its producer set one, else the body's, else None."""
-    if delivery.message_id:
+    """The task's id: the message's own where its producer set one, else the body's, else None.
+
+    An id that no message can carry is none: an unreadable message may name anything.
+    """
+    if delivery.message_id and _fits(delivery.message_id):
         return delivery.message_id
     try:
         task_id = json.loads(delivery.body)["task_id"]
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
-    return task_id if isinstance(task_id, str) else None
+    return task_id if _fits(task_id) else None
+
+
+def _fits(task_id: object) -> bool:
+    """Whether it is a short string of AMQP. pika gives one that is not UTF-8 as bytes."""
+    try:
+        return isinstance(task_id, str) and len(task_id.encode()) <= _SHORT_STRING_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ def fetch_inputs(
 
     files = {}
     for name, url in task.inputs().items():
+        # A worker with a full disk would burn the attempts of task after task.
+        around.patiently("scratch folder", around.scratch.check_room, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
         # An outage of our own store delays the fetch; another's failure is the task's.
         fetch = partial(around.fetcher.fetch, url, folder, name, tenant=task.tenant, checkpoint=checkpoint)

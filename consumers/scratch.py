@@ -9,10 +9,18 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from schemas import InstallationError
+from schemas import InstallationError, Outage
 
 _PREFIX = "inferq-scratch-"
 _LOCK = ".lock"
+_LEAST_ROOM_BYTES = 16 << 20
+"""With less, the disk is full; an input that is larger than what is left may fit into another worker's."""
+
+
+class ScratchFull(Outage):
+    """No input can be stored, on this machine: no task's fault."""
+
+    code = "scratch_full"
 
 
 class ScratchFolder:
@@ -30,6 +38,12 @@ class ScratchFolder:
             raise InstallationError(
                 f"the scratch folder {parent} cannot be used: {error.strerror}; set INFERQ_SCRATCH_DIR"
             ) from error
+
+    def check_room(self) -> None:
+        """Raises ScratchFull where the disk has no room for anything, whatever takes it up."""
+        disk = os.statvfs(self.path)
+        if disk.f_bavail * disk.f_frsize < _LEAST_ROOM_BYTES or (disk.f_files > 0 and disk.f_favail == 0):
+            raise ScratchFull(f"the disk of {self.path} is full: free some space or set INFERQ_SCRATCH_DIR")
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -113,24 +113,28 @@ class Surroundings:
         before each repetition and may raise to give up.
         """
         failures = 0
-        while True:
-            try:
-                value = call()
-            except Outage as error:
-                failures += 1
-                if failures == 1:
-                    _log.warning("paused: %s is away, tasks in hand wait for it: %s", service, error)
-                self._pauses[service] = str(error)
-                self.metrics.paused.labels(service).set(1)
-                self.sleep(backoff(failures))
-                if checkpoint is not None:
-                    checkpoint()
-                continue
+        try:
+            while True:
+                try:
+                    value = call()
+                except Outage as error:
+                    failures += 1
+                    if failures == 1:
+                        _log.warning("paused: %s is away, tasks in hand wait for it: %s", service, error)
+                    self._pauses[service] = str(error)
+                    self.metrics.paused.labels(service).set(1)
+                    self.sleep(backoff(failures))
+                    if checkpoint is not None:
+                        checkpoint()
+                    continue
+                if failures:
+                    _log.info("resumed: %s is back", service)
+                return value
+        finally:
+            # However it ends, nothing waits any more: the next call that has to says so anew.
             if failures:
-                _log.info("resumed: %s is back", service)
                 self._pauses.pop(service, None)
                 self.metrics.paused.labels(service).set(0)
-            return value
 
     def meanwhile(self, call: Callable[[], T]) -> Future[T]:
         """Make a call beside the calling thread, which has one such call at a time."""

@@ -54,6 +54,9 @@ from storage import UnreadableResult
 _log = logging.getLogger(__name__)
 
 
+_NOT_HELD = "its connection was lost"
+
+
 class TaskRun:
     """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
 
@@ -94,7 +97,7 @@ class TaskRun:
         except Exception as error:
             # A delivery is settled whatever happens: one that ends its worker would go on to the next.
             _log.exception("%s: could not be brought to its end", self._name())
-            outcome = self._give_up(error)
+            outcome, why = self._give_up(error), "it could not be brought to its end"
         self._turn.leave()
         if outcome == "given_back":
             self._release()
@@ -119,6 +122,13 @@ class TaskRun:
         self._turn.leave()
         try:
             self._publish(self._dead(failure))
+        except (GracePassed, RunAborted):
+            return "given_back"
+        except Exception:
+            # It must not vanish without a trace: what is given back too often the broker puts aside itself.
+            _log.exception("%s: cannot be dead-lettered", self._name())
+            return "given_back"
+        try:
             self._record_anyhow(failure)
         except (GracePassed, RunAborted):
             return "given_back"
@@ -207,6 +217,8 @@ class TaskRun:
             case Run():
                 if not (self._turn.taken or self._await_engine(task)):
                     return self._cancelled(task)
+                if not self._consumer.holds(delivery):
+                    raise NotBegun(_NOT_HELD)  # what has begun goes on, but another worker may begin this now
                 self._notices.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
                 )
@@ -283,7 +295,7 @@ class TaskRun:
             if self._around.stopping:
                 raise NotBegun("the worker is stopping")
             if not self._consumer.holds(self._delivery):
-                raise NotBegun("its connection was lost")
+                raise NotBegun(_NOT_HELD)
             if self._turn.take(LOOK_SECONDS):
                 return True
             if self._abort_reason(task) == "cancelled":

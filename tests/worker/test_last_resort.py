@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any, cast
 import pytest
 
 from broker import Delivery, Message
+from consumers.inputs import fetch_inputs
 from consumers.metrics import WorkerMetrics
 from consumers.scratch import ScratchFolder
 from consumers.settings import WorkerSettings
 from consumers.surroundings import Surroundings
 from consumers.task_run import TaskRun
-from schemas import InvalidTask, Result, get_type, parse_task
-from storage import BatchIndex, Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
+from schemas import InvalidTask, Result, Task, get_type, parse_task
+from storage import BatchIndex, Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings, StoreOutage
 
 TASK = {"task_id": "b.7", "task_type": "echo", "payload": 1, "batch_id": "b", "batch_line": 7}
 
@@ -66,12 +69,14 @@ def settled(
     prepare: Callable[..., None] = broken,
     *,
     shared: bool = False,
+    held: bool = True,
 ) -> list[str]:
     """Complete a delivery by an engine that breaks; gives what was done with it."""
     done: list[str] = []
     consumer = SimpleNamespace(
         ack=lambda _delivery, *, more, gives_way: done.append("ack, giving way" if gives_way else "ack"),
         give_back=lambda _delivery: done.append("give back"),
+        holds=lambda _delivery: held,
     )
     seat = SimpleNamespace(
         engine=SimpleNamespace(usable=True, info=None, prepare=prepare),
@@ -107,6 +112,52 @@ def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(around: Sur
 
 def test_a_slot_with_another_task_in_hand_gives_way_from_the_ack_on(around: Surroundings) -> None:
     assert settled(around, replace(DELIVERY, tag=3), shared=True) == ["ack, giving way"]
+
+
+def test_what_was_lost_before_its_run_begins_is_another_workers(around: Surroundings) -> None:
+    ran: list[str] = []
+    assert settled(around, DELIVERY, ran.append, held=False) == ["give back"]
+    assert around.results.load("default", "b.7") is None
+    assert cast(ForgetfulPublisher, around.publisher).sent == []
+
+
+def test_what_cannot_even_be_dead_lettered_is_not_acknowledged(
+    around: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(around.publisher, "publish", broken)
+    assert settled(around, DELIVERY) == ["give back"]
+
+
+def test_a_pause_is_over_however_the_call_ends(around: Surroundings) -> None:
+    for end in (InvalidTask("no such upload"), None):
+        calls: list[Exception | None] = [StoreOutage("away"), end]
+
+        def call(calls: list[Exception | None] = calls) -> None:
+            if (error := calls.pop(0)) is not None:
+                raise error
+
+        with suppress(InvalidTask):
+            around.patiently("object store", call)
+        assert around.pauses() == []
+        assert around.metrics.paused.labels("object store")._value.get() == 0
+
+
+def test_a_full_disk_burns_no_attempt(around: Surroundings, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = os.statvfs(around.scratch.path)
+    full = SimpleNamespace(f_bavail=10, f_frsize=4096, f_files=disk.f_files, f_favail=disk.f_favail)
+    seen: list[list[str]] = []
+
+    def statvfs(_path: Path) -> Any:
+        seen.append(around.pauses())
+        return full if len(seen) < 3 else disk
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    monkeypatch.setattr(Task, "inputs", lambda _: {"file_url": "data:,x"})
+    task = parse_task(TASK)
+    inputs = fetch_inputs(around, task, Path(around.scratch.path) / "run", lambda: None)
+    assert inputs.files["file_url"].bytes == 1
+    assert "is full" in seen[-1][0]
+    assert around.pauses() == []
 
 
 def test_where_no_record_can_be_kept_it_is_settled_all_the_same(

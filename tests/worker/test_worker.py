@@ -94,6 +94,8 @@ MALFORMED = [
         b'{"task_id": "r5", "task_type": "faulty", "metadata": {"x": "' + b"y" * 70_000 + b'"}}',
         "task_too_large",
     ),
+    (b'{"task_id": "' + b"x" * 300 + b'", "task_type": "faulty"}', "invalid_task"),
+    (b'{"task_id": "\\ud83d", "task_type": "faulty"}', "not_json"),
 ]
 """Each with the reason why it is refused; those with an id like `r1` get a record."""
 
