@@ -151,10 +151,11 @@ class StatusIndex:
         status = read_status(task.tenant, task.task_id, fields)
         return Submission(new=bool(new), confirmed=bool(confirmed), conflict=bool(conflict), status=status)
 
-    def confirm(self, task: Task) -> None:
-        """The broker has the task; publishes `task.queued`, once."""
+    def confirm(self, task: Task) -> bool:
+        """The broker has the task; publishes `task.queued`, once. False where another has its id by now."""
         event = event_json("task.queued", task, "queued")
-        self._change("confirm", task.tenant, task.task_id, [*task_fields(task), event])
+        confirmed: int = self._change("confirm", task.tenant, task.task_id, [*task_fields(task), event])
+        return confirmed >= 0
 
     def forget(self, task: Task) -> None:
         """Undo `submit` where publishing failed; does nothing once the task is confirmed or has begun."""

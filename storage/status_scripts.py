@@ -49,6 +49,7 @@ local tenant, id, retention, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber
     + batch_scripts.LINES
     + """
 local everything = 'inferq:l:' .. tenant
+local begun = false
 
 local function state_index(state)
   if state ~= 'succeeded' then return 'inferq:s:' .. tenant .. ':' .. state end
@@ -108,12 +109,19 @@ end
 """
 )
 
+_BEGUN = """
+begun = true
+"""
+"""Stands before what a worker tells: the task is in its hands."""
+
 _TASK = """
 local ty, priority, digest, created = ARGV[5], ARGV[6], ARGV[8], ARGV[9]
 local batch, line = string.match(ARGV[7], '^([^/]*)/?(%d*)$')
 local known, order = unpack(redis.call('HMGET', key, 'd', 'o'))
-if known == '' and digest ~= '' then
-  -- The end of an unreadable message that named this id: it gives way to the task itself.
+local unconfirmed = begun and known and known ~= digest and tonumber(order) % 10 == 0
+if (known == '' or unconfirmed) and digest ~= '' then
+  -- The end of an unreadable message that named this id gives way to the task itself, and so does what was
+  -- submitted under it and not accepted.
   local left = state_index(redis.call('HGET', key, 's'))
   if left then redis.call('ZREM', left, id) end
   redis.call('DEL', key)
@@ -141,7 +149,7 @@ return reply
 """
 
 _CONFIRM = """
-if conflict then return 0 end
+if conflict then return -1 end
 if not known then
   create(ty, priority, batch, digest, created, 'queued', order_of(0, 1, QUEUED), 1)
 elseif order % 10 == 0 then
@@ -318,11 +326,11 @@ SOURCES = {
     "submit": _RECORD + _TASK + _SUBMIT,
     "confirm": _RECORD + _TASK + _CONFIRM,
     "forget": _RECORD + _FORGET,
-    "begin": _RECORD + _TASK + _BEGIN,
+    "begin": _RECORD + _BEGUN + _TASK + _BEGIN,
     "released": _RECORD + _RELEASED,
     "progress": _RECORD + _PROGRESS,
-    "retrying": _RECORD + _TASK + _RETRYING,
-    "ended": _RECORD + _TASK + _ENDED,
+    "retrying": _RECORD + _BEGUN + _TASK + _RETRYING,
+    "ended": _RECORD + _BEGUN + _TASK + _ENDED,
     "cancel": _RECORD + _CANCEL,
     "list": _LIST,
 }

@@ -84,11 +84,14 @@ async def follow(services: Services, tenant: str, task_id: str) -> AsyncGenerato
                 pass  # neither Redis nor the store can tell: ask again
             else:
                 if status is None:
-                    return
-                if shown.advances(status.state, status.attempt, status.progress, looked=True):
-                    yield await _current(services, status)
-                if status.ended:
-                    return
+                    if shown.nothing:
+                        return
+                    # Redis was emptied: a worker, or the end in the store, will tell.
+                else:
+                    if shown.advances(status.state, status.attempt, status.progress, looked=True):
+                        yield await _current(services, status)
+                    if status.ended:
+                        return
             doubt = True
             while event := await subscription.next(services.settings.events_heartbeat):
                 data = event.data
@@ -116,6 +119,10 @@ class _Shown:
     mark: tuple[int, int, int] = (-1, 0, 0)
     progress: float | None = None
     looked: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return self.mark < (0, 0, 0)
 
     def advances(self, state: State, attempt: int, progress: float | None, *, looked: bool) -> bool:
         """Whether this is news, and if so remember it; `looked` tells a look from an event heard."""

@@ -64,7 +64,10 @@ async def find_status(
     if status is not None and (status.ended or not (doubt or _doubtful(status))):
         return status
     try:
-        result = await find_result(services, tenant, task_id)
+        if status is None:
+            result = await find_result(services, tenant, task_id)
+        else:
+            result = await services.glance(services.results.load, tenant, task_id)
     except Outage:
         if status is None:
             raise

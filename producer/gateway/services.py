@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, ParamSpec, Protocol, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Depends, Request
 
 from broker.messages import Message
@@ -21,7 +22,7 @@ from schemas import Batch
 from storage.batch_index import BatchIndex
 from storage.batches import BatchStore
 from storage.callbacks import CallbackRecords
-from storage.objects import ObjectStore
+from storage.objects import ObjectStore, StoreOutage
 from storage.results import ResultStore
 from storage.status import StatusIndex
 
@@ -31,6 +32,10 @@ T = TypeVar("T")
 _REDIS_THREADS = 32
 _STORE_THREADS = 64
 _KNOWN_BATCHES = 256
+_GLANCE_SECONDS = 2.0
+_SLOW_SECONDS = 10.0
+"""How long an object store that took longer than a glance may is not asked for what can be done without."""
+_TAKES_LONG = "the object store takes long to answer"
 
 
 class TaskPublisher(Protocol):
@@ -75,6 +80,13 @@ class KnownBatches:
             self._batches.popitem(last=False)
 
 
+@dataclass
+class _Slow:
+    """Until when the object store is taken for slow, on the monotonic clock; 0 where it is not."""
+
+    until: float = 0.0
+
+
 @dataclass(frozen=True)
 class Services:
     """One gateway's surroundings. `closing` is set when it stops: whoever waits for long ends then.
@@ -97,6 +109,7 @@ class Services:
     batches: BatchStore
     batch_index: BatchIndex
     known_batches: KnownBatches = field(default_factory=KnownBatches)
+    _slow: _Slow = field(default_factory=_Slow)
     _redis_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REDIS_THREADS))
     _store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_STORE_THREADS))
     _upload_threads: CapacityLimiter = field(init=False)
@@ -111,6 +124,26 @@ class Services:
     async def on_store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a blocking call to the object store on a thread."""
         return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._store_threads)
+
+    async def glance(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call to the object store whose answer can be done without: it is waited for a moment only.
+
+        Raises StoreOutage after that, and from then on at once, but for one call in a while that tries.
+        """
+        slow = self._slow
+        if (now := time.monotonic()) < slow.until:
+            raise StoreOutage(_TAKES_LONG)
+        if slow.until:
+            slow.until = now + _SLOW_SECONDS
+        with move_on_after(_GLANCE_SECONDS) as scope:
+            whole = partial(call, *args, **kwargs)
+            try:
+                return await to_thread.run_sync(whole, limiter=self._store_threads, abandon_on_cancel=True)
+            finally:
+                if not scope.cancel_called:
+                    slow.until = 0.0
+        slow.until = time.monotonic() + _SLOW_SECONDS
+        raise StoreOutage(_TAKES_LONG)
 
     async def on_upload(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a call that lasts as long as a client takes to send."""

@@ -6,12 +6,13 @@ import asyncio
 import json
 import logging
 import time
+from collections import OrderedDict
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from broker.messages import task_message
-from producer.gateway.lookup import find_result
 from producer.gateway.problems import Fault, Refused, refusal_of
 from producer.gateway.services import Services
 from schemas import (
@@ -30,6 +31,9 @@ from storage.results import upload_key
 from storage.status import StatusOutage, Submission
 
 _FRESH = timedelta(hours=1)
+_TELL_SECONDS = 1.0
+_MOST_UNKNOWN = 10_000
+"""How many tasks are remembered of which Redis is still to be told; more are left to the workers."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ class Submitter:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._in_hand: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
+        self._unknown: OrderedDict[tuple[str, str], Task] = OrderedDict()
+        self._telling: asyncio.Task[None] | None = None
 
     async def submit(self, task: Task, *, own_id: bool, traceparent: str | None = None) -> TaskStatus:
         """Where the task stands once the broker has it; `own_id` says that the client chose the id.
@@ -100,6 +106,8 @@ class Submitter:
         """Wait for the submissions in hand; each has its own limit."""
         if self._in_hand:
             await asyncio.wait([running for _, running in self._in_hand.values()])
+        if self._telling is not None:
+            self._telling.cancel()
 
     async def _submit(self, task: Task, own_id: bool, traceparent: str | None) -> TaskStatus:
         submission = await self._record(task)
@@ -123,10 +131,29 @@ class Submitter:
             await self._forget(task)
             raise
         try:
-            await self._services.on_redis(self._services.status.confirm, task)
+            if not await self._services.on_redis(self._services.status.confirm, task):
+                raise _conflict(task)
         except StatusOutage as error:
             _log.warning("task %s: queued, though Redis does not know: %s", task.task_id, error)
+            self._tell_later(task)
         return submission.status if submission is not None else _queued(task)
+
+    def _tell_later(self, task: Task) -> None:
+        """Tell Redis of a task once it is back: nobody else would before a worker begins it."""
+        self._unknown[task.tenant, task.task_id] = task
+        if len(self._unknown) > _MOST_UNKNOWN:
+            self._unknown.popitem(last=False)
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        while self._unknown:
+            await asyncio.sleep(_TELL_SECONDS)
+            with suppress(StatusOutage):
+                while self._unknown:
+                    key, task = next(iter(self._unknown.items()))
+                    await self._services.on_redis(self._services.status.confirm, task)
+                    self._unknown.pop(key, None)
 
     async def _record(self, task: Task) -> Submission | None:
         try:
@@ -138,7 +165,7 @@ class Submitter:
 
     async def _known(self, task: Task) -> Result | None:
         try:
-            return await find_result(self._services, task.tenant, task.task_id)
+            return await self._services.glance(self._services.results.load, task.tenant, task.task_id)
         except Outage as error:
             # The worker looks again before it runs anything.
             _log.warning("task %s: whether it has ended before is not known: %s", task.task_id, error)
@@ -150,7 +177,7 @@ class Submitter:
                 continue
             try:
                 key = upload_key(task.tenant, url.removeprefix("inferq:"))
-                await self._services.on_store(self._services.store.stat, key)
+                await self._services.glance(self._services.store.stat, key)
             except ObjectNotFound as error:
                 detail = f"there is no uploaded file {url!r}; upload it first (POST /v1/files)"
                 raise Refused(

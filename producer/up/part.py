@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import secrets
@@ -17,9 +18,6 @@ from schemas import InstallationError
 LOOPBACK = "127.0.0.1"
 
 _random = random.SystemRandom()
-
-_reserved: list[socket.socket] = []
-"""Sockets bound to the ports that `free_ports` gave out in this process; nothing listens on them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def free_ports(count: int, *, besides: Collection[int] = ()) -> list[int]:
         except OSError:
             held.close()
             continue
-        _reserved.append(held)
+        atexit.register(held.close)
         found.append(port)
     raise InstallationError(f"no {count} free loopback ports between 15000 and 32000", code="no_free_port")
 

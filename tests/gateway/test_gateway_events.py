@@ -190,6 +190,22 @@ def test_a_stream_goes_on_when_redis_is_back(
             assert time.monotonic() - begun < 5
 
 
+def test_a_stream_outlasts_a_redis_that_came_back_empty(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
+) -> None:
+    with running(tmp_path, redis_url=redis_node.url, publisher=publisher, events_heartbeat=0.3) as gateway:
+        task = gateway.began("e")
+        with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
+            events = Stream(response).events()
+            assert next(events)["type"] == "task.started"
+            with redis.Redis.from_url(redis_node.url) as client:
+                client.flushdb()
+            timer = threading.Timer(1.0, gateway.end, (task,), {"redis": False})
+            timer.start()
+            assert [event["type"] for event in events][-1] == "task.succeeded"
+            timer.join()
+
+
 def test_streams_end_when_the_gateway_stops(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
     with running(tmp_path, redis_url=redis_url, publisher=publisher, shutdown_grace=30) as gateway:
         gateway.began("e")

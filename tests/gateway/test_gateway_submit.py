@@ -14,7 +14,9 @@ import httpx
 import pika
 import pytest
 
+from broker import Message
 from broker.errors import BrokerUnavailable, PublishRejected, Unroutable
+from producer.gateway.services import Services
 from producer.settings import GatewaySettings
 from schemas import MAX_BODY_BYTES, parse_task
 from tests.conftest import RabbitMQ, Redis
@@ -402,6 +404,60 @@ def test_without_redis_a_task_is_published_all_the_same(
         assert (again.status_code, again.json()["state"]) == (200, "succeeded")
         problem(gateway.http.put("/v1/tasks/a", json={**ECHO, "payload": 2}), 409, "id_conflict")
         assert publisher.ids() == ["a"]
+
+
+def test_redis_learns_of_a_task_once_it_is_back(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
+) -> None:
+    with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
+        redis_node.kill()
+        for task_id in ("a", "b"):
+            assert gateway.http.put(f"/v1/tasks/{task_id}", json=ECHO).status_code == 202
+        redis_node.start()
+        for task_id in ("a", "b"):
+            wait_until(lambda: gateway.http.get(f"/v1/tasks/{task_id}").status_code == 200)  # noqa: B023
+            assert gateway.http.get(f"/v1/tasks/{task_id}").json()["state"] == "queued"
+        assert gateway.http.post("/v1/tasks/a/cancel").status_code == 202
+
+
+def test_a_store_that_hangs_delays_no_submission_for_long(
+    lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services: Services = lone_gateway.server.config.app.state.services  # type: ignore[union-attr]
+    released = threading.Event()
+    asked: list[str] = []
+
+    def hang(_tenant: str, task_id: str) -> None:
+        asked.append(task_id)
+        released.wait(20)
+
+    monkeypatch.setattr("producer.gateway.services._GLANCE_SECONDS", 0.2)
+    monkeypatch.setattr(services.results, "load", hang)
+    begun = time.monotonic()
+    for number in range(20):
+        assert lone_gateway.http.put(f"/v1/tasks/hung{number}", json=ECHO).status_code == 202
+    assert time.monotonic() - begun < 10
+    assert asked == ["hung0"]
+    monkeypatch.setattr("producer.gateway.services._SLOW_SECONDS", 0.0)
+    services._slow.until = 0.01  # the while is over: one tries
+    released.set()
+    assert lone_gateway.http.put("/v1/tasks/hung20", json=ECHO).status_code == 202
+    assert (asked, services._slow.until) == (["hung0", "hung20"], 0.0)
+
+
+def test_a_submission_that_lost_its_id_to_a_task_in_a_workers_hands_is_a_conflict(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    """The other one is in the queue without a record, as one that came by AMQP."""
+    publish = publisher.confirm
+
+    async def begun_meanwhile(message: Message, *, timeout: float | None = None) -> None:
+        await publish(message, timeout=timeout)
+        lone_gateway.began("won", payload="another")
+
+    publisher.confirm = begun_meanwhile  # type: ignore[method-assign]
+    problem(lone_gateway.http.put("/v1/tasks/won", json=ECHO), 409, "id_conflict")
+    assert lone_gateway.http.get("/v1/tasks/won").json()["state"] == "running"
 
 
 def test_an_input_that_was_never_uploaded_is_refused_early(lone_gateway: Gateway) -> None:

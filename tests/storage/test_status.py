@@ -165,16 +165,29 @@ def test_another_task_of_the_same_id_is_a_conflict_and_changes_nothing(
     index.submit(task)
     submission = index.submit(other)
     assert (submission.new, submission.conflict) == (False, True)
+    assert index.confirm(other) is False
+    assert index.confirm(task) is True
     before = known(index, task)
-    index.confirm(other)
     index.forget(other)
     assert begin(index, other).digest == task.digest()
     index.retrying(other, attempt=1, redrives=0, error=ERROR)
     assert index.ended(end(other, "failed")) is False
     assert index.ended(end(other)) is False
     assert known(index, task) == before
-    assert events() == []
+    assert [event.type for event in events()] == ["task.queued"]
     assert index.submit(other).conflict
+
+
+def test_what_was_never_accepted_gives_way_to_a_task_in_a_workers_hands(index: StatusIndex) -> None:
+    """It came by AMQP, or Redis had forgotten it: that is the one that was promised to be done."""
+    task, refused = job(), job(text="refused")
+    index.submit(refused)
+    assert begin(index, task).digest is None
+    assert known(index, task).state == "running"
+    assert index.confirm(refused) is False
+    index.forget(refused)
+    assert index.ended(end(task)) is True
+    assert known(index, task).state == "succeeded"
 
 
 def test_of_racing_submissions_one_is_new(index: StatusIndex, race: Race) -> None:

@@ -16,8 +16,8 @@ import httpx
 import pytest
 from typer import Exit
 
+from producer.cli import up as commands
 from producer.client import Client
-from producer.up import commands
 from producer.up.detached import while_up
 from producer.up.folder import DataFolder
 from producer.up.foreground import Wish
