@@ -42,6 +42,8 @@ _TYPE_ATTRIBUTE = "user.inferq.content_type"
 _STALE_SECONDS = 86400.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.EPERM, errno.E2BIG)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _PLACE_TRIES = 500  # each takes microseconds
 
 
@@ -71,6 +73,7 @@ class LocalStore(ObjectStore):
         self._serial = count()
         self._token = secrets.token_hex(6)
         self._swept = False
+        self._linked = False
 
     def put(
         self,
@@ -98,7 +101,7 @@ class LocalStore(ObjectStore):
             os.mkdir(os.path.dirname(path))
         with self._temporary(key, data, clean_type(content_type)) as (temporary, _):
             try:
-                self._place(key, os.link, temporary, path)
+                self._place(key, self._link, temporary, path)
             except FileExistsError:
                 return False
         return True
@@ -198,8 +201,17 @@ class LocalStore(ObjectStore):
         return hmac.new(self._secret, f"{expires}\n{key}".encode(), hashlib.sha256).hexdigest()
 
     def ping(self) -> None:
-        with self._temporary("ping", b"inferq", ""):
-            pass
+        with self._temporary("ping", b"inferq", "") as (temporary, _):
+            if self._linked:
+                return
+            # Once: no result should have to be made to learn that `create` cannot keep it.
+            link = temporary + "-link"
+            try:
+                self._place("ping", self._link, temporary, link)
+            finally:
+                with suppress(OSError):
+                    os.unlink(link)
+            self._linked = True
 
     @cached_property
     def _secret(self) -> bytes:
@@ -213,7 +225,7 @@ class LocalStore(ObjectStore):
             fresh = secrets.token_hex(32).encode()
             with self._temporary(path, fresh, "", mode=0o600, fsync=True) as (temporary, _info):
                 with suppress(FileExistsError):
-                    self._place(path, os.link, temporary, path)
+                    self._place(path, self._link, temporary, path)
         raise StoreOutage(f"{path} could neither be read nor made")
 
     @contextmanager
@@ -312,6 +324,19 @@ class LocalStore(ObjectStore):
         except OSError as error:
             raise self._outage(error) from error
 
+    def _link(self, temporary: str, path: str) -> None:
+        # A rename that refuses to replace is no substitute: SMB, for one, checks that on the client alone.
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StoreOutage(
+                f"the local store {self._root} cannot be used: no hard links can be made there "
+                f"({error.strerror}), and without them results could overwrite each other; "
+                "set INFERQ_STORE_URL to a folder of a file system that has them, or to S3"
+            ) from error
+
     def _make_folder(self, folder: str) -> Sequence[str]:
         """Make a folder, and give the folders that got a new entry by that."""
         missing = []
@@ -360,6 +385,9 @@ def _sync_folder(folder: str) -> None:
         return  # whatever was in it has been deleted since
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:  # then the file system looks after its folders itself
+            raise
     finally:
         os.close(descriptor)
 

@@ -191,6 +191,53 @@ def test_a_bad_disk_is_an_outage_that_says_what_to_do(
     assert store.create("newer/k", b"data", content_type="text/plain")
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_without_hard_links_ping_says_so_before_a_result_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store = LocalStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", unsupported)
+        for _ in range(2):
+            with pytest.raises(StoreOutage, match=f"{tmp_path} .*hard links"):
+                store.ping()
+        with pytest.raises(StoreOutage, match="hard links"):
+            store.create("k", b"data", content_type="text/plain")
+        with pytest.raises(StoreOutage, match="hard links"):
+            store.signed_url("k", seconds=60)
+    assert list(store.list()) == []
+    store.ping()
+    monkeypatch.setattr(os, "link", unsupported)
+    store.ping()  # what has been seen to work once is not tried each time
+    assert list((tmp_path / ".inferq/partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_where_folders_cannot_be_synced_files_still_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = os.fsync
+    files: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        files.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = LocalStore(tmp_path)
+    store.ping()
+    store.put("a/b", b"put")
+    assert store.create("a/c", b"created", content_type="text/plain")
+    assert not store.create("a/c", b"again", content_type="text/plain")
+    assert (store.get("a/b"), store.get("a/c")) == (b"put", b"created")
+    assert len(files) == 4
+
+
 def test_a_folder_that_is_not_ours_is_an_outage(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     told: mp.Queue[str] = mp.get_context("fork").Queue()
