@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,9 @@ def keep_up(
 ) -> None:
     """Start everything, say so, and return once a signal has ended it all.
 
-    SIGINT, SIGTERM and SIGHUP stop in good order, a second one at once. `watch` may look for other reasons
-    to stop. Belongs to the main thread. Raises InferqError, everything stopped, where the start fails.
+    SIGINT, SIGTERM and SIGHUP (unless it is ignored) stop in good order, a second one at once. `watch` may
+    look for other reasons to stop. Belongs to the main thread. Raises InferqError, everything stopped, where
+    the start fails.
     """
     folder = DataFolder(wish.data)
     held = folder.hold()
@@ -52,7 +53,9 @@ async def _keep_up(
     plan = make_plan(folder, port=wish.port, types=wish.types)
     supervisor = Supervisor(plan.parts, folder.logs, mark=secrets.token_hex(16), report=report, held=held)
     loop = asyncio.get_running_loop()
-    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signals.append(signal.SIGHUP)
     for number in signals:
         loop.add_signal_handler(number, supervisor.request_stop)
     if watch is not None:
