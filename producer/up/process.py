@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from producer.up.guard import GENTLE, MARK, kill_all
 from producer.up.part import Part
 
-LOG_BYTES = 10 * 1024 * 1024
-"""A log that has grown beyond this is moved aside when its part starts."""
+LOG_BYTES = 50 * 1024 * 1024
+"""A log that has grown beyond this is set aside."""
 
 LINE = 400
 """Characters of a log's line that are shown; Erlang writes very long ones."""
@@ -30,8 +32,7 @@ def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
     cannot be started.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        log.replace(log.with_name(log.name + ".1"))
+    set_aside(log)
     parent = os.getpid()
     last_word = part.stop_signal if part.gentle else signal.SIGKILL
 
@@ -52,6 +53,17 @@ def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
+
+
+def set_aside(log: Path) -> None:
+    """Where a log has grown too large, copy it to `NAME.log.1` and empty it.
+
+    A part may be writing to it: what comes between the two is lost.
+    """
+    with suppress(OSError):  # not there yet, or no room for the copy: it stays as it is
+        if log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_name(log.name + ".1"))
+            os.truncate(log, 0)  # its part has it open to append, and goes on at its new end
 
 
 def stop(process: subprocess.Popen[bytes], part: Part) -> None:

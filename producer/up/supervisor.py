@@ -16,8 +16,10 @@ from typing import Literal
 
 from producer.up import guard
 from producer.up.part import Part
-from producer.up.process import last_lines, spawn
+from producer.up.process import last_lines, set_aside, spawn
 from schemas import InferqError
+
+LOG_LOOK_SECONDS = 60.0
 
 Stage = Literal["starting", "ready", "ended", "failing", "stopping"]
 
@@ -111,6 +113,7 @@ class Supervisor:
         keepers = [asyncio.create_task(self._keep(part)) for part in self._parts.values()]
         stop = asyncio.create_task(self._stop.wait())
         ready = asyncio.create_task(self._all_ready())
+        logs = asyncio.create_task(self._look_after_logs())
         try:
             await asyncio.wait([*keepers, stop, ready], return_when=asyncio.FIRST_COMPLETED)
             if not stop.done() and ready.done():
@@ -121,15 +124,22 @@ class Supervisor:
                     keeper.result()
         finally:
             self._stop.set()
-            for task in (*keepers, stop, ready):
+            tasks = (*keepers, stop, ready, logs)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*keepers, stop, ready, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._end_all()
             await asyncio.to_thread(_end_guard, self._guard)
 
     async def _all_ready(self) -> None:
         for event in self._ready.values():
             await event.wait()
+
+    async def _look_after_logs(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_LOOK_SECONDS)
+            for part in self._parts.values():
+                set_aside(self._log(part))  # on this thread, so that no start of the part comes between
 
     async def _keep(self, part: Part) -> None:
         for name in part.needs:

@@ -13,9 +13,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from producer.up import process, supervisor
 from producer.up.folder import DataFolder
 from producer.up.part import Part
 from producer.up.supervisor import Backoff, PartFailed, Supervisor
+
+process.LOG_BYTES = 2000
+supervisor.LOG_LOOK_SECONDS = 0.1
 
 DUMMY = Path(__file__).with_name("dummy.py")
 
@@ -54,7 +58,7 @@ def say(**message: object) -> None:
 async def main() -> int:
     folder, mark, orders = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     held = DataFolder(folder / "data").hold()
-    supervisor = Supervisor(
+    driven = Supervisor(
         [part(folder, order) for order in orders],
         folder / "logs",
         mark=mark,
@@ -63,10 +67,10 @@ async def main() -> int:
         backoff=Backoff(first=0.05, most=0.2, steady=60, patience=3),
     )
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)
+        asyncio.get_running_loop().add_signal_handler(number, driven.request_stop)
     say(armed=True)
     try:
-        await supervisor.run(lambda: say(ready=True))
+        await driven.run(lambda: say(ready=True))
     except PartFailed as error:
         say(failed=str(error))
         return 1

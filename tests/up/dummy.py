@@ -58,6 +58,10 @@ def main() -> None:
         sys.stdout.write(f"{name} has crashed")
         sys.stdout.flush()
         os._exit(3)
+    while options.get("chatty"):
+        sys.stdout.write(f"{name} has something to say\n")
+        sys.stdout.flush()
+        time.sleep(0.005)
     while True:
         time.sleep(60)
 

@@ -111,14 +111,25 @@ def sleeper(**given) -> Part:
     return Part("sleeper", ("sleep", "600"), dict(os.environ), lambda: None, **given)
 
 
-def test_large_log_is_moved_aside_when_its_part_starts(tmp_path: Path) -> None:
+def test_large_log_is_set_aside_when_its_part_starts(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "sleeper.log"
     log.parent.mkdir()
-    log.write_bytes(b"x" * (LOG_BYTES + 1))
+    log.write_bytes(b"")
+    os.truncate(log, LOG_BYTES + 1)
     process = spawn(sleeper(), log)
     stop(process, sleeper())
     assert log.stat().st_size == 0
     assert log.with_name("sleeper.log.1").stat().st_size == LOG_BYTES + 1
+
+
+def test_large_log_that_cannot_be_copied_stays_and_holds_up_no_start(tmp_path: Path) -> None:
+    log = tmp_path / "sleeper.log"
+    log.write_bytes(b"")
+    os.truncate(log, LOG_BYTES + 1)
+    log.with_name("sleeper.log.1").mkdir()  # as good as a full disk
+    process = spawn(sleeper(), log)
+    stop(process, sleeper())
+    assert log.stat().st_size == LOG_BYTES + 1
 
 
 def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:

@@ -230,3 +230,16 @@ def test_signal_during_the_wait_before_a_restart_ends_it(driven: Driven) -> None
     driven.process.send_signal(signal.SIGTERM)
     assert driven.finish(5) == 0
     assert driven.left() == []
+
+
+def test_log_of_a_part_that_runs_on_is_set_aside_again_and_again(driven: Driven) -> None:
+    driven.start({"name": "gateway", "options": {"chatty": 1}})
+    driven.read_until("ready")
+    old = driven.folder / "logs" / "gateway.log.1"
+    for _ in range(2):  # the second time, what was written after the first
+        until(lambda: old.exists() and old.stat().st_size > 2000, "the log is set aside")
+        assert set(old.read_text().splitlines()) == {"gateway has something to say"}
+        old.unlink()
+    driven.process.send_signal(signal.SIGTERM)
+    assert driven.finish() == 0
+    assert {entry.name for entry in old.parent.iterdir()} <= {"gateway.log", "gateway.log.1"}
