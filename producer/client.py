@@ -14,10 +14,10 @@ Errors:
         ├── NotFound          404: no such task, artifact or file
         ├── Conflict          409: the id belongs to another task, or the task is past that
         │   └── NotEnded      it has no result yet, or did not end within the time given
-        └── Unavailable       503, or nothing answered at all, however often it was tried
+        └── Unavailable       429, 502, 503, 504, or nothing answered at all, however often it was tried
 
-What fails for want of a connection, or with 503, is tried again, with growing pauses or after the time that
-the gateway names; every call may be repeated without harm.
+What fails for want of a connection, or as Unavailable, is tried again, with growing pauses or after the time
+that the gateway names; every call may be repeated without harm.
 """
 
 from __future__ import annotations

@@ -32,13 +32,15 @@ from schemas import (
     TaskStatus,
 )
 
-_MAX_WAIT = 60
+_MAX_WAIT = 25
+"""Seconds that one request waits: well below the 60 after which most proxies give up on an answer."""
 _SHORTEST_WAIT = 0.5
 _FIRST_DELAY = 0.25
 _LONGEST_DELAY = 30.0
 _STREAM_SILENCE = 60.0
 _BATCH_LOOK = 1.0
-_BUSY = (429, 503)
+_BUSY = (429, 502, 503, 504)
+"""Answers of a gateway that may do it soon, or of a proxy before one that is away."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -188,7 +190,10 @@ class Flows:
         left = (wait or 0) - (time.monotonic() - begun)
         if status.ended or left <= 0:
             return status
-        return (yield from self.waiting(task_id, left))
+        try:
+            return (yield from self.waiting(task_id, left))
+        except (NotFound, Unavailable):
+            return status  # it is accepted, whoever is away: an error would have it submitted again
 
     def status(self, task_id: str) -> Flow[TaskStatus]:
         return parsed(TaskStatus, (yield from self.request(Send("GET", task_path(task_id)))))

@@ -355,6 +355,37 @@ def test_retry_after_is_honoured(slept: list[float]) -> None:
     assert all(0 < pause <= 2 for pause in slept[2:])
 
 
+def test_a_proxy_whose_gateway_is_away_is_asked_again(slept: list[float]) -> None:
+    busy = [httpx.Response(status, text="<html>") for status in (502, 504, 429)]
+    with Client("http://x", "k", transport=Scripted(*busy, status_answer())) as client:
+        assert client.status("a").state == "queued"
+    streams = [httpx.Response(502), httpx.Response(504), streamed(event("succeeded"))]
+    with Client("http://x", "k", transport=Scripted(*streams)) as client:
+        assert [found.data.state for found in client.events("a")] == ["succeeded"]
+
+
+def test_no_single_wait_is_as_long_as_proxies_wait(slept: list[float]) -> None:
+    transport = Scripted(status_answer(), status_answer("failed"), status_answer("failed"))
+    with Client("http://x", "k", transport=transport) as client:
+        client.submit("echo", task_id="a", wait=600)
+        client.wait("a")
+    waits = [int(request.headers["prefer"].removeprefix("wait=")) for request in transport.requests]
+    assert len(waits) == 3
+    assert all(10 <= wait <= 30 for wait in waits)
+
+
+@pytest.mark.parametrize("fault", [404, 503, httpx.ConnectError("refused")], ids=["404", "503", "refused"])
+def test_an_accepted_task_is_no_error_whatever_its_wait_meets(
+    fault: int | Exception, slept: list[float]
+) -> None:
+    faults = [httpx.Response(fault) if isinstance(fault, int) else fault for _ in range(5)]
+    transport = Scripted(status_answer(), *faults)
+    with Client("http://x", "k", transport=transport) as client:
+        status = client.submit("echo", task_id="a", wait=60)
+    assert (status.task_id, status.state) == ("a", "queued")
+    assert [request.method for request in transport.requests[:2]] == ["PUT", "GET"]
+
+
 def test_what_cannot_be_read_again_is_sent_once(slept: list[float]) -> None:
     read, write = os.pipe()
     os.write(write, b"x")
@@ -379,7 +410,8 @@ def test_an_upload_is_sent_whole_again(slept: list[float]) -> None:
 
 @pytest.mark.parametrize("status", [200, 404, 500, 502, 302])
 def test_answers_that_are_not_the_gateways_are_errors(status: int, slept: list[float]) -> None:
-    with Client("http://x", "k", transport=Scripted(httpx.Response(status, text="<html>"))) as client:
+    answers = [httpx.Response(status, text="<html>") for _ in range(5)]
+    with Client("http://x", "k", transport=Scripted(*answers)) as client:
         with pytest.raises(ApiError) as caught:
             client.status("a")
     assert caught.value.status == status
