@@ -25,10 +25,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import anyio
 import httpx
@@ -63,6 +65,7 @@ from schemas import (
     CallbackEvent,
     CallbackRecord,
     Event,
+    InstallationError,
     Priority,
     Result,
     State,
@@ -102,8 +105,7 @@ class Client:
         retries: int = 4,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        url, headers = _credentials(api_url, api_key)
-        self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+        self._http = httpx.Client(**_connection(api_url, api_key), transport=transport)
         self._timeout = timeout
         self._flows = Flows(retries)
 
@@ -349,8 +351,7 @@ class AsyncClient:
         retries: int = 4,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        url, headers = _credentials(api_url, api_key)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, transport=transport)
+        self._http = httpx.AsyncClient(**_connection(api_url, api_key), transport=transport)
         self._timeout = timeout
         self._flows = Flows(retries)
 
@@ -584,7 +585,36 @@ async def _read_async(upload: Upload) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _credentials(api_url: str | None, api_key: str | None) -> tuple[str, dict[str, str]]:
+def _connection(api_url: str | None, api_key: str | None) -> dict[str, Any]:
+    """The arguments of httpx's clients that say where the gateway is, who asks, and over what connections."""
     settings = ClientSettings.load()
     key = api_key or (settings.api_key.get_secret_value() if settings.api_key is not None else None)
-    return api_url or settings.api_url, {"Authorization": f"Bearer {key}"} if key else {}
+    url = _address(api_url or settings.api_url)
+    return {
+        "base_url": url,
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        # Whoever waits holds a connection. With a maximum, a few hundred waits would keep every other call
+        # waiting for its turn, and then fail it as if the gateway were away.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=100),
+        # A proxy that the environment names would look for a loopback gateway on a machine of its own.
+        "mounts": {f"all://{url.netloc.decode()}": None} if _is_loopback(url.host) else {},
+    }
+
+
+def _address(api_url: str) -> httpx.URL:
+    with suppress(httpx.InvalidURL):
+        url = httpx.URL(api_url)
+        if url.scheme in ("http", "https") and url.host:
+            return url
+    # It is not quoted: it may hold a password.
+    raise InstallationError(
+        "INFERQ_API_URL (or api_url) cannot be read; give http://host:port or https://host",
+        code="bad_settings",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -32,7 +33,7 @@ from producer.client import (
     Unavailable,
 )
 from producer.flows import Following, delay, task_path
-from schemas import Event, EventData, InferqError
+from schemas import Event, EventData, InferqError, InstallationError
 from storage.results import upload_key
 from tests.conftest import Redis
 from tests.gateway.conftest import FakePublisher, Gateway, wait_until
@@ -384,6 +385,82 @@ def test_an_accepted_task_is_no_error_whatever_its_wait_meets(
         status = client.submit("echo", task_id="a", wait=60)
     assert (status.task_id, status.state) == ("a", "queued")
     assert [request.method for request in transport.requests[:2]] == ["PUT", "GET"]
+
+
+async def test_many_wait_at_once() -> None:
+    """Each holds a connection, and none may keep the others from theirs."""
+    together, count = asyncio.Event(), 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        await reader.readuntil(b"\r\n\r\n")
+        count += 1
+        if count == 150:
+            together.set()
+        await together.wait()
+        body = status_answer("succeeded").content
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, backlog=200) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with AsyncClient(url, "k", timeout=5, retries=0) as client:
+            found = await asyncio.gather(*(client.wait("a", timeout=20) for _ in range(150)))
+    assert {status.state for status in found} == {"succeeded"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.9.1", "::1"])
+async def test_no_proxy_comes_between_this_machine_and_itself(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        gateway = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    gateway.settimeout(10)
+
+    def answer() -> None:
+        for _ in range(2):
+            with gateway.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    with gateway:
+        threading.Thread(target=answer, daemon=True).start()
+        url = str(httpx.URL("http://x").copy_with(host=host, port=gateway.getsockname()[1]))
+        with Client(url, "k", retries=0) as client, pytest.raises(NotFound):
+            client.status("a")
+        async with AsyncClient(url, "k", retries=0) as asynchronous:
+            with pytest.raises(NotFound):
+                await asynchronous.status("a")
+
+
+def test_a_proxy_stays_for_a_gateway_elsewhere(
+    lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = lone_gateway.url  # answers any request that is sent to it, whatever host it names
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    with Client("http://gateway.invalid", lone_gateway.key, retries=0) as client:
+        with pytest.raises(ApiError) as caught:
+            client.status("none")
+    assert caught.value.code != "unreachable"
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://x:port", "localhost:8000", "http://", "ftp://x"])
+def test_an_address_that_cannot_be_one_names_its_setting(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERQ_API_URL", url)
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InstallationError, match="INFERQ_API_URL"):
+            kind()
 
 
 def test_what_cannot_be_read_again_is_sent_once(slept: list[float]) -> None:
