@@ -286,20 +286,23 @@ def task_body(
     priority: Priority,
     callback_url: str | None,
     callback_events: Sequence[CallbackEvent] | None,
-    expires_at: datetime | None,
+    expires_at: datetime | str | None,
     time_limit: float | None,
     batch_id: str | None,
     metadata: Mapping[str, JsonValue] | None,
 ) -> dict[str, JsonValue]:
     """The task as it is sent: only what was said of it."""
+    # What is of another type, as from a command line, is left as it is: the gateway tells what is wrong.
     said: dict[str, JsonValue] = {
         "options": dict(options) if options is not None else None,
         "callback_url": callback_url,
-        "callback_events": list(callback_events) if callback_events is not None else None,
-        "expires_at": expires_at.astimezone().isoformat() if expires_at is not None else None,
+        "callback_events": list(callback_events)
+        if isinstance(callback_events, Sequence)
+        else callback_events,
+        "expires_at": expires_at.astimezone().isoformat() if isinstance(expires_at, datetime) else expires_at,
         "time_limit": time_limit,
         "batch_id": batch_id,
-        "metadata": dict(metadata) if metadata is not None else None,
+        "metadata": dict(metadata) if isinstance(metadata, Mapping) else metadata,
     }
     kept = {name: value for name, value in said.items() if value is not None}
     return {"task_id": task_id, "task_type": task_type, "priority": priority, **kept, **inputs}

@@ -74,6 +74,8 @@ def submit(
     defaults: dict[str, JsonValue] = {}
     if task_type is not None:
         defaults = parse_assignments(get_type(task_type), assignments or [])
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # while there is nothing to lose yet
     name = batch_id or new_task_id()
     with Client() as client, _source(client, sources, task_type, defaults, batch_id) as source:
         status = client.submit_batch(
@@ -206,7 +208,6 @@ def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> N
         )
         raise
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         client.batch_file(batch_id, "output", out)
         client.batch_file(batch_id, "errors", out)
     if as_json:
@@ -332,6 +333,8 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show where a batch stands. With --follow, exit status 1 unless every line has succeeded."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     with Client() as client:
         found = client.batch(batch_id)
         if follow or out:

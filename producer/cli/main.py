@@ -39,7 +39,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. An error that inferq knows is one line on standard error and exit status 1."""
+    """Run the command line. An expected error is one line on standard error, and exit status 1."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app()
@@ -48,6 +48,9 @@ def main() -> None:
 
         refused = isinstance(error, Unauthorized)
         complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)
+        sys.exit(1)
+    except OSError as error:  # a file of the user's; a reader who has gone is seen to by typer
+        complain(f"{error.filename}: {error.strerror}" if error.filename else error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

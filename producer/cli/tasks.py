@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -21,6 +22,14 @@ app = typer.Typer()
 
 _LABEL_CHARACTERS = 60
 """The most that is shown of an input, which may be a long text."""
+
+_SET_OTHERWISE = {
+    "task_id": "--id",
+    "task_type": "TYPE",
+    "priority": "--priority",
+    "callback_url": "--callback",
+}
+"""Fields that have a place of their own on the command line."""
 
 TaskId = Annotated[str, typer.Argument(metavar="ID")]
 Out = Annotated[
@@ -53,12 +62,17 @@ def submit(
     if priority not in get_args(Priority):
         raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
     fields = parse_assignments(chosen, assignments or [])
+    for name in _SET_OTHERWISE.keys() & fields:
+        raise InvalidTask(f"--set {name}: give {_SET_OTHERWISE[name]} instead")
     bundles = bundle(chosen, inputs or [], given=fields)
     if task_id is not None and len(bundles) > 1:
         raise InvalidTask(f"--id names one task, and these inputs make {len(bundles)}")
-    with Client() as client:
-        submitted = []
-        labels = {}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # while there is nothing to lose yet
+    told_at_once = not (wait or out or as_json)
+    submitted: list[TaskStatus] = []
+    labels: dict[str, str] = {}
+    with Client() as client, _told_if_cut_short({} if told_at_once else labels):
         for parts in bundles:
             options, rest = _split(fields | {name: part.value(client) for name, part in parts.items()})
             submitted.append(
@@ -72,12 +86,30 @@ def submit(
                 )
             )
             labels[submitted[-1].task_id] = " ".join(part.text for part in parts.values())
-            if not (wait or out or as_json):
+            if told_at_once:
                 console.print(submitted[-1].task_id, markup=False, highlight=False)
         if wait or out:
             _finish(client, labels, out, as_json)
         elif as_json:
             print_json(submitted)
+
+
+@contextmanager
+def _told_if_cut_short(accepted: Mapping[str, object]) -> Iterator[None]:
+    """Tells the ids of what has been accepted when an error or Ctrl-C comes after that: it goes on."""
+    try:
+        yield
+    except typer.Exit:  # nothing was cut short: this is how failed tasks are told
+        raise
+    except BaseException:
+        if accepted:
+            errors.print(
+                f"accepted before that, and going on: {' '.join(accepted)}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        raise
 
 
 def _split(fields: dict[str, JsonValue]) -> tuple[dict[str, JsonValue] | None, dict[str, Any]]:
@@ -88,18 +120,20 @@ def _split(fields: dict[str, JsonValue]) -> tuple[dict[str, JsonValue] | None, d
 
 def _finish(client: Client, labels: Mapping[str, str], out: Path | None, as_json: bool) -> None:
     """Wait for tasks; `labels` says of each id which inputs it was given."""
-    results = []
-    for task_id, label in labels.items():
-        _follow(client, task_id, label)
-        result = client.result(task_id, wait=30)
-        results.append(result)
-        if out is not None:
-            _save(client, result, out)
-    if as_json:
-        print_json(results)
-    else:
-        for result in results:
-            _show(result, labels[result.task_id])
+    results: list[Result] = []
+    try:
+        for task_id, label in labels.items():
+            _follow(client, task_id, label)
+            result = client.result(task_id, wait=30)
+            results.append(result)
+            if out is not None:
+                _save(client, result, out)
+    finally:  # an error at one of them must not cost those that are there
+        if as_json:
+            print_json(results)
+        else:
+            for result in results:
+                _show(result, labels[result.task_id])
     if any(result.status != "succeeded" for result in results):
         raise typer.Exit(1)
 
