@@ -67,9 +67,11 @@ def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mappin
 def _start(wish: Wish, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     order = {"data": str(wish.data), "port": wish.port, "types": wish.types, "bound": bound}
     log = _log(wish)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with DataFolder(wish.data).in_use():
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("ab")
     ours, theirs = socket.socketpair()
-    with theirs, log.open("ab") as output:
+    with theirs, output:
         process = subprocess.Popen(
             [sys.executable, "-m", "producer.up", str(theirs.fileno()), json.dumps(order)],
             stdin=subprocess.DEVNULL,

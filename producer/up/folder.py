@@ -8,7 +8,8 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from producer.up.guard import alive
@@ -31,21 +32,27 @@ class DataFolder:
     def env_file(self) -> Path:
         return self.path / "env"
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Raises InstallationError (`bad_data_folder`) for an OSError in the block."""
+        try:
+            yield
+        except OSError as error:
+            raise InstallationError(
+                f"the data folder {self.path} cannot be used: {error.strerror}; choose another with --data",
+                code="bad_data_folder",
+            ) from error
+
     def hold(self) -> int:
         """Hold the folder until `release` or the end of this process, and of whoever inherits the descriptor.
 
         Gives the descriptor. Raises InferqError (`already_up`), naming the pid, where another one holds it,
         and InstallationError (`bad_data_folder`) where it cannot be written.
         """
-        try:
+        with self.in_use():
             self.path.mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
             descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise InstallationError(
-                f"the data folder {self.path} cannot be used: {error.strerror}; choose another with --data",
-                code="bad_data_folder",
-            ) from error
         if not self._acquire(descriptor):
             os.close(descriptor)
             raise InferqError(

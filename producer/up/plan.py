@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from broker.settings import BrokerSettings
 from producer.keys import KeyFile
 from producer.up.folder import DataFolder
 from producer.up.part import LOOPBACK, Part, port_free
 from producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake
 from producer.up.redis import RedisServer, ping
 from schemas import InferqError, installed_types
-from storage import WebhookSecrets
+from storage import StatusIndex, StorageSettings, WebhookSecrets
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
 _JOB_PARTS = ("callbacks", "batches")
@@ -83,6 +84,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         amqp_url = node.url
         facts["rabbitmq"] = f"{LOOPBACK}:{node.ports.amqp}, management at {node.management_url}"
     else:
+        BrokerSettings.load().connections("up")  # raises, naming the setting, where it cannot be read
         _must_answer("INFERQ_AMQP_URL", handshake(amqp_url))
         facts["rabbitmq"] = "the one that INFERQ_AMQP_URL names"
 
@@ -93,6 +95,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         redis_url = server.url
         facts["redis"] = f"{LOOPBACK}:{server.port}"
     else:
+        StatusIndex.from_settings(StorageSettings.load())  # the same
         _must_answer("INFERQ_REDIS_URL", ping(redis_url))
         facts["redis"] = "the one that INFERQ_REDIS_URL names"
 

@@ -22,7 +22,7 @@ from producer.up.detached import while_up
 from producer.up.folder import DataFolder
 from producer.up.foreground import Wish
 from producer.up.plan import choose_types, http_ready, make_plan
-from schemas import InferqError
+from schemas import InferqError, InstallationError
 
 INFERQ = (sys.executable, "-m", "producer.cli")
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -233,6 +233,35 @@ def test_named_service_that_does_not_answer_is_an_error(
         make_plan(folder, port=0, types=("echo",))
     folder.release()
     assert refused.value.code == "not_answering"
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("INFERQ_AMQP_URL", "amqp://u:geheim@127.0.0.1:port/"),
+        ("INFERQ_AMQP_URL", "amqp://u:geheim@127.0.0.1:99999/"),
+        ("INFERQ_AMQP_URL", "localhost:5672"),
+        ("INFERQ_REDIS_URL", "localhost:6379"),
+        ("INFERQ_REDIS_URL", "redis://:geheim@localhost:port/0"),
+    ],
+)
+def test_address_that_cannot_be_one_names_its_setting(
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch, name: str, url: str
+) -> None:
+    monkeypatch.setenv(name, url)
+    data.mkdir()
+    with pytest.raises(InstallationError, match=name) as refused:
+        make_plan(DataFolder(data), port=0, types=("echo",))
+    assert "geheim" not in refused.value.message
+
+
+@pytest.mark.parametrize("more", [(), ("--detach",)])
+def test_data_folder_that_cannot_be_used_is_one_line(tmp_path: Path, more: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    up = inferq("up", "--data", str(tmp_path / "file" / "data"), "--port", "0", "--types", "echo", *more)
+    assert up.returncode == 1
+    assert "choose another with --data" in up.stdout
+    assert "Traceback" not in up.stdout
 
 
 def test_api_key_is_kept_while_it_is_valid(data: Path, services: None) -> None:
