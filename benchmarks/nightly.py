@@ -36,6 +36,7 @@ from benchmarks.engines import Work, bare_engine
 from benchmarks.site import wait_until
 from producer.nightly.night import Night
 from producer.nightly.runs import RunLog
+from producer.up import guard
 from producer.up.part import Part, free_ports
 from producer.up.process import spawn, stop
 from producer.up.rabbitmq import RabbitNode, RabbitPorts
@@ -133,14 +134,17 @@ class Ground:
     @contextmanager
     def held(self, kind: str) -> Iterator[None]:
         """All commands of a kind and their children stand still meanwhile."""
-        groups = [process.pid for name, process in self.running.items() if name.startswith(kind)]
-        for group in groups:
-            os.killpg(group, signal.SIGSTOP)
+        sessions = {process.pid for name, process in self.running.items() if name.startswith(kind)}
+        held = guard.members(sessions, mark="")  # an engine has a process group of its own
+        for process in held:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP)
         try:
             yield
         finally:
-            for group in groups:
-                os.killpg(group, signal.SIGCONT)
+            for process in held:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
 
     def kill(self, name: str) -> None:
         self.running[name].kill()

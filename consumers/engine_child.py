@@ -75,11 +75,12 @@ def main() -> None:
     """Run the engine of the type and on the pipe that the command line names."""
     type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(worker_pid)
-    # The worker decides when a run ends; a Ctrl-C at the terminal reaches the whole process group.
+    # The worker decides when a run ends, also where whoever stops the worker interrupts all its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("INFERQ_LOG_LEVEL", "INFO"), format="%(message)s")
     # Frameworks print to standard output; it belongs to whoever started the worker.
     os.dup2(2, 1)
+    os.set_inheritable(fd, False)  # a program that the engine starts would hold it open
     pipe = Connection(fd)
     try:
         _serve(get_type(type_name), pipe)

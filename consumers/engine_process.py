@@ -42,6 +42,9 @@ AbortReason = Literal["cancelled", "shutdown"]
 _LOOK_SECONDS = 0.25
 """How often a run in progress is asked about: cancelled? over its limit? shutting down?"""
 
+_WAIT_SECONDS = 0.01
+"""How often a process that is about to end is looked at."""
+
 
 class EngineDied(TransientFailure):
     """The engine process ended while it was computing: a crash, or killed by the system for its memory."""
@@ -104,7 +107,11 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         """Whether the process runs; asks the kernel."""
-        return self._process is not None and self._process.poll() is None
+        if self._process is None or self._process.returncode is not None:
+            return False
+        # One that has ended is left as a zombie until its group is gone too: so the group's number is not
+        # taken by another in between.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     @property
     def usable(self) -> bool:
@@ -126,13 +133,14 @@ class EngineProcess:
                 [*command, str(far.fileno()), str(os.getpid())],
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # so that whatever the engine starts can be ended with it
             )
         self._pipe = near
 
     @property
     def has_answered(self) -> bool:
         """Whether `wait_ready` would return, or raise, at once."""
-        return self._pipe is not None and self._pipe.poll(0)
+        return self._pipe is not None and (self._pipe.poll(0) or not self.alive)
 
     def wait_ready(self, *, limit: float, stopping: Callable[[], bool] = lambda: False) -> EngineInfo:
         """Wait, at most `limit` seconds, until the engine is loaded and warmed up.
@@ -151,16 +159,17 @@ class EngineProcess:
         pipe = self._pipe
         if pipe is None:
             raise TransientFailure("the engine process was not started", code="engine_load_failed")
-        while not pipe.poll(_LOOK_SECONDS):
-            if stopping():
-                raise RunAborted("shutdown")
-            if time.monotonic() > deadline:
-                raise TransientFailure(
-                    f"the {self._type_name} engine was not ready within {limit:g} s; "
-                    "if it needs longer, raise INFERQ_START_LIMIT",
-                    code="engine_slow_start",
-                )
         try:
+            while not pipe.poll(_LOOK_SECONDS):
+                self._check_lives(pipe)
+                if stopping():
+                    raise RunAborted("shutdown")
+                if time.monotonic() > deadline:
+                    raise TransientFailure(
+                        f"the {self._type_name} engine was not ready within {limit:g} s; "
+                        "if it needs longer, raise INFERQ_START_LIMIT",
+                        code="engine_slow_start",
+                    )
             answer = from_engine(pipe)
         except (EOFError, OSError) as error:
             raise TransientFailure(
@@ -290,6 +299,7 @@ class EngineProcess:
                         raise EngineDied(f"the engine process said {unexpected.kind!r} during a run")
             now = time.monotonic()
             if aborting is None and next_look <= now < deadline:
+                self._check_lives(pipe)
                 self._watch_memory()
                 aborting = watch.abort()
                 next_look = now + _LOOK_SECONDS
@@ -306,6 +316,11 @@ class EngineProcess:
                     code="time_limit",
                 )
 
+    def _check_lives(self, pipe: Connection) -> None:
+        """Raises EOFError where the process has ended and has said all: what it forked may hold its pipe."""
+        if not self.alive and not pipe.poll(0):
+            raise EOFError
+
     def _watch_memory(self) -> None:
         limit = self._limits.kill_at
         if limit is not None and (use := self.memory()) > limit:
@@ -318,20 +333,26 @@ class EngineProcess:
             )
 
     def kill(self) -> None:
-        """End the process at once, and wait until it and its memory are gone."""
-        if self._process is not None:
-            self._process.kill()
+        """End the process, and all that it started, at once; wait until it and its memory are gone."""
+        if self._process is not None and self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._close_pipe()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Let the engine close by itself, for `timeout` seconds at most."""
+        """Let the engine close by itself, for `timeout` seconds at most; what it started ends with it."""
         self._close_pipe()  # the engine process takes the closed pipe for a goodbye
-        if self._process is not None:
-            try:
-                self._process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        self._wait(timeout)
+        self.kill()
+
+    def _wait(self, timeout: float) -> bool:
+        """Whether the process has ended within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.alive:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_WAIT_SECONDS)
+        return True
 
     def _close_pipe(self) -> None:
         if self._pipe is not None:
@@ -342,12 +363,11 @@ class EngineProcess:
         """How the process ended, in words."""
         if self._process is None:
             return "never started"
-        try:
-            code = self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        ended = self._wait(1.0)
+        self.kill()
+        if not ended:
             return "closed its pipe"
-        self._close_pipe()
+        code = self._process.returncode
         if code >= 0:
             return f"exit status {code}"
         name = signal.Signals(-code).name

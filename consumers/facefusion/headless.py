@@ -149,6 +149,7 @@ class HeadlessBackend:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            process_group=0,  # it has to outlive the engine's group, to end FaceFusion's
         )
         try:
             for line in _said(process, context):

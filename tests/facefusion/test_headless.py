@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_an_interrupted_run_is_worth_another_attempt(
     assert eventually(lambda: all(gone(process) for process in pids(home)))
 
 
-@pytest.mark.parametrize("victim", ["engine", "warden"])
+@pytest.mark.parametrize("victim", ["engine", "engine's group", "warden"])
 def test_nothing_outlives_an_engine_that_is_killed(home: Path, tmp_path: Path, victim: str) -> None:
     (home / "behaviour").write_text("swap")
     code = f"""
@@ -199,11 +200,12 @@ context = Context(Path({str(tmp_path / "run")!r}), {{}}, lambda *_: None, lambda
 picture = np.zeros((8, 8, 3), np.uint8)
 backend.swap(picture, picture, "largest", context)
 """
-    engine = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    engine = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, process_group=0)
     try:
         facefusion, child = pids(home)
-        if victim == "engine":
-            engine.kill()
+        if victim != "warden":
+            end = engine.kill if victim == "engine" else partial(os.killpg, engine.pid, signal.SIGKILL)
+            end()
             assert eventually(lambda: gone(facefusion) and gone(child), what="the group's end")
         else:
             psutil.Process(facefusion).parent().kill()  # type: ignore[union-attr]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from consumers import engine_process
-from consumers.engine_messages import Done
-from consumers.engine_process import EngineProcess, Watch
-from schemas import parse_task
+from consumers.engine_messages import Done, Failed
+from consumers.engine_process import EngineDied, EngineProcess, MemoryLimits, Watch
+from producer.up import guard
+from schemas import TransientFailure, parse_task
+from tests.worker.conftest import PLUGIN, eventually
 
 ALWAYS_IDLE = -1.0
 
@@ -60,3 +65,96 @@ def test_a_run_again_after_another_is_the_tasks_own(
     engine.prepare(echo("a"))
     assert computed(engine, echo("b"), tmp_path) == "b"
     assert computed(engine, echo("a"), tmp_path) == "a"
+
+
+StartFaulty = Callable[..., EngineProcess]
+
+
+@pytest.fixture
+def start_faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartFaulty]:
+    monkeypatch.setenv("PYTHONPATH", str(PLUGIN), prepend=os.pathsep)
+    started: list[EngineProcess] = []
+
+    def start(kill_at: int | None = None) -> EngineProcess:
+        engine = EngineProcess("faulty", MemoryLimits(kill_at))
+        started.append(engine)
+        engine.spawn()
+        return engine
+
+    yield start
+    for engine in started:
+        engine.kill()
+
+
+def run_faulty(
+    engine: EngineProcess, folder: Path, fault: str, *, time_limit: float = 20, **options: Any
+) -> Done | Failed:
+    task = {"task_id": "t", "task_type": "faulty", "fault": fault, "options": options}
+    watch = Watch(lambda *_: None, lambda: None)
+    scratch = str(folder / "scratch")
+    return engine.run(json.dumps(task), scratch, {}, watch=watch, time_limit=time_limit, abort_grace=1)
+
+
+def all_gone(helpers: Path) -> bool:
+    return not any(guard.alive(int(pid)) for pid in helpers.read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("fault", "time_limit", "code"),
+    [("crash", 20, "engine_died"), ("hang_hard", 1, "time_limit"), ("swell", 20, "out_of_memory")],
+)
+def test_what_the_engine_started_ends_with_it_and_does_not_hide_its_death(
+    start_faulty: StartFaulty, tmp_path: Path, fault: str, time_limit: float, code: str
+) -> None:
+    engine = start_faulty(kill_at=400_000_000)
+    engine.wait_ready(limit=60)
+    helpers = tmp_path / "helpers"
+    with pytest.raises(TransientFailure) as raised:
+        run_faulty(engine, tmp_path, fault, time_limit=time_limit, helpers=str(helpers), megabytes=2000)
+    assert (raised.value.code, isinstance(raised.value, EngineDied)) == (code, code == "engine_died")
+    assert not engine.usable
+    eventually(lambda: all_gone(helpers), what="their end")
+
+
+def test_what_the_engine_started_ends_with_it_when_it_is_closed_or_dies_idle(
+    start_faulty: StartFaulty, tmp_path: Path
+) -> None:
+    for name, end in (("closed", EngineProcess.close), ("idle", EngineProcess.kill)):
+        engine = start_faulty()
+        engine.wait_ready(limit=60)
+        helpers = tmp_path / name
+        run_faulty(engine, tmp_path, "none", helpers=str(helpers))
+        if name == "idle":
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            eventually(lambda engine=engine: not engine.alive)
+        end(engine)
+        eventually(lambda helpers=helpers: all_gone(helpers), what=f"their end, {name}")
+
+
+def test_a_program_that_the_engine_starts_does_not_hold_its_pipe(
+    start_faulty: StartFaulty, tmp_path: Path
+) -> None:
+    engine = start_faulty()
+    engine.wait_ready(limit=60)
+    helpers = tmp_path / "helpers"
+    run_faulty(engine, tmp_path, "none", helpers=str(helpers))
+    for pid, sockets in zip(helpers.read_text().split(), (1, 0), strict=True):
+        held = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        assert sum(name.startswith("socket:") for name in held) == sockets
+
+
+def test_an_engine_that_dies_while_loading_is_missed_though_a_fork_of_it_lives(
+    start_faulty: StartFaulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = tmp_path / "load"
+    switch.write_text("fork_and_die")
+    monkeypatch.setenv("FAULTY_LOAD", str(switch))
+    engine = start_faulty()
+    eventually(lambda: engine.has_answered)
+    with pytest.raises(TransientFailure, match="ended while loading") as raised:
+        engine.wait_ready(limit=10)
+    assert "exit status 3" in str(raised.value)
+    engine = start_faulty()
+    with pytest.raises(TransientFailure, match="ended while loading"):
+        engine.wait_ready(limit=10)

@@ -23,6 +23,8 @@ class FaultyOptions(Options):
     """How much a run with the fault `swell` or `grow` takes; the engine keeps it after `grow`."""
     gate: str | None = None
     """The file that a run with the fault `gate` waits for."""
+    helpers: str | None = None
+    """The file for the pids of what the run starts and leaves behind: a fork of the engine, and a program."""
 
 
 class FaultyTask(Task):

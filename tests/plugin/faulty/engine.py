@@ -34,6 +34,9 @@ class FaultyEngine(Engine[FaultyTask]):
                     raise RuntimeError("cannot load")
                 case "die":
                     os._exit(3)
+                case "fork_and_die":
+                    _forked()
+                    os._exit(3)
                 case "no_room":
                     if _processes() > 1:
                         raise OutOfMemoryError("CUDA out of memory")
@@ -61,6 +64,10 @@ class FaultyEngine(Engine[FaultyTask]):
                 file.write("start\n")
             starts = len(marker.read_text().splitlines())
         print("engines print things")  # noqa: T201 - as frameworks do
+        if task.options.helpers:
+            program = [sys.executable, "-c", "import time; time.sleep(3600)"]
+            pids = (_forked(), os.posix_spawn(sys.executable, program, os.environ))
+            Path(task.options.helpers).write_text(" ".join(map(str, pids)))
         fault = task.fault if starts <= task.options.times else "none"
         match fault:
             case "crash":
@@ -115,6 +122,15 @@ class FaultyEngine(Engine[FaultyTask]):
                 return {"wrong": 1}
         value = context.inputs["file_url"].path.read_text() if context.inputs else "fine"
         return {"value": value}
+
+
+def _forked() -> int:
+    """The pid of a fork that holds all that the engine has open, and does nothing."""
+    pid = os.fork()
+    if not pid:
+        time.sleep(3600)
+        os._exit(0)
+    return pid
 
 
 def _processes() -> int:
