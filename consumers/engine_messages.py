@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from schemas import EngineInfo
+from schemas.encoding import to_json
 
 INLINE_OUTPUT_BYTES = 256 * 1024
 """The largest output (as JSON) that travels inline; a larger one becomes the artifact `output.json`."""
@@ -115,7 +116,7 @@ _from_engine: TypeAdapter[Ready | Unable | Progress | Done | Failed | Aborted] =
 
 def send(pipe: Connection, message: BaseModel) -> None:
     """Raises OSError where the other side is gone."""
-    line = message.model_dump_json().encode()
+    line = to_json(message).encode()  # an engine may quote what is no proper text
     if isinstance(message, Done) and message.output is not None:
         line += b"\n" + message.output
     pipe.send_bytes(line)

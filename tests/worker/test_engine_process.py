@@ -16,10 +16,11 @@ from consumers import engine_process
 from consumers.engine_messages import Done, Failed
 from consumers.engine_process import EngineDied, EngineProcess, MemoryLimits, Watch
 from producer.up import guard
-from schemas import TransientFailure, parse_task
+from schemas import InstallationError, TransientFailure, parse_task
 from tests.worker.conftest import PLUGIN, eventually
 
 ALWAYS_IDLE = -1.0
+UNWATCHED = Watch(lambda *_: None, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,7 @@ def echo(payload: str) -> str:
 
 
 def computed(engine: EngineProcess, task: str, scratch: Path) -> str:
-    answer = engine.run(
-        task, str(scratch), {}, watch=Watch(lambda *_: None, lambda: None), time_limit=20, abort_grace=1
-    )
+    answer = engine.run(task, str(scratch), {}, watch=UNWATCHED, time_limit=20, abort_grace=1)
     assert isinstance(answer, Done)
     assert answer.output is not None
     payload = json.loads(answer.output)["payload"]
@@ -87,12 +86,36 @@ def start_faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartFaulty]:
 
 
 def run_faulty(
-    engine: EngineProcess, folder: Path, fault: str, *, time_limit: float = 20, **options: Any
+    engine: EngineProcess,
+    folder: Path,
+    fault: str,
+    *,
+    watch: Watch = UNWATCHED,
+    time_limit: float = 20,
+    **options: Any,
 ) -> Done | Failed:
     task = {"task_id": "t", "task_type": "faulty", "fault": fault, "options": options}
-    watch = Watch(lambda *_: None, lambda: None)
     scratch = str(folder / "scratch")
     return engine.run(json.dumps(task), scratch, {}, watch=watch, time_limit=time_limit, abort_grace=1)
+
+
+def test_an_engine_may_quote_what_is_no_proper_text(
+    start_faulty: StartFaulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_faulty()
+    engine.wait_ready(limit=60)
+    notes: list[str] = []
+    watch = Watch(lambda _, note: notes.append(note), lambda: None)
+    answer = run_faulty(engine, tmp_path, "illegible", watch=watch)
+    assert isinstance(answer, Failed)
+    assert (answer.code, answer.message, answer.invalid) == ("illegible", "caf? is no word", True)
+    assert notes == ["reads caf?"]
+    assert engine.alive
+    switch = tmp_path / "load"
+    switch.write_text("illegible")
+    monkeypatch.setenv("FAULTY_LOAD", str(switch))
+    with pytest.raises(InstallationError, match=r"/models/caf\?"):
+        start_faulty().wait_ready(limit=60)
 
 
 def all_gone(helpers: Path) -> bool:

@@ -11,7 +11,7 @@ from schemas import InputUrl, Options, Task, TaskType, always
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
     "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate", "gpu_memory", "swell",
-    "grow",
+    "grow", "illegible",
 ]  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class FaultyEngine(Engine[FaultyTask]):
                     raise RuntimeError("cannot load")
                 case "die":
                     os._exit(3)
+                case "illegible":
+                    raise InstallationError("there is no model in /models/caf\udce9")
                 case "fork_and_die":
                     _forked()
                     os._exit(3)
@@ -85,6 +87,9 @@ class FaultyEngine(Engine[FaultyTask]):
                 time.sleep(3600)
             case "invalid":
                 raise InvalidTask("this will never do", code="never")
+            case "illegible":
+                context.progress(0.5, "reads caf\udce9")
+                raise InvalidTask("caf\udce9 is no word", code="illegible")
             case "transient":
                 raise TransientFailure("not this time", code="not_now")
             case "error":
