@@ -52,6 +52,12 @@ class EngineDied(TransientFailure):
     code = "engine_died"
 
 
+class OverTime(TransientFailure):
+    """The run was stopped at its time limit."""
+
+    code = "time_limit"
+
+
 class RunAborted(Exception):
     """The run was stopped on request. `reason` tells a user's cancel from a shutdown."""
 
@@ -226,8 +232,8 @@ class EngineProcess:
     ) -> Done | Failed:
         """Compute a task (its JSON). `time_limit` and `abort_grace` in seconds.
 
-        Raises EngineDied, TransientFailure (code `time_limit` or `out_of_memory`) or RunAborted. Unless the
-        engine stopped by itself when it was asked to, the process is gone then: `usable` tells.
+        Raises EngineDied, OverTime, TransientFailure (code `out_of_memory`) or RunAborted. Unless the engine
+        stopped by itself when it was asked to, the process is gone then: `usable` tells.
         """
         pipe = self._pipe
         if pipe is None:
@@ -235,8 +241,8 @@ class EngineProcess:
         try:
             prepared, self._prepared = task == self._prepared, None
             send(pipe, Run(task=None if prepared else task, scratch=scratch, inputs=dict(inputs)))
-            answer = self._await(pipe, watch, time.monotonic() + time_limit, time_limit, abort_grace)
-        except RunAborted:
+            answer = self._await(pipe, watch, time_limit, abort_grace)
+        except (RunAborted, OverTime):
             raise
         except (EOFError, OSError) as error:
             raise EngineDied(f"the engine process ended during the run ({self._ending()})") from error
@@ -274,47 +280,56 @@ class EngineProcess:
                     use += part.memory_info().rss
         return use
 
-    def _await(
-        self, pipe: Connection, watch: Watch, deadline: float, time_limit: float, abort_grace: float
-    ) -> Done | Failed:
-        aborting: AbortReason | None = None
-        next_look = time.monotonic() + _LOOK_SECONDS
+    def _await(self, pipe: Connection, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
+        now = time.monotonic()
+        deadline, next_look = now + time_limit, now + _LOOK_SECONDS
         poller = select.poll()  # Connection.poll would make a selector for each call
         poller.register(pipe.fileno(), select.POLLIN)
         while True:
             if poller.poll(max(0.0, min(next_look, deadline) - time.monotonic()) * 1000):
                 match from_engine(pipe):
                     case Done() | Failed() as answer:
-                        # Finished although it was to stop: the work is done, so it counts.
                         return answer
                     case Progress(fraction=fraction, note=note):
                         watch.progress(fraction, note)
                     case Aborted():
-                        if aborting is None:
-                            raise TransientFailure(
-                                "the engine stopped without being asked", code="engine_error"
-                            )
-                        raise RunAborted(aborting)
+                        raise TransientFailure("the engine stopped without being asked", code="engine_error")
                     case unexpected:
                         raise EngineDied(f"the engine process said {unexpected.kind!r} during a run")
             now = time.monotonic()
-            if aborting is None and next_look <= now < deadline:
+            if next_look <= now < deadline:
                 self._check_lives(pipe)
                 self._watch_memory()
-                aborting = watch.abort()
+                if (reason := watch.abort()) is not None:
+                    finished = self._stop(pipe, abort_grace)
+                    if finished is not None and time.monotonic() < deadline:
+                        # Finished although it was to stop: the work is done, so it counts.
+                        return finished
+                    raise RunAborted(reason)
                 next_look = now + _LOOK_SECONDS
-                if aborting is not None:
-                    send(pipe, Abort())
-                    next_look = deadline = min(deadline, now + abort_grace)
             if now >= deadline:
-                self.kill()
-                if aborting is not None:
-                    raise RunAborted(aborting)
-                raise TransientFailure(
+                self._stop(pipe, abort_grace)
+                raise OverTime(
                     f"the run was stopped at its time limit of {time_limit:g} s; submit a smaller task, "
-                    "or one with a larger time_limit",
-                    code="time_limit",
+                    "or one with a larger time_limit"
                 )
+
+    def _stop(self, pipe: Connection, abort_grace: float) -> Done | Failed | None:
+        """Ask the engine to stop, and kill it where it does not within `abort_grace` seconds.
+
+        Gives the answer of a run that has come to its end all the same.
+        """
+        deadline = time.monotonic() + abort_grace
+        with suppress(EOFError, OSError):  # it has ended, which is as good
+            send(pipe, Abort())
+            while (left := deadline - time.monotonic()) > 0 and pipe.poll(left):
+                match from_engine(pipe):
+                    case Done() | Failed() as answer:
+                        return answer
+                    case Aborted():
+                        return None
+        self.kill()
+        return None
 
     def _check_lives(self, pipe: Connection) -> None:
         """Raises EOFError where the process has ended and has said all: what it forked may hold its pipe."""

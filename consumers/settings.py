@@ -77,7 +77,8 @@ class WorkerSettings(ProbeSettings):
     abort_grace: float = Field(
         1.0,
         ge=0,
-        description="Seconds that an engine has to stop a cancelled run before its process is killed.",
+        description="Seconds that an engine has to stop a run that is cancelled or over its time limit, "
+        "before its process is killed.",
     )
     engine_memory_limit: ByteSize | None = Field(
         None,

@@ -14,7 +14,15 @@ import pytest
 
 from consumers import engine_process
 from consumers.engine_messages import Done, Failed
-from consumers.engine_process import EngineDied, EngineProcess, MemoryLimits, Watch
+from consumers.engine_process import (
+    AbortReason,
+    EngineDied,
+    EngineProcess,
+    MemoryLimits,
+    OverTime,
+    RunAborted,
+    Watch,
+)
 from producer.up import guard
 from schemas import InstallationError, TransientFailure, parse_task
 from tests.worker.conftest import PLUGIN, eventually
@@ -92,11 +100,14 @@ def run_faulty(
     *,
     watch: Watch = UNWATCHED,
     time_limit: float = 20,
+    abort_grace: float = 1,
     **options: Any,
 ) -> Done | Failed:
     task = {"task_id": "t", "task_type": "faulty", "fault": fault, "options": options}
     scratch = str(folder / "scratch")
-    return engine.run(json.dumps(task), scratch, {}, watch=watch, time_limit=time_limit, abort_grace=1)
+    return engine.run(
+        json.dumps(task), scratch, {}, watch=watch, time_limit=time_limit, abort_grace=abort_grace
+    )
 
 
 def test_an_engine_may_quote_what_is_no_proper_text(
@@ -116,6 +127,19 @@ def test_an_engine_may_quote_what_is_no_proper_text(
     monkeypatch.setenv("FAULTY_LOAD", str(switch))
     with pytest.raises(InstallationError, match=r"/models/caf\?"):
         start_faulty().wait_ready(limit=60)
+
+
+@pytest.mark.parametrize(("reason", "expected"), [(None, OverTime), ("cancelled", RunAborted)])
+def test_a_run_that_ends_beyond_its_limit_does_not_count_and_its_engine_stays(
+    start_faulty: StartFaulty, tmp_path: Path, reason: AbortReason | None, expected: type[Exception]
+) -> None:
+    engine = start_faulty()
+    engine.wait_ready(limit=60)
+    watch = Watch(lambda *_: None, lambda: reason)
+    with pytest.raises(expected):  # it takes two seconds, and does not ask whether to stop
+        run_faulty(engine, tmp_path, "progress", watch=watch, time_limit=1, abort_grace=30)
+    assert engine.usable
+    assert isinstance(run_faulty(engine, tmp_path, "none"), Done)
 
 
 def all_gone(helpers: Path) -> bool:

@@ -225,13 +225,16 @@ def test_a_task_that_has_killed_three_engines_is_poison(site: Site) -> None:
 
 
 def test_a_run_over_its_time_limit_is_stopped(site: Site, tmp_path: Path) -> None:
-    site.worker()
-    for fault in ("hang", "hang_hard", "noise"):
+    """An engine that asks whether it should stop goes on with its model; another is killed and replaced."""
+    worker = site.worker()
+    for fault, stays in (("hang", True), ("hang_hard", False), ("noise", False)):
+        engine = worker.engine_pid()
         options = {"times": 1, "marker": str(tmp_path / fault)}
         task_id = site.publish({"fault": fault, "time_limit": 0.5, "options": options})
         state = eventually(lambda: (s := site.state(task_id)) and s.state == "retrying" and s)  # noqa: B023
         assert (fault, state.error.code) == (fault, "time_limit")
         assert site.ended(task_id).status == "succeeded"
+        assert (fault, worker.engine_pid() == engine) == (fault, stays)
 
 
 @pytest.mark.parametrize(

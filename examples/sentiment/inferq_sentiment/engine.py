@@ -38,7 +38,7 @@ class SentimentEngine(Engine[SentimentTask]):
         found: list[int] = []
         parts = clauses(text)
         for done, clause in enumerate(parts):
-            context.check_abort()  # stops here where the task was cancelled
+            context.check_abort()  # stops here where it was cancelled, or its time is over
             context.progress(done / len(parts), f"clause {done + 1} of {len(parts)}")
             found += opinions(clause, self._weights, self._tokens)
         context.progress(1.0, "judged")
