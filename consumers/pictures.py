@@ -16,7 +16,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from consumers.sniff import Kind, sniff
 from schemas import InvalidTask
@@ -43,6 +43,17 @@ _DAMAGE = (
     Image.DecompressionBombError,
 )
 """What Pillow's decoders raise on damaged files."""
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture of each EXIF orientation upright; one of orientation 1 is."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +197,14 @@ def _own_pixel_limit() -> Iterator[None]:
 
 def _rgb(image: Image.Image) -> RgbImage:
     """A decoded picture as upright RGB."""
+    turn = _turn(image)
     if image.mode == "CMYK" and image.format in {"JPEG", "MPO"} and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for one of Adobe's, which hold inverted ink; others do not.
-        image = _keeping_orientation(image, ImageChops.invert(image))
+        image = ImageChops.invert(image)
     if image.mode.startswith(("I", "F")):
-        image = _keeping_orientation(image, Image.fromarray(_stretched(np.asarray(image))))
-    image = ImageOps.exif_transpose(image)
+        image = Image.fromarray(_stretched(np.asarray(image)))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "LAB":
         image = image.getchannel("L")
     if image.has_transparency_data:
@@ -202,9 +215,15 @@ def _rgb(image: Image.Image) -> RgbImage:
     return np.array(image.convert("RGB"), np.uint8)
 
 
-def _keeping_orientation(original: Image.Image, changed: Image.Image) -> Image.Image:
-    changed.getexif()[0x0112] = original.getexif().get(0x0112, 1)
-    return changed
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a decoded picture upright, by its EXIF block; None where that says nothing that can be read.
+
+    Pillow's own `exif_transpose` writes the whole block anew, which fails where a tag has an unusual type.
+    """
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow's parser raises nearly anything; the pixels are sound
+        return None
 
 
 def _stretched(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> RgbImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pypdfium2 as pdfium
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from consumers.ocr.images import Limits, open_document
 
@@ -82,6 +83,62 @@ def test_an_orientation_that_means_nothing_is_passed_over(tmp_path: Path, orient
     exif[0x0112] = orientation
     picture().save(tmp_path / "a.jpg", exif=exif)
     assert corners(only_page(tmp_path / "a.jpg")) == COLOURS
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_page_is_turned_as_pillow_would(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(tmp_path / "a", format=kind, exif=exif)
+    with Image.open(tmp_path / "a") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert (only_page(tmp_path / "a") == expected).all()
+
+
+def exif_block(tag: int, kind: int, value: bytes) -> bytes:
+    """An EXIF block of orientation 6 and one more tag, whose value has this type (TIFF 6.0, section 2)."""
+    entries = sorted([struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", tag, kind, 1, value)])
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(0x0128, 2, b"2"), (0x011A, 2, b"7"), (0x013B, 11, bytes(4)), (0x013B, 5, bytes(4)),
+     (0x8769, 9, b"\xff" * 4), (0x8825, 2, b"x"), (0xA005, 16, bytes(4))],
+)  # fmt: skip
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_with_an_odd_exif_tag_is_turned_all_the_same(
+    tmp_path: Path, format_: str, tag: int, kind: int, value: bytes
+) -> None:
+    picture().transpose(Image.Transpose.ROTATE_90).save(
+        tmp_path / "a", format=format_, exif=exif_block(tag, kind, value)
+    )
+    page = only_page(tmp_path / "a")
+    assert page.shape == (80, 120, 3)
+    assert corners(page) == COLOURS
+
+
+@pytest.mark.parametrize(
+    "block", [b"no TIFF header", b"I", b"II*\0\x08\0\0\0\x05", b"II*\0\xff\xff\xff\xff", b"II+\0", b"x" * 40]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_exif_block_that_cannot_be_read_is_passed_over(tmp_path: Path, kind: str, block: bytes) -> None:
+    picture().save(tmp_path / "a", format=kind, exif=b"Exif\0\0" + block)
+    assert corners(only_page(tmp_path / "a")) == COLOURS
+
+
+def test_an_inverted_cmyk_photo_is_turned_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.eval(picture("CMYK"), lambda value: 255 - value).save(buffer, format="JPEG", exif=exif)
+    data = buffer.getvalue()
+    start = data.index(b"\xff\xee")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    (tmp_path / "plain.jpg").write_bytes(data[:start] + data[end:])
+    red, green, blue, white = COLOURS
+    assert corners(only_page(tmp_path / "plain.jpg")) == [blue, red, white, green]
 
 
 def test_what_is_transparent_is_white(tmp_path: Path) -> None:
