@@ -28,6 +28,8 @@ LONGEST_SIDE = 65_500
 """Pixels that no side of a picture may exceed; the libraries' own limits are not much beyond."""
 _MOST_ELONGATED = 200
 """A picture longer than this many times its width shows nothing that can be made out."""
+_MOST_FRAMES = 10_000
+"""Pillow looks through all frames before one for each that it finds: counting on would take minutes."""
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -113,7 +115,7 @@ class Picture:
         """The frames that are pages.
 
         Of a TIFF all are but thumbnails and masks (tag NewSubfileType of TIFF 6.0); of an animation only
-        the first one is. Raises InvalidTask (`truncated_image`).
+        the first one is. Raises InvalidTask: `truncated_image`, `too_many_pages`.
         """
         if self.kind is not Kind.TIFF:
             return [0]
@@ -124,6 +126,10 @@ class Picture:
                     self._image.seek(number)
                 except EOFError:
                     break
+                if number == _MOST_FRAMES:
+                    raise InvalidTask(
+                        f"the TIFF has more than {_MOST_FRAMES} frames: split it", code="too_many_pages"
+                    )
                 # 254 is NewSubfileType: bit 0 marks a reduced-resolution copy, bit 2 a transparency mask.
                 subfile = self._image.tag_v2.get(254, 0)  # type: ignore[attr-defined]
                 if not (isinstance(subfile, int) and subfile & 0b101):

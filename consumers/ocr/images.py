@@ -58,7 +58,8 @@ class Document(ABC):
 def open_document(path: Path, limits: Limits = Limits()) -> Document:
     """The document in a file. Its header is read here, its pages later.
 
-    Raises InvalidTask: `empty_file`, `not_an_image`, `truncated_image`, `image_too_large`, `encrypted_pdf`.
+    Raises InvalidTask: `empty_file`, `not_an_image`, `truncated_image`, `image_too_large`, `too_many_pages`,
+    `encrypted_pdf`.
     """
     kind = sniff(path, documents=True)
     return _Pdf(path, limits) if kind is Kind.PDF else _Picture(path, kind, limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -125,6 +126,28 @@ def test_a_later_page_that_is_too_large_is_refused_on_its_own(tmp_path: Path) ->
         with pytest.raises(InvalidTask, match="page 2 has 2000×1000 pixels") as caught:
             document.page(2)
     assert caught.value.code == "image_too_large"
+
+
+def tiff_of(frames: int) -> bytes:
+    """A TIFF of so many grey pages of one pixel, which they share."""
+    tags = ((256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1))
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    size = len(directory) + 4
+    offsets = [12 + size * number for number in range(1, frames)] + [0]
+    return struct.pack("<4sII", b"II*\0", 12, 0) + b"".join(directory + struct.pack("<I", o) for o in offsets)
+
+
+def test_a_tiff_of_many_frames_is_counted_no_further_than_that_takes_seconds(tmp_path: Path) -> None:
+    (tmp_path / "a.tiff").write_bytes(tiff_of(10_000))
+    with open_document(tmp_path / "a.tiff") as document:
+        assert document.page_count == 10_000
+        assert document.page(1).shape == (1, 1, 3)
+    (tmp_path / "b.tiff").write_bytes(tiff_of(40_000))
+    begun = time.process_time()
+    error = refusal(tmp_path / "b.tiff")
+    assert time.process_time() - begun < 10
+    assert error.code == "too_many_pages"
+    assert "more than 10000 frames" in error.message
 
 
 def test_a_huge_picture_inside_a_pdf_is_refused(tmp_path: Path) -> None:
