@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 _decode_value: Callable[[bytes, int], tuple[Any, int]] = pika_data.decode_value
+_decode_table: Callable[[bytes, int], tuple[dict[str, Any], int]] = pika_data.decode_table
 
 
 def _decode_leniently(encoded: bytes, offset: int) -> tuple[Any, int]:
@@ -50,7 +51,21 @@ def _decode_leniently(encoded: bytes, offset: int) -> tuple[Any, int]:
         return int.from_bytes(encoded[offset + 1 : offset + 9], "big"), offset + 9
 
 
+def _decode_table_leniently(encoded: bytes, offset: int) -> tuple[dict[str, Any], int]:
+    """A table, such as a message's headers; an empty one where it cannot be read, as when nested too deeply.
+
+    The broker limits no depth, and what pika raises would take the connection down as above. Without its
+    headers the message is judged by its body.
+    """
+    end = offset + 4 + int.from_bytes(encoded[offset : offset + 4], "big")
+    try:
+        return _decode_table(encoded, offset)
+    except Exception:
+        return {}, end
+
+
 pika_data.decode_value = _decode_leniently
+pika_data.decode_table = _decode_table_leniently
 
 _TICK_SECONDS = 0.2
 """How often a connection looks after what waits, whether there is traffic or not."""

@@ -23,6 +23,14 @@ def set_memory_alarm(node: RabbitMQ, raised: bool) -> None:
     control(node, "set_vm_memory_high_watermark", "0.0000001" if raised else "0.9")
 
 
+def too_deep(kind: type) -> object:
+    """Lists in lists, or tables in tables, which pika can send and the broker takes, but pika cannot read."""
+    value: object = 1
+    for _ in range(600 if kind is list else 400):
+        value = [value] if kind is list else {"in": value}
+    return value
+
+
 @pytest.fixture
 def proxied() -> Iterator[Callable[[str], tuple[str, TcpProxy]]]:
     """Puts a proxy in front of a URL's server: gives the URL through the proxy, and the proxy."""

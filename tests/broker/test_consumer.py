@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import pika
 import pytest
 
 from broker import (
@@ -18,7 +19,7 @@ from broker import (
     work_queue,
 )
 from schemas import Priority, parse_task
-from tests.broker.conftest import control
+from tests.broker.conftest import control, too_deep
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
 
@@ -308,3 +309,25 @@ def test_stopping_takes_no_more_and_still_settles(
     consumer.ack(delivery)
     assert consumer.next(0.3) is None
     eventually(lambda: waiting(settings) == 1)
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_headers_that_are_nested_too_deeply_leave_the_body(
+    submit: Callable[..., None],
+    consume: Callable[..., Consumer],
+    settings: BrokerSettings,
+    kind: type,
+) -> None:
+    submit("t1")
+    connection = connect(settings, name="test")
+    properties = pika.BasicProperties(headers={"deep": too_deep(kind)}, message_id="deep", delivery_mode=2)
+    connection.channel().basic_publish("", work_queue("echo", "normal"), b"body", properties)
+    connection.close()
+    submit("t2")
+    consumer = consume()
+    seen = []
+    for _ in range(3):
+        delivery = take(consumer)
+        seen.append((delivery.message_id, delivery.attempt, delivery.redelivered))
+        consumer.ack(delivery)
+    assert seen == [("t1", 1, False), ("deep", 1, False), ("t2", 1, False)]

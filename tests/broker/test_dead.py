@@ -14,6 +14,7 @@ import pytest
 from broker import BrokerSettings, DeadLetters, Filter, connect, topology_for, work_queue
 from broker.dead import NoDeadLetters
 from broker.topology import dead_queue
+from tests.broker.conftest import too_deep
 
 QUEUE = work_queue("echo", "normal")
 
@@ -116,6 +117,28 @@ def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
         assert len(dead) + len(back) - len(names) <= kills, "more than the one at hand is in both"
     assert kills >= 3
     assert set(ids(settings, QUEUE)) == set(names)
+
+
+def test_a_dead_letter_whose_headers_are_nested_too_deeply_hinders_no_other(
+    settings: BrokerSettings, channel: pika.adapters.blocking_connection.BlockingChannel
+) -> None:
+    for name in ("d1", "d2"):
+        headers = {"x-dead-reason": "bad", "deep": too_deep(list)}
+        channel.basic_publish(
+            "inference.dead",
+            "task_type.echo.normal",
+            f'{{"task_id": "{name}", "task_type": "echo"}}'.encode(),
+            pika.BasicProperties(delivery_mode=2, message_id=name, headers=headers),
+            mandatory=True,
+        )
+    bury(channel, 1)
+    with DeadLetters(settings, "echo") as letters:
+        found = {letter.task_id: letter.reason for letter in letters.read()}
+        assert found == {"d1": "unknown", "d2": "unknown", "bad0": "bad"}
+        assert [letter.task_id for letter in letters.redrive(Filter(task_id="d1"))] == ["d1"]
+        assert [letter.task_id for letter in letters.purge(Filter(task_id="d2"))] == ["d2"]
+    assert ids(settings, dead_queue("echo")) == ["bad0"]
+    assert ids(settings, QUEUE) == ["d1"]
 
 
 def test_a_type_without_dead_letters_is_named(settings: BrokerSettings) -> None:
