@@ -403,8 +403,14 @@ def _reason(error: BaseException | str) -> str:
 
 
 def connect(settings: BrokerSettings, *, name: str) -> pika.BlockingConnection:
-    """A plain connection for a command that runs and ends. Raises BrokerUnavailable."""
+    """A plain connection for a command that runs and ends. Raises BrokerUnavailable.
+
+    An alarm that holds what it publishes for INFERQ_AMQP_BLOCKED_LIMIT seconds ends it: pika raises
+    ConnectionBlockedTimeout, where it would wait for ever.
+    """
     parameters = settings.connections(name)
+    for node in parameters:
+        node.blocked_connection_timeout = settings.amqp_blocked_limit
     where = " or ".join(f"{p.host}:{p.port}" for p in parameters)
     try:
         return pika.BlockingConnection(parameters)

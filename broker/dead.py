@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self, cast
 
 import pika
-from pika.exceptions import AMQPError, ChannelClosedByBroker, NackError, UnroutableError
+from pika.exceptions import (
+    AMQPError,
+    ChannelClosedByBroker,
+    ConnectionBlockedTimeout,
+    NackError,
+    UnroutableError,
+)
 
 from broker.connection import connect
 from broker.consumer import delivery_from
@@ -127,7 +134,15 @@ class DeadLetters:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._connection.is_open:
-            self._connection.close()
+            # In an alarm the broker hears no goodbye, which must not hide what ended the command.
+            with suppress(AMQPError):
+                self._connection.close()
+        if isinstance(error, ConnectionBlockedTimeout):
+            raise BrokerUnavailable(
+                f"RabbitMQ has held publishing for {self._settings.amqp_blocked_limit:g} s, in a memory or "
+                "disk alarm; no dead letter is lost, and one that was sent back may still stand among them; "
+                "free memory or disk space on the broker, then run the command again"
+            ) from error
         if isinstance(error, AMQPError):
             raise BrokerUnavailable(f"the connection to RabbitMQ was lost: {error!r}") from error
 
@@ -162,6 +177,8 @@ class DeadLetters:
                     f"no queue takes task {letter.task_id!r} (routing key {message.routing_key!r}); it stays "
                     f"where it is, {len(moved)} were redriven before it; run: inferq topology apply"
                 ) from error
+            except ConnectionBlockedTimeout:
+                raise  # `__exit__` explains it; it may come of any call after the first publish
             except (NackError, AMQPError) as error:
                 raise BrokerUnavailable(
                     f"RabbitMQ did not take task {letter.task_id!r} back: {error!r}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ import pytest
 from broker import BrokerSettings, DeadLetters, Filter, connect, topology_for, work_queue
 from broker.dead import NoDeadLetters
 from broker.topology import dead_queue
-from tests.broker.conftest import too_deep
+from tests.broker.conftest import set_memory_alarm, too_deep
+from tests.conftest import RabbitMQ
 
 QUEUE = work_queue("echo", "normal")
 
@@ -116,6 +118,48 @@ def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
             time.sleep(0.05)
         assert len(dead) + len(back) - len(names) <= kills, "more than the one at hand is in both"
     assert kills >= 3
+    assert set(ids(settings, QUEUE)) == set(names)
+
+
+def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: RabbitMQ) -> None:
+    settings = BrokerSettings(amqp_url=rabbit_node.url)
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+    topology_for(["echo"]).apply(channel)
+    channel.confirm_delivery()
+    names = bury(channel, 3)
+    program = (
+        "from broker import BrokerSettings, DeadLetters\n"
+        "with DeadLetters(BrokerSettings.load(), 'echo') as letters: letters.redrive()"
+    )
+    env = {"INFERQ_AMQP_URL": settings.amqp_url, "INFERQ_AMQP_BLOCKED_LIMIT": "3"}
+    said = []
+    set_memory_alarm(rabbit_node, True)
+    try:
+        for left, interrupted in ((2, False), (1, True)):
+            process = subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE)
+            try:
+                while channel.queue_declare(dead_queue("echo"), passive=True).method.message_count > left:
+                    assert process.poll() is None
+                    time.sleep(0.02)
+                if interrupted:
+                    time.sleep(0.5)  # until it waits for the confirm
+                    process.send_signal(signal.SIGINT)
+                said.append(process.communicate(timeout=30)[1].decode().splitlines()[-1])
+            finally:
+                process.kill()
+    finally:
+        set_memory_alarm(rabbit_node, False)
+    assert "BrokerUnavailable: RabbitMQ has held publishing for 3 s, in a memory or disk alarm" in said[0]
+    assert said[1] == "KeyboardInterrupt"
+    end = time.monotonic() + 20
+    while channel.queue_declare(dead_queue("echo"), passive=True).method.message_count < 3:
+        assert time.monotonic() < end, "what was looked at did not come back"
+        time.sleep(0.1)
+    with DeadLetters(settings, "echo") as letters:
+        letters.redrive()
+    connection.close()
+    assert ids(settings, dead_queue("echo")) == []
     assert set(ids(settings, QUEUE)) == set(names)
 
 
