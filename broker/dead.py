@@ -150,7 +150,7 @@ class DeadLetters:
         """The dead letters that match, the oldest first; they stay in the queue."""
         channel = self._open()
         found = list(self._matching(channel, wanted))
-        self._give_back(channel, self._looked)
+        self._give_back(channel, taken=0)
         return sorted(found, key=lambda letter: letter.time or _UNKNOWN_TIME)
 
     def redrive(self, wanted: Filter = Filter()) -> list[DeadLetter]:
@@ -186,7 +186,7 @@ class DeadLetters:
                 ) from error
             channel.basic_ack(letter.delivery.tag)
             moved.append(letter)
-        self._give_back(channel, self._looked - len(moved))
+        self._give_back(channel, taken=len(moved))
         return moved
 
     def purge(self, wanted: Filter = Filter()) -> list[DeadLetter]:
@@ -196,7 +196,7 @@ class DeadLetters:
         for letter in self._matching(channel, wanted):
             channel.basic_ack(letter.delivery.tag)
             gone.append(letter)
-        self._give_back(channel, self._looked - len(gone))
+        self._give_back(channel, taken=len(gone))
         return gone
 
     def _open(self) -> pika.adapters.blocking_connection.BlockingChannel:
@@ -214,15 +214,16 @@ class DeadLetters:
             ) from error
         return channel
 
-    def _give_back(self, channel: pika.adapters.blocking_connection.BlockingChannel, count: int) -> None:
+    def _give_back(self, channel: pika.adapters.blocking_connection.BlockingChannel, *, taken: int) -> None:
         """Return what was looked at and not taken, and wait a moment until the queue has it back.
 
         Whoever looks next, which may be the same script, would find the queue empty otherwise.
         """
         channel.close()
         end = time.monotonic() + _RETURN_SECONDS
+        left = self._count - taken
         channel = self._open()
-        while self._count < count and time.monotonic() < end:
+        while self._count < left and time.monotonic() < end:
             time.sleep(0.005)
             self._count = channel.queue_declare(self._queue, passive=True).method.message_count or 0
         channel.close()
@@ -231,14 +232,12 @@ class DeadLetters:
         self, channel: pika.adapters.blocking_connection.BlockingChannel, wanted: Filter
     ) -> Iterator[DeadLetter]:
         found = 0
-        self._looked = 0
         for _ in range(self._count):
             if wanted.limit is not None and found >= wanted.limit:
                 return
             method, properties, body = channel.basic_get(self._queue)
             if method is None or properties is None or body is None:
                 return
-            self._looked += 1
             letter = DeadLetter.of(delivery_from(self._queue, 0, method, properties, cast(bytes, body)))
             if wanted.matches(letter):
                 found += 1
