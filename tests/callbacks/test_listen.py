@@ -70,7 +70,7 @@ def test_it_tells_what_verifies_from_what_does_not(tmp_path: Path) -> None:
         assert httpx.get(url).status_code == 405
         lines = eventually(lambda: len(found := heard(out)) == 7 and found)
     assert [line["verified"] for line in lines] == [True, True, False, False, False, False, False]
-    assert (lines[0]["type"], lines[0]["sequence"]) == ("task.succeeded", 9999999)
+    assert (lines[0]["type"], lines[0]["sequence"]) == ("task.succeeded", 10_000_009_999_999)
     assert lines[0]["webhook_id"] == sent.callback_id
     assert all(line["fault"] for line in lines[2:])
 
@@ -81,7 +81,7 @@ def test_a_task_is_called_back_from_submission_to_the_listener(site: Site, calle
     with listening(site.folder, INFERQ_WEBHOOK_SECRETS_FILE=str(caller.file)) as (url, out):
         task_id = site.publish({"task_type": "echo", "payload": 1, "callback_url": url})
         line = eventually(lambda: out.read_text().splitlines())[0]
-    assert line.startswith(f"task.succeeded {task_id} #9999999 verified msg_")
+    assert line.startswith(f"task.succeeded {task_id} #10000009999999 verified msg_")
 
 
 def test_a_secret_that_is_none_is_refused(tmp_path: Path) -> None:

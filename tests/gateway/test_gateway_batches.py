@@ -96,7 +96,7 @@ def test_a_batch_that_nobody_feeds_is_handed_over_to_be_cancelled(
     answer = lone_gateway.http.post(f"{PATH}/cancel")
     assert (answer.status_code, answer.json()["cancel_requested"]) == (202, True)
     (message,) = publisher.messages
-    assert (message.routing_key, json.loads(message.body)[1]["batch_id"]) == ("batches", "b")
+    assert (message.routing_key, json.loads(message.body)[1]["batch_id"]) == ("inference.batches", "b")
 
 
 def test_a_tenant_never_gets_what_is_kept_of_anothers_batch(lone_gateway: Gateway) -> None:

@@ -341,10 +341,12 @@ def test_each_night_of_a_run_is_told_once_and_the_nights_add_up(site: Site) -> N
 
 
 def _ended(task_id: str, status: str, now: datetime) -> Result:
+    batch_id, _, line = task_id.rpartition(".")
     error = {"code": "not_text", "message": "", "retryable": False} if status == "failed" else None
     return Result.model_validate(
         {
-            "task_id": task_id, "task_type": "ner", "tenant": "default", "status": status, "attempts": 1,
-            "finished_at": now, "error": error, "output": {"pages": [{}, {}]} if error is None else None,
+            "task_id": task_id, "batch_id": batch_id, "batch_line": int(line), "task_type": "ner",
+            "tenant": "default", "status": status, "attempts": 1, "finished_at": now, "error": error,
+            "output": {"pages": [{}, {}]} if error is None else None,
         }
     )  # fmt: skip
