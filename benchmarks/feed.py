@@ -42,6 +42,7 @@ class Fed:
     feeder_peak: int
     redis: int
     status_p50: float
+    status_p99: float
     status_max: float
     late_max: float
 
@@ -101,6 +102,7 @@ def feed(ground: Site, lines: int) -> Fed:
         feeder_peak=peak,
         redis=taken,
         status_p50=statistics.median(latencies),
+        status_p99=statistics.quantiles(latencies, n=100)[-1],
         status_max=max(latencies),
         late_max=max(late),
     )
