@@ -102,7 +102,7 @@ def feed(ground: Site, lines: int) -> Fed:
         feeder_peak=peak,
         redis=taken,
         status_p50=statistics.median(latencies),
-        status_p99=statistics.quantiles(latencies, n=100)[-1],
+        status_p99=statistics.quantiles(latencies, n=100, method="inclusive")[-1],
         status_max=max(latencies),
         late_max=max(late),
     )

@@ -17,6 +17,7 @@ from broker.settings import BrokerSettings
 from broker.topology import topology_for
 from producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from producer.gateway.access import Access
+from producer.gateway.batch_look import BatchLook
 from producer.gateway.health import ReadinessProbe
 from producer.gateway.hub import EventHub
 from producer.gateway.metrics import Metrics
@@ -72,7 +73,8 @@ def create_app(
         metrics=metrics,
         closing=asyncio.Event(),
         batches=BatchStore(store),
-        batch_index=BatchIndex(status),
+        batch_index=(index := BatchIndex(status)),
+        batch_look=BatchLook(storage.redis_url, index, timeout=storage.redis_timeout),
     )
     app = FastAPI(
         title="inferq",
@@ -113,5 +115,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.hub.wake()
         await app.state.submitter.finish()
         await services.hub.close()
+        await services.batch_look.close()
         await to_thread.run_sync(services.publisher.close, _CLOSE_SECONDS)
         await to_thread.run_sync(services.status.close)
