@@ -180,16 +180,7 @@ class BatchIndex:
 
     def look(self, tenant: str, batch_id: str) -> Standing | None:
         """Where a batch stands; None where nothing is known of it."""
-        return self.standing_of(self._run("look", tenant, batch_id, []))
-
-    def look_call(self, tenant: str, batch_id: str) -> tuple[list[str], list[Any]]:
-        """The keys and arguments of the script `look`, for another client; `standing_of` reads the reply."""
-        return self._call(tenant, batch_id, [])
-
-    @staticmethod
-    def standing_of(reply: Any) -> Standing | None:
-        """What a reply of the script `look` says."""
-        record, leased, *numbers = reply
+        record, leased, *numbers = self._run("look", tenant, batch_id, [])
         if not record:
             return None
         fields = dict(zip(record[::2], record[1::2], strict=True))
@@ -218,12 +209,9 @@ class BatchIndex:
         )
 
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
-        return self._scripts[name](*self._call(tenant, batch_id, arguments))
-
-    def _call(self, tenant: str, batch_id: str, arguments: Sequence[Any]) -> tuple[list[str], list[Any]]:
+        key = scripts.batch_key(tenant, batch_id)
         now = micros(datetime.now(UTC))
-        head = [tenant, batch_id, self._status.retention, now]
-        return [scripts.batch_key(tenant, batch_id)], [*head, *arguments]
+        return self._scripts[name]([key], [tenant, batch_id, self._status.retention, now, *arguments])
 
     def _set(self, tenant: str, batch_id: str, fields: Mapping[str, str]) -> None:
         key = scripts.batch_key(tenant, batch_id)

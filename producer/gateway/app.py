@@ -17,7 +17,6 @@ from broker.settings import BrokerSettings
 from broker.topology import topology_for
 from producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from producer.gateway.access import Access
-from producer.gateway.batch_look import BatchLook
 from producer.gateway.health import ReadinessProbe
 from producer.gateway.hub import EventHub
 from producer.gateway.metrics import Metrics
@@ -73,8 +72,7 @@ def create_app(
         metrics=metrics,
         closing=asyncio.Event(),
         batches=BatchStore(store),
-        batch_index=(index := BatchIndex(status)),
-        batch_look=BatchLook(storage.redis_url, index, timeout=storage.redis_timeout),
+        batch_index=BatchIndex(status),
     )
     app = FastAPI(
         title="inferq",
@@ -115,6 +113,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.hub.wake()
         await app.state.submitter.finish()
         await services.hub.close()
-        await services.batch_look.close()
         await to_thread.run_sync(services.publisher.close, _CLOSE_SECONDS)
         await to_thread.run_sync(services.status.close)

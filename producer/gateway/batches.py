@@ -8,12 +8,11 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-import redis
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -353,10 +352,6 @@ def _is_fed(standing: Standing) -> bool:
 
 
 async def _standing(services: Services, tenant: str, batch_id: str) -> Standing | None:
-    if services.status.away_for is None:
-        # Where this fails the ordinary call decides what that means.
-        with suppress(redis.RedisError, OSError):
-            return await services.batch_look.ask(tenant, batch_id)
     try:
         return await services.on_redis(services.batch_index.look, tenant, batch_id)
     except Outage as error:

@@ -13,7 +13,6 @@ from fastapi import FastAPI
 
 from producer.gateway.app import create_app
 from producer.gateway.services import Services
-from producer.gateway.slices import ask_for_short_slices
 from producer.settings import GatewaySettings
 from schemas import InstallationError
 
@@ -63,7 +62,6 @@ def serve(
     host = settings.gateway_host if host is None else host
     port = settings.gateway_port if port is None else port
     listener = listen(host, port)
-    ask_for_short_slices()  # before anything starts a thread
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal that stopped it once more when it is done; SIGTERM would end us with it.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -14,7 +14,6 @@ from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Depends, Request
 
 from broker.messages import Message
-from producer.gateway.batch_look import BatchLook
 from producer.gateway.hub import EventHub
 from producer.gateway.metrics import Metrics
 from producer.keys import KeyFile
@@ -109,7 +108,6 @@ class Services:
     closing: asyncio.Event
     batches: BatchStore
     batch_index: BatchIndex
-    batch_look: BatchLook
     known_batches: KnownBatches = field(default_factory=KnownBatches)
     _slow: _Slow = field(default_factory=_Slow)
     _redis_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REDIS_THREADS))

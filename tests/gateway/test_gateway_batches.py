@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-import redis
 
-from producer.gateway.services import KnownBatches, Services
+from producer.gateway.services import KnownBatches
 from schemas import Batch, BatchCounts, BatchSummary, Outage
 from storage import BatchIndex, BatchStore, ObjectStore
 from tests.gateway.conftest import FakePublisher, Gateway, as_new_tenant, wait_until
@@ -98,36 +97,6 @@ def test_a_batch_that_nobody_feeds_is_handed_over_to_be_cancelled(
     assert (answer.status_code, answer.json()["cancel_requested"]) == (202, True)
     (message,) = publisher.messages
     assert (message.routing_key, json.loads(message.body)[1]["batch_id"]) == ("inference.batches", "b")
-
-
-def test_a_look_that_fails_on_the_loop_is_made_by_the_index(
-    lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    services: Services = lone_gateway.server.config.app.state.services  # type: ignore[union-attr]
-    made(lone_gateway)
-    fed(lone_gateway)
-    looks: list[str] = []
-    ask, look = services.batch_look.ask, services.batch_index.look
-
-    async def on_the_loop(tenant: str, batch_id: str) -> Any:
-        looks.append("loop")
-        return await ask(tenant, batch_id)
-
-    def by_the_index(tenant: str, batch_id: str) -> Any:
-        looks.append("index")
-        return look(tenant, batch_id)
-
-    monkeypatch.setattr(services.batch_look, "ask", on_the_loop)
-    monkeypatch.setattr(services.batch_index, "look", by_the_index)
-    assert state(lone_gateway) == "feeding"
-    assert looks == ["loop"]
-
-    async def away(_tenant: str, _batch_id: str) -> Any:
-        raise redis.ConnectionError
-
-    monkeypatch.setattr(services.batch_look, "ask", away)
-    assert state(lone_gateway) == "feeding"
-    assert looks == ["loop", "index"]
 
 
 def test_a_tenant_never_gets_what_is_kept_of_anothers_batch(lone_gateway: Gateway) -> None:
