@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 AbortReason = Literal["cancelled", "shutdown"]
 
-_LOOK_SECONDS = 0.25
-"""How often a run in progress is asked about: cancelled? over its limit? shutting down?"""
+LOOK_SECONDS = 0.25
+"""How often runs, downloads and waits for the engine are asked about: cancelled? over time? shutting down?"""
 
 _WAIT_SECONDS = 0.01
 """How often a process that is about to end is looked at."""
@@ -166,7 +166,7 @@ class EngineProcess:
         if pipe is None:
             raise TransientFailure("the engine process was not started", code="engine_load_failed")
         try:
-            while not pipe.poll(_LOOK_SECONDS):
+            while not pipe.poll(LOOK_SECONDS):
                 self._check_lives(pipe)
                 if stopping():
                     raise RunAborted("shutdown")
@@ -282,7 +282,7 @@ class EngineProcess:
 
     def _await(self, pipe: Connection, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
         now = time.monotonic()
-        deadline, next_look = now + time_limit, now + _LOOK_SECONDS
+        deadline, next_look = now + time_limit, now + LOOK_SECONDS
         poller = select.poll()  # Connection.poll would make a selector for each call
         poller.register(pipe.fileno(), select.POLLIN)
         while True:
@@ -306,7 +306,7 @@ class EngineProcess:
                         # Finished although it was to stop: the work is done, so it counts.
                         return finished
                     raise RunAborted(reason)
-                next_look = now + _LOOK_SECONDS
+                next_look = now + LOOK_SECONDS
             if now >= deadline:
                 self._stop(pipe, abort_grace)
                 raise OverTime(

@@ -9,12 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from consumers.engine_messages import FileNote
-from consumers.engine_process import AbortReason, RunAborted
+from consumers.engine_process import LOOK_SECONDS, AbortReason, RunAborted
 from consumers.surroundings import Surroundings
 from schemas import Task
-
-LOOK_SECONDS = 0.25
-"""How often a download in progress, or a wait for the engine, is asked about: cancelled? shutting down?"""
 
 
 @dataclass(frozen=True)

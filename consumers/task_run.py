@@ -31,9 +31,9 @@ from consumers.decision import (
     id_conflict,
 )
 from consumers.engine_messages import Done, Failed, FileNote
-from consumers.engine_process import AbortReason, EngineDied, RunAborted, Watch
+from consumers.engine_process import LOOK_SECONDS, AbortReason, EngineDied, RunAborted, Watch
 from consumers.engine_seat import EngineSeat, NotBegun, Turn
-from consumers.inputs import LOOK_SECONDS, Inputs, fetch_inputs
+from consumers.inputs import Inputs, fetch_inputs
 from consumers.notices import Notices, legible_url
 from consumers.surroundings import GracePassed, Surroundings
 from schemas import (
@@ -308,7 +308,7 @@ class TaskRun:
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken = json.loads(self._delivery.body)
             record = Result(
-                **_line_of(broken),
+                **_batch_line_of(broken),
                 task_id=broken["task_id"],
                 task_type=self._around.task_type.name,
                 tenant=broken.get("tenant", "default"),
@@ -614,7 +614,7 @@ class TaskRun:
         return f"task {named_id(self._delivery)!r} on {self._delivery.queue}"
 
 
-def _line_of(broken: dict[str, Any]) -> dict[str, Any]:
+def _batch_line_of(broken: dict[str, Any]) -> dict[str, Any]:
     """Of which line of which batch an unreadable message is, where it says so legibly."""
     with suppress(KeyError, ValueError):
         line = {name: broken[name] for name in ("batch_id", "batch_line")}

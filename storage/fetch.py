@@ -140,8 +140,7 @@ class Fetcher:
                 "INFERQ_FETCH_S3_BUCKETS",
                 code="input_refused",
             )
-        own = self._store.location("x").removesuffix("x")
-        if f"s3://{bucket}/{key}".startswith(own):
+        if self._store.holds(f"s3://{bucket}/{key}"):
             raise InvalidTask(
                 "results and uploads are not to be had by their s3: URL; upload the file, or copy it",
                 code="input_refused",

@@ -16,7 +16,7 @@ from schemas import InvalidTask
 _PORTS = {"http": 80, "https": 443}
 _SHOWN = 200
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
-_NEVER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters and lone surrogates: no key has them, and logs and headers cannot carry them."""
 _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", re.IGNORECASE | re.DOTALL)
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f\\]")
@@ -108,7 +108,7 @@ def split_s3_url(url: str) -> tuple[str, str]:
         raise _bad("an s3: URL looks like s3://bucket/key")
     bucket, key = match[1], match[2]
     # Some clients and servers resolve such segments, and would end up at another object.
-    if any(segment in {"", ".", ".."} for segment in key.rstrip("/").split("/")) or _NEVER.search(key):
+    if any(segment in {"", ".", ".."} for segment in key.rstrip("/").split("/")) or _CONTROL.search(key):
         raise _bad("the key of an s3: URL has an empty, '.' or '..' segment, or a control character")
     return bucket, key
 

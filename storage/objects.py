@@ -115,6 +115,10 @@ class ObjectStore(ABC):
     def location(self, key: str) -> str:
         """Where the object is, as a URL for people and tools: `s3://bucket/...` or `file:///...`."""
 
+    def holds(self, url: str) -> bool:
+        """Whether the URL, of the form that `location` gives, leads into this store."""
+        return url.startswith(self.location("x").removesuffix("x"))
+
     @abstractmethod
     def signed_url(self, key: str, *, seconds: int) -> str:
         """An HTTP URL that gives the object to whoever holds it, for that long (at most 7 days)."""

@@ -93,17 +93,17 @@ class Delivery:
 
     def overdue(self, since: datetime | None) -> bool:
         """Whether the schedule is over for a callback seen then, and what a receiver may ask for on top."""
-        return since is not None and datetime.now(UTC) - since > timedelta(seconds=self._whole)
+        return since is not None and datetime.now(UTC) - since > timedelta(seconds=self._patience)
 
     def hopeless(self, since: datetime | None, hung: float) -> bool:
         """Whether to give up a callback that is overdue, as its target has hung for so many seconds.
 
         After a standstill of our own all are overdue, and the target is given time to take them.
         """
-        return hung > min(self._whole, _HUNG_SECONDS) and self.overdue(since)
+        return hung > min(self._patience, _HUNG_SECONDS) and self.overdue(since)
 
     @property
-    def _whole(self) -> float:
+    def _patience(self) -> float:
         return sum(self.settings.callback_schedule) * (1 + JITTER) + MAX_RETRY_AFTER
 
     def expire(self, job: Job) -> None:

@@ -45,7 +45,8 @@ _DOUBT_SECONDS = 600
 """At what intervals, at most, the object store is asked about tasks of which none ends: that takes a request
 for each, and they may stand in the queue for days."""
 AGAIN = "again-"
-"""How the chain of a feeding begins that has to come about, as what it goes on from is over."""
+"""Begins the name of a chain in the place of one that is over: as nobody else would feed the batch, it waits
+for a lease that was left behind."""
 _CANCEL_SECONDS = 2.0
 """What runs gets this long to stop by itself before a cancelled batch records the end of whatever is left."""
 

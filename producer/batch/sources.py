@@ -60,7 +60,6 @@ class Sources:
         self._store = store
         self._batches = batches
         self._settings = settings
-        self._own = store.location("x").removesuffix("x")
 
     def settle(self, batch: Batch, alive: Callable[[], None] = lambda: None) -> BatchSource:
         """Which JSONL the batch is fed from: what was settled before, or what is made now.
@@ -149,7 +148,7 @@ class Sources:
                 f"bucket {bucket!r} is not one that inputs may come from; an operator can allow it by "
                 "INFERQ_FETCH_S3_BUCKETS"
             )
-        if f"s3://{bucket}/{name}".startswith(self._own):
+        if self._store.holds(f"s3://{bucket}/{name}"):
             raise SourceUnusable(
                 "results and uploads of inferq itself cannot be a source: copy them elsewhere"
             )
@@ -186,7 +185,7 @@ class Sources:
         try:
             for each in found:
                 # A prefix that holds the store's own would have its results for inputs, the next time.
-                if _is_input(each) and not f"s3://{bucket}/{each.key}".startswith(self._own):
+                if _is_input(each) and not self._store.holds(f"s3://{bucket}/{each.key}"):
                     yield each
         except S3Refused as error:
             raise _refused(bucket) from error

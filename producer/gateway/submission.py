@@ -32,7 +32,7 @@ from storage.status import StatusOutage, Submission
 
 _FRESH = timedelta(hours=1)
 _TELL_SECONDS = 1.0
-_MOST_UNKNOWN = 10_000
+_MOST_UNTOLD = 10_000
 """How many tasks are remembered of which Redis is still to be told; more are left to the workers."""
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Submitter:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._in_hand: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
-        self._unknown: OrderedDict[tuple[str, str], Task] = OrderedDict()
+        self._untold: OrderedDict[tuple[str, str], Task] = OrderedDict()
         self._telling: asyncio.Task[None] | None = None
 
     async def submit(self, task: Task, *, own_id: bool, traceparent: str | None = None) -> TaskStatus:
@@ -140,20 +140,20 @@ class Submitter:
 
     def _tell_later(self, task: Task) -> None:
         """Tell Redis of a task once it is back: nobody else would before a worker begins it."""
-        self._unknown[task.tenant, task.task_id] = task
-        if len(self._unknown) > _MOST_UNKNOWN:
-            self._unknown.popitem(last=False)
+        self._untold[task.tenant, task.task_id] = task
+        if len(self._untold) > _MOST_UNTOLD:
+            self._untold.popitem(last=False)
         if self._telling is None or self._telling.done():
             self._telling = asyncio.create_task(self._tell())
 
     async def _tell(self) -> None:
-        while self._unknown:
+        while self._untold:
             await asyncio.sleep(_TELL_SECONDS)
             with suppress(StatusOutage):
-                while self._unknown:
-                    key, task = next(iter(self._unknown.items()))
+                while self._untold:
+                    key, task = next(iter(self._untold.items()))
                     await self._services.on_redis(self._services.status.confirm, task)
-                    self._unknown.pop(key, None)
+                    self._untold.pop(key, None)
 
     async def _record(self, task: Task) -> Submission | None:
         try:

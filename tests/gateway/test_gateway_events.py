@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.gateway.events import _Shown
-from schemas import END_STATES, ErrorInfo, State
+from schemas import END_STATES, ErrorInfo, State, Task
 from tests.conftest import Redis
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
 from tests.gateway.test_gateway_submit import ECHO
@@ -155,55 +156,56 @@ def test_redis_is_told_when_nobody_listens_any_more(gateway: Gateway, redis_url:
             wait_until(lambda: client.pubsub_channels(pattern) == [])
 
 
-def test_an_end_written_while_redis_was_away_still_ends_the_stream(
-    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
-) -> None:
-    with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
+@contextmanager
+def streaming(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher, **settings: Any
+) -> Iterator[tuple[Gateway, Task, Iterator[dict[str, Any]]]]:
+    """A gateway, a task that has begun, and the task's events from behind its start on."""
+    with running(tmp_path, redis_url=redis_node.url, publisher=publisher, **settings) as gateway:
         task = gateway.began("e")
         with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
             events = Stream(response).events()
             assert next(events)["type"] == "task.started"
-            redis_node.kill()
-            gateway.end(task, redis=False)
-            assert next(events)["type"] == "task.succeeded"
-            assert next(events, None) is None
+            yield gateway, task, events
+
+
+def test_an_end_written_while_redis_was_away_still_ends_the_stream(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
+) -> None:
+    with streaming(tmp_path, redis_node, publisher) as (gateway, task, events):
+        redis_node.kill()
+        gateway.end(task, redis=False)
+        assert next(events)["type"] == "task.succeeded"
+        assert next(events, None) is None
 
 
 def test_a_stream_goes_on_when_redis_is_back(
     tmp_path: Path, redis_node: Redis, publisher: FakePublisher
 ) -> None:
-    with running(tmp_path, redis_url=redis_node.url, publisher=publisher, events_heartbeat=60) as gateway:
-        task = gateway.began("e")
-        with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
-            events = Stream(response).events()
-            assert next(events)["type"] == "task.started"
-            redis_node.kill()
-            redis_node.start()
-            # What the index has lost the worker tells again.
-            hub = gateway.server.config.app.state.services.hub  # type: ignore[union-attr]
-            wait_until(lambda: any(acked.is_set() for acked in hub._acked.values()))
-            gateway.began("e")
-            gateway.status.progress(gateway.tenant, "e", 0.7, None)
-            gateway.end(task)
-            begun = time.monotonic()
-            assert [event["type"] for event in events][-1] == "task.succeeded"
-            assert time.monotonic() - begun < 5
+    with streaming(tmp_path, redis_node, publisher, events_heartbeat=60) as (gateway, task, events):
+        redis_node.kill()
+        redis_node.start()
+        # What the index has lost the worker tells again.
+        hub = gateway.server.config.app.state.services.hub  # type: ignore[union-attr]
+        wait_until(lambda: any(acked.is_set() for acked in hub._acked.values()))
+        gateway.began("e")
+        gateway.status.progress(gateway.tenant, "e", 0.7, None)
+        gateway.end(task)
+        begun = time.monotonic()
+        assert [event["type"] for event in events][-1] == "task.succeeded"
+        assert time.monotonic() - begun < 5
 
 
 def test_a_stream_outlasts_a_redis_that_came_back_empty(
     tmp_path: Path, redis_node: Redis, publisher: FakePublisher
 ) -> None:
-    with running(tmp_path, redis_url=redis_node.url, publisher=publisher, events_heartbeat=0.3) as gateway:
-        task = gateway.began("e")
-        with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
-            events = Stream(response).events()
-            assert next(events)["type"] == "task.started"
-            with redis.Redis.from_url(redis_node.url) as client:
-                client.flushdb()
-            timer = threading.Timer(1.0, gateway.end, (task,), {"redis": False})
-            timer.start()
-            assert [event["type"] for event in events][-1] == "task.succeeded"
-            timer.join()
+    with streaming(tmp_path, redis_node, publisher, events_heartbeat=0.3) as (gateway, task, events):
+        with redis.Redis.from_url(redis_node.url) as client:
+            client.flushdb()
+        timer = threading.Timer(1.0, gateway.end, (task,), {"redis": False})
+        timer.start()
+        assert [event["type"] for event in events][-1] == "task.succeeded"
+        timer.join()
 
 
 def test_streams_end_when_the_gateway_stops(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
