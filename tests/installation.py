@@ -81,7 +81,7 @@ def installation(
 
         def ready(number: int) -> bool:
             try:
-                return httpx.get(f"http://127.0.0.1:{number}/readyz").status_code == 200
+                return httpx.get(f"http://127.0.0.1:{number}/readyz", verify=False).status_code == 200
             except httpx.TransportError:
                 return False
 

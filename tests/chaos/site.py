@@ -321,7 +321,7 @@ class Site:
 
 def _not_ready(port: int) -> str | None:
     try:
-        answer = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5)
+        answer = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5, verify=False)
     except httpx.HTTPError as error:
         return str(error)
     return None if answer.status_code == 200 else answer.text

@@ -84,7 +84,8 @@ class Desk:
 
     def _ready(self) -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5).status_code == 200
+            answer = httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5, verify=False)
+            return answer.status_code == 200
         except httpx.TransportError:
             return False
 

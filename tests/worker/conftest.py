@@ -126,7 +126,7 @@ class WorkerProcess:
             )
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5)
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5, verify=False)
 
     def ready(self) -> bool:
         try:
