@@ -39,6 +39,7 @@ def main() -> None:
     say("")
     say("Made by `make bench`: both sides of each comparison in one run, on one broker and one machine.")
     say("What counts is the ratios; machines differ and are noisy.")
+    say("What takes longer is in [MORE.md](MORE.md).")
     with site() as ground:
         os.environ.update(ground.environment())
         for part in parts:
