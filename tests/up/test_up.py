@@ -56,8 +56,8 @@ def data(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "data"
     yield folder
     holder = DataFolder(folder)
-    if holder.held():
-        os.kill(holder.holder(), signal.SIGKILL)
+    if holder.held() and (pid := holder.holder()) != os.getpid():
+        os.kill(pid, signal.SIGKILL)
         until(lambda: not holder.held(), "the guard has done its work")
 
 
