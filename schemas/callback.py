@@ -15,7 +15,7 @@ from schemas.batch import BatchSummary
 from schemas.encoding import to_json
 from schemas.result import Result
 from schemas.status import Event, Truncated
-from schemas.task import CallbackUrl, TaskId, Tenant
+from schemas.task import HttpText, TaskId, Tenant
 
 MAX_CALLBACK_BYTES = 20_000
 """The size in bytes that a callback's body stays below, as the Standard Webhooks advise."""
@@ -45,7 +45,7 @@ class Callback(BaseModel):
     subject_kind: SubjectKind
     subject_id: TaskId
     event: Annotated[str, StringConstraints(pattern=r"^[a-z]+(\.[a-z_]+)+$", max_length=64)]
-    url: CallbackUrl
+    url: HttpText
     body: Annotated[str, AfterValidator(_small)]
 
 
@@ -74,7 +74,7 @@ class CallbackRecord(BaseModel):
     subject_kind: SubjectKind
     subject_id: TaskId
     event: str
-    url: str
+    url: HttpText
     state: CallbackState
     attempts: tuple[CallbackAttempt, ...] = ()
     next_at: AwareDatetime | None = Field(None, description="When the next attempt is due, about.")

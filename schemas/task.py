@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import uuid_utils
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -19,6 +20,9 @@ from pydantic import (
     StringConstraints,
     field_validator,
 )
+
+from schemas.errors import InvalidTask
+from schemas.http_url import parse_http_url
 
 MAX_BODY_BYTES = 64 * 1024
 """The largest task body; anything larger goes by reference (an input URL)."""
@@ -49,7 +53,18 @@ InputUrl = Annotated[
         json_schema_extra={"format": "uri"},
     ),
 ]
-CallbackUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", max_length=2048)]
+
+
+def _callable(url: str) -> str:
+    try:
+        parse_http_url(url)
+    except InvalidTask as error:
+        raise ValueError(error.message) from error
+    return url
+
+
+HttpText = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", max_length=2048)]
+CallbackUrl = Annotated[HttpText, AfterValidator(_callable)]
 
 
 class Options(BaseModel):

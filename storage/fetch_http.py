@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import httpcore
 
 from schemas import InvalidTask, TransientFailure
+from schemas.http_url import HttpUrl, parse_http_url
 from storage.addresses import AddressPolicy, Resolver
-from storage.fetch_url import HttpUrl, parse_http_url, redacted, redirect_url
+from storage.fetch_url import redacted, redirect_url
 from storage.http_pool import HttpPool, header_of
 from storage.settings import Network
 

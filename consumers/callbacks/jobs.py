@@ -25,6 +25,7 @@ from consumers.callbacks.settings import CallbackSettings
 from consumers.callbacks.targets import Target, Targets
 from consumers.job_process import REGISTRY
 from schemas import InvalidTask, Outage
+from schemas.http_url import parse_http_url
 from storage import (
     CallbackRecords,
     StatusIndex,
@@ -33,7 +34,6 @@ from storage import (
     WebhookSettings,
     open_store,
 )
-from storage.fetch_url import parse_http_url
 
 _log = logging.getLogger(__name__)
 

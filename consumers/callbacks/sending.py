@@ -15,8 +15,8 @@ from standardwebhooks import Webhook
 from consumers.callbacks.decision import retry_after_seconds
 from consumers.callbacks.settings import CallbackSettings
 from schemas import Callback, CallbackAttempt, InvalidTask
+from schemas.http_url import HttpUrl, parse_http_url
 from storage.addresses import AddressPolicy, Resolver, system_resolver
-from storage.fetch_url import HttpUrl, parse_http_url
 from storage.http_pool import HttpPool, header_of
 
 _RESPONSE_BYTES = 1024

@@ -104,7 +104,14 @@ def test_failures_are_listed_newest_first_until_they_are_delivered(lone_gateway:
     assert lone_gateway.http.get("/v1/callbacks?status=delivered").status_code == 422
 
 
-@pytest.mark.parametrize("url", ["example.com", "ftp://example.com/", "http://", "http://a b/", "", 7])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "example.com", "ftp://example.com/", "http://", "http://a b/", "", 7, "http://x:99999/", "http://x:abc/",
+        "http://x:0/", "http://[::1/", "http://[::1%25eth0]/", "http://:80/", "http://?q", "http://user@/",
+        "http://a..b/", "http://a\\b/", "https://exa$mple.com/", f"http://{'a' * 254}/",
+    ],
+)  # fmt: skip
 def test_a_malformed_callback_url_is_refused_at_once(
     lone_gateway: Gateway, publisher: FakePublisher, url: Any
 ) -> None:
