@@ -194,8 +194,9 @@ def hand_over(site: Site) -> None:
         victim = next(worker for worker in site.workers if str(worker.pid) == first[1])
         killed_at = time.time()
         site.kill(victim, "worker")
-        waits.append(_starts(site, task.id, 2)[1][0] - killed_at)
         eventually(partial(_has_ended, site, task.id), 30, f"the end of {task.id}")
+        # On a slow machine a task may be done before its worker is killed.
+        waits += [at - killed_at for at, _ in _starts(site, task.id, 1)[1:]]
     publisher.close()
     site.figures["handover seconds"] = sorted(waits)
     if statistics.median(waits) >= HANDOVER_LIMIT:
