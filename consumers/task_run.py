@@ -569,11 +569,15 @@ class TaskRun:
         _log.warning("%s: failed: %s", self._name(), bury.error)
         # The dead letter first: a crash after the record alone would pass for a task that is done with.
         self._publish(self._dead(bury.error))
+        failure = self._failure(task, bury.error, timings=timings)
         if bury.record:
-            self._record(self._failure(task, bury.error, timings=timings))
-        elif task.batch_line is not None:
-            # The record is another's, but the line has ended. The index leaves what another has begun alone.
-            self._around.tell(partial(self._around.status.ended, self._failure(task, bury.error)))
+            self._record(failure)
+            return "failed"
+        # The record is another's, but this task has ended, and its owner gets to know.
+        if task.batch_line is not None:
+            # The index leaves what another has begun alone.
+            self._around.tell(partial(self._around.status.ended, failure))
+        self._notices.ended(failure)
         return "failed"
 
     def _cancelled(self, task: Task) -> str:

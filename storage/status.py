@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -156,6 +156,17 @@ class StatusIndex:
         event = event_json("task.queued", task, "queued")
         confirmed: int = self._change("confirm", task.tenant, task.task_id, [*task_fields(task), event])
         return confirmed >= 0
+
+    def confirm_all(self, tasks: Iterable[Task]) -> None:
+        """As `confirm`, of many tasks in one round trip."""
+        script = self._scripts["confirm"]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for task in tasks:
+                tenant, task_id = task.tenant, task.task_id
+                event = event_json("task.queued", task, "queued")
+                arguments = [*self._head(tenant, task_id), *task_fields(task), event]
+                script(keys=[scripts.record_key(tenant, task_id)], args=arguments, client=pipe)
+            self._call(pipe.execute)
 
     def forget(self, task: Task) -> None:
         """Undo `submit` where publishing failed; does nothing once the task is confirmed or has begun."""

@@ -24,7 +24,7 @@ from producer.batch.recount import Recount
 from producer.batch.sources import Cursor, Taken
 from producer.batch.surroundings import Surroundings
 from producer.batch.tasks import task_of
-from schemas import Batch, BatchState, InvalidTask, Outage
+from schemas import Batch, BatchState, InvalidTask, Outage, Task
 from storage import BatchSource, IndexLost, LeaseLost, Lull, Step
 
 _CHUNK = 500
@@ -82,6 +82,7 @@ class _Chunk:
     fed: list[int] = field(default_factory=list)
     invalid: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    recorded: list[Task] = field(default_factory=list)
     confirmed: Future[None] | None = None
 
 
@@ -172,7 +173,7 @@ class Slice:
             around.sources.lines(source, self._cursor) as lines,
             around.sources.taken(source, after=self._cursor.line) as taken,
         ):
-            feeding = _Feeding(self, LineParser(batch), lines, taken, last=source.lines)
+            feeding = _Feeding(self, LineParser(batch), lines, taken, source=source)
             while True:
                 step = feeding.settle()
                 lull = self._lull_at(step)
@@ -289,6 +290,10 @@ class Slice:
         """Send a chunk; a full queue is waited for, for as long as the slice lasts."""
         chunk.confirmed = self._around.publisher.publish_all(chunk.messages)
 
+    def record(self, chunk: _Chunk) -> None:
+        """Put tasks on record before they are sent: afterwards a worker may be done with them."""
+        self._around.status.confirm_all(chunk.recorded)
+
     def wait(self, chunk: _Chunk) -> None:
         if chunk.confirmed is None:
             return
@@ -318,7 +323,7 @@ class _Feeding:
     """The chunks of one slice: read, sent, and marked once they are confirmed."""
 
     def __init__(
-        self, slice_: Slice, parser: LineParser, lines: Iterator[Line], taken: Taken, *, last: int
+        self, slice_: Slice, parser: LineParser, lines: Iterator[Line], taken: Taken, *, source: BatchSource
     ) -> None:
         self._slice = slice_
         self._parser = parser
@@ -327,7 +332,10 @@ class _Feeding:
         self._chunks: deque[_Chunk] = deque()
         self._read = slice_.cursor
         self._reaches = 0
-        self._exhausted = self._read.line >= last  # a closed window must not keep an end from being seen
+        # An id that does not tell its line could not be found while its task is queued, nor be kept for it.
+        self._recording = source.own_ids
+        # A closed window must not keep an end from being seen.
+        self._exhausted = self._read.line >= source.lines
 
     @property
     def done(self) -> bool:
@@ -371,8 +379,12 @@ class _Feeding:
                 continue
             chunk.fed.append(line.number)
             chunk.messages.append(task_message(task))
+            if self._recording:
+                chunk.recorded.append(task)
         if chunk.cursor != self._read:
             self._read = chunk.cursor
+            if chunk.recorded:
+                self._slice.record(chunk)
             self._slice.publish(chunk)
             self._chunks.append(chunk)
         return True

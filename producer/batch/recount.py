@@ -91,7 +91,11 @@ class Recount:
             kept = self._around.results.save(ended)
         except UnreadableResult:
             return ended
-        return kept if kept.batch_line == task.batch_line else ended
+        if kept.batch_line != task.batch_line:
+            return ended
+        if self._source.own_ids:
+            self._around.status.ended(kept)  # while it was queued it had a record
+        return kept
 
     def _tasks(self, cursor: Cursor) -> Iterator[tuple[int, Task | None]]:
         """The lines up to the cursor and their tasks, None where a line is invalid."""

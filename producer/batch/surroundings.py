@@ -53,8 +53,12 @@ class Surroundings:
         return Sources(self.store, self.batches, self.storage)
 
     @cached_property
+    def status(self) -> StatusIndex:
+        return StatusIndex.from_settings(self.storage)
+
+    @cached_property
     def index(self) -> BatchIndex:
-        return BatchIndex(StatusIndex.from_settings(self.storage), lease_seconds=self.settings.batch_lease)
+        return BatchIndex(self.status, lease_seconds=self.settings.batch_lease)
 
     @property
     def publisher(self) -> Publisher:

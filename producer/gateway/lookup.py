@@ -82,7 +82,7 @@ async def find_status(
 async def queued_line(services: Services, tenant: str, task_id: str) -> TaskStatus | None:
     """The status of a task that is a batch's line, and waits in the queue: of such there is no record.
 
-    None for everything else, and for tasks of batches whose lines have ids of their own.
+    None for everything else. Where lines name ids, those that are queued have records.
     """
     batch_id, dot, number = task_id.rpartition(".")
     if not dot or not number.isdecimal() or len(number) > _LINE_DIGITS or number.startswith("0"):
@@ -91,7 +91,8 @@ async def queued_line(services: Services, tenant: str, task_id: str) -> TaskStat
     if not await services.on_redis(services.batch_index.is_fed, tenant, batch_id, line):
         return None
     batch = await services.on_store(services.batches.load, tenant, batch_id)
-    if batch is None:
+    source = await services.on_store(services.batches.source, tenant, batch_id)
+    if batch is None or source is None or source.own_ids:
         return None
     return TaskStatus(
         task_id=task_id,

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from broker.messages import task_message
+from producer.gateway.lookup import queued_line
 from producer.gateway.problems import Fault, Refused, refusal_of
 from producer.gateway.services import Services
 from schemas import (
@@ -125,6 +126,8 @@ class Submitter:
                         raise _conflict(task)
                     await self._forget(task)
                     return TaskStatus.of_result(known)
+                if await self._is_line(task):
+                    raise _conflict(task)
             await self._check_uploads(task)
             await self._publish(task, traceparent)
         except Exception:
@@ -170,6 +173,14 @@ class Submitter:
             # The worker looks again before it runs anything.
             _log.warning("task %s: whether it has ended before is not known: %s", task.task_id, error)
             return None
+
+    async def _is_line(self, task: Task) -> bool:
+        try:
+            return await queued_line(self._services, task.tenant, task.task_id) is not None
+        except Outage as error:
+            # The worker looks again before it runs anything.
+            _log.warning("task %s: whether it is a batch's line is not known: %s", task.task_id, error)
+            return False
 
     async def _check_uploads(self, task: Task) -> None:
         for name, url in task.inputs().items():

@@ -20,6 +20,7 @@ import redis
 from broker import BrokerSettings, Message, Publisher, topology_for
 from producer.batch.start import assemble_message
 from producer.client import Client
+from producer.flows import Conflict
 from schemas import BatchStatus, CountsNow
 from storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
 from tests.callbacks.conftest import Receiver, say
@@ -249,6 +250,52 @@ def test_a_queued_line_has_a_status_and_can_be_cancelled(
     assert (status.counts.succeeded, status.counts.cancelled) == (3, 1)
     assert client.status("lines-1.4").state == "cancelled"
     assert client.status("lines-1.3").state == "succeeded"
+
+
+def test_a_queued_line_with_an_id_of_its_own_is_a_task_as_any_other(
+    env: dict[str, str], client: Client, feeder: Feeder
+) -> None:
+    named = [f'{{"task_id": "own-{n}", "payload": {n}}}' for n in range(1, 4)]
+    lines = "\n".join(['{"delay": 2}', *named, '{"payload": 9}'])
+    client.submit_batch(lines.encode(), task_type="echo", batch_id="own-ids-1", priority="low")
+    eventually(lambda: client.batch("own-ids-1").counts.queued, what="a fed batch")
+    status = client.status("own-2")
+    assert (status.state, status.batch_id, status.priority) == ("queued", "own-ids-1", "low")
+    assert client.status("own-ids-1.5").state == "queued"
+    shown = inferq_here(env, "list", "--batch", "own-ids-1", "--status", "queued", "--json")
+    assert {"own-1", "own-2", "own-3", "own-ids-1.5"} <= {
+        task["task_id"] for task in json.loads(shown.stdout)
+    }
+    with pytest.raises(Conflict, match="another content"):
+        client.submit("echo", task_id="own-3", payload="another")
+    client.cancel("own-1")
+    counts = ended(client, "own-ids-1").counts
+    assert (counts.succeeded, counts.cancelled) == (4, 1)
+    assert client.status("own-1").state == "cancelled"
+    assert client.result("own-3").output == {"payload": 3}
+    with redis.Redis.from_url(env["INFERQ_REDIS_URL"]) as connection:
+        assert not connection.keys("inferq:t:default:own-*")
+
+
+def test_the_ids_of_queued_lines_are_taken(env: dict[str, str], client: Client, feeder: Feeder) -> None:
+    client.submit_batch(b'{"delay": 2}\n{"payload": 1}\n', task_type="echo", batch_id="taken-1")
+    eventually(lambda: client.batch("taken-1").counts.queued, what="a fed batch")
+    with pytest.raises(Conflict, match="another content"):
+        client.submit("echo", task_id="taken-1.2", payload="another")
+    client.submit("echo", task_id="taken-1.3", payload="no line of it")
+    assert ended(client, "taken-1").counts.succeeded == 2
+    assert client.result("taken-1.2").output == {"payload": 1}
+
+
+def test_a_cancelled_batch_leaves_none_of_its_tasks_queued(
+    env: dict[str, str], client: Client, feeder: Feeder
+) -> None:
+    lines = "\n".join(f'{{"task_id": "gone-{n}", "delay": 20}}' for n in range(1, 9))
+    client.submit_batch(lines.encode(), task_type="echo", batch_id="own-ids-2")
+    eventually(lambda: client.batch("own-ids-2").counts.queued, what="a fed batch")
+    client.cancel_batch("own-ids-2")
+    assert ended(client, "own-ids-2").counts.cancelled == 8
+    assert [client.status(f"gone-{n}").state for n in range(1, 9)] == ["cancelled"] * 8
 
 
 def test_a_running_batch_is_cancelled(env: dict[str, str], client: Client, feeder: Feeder) -> None:

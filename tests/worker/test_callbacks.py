@@ -56,6 +56,18 @@ def test_each_way_to_end_is_called_back_once_and_after_its_record(site: Site, tm
         assert (error and error["code"]) == code, task_id
 
 
+def test_a_task_whose_id_another_has_is_called_back_too(site: Site) -> None:
+    site.worker()
+    for metadata in ({"a": 1}, {"a": 2}, {"a": 2}):
+        site.publish({"task_id": "a", "metadata": metadata, "callback_url": URL})
+    eventually(lambda: site.depth("inference.callbacks") == 3)
+    first, second, again = handed_over(site)
+    assert [first.event, second.event] == ["task.succeeded", "task.failed"]
+    assert data_of(second)["error"]["code"] == "id_conflict"
+    assert data_of(second)["metadata"] == {"a": 2}
+    assert first.callback_id != second.callback_id == again.callback_id
+
+
 def test_a_task_that_was_cancelled_before_it_began_is_called_back(site: Site) -> None:
     message = {"task_id": "c", "task_type": "echo", "callback_url": URL}
     site.status.submit(parse_task(message))
