@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -50,9 +51,9 @@ def application(settings: BrokerSettings) -> Celery:
 
 
 def check_jobs(app: Celery, queues: Sequence[JobQueue]) -> None:
-    """Raises InstallationError where a job that comes by these queues is not installed.
+    """Raises InstallationError where a job that comes by these queues is missing, or cannot be done here.
 
-    Celery would reject what others could do.
+    Celery would reject what others could do, and try a batch for ever that cannot write its files.
     """
     missing = [name for queue in queues for name in QUEUE_JOBS[queue] if name not in app.tasks]
     if missing:
@@ -60,6 +61,14 @@ def check_jobs(app: Celery, queues: Sequence[JobQueue]) -> None:
             f"jobs that come by {', '.join(queues)} are not installed: {', '.join(missing)}; "
             f"entry-point group {JOB_ENTRY_POINTS!r} lacks them; install inferq: pip install 'inferq[jobs]'"
         )
+    if "inference.batches" in queues:
+        try:
+            tempfile.gettempdir()
+        except OSError as error:
+            raise InstallationError(
+                f"batches need temporary files, and none can be written: {error.strerror}; set TMPDIR to a "
+                "writable folder, or leave batches to others (--queues callbacks)"
+            ) from error
 
 
 def work(

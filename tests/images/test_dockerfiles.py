@@ -47,6 +47,18 @@ class TestEach:
         assert not re.search(r"apt-get|pip install|build-essential|gcc", final)
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in dockerfiles() if p.parent.name != "gateway"], ids=lambda path: path.parent.name
+)
+def test_what_writes_files_has_a_volume_for_them_on_a_read_only_root(path: Path) -> None:
+    final = last_stage(path)
+    # The jobs use the temporary directory, the workers a folder of their own.
+    setting = "TMPDIR" if path.parent.name == "callbacks" else "INFERQ_SCRATCH_DIR"
+    assert f"{setting}=/scratch " in final
+    assert re.search(r"^RUN mkdir /scratch.* && chown 65532:65532 /scratch", final, re.M)
+    assert re.search(r'^VOLUME \["/scratch"', final, re.M)
+
+
 def test_the_images_take_along_what_they_copy() -> None:
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert ignored[0] == "*"

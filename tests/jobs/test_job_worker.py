@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -145,6 +147,20 @@ def test_a_process_that_lacks_a_job_of_its_queues_does_not_start(queue: JobQueue
             app.task(name=other, shared=False)(nothing)
     with pytest.raises(InstallationError, match=name):
         work(app, [queue], threads=1, broker=settings, probes=ProbeSettings())
+
+
+@pytest.mark.parametrize(("queues", "status"), [("batches", 1), ("callbacks", 0)])
+def test_a_process_that_feeds_batches_does_not_start_without_a_temporary_directory(
+    queues: str, status: int
+) -> None:
+    inferq = [sys.executable, "-m", "producer.cli", "callbacks", "--check", "--queues", queues]
+    # With `ulimit -f 0` nobody can write a file, not even root.
+    ended = subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -f 0 && exec "$@"', "sh", *inferq],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == status, ended.stderr
+    assert ("set TMPDIR" in ended.stderr) == bool(status)
 
 
 def test_the_installed_jobs_are_those_of_the_queues() -> None:
