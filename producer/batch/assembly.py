@@ -1,7 +1,8 @@
 """Putting a batch's results together: the source is read once more, and each line's result beside it.
 
 May be repeated: the two files come out the same, and the summary is written once, after them. Results are
-read some at a time, and no more are held than are being waited for.
+read some at a time, and no more are held than are being waited for; of a large output, which is an artifact,
+only how many pages it has.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from broker import callback_message
@@ -65,12 +66,19 @@ class _Tally:
         )
 
 
+class _Read(NamedTuple):
+    """How a task has ended, if it has, and how many pages its output has."""
+
+    result: Result | None
+    pages: int | None = None
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A line: the task in it, with its result on the way, or why there is none."""
 
     line: Line
-    found: tuple[Task, Future[Result | None]] | InvalidTask
+    found: tuple[Task, Future[_Read]] | InvalidTask
 
 
 class Unfinished(Exception):
@@ -146,13 +154,19 @@ class Assembly:
                 except InvalidTask as error:
                     waiting.append(_Entry(line, error))
                 else:
-                    load = self._around.results.load_success
-                    result = threads.submit(load, task.tenant, task.task_id)
-                    waiting.append(_Entry(line, (task, result)))
+                    read = threads.submit(self._read, task, line.number)
+                    waiting.append(_Entry(line, (task, read)))
                 if len(waiting) > readers * _AHEAD:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
+
+    def _read(self, task: Task, number: int) -> _Read:
+        results = self._around.results
+        result = results.load_success(task.tenant, task.task_id)
+        if result is None or result.status != "succeeded" or not belongs(result, self._batch, number):
+            return _Read(result)
+        return _Read(result, pages_of(results, result))
 
     def _count(self, source: BatchSource, tally: _Tally) -> None:
         """What has ended, without a look at the lines."""
@@ -205,7 +219,7 @@ class Assembly:
         task, coming = entry.found
         about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
         try:
-            result = coming.result()
+            result, pages = coming.result()
         except UnreadableResult as unreadable:
             # It is nobody's to overwrite, and the batch would wait for its mending for ever.
             tally.failed += 1
@@ -225,6 +239,8 @@ class Assembly:
             tally.cancelled += 1
             error = InvalidTask("the batch was cancelled before the task was started", code="cancelled")
             return {**about, "status": "cancelled", "error": _error(ErrorInfo.of(error))}, False
+        if pages is not None:
+            tally.pages = (tally.pages or 0) + pages
         return self._ended(about, result, tally)
 
     def _ended(self, about: dict[str, Any], result: Result, tally: _Tally) -> tuple[dict[str, Any], bool]:
@@ -240,9 +256,6 @@ class Assembly:
             artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
         if result.status == "succeeded":
             tally.succeeded += 1
-            pages = pages_of(self._around.results, result)
-            if pages is not None:
-                tally.pages = (tally.pages or 0) + pages
             return {**about, "status": "succeeded", "output": result.output, **kept}, True
         error = result.error or ErrorInfo(code="unknown", message="", retryable=True)
         if result.status == "cancelled":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 
 import pytest
+from pydantic import JsonValue
 
 from broker import Message, PublishRejected
 from producer.batch.assembly import end
@@ -458,6 +460,22 @@ def test_assembling_twice_gives_the_same_files_and_one_summary(site: BatchSite, 
     assert site.slice(batch) == Nothing()
     assert site.around.batches.summary("default", batch.batch_id) == first
     assert (site.output(batch), site.errors(batch)) == before
+
+
+def test_as_many_outputs_are_fetched_at_a_time_as_there_are_readers(
+    site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = site.around.settings.batch_readers
+    together = threading.Barrier(readers)
+
+    def output(result: Result) -> JsonValue:
+        together.wait(10)
+        return {"pages": [{}] * (result.batch_line or 0)}
+
+    monkeypatch.setattr(site.around.results, "output", output)
+    batch = site.batch(lines(2 * readers))
+    assert site.finish(batch).pages == sum(range(1, 2 * readers + 1))
+    assert payloads(site.output(batch)) == list(range(1, 2 * readers + 1))
 
 
 def test_redis_keeps_nothing_of_a_line_that_has_ended(site: BatchSite, worker: QuickWorker) -> None:
