@@ -13,12 +13,20 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Image:
-    """An image's variant for the CPU: the arguments of each `pip install`, and the command that it starts."""
+    """An image's variant for the CPU: the arguments of each `pip install`, and the command that it starts.
+
+    Of the command, `arguments` are what others may be given in the place of.
+    """
 
     path: Path
     installs: tuple[tuple[str, ...], ...]
-    command: tuple[str, ...]
+    entry_point: tuple[str, ...]
+    arguments: tuple[str, ...]
     environment: dict[str, str]
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return self.entry_point + self.arguments
 
     @property
     def name(self) -> str:
@@ -39,8 +47,11 @@ def read(path: Path) -> Image:
     build = stages.get("build-cpu", stages.get("build", ""))
     installs = tuple(tuple(shlex.split(found)) for found in re.findall(r"pip install ([^\n&]+)", build))
     entry = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.M)
-    if not installs or len(entry) != 1:
-        raise ValueError(f"{path}: a `pip install` for the CPU and one ENTRYPOINT are expected")
+    arguments = re.findall(r"^CMD (\[.*\])$", text, re.M)
+    if not installs or len(entry) != 1 or len(arguments) > 1:
+        raise ValueError(
+            f"{path}: a `pip install` for the CPU, one ENTRYPOINT and at most one CMD are expected"
+        )
     final = text.rpartition("\nFROM python")[2]
     environment = {
         name: value
@@ -48,4 +59,10 @@ def read(path: Path) -> Image:
         for name, _, value in (part.partition("=") for part in shlex.split(line))
         if name.startswith("INFERQ_")
     }
-    return Image(path, installs, tuple(json.loads(entry[0])), environment)
+    return Image(
+        path,
+        installs,
+        entry_point=tuple(json.loads(entry[0])),
+        arguments=tuple(json.loads(arguments[0])) if arguments else (),
+        environment=environment,
+    )

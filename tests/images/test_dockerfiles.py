@@ -47,6 +47,11 @@ class TestEach:
         assert not re.search(r"apt-get|pip install|build-essential|gcc", final)
 
 
+def test_one_image_delivers_callbacks_and_is_beat_where_it_is_told_to() -> None:
+    image = read(ROOT / "consumers" / "callbacks" / "Dockerfile")
+    assert (image.entry_point, image.arguments) == (("inferq",), ("callbacks",))
+
+
 @pytest.mark.parametrize(
     "path", [p for p in dockerfiles() if p.parent.name != "gateway"], ids=lambda path: path.parent.name
 )
