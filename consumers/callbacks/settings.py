@@ -32,7 +32,11 @@ class CallbackSettings(Settings):
         description="Private networks that callbacks may go to all the same: CIDRs, separated by commas.",
     )
     callback_target_limit: int = Field(
-        8, ge=1, le=1000, description="Callbacks on their way to one scheme, host and port at a time."
+        8,
+        ge=1,
+        le=1000,
+        description="Callbacks on their way to one scheme, host and port at a time, from each process of "
+        "`inferq callbacks`.",
     )
 
     @field_validator("callback_schedule", mode="before")
