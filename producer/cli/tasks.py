@@ -240,6 +240,13 @@ def list_(
     with Client() as client:
         pages = client.list(task_type=task_type, status=state, batch_id=batch_id)  # type: ignore[arg-type]
         found = list(_first(pages, limit))
+    if batch_id is not None:
+        errors.print(
+            "of a batch's lines only those in a worker's hands are listed; what has ended: "
+            f"inferq batch output {batch_id}, inferq batch errors {batch_id}",
+            markup=False,
+            soft_wrap=True,
+        )
     if as_json:
         print_json(found)
         return

@@ -218,7 +218,11 @@ async def list_tasks(
     cursor: Annotated[str | None, Query(max_length=512)] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Response:
-    """Tasks of the last days, as far as the status index keeps them."""
+    """Tasks of the last days, as far as the status index keeps them.
+
+    Of a batch it keeps those that run or wait for a retry, and queued ones where lines name ids; what has
+    ended is in the batch's output and errors.
+    """
     page = await services.on_redis(
         services.status.list,
         tenant,
