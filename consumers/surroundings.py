@@ -94,14 +94,22 @@ class Surroundings:
         """Whether a task that came now would be started: the worker neither stops nor waits for Redis."""
         return not self.stopping and self.redis_patience_left == 0
 
-    def sleep(self, seconds: float) -> None:
-        """Wait. Raises GracePassed once the grace period is over."""
+    def sleep(self, seconds: float, checkpoint: Callable[[], None] | None = None) -> None:
+        """Wait. Raises GracePassed once the grace period is over, and what `checkpoint` raises."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        while True:
             if self.grace_passed:
                 raise GracePassed
+            if checkpoint is not None:
+                checkpoint()
+            left = end - time.monotonic()
+            if left <= 0:
+                return
             time.sleep(min(left, 0.1))
-        if self.grace_passed:
+
+    def go_on(self) -> None:
+        """A checkpoint of what nothing depends on. Raises GracePassed where the worker is to stop."""
+        if self.stopping:
             raise GracePassed
 
     def patiently(
@@ -110,7 +118,7 @@ class Surroundings:
         """Make a call that an outage of `service` only delays: no attempt is burnt, no result thrown away.
 
         Raises GracePassed where the worker has to stop before the service is back; `checkpoint` is called
-        before each repetition and may raise to give up.
+        while it waits and may raise to give up.
         """
         failures = 0
         try:
@@ -120,12 +128,10 @@ class Surroundings:
                 except Outage as error:
                     failures += 1
                     if failures == 1:
-                        _log.warning("paused: %s is away, tasks in hand wait for it: %s", service, error)
+                        _log.warning("paused: %s is away, and waited for: %s", service, error)
                     self._pauses[service] = str(error)
                     self.metrics.paused.labels(service).set(1)
-                    self.sleep(backoff(failures))
-                    if checkpoint is not None:
-                        checkpoint()
+                    self.sleep(backoff(failures), checkpoint)
                     continue
                 if failures:
                     _log.info("resumed: %s is back", service)
@@ -154,12 +160,7 @@ class Surroundings:
 
         Raises GracePassed where the worker is to stop while it waits: nothing has begun that would be lost.
         """
-
-        def unless_stopping() -> None:
-            if self.stopping:
-                raise GracePassed
-
-        return self._while_patient(call, unless_stopping)
+        return self._while_patient(call, self.go_on)
 
     def report(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index after a run; as `ask`, but a worker that stops leaves it out."""
@@ -188,10 +189,8 @@ class Surroundings:
                     return None
                 if failures == 1:
                     _log.warning("paused: Redis is away, and waited for %.0f s at most: %s", left, error)
-                checkpoint()
                 # The index looks no more than once a second whether Redis is back.
-                self.sleep(min(backoff(failures, cap=1.0), left))
-                checkpoint()
+                self.sleep(min(backoff(failures, cap=1.0), left), checkpoint)
                 continue
             if failures or self._goes_on_without_redis:
                 self._goes_on_without_redis = False

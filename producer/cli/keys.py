@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, console, print_json, print_table
+from producer.cli.output import JsonFlag, console, errors, print_json, print_table
 from producer.keys import KeyFile
 from producer.settings import GatewaySettings
 
@@ -27,7 +27,9 @@ def add(
     file: File = None,
 ) -> None:
     """Make a key and print it, this once; the file keeps no more than its hash."""
-    console.print(_keys(file).add(tenant, name=name), markup=False, highlight=False, soft_wrap=True)
+    kept = file or GatewaySettings.load().api_keys_file
+    console.print(KeyFile(kept).add(tenant, name=name), markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"its hash is in {kept}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("list")

@@ -21,6 +21,7 @@ from storage import StatusIndex, StorageSettings, WebhookSecrets
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
 _JOB_PARTS = ("callbacks", "batches")
+_KEYS = "api-keys.json"
 """Each has a process of its own, so that feeding a batch never holds up a callback."""
 TENANT = "default"
 
@@ -106,7 +107,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         "INFERQ_STORE_URL": (folder.path / "store").as_uri(),
         "INFERQ_API_URL": f"http://{LOOPBACK}:{port}",
         "INFERQ_API_KEY": _api_key(folder),
-        "INFERQ_API_KEYS_FILE": str(folder.path / "keys.json"),
+        "INFERQ_API_KEYS_FILE": str(folder.path / _KEYS),
         "INFERQ_WEBHOOK_SECRETS_FILE": str(_webhook_secrets(folder)),
     }
     if schedules is not None:
@@ -187,9 +188,11 @@ def _schedules(folder: DataFolder) -> Path | None:
 
     Read here, so that a fault in it is told before anything starts. Raises InferqError (`bad_schedules`).
     """
+    ours = folder.path / "schedules.toml"
     named = os.environ.get("INFERQ_SCHEDULES_FILE")
-    file = Path(named).absolute() if named else folder.path / "schedules.toml"
-    if not named and not file.exists():
+    file = Path(named).absolute() if named else ours
+    # A shell that has sourced `<data>/env` names the folder's own, which may have been removed since.
+    if file == ours and not file.exists():
         return None
     from producer.nightly import read_schedules
 
@@ -237,7 +240,7 @@ def _must_answer(name: str, reason: str | None) -> None:
 
 
 def _api_key(folder: DataFolder) -> str:
-    keys = KeyFile(folder.path / "keys.json")
+    keys = KeyFile(folder.path / _KEYS)
     kept = folder.kept_env().get("INFERQ_API_KEY", "")
     if kept and keys.tenant_of(kept) is not None:
         return kept

@@ -269,7 +269,7 @@ def test_api_key_is_kept_while_it_is_valid(data: Path, services: None) -> None:
     folder.hold()
     first = make_plan(folder, port=0, types=("echo",)).variables
     assert make_plan(folder, port=0, types=("echo",)).variables == first
-    (data / "keys.json").unlink()
+    (data / "api-keys.json").unlink()
     assert make_plan(folder, port=0, types=("echo",)).variables["INFERQ_API_KEY"] != first["INFERQ_API_KEY"]
     folder.release()
 

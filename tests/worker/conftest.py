@@ -60,9 +60,13 @@ class Site:
 
     def worker(self, type_name: str = "faulty", **settings: str) -> WorkerProcess:
         """Start a worker; returns once it is ready."""
+        worker = self.start_worker(type_name, **settings)
+        worker.wait_ready()
+        return worker
+
+    def start_worker(self, type_name: str = "faulty", **settings: str) -> WorkerProcess:
         worker = WorkerProcess(self, type_name, settings)
         self.workers.append(worker)
-        worker.wait_ready()
         return worker
 
     def publish(

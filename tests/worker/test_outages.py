@@ -244,6 +244,15 @@ def test_a_worker_that_is_stopped_in_an_outage_of_s3_gives_the_task_back_without
     assert (result.status, result.attempts) == ("succeeded", 1)
 
 
+def test_a_worker_that_has_taken_nothing_stops_at_once_though_s3_is_away(
+    site: Site, remote: RemoteStore
+) -> None:
+    remote.line.refuse()
+    worker = site.start_worker(**remote.settings, INFERQ_GRACE_SECONDS="600")
+    eventually(lambda: "paused: object store is away" in worker.log.read_text(), what="a pause")
+    assert worker.stop(timeout=30) == 0
+
+
 def test_a_task_that_is_cancelled_while_its_worker_waits_for_s3_is_stopped(
     site: Site, remote: RemoteStore, tmp_path: Path
 ) -> None:
