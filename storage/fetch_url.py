@@ -9,10 +9,13 @@ from urllib.parse import unquote_to_bytes, urljoin
 
 from schemas import InvalidTask
 
+S3_BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+"""The names of buckets, as a pattern; case does not count."""
+
 _SHOWN = 200
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters and lone surrogates: no key has them, and logs and headers cannot carry them."""
-_S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", re.IGNORECASE | re.DOTALL)
+_S3 = re.compile(rf"s3://({S3_BUCKET})/(.+)", re.IGNORECASE | re.DOTALL)
 
 
 def redirect_url(base: str, location: str) -> str:

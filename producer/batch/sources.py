@@ -38,12 +38,13 @@ from storage import (
     input_key,
     upload_key,
 )
-from storage.fetch_url import split_s3_url
+from storage.fetch_url import S3_BUCKET, split_s3_url
 
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _JSONL = "application/x-ndjson"
 _COMMIT_LINES = 50_000
 _TASK_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_S3_PREFIX = re.compile(rf"s3://({S3_BUCKET})(?:/(.*))?", re.IGNORECASE | re.DOTALL)
 
 
 class Cursor(NamedTuple):
@@ -299,12 +300,15 @@ class _File:
 
 def split_s3_prefix(url: str) -> tuple[str, str]:
     """Bucket and prefix of `s3://bucket/prefix`, which may be `s3://bucket`. Raises InvalidTask."""
-    bucket, slash, prefix = url.removeprefix("s3://").partition("/")
-    if slash and prefix:
-        return split_s3_url(url)
-    if not bucket:
+    match = _S3_PREFIX.fullmatch(url)
+    if match is None:
         raise InvalidTask("an s3: source looks like s3://bucket/prefix", code="bad_input_url")
-    return bucket, ""
+    return split_s3_url(url) if match[2] else (match[1], "")
+
+
+def is_prefix(source: str) -> bool:
+    """Whether the objects below a batch's source are the inputs; else it is a JSONL. Raises InvalidTask."""
+    return source.startswith("s3:") and not split_s3_prefix(source)[1].endswith(JSONL_ENDINGS)
 
 
 def input_field(given: Mapping[str, JsonValue]) -> str:

@@ -18,7 +18,8 @@ import typer
 from pydantic import JsonValue
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from producer.batch.sources import JSONL_ENDINGS, input_field, line_of
+from producer.batch.checks import check_files, check_lines
+from producer.batch.sources import JSONL_ENDINGS, input_field, is_prefix, line_of
 from producer.cli.arguments import parse_assignments
 from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
 from producer.client import Client, NotEnded, NotFound, Unavailable
@@ -77,7 +78,8 @@ def submit(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # while there is nothing to lose yet
     name = batch_id or new_task_id()
-    with Client() as client, _source(client, sources, task_type, defaults, batch_id) as source:
+    given = defaults if task_type is None else {"task_type": task_type, **defaults}
+    with Client() as client, _source(client, sources, given, batch_id) as source:
         status = client.submit_batch(
             source,
             batch_id=name,
@@ -100,14 +102,18 @@ def submit(
 def _source(
     client: Client,
     sources: Sequence[str],
-    task_type: str | None,
-    defaults: dict[str, JsonValue],
+    given: dict[str, JsonValue],
     batch_id: str | None,
 ) -> Iterator[str | Path]:
-    """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded."""
+    """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded.
+
+    `given` is what all tasks have. What cannot work is refused before anything is uploaded.
+    """
     if len(sources) == 1:
         (only,) = sources
         if is_batch_url(only):
+            check = check_files if is_prefix(only) else check_lines
+            check(given)
             yield only
             return
         if only.endswith(JSONL_ENDINGS):
@@ -116,12 +122,14 @@ def _source(
                 raise InvalidTask(f"there is no file {only!r}", code="input_not_found")
             if path.stat().st_size == 0:
                 raise InvalidTask(f"{only!r} is empty: it holds no task", code="empty_batch")
+            check_lines(given)
             yield path
             return
     for source in sources:
         if is_batch_url(source) or source.endswith(JSONL_ENDINGS):
             raise InvalidTask(f"{source!r} is a source by itself: submit it alone")
-    field = input_field({"task_type": task_type} | defaults)
+    field = input_field(given)
+    check_files(given)
     files = _files(sources)
     first = next(files, None)
     if first is None:

@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from python_multipart.multipart import parse_options_header
 
 from broker.messages import Message
+from producer.batch.checks import check_files, check_lines
+from producer.batch.lines import defaults_of
+from producer.batch.sources import input_field, is_prefix
 from producer.batch.start import feed_message, start
 from producer.gateway.auth import Tenant
 from producer.gateway.body import decode_object, pieces, read_object
@@ -35,6 +38,7 @@ from schemas import (
     BatchSummary,
     CountsNow,
     InferqError,
+    InvalidTask,
     Outage,
     describe_faults,
     get_type,
@@ -170,9 +174,36 @@ def complete(document: dict[str, Any], *, tenant: str) -> Batch:
         faults = tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
         message = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults)
         raise Refused(422, "invalid_batch", message, errors=faults) from error
-    if batch.task_type is not None:
-        get_type(batch.task_type)
+    _check(batch)
     return batch
+
+
+def _check(batch: Batch) -> None:
+    """Raises Refused, and InvalidTask for an unknown type, where no line or object could become a task."""
+    for name in (batch.task_type, batch.defaults.get("task_type")):
+        if name is not None:
+            get_type(str(name))
+    given = defaults_of(batch)
+    with _refusing("source"):
+        prefix = is_prefix(batch.source)
+    if not prefix:
+        with _refusing("defaults"):
+            check_lines(given)
+        return
+    with _refusing("task_type"):
+        input_field(given)
+    with _refusing("defaults"):
+        check_files(given)
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    """What is found wrong in the block is refused in the name of that field of the batch."""
+    try:
+        yield
+    except InvalidTask as error:
+        faults = (Fault(field=field, detail=error.message),)
+        raise Refused(422, "invalid_batch", f"{field}: {error.message}", errors=faults) from error
 
 
 async def _check_upload(services: Services, batch: Batch) -> None:

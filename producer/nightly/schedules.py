@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -19,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from producer.batch.lines import Line, LineParser, defaults_of
-from producer.batch.sources import JSONL_ENDINGS, input_field, line_of, split_s3_prefix
+from producer.batch.checks import check_files, check_lines
+from producer.batch.lines import defaults_of
+from producer.batch.sources import JSONL_ENDINGS, is_prefix
 from producer.nightly.cron import Cron
 from schemas import (
     DEFAULT_IN_FLIGHT,
@@ -29,16 +29,12 @@ from schemas import (
     InferqError,
     InvalidTask,
     Priority,
-    TaskType,
     TimeZoneName,
     Window,
-    get_type,
 )
 from schemas.task import Tenant, TypeName
-from schemas.types import describe_fault
 
 _NAME = r"^[A-Za-z0-9_-]{1,64}$"
-_SAMPLE = "sample"
 
 
 class SchedulesUnusable(InferqError):
@@ -125,35 +121,14 @@ class Schedule(BaseModel):
     def check(self) -> None:
         """Raises InvalidTask where no object or line of the source could become a task."""
         try:
-            split_s3_prefix(self.source)
+            prefix = is_prefix(self.source)
         except InvalidTask as error:
             raise InvalidTask(f"source {self.source}: {error.message}") from error
-        batch = self.batch(datetime(2026, 1, 1, tzinfo=UTC))
-        given = defaults_of(batch)
-        if not self.source.endswith(JSONL_ENDINGS):
-            LineParser(batch).parse(_sample_line(input_field(given), self.source))
-        elif "task_type" in given:
-            _check_defaults(get_type(str(given["task_type"])), given)
-
-
-def _check_defaults(task_type: TaskType, given: Mapping[str, JsonValue]) -> None:
-    """Raises InvalidTask where no line can become a task with these defaults, whatever it says itself."""
-    try:
-        task_type.task.model_validate_json(json.dumps({"task_id": _SAMPLE, **given}))
-    except ValidationError as error:
-        # What is missing, and what only several fields together can say, may be in the line.
-        faults = [
-            describe_fault(fault)
-            for fault in error.errors(include_url=False)
-            if fault["type"] != "missing" and fault["loc"] not in {(), ("options",)}
-        ]
-        if faults:
-            raise InvalidTask("; ".join(faults)) from error
-
-
-def _sample_line(field: str, source: str) -> Line:
-    content = line_of(field, f"{source.rstrip('/')}/{_SAMPLE}", source).rstrip(b"\n")
-    return Line(1, len(content), content, len(content))
+        given = defaults_of(self.batch(datetime(2026, 1, 1, tzinfo=UTC)))
+        if prefix:
+            check_files(given)
+        else:
+            check_lines(given)
 
 
 _KEYS = tuple(key for key in Schedule.model_fields if key != "name")

@@ -187,6 +187,9 @@ def test_a_folder_is_uploaded_and_each_file_a_task(
         (["FOLDER"], "needs a task type"),
         (["s3://bucket/a", "FOLDER"], "submit it alone"),
         (["s3://bucket/a", "--type", "nope"], "not known"),
+        (["s3://bucket/a/"], "needs a task type"),
+        (["s3:nonsense", "--type", "ocr"], "looks like s3://bucket/prefix"),
+        (["FULL", "--type", "ocr", "--set", "annotated=perhaps"], "options.annotated"),
         (["s3://bucket/a", "--set", "x=1"], "--set needs --type"),
     ],
 )
@@ -195,10 +198,19 @@ def test_what_cannot_be_a_source_is_refused_at_once(
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder").mkdir()
-    places = {"EMPTY": str(tmp_path / "empty.jsonl"), "FOLDER": str(tmp_path / "folder")}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.png").write_bytes(b"a")
+    places = {
+        "EMPTY": str(tmp_path / "empty.jsonl"),
+        "FOLDER": str(tmp_path / "folder"),
+        "FULL": str(tmp_path / "full"),
+    }
+    uploads = Path(env["INFERQ_STORE_URL"].removeprefix("file://"), "files")
+    stored = sorted(uploads.rglob("*"))
     run = inferq_here(env, "batch", "submit", *(places.get(given, given) for given in arguments))
     assert run.returncode == 1
     assert words in run.stderr
+    assert sorted(uploads.rglob("*")) == stored
 
 
 def test_a_jsonl_body_is_a_batch(env: dict[str, str], client: Client, feeder: Feeder) -> None:

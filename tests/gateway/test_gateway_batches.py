@@ -173,6 +173,63 @@ def test_a_batch_that_is_submitted_anew_is_told_as_it_is_now(lone_gateway: Gatew
     assert lone_gateway.http.get(PATH).json()["source"] == posted.json()["source"]
 
 
+@pytest.mark.parametrize(
+    ("said", "field", "words"),
+    [
+        ({"source": "s3://scans/in/"}, "task_type", "needs a task type"),
+        ({"source": "s3://scans/in/", "task_type": "facefusion"}, "task_type", "source_url and target_url"),
+        ({"source": "s3:nonsense"}, "source", "looks like s3://bucket/prefix"),
+        ({"source": "s3://ab"}, "source", "looks like s3://bucket/prefix"),
+        ({"source": "s3://scans//in/"}, "source", "an empty, '.' or '..' segment"),
+        *(
+            ({"source": source, "task_type": "ocr", "defaults": defaults}, "defaults", words)
+            for source in ("s3://scans/in/", "s3://scans/in.jsonl", "inferq:x")
+            for defaults, words in [
+                ({"imege_url": "inferq:y"}, "imege_url: is unknown"),
+                ({"options": {"layuot": True}}, "options.layuot: is unknown"),
+                ({"options": True}, "options: input should be an object"),
+                ({"priority": "urgent"}, "priority: input should be 'high', 'normal' or 'low'"),
+            ]
+        ),
+        ({"source": "inferq:x", "defaults": {"priority": "urgent"}}, "defaults", "priority: "),
+        ({"source": "inferq:x", "defaults": {"task_type": None}}, "defaults", "task_type: "),
+    ],
+)
+def test_a_batch_that_can_never_work_is_refused_by_the_field(
+    lone_gateway: Gateway, said: dict[str, Any], field: str, words: str
+) -> None:
+    answer = lone_gateway.http.post("/v1/batches", json={"batch_id": "b", **said})
+    problem = answer.json()
+    assert (answer.status_code, problem.get("code")) == (422, "invalid_batch")
+    (fault,) = problem["errors"]
+    assert fault["field"] == field
+    assert words in fault["detail"]
+    assert lone_gateway.http.get(PATH).status_code == 404
+
+
+@pytest.mark.parametrize("source", ["s3://scans/in/", "s3://scans/in.jsonl"])
+def test_a_batch_whose_defaults_name_an_unknown_type_is_refused(lone_gateway: Gateway, source: str) -> None:
+    said = {"source": source, "defaults": {"task_type": "orc"}}
+    answer = lone_gateway.http.post("/v1/batches", json=said)
+    assert (answer.status_code, answer.json().get("code")) == (422, "unknown_task_type")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"source": "s3://scans/in.jsonl"},
+        {"source": "s3://scans/in.jsonl", "defaults": {"text": "a", "options": {"annotated": True}}},
+        {"source": "s3://scans/in.jsonl", "task_type": "facefusion", "defaults": {"target_url": "inferq:x"}},
+        {"source": "s3://scans/in/", "task_type": "facefusion", "defaults": {"target_url": "inferq:x"}},
+        {"source": "s3://scans", "task_type": "ocr"},
+        {"source": "s3://scans/in.jsonl", "task_type": "ner", "defaults": {"options": {}}},
+    ],
+)
+def test_what_the_lines_may_still_say_is_not_missed(lone_gateway: Gateway, said: dict[str, Any]) -> None:
+    answer = lone_gateway.http.post("/v1/batches", json=said)
+    assert answer.status_code == 202, answer.text
+
+
 def test_the_batches_asked_for_last_are_kept_and_no_more() -> None:
     def batch(batch_id: str, tenant: str = "a") -> Batch:
         return Batch(batch_id=batch_id, tenant=tenant, source="inferq:x", created_at=datetime.now(UTC))

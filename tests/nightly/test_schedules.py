@@ -78,6 +78,7 @@ def test_a_file_of_tasks_is_taken_whole(tmp_path: Path) -> None:
         ("source", '"s3://scans//in/"', "invoices: source s3://scans//in/"),
         ("source", '"s3://my_bucket/in/"', "invoices: source s3://my_bucket/in/"),
         ("source", '"s3://ab/in/"', "invoices: source s3://ab/in/"),
+        ("source", '"s3://ab"', "invoices: source s3://ab"),
         ("window", '"1-6"', "invoices.window: write the window as 22:00-06:00"),
         ("window", '"01:00"', "invoices.window: write the window as 22:00-06:00"),
         ("priority", '"urgent"', "invoices.priority"),
@@ -102,6 +103,7 @@ def test_each_fault_is_named_by_table_and_key(tmp_path: Path, key: str, value: s
         ('task_type = "ocr"\noptions = { annotated = "perhaps" }', "a: options.annotated: "),
         ('task_type = "ocr"\ndefaults = { imege_url = "inferq:x" }', "a: imege_url: is unknown"),
         ('defaults = { task_type = ["ocr"] }', "is not known here"),
+        ('defaults = { priority = "urgent" }', "a: priority: input should be 'high', 'normal' or 'low'"),
     ],
 )
 def test_what_a_file_of_tasks_has_for_defaults_is_checked_too(tmp_path: Path, said: str, words: str) -> None:

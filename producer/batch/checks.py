@@ -1,0 +1,46 @@
+"""Whether a batch can work, as far as that shows before any of its source is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from pydantic import JsonValue, ValidationError
+from pydantic_core import ErrorDetails
+
+from producer.batch.sources import input_field
+from schemas import InvalidTask, Task, get_type, parse_task
+from schemas.types import describe_fault
+
+_SAMPLE_ID = "sample"
+_SAMPLE_URL = "inferq:sample"
+
+
+def check_files(given: Mapping[str, JsonValue]) -> None:
+    """Raises InvalidTask where no file of a folder or prefix makes a task with the `given` fields."""
+    parse_task({"task_id": _SAMPLE_ID, **given, input_field(given): _SAMPLE_URL})
+
+
+def check_lines(given: Mapping[str, JsonValue]) -> None:
+    """Raises InvalidTask where the `given` defaults hold what is in no task, whatever its line says itself.
+
+    Without a task type only the fields that all types have are looked at.
+    """
+    known = given.get("task_type") is not None
+    model = get_type(str(given["task_type"])).task if known else Task
+    try:
+        model.model_validate_json(json.dumps({"task_id": _SAMPLE_ID, **given}))
+    except ValidationError as error:
+        faults = [
+            describe_fault(fault)
+            for fault in error.errors(include_url=False)
+            if not _is_up_to_the_line(fault) and (known or fault["type"] != "extra_forbidden")
+        ]
+        if faults:
+            raise InvalidTask("; ".join(faults)) from error
+
+
+def _is_up_to_the_line(fault: ErrorDetails) -> bool:
+    """Whether it is of something missing, or of what only several fields together can say."""
+    together = fault["loc"] in {(), ("options",)} and fault["type"] != "model_type"
+    return fault["type"] == "missing" or together
