@@ -22,9 +22,17 @@ from producer.batch.checks import check_files, check_lines
 from producer.batch.sources import JSONL_ENDINGS, input_field, is_prefix, line_of
 from producer.cli.arguments import parse_assignments
 from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from producer.client import Client, NotEnded, NotFound, Unavailable
+from producer.client import (
+    ApiError,
+    Client,
+    InvalidRequest,
+    NotEnded,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+)
 from producer.transfers import is_batch_url
-from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
+from schemas import BatchStatus, InferqError, InvalidTask, Priority, get_type, new_task_id
 
 app = typer.Typer(name="batch", help="Many tasks from one source.", no_args_is_help=True)
 
@@ -66,7 +74,8 @@ def submit(
 ) -> None:
     """Submit a batch. With --follow or --out, exit status 1 unless every line has succeeded.
 
-    The files of a folder are uploaded, each a task. Ctrl-C while following leaves the batch running.
+    The files of a folder are uploaded, each a task; one that is empty, unreadable or too large is skipped
+    and named, with exit status 1 at the end. Ctrl-C while following leaves the batch running.
     """
     if priority not in get_args(Priority):
         raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
@@ -79,7 +88,7 @@ def submit(
         out.mkdir(parents=True, exist_ok=True)  # while there is nothing to lose yet
     name = batch_id or new_task_id()
     given = defaults if task_type is None else {"task_type": task_type, **defaults}
-    with Client() as client, _source(client, sources, given, batch_id) as source:
+    with Client() as client, _source(client, sources, given, batch_id) as (source, skipped):
         status = client.submit_batch(
             source,
             batch_id=name,
@@ -92,10 +101,14 @@ def submit(
         if not as_json or follow or out:
             errors_or_output = errors if as_json else console
             errors_or_output.print(status.batch_id, markup=False, highlight=False)
+        if skipped:
+            complain(f"skipped {skipped} of the files, which are named above; the batch is of the others")
         if follow or out:
             _finish(client, status.batch_id, out, as_json)
         elif as_json:
             print_json(status)
+    if skipped:
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -104,9 +117,10 @@ def _source(
     sources: Sequence[str],
     given: dict[str, JsonValue],
     batch_id: str | None,
-) -> Iterator[str | Path]:
+) -> Iterator[tuple[str | Path, int]]:
     """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded.
 
+    With it comes how many files were skipped.
     `given` is what all tasks have. What cannot work is refused before anything is uploaded.
     """
     if len(sources) == 1:
@@ -114,7 +128,7 @@ def _source(
         if is_batch_url(only):
             check = check_files if is_prefix(only) else check_lines
             check(given)
-            yield only
+            yield only, 0
             return
         if only.endswith(JSONL_ENDINGS):
             path = Path(only)
@@ -123,7 +137,7 @@ def _source(
             if path.stat().st_size == 0:
                 raise InvalidTask(f"{only!r} is empty: it holds no task", code="empty_batch")
             check_lines(given)
-            yield path
+            yield path, 0
             return
     for source in sources:
         if is_batch_url(source) or source.endswith(JSONL_ENDINGS):
@@ -138,10 +152,16 @@ def _source(
         _check_new(client, batch_id)
     with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
         made = Path(folder) / "batch.jsonl"
+        skipped = 0
         with made.open("wb") as lines:
             for path, url in _uploaded(client, first, files):
-                lines.write(line_of(field, url, str(path)))
-        yield made
+                if url is None:
+                    skipped += 1
+                else:
+                    lines.write(line_of(field, url, str(path)))
+        if made.stat().st_size == 0:
+            raise InvalidTask("every file was skipped: there is nothing to submit", code="empty_batch")
+        yield made, skipped
 
 
 def _check_new(client: Client, batch_id: str) -> None:
@@ -177,11 +197,14 @@ def _files(sources: Sequence[str]) -> Iterator[Path]:
         yield from (file for file in found if file.is_file())
 
 
-def _uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tuple[Path, str]]:
-    """The files with the URLs that their uploads have, in order; some are on their way at a time."""
+def _uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tuple[Path, str | None]]:
+    """The files with the URLs that their uploads have, in order; some are on their way at a time.
+
+    A file that cannot be uploaded is told, and has None.
+    """
 
     def begin(path: Path) -> tuple[Path, Future[str]]:
-        return path, threads.submit(client.upload, path)
+        return path, threads.submit(_upload, client, path)
 
     with (
         ThreadPoolExecutor(_UPLOADS) as threads,
@@ -195,13 +218,33 @@ def _uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tup
         for path in rest:
             waiting.append(begin(path))
             if len(waiting) > 2 * _UPLOADS:
-                done, url = waiting.popleft()
-                yield done, url.result()
+                yield _url_of(*waiting.popleft())
                 bars.advance(bar)
         while waiting:
-            done, url = waiting.popleft()
-            yield done, url.result()
+            yield _url_of(*waiting.popleft())
             bars.advance(bar)
+
+
+def _upload(client: Client, path: Path) -> str:
+    if path.stat().st_size == 0:
+        raise InvalidTask("the file is empty")
+    return client.upload(path)
+
+
+def _url_of(path: Path, uploading: Future[str]) -> tuple[Path, str | None]:
+    """The file with its URL, or None where it is the file itself that cannot be uploaded."""
+    try:
+        return path, uploading.result()
+    except (InvalidRequest, InvalidTask) as error:
+        reason = error.message
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Unauthorized:
+        raise  # whatever the file
+    except ApiError as error:
+        raise InferqError(f"{path}: {error.message}", code=error.code) from error
+    errors.print(f"skipped {path}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return path, None
 
 
 def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -19,14 +20,15 @@ import redis
 
 from broker import BrokerSettings, Message, Publisher, topology_for
 from producer.batch.start import assemble_message
-from producer.client import Client
-from producer.flows import Conflict
+from producer.client import Client, Conflict, NotFound
 from schemas import BatchStatus, CountsNow
 from storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
 from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
 from tests.worker.conftest import eventually
+
+MAX_UPLOAD_BYTES = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,7 @@ def env(
         "INFERQ_STORE_FSYNC": "false",
         "INFERQ_CALLBACK_ALLOWED_NETWORKS": "127.0.0.0/8",
         "INFERQ_WEBHOOK_SECRETS_FILE": str(folder / "secrets.json"),
+        "INFERQ_MAX_UPLOAD_BYTES": str(MAX_UPLOAD_BYTES),
     }
     with installation(shared_rabbitmq, redis_url, folder, "echo", **settings) as env:
         yield env
@@ -174,6 +177,62 @@ def test_a_folder_is_uploaded_and_each_file_a_task(
     assert again.returncode == 1
     assert "inferq batch status folder-1 --follow" in again.stderr
     client.cancel_batch("folder-1")
+
+
+def locked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A file of that name may not be read, even where root runs the tests."""
+    upload = Client.upload
+
+    def refusing(self: Client, source: Path) -> str:
+        if source.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        return upload(self, source)
+
+    monkeypatch.setattr(Client, "upload", refusing)
+
+
+def test_a_file_that_cannot_be_uploaded_is_skipped_and_named(
+    env: dict[str, str], client: Client, feeder: Feeder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "locked.txt", "z.txt"):
+        (folder / name).write_text("李明在北京。")
+    (folder / "empty.txt").touch()
+    (folder / "large.txt").write_bytes(b"a" * (MAX_UPLOAD_BYTES + 1))
+    locked(monkeypatch, "locked.txt")
+    run = inferq_here(env, "batch", "submit", str(folder), "--type", "ner", "--id", "skipped-1")
+    assert run.returncode == 1
+    assert run.stdout == "skipped-1\n"
+    *named, summary = run.stderr.splitlines()
+    assert named == [
+        f"skipped {folder}/empty.txt: the file is empty",
+        f"skipped {folder}/large.txt: the body has more than {MAX_UPLOAD_BYTES} bytes, which is the limit",
+        f"skipped {folder}/locked.txt: Permission denied",
+    ]
+    assert "skipped 3 of the files" in summary
+    eventually(lambda: client.batch("skipped-1").counts.total == 2, what="a batch of the others")
+    client.cancel_batch("skipped-1")
+
+
+def test_files_of_which_none_can_be_uploaded_are_no_batch(
+    env: dict[str, str], client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    run = inferq_here(env, "batch", "submit", str(tmp_path), "--type", "ner", "--id", "skipped-2")
+    assert run.returncode == 1
+    assert f"skipped {tmp_path}/empty.txt: the file is empty" in run.stderr
+    assert "error: every file was skipped" in run.stderr
+    with pytest.raises(NotFound):
+        client.batch("skipped-2")
+
+
+def test_an_outage_ends_the_uploads_and_names_the_file(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    away = env | {"INFERQ_API_URL": "http://127.0.0.1:1"}
+    run = inferq_here(away, "batch", "submit", str(tmp_path), "--type", "ner")
+    assert run.returncode == 1
+    assert f"error: {tmp_path}/a.txt: the gateway at http://127.0.0.1:1 cannot be reached" in run.stderr
 
 
 @pytest.mark.parametrize(
