@@ -1,4 +1,4 @@
-"""The settings of those who send: the HTTP gateway, the feeder of batches and the Python client."""
+"""The settings of those who send, and of who listens to what comes of it."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ class ClientSettings(Settings):
         description="The gateway as its users reach it: where clients send, and the base of links to files.",
     )
     api_key: SecretStr | None = Field(None, description="API key that a client shows to the gateway.")
+
+
+class ListenSettings(Settings):
+    """What `inferq listen` verifies callbacks with."""
+
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="What `inferq listen` verifies callbacks with: a secret, or several with spaces between "
+        "them; without one, those in the file of secrets.",
+    )
 
 
 class BatchSettings(Settings):

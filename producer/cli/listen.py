@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import typer
 from rich.text import Text
 
 from producer.cli.output import JsonFlag, console, errors
+from producer.settings import ListenSettings
 from schemas import InstallationError
 from storage.webhook_secrets import WebhookSecrets, WebhookSettings
 
@@ -41,7 +41,8 @@ def listen(
             f"listening needs packages that are not installed ({error}); pip install 'inferq[jobs]'"
         ) from error
 
-    given = secret or [part for part in os.environ.get("INFERQ_WEBHOOK_SECRET", "").split() if part]
+    setting = ListenSettings.load().webhook_secret
+    given = secret or (setting.get_secret_value().split() if setting is not None else [])
     chosen = [check_secret(text) for text in given]
     kept = WebhookSecrets(WebhookSettings.load().webhook_secrets_file)
     lock = threading.Lock()

@@ -84,6 +84,25 @@ def test_a_task_is_called_back_from_submission_to_the_listener(site: Site, calle
     assert line.startswith(f"task.succeeded {task_id} #10000009999999 verified msg_")
 
 
+def test_the_secrets_to_verify_with_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = WebhookSecrets(tmp_path / "secrets.json")
+    old, new = (kept.rotate("default").secret.get_secret_value() for _ in range(2))
+    sent, now = callback("https://example.com/"), datetime.now(UTC)
+    with listening(tmp_path, "--json", INFERQ_WEBHOOK_SECRET=f"{old} {new}") as (url, out):
+        for secret in (old, new):
+            headers = {
+                "webhook-id": sent.callback_id,
+                "webhook-timestamp": str(int(now.timestamp())),
+                "webhook-signature": signatures(sent, [secret], now),
+            }
+            httpx.post(url, content=sent.body.encode(), headers=headers)
+        lines = eventually(lambda: len(found := heard(out)) == 2 and found)
+    assert [line["verified"] for line in lines] == [True, True]
+    monkeypatch.setenv("INFERQ_WEBHOOK_SECRET", new)
+    listed = json.loads(CliRunner().invoke(app, ["settings", "--json"]).output)
+    assert [row["value"] for row in listed if row["name"] == "INFERQ_WEBHOOK_SECRET"] == ["(set)"]
+
+
 def test_a_secret_that_is_none_is_refused(tmp_path: Path) -> None:
     for secret in ("whsec_", "whsec_!", "ö"):
         result = CliRunner().invoke(app, ["listen", "--secret", secret])
