@@ -34,14 +34,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.engines import Work, bare_engine
 from benchmarks.site import wait_until
-from producer.nightly.night import Night
 from producer.nightly.runs import RunLog
 from producer.up import guard
 from producer.up.part import Part, free_ports
 from producer.up.process import spawn, stop
 from producer.up.rabbitmq import RabbitNode, RabbitPorts
 from producer.up.redis import RedisServer
-from schemas import Outage, Result
+from schemas import Night, Outage, Result
 from storage import BatchIndex, BatchStore, ResultStore, StatusIndex, StorageSettings, open_store, output_key
 from storage.s3 import s3_client
 

@@ -6,6 +6,8 @@ from schemas.batch import (
     SET_BY_FEEDER,
     Batch,
     BatchCounts,
+    BatchEndState,
+    BatchEvent,
     BatchId,
     BatchState,
     BatchStatus,
@@ -25,6 +27,7 @@ from schemas.callback import (
     task_callback,
 )
 from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
+from schemas.night import Night, NightEvent
 from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from schemas.settings import Settings
 from schemas.status import (
@@ -67,6 +70,8 @@ __all__ = [
     "Artifact",
     "Batch",
     "BatchCounts",
+    "BatchEndState",
+    "BatchEvent",
     "BatchId",
     "BatchState",
     "BatchStatus",
@@ -88,6 +93,8 @@ __all__ = [
     "InputUrl",
     "InstallationError",
     "InvalidTask",
+    "Night",
+    "NightEvent",
     "Options",
     "Outage",
     "Priority",

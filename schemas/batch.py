@@ -1,8 +1,8 @@
-"""A batch: many tasks from one source, fed in a stream, and where it stands."""
+"""A batch: many tasks from one source, fed in a stream, where it stands, and the event of its end."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AwareDatetime,
@@ -25,7 +25,8 @@ BatchId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,116}$")]
 BatchState = Literal[
     "preparing", "feeding", "paused", "running", "finishing", "completed", "cancelled", "failed"
 ]
-BATCH_END_STATES: frozenset[BatchState] = frozenset({"completed", "cancelled", "failed"})
+BatchEndState = Literal["completed", "cancelled", "failed"]
+BATCH_END_STATES: frozenset[BatchState] = frozenset(get_args(BatchEndState))
 SOURCE_SCHEMES = ("inferq", "s3")
 
 SET_BY_FEEDER = ("batch_id", "batch_line", "tenant")
@@ -132,7 +133,7 @@ class BatchSummary(BaseModel):
 
     batch_id: str
     tenant: str
-    state: BatchState
+    state: BatchEndState
     counts: BatchCounts
     failures: dict[str, int] = Field({}, description="How many failed and invalid lines, by error code.")
     error: str | None = Field(None, description="Why the batch itself failed.")
@@ -144,6 +145,24 @@ class BatchSummary(BaseModel):
     metadata: dict[str, JsonValue] = {}
     created_at: AwareDatetime
     finished_at: AwareDatetime
+
+
+class BatchEventData(BatchSummary):
+    """A batch's summary as its callback carries it; what is None is left out, but for `error`."""
+
+    truncated: tuple[Literal["metadata", "failures"], ...] = Field(
+        (), description="What was left out to keep the event small."
+    )
+
+
+class BatchEvent(BaseModel):
+    """The end of a batch, in the shape of a Standard Webhooks payload."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["batch.completed", "batch.cancelled", "batch.failed"]
+    timestamp: AwareDatetime
+    data: BatchEventData
 
 
 class BatchStatus(BaseModel):

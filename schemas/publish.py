@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from schemas.batch import Batch, BatchStatus
+from schemas.batch import Batch, BatchEvent, BatchStatus
+from schemas.night import NightEvent
 from schemas.result import Result
 from schemas.status import Event, TaskStatus
 from schemas.task import MAX_BODY_BYTES, PRIORITIES
@@ -35,6 +36,8 @@ def documents(types: Mapping[str, TaskType]) -> dict[str, str]:
         "event.schema.json": _schema(Event),
         "batch.schema.json": _schema(Batch),
         "batch-status.schema.json": _schema(BatchStatus),
+        "batch-event.schema.json": _schema(BatchEvent),
+        "night-event.schema.json": _schema(NightEvent),
         "asyncapi.json": asyncapi(types),
     }
     for name, task_type in types.items():
@@ -55,7 +58,7 @@ def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
 
     https://www.asyncapi.com/docs/reference/specification/v3.0.0
     """
-    models: list[type[BaseModel]] = [t.task for t in types.values()] + [Event]
+    models: list[type[BaseModel]] = [*(t.task for t in types.values()), *(e for e, _ in _EVENTS.values())]
     named, shared = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -93,21 +96,23 @@ def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
             "messages": [{"$ref": f"#/channels/{name}/messages/{name}"}],
             "bindings": {"amqp": {"deliveryMode": 2, "mandatory": True, "bindingVersion": "0.3.0"}},
         }
-    messages["event"] = {
-        "name": "event",
-        "title": "Something that happened to a task",
-        "contentType": "application/json",
-        "payload": named[(Event, "validation")],
-    }
+    for name, (model, title) in _EVENTS.items():
+        messages[name] = {
+            "name": name,
+            "title": title,
+            "contentType": "application/json",
+            "payload": named[(model, "validation")],
+        }
     channels["callbacks"] = {
         "address": None,
-        "description": "A task's `callback_url`: events in the form of Standard Webhooks.",
-        "messages": {"event": {"$ref": "#/components/messages/event"}},
+        "description": "The `callback_url` of a task or batch, or the `callback` of a nightly run: events in "
+        "the form of Standard Webhooks, told apart by their `type`.",
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in _EVENTS},
     }
     operations["be_notified"] = {
         "action": "receive",
         "channel": {"$ref": "#/channels/callbacks"},
-        "messages": [{"$ref": "#/channels/callbacks/messages/event"}],
+        "messages": [{"$ref": f"#/channels/callbacks/messages/{name}"} for name in _EVENTS],
     }
     return {
         "asyncapi": "3.0.0",
@@ -124,6 +129,13 @@ def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
         "components": {"messages": messages, "schemas": {**shared["$defs"], "TaskHeaders": _HEADERS}},
     }
 
+
+_EVENTS: dict[str, tuple[type[BaseModel], str]] = {
+    "event": (Event, "Something that happened to a task"),
+    "batch_event": (BatchEvent, "The end of a batch"),
+    "night_event": (NightEvent, "What a night of a nightly run came to"),
+}
+"""The bodies of callbacks, by the names of their messages."""
 
 _HEADERS = {
     "type": "object",

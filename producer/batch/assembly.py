@@ -27,6 +27,7 @@ from producer.batch.tasks import task_of
 from schemas import (
     Batch,
     BatchCounts,
+    BatchEndState,
     BatchState,
     BatchSummary,
     EndState,
@@ -268,7 +269,7 @@ class Assembly:
     def _summary(self, tally: _Tally, error: str | None) -> BatchSummary:
         batch, now = self._batch, datetime.now(UTC)
         seconds = max((now - batch.created_at).total_seconds(), 0.001)
-        state: BatchState = "completed"
+        state: BatchEndState = "completed"
         if self._cancelled:
             state = "cancelled"
         elif error is not None:

@@ -13,7 +13,6 @@ from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.lines import SourceUnusable
 from producer.batch.surroundings import Surroundings
 from producer.nightly.night import (
-    Night,
     day_of,
     ended_between,
     last_night,
@@ -24,6 +23,7 @@ from producer.nightly.night import (
 from producer.nightly.runs import Run, RunLog
 from producer.nightly.schedules import Schedule, run_id_of
 from producer.nightly.start import Starter
+from schemas import Night
 
 _WATCH_SECONDS = 15
 """Seconds, at most, from the end of a run to its summary."""

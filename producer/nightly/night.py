@@ -12,18 +12,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from itertools import groupby, islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from producer.batch.assembly import pages_of
 from producer.nightly.runs import Run
-from schemas import Batch, BatchSummary, Callback, EndState, Result, callback_id
+from schemas import Batch, BatchSummary, Callback, EndState, Night, NightEvent, Result, callback_id
 from schemas.encoding import to_json
 from storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResult, folder
-
-EVENT = "nightly.summary"
 
 _RECORDS = ("failure.json", "result.json")
 """In the order in which a task's are listed: the last one stands."""
@@ -38,39 +36,6 @@ class Ended(NamedTuple):
     status: EndState
     code: str | None = None
     pages: int | None = None
-
-
-class Night(BaseModel):
-    """One night of a run; `seconds` go from `began` on.
-
-    `night` is the day on which its window opened; with `-end` behind it, what ended after that night was told
-    and before the next one.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str
-    schedule: str
-    tenant: str
-    night: str
-    state: Literal["paused", "completed", "cancelled", "failed"]
-    began: AwareDatetime
-    until: AwareDatetime
-    total: int | None = Field(None, description="Tasks of the whole run.")
-    succeeded: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    invalid: int = 0
-    failures: dict[str, int] = Field({}, description="How many failed or were invalid, by error code.")
-    seconds: float
-    tasks_per_second: float
-    pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
-    pages_per_second: float | None = None
-    error: str | None = Field(None, description="Why the run itself failed.")
-
-    @property
-    def ended(self) -> int:
-        return self.succeeded + self.failed + self.cancelled
 
 
 def paused_night(
@@ -169,22 +134,16 @@ def night_began(run: Run, since: datetime, until: datetime) -> datetime:
 
 def night_callback(night: Night, url: str) -> Callback:
     """The callback that tells of a night: for one record always the same, to the byte."""
-    body = {"type": EVENT, "timestamp": night.until, "data": night}
+    event = NightEvent(type="nightly.summary", timestamp=night.until, data=night)
     return Callback(
-        callback_id=callback_id(night.tenant, "batch", night.run_id, EVENT, night.night),
+        callback_id=callback_id(night.tenant, "batch", night.run_id, event.type, night.night),
         tenant=night.tenant,
         subject_kind="batch",
         subject_id=night.run_id,
-        event=EVENT,
+        event=event.type,
         url=url,
-        body=to_json(_Body.model_validate(body)),
+        body=to_json(event),
     )
-
-
-class _Body(BaseModel):
-    type: str
-    timestamp: AwareDatetime
-    data: Night
 
 
 def ended_between(

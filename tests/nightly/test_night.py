@@ -19,7 +19,7 @@ from producer.nightly.jobs import Watcher
 from producer.nightly.night import Ended, ended_between
 from producer.nightly.runs import Run, RunLog
 from producer.settings import BatchSettings
-from schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Result
+from schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Night, Result
 from storage import BatchSource, StorageSettings
 
 START = "2026-11-25T01:30"
@@ -271,8 +271,6 @@ def test_a_run_without_a_window_is_one_night_however_long_it_takes(nights: MakeN
 
 
 def test_without_a_callback_the_night_is_on_record_all_the_same(nights: MakeNights) -> None:
-    from producer.nightly.night import Night
-
     run = nights(callback=None)
     run.over("2026-11-25T03:00", counts={"total": 0})
     assert run.look(at(START), "2026-11-25T03:00:10") is None

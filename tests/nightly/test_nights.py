@@ -24,11 +24,10 @@ from producer.batch.surroundings import Surroundings
 from producer.nightly import Schedule, jobs, run_id_of
 from producer.nightly.beat import start_message
 from producer.nightly.jobs import Watcher
-from producer.nightly.night import Night
 from producer.nightly.runs import Run, RunLog
 from producer.nightly.start import Starter
 from producer.settings import BatchSettings
-from schemas import BatchSummary, InvalidTask, Result, Window, installed_types, parse_task
+from schemas import BatchSummary, InvalidTask, Night, Result, Window, installed_types, parse_task
 from storage import StatusIndex, StorageSettings, errors_key, output_key
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from broker import callback_message
+from producer.nightly import Schedule
+from producer.nightly.night import Ended, last_night, night_callback, paused_night
+from producer.nightly.runs import Run
 from schemas import (
     MAX_CALLBACK_BYTES,
     Artifact,
+    BatchCounts,
+    BatchSummary,
     Callback,
     ErrorInfo,
     Event,
+    Night,
     Result,
+    batch_callback,
     end_callback,
+    installed_types,
     sequence_of,
     task_callback,
 )
+from schemas.publish import asyncapi, documents
 from schemas.result import OUTPUT_ARTIFACT
 
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -158,3 +168,61 @@ def test_what_is_no_callback_is_refused(change: dict[str, str]) -> None:
 def test_an_end_after_retries_sorts_last() -> None:
     result = ended(attempts=3, finished_at=ENDED + timedelta(hours=1))
     assert Event.of_result(result).data.sequence > sequence_of("retrying", attempt=2, redrives=0)
+
+
+def summary(**fields: Any) -> BatchSummary:
+    given: dict[str, Any] = {
+        "batch_id": "b1", "tenant": "acme", "state": "completed", "counts": BatchCounts(total=2, succeeded=2),
+        "seconds": 4.0, "tasks_per_second": 0.5, "created_at": ENDED, "finished_at": ENDED,
+    }  # fmt: skip
+    return BatchSummary(**(given | fields))
+
+
+def nights() -> list[Night]:
+    """One that its window ended, and the last."""
+    said = {"name": "scans", "cron": "0 1 * * *", "source": "s3://scans/in/", "task_type": "ocr"}
+    run = Run(run_id="scans-1", scheduled_at=ENDED, schedule=Schedule.model_validate(said))
+    ends = [Ended("succeeded", None, 3), Ended("failed", "not_an_image")]
+    paused = paused_night(run, date(2026, 1, 1), ENDED, ENDED, None, ends)
+    return [paused, last_night(run, date(2026, 1, 2), summary(state="failed", error="gone"), [paused])]
+
+
+CALLBACKS = {
+    "event": [end_callback(ended(), URL), end_callback(ended(output="o" * MAX_CALLBACK_BYTES), URL)],
+    "batch_event": [
+        batch_callback(summary(), URL),
+        batch_callback(summary(state="cancelled", pages=3, pages_per_second=0.7, schedule="scans"), URL),
+        batch_callback(summary(state="failed", error="e" * 2000, failures={"gone": 1}), URL),
+        batch_callback(
+            summary(metadata={"m": "m" * MAX_CALLBACK_BYTES}, failures={"f" * MAX_CALLBACK_BYTES: 1}), URL
+        ),
+    ],
+    "night_event": [night_callback(night, URL) for night in nights()],
+}
+
+
+def strict(schema: Any) -> Any:
+    """The schema, with nothing allowed that it does not name."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {name: strict(part) for name, part in schema.items()}
+    return {**parts, "additionalProperties": False} if "properties" in schema else parts
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_what_is_sent_is_what_is_published_of_its_kind_and_of_no_other(name: str) -> None:
+    file = f"{name.replace('_', '-')}.schema.json"
+    document = asyncapi(installed_types())
+    payload = document["components"]["messages"][name]["payload"]
+    assert name in document["channels"]["callbacks"]["messages"]
+    for schema in (
+        json.loads(documents(installed_types())[file]),
+        {**payload, "components": document["components"]},
+    ):
+        validator = jsonschema.Draft202012Validator(strict(schema))
+        for kind, callbacks in CALLBACKS.items():
+            for callback in callbacks:
+                faults = list(validator.iter_errors(json.loads(callback.body)))
+                assert (not faults) == (kind == name), faults
