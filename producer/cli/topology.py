@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import pika
 import typer
 from pika.exceptions import AMQPError
 
-from broker import BrokerSettings, BrokerUnavailable, Topology, connect, topology_for
+from broker import BrokerSettings, BrokerUnavailable, Topology, connect, job_topology, topology_for
 from producer.cli.output import JsonFlag, console, print_json, print_table
 from schemas import get_type, installed_types
 
 app = typer.Typer(name="topology", help="The exchanges and queues on the broker.", no_args_is_help=True)
 
+Part = TypeVar("Part")
 Types = Annotated[
     str | None, typer.Option("--types", help="Task types, e.g. ocr,ner (default: all installed).")
 ]
@@ -23,7 +24,16 @@ Types = Annotated[
 
 def _topology(types: str | None) -> Topology:
     names = [name.strip() for name in types.split(",")] if types else list(installed_types())
-    return topology_for(get_type(name).name for name in names)
+    tasks, jobs = topology_for(get_type(name).name for name in names), job_topology()
+    return Topology(
+        _once(tasks.exchanges, jobs.exchanges),
+        _once(tasks.queues, jobs.queues),
+        _once(tasks.bindings, jobs.bindings),
+    )
+
+
+def _once(tasks: tuple[Part, ...], jobs: tuple[Part, ...]) -> tuple[Part, ...]:
+    return (*tasks, *(part for part in jobs if part not in tasks))
 
 
 @contextmanager

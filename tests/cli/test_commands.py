@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from broker import BrokerSettings, Topology, connect, job_topology
+from broker.topology import Queue, delay_level
 from producer.keys import KeyFile
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
@@ -144,6 +147,23 @@ def test_the_topology_is_shown_applied_and_checked(installation: dict[str, str])
     assert inferq(installation, "topology", "apply").returncode == 0
     assert answer(inferq(installation, "topology", "check", "--json")) == []
     assert "right arguments" in inferq(installation, "topology", "check").stdout
+
+
+def test_what_jobs_rest_in_is_shown_and_applied_and_a_difference_in_it_found(fresh_amqp_url: str) -> None:
+    env = {"INFERQ_AMQP_URL": fresh_amqp_url}
+    shown = answer(inferq_here(env, "topology", "show", "--types", "echo", "--json"))
+    named = [part["queue"] for part in shown if part["declare"] == "queue_declare"]
+    assert {queue.name for queue in job_topology().queues} <= set(named)
+    assert len(named) == len(set(named))
+    assert inferq_here(env, "topology", "apply", "--types", "echo").returncode == 0
+    other = Queue(delay_level(3))
+    with closing(connect(BrokerSettings(amqp_url=fresh_amqp_url), name="test")) as connection:
+        channel = connection.channel()
+        channel.queue_delete(other.name)
+        Topology((), (other,), ()).apply(channel)
+    (found,) = answer(inferq_here(env, "topology", "check", "--types", "echo", "--json"), status=1)
+    assert found["name"] == other.name
+    assert "should be celery_delayed_2" in found["problem"]
 
 
 @pytest.mark.parametrize(
