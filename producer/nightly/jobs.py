@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from producer.batch.again import again_unless_done, loaded_once
 from producer.batch.lines import SourceUnusable
 from producer.batch.surroundings import Surroundings
 from producer.nightly.night import (
+    Ended,
     day_of,
     ended_between,
     last_night,
@@ -111,20 +113,33 @@ class Watcher:
         if batch is None:
             return
         source = around.batches.source(tenant, run.run_id)
-        ended = ended_between(
-            around.store, batch, since, closes,
-            readers=around.settings.batch_readers,
-            own_ids=around.sources.own_ids(source) if source is not None else (),
-        )  # fmt: skip
+
+        def ended(after: datetime = batch.created_at) -> Iterator[Ended]:
+            return ended_between(
+                around.store, batch, after, closes,
+                readers=around.settings.batch_readers,
+                own_ids=around.sources.own_ids(source) if source is not None else (),
+            )  # fmt: skip
+
         total = None if source is None else source.total
         began = night_began(run, since, closes)
         try:
-            night = paused_night(run, day_of(run, closes), began, closes, total, ended)
+            night = paused_night(run, day_of(run, closes), began, closes, total, ended(since))
+            # One in which nothing ended, as all workers were down, is the one that an owner must hear of; but
+            # not one that closed as the run was due, by a clock that is behind that of beat.
+            to_tell = night.ended > 0 or (closes > run.scheduled_at and self._has_left(total, ended))
         except SourceUnusable as error:
             _log.warning("run %s: a night cannot be told: %s", run.run_id, error)
             return
-        if night.ended:
+        if to_tell:
             self._tell(night, night.night)
+
+    def _has_left(self, total: int | None, ended: Callable[[], Iterable[Ended]]) -> bool:
+        """Whether tasks of the run are left, or may be; `ended` reads the results of those that are not."""
+        if total is None or sum(night.ended for night in self._nights()) < total:
+            return True
+        # The nights count twice what was redriven.
+        return sum(1 for _ in ended()) < total
 
     def _tell(self, night: Night, name: str) -> None:
         kept = self._log.keep_night(self._run.run_id, name, night.model_copy(update={"night": name}))

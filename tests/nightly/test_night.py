@@ -83,6 +83,10 @@ class Nights:
         name = "failure.json" if code else "result.json"
         os.utime(self.path(task_id, name), (at(clock).timestamp(),) * 2)
 
+    def takes(self, lines: int) -> None:
+        """The source is known to have so many lines."""
+        self.around.batches.keep_source("default", self.batch.batch_id, BatchSource(key="lines", lines=lines))
+
     def path(self, task_id: str, name: str) -> Path:
         return self._folder / "tasks" / "default" / task_id / name
 
@@ -229,10 +233,53 @@ def test_while_its_window_is_open_nothing_is_told(nights: MakeNights) -> None:
     assert not run.told
 
 
-def test_a_night_in_which_nothing_ended_is_not_told(nights: MakeNights) -> None:
+def test_a_night_in_which_nothing_ended_is_told_once(nights: MakeNights) -> None:
     run = nights()
     assert run.look(at(START), "2026-11-25T07:00") == at("2026-11-25T06:00")
+    (told,) = run.told
+    assert (told["night"], told["state"], told["total"]) == ("2026-11-25", "paused", None)
+    assert (told["succeeded"], told["failed"], told["seconds"]) == (0, 0, 4.5 * 3600)
+    run.takes(1)
+    run.ends(1, "2026-11-25T05:59")  # listed late
+    run.look(at(START), "2026-11-25T07:00")
+    first, again = run.callbacks
+    assert first == again
+
+
+def test_a_night_in_which_nothing_ended_is_told_for_as_long_as_tasks_are_left(nights: MakeNights) -> None:
+    run = nights()
+    run.takes(3)
+    run.ends(1, "2026-11-25T02:00", code="out_of_memory")
+    run.ends(2, "2026-11-25T02:00", code="out_of_memory")
+    run.look(at(START), "2026-11-25T06:00:05")
+    run.ends(1, "2026-11-26T02:00")  # redriven: it counts in both nights
+    run.look(at("2026-11-25T06:00"), "2026-11-26T06:00:05")
+    run.look(at("2026-11-26T06:00"), "2026-11-27T06:00:05")
+    run.ends(3, "2026-11-27T12:00")
+    run.look(at("2026-11-27T06:00"), "2026-11-28T06:00:05")
+    run.look(at("2026-11-28T06:00"), "2026-11-29T06:00:05")  # all have ended, and are put together
+    assert [night["night"] for night in run.told] == [
+        "2026-11-25", "2026-11-26", "2026-11-27", "2026-11-28",
+    ]  # fmt: skip
+    assert [night["succeeded"] + night["failed"] for night in run.told] == [2, 1, 0, 1]
+
+
+def test_a_run_that_takes_nothing_has_no_night_to_tell(nights: MakeNights) -> None:
+    run = nights()
+    run.takes(0)
+    run.look(at(START), "2026-11-25T06:00:05")
     assert not run.told
+
+
+def test_a_window_that_closes_as_a_run_begins_or_before_is_no_night_of_it(nights: MakeNights) -> None:
+    run = nights(window="22:00-01:30")  # due at 01:30
+    run.takes(1)
+    behind = at("2026-11-25T01:29:59")  # by the clock of who started it
+    assert run.look(behind, "2026-11-25T02:00") == at(START)
+    assert run.look(at("2026-11-25T07:00"), "2026-11-25T12:00") == at("2026-11-25T07:00")
+    assert not run.told
+    run.look(at(START), "2026-11-26T02:00")
+    assert [night["night"] for night in run.told] == ["2026-11-25"]
 
 
 def test_what_ends_by_day_after_its_night_was_told_has_a_summary_of_its_own(nights: MakeNights) -> None:
