@@ -131,6 +131,14 @@ class Schedule(BaseModel):
             check_lines(given)
 
 
+_EXPECTED = {
+    "source": "give s3://bucket/prefix, or s3://bucket/file.jsonl",
+    "task_type": "give the name of a task type, such as ocr",
+    "callback": "give an http:// or https:// URL",
+    "tenant": "a tenant's name is 1-64 of A-Z a-z 0-9 . _ -",
+}
+"""What is said of a value in the place of the pattern that it should match."""
+
 _KEYS = tuple(key for key in Schedule.model_fields if key != "name")
 
 
@@ -191,6 +199,8 @@ def _faults(name: str, error: ValidationError) -> Iterator[str]:
                 what = f"is unknown; there are {', '.join(_KEYS)}"
             case _, ["name"]:
                 path, what = [], "a schedule's name is 1-64 of A-Z a-z 0-9 _ -"
+            case "string_pattern_mismatch", [key] if key in _EXPECTED:
+                what = _EXPECTED[key]
             case _:
                 what = fault["msg"].removeprefix("Value error, ")
         yield f"{'.'.join([name, *path])}: {what}"
