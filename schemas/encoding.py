@@ -20,7 +20,8 @@ def to_json(model: BaseModel) -> str:
     try:
         return model.model_dump_json()
     except PydanticSerializationError:
-        plain = model.model_dump(mode="json")
+        # As pydantic has it, what JSON has no number for is null.
+        plain = json.loads(json.dumps(model.model_dump(mode="json")), parse_constant=lambda _: None)
         return clean(json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 

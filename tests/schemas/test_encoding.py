@@ -52,6 +52,7 @@ def test_a_text_is_stored_as_the_model_would_write_it(output: Any, metadata: dic
 @example({"\ud83d": 1})
 @example([float("nan")])
 @example(float("-inf"))
+@example({"\ud83d": float("inf")})
 def test_what_not_every_reader_takes_is_stored_in_a_form_that_all_do(output: Any) -> None:
     text = json.dumps(output).encode()  # as NaN, Infinity and \ud83d
 
