@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from schemas.errors import InstallationError, InvalidTask
 from schemas.settings import Settings
-from schemas.task import MAX_BODY_BYTES, Task
+from schemas.task import INPUT_SCHEMES, MAX_BODY_BYTES, Task
 
 ENTRY_POINT_GROUP = "inferq.engines"
 
@@ -229,8 +229,27 @@ def describe_fault(fault: ErrorDetails) -> str:
             where, what = "task_type", "is missing"
         case "extra_forbidden":
             what = "is unknown"
-        case _:
+        case kind:
             shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            what = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}, got {shown}"
+            said = fault["msg"].removeprefix("Value error, ")
+            said = _form(where) or said if kind == "string_pattern_mismatch" else said
+            what = f"{said[:1].lower()}{said[1:]}, got {shown}"
     return f"{where}: {what}"
+
+
+def _form(field: str) -> str | None:
+    """What a text has to look like, where a pattern says it to nobody."""
+    match field:
+        case "callback_url":
+            return "must be an http:// or https:// URL"
+        case "task_id" | "batch_id":
+            most = 128 if field == "task_id" else 116
+            return f"must be 1 to {most} of A-Z a-z 0-9 . _ : -"
+        case "tenant":
+            return "must be 1 to 64 of A-Z a-z 0-9 . _ -"
+        case "task_type":
+            return "must be the name of a task type, such as ocr"
+        case _ if field.endswith("_url"):
+            return f"must be a URL that begins with {':, '.join(INPUT_SCHEMES[:-1])}: or {INPUT_SCHEMES[-1]}:"
+    return None
