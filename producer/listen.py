@@ -132,7 +132,7 @@ def _heard(body: bytes, headers: dict[str, str], fault: str | None, answered: in
     return Heard(
         webhook_id=headers.get("webhook-id", ""),
         type=str(event.get("type", "?")),
-        subject_id=str(data.get("task_id") or data.get("batch_id") or "?"),
+        subject_id=str(data.get("task_id") or data.get("batch_id") or data.get("run_id") or "?"),
         sequence=sequence if isinstance(sequence, int) else None,
         fault=fault,
         answered=answered,

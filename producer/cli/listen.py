@@ -62,9 +62,11 @@ def listen(
                 sys.stdout.flush()
                 return
             word = "verified" if heard.verified else f"NOT VERIFIED ({heard.fault})"
-            line = f"{heard.type} {heard.subject_id} #{heard.sequence} {word}"
+            # A batch's end and a night's summary have no sequence.
+            number = "" if heard.sequence is None else f" #{heard.sequence}"
             told = "" if heard.answered < 300 else f", answered {heard.answered}"
-            console.print(Text(f"{line}{told} {heard.webhook_id}"), soft_wrap=True)
+            line = f"{heard.type} {heard.subject_id}{number} {word}{told} {heard.webhook_id}"
+            console.print(Text(line), soft_wrap=True)
 
     listener = Listener(show, secrets=secrets, host=host, port=port, fail=fail, status=status)
     errors.print(

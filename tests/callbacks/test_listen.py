@@ -103,6 +103,17 @@ def test_the_secrets_to_verify_with_are_a_setting(tmp_path: Path, monkeypatch: p
     assert [row["value"] for row in listed if row["name"] == "INFERQ_WEBHOOK_SECRET"] == ["(set)"]
 
 
+def test_it_names_the_run_and_the_batch_that_a_callback_is_of(tmp_path: Path) -> None:
+    with listening(tmp_path) as (url, out):
+        for kind, subject in (("nightly.summary", "run_id"), ("batch.completed", "batch_id")):
+            httpx.post(url, json={"type": kind, "data": {subject: "mine"}})
+        lines = eventually(lambda: len(found := out.read_text().splitlines()) == 2 and found)
+    assert [line.partition(" (")[0] for line in lines] == [
+        "nightly.summary mine NOT VERIFIED",
+        "batch.completed mine NOT VERIFIED",
+    ]
+
+
 def test_a_secret_that_is_none_is_refused(tmp_path: Path) -> None:
     for secret in ("whsec_", "whsec_!", "ö"):
         result = CliRunner().invoke(app, ["listen", "--secret", secret])
