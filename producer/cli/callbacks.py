@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, console, print_json, print_table
+from producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from producer.client import Client
 from schemas import CallbackRecord, InvalidTask, SubjectKind
 from storage.fetch_url import redacted
@@ -16,6 +16,9 @@ app = typer.Typer(name="callback", help="What became of callbacks.", no_args_is_
 
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="The task's id, or with --batch the batch's.")]
 BatchFlag = Annotated[bool, typer.Option("--batch", help="ID is a batch's, or a nightly run's.")]
+
+_NAMED = 10
+"""The most callbacks that an error names."""
 
 
 def _print(records: Sequence[CallbackRecord], as_json: bool) -> None:
@@ -59,7 +62,7 @@ def list_(
     subject_id: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID]", help="The task's id, or with --batch the batch's; without it, all that failed."
+            metavar="ID", help="The task's id, or with --batch the batch's; without it, all that failed."
         ),
     ] = None,
     batch: BatchFlag = False,
@@ -76,33 +79,64 @@ def list_(
 
 @app.command()
 def show(
-    subject_id: SubjectId, callback_id: str, batch: BatchFlag = False, as_json: JsonFlag = False
+    subject_id: SubjectId,
+    callback_id: Annotated[
+        str | None, typer.Argument(metavar="CALLBACK_ID", help="Which, where there are several.")
+    ] = None,
+    batch: BatchFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Show a callback, attempt by attempt."""
     with Client() as client:
         known = client.callbacks(subject_id, kind=_kind(batch))
-    found = [record for record in known if record.callback_id == callback_id]
-    if not found:
-        raise InvalidTask(f"{_kind(batch)} {subject_id!r} has no callback {callback_id!r}", code="not_found")
+    found = _chosen(known, f"{_kind(batch)} {subject_id!r}", callback_id)
     if as_json:
-        print_json(found[0])
+        print_json(found)
         return
-    _print(found, as_json)
+    _print([found], as_json)
     print_table(
         ["at", "seconds", "status", "error", "response"],
-        [(a.at, a.seconds, a.status, a.error, a.response) for a in found[0].attempts],
+        [(a.at, a.seconds, a.status, a.error, a.response) for a in found.attempts],
     )
+
+
+def _chosen(known: Sequence[CallbackRecord], subject: str, callback_id: str | None) -> CallbackRecord:
+    if callback_id is not None:
+        known = [record for record in known if record.callback_id == callback_id]
+    match known:
+        case [only]:
+            return only
+        case []:
+            what = "has no callbacks" if callback_id is None else f"has no callback {callback_id!r}"
+            raise InvalidTask(f"{subject} {what}", code="not_found")
+        case _:
+            newest = ", ".join(
+                f"{record.callback_id} ({record.event})" for record in known[: -1 - _NAMED : -1]
+            )
+            more = ", …" if len(known) > _NAMED else ""
+            raise InvalidTask(
+                f"{subject} has {len(known)} callbacks; say which: {newest}{more}", code="several"
+            )
 
 
 @app.command()
 def resend(
     subject_id: SubjectId,
     callback_id: Annotated[
-        str | None, typer.Argument(metavar="[CALLBACK_ID]", help="Without it, all that failed.")
+        str | None, typer.Argument(metavar="CALLBACK_ID", help="Without it, all that failed.")
     ] = None,
     batch: BatchFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Send a callback again, under the same webhook-id."""
+    """Send a callback again, under the same webhook-id. Exit status 1 where there is none to send."""
     with Client() as client:
-        _print(client.resend(subject_id, callback_id, kind=_kind(batch)), as_json)
+        sent = client.resend(subject_id, callback_id, kind=_kind(batch))
+    if sent or as_json:
+        _print(sent, as_json)
+    if not sent:
+        flag = " --batch" if batch else ""
+        complain(
+            f"no callback of {subject_id} has failed; to repeat a delivered one: "
+            f"inferq callback resend {subject_id} CALLBACK_ID{flag}"
+        )
+        raise typer.Exit(1)

@@ -78,7 +78,7 @@ def list_(
 
 
 @app.command()
-def show(task_type: Type, task_id: str) -> None:
+def show(task_type: Type, task_id: Annotated[str, typer.Argument(metavar="TASK_ID")]) -> None:
     """Print one task's dead letters whole, message and headers included, as JSON."""
     with _letters(task_type) as letters:
         found = letters.read(Filter(task_id=task_id))

@@ -22,7 +22,7 @@ def _keys(file: Path | None) -> KeyFile:
 
 @app.command()
 def add(
-    tenant: Annotated[str, typer.Argument(help="Whose tasks the key may see and submit.")],
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose tasks the key may see and submit.")],
     name: Annotated[str, typer.Option(help="A note of what the key is for.")] = "",
     file: File = None,
 ) -> None:
@@ -45,6 +45,6 @@ def list_(file: File = None, as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def remove(key_id: str, file: File = None) -> None:
+def remove(key_id: Annotated[str, typer.Argument(metavar="KEY_ID")], file: File = None) -> None:
     """Make a key worthless, at once."""
     _keys(file).remove(key_id)

@@ -17,7 +17,7 @@ app = typer.Typer(name="secrets", help="What callbacks are signed with.", no_arg
 File = Annotated[
     Path | None, typer.Option("--file", help="The file of secrets (default: INFERQ_WEBHOOK_SECRETS_FILE).")
 ]
-Tenant = Annotated[str, typer.Argument(help="Whose callbacks it signs.")]
+Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="Whose callbacks it signs.")]
 
 
 def _secrets(file: Path | None) -> WebhookSecrets:
@@ -71,6 +71,6 @@ def show(tenant: Tenant = "default", file: File = None) -> None:
 
 
 @app.command()
-def revoke(secret_id: str, file: File = None) -> None:
+def revoke(secret_id: Annotated[str, typer.Argument(metavar="SECRET_ID")], file: File = None) -> None:
     """Take a secret away at once: nothing is signed with it any more."""
     _secrets(file).revoke(secret_id)

@@ -45,6 +45,31 @@ def test_callbacks_are_listed_shown_and_sent_again(
     assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
 
 
+def test_show_needs_a_callbacks_id_only_where_there_are_several(lone_gateway: Gateway, command: Any) -> None:
+    _, callback, records = ended(lone_gateway, "t1")
+    assert "task 't1' has no callbacks" in str(command("show", "t1").exception)
+    records.note(record(callback, "delivered"))
+    assert json.loads(command("show", "t1", "--json").output)["callback_id"] == callback.callback_id
+    about = {"event": "task.started", "callback_id": "msg_" + "0" * 32}
+    records.note(record(callback.model_copy(update=about), "delivered"))
+    several = str(command("show", "t1").exception)
+    assert "has 2 callbacks; say which: " in several
+    assert f"{callback.callback_id} (task.succeeded)" in several
+    assert f"msg_{'0' * 32} (task.started)" in several
+
+
+def test_resend_says_how_to_repeat_what_was_delivered(
+    lone_gateway: Gateway, publisher: FakePublisher, command: Any
+) -> None:
+    _, callback, records = ended(lone_gateway, "t1")
+    records.note(record(callback, "delivered"))
+    refused = command("resend", "t1")
+    assert (refused.exit_code, refused.stdout, sent(publisher)) == (1, "", [])
+    assert "inferq callback resend t1 CALLBACK_ID" in refused.stderr
+    assert command("resend", "t1", callback.callback_id).exit_code == 0
+    assert len(sent(publisher)) == 1
+
+
 def test_the_table_shows_no_password(lone_gateway: Gateway, command: Any) -> None:
     _, callback, records = ended(lone_gateway, "t1")
     url = "https://user:geheim@example.com/h?token=secret"
