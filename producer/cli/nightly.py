@@ -14,12 +14,13 @@ import typer
 from broker import BrokerSettings, Message, Publisher, topology_for
 from producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from producer.settings import NightlySettings
-from schemas import InferqError, InstallationError, InvalidTask, installed_types
+from schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
 from schemas.window import moment_of
 from storage import BatchStore, StatusOutage, StorageSettings, open_store
 
 if TYPE_CHECKING:
     from producer.nightly import Schedule
+    from producer.nightly.runs import Run
 
 app = typer.Typer()
 nightly = typer.Typer(no_args_is_help=True)
@@ -28,6 +29,7 @@ app.add_typer(nightly, name="nightly", help="Batches that a schedule starts.")
 File = Annotated[Path | None, typer.Option("--file", help="The schedules (INFERQ_SCHEDULES_FILE).")]
 
 _SHOWN = 5
+_COUNTS = ("total", "succeeded", "failed", "invalid")
 
 
 def _read(file: Path | None) -> dict[str, Schedule]:
@@ -106,13 +108,14 @@ def _source(schedule: Schedule) -> tuple[bool, str]:
 
 @nightly.command("list")
 def list_(file: File = None, as_json: JsonFlag = False) -> None:
-    """List the schedules: when each starts next, and what became of its last run."""
+    """List the schedules: when each starts next, and what became of its last run and its tasks."""
     now = datetime.now(UTC)
     rows = [_facts(schedule, now) for schedule in _read(file).values()]
     if as_json:
         print_json(rows)
     else:
-        print_table(["name", "next start", "last run", "state"], [list(row.values()) for row in rows])
+        columns = ["name", "next start", "last run", "state", *_COUNTS]
+        print_table(columns, [list(row.values()) for row in rows])
 
 
 def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
@@ -123,29 +126,41 @@ def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
     coming = next(schedule.times.after(now))
     local = coming.astimezone(ZoneInfo(schedule.time_zone))
     last = RunLog(store, schedule.tenant, schedule.name).last()
-    run_id = last.run_id if last else None
-    state = _state(settings, BatchStore(store), schedule.tenant, run_id) if run_id else None
+    state, counts = _standing(settings, BatchStore(store), last) if last else (None, CountsNow())
     return {
         "name": schedule.name,
         "next": local.isoformat(timespec="minutes"),
-        "last_run": run_id,
+        "last_run": last.run_id if last else None,
         "state": state,
+        **{name: getattr(counts, name) for name in _COUNTS},
     }
 
 
-def _state(settings: StorageSettings, batches: BatchStore, tenant: str, run_id: str) -> str:
+def _standing(settings: StorageSettings, batches: BatchStore, run: Run) -> tuple[str, CountsNow]:
+    """Where a run stands, in words, and how many of its tasks are where, as far as that is known."""
     from storage import BatchIndex, StatusIndex
 
-    summary = batches.summary(tenant, run_id)
+    tenant = run.schedule.tenant
+    summary = batches.summary(tenant, run.run_id)
     if summary is not None:
-        if summary.state == "completed" and summary.counts.total == 0:
-            return "completed: nothing new"
-        return summary.state if summary.error is None else f"{summary.state}: {summary.error}"
+        state: str = summary.state
+        if summary.error is not None:
+            state += f": {summary.error}"
+        elif state == "completed" and summary.counts.total == 0:
+            state += ": nothing new"
+        return state, summary.counts
     try:
-        standing = BatchIndex(StatusIndex.from_settings(settings)).look(tenant, run_id)
+        standing = BatchIndex(StatusIndex.from_settings(settings)).look(tenant, run.run_id)
     except StatusOutage:
-        return "not ended; Redis, which knows more, is away"
-    return (standing.state if standing else None) or "starting"
+        return "not ended; Redis, which knows more, is away", CountsNow()
+    if standing is None:
+        return "starting", CountsNow()
+    state = standing.state or "starting"
+    window = run.schedule.feeding_window
+    if state == "paused" and window is not None:
+        state += f": until {window.start} {window.time_zone}"
+    # Counts that are made anew are not right yet.
+    return state, standing.counts if standing.known else CountsNow(total=standing.counts.total)
 
 
 @nightly.command()

@@ -20,7 +20,8 @@ from broker import BrokerSettings, connect, topology_for
 from producer.nightly import read_schedules
 from producer.nightly.runs import Run, RunLog
 from producer.up.part import free_ports
-from storage import LocalStore
+from schemas import BatchCounts, BatchSummary
+from storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
 from tests.installation import inferq, inferq_here
 
 if TYPE_CHECKING:
@@ -187,6 +188,34 @@ def test_list_says_when_each_starts_and_what_became_of_its_last_run(desk: Desk) 
     _started(desk, datetime(2026, 11, 25, 0, 30, tzinfo=UTC))
     (after,) = json.loads(desk.run("nightly", "list", "--json").stdout)
     assert (after["last_run"], after["state"]) == ("invoices-20261125T003000Z", "starting")
+
+
+def test_list_counts_what_became_of_the_tasks_of_the_last_run(desk: Desk) -> None:
+    desk.write(window="01:00-06:00")
+    moment = datetime(2026, 11, 25, 0, 30, tzinfo=UTC)
+    _started(desk, moment)
+    run_id = "invoices-20261125T003000Z"
+    index = BatchIndex(StatusIndex.from_settings(StorageSettings(redis_url=desk.env["INFERQ_REDIS_URL"])))
+    index.set_state("default", run_id, "paused")
+
+    def facts() -> dict[str, Any]:
+        (found,) = json.loads(desk.run("nightly", "list", "--json").stdout)
+        return {name: found.get(name) for name in ("state", "total", "succeeded", "failed", "invalid")}
+
+    # Of its lines nothing is known yet: nought would be a lie.
+    unknown = dict.fromkeys(("total", "succeeded", "failed", "invalid"))
+    assert facts() == {"state": "paused: until 01:00 Europe/Berlin"} | unknown
+    counts = BatchCounts(total=3, failed=2, invalid=1)
+    BatchStore(desk.store).finish(
+        BatchSummary(
+            batch_id=run_id, tenant="default", state="completed", counts=counts, seconds=1.0,
+            tasks_per_second=2.0, created_at=moment, finished_at=moment,
+        )
+    )  # fmt: skip
+    assert facts() == {"state": "completed", "total": 3, "succeeded": 0, "failed": 2, "invalid": 1}
+    heads, row = desk.run("nightly", "list").stdout.splitlines()
+    assert heads.split()[-4:] == ["total", "succeeded", "failed", "invalid"]
+    assert row.split()[-4:] == ["3", "0", "2", "1"]
 
 
 def _started(desk: Desk, moment: datetime) -> None:
