@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
 import typer
 
-from broker import BrokerSettings, Message, Publisher, topology_for
+from broker import BrokerSettings, Message, Publisher, connect, topology_for
 from producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from producer.settings import NightlySettings
 from schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
@@ -29,6 +29,7 @@ app.add_typer(nightly, name="nightly", help="Batches that a schedule starts.")
 File = Annotated[Path | None, typer.Option("--file", help="The schedules (INFERQ_SCHEDULES_FILE).")]
 
 _SHOWN = 5
+_YEAR = timedelta(days=366)
 _COUNTS = ("total", "succeeded", "failed", "invalid")
 
 
@@ -124,12 +125,11 @@ def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
     settings = StorageSettings.load()
     store = open_store(settings)
     coming = next(schedule.times.after(now))
-    local = coming.astimezone(ZoneInfo(schedule.time_zone))
     last = RunLog(store, schedule.tenant, schedule.name).last()
     state, counts = _standing(settings, BatchStore(store), last) if last else (None, CountsNow())
     return {
         "name": schedule.name,
-        "next": local.isoformat(timespec="minutes"),
+        "next": _local(schedule, coming),
         "last_run": last.run_id if last else None,
         "state": state,
         **{name: getattr(counts, name) for name in _COUNTS},
@@ -167,14 +167,14 @@ def _standing(settings: StorageSettings, batches: BatchStore, run: Run) -> tuple
 def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")],
     at: Annotated[
-        str | None, typer.Option(help="The run of this time, e.g. 2026-11-25T01:30+01:00 (default: now).")
+        str | None,
+        typer.Option(help="A start that was missed, e.g. 2026-11-25T01:30+01:00 (default: now)."),
     ] = None,
     file: File = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Start a schedule's run now. With a time, the run of that time, unless it was started before."""
+    """Start a schedule's run now. With a time of its cron, the run of that time, if it has not ended."""
     from producer.nightly import run_id_of
-    from producer.nightly.beat import start_message
 
     schedules = _read(file)
     if name not in schedules:
@@ -186,16 +186,51 @@ def run(
     if moment > now:
         # Under that id beat would find it started, and that night would be this one.
         raise InvalidTask(f"--at {at!r} is yet to come: inferq beat starts that run; leave --at out for now")
+    if at:
+        _check_due(schedule, moment)
+    run_id = run_id_of(name, moment)
+    before = _before(schedule, run_id) if at else None
+    if before != "ended":
+        _send(schedule, moment)
+    window = schedule.feeding_window
+    wait = 0.0 if window is None or before == "ended" else window.opens_in(now)
+    if as_json:
+        feeds_from = (now + timedelta(seconds=wait)).isoformat() if wait else None
+        print_json({"run_id": run_id, "started_before": before is not None, "feeds_from": feeds_from})
+        return
+    match before:
+        case "ended":
+            line = f"{run_id} was started before, and has ended: nothing is done"
+        case "begun":
+            line = f"{run_id} was started before: it goes on, and does nothing twice"
+        case None:
+            line = f"{'queued' if wait else 'started'} {run_id}"
+    if window is not None and wait:
+        line += f"; outside its window: it feeds from {window.start} {window.time_zone}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None:
+    """What became of an earlier start of a run."""
+    from producer.nightly.runs import RunLog
+
+    store = open_store(StorageSettings.load())
+    if not RunLog(store, schedule.tenant, schedule.name).has(run_id):
+        return None
+    return "begun" if BatchStore(store).summary(schedule.tenant, run_id) is None else "ended"
+
+
+def _send(schedule: Schedule, moment: datetime) -> None:
+    from producer.nightly.beat import start_message
+
+    # A publisher tries on for a while, where a person is to hear at once what stands in the way.
+    connect(BrokerSettings.load(), name="nightly").close()
+    logging.getLogger("broker").addHandler(logging.NullHandler())  # what it raises is told, once
     publisher = _publisher("nightly")
     try:
         publisher.publish(start_message(schedule, moment)).result()
     finally:
         publisher.close()
-    run_id = run_id_of(name, moment)
-    if as_json:
-        print_json({"run_id": run_id})
-    else:
-        console.print(f"started {run_id}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _moment(text: str, schedule: Schedule) -> datetime:
@@ -205,6 +240,21 @@ def _moment(text: str, schedule: Schedule) -> datetime:
         raise InvalidTask(f"--at {text!r} is no date and time; write 2026-11-25T01:30+01:00") from error
     moment = moment.replace(microsecond=0)  # a run's id has none, and the same id is the same run
     return moment if moment.tzinfo else moment_of(moment, ZoneInfo(schedule.time_zone))
+
+
+def _check_due(schedule: Schedule, moment: datetime) -> None:
+    """Raises InvalidTask for what is no time of the cron: mistyped, it would be a run of its own."""
+    due = schedule.times.latest(moment - _YEAR, moment)
+    if due != moment:
+        before = "" if due is None else f", the one before it is {_local(schedule, due)}"
+        raise InvalidTask(
+            f"--at {_local(schedule, moment)} is no time of the cron {schedule.cron!r}{before}; "
+            "leave --at out to start a run now"
+        )
+
+
+def _local(schedule: Schedule, moment: datetime) -> str:
+    return moment.astimezone(ZoneInfo(schedule.time_zone)).isoformat(timespec="minutes")
 
 
 @app.command()

@@ -165,12 +165,55 @@ def test_run_starts_a_run_by_its_name_and_time(desk: Desk) -> None:
     assert body is not None
     # The same id has the same time, to the microsecond: another one would be another batch's.
     assert json.loads(body)[1]["scheduled_at"] == "2025-11-25T00:30:00+00:00"
+    desk.write(cron="30 2 * * *")
     skipped = desk.run("nightly", "run", "invoices", "--at", "2025-03-30T02:30")  # the clock jumps at 2
     assert skipped.stdout == "started invoices-20250330T010000Z\n"
     assert desk.sent() == [("nightly.start", "invoices-20250330T010000Z")]
     unknown = desk.run("nightly", "run", "letters")
     assert unknown.returncode == 1
     assert "there is no schedule 'letters'; there are: invoices" in unknown.stderr
+
+
+def test_run_refuses_a_time_that_the_cron_has_not(desk: Desk) -> None:
+    found = desk.run("nightly", "run", "invoices", "--at", "2025-11-25T01:31")
+    assert found.returncode == 1
+    assert "2025-11-25T01:31+01:00 is no time of the cron '30 1 * * *'" in found.stderr
+    assert "the one before it is 2025-11-25T01:30+01:00" in found.stderr
+    assert desk.sent() == []
+
+
+def test_run_says_that_a_run_was_started_before(desk: Desk) -> None:
+    moment = datetime(2025, 11, 25, 0, 30, tzinfo=UTC)
+    again = ("nightly", "run", "invoices", "--at", "2025-11-25T01:30")
+    run_id = "invoices-20251125T003000Z"
+    _started(desk, moment)
+    # What had lost its job, with the broker's disk perhaps, is gone on with.
+    assert desk.run(*again).stdout == f"{run_id} was started before: it goes on, and does nothing twice\n"
+    assert desk.sent() == [("nightly.start", run_id)]
+    _ended(desk, run_id, moment, BatchCounts(total=0))
+    assert desk.run(*again).stdout == f"{run_id} was started before, and has ended: nothing is done\n"
+    assert desk.sent() == []
+
+
+def test_run_says_when_a_run_outside_its_window_is_fed(desk: Desk) -> None:
+    now = datetime.now(UTC)
+    opens, closes = (f"{now + timedelta(hours=hours):%H:%M}" for hours in (2, 3))
+    desk.write(window=f"{opens}-{closes}", time_zone="UTC")
+    said = desk.run("nightly", "run", "invoices").stdout
+    assert said.startswith("queued invoices-")
+    assert said.endswith(f"; outside its window: it feeds from {opens} UTC\n")
+    facts = json.loads(desk.run("nightly", "run", "invoices", "--json").stdout)
+    assert datetime.fromisoformat(facts["feeds_from"]).strftime("%H:%M") == opens
+
+
+def test_run_says_at_once_that_the_broker_is_away(desk: Desk) -> None:
+    desk.env["INFERQ_AMQP_URL"] = f"amqp://127.0.0.1:{desk.port}/"
+    began = time.monotonic()
+    found = inferq(desk.env, "nightly", "run", "invoices")
+    assert time.monotonic() - began < 15  # a publisher tries for 30 s
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert "cannot be reached" in line
 
 
 def test_a_run_of_a_time_to_come_is_left_to_beat(desk: Desk) -> None:
@@ -206,12 +249,7 @@ def test_list_counts_what_became_of_the_tasks_of_the_last_run(desk: Desk) -> Non
     unknown = dict.fromkeys(("total", "succeeded", "failed", "invalid"))
     assert facts() == {"state": "paused: until 01:00 Europe/Berlin"} | unknown
     counts = BatchCounts(total=3, failed=2, invalid=1)
-    BatchStore(desk.store).finish(
-        BatchSummary(
-            batch_id=run_id, tenant="default", state="completed", counts=counts, seconds=1.0,
-            tasks_per_second=2.0, created_at=moment, finished_at=moment,
-        )
-    )  # fmt: skip
+    _ended(desk, run_id, moment, counts)
     assert facts() == {"state": "completed", "total": 3, "succeeded": 0, "failed": 2, "invalid": 1}
     heads, row = desk.run("nightly", "list").stdout.splitlines()
     assert heads.split()[-4:] == ["total", "succeeded", "failed", "invalid"]
@@ -223,6 +261,15 @@ def _started(desk: Desk, moment: datetime) -> None:
     batch = schedule.batch(moment)
     log = RunLog(desk.store, "default", "invoices")
     log.claim(Run(run_id=batch.batch_id, scheduled_at=moment, schedule=schedule))
+
+
+def _ended(desk: Desk, run_id: str, moment: datetime, counts: BatchCounts) -> None:
+    BatchStore(desk.store).finish(
+        BatchSummary(
+            batch_id=run_id, tenant="default", state="completed", counts=counts, seconds=1.0,
+            tasks_per_second=2.0, created_at=moment, finished_at=moment,
+        )
+    )  # fmt: skip
 
 
 def test_a_beat_that_is_killed_catches_up_when_it_is_back_and_starts_nothing_twice(desk: Desk) -> None:
