@@ -455,7 +455,7 @@ def list_(
         [
             (
                 b.batch_id, b.state, b.counts.total, b.counts.succeeded, b.counts.failed, b.counts.invalid,
-                f"{b.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+                b.created_at,
             )
             for b in found
         ],

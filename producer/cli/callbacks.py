@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, complain, console, print_json, print_table
+from producer.cli.output import JsonFlag, complain, print_json, print_table
 from producer.client import Client
 from schemas import CallbackRecord, InvalidTask, SubjectKind
 from storage.fetch_url import redacted
@@ -24,8 +24,6 @@ _NAMED = 10
 def _print(records: Sequence[CallbackRecord], as_json: bool) -> None:
     if as_json:
         print_json(list(records))
-    elif not records:
-        console.print("none")
     else:
         print_table(
             ["callback", "of", "id", "event", "state", "attempts", "last", "next", "url"],
@@ -94,10 +92,11 @@ def show(
         print_json(found)
         return
     _print([found], as_json)
-    print_table(
-        ["at", "seconds", "status", "error", "response"],
-        [(a.at, a.seconds, a.status, a.error, a.response) for a in found.attempts],
-    )
+    if found.attempts:
+        print_table(
+            ["at", "seconds", "status", "error", "response"],
+            [(a.at, a.seconds, a.status, a.error, a.response) for a in found.attempts],
+        )
 
 
 def _chosen(known: Sequence[CallbackRecord], subject: str, callback_id: str | None) -> CallbackRecord:

@@ -56,7 +56,7 @@ def _print(letters: list[DeadLetter], as_json: bool) -> None:
     if as_json:
         print_json([_facts(letter) for letter in letters])
     elif letters:
-        rows = [list(_facts(letter).values()) for letter in letters]
+        rows = [list((_facts(letter) | {"time": letter.time}).values()) for letter in letters]
         print_table(["task", "reason", "error", "attempts", "worker", "time"], rows)
 
 

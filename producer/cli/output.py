@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -36,16 +37,26 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table without lines, so that it can be copied and cut."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    """A table without lines, so that it can be copied and cut; times are local. An empty one is `none`."""
+    lines = [[_cell(value) for value in row] for row in rows]
+    if not lines:
+        console.print("none")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         # What stands first is an id or a name, which has to be copied in one piece.
         table.add_column(column, overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        # As text: what stands in brackets would be taken for a style.
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    for line in lines:
+        table.add_row(*line)
     wide = console if console.is_terminal else Console(width=_PIPE_WIDTH)
     wide.print(table)
+
+
+def _cell(value: object) -> Text:
+    """As text: what stands in brackets would be taken for a style."""
+    if isinstance(value, datetime):
+        return Text(f"{value.astimezone():%Y-%m-%d %H:%M:%S}")
+    return Text("" if value is None else str(value))
 
 
 def complain(error: BaseException | str) -> None:

@@ -189,7 +189,7 @@ def status(task_id: TaskId, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(found)
     else:
-        rows = found.model_dump(mode="json", exclude_none=True)
+        rows = found.model_dump(exclude_none=True)
         if found.error is not None:
             rows["error"] = f"{found.error.code}: {found.error.message}"
         print_table(["", ""], rows.items())
@@ -253,14 +253,10 @@ def list_(
     print_table(
         ["task", "type", "state", "attempt", "created", "error"],
         [
-            (t.task_id, t.task_type, t.state, t.attempt, _when(t), t.error.message if t.error else None)
+            (t.task_id, t.task_type, t.state, t.attempt, t.created_at, t.error.message if t.error else None)
             for t in found
         ],
     )
-
-
-def _when(task: TaskStatus) -> str | None:
-    return f"{task.created_at.astimezone():%Y-%m-%d %H:%M:%S}" if task.created_at else None
 
 
 def _first(tasks: Iterator[TaskStatus], count: int) -> Iterator[TaskStatus]:

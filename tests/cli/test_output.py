@@ -1,0 +1,28 @@
+"""How tables are printed for people."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from producer.cli.output import print_table
+
+
+def test_a_time_is_local_and_to_the_second(capsys: pytest.CaptureFixture[str]) -> None:
+    moment = datetime(2026, 11, 25, 0, 30, 0, 123456, tzinfo=UTC)
+    print_table(["at"], [[moment], [moment.astimezone(timezone(timedelta(hours=5)))]])
+    assert capsys.readouterr().out.split("\n")[1:] == [f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"] * 2 + [""]
+
+
+def test_no_line_is_left_for_heads_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["", ""], [("state", "running"), ("[bold]", None)])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["state", "running"],
+        ["[bold]"],
+    ]
+
+
+def test_an_empty_table_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["task", "type"], [])
+    assert capsys.readouterr().out == "none\n"
