@@ -186,6 +186,8 @@ if not conflict and begins >= order then
   end
   lost = runs - 1
   if not known then
+    -- One that does not say when it was created cannot have been so after its start.
+    if created == '' then created = number(math.min(now, tonumber(started))) end
     create(ty, priority, batch, digest, created, 'running', begins, attempt)
   end
   move('running', begins, attempt, redrives)

@@ -301,6 +301,12 @@ def test_late_copies_and_other_tasks_of_the_same_id_are_not_counted(index: Statu
     assert lost(index, attempt=2) == 1
 
 
+def test_what_does_not_say_when_it_was_created_was_so_before_it_began(index: StatusIndex) -> None:
+    started = datetime.now(UTC) - timedelta(seconds=5)
+    index.begin(job(), attempt=1, redrives=0, worker="w1", started_at=started)
+    assert known(index, job()).created_at == known(index, job()).started_at
+
+
 def test_a_begin_that_is_repeated_after_a_lost_answer_counts_once(index: StatusIndex) -> None:
     assert begin(index, job(), run="first").lost_runs == 0
     assert begin(index, job(), run="first").lost_runs == 0
