@@ -42,7 +42,9 @@ class Upload:
         headers = {"Content-Type": content_type or "application/octet-stream"}
         if self.repeatable:
             headers["Content-Length"] = str(self._file.seek(0, io.SEEK_END) - self._start)
-        return {"params": {"filename": filename or self._name}, "headers": headers}
+        # Linux lets a file's name be any bytes; those that are no text would not go into a URL.
+        name = (filename or self._name).encode("utf-8", "replace").decode()
+        return {"params": {"filename": name}, "headers": headers}
 
     def rewind(self) -> None:
         if self.repeatable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_a_folder_is_uploaded_and_each_file_a_task(
 ) -> None:
     folder = tmp_path / "texts"
     (folder / "deep").mkdir(parents=True)
-    for name in ("a.txt", "b.txt", "deep/c.txt", ".hidden"):
+    for name in ("a.txt", os.fsdecode(b"b\xff.txt"), "deep/c.txt", ".hidden"):
         (folder / name).write_text("李明在北京。")
     run = inferq_here(env, "batch", "submit", str(folder), "--type", "ner", "--id", "folder-1")
     assert run.returncode == 0, run.stderr
@@ -170,7 +171,7 @@ def test_a_folder_is_uploaded_and_each_file_a_task(
     source = client.batch("folder-1").source.removeprefix("inferq:")
     lines = entries(store.get(f"files/default/{source}").decode())
     assert [line["metadata"]["source"].rpartition("texts/")[2] for line in lines] == [
-        "a.txt", "b.txt", "deep/c.txt",
+        "a.txt", "b?.txt", "deep/c.txt",
     ]  # fmt: skip
     assert all(line["text_url"].startswith("inferq:") for line in lines)
     again = inferq_here(env, "batch", "submit", str(folder), "--type", "ner", "--id", "folder-1")

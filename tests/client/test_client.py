@@ -585,6 +585,12 @@ def test_no_id_leaves_its_place_in_the_path(task_id: str) -> None:
     assert b"?" not in url.raw_path
 
 
+async def test_a_file_whose_name_is_not_utf8_is_uploaded(client: Both, tmp_path: Path) -> None:
+    page = tmp_path / os.fsdecode(b"b\xff.png")
+    page.write_bytes(b"a")
+    assert (await client.upload(page)).endswith(".png")
+
+
 async def test_a_failing_source_is_the_callers_error(client: Both) -> None:
     class Broken(io.RawIOBase):
         def readable(self) -> bool:
