@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -75,7 +77,8 @@ def submit(
     """Submit a batch. With --follow or --out, exit status 1 unless every line has succeeded.
 
     The files of a folder are uploaded, each a task; one that is empty, unreadable or too large is skipped
-    and named, with exit status 1 at the end. Ctrl-C while following leaves the batch running.
+    and named, as is a folder that cannot be read, with exit status 1 at the end. Ctrl-C while following
+    leaves the batch running.
     """
     if priority not in get_args(Priority):
         raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
@@ -102,7 +105,7 @@ def submit(
             errors_or_output = errors if as_json else console
             errors_or_output.print(status.batch_id, markup=False, highlight=False)
         if skipped:
-            complain(f"skipped {skipped} of the files, which are named above; the batch is of the others")
+            complain(f"skipped {skipped} files or folders, which are named above; the batch is of the others")
         if follow or out:
             _finish(client, status.batch_id, out, as_json)
         elif as_json:
@@ -120,7 +123,7 @@ def _source(
 ) -> Iterator[tuple[str | Path, int]]:
     """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded.
 
-    With it comes how many files were skipped.
+    With it comes how many files and folders were skipped.
     `given` is what all tasks have. What cannot work is refused before anything is uploaded.
     """
     if len(sources) == 1:
@@ -144,7 +147,8 @@ def _source(
             raise InvalidTask(f"{source!r} is a source by itself: submit it alone")
     field = input_field(given)
     check_files(given)
-    files = _files(sources)
+    unread: set[Path] = set()
+    files = _files(sources, unread)
     first = next(files, None)
     if first is None:
         raise InvalidTask(f"there are no files in {', '.join(sources)}: the batch would be empty")
@@ -161,7 +165,7 @@ def _source(
                     lines.write(line_of(field, url, str(path)))
         if made.stat().st_size == 0:
             raise InvalidTask("every file was skipped: there is nothing to submit", code="empty_batch")
-        yield made, skipped
+        yield made, skipped + len(unread)
 
 
 def _check_new(client: Client, batch_id: str) -> None:
@@ -175,26 +179,72 @@ def _check_new(client: Client, batch_id: str) -> None:
         )
 
 
-def _files(sources: Sequence[str]) -> Iterator[Path]:
-    """The files of folders (with what lies below them) and globs, each source in the order of its names."""
+def _files(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
+    """The files of folders (with what lies below them) and globs, each source in the order of its names.
+
+    Folders that cannot be read are told, and added to `unread`.
+    """
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            # Hidden is what is so below the folder: that may be `..`, or lie in a hidden one itself.
-            found = sorted(
-                p
-                for p in path.rglob("*")
-                if not any(part.startswith(".") for part in p.relative_to(path).parts)
-            )
+            found = sorted(_matches(path, ("**",), unread))
         elif path.is_file():
             found = [path]
         else:
-            found = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+            found = sorted(_matches(Path(), path.parts, unread))
             if not found:
                 raise InvalidTask(
                     f"{source!r} is no file, folder or glob of any here", code="input_not_found"
                 )
-        yield from (file for file in found if file.is_file())
+        yield from (file for file in found if _is_file(file))
+
+
+def _matches(folder: Path, parts: Sequence[str], unread: set[Path]) -> Iterator[Path]:
+    """What matches the parts of a glob in a folder; `**` follows no links, and at the end is all below.
+
+    The standard library's globs pass over what they cannot read without a word.
+    """
+    part, *rest = parts
+    if not glob.has_magic(part):
+        if rest:
+            yield from _matches(folder / part, rest, unread)
+        elif os.path.lexists(folder / part):
+            yield folder / part
+        return
+    deep = part == "**"
+    if deep and rest:
+        yield from _matches(folder, rest, unread)
+    for entry in _entries(folder, unread):
+        path = folder / entry.name
+        if entry.name.startswith(".") and not part.startswith("."):
+            continue
+        if deep and entry.is_dir(follow_symlinks=False):
+            yield from _matches(path, parts, unread)
+        elif (deep and not rest) or (not deep and fnmatch(entry.name, part)):
+            if rest:
+                yield from _matches(path, rest, unread)
+            else:
+                yield path
+
+
+def _entries(folder: Path, unread: set[Path]) -> Sequence[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):  # a glob tries whatever its first parts match
+        return []
+    except OSError as error:
+        if folder not in unread:
+            unread.add(folder)
+            _tell_skipped(folder, error.strerror or str(error))
+        return []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # uploading it says what is wrong
+        return True
 
 
 def _uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tuple[Path, str | None]]:
@@ -243,8 +293,12 @@ def _url_of(path: Path, uploading: Future[str]) -> tuple[Path, str | None]:
         raise  # whatever the file
     except ApiError as error:
         raise InferqError(f"{path}: {error.message}", code=error.code) from error
-    errors.print(f"skipped {path}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    _tell_skipped(path, reason)
     return path, None
+
+
+def _tell_skipped(path: Path, reason: str) -> None:
+    errors.print(f"skipped {path}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> None:

@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_uploaded_is_skipped_and_named(
         f"skipped {folder}/large.txt: the body has more than {MAX_UPLOAD_BYTES} bytes, which is the limit",
         f"skipped {folder}/locked.txt: Permission denied",
     ]
-    assert "skipped 3 of the files" in summary
+    assert "skipped 3 files" in summary
     eventually(lambda: client.batch("skipped-1").counts.total == 2, what="a batch of the others")
     client.cancel_batch("skipped-1")
 
