@@ -182,8 +182,10 @@ def _check_new(client: Client, batch_id: str) -> None:
 def _files(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
     """The files of folders (with what lies below them) and globs, each source in the order of its names.
 
-    Folders that cannot be read are told, and added to `unread`.
+    A file is given once, whatever links and sources lead to it. Folders that cannot be read are told, and
+    added to `unread`.
     """
+    seen: set[str] = set()
     for source in sources:
         path = Path(source)
         if path.is_dir():
@@ -196,7 +198,11 @@ def _files(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
                 raise InvalidTask(
                     f"{source!r} is no file, folder or glob of any here", code="input_not_found"
                 )
-        yield from (file for file in found if _is_file(file))
+        for file in found:
+            real = os.path.realpath(file)
+            if real not in seen and _is_file(file):
+                seen.add(real)
+                yield file
 
 
 def _matches(folder: Path, parts: Sequence[str], unread: set[Path]) -> Iterator[Path]:

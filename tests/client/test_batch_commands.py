@@ -44,7 +44,7 @@ def make(*names: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["f/*", "f/*/*", "f/**", "f/**/*", "f/**/*.txt", "**/c.*", "f/.h*/*", "f/[ab].txt",
+    ["f/*", "f/*/*", "f/**", "f/**/*", "f/**/*.txt", "f/**/d/**/*.txt", "**/c.*", "f/.h*/*", "f/[ab].txt",
      "f/?.txt", "f/d/../a.txt*", "f/*/c.txt", "./f/*.txt", "f/b[[]1].txt"],
 )  # fmt: skip
 def test_a_glob_is_what_it_is_elsewhere(submit: Submit, pattern: str) -> None:
@@ -76,3 +76,22 @@ def test_a_folder_that_cannot_be_read_is_skipped_and_named(
     named, summary = run.stderr.splitlines()[0], run.stderr.splitlines()[-1]
     assert named == "skipped f/locked: Permission denied"
     assert "skipped 1 files or folders" in summary
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        (["f/**/*.txt"], ["f/a.txt", "f/sub/b.txt"]),
+        (["f/*/*.txt"], ["f/loop/a.txt", "f/sub/b.txt"]),
+        (["f/**/*/*.txt"], ["f/loop/a.txt", "f/sub/b.txt"]),
+        (["f/sub", "f", "f/*.txt", "f/a.txt"], ["f/sub/b.txt", "f/a.txt"]),
+    ],
+)
+def test_a_file_is_taken_once(submit: Submit, sources: list[str], expected: list[str]) -> None:
+    make("f/a.txt", "f/sub/b.txt")
+    Path("f/loop").symlink_to(".")
+    Path("f/sub/up").symlink_to("..")
+    Path("f/same.txt").symlink_to("a.txt")
+    found, run = submit(*sources)
+    assert run.returncode == 0
+    assert found == expected
