@@ -54,6 +54,8 @@ from storage.status_fields import micros, read_cursor, write_cursor
 JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
 _ID: TypeAdapter[str] = TypeAdapter(BatchId)
 _PAGE = 200
+_JSONL_GOES_AS = "a JSONL is sent with Content-Type: application/x-ndjson"
+"""Said where a body may be one: curl, for example, calls whatever it sends a form."""
 
 _log = logging.getLogger(__name__)
 
@@ -119,10 +121,11 @@ async def post_batch(
     content_type, _ = parse_options_header(request.headers.get("content-type", ""))
     settings = services.settings
     if content_type.decode("latin-1") in JSONL_TYPES:
-        said = decode_object(spec.encode()) if spec else {}
+        said = decode_object(spec.encode(), what="spec") if spec else {}
         if "source" in said:
             raise Refused(422, "two_sources", "the body is the source: leave `source` out of `spec`")
-        complete(said | {"source": "inferq:to-come"}, tenant=tenant)  # before anything is taken in
+        # Before anything is taken in.
+        complete(said | {"source": "inferq:to-come"}, tenant=tenant, what="spec")
         body = pieces(request, limit=settings.max_upload_bytes, seconds=settings.body_timeout)
         async with aclosing(body) as stream:
             stored = await store_upload(services, tenant, stream, "application/x-ndjson", "batch.jsonl")
@@ -130,7 +133,10 @@ async def post_batch(
             raise Refused(422, "empty_batch", "the body is empty: send a JSONL with a task in each line")
         said |= {"source": stored.url, "source_sha256": stored.sha256}
     else:
-        said = await read_object(request, limit=MAX_BODY_BYTES, seconds=settings.body_timeout)
+        try:
+            said = await read_object(request, limit=MAX_BODY_BYTES, seconds=settings.body_timeout)
+        except InvalidTask as error:
+            raise InvalidTask(f"{error.message}; {_JSONL_GOES_AS}", code=error.code) from error
     batch = complete(said, tenant=tenant)
     await _check_upload(services, batch)
     try:
@@ -157,8 +163,8 @@ def _publishing(services: Services, loop: asyncio.AbstractEventLoop) -> Any:
     return publish
 
 
-def complete(document: dict[str, Any], *, tenant: str) -> Batch:
-    """The batch that a request asks for. Raises Refused and InvalidTask."""
+def complete(document: dict[str, Any], *, tenant: str, what: str = "the body") -> Batch:
+    """The batch that a request asks for, in `what`. Raises Refused and InvalidTask."""
     if document.get("tenant", tenant) != tenant:
         raise Refused(403, "tenant_mismatch", "the API key belongs to another tenant than the batch names")
     stamped = {
@@ -168,14 +174,26 @@ def complete(document: dict[str, Any], *, tenant: str) -> Batch:
         "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     try:
-        batch = Batch.model_validate_json(json.dumps(stamped))
+        batch = Batch.model_validate_json(_json(stamped, what))
     except ValidationError as error:
         lines = [line.partition(": ") for line in describe_faults(error)]
+        if "source" not in document:
+            lines = [
+                (field, sign, f"{detail} ({_JSONL_GOES_AS})" if field == "source" else detail)
+                for field, sign, detail in lines
+            ]
         faults = tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
         message = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults)
         raise Refused(422, "invalid_batch", message, errors=faults) from error
     _check(batch)
     return batch
+
+
+def _json(document: dict[str, Any], what: str) -> str:
+    try:
+        return json.dumps(document, allow_nan=False)  # Python reads 1e999, which no JSON can hold
+    except (ValueError, RecursionError) as error:
+        raise InvalidTask(f"{what} is not JSON: {error}", code="not_json") from error
 
 
 def _check(batch: Batch) -> None:

@@ -81,14 +81,14 @@ async def read_object(request: Request, *, limit: int, seconds: float) -> dict[s
         return decode_object(b"".join([piece async for piece in stream]))
 
 
-def decode_object(body: bytes) -> dict[str, Any]:
-    """The JSON object (RFC 8259, UTF-8) in a body. Raises InvalidTask (`not_json`)."""
+def decode_object(body: bytes, *, what: str = "the body") -> dict[str, Any]:
+    """The JSON object (RFC 8259, UTF-8) in `what`. Raises InvalidTask (`not_json`)."""
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidTask(f"the body is not JSON: {error}", code="not_json") from error
+        raise InvalidTask(f"{what} is not JSON: {error}", code="not_json") from error
     if not isinstance(document, dict):
-        raise InvalidTask("the body is not a JSON object", code="not_json")
+        raise InvalidTask(f"{what} is not a JSON object", code="not_json")
     return document
 
 

@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 
 from producer.gateway.services import KnownBatches
@@ -212,6 +213,44 @@ def test_a_batch_whose_defaults_name_an_unknown_type_is_refused(lone_gateway: Ga
     said = {"source": source, "defaults": {"task_type": "orc"}}
     answer = lone_gateway.http.post("/v1/batches", json=said)
     assert (answer.status_code, answer.json().get("code")) == (422, "unknown_task_type")
+
+
+@pytest.mark.parametrize("field", ["metadata", "defaults"])
+@pytest.mark.parametrize("where", ["body", "spec"])
+def test_a_number_that_no_json_can_hold_is_refused(lone_gateway: Gateway, field: str, where: str) -> None:
+    said = f'"batch_id": "b", "task_type": "echo", "{field}": {{"payload": [1e999]}}'
+    if where == "body":
+        answer = post(lone_gateway, f'{{"source": "s3://scans/in.jsonl", {said}}}', "application/json")
+        words = "the body is not JSON: Out of range float values"
+    else:
+        answer = post(lone_gateway, '{"payload": 1}', "application/x-ndjson", spec=f"{{{said}}}")
+        words = "spec is not JSON: Out of range float values"
+    assert (answer.status_code, answer.json().get("code")) == (400, "not_json")
+    assert answer.json()["detail"].startswith(words)
+    assert lone_gateway.http.get(PATH).status_code == 404
+
+
+@pytest.mark.parametrize(("spec", "words"), [("{", "is not JSON: "), ("[]", "is not a JSON object")])
+def test_a_spec_that_cannot_be_read_is_named(lone_gateway: Gateway, spec: str, words: str) -> None:
+    answer = post(lone_gateway, '{"payload": 1}', "application/x-ndjson", spec=spec)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(f"spec {words}")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [('{"payload": 1}\n{"payload": 2}\n', 400), ('{"payload": 1}\n', 422)]
+)
+def test_a_jsonl_that_is_sent_as_something_else_is_told_what_it_should_be_sent_as(
+    lone_gateway: Gateway, body: str, status: int
+) -> None:
+    answer = post(lone_gateway, body, "application/x-www-form-urlencoded")
+    assert answer.status_code == status
+    assert "Content-Type: application/x-ndjson" in answer.json()["detail"]
+
+
+def post(gateway: Gateway, body: str, content_type: str, **query: str) -> httpx.Response:
+    headers = {"Content-Type": content_type}
+    return gateway.http.post("/v1/batches", params=query, content=body, headers=headers)
 
 
 @pytest.mark.parametrize(
