@@ -6,6 +6,7 @@ SourceUnusable   the source as a whole cannot be read; what is wrong with one li
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ _GZIP = b"\x1f\x8b"
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _INFLATE_BYTES = 1 << 20
 _MERGED = ("options", "metadata")
+_PLACE = re.compile(r" at line 1 column \d+$")
 
 
 class SourceUnusable(InferqError):
@@ -148,6 +150,8 @@ class LineParser:
         except InvalidTask as error:
             if error.code == "not_json":
                 _object(content)  # names the place in the line as it is
+                # Only the validating parser refuses it: its place is behind the defaults.
+                raise InvalidTask(_PLACE.sub("", error.message), code=error.code) from error
             raise
         if task.task_id != own_id and task.task_id.startswith(self._reserved):
             raise InvalidTask(
@@ -213,7 +217,12 @@ def named_id(content: bytes | None) -> str | None:
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = json.loads(content.decode())
+    except json.JSONDecodeError as error:
+        # Without its line number, which is always 1, and none of the source's.
+        raise InvalidTask(
+            f"the line is not JSON: {error.msg}: column {error.colno}", code="not_json"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidTask(f"the line is not JSON: {error}", code="not_json") from error
     if not isinstance(value, dict):

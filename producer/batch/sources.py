@@ -6,6 +6,7 @@ when it began, however long it takes.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import secrets
@@ -42,6 +43,8 @@ from storage.fetch_url import S3_BUCKET, split_s3_url
 
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _JSONL = "application/x-ndjson"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a file begins that Windows PowerShell's `>` has written."""
 _COMMIT_LINES = 50_000
 _TASK_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _S3_PREFIX = re.compile(rf"s3://({S3_BUCKET})(?:/(.*))?", re.IGNORECASE | re.DOTALL)
@@ -204,6 +207,10 @@ class Sources:
         ):
             for line in read_lines(_each(pieces, alive)):
                 lines = line.number
+                if lines == 1 and line.content and line.content.startswith(_UTF_16):
+                    raise SourceUnusable(
+                        "the source is UTF-16, and not UTF-8: save it as UTF-8, and submit that"
+                    )
                 if line.blank:
                     blank += 1
                 elif (task_id := named_id(line.content)) is not None and _TASK_ID.fullmatch(task_id):

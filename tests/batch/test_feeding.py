@@ -119,6 +119,9 @@ def test_a_gzipped_source_of_two_members_is_read_and_resumed(site: BatchSite, wo
         (gzip.compress(lines(5000), mtime=0)[:-200], "breaks off"),
         (gzip.compress(b"", mtime=0), "empty"),
         (b"\x1f\x8b\x08 this is no gzip", "no intact gzip"),
+        (lines(2).decode().encode("utf-16"), "save it as UTF-8"),
+        (b"\xfe\xff" + lines(2).decode().encode("utf-16-be"), "save it as UTF-8"),
+        (gzip.compress(lines(2).decode().encode("utf-16"), mtime=0), "save it as UTF-8"),
     ],
 )
 def test_a_source_that_cannot_be_used_ends_the_batch_with_the_reason(

@@ -129,11 +129,30 @@ def test_nothing_that_is_no_json_object_becomes_a_task(text: str) -> None:
             LineParser(batch()).parse(Line(1, 0, content, len(content)))
 
 
-def test_a_fault_is_named_by_its_place_in_the_line() -> None:
-    content = b'{"payload": }'
-    with pytest.raises(InvalidTask, match="line 1 column 13") as refused:
-        LineParser(batch(defaults={"delay": 0.5})).parse(Line(1, 0, content, len(content)))
+def refusal(content: bytes) -> InvalidTask:
+    """Why the content is no task, as line 7 of a batch with defaults."""
+    with pytest.raises(InvalidTask) as refused:
+        LineParser(batch(defaults={"delay": 0.5})).parse(Line(7, 0, content, len(content)))
     assert refused.value.code == "not_json"
+    return refused.value
+
+
+@pytest.mark.parametrize("content", [b'{"payload": }', b'{"payload": "\\u00e4"', b"{'payload': 1}", b"{1}"])
+def test_a_fault_is_named_by_its_place_in_the_line(content: bytes) -> None:
+    with pytest.raises(json.JSONDecodeError) as error:
+        json.loads(content)
+    message = refusal(content).message
+    assert message.endswith(f"column {error.value.colno}")
+    assert "line 1" not in message
+
+
+@pytest.mark.parametrize("content", [b'{"payload": "\\ud800"}', b'{"payload": ' + b"9" * 5000 + b"}"])
+def test_no_place_is_named_that_is_not_of_the_line(content: bytes) -> None:
+    assert "column" not in refusal(content).message
+
+
+def test_a_line_in_utf16_is_not_json() -> None:
+    assert "the line is not JSON" in refusal('{"payload": 1}'.encode("utf-16-le")).message
 
 
 @pytest.mark.parametrize("name", ["tenant", "batch_id", "batch_line"])
