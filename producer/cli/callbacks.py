@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, complain, print_json, print_table
+from producer.cli.output import JsonFlag, complain, print_json, print_records, print_table
 from producer.client import Client
 from schemas import CallbackRecord, InvalidTask, SubjectKind
 from storage.fetch_url import redacted
@@ -25,7 +25,7 @@ def _print(records: Sequence[CallbackRecord], as_json: bool) -> None:
     if as_json:
         print_json(list(records))
     else:
-        print_table(
+        print_records(
             ["callback", "of", "id", "event", "state", "attempts", "last", "next", "url"],
             [
                 (

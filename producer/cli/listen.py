@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from producer.cli.output import JsonFlag, console, errors
+from producer.cli.output import JsonFlag, console, errors, harmless
 from producer.settings import ListenSettings
 from schemas import InstallationError
 from storage.webhook_secrets import WebhookSecrets, WebhookSettings
@@ -56,9 +56,8 @@ def listen(
     def show(heard: Heard) -> None:
         with lock:
             if as_json:
-                sys.stdout.write(
-                    json.dumps(vars(heard) | {"verified": heard.verified}, ensure_ascii=False) + "\n"
-                )
+                facts = vars(heard) | {"verified": heard.verified}
+                sys.stdout.write(harmless(json.dumps(facts, ensure_ascii=False)) + "\n")
                 sys.stdout.flush()
                 return
             word = "verified" if heard.verified else f"NOT VERIFIED ({heard.fault})"
@@ -66,7 +65,8 @@ def listen(
             number = "" if heard.sequence is None else f" #{heard.sequence}"
             told = "" if heard.answered < 300 else f", answered {heard.answered}"
             line = f"{heard.type} {heard.subject_id}{number} {word}{told} {heard.webhook_id}"
-            console.print(Text(line), soft_wrap=True)
+            # Anyone may have sent it: a line feed would begin a line that says "verified".
+            console.print(Text(harmless(line, keep="")), soft_wrap=True)
 
     listener = Listener(show, secrets=secrets, host=host, port=port, fail=fail, status=status)
     errors.print(

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
-console = Console()
-errors = Console(stderr=True)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def harmless(text: str, *, keep: str = "\n\t") -> str:
+    """The text with its control characters as JSON escapes them, but for those in `keep`.
+
+    Much of what is printed others have written, and a terminal obeys what it is shown. Lone surrogates, which
+    are what Python makes of a file's name that is not UTF-8, could not be printed at all.
+    """
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
+
+
+class _Harmless(Console):
+    """A console through which no text reaches the terminal as a command, whatever it stands in."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=harmless(segment.text))
+
+
+console: Console = _Harmless()
+errors: Console = _Harmless(stderr=True)
 
 _PIPE_WIDTH = 10_000
 """Columns of a table that no person looks at: nothing is folded there."""
@@ -25,7 +48,7 @@ _PIPE_WIDTH = 10_000
 
 def print_json(value: Any) -> None:
     """One JSON document, as it is: never coloured, wrapped or shortened."""
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.write(harmless(json.dumps(_plain(value), ensure_ascii=False, indent=2)) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -48,15 +71,29 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(column, overflow="fold", no_wrap=number == 0)
     for line in lines:
         table.add_row(*line)
-    wide = console if console.is_terminal else Console(width=_PIPE_WIDTH)
+    wide = console if console.is_terminal else _Harmless(width=_PIPE_WIDTH)
     wide.print(table)
 
 
+def print_records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table or, where a person's terminal is too narrow for it, each row as a table of its fields."""
+    lines = list(rows)
+    cells = [[_cell(value).plain for value in line] for line in lines]
+    needed = sum(1 + max(map(cell_len, column)) for column in zip(columns, *cells, strict=True))
+    if not console.is_terminal or needed <= console.width:
+        print_table(columns, lines)
+        return
+    for number, line in enumerate(lines):
+        if number:
+            console.print()
+        print_table(["", ""], [(name, c) for name, c in zip(columns, line, strict=True) if c is not None])
+
+
 def _cell(value: object) -> Text:
-    """As text: what stands in brackets would be taken for a style."""
+    """As text: what stands in brackets would be taken for a style. Harmless here: for the cell's width."""
     if isinstance(value, datetime):
         return Text(f"{value.astimezone():%Y-%m-%d %H:%M:%S}")
-    return Text("" if value is None else str(value))
+    return Text("" if value is None else harmless(str(value)))
 
 
 def complain(error: BaseException | str) -> None:

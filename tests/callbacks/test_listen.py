@@ -114,6 +114,15 @@ def test_it_names_the_run_and_the_batch_that_a_callback_is_of(tmp_path: Path) ->
     ]
 
 
+def test_a_stranger_writes_no_lines_and_no_commands(tmp_path: Path) -> None:
+    body = json.dumps({"type": "\x1b[2Ja\ntask.succeeded t #1 verified msg_1"})
+    with listening(tmp_path) as (url, out):
+        assert httpx.post(url, content=body, headers={"webhook-id": "\x1b[31m"}).status_code == 401
+        (line,) = eventually(lambda: out.read_text().splitlines())
+    assert line.startswith(r"\u001b[2Ja\u000atask.succeeded t #1 verified msg_1 ? NOT VERIFIED")
+    assert "\x1b" not in line
+
+
 def test_a_secret_that_is_none_is_refused(tmp_path: Path) -> None:
     for secret in ("whsec_", "whsec_!", "ö"):
         result = CliRunner().invoke(app, ["listen", "--secret", secret])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from producer.cli import app
+from producer.cli import app, output
 from producer.client import AsyncClient, Client
 from schemas import InvalidTask
 from tests.gateway.conftest import FakePublisher, Gateway
@@ -78,6 +80,19 @@ def test_the_table_shows_no_password(lone_gateway: Gateway, command: Any) -> Non
         shown = command(*arguments).output
         assert "example.com" in shown.replace("\n", "")
         assert not any(word in shown for word in ("user:", "geheim", "secret"))
+
+
+def test_the_ids_can_be_read_at_80_columns(
+    lone_gateway: Gateway, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, callback, records = ended(lone_gateway, "t" * 36)
+    records.note(record(callback, "failed", reason="gone"))
+    for arguments in (["list"], ["show", callback.callback_id]):
+        shown = io.StringIO()
+        monkeypatch.setattr(output, "console", Console(file=shown, force_terminal=True, width=80))
+        command(arguments[0], "t" * 36, *arguments[1:])
+        words = shown.getvalue().split()
+        assert {callback.callback_id, "t" * 36, "attempts", "task.succeeded"} <= set(words)
 
 
 def test_a_batchs_callbacks_are_found_by_the_batchs_id(

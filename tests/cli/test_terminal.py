@@ -1,0 +1,90 @@
+"""What the command line prints, whoever has written it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from rich.text import Text
+
+from producer.cli import output
+
+EVIL = "a\x1b]0;title\x07\x9b31mb\x7f\udcff"
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal of 80 columns that both consoles print to."""
+    shown = io.StringIO()
+    for name in ("console", "errors"):
+        kind: type[Console] = type(getattr(output, name))
+        terminal = kind(file=shown, force_terminal=True, width=80, color_system=None)
+        monkeypatch.setattr(output, name, terminal)
+    return shown
+
+
+def follow() -> None:
+    with Progress(TextColumn("{task.description}", markup=False), console=output.errors) as bars:
+        bars.add_task(EVIL)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda: output.print_table(["id", EVIL], [("1", EVIL)]),
+        lambda: output.complain(EVIL),
+        lambda: output.console.print(EVIL, markup=False),
+        lambda: output.console.rule(Text(EVIL)),
+        follow,
+    ],
+)
+def test_a_terminal_is_sent_no_commands_of_others(screen: io.StringIO, told: Callable[[], None]) -> None:
+    told()
+    shown = screen.getvalue()
+    assert r"a\u001b]0;" in shown
+    assert "\x1b]" not in shown
+    assert not set(shown) & {"\x07", "\x9b", "\x7f", "\udcff"}
+
+
+def test_lines_stay_lines(screen: io.StringIO) -> None:
+    output.console.print("李明\nb", markup=False)
+    assert screen.getvalue() == "李明\nb\n"
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"a": EVIL, "b": "李明"})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"a": EVIL, "b": "李明"}
+    assert "李明" in printed
+    assert not set(printed) & {"\x9b", "\x7f", "\udcff"}
+
+
+ROW = ("msg_" + "0" * 27, "0" * 36, None, "https://example.com/" + "x" * 60)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (ROW, ["callback", ROW[0], "id", ROW[1], "url", ROW[3][:73], ROW[3][73:]]),
+        (
+            ("msg_1", "t1", 404, "http://a"),
+            ["callback", "id", "last", "url", "msg_1", "t1", "404", "http://a"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_field_by_field(
+    screen: io.StringIO, row: tuple[object, ...], expected: list[str]
+) -> None:
+    output.print_records(["callback", "id", "last", "url"], [row])
+    shown = screen.getvalue()
+    assert all(word in shown for word in map(str, row[:2]))
+    assert "".join(shown.split()) == "".join(expected)
+
+
+def test_a_pipe_is_given_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_records(["callback", "id", "last", "url"], [ROW, ROW])
+    assert len(capsys.readouterr().out.splitlines()) == 3
