@@ -23,6 +23,7 @@ that the gateway names; every call may be repeated without harm.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -87,6 +88,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_KEY = re.compile(r"[!-~]+")
+"""What a header can carry as a bearer's token, in one word."""
 
 
 class Client:
@@ -589,6 +593,12 @@ def _connection(api_url: str | None, api_key: str | None) -> dict[str, Any]:
     """The arguments of httpx's clients that say where the gateway is, who asks, and over what connections."""
     settings = ClientSettings.load()
     key = api_key or (settings.api_key.get_secret_value() if settings.api_key is not None else None)
+    if key and not _KEY.fullmatch(key):
+        # It is not quoted: most of it may be the key.
+        raise InstallationError(
+            "INFERQ_API_KEY (or api_key) holds characters that no key has, such as blanks; copy it again",
+            code="bad_settings",
+        )
     url = _address(api_url or settings.api_url)
     return {
         "base_url": url,

@@ -463,6 +463,15 @@ def test_an_address_that_cannot_be_one_names_its_setting(url: str, monkeypatch: 
             kind()
 
 
+@pytest.mark.parametrize("key", ["k\udcfc", "kü", "k\n", "k k", "\u2028"])
+def test_a_key_that_cannot_be_one_names_its_setting(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERQ_API_KEY", key)
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InstallationError, match="INFERQ_API_KEY") as refused:
+            kind()
+        assert key not in refused.value.message
+
+
 def test_what_cannot_be_read_again_is_sent_once(slept: list[float]) -> None:
     read, write = os.pipe()
     os.write(write, b"x")
