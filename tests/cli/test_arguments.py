@@ -112,9 +112,9 @@ def test_hidden_is_what_is_hidden_below_the_folder(tmp_path: Path, monkeypatch: 
         (scans / name).touch()
     monkeypatch.chdir(here)
     for source in (str(scans), "../.data/scans"):
-        assert [path.name for path in _files([source])] == ["a.png"]
+        assert [path.name for path in _files([source], set())] == ["a.png"]
     monkeypatch.chdir(scans)
-    assert [path.name for path in _files(["."])] == ["a.png"]
+    assert [path.name for path in _files(["."], set())] == ["a.png"]
 
 
 def test_a_gateway_that_is_away_is_waited_for_and_told_once(
