@@ -13,6 +13,7 @@ from schemas.batch import (
     BatchStatus,
     BatchSummary,
     CountsNow,
+    ScheduleName,
 )
 from schemas.callback import (
     MAX_CALLBACK_BYTES,
@@ -99,6 +100,7 @@ __all__ = [
     "Outage",
     "Priority",
     "Result",
+    "ScheduleName",
     "Settings",
     "State",
     "SubjectKind",

@@ -22,6 +22,8 @@ DEFAULT_IN_FLIGHT = 1000
 BatchId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,116}$")]
 """Short enough for the ids of its tasks, `<batch_id>.<line>`."""
 
+ScheduleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
 BatchState = Literal[
     "preparing", "feeding", "paused", "running", "finishing", "completed", "cancelled", "failed"
 ]
@@ -61,7 +63,9 @@ class Batch(BaseModel):
     )
     callback_url: CallbackUrl | None = Field(None, description="Where to tell of the batch's own end.")
     window: Window | None = Field(None, description="When it may be fed; at any time if absent.")
-    schedule: str | None = Field(None, description="The nightly run that it belongs to.")
+    schedule: ScheduleName | None = Field(
+        None, description="The schedule whose nightly run it is; only those have one."
+    )
     metadata: dict[str, JsonValue] = Field({}, description="Echoed in its status, summary and callback.")
     created_at: AwareDatetime
 

@@ -23,6 +23,8 @@ MAX_CALLBACK_BYTES = 20_000
 SubjectKind = Literal["task", "batch"]
 
 _ERROR_CHARACTERS = 500
+_SCHEDULE_CHARACTERS = 64
+"""What a schedule's name has at most; a summary of before that was settled may hold more."""
 
 
 def _small(body: str) -> str:
@@ -108,12 +110,15 @@ def batch_callback(summary: BatchSummary, url: str) -> Callback:
     """The callback that tells of a batch's end, once: what came of it, as its summary says."""
     event = f"batch.{summary.state}"
     data = summary.model_dump(mode="json", exclude_none=True)
+    # What has a limit of its own is cut first: it is then no reason to leave out anything else.
+    data["error"] = data.get("error", "")[: 2 * _ERROR_CHARACTERS] or None
+    if "schedule" in data:
+        data["schedule"] = data["schedule"][:_SCHEDULE_CHARACTERS]
     document = {"type": event, "timestamp": data["finished_at"], "data": data}
     for part in ("metadata", "failures"):
         if len(json.dumps(document).encode()) >= MAX_CALLBACK_BYTES:
             data[part] = {}
             data["truncated"] = [*data.get("truncated", []), part]
-    data["error"] = data.get("error", "")[: 2 * _ERROR_CHARACTERS] or None
     return Callback(
         callback_id=callback_id(summary.tenant, "batch", summary.batch_id, event),
         tenant=summary.tenant,

@@ -167,6 +167,8 @@ def complete(document: dict[str, Any], *, tenant: str, what: str = "the body") -
     """The batch that a request asks for, in `what`. Raises Refused and InvalidTask."""
     if document.get("tenant", tenant) != tenant:
         raise Refused(403, "tenant_mismatch", "the API key belongs to another tenant than the batch names")
+    if document.get("schedule") is not None:
+        raise _invalid("schedule", "is set by nightly runs only: leave it out; `metadata` may say the same")
     stamped = {
         "batch_id": new_task_id(),
         **document,
@@ -220,8 +222,11 @@ def _refusing(field: str) -> Iterator[None]:
     try:
         yield
     except InvalidTask as error:
-        faults = (Fault(field=field, detail=error.message),)
-        raise Refused(422, "invalid_batch", f"{field}: {error.message}", errors=faults) from error
+        raise _invalid(field, error.message) from error
+
+
+def _invalid(field: str, detail: str) -> Refused:
+    return Refused(422, "invalid_batch", f"{field}: {detail}", errors=(Fault(field=field, detail=detail),))
 
 
 async def _check_upload(services: Services, batch: Batch) -> None:

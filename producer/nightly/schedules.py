@@ -29,12 +29,11 @@ from schemas import (
     InferqError,
     InvalidTask,
     Priority,
+    ScheduleName,
     TimeZoneName,
     Window,
 )
 from schemas.task import Tenant, TypeName
-
-_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
 class SchedulesUnusable(InferqError):
@@ -48,7 +47,7 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str = Field(pattern=_NAME)
+    name: ScheduleName
     cron: str = Field(description="Minute, hour, day of the month, month, day of the week.")
     time_zone: TimeZoneName = Field("UTC", description="What the cron and the window are told in.")
     source: str = Field(

@@ -19,6 +19,7 @@ from producer.nightly.runs import Run
 from schemas import (
     MAX_CALLBACK_BYTES,
     Artifact,
+    Batch,
     BatchCounts,
     BatchSummary,
     Callback,
@@ -176,6 +177,40 @@ def summary(**fields: Any) -> BatchSummary:
         "seconds": 4.0, "tasks_per_second": 0.5, "created_at": ENDED, "finished_at": ENDED,
     }  # fmt: skip
     return BatchSummary(**(given | fields))
+
+
+@given(
+    schedule=st.none() | st.text(),
+    error=st.none() | st.text(),
+    metadata=st.dictionaries(st.text(), json_values, max_size=3),
+    code=st.text(),
+    scale=st.sampled_from([1, 30_000]),
+)
+def test_a_body_is_small_whatever_the_batch_holds(
+    schedule: str | None, error: str | None, metadata: dict[str, Any], code: str, scale: int
+) -> None:
+    ended = summary(
+        state="failed", schedule=schedule and schedule * scale, error=error and error * scale,
+        metadata={**metadata, "m": "界" * scale}, failures={code * scale: 1},
+    )  # fmt: skip
+    body = batch_callback(ended, URL).body
+    assert len(body.encode()) < MAX_CALLBACK_BYTES
+    data = json.loads(body)["data"]
+    assert (data["metadata"] == ended.metadata) == ("metadata" not in data.get("truncated", ()))
+    assert (data["failures"] == ended.failures) == ("failures" not in data.get("truncated", ()))
+
+
+def test_a_long_error_is_cut_and_nothing_left_out_for_it() -> None:
+    data = json.loads(
+        batch_callback(summary(state="failed", error="e" * 30_000, metadata={"m": 1}), URL).body
+    )["data"]
+    assert (len(data["error"]), data["metadata"], data.get("truncated")) == (1000, {"m": 1}, None)
+
+
+@pytest.mark.parametrize("name", ["s" * 65, "a b", "a/b", ""])
+def test_what_no_schedule_is_named_is_no_batchs_schedule(name: str) -> None:
+    with pytest.raises(ValidationError):
+        Batch(batch_id="b", source="inferq:x", schedule=name, created_at=ENDED)
 
 
 def nights() -> list[Night]:
