@@ -3,6 +3,7 @@
 from schemas.batch import (
     BATCH_END_STATES,
     DEFAULT_IN_FLIGHT,
+    RUN_ID,
     SET_BY_FEEDER,
     Batch,
     BatchCounts,
@@ -67,6 +68,7 @@ __all__ = [
     "MAX_BODY_BYTES",
     "MAX_CALLBACK_BYTES",
     "PRIORITIES",
+    "RUN_ID",
     "SET_BY_FEEDER",
     "Artifact",
     "Batch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -23,6 +24,9 @@ BatchId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,116}$")]
 """Short enough for the ids of its tasks, `<batch_id>.<line>`."""
 
 ScheduleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}-[0-9]{8}T[0-9]{6}Z")
+"""The ids of nightly runs and of their batches: a schedule's name, and a time."""
 
 BatchState = Literal[
     "preparing", "feeding", "paused", "running", "finishing", "completed", "cancelled", "failed"

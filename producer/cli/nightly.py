@@ -125,8 +125,16 @@ def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
     settings = StorageSettings.load()
     store = open_store(settings)
     coming = next(schedule.times.after(now))
-    last = RunLog(store, schedule.tenant, schedule.name).last()
-    state, counts = _standing(settings, BatchStore(store), last) if last else (None, CountsNow())
+    log = RunLog(store, schedule.tenant, schedule.name)
+    last = log.last()
+    state, counts = None, CountsNow()
+    if last is not None:
+        taken = log.taken(last.run_id)
+        # The batch of that id may be another's, and then says nothing of the run.
+        if taken is not None and taken.error is not None:
+            state = f"failed: {taken.error}"
+        else:
+            state, counts = _standing(settings, BatchStore(store), last)
     return {
         "name": schedule.name,
         "next": _local(schedule, coming),

@@ -30,6 +30,7 @@ from producer.gateway.problems import Fault, Refused, not_found, refusal_of
 from producer.gateway.services import Here, Services
 from schemas import (
     MAX_BODY_BYTES,
+    RUN_ID,
     Batch,
     BatchCounts,
     BatchId,
@@ -187,6 +188,10 @@ def complete(document: dict[str, Any], *, tenant: str, what: str = "the body") -
         faults = tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
         message = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults)
         raise Refused(422, "invalid_batch", message, errors=faults) from error
+    if RUN_ID.fullmatch(batch.batch_id):
+        raise _invalid(
+            "batch_id", "has the form of a nightly run's id: choose one that does not end in a time"
+        )
     _check(batch)
     return batch
 

@@ -17,6 +17,7 @@ from producer.nightly.night import (
     Ended,
     day_of,
     ended_between,
+    failed_night,
     last_night,
     night_began,
     night_callback,
@@ -50,8 +51,11 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
         def once() -> None:
             starter = Starter(here.store, here.batches, here.sources, here.confirm)
-            run, batch = starter.start(wanted, moment)
-            if not Watcher(here, run).over:
+            run, batch, error = starter.start(wanted, moment)
+            watcher = Watcher(here, run)
+            if batch is None:
+                watcher.fail(error, datetime.now(UTC))
+            elif not watcher.over:
                 watch_on(run, batch.created_at, min(1, watch_seconds))
 
         again_unless_done(here, f"run {run_id_of(wanted.name, moment)}", once)
@@ -105,6 +109,13 @@ class Watcher:
             return since
         self._pause(since, closes)
         return closes
+
+    def fail(self, error: str | None, now: datetime) -> None:
+        """Tell that the run has failed without a batch that could say so."""
+        if not self.over:
+            _log.error("run %s: %s", self._run.run_id, error)
+        night = failed_night(self._run, now, error)
+        self._tell(night, night.night)
 
     def _pause(self, since: datetime, closes: datetime) -> None:
         around, run = self._around, self._run

@@ -79,6 +79,14 @@ def last_night(run: Run, day: date, summary: BatchSummary, before: list[Night]) 
     )  # fmt: skip
 
 
+def failed_night(run: Run, now: datetime, error: str | None) -> Night:
+    """The night of a run that could not begin; whenever that is found, it has the same name."""
+    return _night(
+        run, day_of(run, run.scheduled_at), "failed", now, now, total=None, failures=Counter(), pages=None,
+        succeeded=0, failed=0, cancelled=0, error=error,
+    )  # fmt: skip
+
+
 def _night(
     run: Run, day: date, state: str, began: datetime, until: datetime, *,
     total: int | None, failures: Counter[str], pages: int | None,

@@ -23,6 +23,7 @@ from producer.nightly.runs import Run, RunLog, Taken
 from producer.nightly.schedules import Schedule, run_id_of
 from schemas import Batch, InvalidTask
 from storage import (
+    BatchConflict,
     BatchSource,
     BatchStore,
     ObjectNotFound,
@@ -38,10 +39,14 @@ _log = logging.getLogger(__name__)
 
 
 class Started(NamedTuple):
-    """A run as it is on record, which a later start may not have asked for, and its batch."""
+    """A run as it is on record, which a later start may not have asked for, and its batch.
+
+    Where its id belongs to a batch of somebody else it has none: only `error` tells of that.
+    """
 
     run: Run
-    batch: Batch
+    batch: Batch | None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Starter:
     def start(self, schedule: Schedule, scheduled_at: datetime) -> Started:
         """Start the schedule's run of that time, or what is left to do of an earlier start.
 
-        Any number of starts of one run make one batch. Raises StoreOutage, BrokerUnavailable and
-        BatchConflict; it is then to be called again.
+        Any number of starts of one run make one batch. Raises StoreOutage and BrokerUnavailable; it is then
+        to be called again.
         """
         log = RunLog(self.store, schedule.tenant, schedule.name)
         run_id = run_id_of(schedule.name, scheduled_at)
@@ -73,10 +78,13 @@ class Starter:
                 "run %s: %s", run_id, f"{taken.objects} new objects" if taken.objects else "nothing new"
             )
         wanted = run.schedule.batch(run.scheduled_at, **about)
-        if taken.error is None:
-            return Started(run, start(wanted, self.batches, self.publish))
-        # Its feeder would take what the next run takes.
-        batch = self.batches.create(wanted)
+        try:
+            if taken.error is None:
+                return Started(run, start(wanted, self.batches, self.publish))
+            # Its feeder would take what the next run takes.
+            batch = self.batches.create(wanted)
+        except BatchConflict:
+            return Started(run, None, taken.error or _id_taken(run_id))
         if self.batches.summary(tenant, run_id) is None:
             _log.error("run %s: %s", run_id, taken.error)
             self.publish(assemble_message(tenant, run_id, error=taken.error))
@@ -102,18 +110,21 @@ class Starter:
         token = secrets.token_hex(8)
         seen, seen_source = (before.seen, before.seen_source) if before else (None, None)
         unchanged = Taken(token=token, seen=seen, seen_source=seen_source)
-        if not schedule.only_new:
-            return log.settle(run.run_id, unchanged)
         base = seen if seen_source == schedule.source else None
+        made = unchanged
         try:
-            objects = self._list(log, run, token, base)
+            if schedule.only_new:
+                objects = self._list(log, run, token, base)
+                made = Taken(token=token, objects=objects, seen=token, seen_source=schedule.source)
         except (SourceUnusable, InvalidTask) as error:
             # Whatever is wrong with it, the run has its place: unsettled, it would hold up all that follow.
             made = unchanged.model_copy(update={"error": error.message})
-        else:
-            made = Taken(token=token, objects=objects, seen=token, seen_source=schedule.source)
+        # A run makes its batch once it is settled: one that is there now is another's, and what this run took
+        # would never be fed. Looked at last, as the listing may take long.
+        if self.batches.load(schedule.tenant, run.run_id) is not None:
+            made = unchanged.model_copy(update={"error": _id_taken(run.run_id)})
         kept = log.settle(run.run_id, made)
-        if kept.token != token:  # another starter was faster
+        if kept.token != token or kept.error is not None:  # another starter was faster, or nothing is taken
             self.store.delete(input_key(schedule.tenant, run.run_id, token))
             self.store.delete(log.seen_key(token))
         elif kept.seen == token and seen is not None:
@@ -160,3 +171,10 @@ class Starter:
             for line in read_lines(unpacked(pieces)):
                 if line.content:
                     yield Seen(*json.loads(line.content))
+
+
+def _id_taken(run_id: str) -> str:
+    return (
+        f"batch {run_id!r} was submitted by somebody else, so that this run could not start: the next run "
+        "takes what this one would have; inferq nightly run starts one now"
+    )

@@ -193,6 +193,11 @@ def test_a_batch_that_is_submitted_anew_is_told_as_it_is_now(lone_gateway: Gatew
             ]
         ),
         ({"source": "inferq:x", "defaults": {"priority": "urgent"}}, "defaults", "priority: "),
+        (
+            {"source": "s3://scans/in.jsonl", "batch_id": "every-20261126T164300Z"},
+            "batch_id",
+            "nightly run's id",
+        ),
         ({"source": "s3://scans/in.jsonl", "schedule": "letters"}, "schedule", "set by nightly runs only"),
         ({"source": "s3://scans/in.jsonl", "schedule": "s" * 30_000}, "schedule", "set by nightly runs only"),
         ({"source": "inferq:x", "defaults": {"task_type": None}}, "defaults", "task_type: "),

@@ -61,7 +61,14 @@ class NightSite:
 
     def start(self, moment: datetime, **more: Any) -> list[str]:
         """Start a run; gives the names of the objects that it takes."""
-        return self.names(self.starter.start(self.schedule(**more), moment).batch)
+        batch = self.starter.start(self.schedule(**more), moment).batch
+        assert batch is not None
+        return self.names(batch)
+
+    def squat(self, run_id: str) -> Batch:
+        """Somebody's batch that has the id of a run."""
+        source = f"s3://{self.bucket}/theirs.jsonl"
+        return self.batches.create(Batch(batch_id=run_id, source=source, created_at=datetime.now(UTC)))
 
     def names(self, batch: Batch) -> list[str]:
         """The names of the objects in the JSONL that a batch is fed from."""

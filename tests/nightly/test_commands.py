@@ -18,7 +18,7 @@ import pytest
 
 from broker import BrokerSettings, connect, topology_for
 from producer.nightly import read_schedules
-from producer.nightly.runs import Run, RunLog
+from producer.nightly.runs import Run, RunLog, Taken
 from producer.up.part import free_ports
 from schemas import BatchCounts, BatchSummary
 from storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
@@ -254,6 +254,22 @@ def test_list_counts_what_became_of_the_tasks_of_the_last_run(desk: Desk) -> Non
     heads, row = desk.run("nightly", "list").stdout.splitlines()
     assert heads.split()[-4:] == ["total", "succeeded", "failed", "invalid"]
     assert row.split()[-4:] == ["3", "0", "2", "1"]
+
+
+def test_list_tells_of_a_run_that_failed_not_of_the_batch_that_has_its_id(desk: Desk) -> None:
+    _started(desk, datetime(2026, 11, 25, 0, 30, tzinfo=UTC))
+    log = RunLog(desk.store, "default", "invoices")
+    log.settle("invoices-20261125T003000Z", Taken(token="t", error="the id is taken"))
+    now = datetime.now(UTC)
+    BatchStore(desk.store).finish(
+        BatchSummary(
+            batch_id="invoices-20261125T003000Z", tenant="default", state="completed",
+            counts=BatchCounts(total=1, succeeded=1), seconds=1.0, tasks_per_second=1.0,
+            created_at=now, finished_at=now,
+        )
+    )  # fmt: skip
+    (listed,) = json.loads(desk.run("nightly", "list", "--json").stdout)
+    assert listed["state"] == "failed: the id is taken"
 
 
 def _started(desk: Desk, moment: datetime) -> None:

@@ -27,7 +27,7 @@ from producer.nightly.jobs import Watcher
 from producer.nightly.runs import Run, RunLog
 from producer.nightly.start import Starter
 from producer.settings import BatchSettings
-from schemas import BatchSummary, InvalidTask, Night, Result, Window, installed_types, parse_task
+from schemas import Batch, BatchSummary, InvalidTask, Night, Result, Window, installed_types, parse_task
 from storage import StatusIndex, StorageSettings, errors_key, output_key
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ
@@ -251,6 +251,31 @@ def test_a_run_whose_source_cannot_be_read_fails_with_words_and_is_told(site: Si
             data = site.callback()[1]["data"]
             assert (data["run_id"], data["state"], data["error"]) == (run_id, "failed", summary.error)
             assert site.lines(errors_key("default", run_id)) == []
+
+
+def test_a_run_whose_id_is_anothers_fails_with_words_and_is_told_and_logged_once(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.put("a")
+    moment = datetime(2026, 11, 24, 1, 30, tzinfo=UTC)
+    run_id = run_id_of("letters", moment)
+    theirs = Batch(batch_id=run_id, source="s3://theirs/in.jsonl", created_at=datetime.now(UTC))
+    site.around.batches.create(theirs)
+    with site.working():
+        site.start(site.schedule(), moment)
+        told, body = site.callback()
+        site.start(site.schedule(), moment)  # a second beat
+        assert site.callback() == (told, body)
+        data = body["data"]
+        assert (data["run_id"], data["night"], data["state"]) == (run_id, "2026-11-24", "failed")
+        assert f"batch '{run_id}' was submitted by somebody else" in data["error"]
+        second = site.start(site.schedule(), moment + timedelta(days=1))
+        site.work(1)
+        assert site.summary(second).counts.succeeded == 1
+        wait_for(lambda: site.depth("inference.batches") == 0)
+    assert len([r for r in caplog.records if r.levelname == "ERROR" and run_id in r.getMessage()]) == 1
+    assert site.around.batches.load("default", run_id) == theirs
+    assert site.around.batches.summary("default", run_id) is None
 
 
 def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(

@@ -131,6 +131,44 @@ def test_a_start_that_is_cut_off_anywhere_loses_nothing_and_takes_nothing_twice(
     assert site.start(THIRD) == []
 
 
+@pytest.mark.parametrize("only_new", [True, False])
+def test_a_run_whose_id_is_anothers_fails_and_leaves_its_objects_to_the_next(
+    site: NightSite, monkeypatch: pytest.MonkeyPatch, only_new: bool
+) -> None:
+    site.put("a")
+    assert site.start(FIRST) == ["a"]
+    site.put("b")
+    site.sent.clear()
+    theirs = run_id_of("invoices", SECOND)
+    listed = site.starter.sources.objects
+
+    def slow(source: str) -> Any:
+        yield from listed(source)
+        site.squat(theirs)  # as late as that
+
+    monkeypatch.setattr(site.starter.sources, "objects", slow)
+    if not only_new:
+        site.squat(theirs)
+    for _ in range(2):
+        run, batch, error = site.starter.start(site.schedule(only_new=only_new), SECOND)
+        assert (run.run_id, batch) == (theirs, None)
+        assert f"batch '{theirs}' was submitted by somebody else" in (error or "")
+    assert site.sent == []
+    assert site.batches.source("default", theirs) is None
+    assert list(site.store.list(f"batches/default/{theirs}/input/")) == []
+    monkeypatch.undo()
+    assert site.start(THIRD) == ["b"]
+
+
+def test_an_earlier_run_whose_id_is_anothers_takes_nothing_from_a_later_one(site: NightSite) -> None:
+    site.put("a")
+    run_id = run_id_of("invoices", FIRST)
+    site.log().claim(Run(run_id=run_id, scheduled_at=FIRST, schedule=site.schedule()))
+    site.squat(run_id)
+    assert site.start(SECOND) == ["a"]
+    assert site.starter.start(site.schedule(), FIRST).batch is None
+
+
 def test_a_run_with_nothing_new_is_a_batch_without_tasks(site: NightSite) -> None:
     assert site.start(FIRST) == []
     source = site.batches.source("default", "invoices-20261124T003000Z")
