@@ -47,6 +47,8 @@ for each, and they may stand in the queue for days."""
 AGAIN = "again-"
 """Begins the name of a chain in the place of one that is over: as nobody else would feed the batch, it waits
 for a lease that was left behind."""
+_CANCEL_LOOK_SECONDS = 2.0
+"""How often it is asked, while a source is read for the first time, whether the batch was cancelled."""
 _CANCEL_SECONDS = 2.0
 """What runs gets this long to stop by itself before a cancelled batch records the end of whatever is left."""
 
@@ -76,6 +78,10 @@ class Nothing:
 Next = GoOn | Assemble | Nothing
 
 
+class _CancelledEarly(Exception):
+    """The batch was cancelled while its source was read for the first time: nothing was fed."""
+
+
 @dataclass
 class _Chunk:
     cursor: Cursor
@@ -103,6 +109,7 @@ class Slice:
         self._reached = 0
         self._lull: Lull | None = None
         self._kept = time.monotonic()
+        self._asked = time.monotonic()
 
     def run(self) -> Next:
         """Feed, until the slice is over."""
@@ -139,9 +146,11 @@ class Slice:
                 return Assemble()
             self._tell("preparing")
         try:
-            source = around.sources.settle(batch, self._keep)
+            source = around.sources.settle(batch, self._go_on_settling)
             self._open(batch, source, cancelled=cancelled)
             return self._fed(batch, source)
+        except _CancelledEarly:
+            return Assemble()
         except SourceUnusable as error:
             return Assemble(error.message)
 
@@ -240,9 +249,16 @@ class Slice:
         with suppress(IndexLost):
             self.step()
 
-    def _keep(self) -> None:
-        """Renew the lease where that is due. Where Redis is away nobody else can take it, either."""
+    def _go_on_settling(self) -> None:
+        """Renew the lease, and see whether the batch was cancelled, where that is due."""
         now = time.monotonic()
+        if now - self._asked >= _CANCEL_LOOK_SECONDS:
+            self._asked = now
+            # The object store: Redis does not hold the batch before its lines are counted.
+            with suppress(Outage):
+                if self._around.batches.cancel_requested(*self._name):
+                    raise _CancelledEarly
+        # Where Redis is away nobody else can take the lease, either.
         if now - self._kept > self._around.settings.batch_lease / 4:
             self._kept = now
             with suppress(Outage):

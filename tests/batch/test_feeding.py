@@ -7,20 +7,22 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from pydantic import JsonValue
 
 from broker import Message, PublishRejected
+from producer.batch import feeder
 from producer.batch.assembly import end
 from producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from producer.batch.recount import Recount
 from producer.batch.sources import Cursor
-from schemas import InvalidTask, Result, Window, parse_task
+from schemas import BatchCounts, InvalidTask, Result, Window, parse_task
 from storage import BatchConflict, upload_key
 from tests.batch.conftest import BatchSite, QuickWorker
 
@@ -350,6 +352,27 @@ def test_a_cancelled_batch_ends_without_any_worker(site: BatchSite) -> None:
         pass
     worker.stop()
     assert site.ran == {}
+
+
+def test_a_batch_that_is_cancelled_while_its_source_is_read_reads_no_further(
+    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.batch(b"to come")
+    read: list[int] = []
+
+    def pieces(_key: str, **_: Any) -> Iterator[bytes]:
+        for number in range(1000):
+            if number == 5:
+                site.around.batches.request_cancel("default", batch.batch_id)
+            read.append(number)
+            yield b'{"payload": 1}\n'
+
+    monkeypatch.setattr(site.around.store, "stream", pieces)
+    monkeypatch.setattr(feeder, "_CANCEL_LOOK_SECONDS", 0.0)
+    summary = site.finish(batch)
+    assert max(read) < 10
+    assert (summary.state, summary.error, summary.counts) == ("cancelled", None, BatchCounts(total=0))
+    assert site.depth() == 0
 
 
 def test_a_batch_that_redis_is_told_to_cancel_stops_being_fed(site: BatchSite, worker: QuickWorker) -> None:
