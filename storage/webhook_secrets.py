@@ -99,7 +99,8 @@ class WebhookSecrets:
     def rotate(self, tenant: str, *, keep: float = KEEP_SECONDS) -> WebhookSecret:
         """Give the tenant a new secret; those of before stay valid for `keep` seconds more.
 
-        Raises InferqError (`bad_tenant`) where the tenant's name is not one.
+        Raises InferqError where the tenant's name is not one (`bad_tenant`), or `keep` goes beyond all
+        dates (`bad_keep`).
         """
         try:
             _TENANT.validate_python(tenant)
@@ -108,7 +109,13 @@ class WebhookSecrets:
                 f"tenant {tenant!r} is not 1 to 64 of A-Z a-z 0-9 . _ -", code="bad_tenant"
             ) from error
         now = datetime.now(UTC)
-        last = now + timedelta(seconds=keep)
+        try:
+            last = now + timedelta(seconds=keep)
+        except (OverflowError, ValueError) as error:
+            raise InferqError(
+                f"secrets cannot be kept for {keep} seconds: give a number that ends before the year 10000",
+                code="bad_keep",
+            ) from error
         text = PREFIX + base64.b64encode(secrets.token_bytes(_BYTES)).decode()
         made = WebhookSecret(tenant=tenant, secret=SecretStr(text), created=now)
         with self._file.changing() as records:

@@ -243,11 +243,13 @@ def _send(schedule: Schedule, moment: datetime) -> None:
 
 def _moment(text: str, schedule: Schedule) -> datetime:
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
+        # A run's id has no microseconds, and the same id is the same run.
+        moment = datetime.fromisoformat(text).replace(microsecond=0)
+        if moment.tzinfo is None:
+            return moment_of(moment, ZoneInfo(schedule.time_zone))
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:  # in UTC it may lie outside the years 1 to 9999
         raise InvalidTask(f"--at {text!r} is no date and time; write 2026-11-25T01:30+01:00") from error
-    moment = moment.replace(microsecond=0)  # a run's id has none, and the same id is the same run
-    return moment if moment.tzinfo else moment_of(moment, ZoneInfo(schedule.time_zone))
 
 
 def _check_due(schedule: Schedule, moment: datetime) -> None:

@@ -149,7 +149,7 @@ def run_id_of(name: str, scheduled_at: datetime) -> str:
 def read_schedules(path: Path) -> dict[str, Schedule]:
     """The schedules in a file, by name. Raises SchedulesUnusable, naming each fault by table and key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError as error:
         raise SchedulesUnusable(
             f"there is no file {path}: write one, or say where it is by INFERQ_SCHEDULES_FILE"

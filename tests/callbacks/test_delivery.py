@@ -200,6 +200,17 @@ def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch, setting: str, v
         CallbackSettings.load()
 
 
+@pytest.mark.parametrize("value", ["foo", "10.0.0.1/8", "10.0.0.0/8,foo,bar"])
+def test_what_is_no_network_is_told_in_words_and_once(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("INFERQ_CALLBACK_ALLOWED_NETWORKS", value)
+    with pytest.raises(InstallationError) as raised:
+        CallbackSettings.load()
+    assert raised.value.message == (
+        "INFERQ_CALLBACK_ALLOWED_NETWORKS: give networks such as 10.0.0.0/8 or fd00::/8, separated by "
+        "commas, with no bits set behind the prefix"
+    )
+
+
 def test_a_bad_setting_ends_the_process(caller: Caller) -> None:
     assert caller.start("--check", ready=False, INFERQ_CALLBACK_TIMEOUT="0").wait(20) == 1
     assert "INFERQ_CALLBACK_TIMEOUT" in caller.log.read_text()

@@ -31,6 +31,15 @@ def test_rotation_keeps_the_secret_of_before_valid_for_a_while(secrets: WebhookS
     assert secrets.of("other") == ()
 
 
+@pytest.mark.parametrize("keep", [1e12, float("inf"), float("nan")])
+def test_a_time_that_no_clock_reaches_is_refused_and_nothing_rotated(
+    secrets: WebhookSecrets, keep: float
+) -> None:
+    with pytest.raises(InferqError, match="cannot be kept for"):
+        secrets.rotate("acme", keep=keep)
+    assert secrets.list() == ()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can write another's file")
 def test_what_root_rotates_stays_its_owners(secrets: WebhookSecrets, tmp_path: Path) -> None:
     folder = tmp_path / "some"

@@ -216,6 +216,16 @@ def test_run_says_at_once_that_the_broker_is_away(desk: Desk) -> None:
     assert "cannot be reached" in line
 
 
+@pytest.mark.parametrize(
+    "at", ["0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00", "9999-12-31T23:59:59-14:00", "soon"]
+)
+def test_a_time_that_there_is_not_is_refused_with_words(desk: Desk, at: str) -> None:
+    found = desk.run("nightly", "run", "invoices", "--at", at)
+    assert found.returncode == 1
+    assert f"--at '{at}' is no date and time" in found.stderr
+    assert desk.sent() == []
+
+
 def test_a_run_of_a_time_to_come_is_left_to_beat(desk: Desk) -> None:
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     found = desk.run("nightly", "run", "invoices", "--at", tomorrow.isoformat())

@@ -52,6 +52,10 @@ def test_a_table_is_a_schedule(tmp_path: Path) -> None:
     assert schedule.only_new
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert list(read_schedules(written(tmp_path, "\ufeff" + GOOD))) == ["invoices"]
+
+
 def test_a_run_has_the_same_id_in_whatever_zone_its_time_is_told() -> None:
     moment = datetime.fromisoformat("2026-11-25T01:30:00+01:00")
     assert run_id_of("a", moment) == run_id_of("a", moment.astimezone(UTC)) == "a-20261125T003000Z"
