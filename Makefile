@@ -17,8 +17,9 @@ help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: .make/run | system ## install what running inferq needs, here and in .venv
+	@echo "Ready. Now:  . $(BIN)/activate && inferq up"
 
-demo: .make/run | system ## read two pages with a worker, queue and gateway of its own
+demo: .make/run | system ## start everything, have a task of each type, a callback and a batch done, stop everything
 	@exec $(BIN)/python examples/demo.py
 
 up: .make/run | system ## start everything on this machine; Ctrl-C stops it

@@ -1,4 +1,5 @@
 // Submits a task from Node.js: the three fields, as any program may publish them.
+// In the checkout, since Node.js looks for amqplib in the folders above this file:
 //   npm install amqplib
 //   . .inferq/env && node examples/plain_amqp.mjs https://example.com/page.png
 import { randomUUID } from "node:crypto";
