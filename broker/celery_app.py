@@ -2,24 +2,28 @@
 
 It runs on the same broker as the tasks: quorum queues, confirmed publishes, late acks, and delays by Celery's
 native delayed delivery, whose messages rest in quorum queues of the broker and not in anybody's memory.
-What Celery rejects, such as a job that it does not know, the broker keeps in `inference.unroutable`.
+What is rejected, such as a job that nobody knows here, the broker keeps in `inference.unroutable`.
 https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import ssl
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_type_hints
 from urllib.parse import quote
 
-from celery import Celery
+from celery import Celery, Task
 from celery.worker.consumer import Consumer
 from kombu.entity import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport.pyamqp import SSLTransport
 from pika import PlainCredentials
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from broker.jobs import JobHeaders
 from broker.settings import BrokerSettings
 from broker.topology import JOB_QUEUES, JOBS, job_queue_arguments
 from schemas import InstallationError
@@ -70,12 +74,84 @@ def celery_app(settings: BrokerSettings) -> Celery:
     return app
 
 
+class UnreadableJob(Exception):
+    """The message is no job that this process knows."""
+
+
 class KeepingConsumer(Consumer):  # type: ignore[misc]
-    """Celery's consumer, except that it rejects a message that it cannot decode: Celery's acknowledges it."""
+    """Celery's consumer, except that it rejects whatever is no job of its own: the broker keeps that.
+
+    Celery's acknowledges what it cannot decode, and ends on a message that is not as its own would be.
+    """
+
+    def create_task_handler(self, *args: Any, **more: Any) -> Callable[[Any], None]:
+        handle: Callable[[Any], None] = super().create_task_handler(*args, **more)
+        arguments = {
+            name: _arguments_model(task)
+            for name, task in self.app.tasks.items()
+            if not name.startswith("celery.")
+        }
+
+        def on_message(message: Any) -> None:
+            try:
+                message.headers = read_job(message, arguments).model_dump()
+            except UnreadableJob as error:
+                self._put_aside(message, error)
+            else:
+                handle(message)
+
+        return on_message
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        _log.error("message %r cannot be decoded, the broker keeps it: %s", message.headers.get("id"), exc)
+        self._put_aside(message, exc)
+
+    def _put_aside(self, message: Any, error: Exception) -> None:
+        _log.error("message %r is no job, the broker keeps it: %s", message.headers.get("id"), error)
         message.reject_log_error(_log, self.connection_errors)
+
+
+def read_job(message: Any, arguments: dict[str, type[BaseModel]]) -> JobHeaders:
+    """The headers of kombu's message, if it is one of these jobs with its arguments.
+
+    Raises UnreadableJob, which names what is wrong, and not what stands there: it may be somebody's.
+    """
+    try:
+        headers = JobHeaders.model_validate(message.headers)
+    except ValidationError as error:
+        raise UnreadableJob(f"wrong in its headers: {_places(error)}") from None
+    if headers.task not in arguments:
+        raise UnreadableJob(f"the job {headers.task!r} is not known here")
+    try:
+        body = message.decode()
+    except Exception as error:  # whatever the decoder of a content type that anybody may name raises
+        raise UnreadableJob(f"its body cannot be decoded: {type(error).__name__}") from None
+    match body:
+        case [[], dict(given), dict(embedded)] if not any(embedded.values()):
+            pass
+        case _:
+            raise UnreadableJob("its body is not [[], {argument: value}, {}]")
+    try:
+        arguments[headers.task].model_validate(given)
+    except ValidationError as error:
+        raise UnreadableJob(f"wrong in the arguments of {headers.task}: {_places(error)}") from None
+    return headers
+
+
+def _places(error: ValidationError) -> str:
+    return ", ".join(".".join(map(str, fault["loc"]))[:100] for fault in error.errors()[:3])
+
+
+def _arguments_model(task: Task) -> type[BaseModel]:
+    """A model of a job's keyword arguments, by its signature: what it takes has the types that it says."""
+    parameters = inspect.signature(task.run).parameters.values()
+    hints = get_type_hints(task.run, include_extras=True)
+    named = [one for one in parameters if one.kind is not one.VAR_KEYWORD]
+    fields: dict[str, Any] = {
+        one.name: (hints.get(one.name, Any), ... if one.default is one.empty else one.default)
+        for one in named
+    }
+    config = ConfigDict(extra="forbid" if len(named) == len(parameters) else "allow", strict=True)
+    return create_model(task.name, __config__=config, **fields)
 
 
 class CheckingTransport(SSLTransport):

@@ -11,9 +11,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from broker.messages import Message
 from broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
@@ -60,6 +60,17 @@ def job_message(
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     body = json.dumps([[], dict(arguments), embedded], ensure_ascii=False, separators=(",", ":"))
     return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)
+
+
+class JobHeaders(BaseModel):
+    """What is heeded of a job's headers; Celery would trust all others to be of the right type."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    task: str
+    id: Annotated[str, Field(pattern=r"^[ -~]{1,255}$")]
+    retries: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    ignore_result: bool = True
 
 
 def job_copy(queue: JobQueue, body: bytes, headers: Mapping[str, Any]) -> Message:

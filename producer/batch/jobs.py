@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from celery import Celery, Task
+from pydantic import NonNegativeInt
 
 from broker import ASSEMBLE_JOB, FEED_JOB
 from producer.batch.again import again_unless_done, loaded_once
@@ -13,6 +14,8 @@ from producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
 from producer.batch.start import assemble_message, feed_message
 from producer.batch.surroundings import Surroundings
+from schemas import BatchId
+from schemas.task import Tenant
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +25,15 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
     surroundings = loaded_once(around)
 
     @app.task(name=FEED_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
-    def feed(self: Task, tenant: str, batch_id: str, chain: str, part: int, line: int, offset: int) -> None:
+    def feed(
+        self: Task,
+        tenant: Tenant,
+        batch_id: BatchId,
+        chain: str,
+        part: NonNegativeInt,
+        line: NonNegativeInt,
+        offset: NonNegativeInt,
+    ) -> None:
         here = surroundings()
 
         def once() -> None:
@@ -50,7 +61,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
         again_unless_done(here, f"batch {batch_id}", once)
 
     @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
-    def assemble(self: Task, tenant: str, batch_id: str, error: str | None = None) -> None:
+    def assemble(self: Task, tenant: Tenant, batch_id: BatchId, error: str | None = None) -> None:
         here = surroundings()
 
         def once() -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from broker import job_message
+from broker import connect, job_message
 from consumers.callbacks.settings import CallbackSettings
 from schemas import InstallationError
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
 from tests.certificates import certificate
+from tests.jobs.test_unreadable import put, unreadable
 from tests.worker.conftest import eventually
 
 
@@ -171,6 +172,22 @@ def test_what_is_no_callback_is_put_aside_and_stops_nobody(caller: Caller, recei
     assert caller.site.depth("inference.callbacks") == 0
     assert caller.log.read_text().count("is no callback") == 3
     eventually(lambda: caller.site.depth("inference.unroutable") == 3)
+
+
+def test_whatever_the_queue_of_callbacks_holds_the_process_goes_on(
+    caller: Caller, receiver: Receiver
+) -> None:
+    messages = unreadable("callbacks.deliver")
+    connection = connect(caller.site.broker, name="test")
+    for body, headers, about in messages:
+        put(connection.channel(), "inference.callbacks", body, headers, **about)
+    connection.close()
+    sent = callback(receiver.url)
+    caller.send(sent)
+    caller.start()
+    caller.came_to(sent, "delivered")
+    eventually(lambda: caller.site.depth("inference.unroutable") == len(messages))
+    assert caller.site.depth("inference.callbacks") == 0
 
 
 def test_without_redis_a_callback_is_delivered_all_the_same(caller: Caller, receiver: Receiver) -> None:
