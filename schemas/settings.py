@@ -19,7 +19,7 @@ _EXPECTED = {"ip_v4_network": _NETWORKS, "ip_v6_network": _NETWORKS}
 class Settings(BaseSettings):
     """The base of each room's settings. A subclass names its variables by its fields."""
 
-    model_config = SettingsConfigDict(env_prefix="INFERQ_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="INFERQ_", extra="ignore", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def load(cls, **given: Any) -> Self:

@@ -1,4 +1,4 @@
-"""What all jobs share: their surroundings, loaded once, and how one that cannot go on is done again.
+"""What all jobs share: their surroundings, and how one that cannot go on is done again.
 
 A job sends what comes next first (confirmed), and is acknowledged then. Whatever goes wrong, its message is
 given back after a while: a batch waits for what is away, however long, and is never dropped.
@@ -7,7 +7,6 @@ given back after a while: a batch waits for what is away, however long, and is n
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
 from celery.exceptions import Reject
@@ -21,19 +20,15 @@ _AGAIN_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 
 
-def loaded_once(around: Surroundings | None) -> Callable[[], Surroundings]:
-    """Gives what the environment says, from the first call on; `around` itself where it is given."""
-    lock = threading.Lock()
-    shared: list[Surroundings] = [around] if around is not None else []
+def surroundings_of_jobs() -> Surroundings:
+    """Those that the environment names; their waits end as the process is to end. Raises InstallationError.
 
-    def surroundings() -> Surroundings:
-        with lock:
-            if not shared:
-                shared.append(Surroundings.load())
-                worker_shutting_down.connect(lambda **_: shared[0].stopping.set(), weak=False)
-            return shared[0]
-
-    return surroundings
+    They are loaded before a job comes: with a setting that cannot be read, none could be done.
+    """
+    here = Surroundings.load()
+    here.index, here.store  # noqa: B018 - a URL that cannot be read is to be named now
+    worker_shutting_down.connect(lambda **_: here.stopping.set(), weak=False)
+    return here
 
 
 def again_unless_done(here: Surroundings, what: str, call: Callable[[], object]) -> None:

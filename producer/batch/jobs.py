@@ -8,7 +8,7 @@ from celery import Celery, Task
 from pydantic import NonNegativeInt
 
 from broker import ASSEMBLE_JOB, FEED_JOB
-from producer.batch.again import again_unless_done, loaded_once
+from producer.batch.again import again_unless_done, surroundings_of_jobs
 from producer.batch.assembly import Unfinished, end
 from producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from producer.batch.sources import Cursor
@@ -21,8 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
-    """Add the jobs of batches to an application; `around` defaults to what the environment says."""
-    surroundings = loaded_once(around)
+    """Add the jobs of batches to an application; `around` defaults to what the environment says.
+
+    Raises InstallationError for bad settings.
+    """
+    here = around or surroundings_of_jobs()
 
     @app.task(name=FEED_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(
@@ -34,8 +37,6 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
         line: NonNegativeInt,
         offset: NonNegativeInt,
     ) -> None:
-        here = surroundings()
-
         def once() -> None:
             cursor = Cursor(line, offset)
             match Slice(here, tenant, batch_id, chain=chain, part=part, cursor=cursor).run():
@@ -62,8 +63,6 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
 
     @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: Tenant, batch_id: BatchId, error: str | None = None) -> None:
-        here = surroundings()
-
         def once() -> None:
             batch = here.batches.load(tenant, batch_id)
             if batch is None:

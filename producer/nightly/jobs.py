@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery
 
 from broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
-from producer.batch.again import again_unless_done, loaded_once
+from producer.batch.again import again_unless_done, surroundings_of_jobs
 from producer.batch.lines import SourceUnusable
 from producer.batch.surroundings import Surroundings
 from producer.nightly.night import (
@@ -37,8 +37,11 @@ _log = logging.getLogger(__name__)
 
 
 def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: int = _WATCH_SECONDS) -> None:
-    """Add the jobs of nightly runs to an application; `around` defaults to what the environment says."""
-    surroundings = loaded_once(around)
+    """Add the jobs of nightly runs to an application; `around` defaults to what the environment says.
+
+    Raises InstallationError for bad settings.
+    """
+    here = around or surroundings_of_jobs()
 
     def watch_on(run: Run, since: datetime, seconds: int) -> None:
         arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
@@ -46,7 +49,6 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
     @app.task(name=NIGHT_START_JOB, shared=False)  # type: ignore[untyped-decorator]
     def start(schedule: dict[str, Any], scheduled_at: str) -> None:
-        here = surroundings()
         wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
 
         def once() -> None:
@@ -62,7 +64,6 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
 
     @app.task(name=NIGHT_WATCH_JOB, shared=False)  # type: ignore[untyped-decorator]
     def watch(run: dict[str, Any], since: str) -> None:
-        here = surroundings()
         known, began = Run.model_validate(run), datetime.fromisoformat(since)
 
         def once() -> None:

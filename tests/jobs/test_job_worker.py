@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import ssl
 import subprocess
@@ -161,6 +162,26 @@ def test_a_process_that_feeds_batches_does_not_start_without_a_temporary_directo
     )  # fmt: skip
     assert ended.returncode == status, ended.stderr
     assert ("set TMPDIR" in ended.stderr) == bool(status)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("INFERQ_BATCH_SLICE", "nan"), ("INFERQ_BATCH_SLICE", "-1"), ("INFERQ_BATCH_DOUBT", "inf"),
+        ("INFERQ_BATCH_READERS", "0"), ("INFERQ_BATCH_LEASE", "0"), ("INFERQ_STATUS_RETENTION", "nan"),
+        ("INFERQ_STORE_URL", "nowhere"), ("INFERQ_REDIS_URL", "nowhere"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("check", [["--check"], []])
+def test_a_process_with_a_setting_that_its_jobs_cannot_use_does_not_start(
+    setting: str, value: str, check: list[str]
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "producer.cli", "callbacks", "--queues", "batches", *check],
+        capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | {"INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1", setting: value},
+    )  # fmt: skip
+    assert (ended.returncode, setting in ended.stderr) == (1, True), ended.stderr
 
 
 def test_the_installed_jobs_are_those_of_the_queues() -> None:
