@@ -59,7 +59,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 case Nothing():
                     pass
 
-        again_unless_done(here, f"batch {batch_id}", once)
+        again_unless_done(self, here, f"batch {batch_id}", once)
 
     @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: Tenant, batch_id: BatchId, error: str | None = None) -> None:
@@ -79,4 +79,4 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 chain = f"{AGAIN}{self.request.id}"
                 here.confirm(feed_message(tenant, batch_id, chain=chain, line=line, offset=offset))
 
-        again_unless_done(here, f"batch {batch_id}", once)
+        again_unless_done(self, here, f"batch {batch_id}", once)

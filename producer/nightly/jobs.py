@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 
 from broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
 from producer.batch.again import again_unless_done, surroundings_of_jobs
@@ -47,8 +47,8 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
         arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
         app.tasks[NIGHT_WATCH_JOB].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
 
-    @app.task(name=NIGHT_START_JOB, shared=False)  # type: ignore[untyped-decorator]
-    def start(schedule: dict[str, Any], scheduled_at: str) -> None:
+    @app.task(name=NIGHT_START_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    def start(self: Task, schedule: dict[str, Any], scheduled_at: str) -> None:
         wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
 
         def once() -> None:
@@ -60,10 +60,10 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
             elif not watcher.over:
                 watch_on(run, batch.created_at, min(1, watch_seconds))
 
-        again_unless_done(here, f"run {run_id_of(wanted.name, moment)}", once)
+        again_unless_done(self, here, f"run {run_id_of(wanted.name, moment)}", once)
 
-    @app.task(name=NIGHT_WATCH_JOB, shared=False)  # type: ignore[untyped-decorator]
-    def watch(run: dict[str, Any], since: str) -> None:
+    @app.task(name=NIGHT_WATCH_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    def watch(self: Task, run: dict[str, Any], since: str) -> None:
         known, began = Run.model_validate(run), datetime.fromisoformat(since)
 
         def once() -> None:
@@ -71,7 +71,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
             if goes_on is not None:
                 watch_on(known, goes_on, watch_seconds)
 
-        again_unless_done(here, f"run {known.run_id}", once)
+        again_unless_done(self, here, f"run {known.run_id}", once)
 
 
 class Watcher:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from broker import QUEUE_JOBS, BrokerSettings, JobQueue, connect, job_message, job_topology
+from broker import QUEUE_JOBS, JobQueue, connect, job_message
 from broker.celery_app import celery_app
 from producer.batch import jobs as batch_jobs
 from producer.batch.surroundings import Surroundings
 from producer.nightly import jobs as nightly_jobs
-from producer.settings import BatchSettings
-from storage import StorageSettings
 from tests.celery_worker import working
 from tests.jobs.test_job_worker import wait_for
 
@@ -55,20 +52,6 @@ def unreadable(name: str) -> list[tuple[bytes, dict[str, Any], dict[str, str]]]:
         (good, headers, {"content_type": "application/x-python-serialize", "content_encoding": "binary"}),
         (good, headers, {}),
     ]
-
-
-@pytest.fixture
-def around(fresh_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[Surroundings]:
-    around = Surroundings(
-        BatchSettings(),
-        StorageSettings(redis_url=redis_url, store_url=(tmp_path / "store").as_uri(), store_fsync=False),
-        BrokerSettings(amqp_url=fresh_amqp_url),
-    )
-    connection = connect(around.broker, name="test")
-    job_topology().apply(connection.channel())
-    connection.close()
-    yield around
-    around.close()
 
 
 @pytest.fixture

@@ -1,0 +1,27 @@
+"""What the jobs of batches share, with a real RabbitMQ of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from broker import BrokerSettings, connect, job_topology
+from producer.batch.surroundings import Surroundings
+from producer.settings import BatchSettings
+from storage import StorageSettings
+
+
+@pytest.fixture
+def around(fresh_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[Surroundings]:
+    around = Surroundings(
+        BatchSettings(),
+        StorageSettings(redis_url=redis_url, store_url=(tmp_path / "store").as_uri(), store_fsync=False),
+        BrokerSettings(amqp_url=fresh_amqp_url),
+    )
+    connection = connect(around.broker, name="test")
+    job_topology().apply(connection.channel())
+    connection.close()
+    yield around
+    around.close()
