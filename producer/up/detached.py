@@ -35,7 +35,7 @@ def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[s
     with channel:
         try:
             return _until_ready(channel, process, wish, report)
-        except KeyboardInterrupt:
+        except (InferqError, KeyboardInterrupt):
             channel.close()
             process.wait()
             raise
