@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -23,23 +18,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from producer.batch.checks import check_files, check_lines
 from producer.batch.sources import JSONL_ENDINGS, input_field, is_prefix, line_of
 from producer.cli.arguments import parse_assignments
+from producer.cli.files import files_of, uploaded
 from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
 from producer.client import (
-    ApiError,
     Client,
-    InvalidRequest,
     NotEnded,
     NotFound,
-    Unauthorized,
     Unavailable,
 )
 from producer.transfers import is_batch_url
-from schemas import BatchStatus, InferqError, InvalidTask, Priority, get_type, new_task_id
+from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 
 app = typer.Typer(name="batch", help="Many tasks from one source.", no_args_is_help=True)
 
-_UPLOADS = 8
-"""Files of a folder that are uploaded at a time."""
 _LOOK_SECONDS = 1.0
 _LINE_SECONDS = 10.0
 """Between two lines of progress where nobody watches."""
@@ -148,7 +139,7 @@ def _source(
     field = input_field(given)
     check_files(given)
     unread: set[Path] = set()
-    files = _files(sources, unread)
+    files = files_of(sources, unread)
     first = next(files, None)
     if first is None:
         raise InvalidTask(f"there are no files in {', '.join(sources)}: the batch would be empty")
@@ -158,7 +149,7 @@ def _source(
         made = Path(folder) / "batch.jsonl"
         skipped = 0
         with made.open("wb") as lines:
-            for path, url in _uploaded(client, first, files):
+            for path, url in uploaded(client, first, files):
                 if url is None:
                     skipped += 1
                 else:
@@ -177,134 +168,6 @@ def _check_new(client: Client, batch_id: str) -> None:
             f"this submission, see `inferq batch status {batch_id} --follow`; else choose another --id",
             code="id_conflict",
         )
-
-
-def _files(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
-    """The files of folders (with what lies below them) and globs, each source in the order of its names.
-
-    A file is given once, whatever links and sources lead to it. Folders that cannot be read are told, and
-    added to `unread`.
-    """
-    seen: set[str] = set()
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            found = sorted(_matches(path, ("**",), unread))
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(_matches(Path(), path.parts, unread))
-            if not found:
-                raise InvalidTask(
-                    f"{source!r} is no file, folder or glob of any here", code="input_not_found"
-                )
-        for file in found:
-            real = os.path.realpath(file)
-            if real not in seen and _is_file(file):
-                seen.add(real)
-                yield file
-
-
-def _matches(folder: Path, parts: Sequence[str], unread: set[Path]) -> Iterator[Path]:
-    """What matches the parts of a glob in a folder; `**` follows no links, and at the end is all below.
-
-    The standard library's globs pass over what they cannot read without a word.
-    """
-    part, *rest = parts
-    if not glob.has_magic(part):
-        if rest:
-            yield from _matches(folder / part, rest, unread)
-        elif os.path.lexists(folder / part):
-            yield folder / part
-        return
-    deep = part == "**"
-    if deep and rest:
-        yield from _matches(folder, rest, unread)
-    for entry in _entries(folder, unread):
-        path = folder / entry.name
-        if entry.name.startswith(".") and not part.startswith("."):
-            continue
-        if deep and entry.is_dir(follow_symlinks=False):
-            yield from _matches(path, parts, unread)
-        elif (deep and not rest) or (not deep and fnmatch(entry.name, part)):
-            if rest:
-                yield from _matches(path, rest, unread)
-            else:
-                yield path
-
-
-def _entries(folder: Path, unread: set[Path]) -> Sequence[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):  # a glob tries whatever its first parts match
-        return []
-    except OSError as error:
-        if folder not in unread:
-            unread.add(folder)
-            _tell_skipped(folder, error.strerror or str(error))
-        return []
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # uploading it says what is wrong
-        return True
-
-
-def _uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tuple[Path, str | None]]:
-    """The files with the URLs that their uploads have, in order; some are on their way at a time.
-
-    A file that cannot be uploaded is told, and has None.
-    """
-
-    def begin(path: Path) -> tuple[Path, Future[str]]:
-        return path, threads.submit(_upload, client, path)
-
-    with (
-        ThreadPoolExecutor(_UPLOADS) as threads,
-        Progress(
-            TextColumn("uploading"), TextColumn("{task.completed:.0f} files"), TimeElapsedColumn(),
-            console=errors, transient=True, disable=not errors.is_terminal,
-        ) as bars,
-    ):  # fmt: skip
-        bar = bars.add_task("", total=None)
-        waiting = deque([begin(first)])
-        for path in rest:
-            waiting.append(begin(path))
-            if len(waiting) > 2 * _UPLOADS:
-                yield _url_of(*waiting.popleft())
-                bars.advance(bar)
-        while waiting:
-            yield _url_of(*waiting.popleft())
-            bars.advance(bar)
-
-
-def _upload(client: Client, path: Path) -> str:
-    if path.stat().st_size == 0:
-        raise InvalidTask("the file is empty")
-    return client.upload(path)
-
-
-def _url_of(path: Path, uploading: Future[str]) -> tuple[Path, str | None]:
-    """The file with its URL, or None where it is the file itself that cannot be uploaded."""
-    try:
-        return path, uploading.result()
-    except (InvalidRequest, InvalidTask) as error:
-        reason = error.message
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except Unauthorized:
-        raise  # whatever the file
-    except ApiError as error:
-        raise InferqError(f"{path}: {error.message}", code=error.code) from error
-    _tell_skipped(path, reason)
-    return path, None
-
-
-def _tell_skipped(path: Path, reason: str) -> None:
-    errors.print(f"skipped {path}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> None:

@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from producer.cli.arguments import Given, bundle, parse_assignments
-from producer.cli.batch import _files, _looks
+from producer.cli.batch import _looks
+from producer.cli.files import files_of
 from producer.client import Client, Unavailable
 from schemas import BatchStatus, InputUrl, InvalidTask, Options, Task, TaskType, get_type
 
@@ -112,9 +113,9 @@ def test_hidden_is_what_is_hidden_below_the_folder(tmp_path: Path, monkeypatch: 
         (scans / name).touch()
     monkeypatch.chdir(here)
     for source in (str(scans), "../.data/scans"):
-        assert [path.name for path in _files([source], set())] == ["a.png"]
+        assert [path.name for path in files_of([source], set())] == ["a.png"]
     monkeypatch.chdir(scans)
-    assert [path.name for path in _files(["."], set())] == ["a.png"]
+    assert [path.name for path in files_of(["."], set())] == ["a.png"]
 
 
 def test_a_gateway_that_is_away_is_waited_for_and_told_once(
