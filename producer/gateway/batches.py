@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import json
 import logging
 import secrets
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -19,18 +18,15 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from python_multipart.multipart import parse_options_header
 
 from broker.messages import Message
-from producer.batch.checks import check_files, check_lines
-from producer.batch.lines import defaults_of
-from producer.batch.sources import input_field, is_prefix
 from producer.batch.start import feed_message, start
 from producer.gateway.auth import Tenant
+from producer.gateway.batch_request import JSONL_GOES_AS, check_upload, complete
 from producer.gateway.body import decode_object, pieces, read_object
 from producer.gateway.files import chunks_of, store_upload
-from producer.gateway.problems import Fault, Refused, not_found, refusal_of
+from producer.gateway.problems import Refused, not_found, refusal_of
 from producer.gateway.services import Here, Services
 from schemas import (
     MAX_BODY_BYTES,
-    RUN_ID,
     Batch,
     BatchCounts,
     BatchId,
@@ -41,22 +37,15 @@ from schemas import (
     InferqError,
     InvalidTask,
     Outage,
-    describe_faults,
-    get_type,
-    new_task_id,
 )
 from storage.batch_index import Standing
 from storage.batches import BatchConflict, errors_key, output_key
-from storage.objects import ObjectNotFound
-from storage.results import upload_key
 from storage.status import StatusOutage
 from storage.status_fields import micros, read_cursor, write_cursor
 
 JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
 _ID: TypeAdapter[str] = TypeAdapter(BatchId)
 _PAGE = 200
-_JSONL_GOES_AS = "a JSONL is sent with Content-Type: application/x-ndjson"
-"""Said where a body may be one: curl, for example, calls whatever it sends a form."""
 
 _log = logging.getLogger(__name__)
 
@@ -137,9 +126,9 @@ async def post_batch(
         try:
             said = await read_object(request, limit=MAX_BODY_BYTES, seconds=settings.body_timeout)
         except InvalidTask as error:
-            raise InvalidTask(f"{error.message}; {_JSONL_GOES_AS}", code=error.code) from error
+            raise InvalidTask(f"{error.message}; {JSONL_GOES_AS}", code=error.code) from error
     batch = complete(said, tenant=tenant)
-    await _check_upload(services, batch)
+    await check_upload(services, batch)
     try:
         kept = await services.on_store(
             start, batch, services.batches, _publishing(services, asyncio.get_running_loop())
@@ -162,90 +151,6 @@ def _publishing(services: Services, loop: asyncio.AbstractEventLoop) -> Any:
         asyncio.run_coroutine_threadsafe(sending, loop).result()
 
     return publish
-
-
-def complete(document: dict[str, Any], *, tenant: str, what: str = "the body") -> Batch:
-    """The batch that a request asks for, in `what`. Raises Refused and InvalidTask."""
-    if document.get("tenant", tenant) != tenant:
-        raise Refused(403, "tenant_mismatch", "the API key belongs to another tenant than the batch names")
-    if document.get("schedule") is not None:
-        raise _invalid("schedule", "is set by nightly runs only: leave it out; `metadata` may say the same")
-    stamped = {
-        "batch_id": new_task_id(),
-        **document,
-        "tenant": tenant,
-        "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-    }
-    try:
-        batch = Batch.model_validate_json(_json(stamped, what))
-    except ValidationError as error:
-        lines = [line.partition(": ") for line in describe_faults(error)]
-        if "source" not in document:
-            lines = [
-                (field, sign, f"{detail} ({_JSONL_GOES_AS})" if field == "source" else detail)
-                for field, sign, detail in lines
-            ]
-        faults = tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
-        message = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults)
-        raise Refused(422, "invalid_batch", message, errors=faults) from error
-    if RUN_ID.fullmatch(batch.batch_id):
-        raise _invalid(
-            "batch_id", "has the form of a nightly run's id: choose one that does not end in a time"
-        )
-    _check(batch)
-    return batch
-
-
-def _json(document: dict[str, Any], what: str) -> str:
-    try:
-        return json.dumps(document, allow_nan=False)  # Python reads 1e999, which no JSON can hold
-    except (ValueError, RecursionError) as error:
-        raise InvalidTask(f"{what} is not JSON: {error}", code="not_json") from error
-
-
-def _check(batch: Batch) -> None:
-    """Raises Refused, and InvalidTask for an unknown type, where no line or object could become a task."""
-    for name in (batch.task_type, batch.defaults.get("task_type")):
-        if name is not None:
-            get_type(str(name))
-    given = defaults_of(batch)
-    with _refusing("source"):
-        prefix = is_prefix(batch.source)
-    if not prefix:
-        with _refusing("defaults"):
-            check_lines(given)
-        return
-    with _refusing("task_type"):
-        input_field(given)
-    with _refusing("defaults"):
-        check_files(given)
-
-
-@contextmanager
-def _refusing(field: str) -> Iterator[None]:
-    """What is found wrong in the block is refused in the name of that field of the batch."""
-    try:
-        yield
-    except InvalidTask as error:
-        raise _invalid(field, error.message) from error
-
-
-def _invalid(field: str, detail: str) -> Refused:
-    return Refused(422, "invalid_batch", f"{field}: {detail}", errors=(Fault(field=field, detail=detail),))
-
-
-async def _check_upload(services: Services, batch: Batch) -> None:
-    scheme, _, file_id = batch.source.partition(":")
-    if scheme != "inferq":
-        return
-    try:
-        info = await services.on_store(services.store.stat, upload_key(batch.tenant, file_id))
-    except ObjectNotFound as error:
-        detail = f"there is no uploaded file {batch.source!r}; upload it first (POST /v1/files)"
-        faults = (Fault(field="source", detail=detail),)
-        raise Refused(422, "unknown_file", f"source: {detail}", errors=faults) from error
-    if info.bytes == 0:
-        raise Refused(422, "empty_batch", f"source: {batch.source!r} is empty: it holds no task")
 
 
 @router.get("/batches", response_model=BatchPage, summary="List batches, the newest first")
