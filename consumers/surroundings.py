@@ -107,7 +107,7 @@ class Surroundings:
                 return
             time.sleep(min(left, 0.1))
 
-    def go_on(self) -> None:
+    def unless_stopping(self) -> None:
         """A checkpoint of what nothing depends on. Raises GracePassed where the worker is to stop."""
         if self.stopping:
             raise GracePassed
@@ -160,7 +160,7 @@ class Surroundings:
 
         Raises GracePassed where the worker is to stop while it waits: nothing has begun that would be lost.
         """
-        return self._while_patient(call, self.go_on)
+        return self._while_patient(call, self.unless_stopping)
 
     def report(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index after a run; as `ask`, but a worker that stops leaves it out."""

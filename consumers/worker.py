@@ -260,7 +260,7 @@ class _Hand(threading.Thread):
                 around.sleep(_READY_LOOK_SECONDS)
         else:
             self._seat.restore()
-        around.patiently("object store", around.store.ping, around.go_on)
+        around.patiently("object store", around.store.ping, around.unless_stopping)
         around.tell(around.status.warm_up)  # where Redis is away, the patience with it runs from here
         _rehearse(around.task_type)
         self._consumer.start()
