@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,11 @@ from storage.s3 import s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        # As after `nohup make test &`. Pytest goes on ignoring it; a handler is not handed down to children.
+        signal.signal(_number, lambda *_: None)
 
 # The kernel ends a child when the thread that started it ends, and a test may start one on a short-lived
 # thread: this one lives as long as pytest does.
