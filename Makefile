@@ -46,8 +46,9 @@ lint: .make/lint ## check style, types, the walls between the rooms, and the pub
 	$(BIN)/mypy
 	$(BIN)/mypy examples/sentiment/inferq_sentiment
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.packaging.wheel
 	$(BIN)/hadolint */*/Dockerfile
-	$(BIN)/python -m schemas.publish --check docs/schemas
+	$(BIN)/python -P -m inferq.schemas.publish --check docs/schemas
 
 bench: .make/bench | system ## measure what the queue itself costs
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -56,7 +57,7 @@ image-check: .make/test ## install what each container image installs, and start
 	@$(BIN)/python -m tests.images $(ARGS)
 
 schemas: .make/run ## write the published schemas anew
-	@$(BIN)/python -m schemas.publish docs/schemas
+	@$(BIN)/python -P -m inferq.schemas.publish docs/schemas
 
 clean: ## remove what was built and measured; .venv and the data of `inferq up` stay
 	@rm -rf .make build dist inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \
@@ -74,9 +75,9 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 .make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"
-	$(BIN)/python -m pip install -qq --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -P -m pip install -qq --no-input -c constraints.txt -e '.[$(EXTRAS)]'
 	# mediapipe brings a second OpenCV into the same folder, one that needs a display's libraries.
-	$(BIN)/python -m pip install -qq --no-input -c constraints.txt --no-deps --force-reinstall opencv-python-headless
+	$(BIN)/python -P -m pip install -qq --no-input -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 	touch $@ $(HOLDS)
 
 # An environment of its own: PaddleOCR insists on versions that the rest does not use, and torch is large.

@@ -14,8 +14,8 @@ from typing import Any
 from clock import ClockOutput
 
 from benchmarks.site import Site
-from broker import Publisher, task_message, topology_for
-from schemas import new_task_id, parse_task
+from inferq.broker import Publisher, task_message, topology_for
+from inferq.schemas import new_task_id, parse_task
 
 PAYLOAD = "x" * 100
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.site import Site
-from broker import Publisher, task_message, topology_for
-from consumers.engine import Context, InputFile
-from consumers.engine_child import engine_class
-from schemas import Task, get_type, new_task_id, parse_task
-from storage import upload_key
+from inferq.broker import Publisher, task_message, topology_for
+from inferq.consumers.engine import Context, InputFile
+from inferq.consumers.engine_child import engine_class
+from inferq.schemas import Task, get_type, new_task_id, parse_task
+from inferq.storage import upload_key
 
 PAGES = sorted((Path(__file__).parent.parent / "examples" / "pages").glob("*.png"))
 SENTENCES = (

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from consumers.engine import Context, InputFile
-from consumers.facefusion import FacefusionTask
-from consumers.facefusion.engine import FacefusionEngine
+from inferq.consumers.engine import Context, InputFile
+from inferq.consumers.facefusion import FacefusionTask
+from inferq.consumers.facefusion.engine import FacefusionEngine
 
 _SAMPLES = Path(__file__).parent.parent / "examples" / "portraits"
 _SIZES = ((512, 600), (1000, 750), (4000, 3000))

@@ -18,12 +18,12 @@ import psutil
 import redis
 
 from benchmarks.site import Site, wait_until
-from broker import BrokerSettings, Publisher, connect, topology_for
-from producer.batch.start import start
-from producer.keys import KeyFile
-from producer.up.part import free_ports
-from schemas import Batch, installed_types, new_task_id
-from storage import BatchIndex, BatchStore, StatusIndex, StorageSettings, upload_key
+from inferq.broker import BrokerSettings, Publisher, connect, topology_for
+from inferq.producer.batch.start import start
+from inferq.producer.keys import KeyFile
+from inferq.producer.up.part import free_ports
+from inferq.schemas import Batch, installed_types, new_task_id
+from inferq.storage import BatchIndex, BatchStore, StatusIndex, StorageSettings, upload_key
 
 LINE = b'{"payload":"' + b"x" * 100 + b'"}\n'
 _QUEUE = "inference.echo.normal"
@@ -72,7 +72,17 @@ def feed(ground: Site, lines: int) -> Fed:
     publisher = Publisher(ground.broker(), name="bench", topology=topology_for(installed_types()))
     publisher.start()
     publisher.wait_connected(20)
-    argv = (sys.executable, "-m", "producer.cli", "callbacks", "--queues", "batches", "--threads", "2")
+    argv = (
+        sys.executable,
+        "-P",
+        "-m",
+        "inferq.producer.cli",
+        "callbacks",
+        "--queues",
+        "batches",
+        "--threads",
+        "2",
+    )
     with _gateway(ground) as http, ground.process(*argv) as feeder:
         start(batch, BatchStore(store), lambda message: publisher.publish(message).result())
         stopping = threading.Event()
@@ -136,7 +146,7 @@ def _gateway(ground: Site) -> Iterator[httpx.Client]:
     (port,) = free_ports(1)
     keys = ground.folder / "keys.json"
     key = KeyFile(keys).add("default")
-    argv = (sys.executable, "-m", "producer.cli", "gateway", "--port", str(port))
+    argv = (sys.executable, "-P", "-m", "inferq.producer.cli", "gateway", "--port", str(port))
     with (
         ground.process(*argv, INFERQ_API_KEYS_FILE=str(keys)),
         httpx.Client(

@@ -34,15 +34,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.engines import Work, bare_engine
 from benchmarks.site import wait_until
-from producer.nightly.runs import RunLog
-from producer.up import guard
-from producer.up.part import Part, free_ports
-from producer.up.process import spawn, stop
-from producer.up.rabbitmq import RabbitNode, RabbitPorts
-from producer.up.redis import RedisServer
-from schemas import Night, Outage, Result
-from storage import BatchIndex, BatchStore, ResultStore, StatusIndex, StorageSettings, open_store, output_key
-from storage.s3 import s3_client
+from inferq.producer.nightly.runs import RunLog
+from inferq.producer.up import guard
+from inferq.producer.up.part import Part, free_ports
+from inferq.producer.up.process import spawn, stop
+from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts
+from inferq.producer.up.redis import RedisServer
+from inferq.schemas import Night, Outage, Result
+from inferq.storage import (
+    BatchIndex,
+    BatchStore,
+    ResultStore,
+    StatusIndex,
+    StorageSettings,
+    open_store,
+    output_key,
+)
+from inferq.storage.s3 import s3_client
 
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
@@ -128,7 +136,7 @@ class Ground:
         return done.stdout
 
     def _inferq(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "producer.cli", *arguments]
+        return [sys.executable, "-P", "-m", "inferq.producer.cli", *arguments]
 
     @contextmanager
     def held(self, kind: str) -> Iterator[None]:

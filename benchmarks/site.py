@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker import BrokerSettings
-from producer.up.part import Part, free_ports
-from producer.up.process import spawn, stop
-from producer.up.rabbitmq import RabbitNode, RabbitPorts
-from producer.up.redis import RedisServer
-from storage import ObjectStore, ResultStore, StorageSettings, open_store
+from inferq.broker import BrokerSettings
+from inferq.producer.up.part import Part, free_ports
+from inferq.producer.up.process import spawn, stop
+from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts
+from inferq.producer.up.redis import RedisServer
+from inferq.storage import ObjectStore, ResultStore, StorageSettings, open_store
 
 HERE = Path(__file__).parent
 
@@ -78,7 +78,7 @@ class Site:
     def inferq_worker(
         self, type_name: str, **settings: str
     ) -> AbstractContextManager[subprocess.Popen[bytes]]:
-        argv = (sys.executable, "-m", "producer.cli", "worker", type_name)
+        argv = (sys.executable, "-P", "-m", "inferq.producer.cli", "worker", type_name)
         return self.process(*argv, **settings)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from benchmarks.engines import PAGES, SENTENCES, Work, stored_inputs, task_of
 from benchmarks.site import Site, wait_until
-from broker import Publisher, task_message, topology_for
-from producer.up.part import free_ports
-from schemas import new_task_id
+from inferq.broker import Publisher, task_message, topology_for
+from inferq.producer.up.part import free_ports
+from inferq.schemas import new_task_id
 
 _PORTRAITS = Path(__file__).parent.parent / "examples" / "portraits"
 

@@ -1,10 +1,10 @@
 """How it travels: topology, connection, publisher, consumer, retry levels, dead letters."""
 
-from broker.connection import connect
-from broker.consumer import Consumer
-from broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
-from broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
-from broker.jobs import (
+from inferq.broker.connection import connect
+from inferq.broker.consumer import Consumer
+from inferq.broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
+from inferq.broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
+from inferq.broker.jobs import (
     ASSEMBLE_JOB,
     CALLBACK_JOB,
     FEED_JOB,
@@ -17,7 +17,7 @@ from broker.jobs import (
     job_copy,
     job_message,
 )
-from broker.messages import (
+from inferq.broker.messages import (
     Delivery,
     Message,
     dead_message,
@@ -26,10 +26,10 @@ from broker.messages import (
     retry_message,
     task_message,
 )
-from broker.publisher import Publisher
-from broker.retry import RETRY_LEVELS, backoff, retry_level
-from broker.settings import BrokerSettings
-from broker.topology import (
+from inferq.broker.publisher import Publisher
+from inferq.broker.retry import RETRY_LEVELS, backoff, retry_level
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import (
     JOB_QUEUES,
     Difference,
     JobQueue,
@@ -85,3 +85,6 @@ __all__ = [
     "topology_for",
     "work_queue",
 ]
+
+if __name__ != "inferq.broker":
+    raise ImportError(f"import inferq.broker instead of {__name__}, which would be a second copy of it")

@@ -23,10 +23,10 @@ from kombu.transport.pyamqp import SSLTransport
 from pika import PlainCredentials
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from broker.jobs import JobHeaders
-from broker.settings import BrokerSettings
-from broker.topology import JOB_QUEUES, JOBS, job_queue_arguments
-from schemas import InstallationError
+from inferq.broker.jobs import JobHeaders
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import JOB_QUEUES, JOBS, job_queue_arguments
+from inferq.schemas import InstallationError
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def celery_app(settings: BrokerSettings) -> Celery:
         task_ignore_result=True,
         task_publish_retry=True,
         worker_prefetch_multiplier=1,
-        worker_consumer="broker.celery_app:KeepingConsumer",
+        worker_consumer="inferq.broker.celery_app:KeepingConsumer",
         # They would need queues that are neither durable nor quorum, which RabbitMQ is about to give up.
         worker_enable_remote_control=False,
         worker_send_task_events=False,

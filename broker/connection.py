@@ -22,11 +22,11 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-from broker.errors import BrokerUnavailable
-from broker.retry import backoff
-from broker.settings import BrokerSettings
-from broker.topology import Topology, mismatch
-from schemas import InferqError
+from inferq.broker.errors import BrokerUnavailable
+from inferq.broker.retry import backoff
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import Topology, mismatch
+from inferq.schemas import InferqError
 
 _log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ import pika
 from pika import spec
 from pika.channel import Channel
 
-from broker.connection import BrokerThread
-from broker.messages import Delivery
-from broker.settings import BrokerSettings
-from broker.topology import Topology
+from inferq.broker.connection import BrokerThread
+from inferq.broker.messages import Delivery
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import Topology
 
 _log = logging.getLogger(__name__)
 

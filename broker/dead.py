@@ -19,13 +19,13 @@ from pika.exceptions import (
     UnroutableError,
 )
 
-from broker.connection import connect
-from broker.consumer import delivery_from
-from broker.errors import BrokerUnavailable, Unroutable
-from broker.messages import DEAD_PREFIX, Delivery, named_id, redriven_message
-from broker.settings import BrokerSettings
-from broker.topology import dead_queue
-from schemas import InferqError
+from inferq.broker.connection import connect
+from inferq.broker.consumer import delivery_from
+from inferq.broker.errors import BrokerUnavailable, Unroutable
+from inferq.broker.messages import DEAD_PREFIX, Delivery, named_id, redriven_message
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import dead_queue
+from inferq.schemas import InferqError
 
 
 class NoDeadLetters(InferqError):

@@ -1,16 +1,16 @@
 """What can go wrong between us and RabbitMQ.
 
-schemas.Outage
+inferq.schemas.Outage
 ├── BrokerUnavailable   not connected, or no confirm in time: whether the broker has it is not known
 ├── PublishRejected     the broker refused the message (a queue at its length limit)
 └── Unroutable          no queue is bound for the message's routing key: part of the topology is gone
-schemas.InferqError
+inferq.schemas.InferqError
 └── TopologyMismatch    the broker has a queue or exchange of that name with other arguments
 """
 
 from __future__ import annotations
 
-from schemas import InferqError, Outage
+from inferq.schemas import InferqError, Outage
 
 
 class BrokerUnavailable(Outage):

@@ -1,7 +1,7 @@
 """Light jobs: what Celery carries beside the inference tasks, because it is retried for days, or scheduled.
 
 A job is a Celery message that our own publisher sends: whoever hands one over (a worker, the gateway) gets
-its confirm as for any other message and needs no Celery. `broker.celery_app` makes the application that
+its confirm as for any other message and needs no Celery. `inferq.broker.celery_app` makes the application that
 works on them.
 """
 
@@ -15,15 +15,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from broker.messages import Message
-from broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
-from schemas import Callback, CallbackAttempt
+from inferq.broker.messages import Message
+from inferq.broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
+from inferq.schemas import Callback, CallbackAttempt
 
 JOB_ENTRY_POINTS = "inferq.jobs"
 """The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
 
 CALLBACK_JOB = "callbacks.deliver"
-"""The job that delivers a callback; its argument `callback` is the JSON of a schemas.Callback."""
+"""The job that delivers a callback; its argument `callback` is the JSON of an inferq.schemas.Callback."""
 FEED_JOB = "batches.feed"
 ASSEMBLE_JOB = "batches.assemble"
 NIGHT_START_JOB = "nightly.start"

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pika
 from pika.exceptions import ShortStringTooLong
 
-from broker.topology import DEAD, TASKS, retry_exchange, routing_key
-from schemas import InferqError, Priority, Task
+from inferq.broker.topology import DEAD, TASKS, retry_exchange, routing_key
+from inferq.schemas import InferqError, Priority, Task
 
 ATTEMPT = "x-attempt"
 REDRIVES = "x-redrives"

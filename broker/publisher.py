@@ -19,12 +19,12 @@ from pika import spec
 from pika.channel import Channel
 from pika.exceptions import AMQPError
 
-from broker.connection import BrokerThread
-from broker.errors import BrokerUnavailable, PublishRejected, Unroutable
-from broker.messages import Message
-from broker.settings import BrokerSettings
-from broker.topology import Topology
-from schemas import InvalidTask
+from inferq.broker.connection import BrokerThread
+from inferq.broker.errors import BrokerUnavailable, PublishRejected, Unroutable
+from inferq.broker.messages import Message
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import Topology
+from inferq.schemas import InvalidTask
 
 _WINDOW_LOOK_SECONDS = 0.002
 """How often an asyncio task looks for a place in a full window."""

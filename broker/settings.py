@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import pika
 from pydantic import Field
 
-from schemas import InstallationError, Settings
+from inferq.schemas import InstallationError, Settings
 
 
 class BrokerSettings(Settings):

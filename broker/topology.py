@@ -15,9 +15,9 @@ from pika.adapters.blocking_connection import BlockingChannel, BlockingConnectio
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
-from broker.errors import TopologyMismatch
-from broker.retry import RETRY_LEVELS
-from schemas import PRIORITIES, Priority
+from inferq.broker.errors import TopologyMismatch
+from inferq.broker.retry import RETRY_LEVELS
+from inferq.schemas import PRIORITIES, Priority
 
 TASKS = "inference.tasks"
 DEAD = "inference.dead"

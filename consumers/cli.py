@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from broker import BrokerSettings
-from consumers.settings import WorkerSettings
-from schemas import InstallationError, TaskType, get_type
-from storage import StorageSettings
+from inferq.broker import BrokerSettings
+from inferq.consumers.settings import WorkerSettings
+from inferq.schemas import InstallationError, TaskType, get_type
+from inferq.storage import StorageSettings
 
 app = typer.Typer()
 
@@ -28,7 +28,7 @@ def worker(
     ] = False,
 ) -> None:
     """Take tasks of one type and compute them, until SIGTERM. SIGHUP loads the engine anew."""
-    from consumers.worker import Worker
+    from inferq.consumers.worker import Worker
 
     given = {"lanes": lanes, "slots": slots}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
@@ -53,7 +53,7 @@ def worker(
 
 def _check_engine(task_type: TaskType) -> None:
     """Import the engine, as its own process would. Raises InstallationError."""
-    from consumers.engine_child import engine_class
+    from inferq.consumers.engine_child import engine_class
 
     try:
         engine = engine_class(task_type)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from broker import retry_level
-from schemas import InferqError, InvalidTask, Result, Task
+from inferq.broker import retry_level
+from inferq.schemas import InferqError, InvalidTask, Result, Task
 
 MAX_ENGINE_DEATHS = 3
 """A task that has taken down this many engine processes is poison."""

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, Field
 
-from schemas import EngineInfo, Settings, Task
+from inferq.schemas import EngineInfo, Settings, Task
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -98,13 +98,13 @@ class Context:
 class Engine(ABC, Generic[TaskT]):
     """Computes the tasks of one type.
 
-    Any method may raise schemas.InvalidTask (the input will never work) or schemas.TransientFailure
+    Any method may raise inferq.schemas.InvalidTask (the input will never work) or inferq.schemas.TransientFailure
     (another attempt may). Anything else counts as transient, and is logged with its stack.
     """
 
     @abstractmethod
     def load(self) -> EngineInfo:
-        """Load the model. Raises schemas.InstallationError where what is installed cannot work."""
+        """Load the model. Raises inferq.schemas.InstallationError where what is installed cannot work."""
 
     def warm_up(self) -> None:
         """Run once on made-up input, so that the first real task is no slower than the others."""

@@ -1,6 +1,6 @@
 """The engine process: loads one engine and computes what its worker sends.
 
-It is started as `python -m consumers.engine_child TYPE FD PID`, so nothing of the worker's memory comes
+It is started as `python -m inferq.consumers.engine_child TYPE FD PID`, so nothing of the worker's memory comes
 along, and it does not outlive the worker.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from consumers.engine import Context, Engine, InputFile, TaskAborted
-from consumers.engine_messages import (
+from inferq.consumers.engine import Context, Engine, InputFile, TaskAborted
+from inferq.consumers.engine_messages import (
     INLINE_OUTPUT_BYTES,
     Abort,
     Aborted,
@@ -37,9 +37,9 @@ from consumers.engine_messages import (
     from_worker,
     send,
 )
-from consumers.settings import WorkerSettings
-from consumers.weights import weights_in_use
-from schemas import (
+from inferq.consumers.settings import WorkerSettings
+from inferq.consumers.weights import weights_in_use
+from inferq.schemas import (
     InferqError,
     InstallationError,
     InvalidTask,
@@ -50,7 +50,7 @@ from schemas import (
     get_type,
     parse_task,
 )
-from schemas.result import OUTPUT_ARTIFACT
+from inferq.schemas.result import OUTPUT_ARTIFACT
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def engine_class(task_type: TaskType) -> type[Engine[Any]]:
     module, _, name = task_type.engine.partition(":")
     found = getattr(importlib.import_module(module), name)
     if not (isinstance(found, type) and issubclass(found, Engine)):
-        raise InstallationError(f"{task_type.engine} is not a consumers.engine.Engine")
+        raise InstallationError(f"{task_type.engine} is not an inferq.consumers.engine.Engine")
     return found
 
 

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from schemas import EngineInfo
-from schemas.encoding import to_json
+from inferq.schemas import EngineInfo
+from inferq.schemas.encoding import to_json
 
 INLINE_OUTPUT_BYTES = 256 * 1024
 """The largest output (as JSON) that travels inline; a larger one becomes the artifact `output.json`."""

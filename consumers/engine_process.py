@@ -19,7 +19,7 @@ from typing import Literal
 import psutil
 from pydantic import ByteSize
 
-from consumers.engine_messages import (
+from inferq.consumers.engine_messages import (
     Abort,
     Aborted,
     Done,
@@ -33,7 +33,7 @@ from consumers.engine_messages import (
     from_engine,
     send,
 )
-from schemas import EngineInfo, InstallationError, TransientFailure
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class EngineProcess:
         self.tasks, self.worn, self._next_measure = 0, None, 0.0
         self._prepared, self._answered_at = None, 0.0
         near, far = multiprocessing.Pipe()
-        command = [sys.executable, "-m", "consumers.engine_child", self._type_name]
+        command = [sys.executable, "-P", "-m", "inferq.consumers.engine_child", self._type_name]
         with far:
             self._process = subprocess.Popen(
                 [*command, str(far.fileno()), str(os.getpid())],

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from broker import backoff
-from consumers.engine_process import EngineProcess, MemoryLimits, Wear
-from consumers.surroundings import Surroundings
-from schemas import InstallationError, TransientFailure
+from inferq.broker import backoff
+from inferq.consumers.engine_process import EngineProcess, MemoryLimits, Wear
+from inferq.consumers.surroundings import Surroundings
+from inferq.schemas import InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from consumers.engine_messages import FileNote
-from consumers.engine_process import LOOK_SECONDS, AbortReason, RunAborted
-from consumers.surroundings import Surroundings
-from schemas import Task
+from inferq.consumers.engine_messages import FileNote
+from inferq.consumers.engine_process import LOOK_SECONDS, AbortReason, RunAborted
+from inferq.consumers.surroundings import Surroundings
+from inferq.schemas import Task
 
 
 @dataclass(frozen=True)

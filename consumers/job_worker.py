@@ -14,7 +14,7 @@ from typing import Any
 from celery import Celery, bootsteps, signals
 from pika.exceptions import AMQPConnectionError
 
-from broker import (
+from inferq.broker import (
     JOB_ENTRY_POINTS,
     QUEUE_JOBS,
     BrokerSettings,
@@ -24,11 +24,11 @@ from broker import (
     connect,
     job_topology,
 )
-from broker.celery_app import celery_app
-from consumers.job_process import REGISTRY
-from consumers.probes import ProbeServer, Readiness
-from consumers.settings import ProbeSettings
-from schemas import InstallationError
+from inferq.broker.celery_app import celery_app
+from inferq.consumers.job_process import REGISTRY
+from inferq.consumers.probes import ProbeServer, Readiness
+from inferq.consumers.settings import ProbeSettings
+from inferq.schemas import InstallationError
 
 _log = logging.getLogger(__name__)
 

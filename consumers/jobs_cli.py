@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from broker import JOB_QUEUES, BrokerSettings, JobQueue
-from consumers.callbacks.settings import CallbackSettings  # noqa: F401 - `inferq settings` lists what is loaded
-from consumers.settings import ProbeSettings
-from schemas import InstallationError
+from inferq.broker import JOB_QUEUES, BrokerSettings, JobQueue
+from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401 - `inferq settings` lists what is loaded
+from inferq.consumers.settings import ProbeSettings
+from inferq.schemas import InstallationError
 
 app = typer.Typer()
 
@@ -32,7 +32,7 @@ def callbacks(
     ] = False,
 ) -> None:
     """Deliver callbacks and feed batches, until SIGTERM."""
-    from consumers.job_worker import application, check_jobs, work
+    from inferq.consumers.job_worker import application, check_jobs, work
 
     chosen = _chosen(queues)
     broker, probes = BrokerSettings.load(), ProbeSettings.load()

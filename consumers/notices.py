@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from broker import Message, Publisher, callback_message
-from schemas import (
+from inferq.broker import Message, Publisher, callback_message
+from inferq.schemas import (
     CallbackEvent,
     CallbackUrl,
     Event,

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from consumers.sniff import Kind, sniff
-from schemas import InvalidTask
+from inferq.consumers.sniff import Kind, sniff
+from inferq.schemas import InvalidTask
 
 RgbImage = NDArray[np.uint8]
 """An upright picture: `(height, width, 3) uint8`, RGB."""

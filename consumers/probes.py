@@ -11,7 +11,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from schemas import InstallationError
+from inferq.schemas import InstallationError
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from consumers.engine_messages import Done, FileNote
-from schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
-from storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
+from inferq.consumers.engine_messages import Done, FileNote
+from inferq.schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
+from inferq.storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
 
 _FORM = 2
 """Stands in each key, so that another way to make keys or entries never finds the old ones."""

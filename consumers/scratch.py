@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from schemas import InstallationError, Outage
+from inferq.schemas import InstallationError, Outage
 
 _PREFIX = "inferq-scratch-"
 _LOCK = ".lock"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import NoDecode
 
-from schemas import PRIORITIES, Priority, Settings
+from inferq.schemas import PRIORITIES, Priority, Settings
 
 
 class ProbeSettings(Settings):

@@ -6,7 +6,7 @@ import re
 from enum import Enum
 from pathlib import Path
 
-from schemas import InvalidTask
+from inferq.schemas import InvalidTask
 
 _HEAD = 1024
 """Bytes that are looked at. A PDF's header may come this late (ISO 32000-1, annex H.3.4.1)."""

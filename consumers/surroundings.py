@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from broker import Publisher, backoff
-from consumers.metrics import WorkerMetrics
-from consumers.result_cache import ResultCache
-from consumers.scratch import ScratchFolder
-from consumers.settings import WorkerSettings
-from schemas import Outage, TaskType
-from storage import Fetcher, ObjectStore, ResultStore, StatusIndex
+from inferq.broker import Publisher, backoff
+from inferq.consumers.metrics import WorkerMetrics
+from inferq.consumers.result_cache import ResultCache
+from inferq.consumers.scratch import ScratchFolder
+from inferq.consumers.settings import WorkerSettings
+from inferq.schemas import Outage, TaskType
+from inferq.storage import Fetcher, ObjectStore, ResultStore, StatusIndex
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
-from consumers.decision import (
+from inferq.broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
+from inferq.consumers.decision import (
     Bury,
     Cancel,
     Expire,
@@ -30,13 +30,13 @@ from consumers.decision import (
     before_run,
     id_conflict,
 )
-from consumers.engine_messages import Done, Failed, FileNote
-from consumers.engine_process import LOOK_SECONDS, AbortReason, EngineDied, RunAborted, Watch
-from consumers.engine_seat import EngineSeat, NotBegun, Turn
-from consumers.inputs import Inputs, fetch_inputs
-from consumers.notices import Notices, legible_url
-from consumers.surroundings import GracePassed, Surroundings
-from schemas import (
+from inferq.consumers.engine_messages import Done, Failed, FileNote
+from inferq.consumers.engine_process import LOOK_SECONDS, AbortReason, EngineDied, RunAborted, Watch
+from inferq.consumers.engine_seat import EngineSeat, NotBegun, Turn
+from inferq.consumers.inputs import Inputs, fetch_inputs
+from inferq.consumers.notices import Notices, legible_url
+from inferq.consumers.surroundings import GracePassed, Surroundings
+from inferq.schemas import (
     Artifact,
     ErrorInfo,
     InferqError,
@@ -49,7 +49,7 @@ from schemas import (
     TransientFailure,
     parse_task,
 )
-from storage import UnreadableResult
+from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
 

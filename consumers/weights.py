@@ -1,6 +1,6 @@
 """Weights: fetched once into a cache that processes share, checked before every load.
 
-The manifest (consumers.weights_manifest) says what there is and what each file has to be.
+The manifest (inferq.consumers.weights_manifest) says what there is and what each file has to be.
 
     <cache>/<name>/<version>/           the files, complete
     <cache>/<name>/<version>.partial/   what has been fetched so far
@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field
 
-from consumers.weights_manifest import (
+from inferq.consumers.weights_manifest import (
     Manifest,
     Weights,
     WeightsFile,
@@ -33,7 +33,7 @@ from consumers.weights_manifest import (
     check_signature,
     read_manifest,
 )
-from schemas import Settings, TransientFailure
+from inferq.schemas import Settings, TransientFailure
 
 _CHUNK_BYTES = 1 << 20
 _CONNECT_SECONDS = 30.0
@@ -309,8 +309,8 @@ class WeightsCache:
         if scheme == "s3":
             from botocore.exceptions import BotoCoreError, ClientError
 
-            from storage.s3 import s3_client
-            from storage.settings import StorageSettings
+            from inferq.storage.s3 import s3_client
+            from inferq.storage.settings import StorageSettings
 
             parameters["client"] = s3_client(StorageSettings.load().s3_endpoint_url)
             errors += (BotoCoreError, ClientError)

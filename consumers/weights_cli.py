@@ -13,8 +13,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from consumers.weights import WeightsCache, WeightsSettings
-from consumers.weights_manifest import WeightsRefused, describe, read_manifest, sign
+from inferq.consumers.weights import WeightsCache, WeightsSettings
+from inferq.consumers.weights_manifest import WeightsRefused, describe, read_manifest, sign
 
 app = typer.Typer()
 weights = typer.Typer(no_args_is_help=True)

@@ -33,8 +33,8 @@ from pydantic import (
     ValidationError,
 )
 
-from schemas import InstallationError, describe_faults
-from storage.objects import BadObjectKey, check_key
+from inferq.schemas import InstallationError, describe_faults
+from inferq.storage.objects import BadObjectKey, check_key
 
 WeightsName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 

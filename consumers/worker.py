@@ -14,18 +14,18 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal
 
-from broker import BrokerSettings, Consumer, Delivery, Publisher, topology_for, work_queue
-from consumers.device_memory import DeviceMemory
-from consumers.engine_process import RunAborted
-from consumers.engine_seat import EngineSeat
-from consumers.metrics import WorkerMetrics
-from consumers.probes import ProbeServer, Readiness
-from consumers.result_cache import ResultCache
-from consumers.scratch import ScratchFolder
-from consumers.settings import WorkerSettings
-from consumers.surroundings import GracePassed, Surroundings
-from consumers.task_run import TaskRun
-from schemas import (
+from inferq.broker import BrokerSettings, Consumer, Delivery, Publisher, topology_for, work_queue
+from inferq.consumers.device_memory import DeviceMemory
+from inferq.consumers.engine_process import RunAborted
+from inferq.consumers.engine_seat import EngineSeat
+from inferq.consumers.metrics import WorkerMetrics
+from inferq.consumers.probes import ProbeServer, Readiness
+from inferq.consumers.result_cache import ResultCache
+from inferq.consumers.scratch import ScratchFolder
+from inferq.consumers.settings import WorkerSettings
+from inferq.consumers.surroundings import GracePassed, Surroundings
+from inferq.consumers.task_run import TaskRun
+from inferq.schemas import (
     Event,
     InferqError,
     InstallationError,
@@ -35,7 +35,7 @@ from schemas import (
     TaskType,
     parse_task,
 )
-from storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
+from inferq.storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
 

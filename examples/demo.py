@@ -44,15 +44,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from producer.client import Client
-from producer.listen import Heard, Listener
-from producer.up.detached import while_up
-from producer.up.foreground import Wish
-from producer.up.part import port_free
-from producer.up.plan import TENANT
-from producer.up.supervisor import Report
-from schemas import InferqError, Result
-from storage import WebhookSecrets
+from inferq import Client
+from inferq.producer.listen import Heard, Listener
+from inferq.producer.up.detached import while_up
+from inferq.producer.up.foreground import Wish
+from inferq.producer.up.part import port_free
+from inferq.producer.up.plan import TENANT
+from inferq.producer.up.supervisor import Report
+from inferq.schemas import InferqError, Result
+from inferq.storage import WebhookSecrets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "examples" / "pages"

@@ -7,7 +7,7 @@
 
 Errors:
 
-    schemas.InferqError
+    inferq.schemas.InferqError
     └── ApiError              the gateway's problem: `status`, `code`, `title`, `detail`, `errors`
         ├── InvalidRequest    400, 413, 422: what was sent is wrong
         ├── Unauthorized      401, 403: no key, an unknown one, or another tenant's
@@ -38,7 +38,7 @@ import httpx
 from anyio import to_thread
 from pydantic import JsonValue
 
-from producer.flows import (
+from inferq.producer.flows import (
     ApiError,
     Conflict,
     Flow,
@@ -59,9 +59,9 @@ from producer.flows import (
     parsed,
     task_body,
 )
-from producer.settings import ClientSettings
-from producer.transfers import CHUNK_BYTES, Source, Upload, is_batch_url, opened, target, whole_file
-from schemas import (
+from inferq.producer.settings import ClientSettings
+from inferq.producer.transfers import CHUNK_BYTES, Source, Upload, is_batch_url, opened, target, whole_file
+from inferq.schemas import (
     BatchStatus,
     CallbackEvent,
     CallbackRecord,

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from schemas import (
+from inferq.schemas import (
     END_STATES,
     BatchStatus,
     CallbackEvent,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from schemas import InferqError
-from schemas.task import Tenant
-from storage.record_file import RecordFile
+from inferq.schemas import InferqError
+from inferq.schemas.task import Tenant
+from inferq.storage.record_file import RecordFile
 
 _PREFIX = "iq_"
 _KEY_BYTES = 32

@@ -12,7 +12,7 @@ from typing import Any
 from standardwebhooks import Webhook, WebhookVerificationError
 from standardwebhooks.webhooks import EmptyWebhookSecretError
 
-from schemas import InferqError, InstallationError
+from inferq.schemas import InferqError, InstallationError
 
 _MAX_BYTES = 1 << 20
 _IDLE_SECONDS = 30

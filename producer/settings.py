@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, SecretStr
 
-from schemas import Settings
+from inferq.schemas import Settings
 
 
 class GatewaySettings(Settings):

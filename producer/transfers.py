@@ -14,7 +14,7 @@ from typing import IO, Any, BinaryIO, TypeGuard
 
 import httpx
 
-from schemas.batch import SOURCE_SCHEMES
+from inferq.schemas.batch import SOURCE_SCHEMES
 
 CHUNK_BYTES = 1 << 20
 

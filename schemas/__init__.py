@@ -1,6 +1,6 @@
 """What travels: the task, its result, its status and events, and the installed task types."""
 
-from schemas.batch import (
+from inferq.schemas.batch import (
     BATCH_END_STATES,
     DEFAULT_IN_FLIGHT,
     RUN_ID,
@@ -16,7 +16,7 @@ from schemas.batch import (
     CountsNow,
     ScheduleName,
 )
-from schemas.callback import (
+from inferq.schemas.callback import (
     MAX_CALLBACK_BYTES,
     Callback,
     CallbackAttempt,
@@ -28,11 +28,11 @@ from schemas.callback import (
     end_callback,
     task_callback,
 )
-from schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
-from schemas.night import Night, NightEvent
-from schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
-from schemas.settings import Settings
-from schemas.status import (
+from inferq.schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
+from inferq.schemas.night import Night, NightEvent
+from inferq.schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
+from inferq.schemas.settings import Settings
+from inferq.schemas.status import (
     END_STATES,
     EVENT_OF_STATE,
     Event,
@@ -42,7 +42,7 @@ from schemas.status import (
     TaskStatus,
     sequence_of,
 )
-from schemas.task import (
+from inferq.schemas.task import (
     INPUT_SCHEMES,
     MAX_BODY_BYTES,
     PRIORITIES,
@@ -56,8 +56,16 @@ from schemas.task import (
     input_fields,
     new_task_id,
 )
-from schemas.types import TaskType, always, describe_faults, get_type, installed_types, never, parse_task
-from schemas.window import TimeZoneName, Window, time_zone
+from inferq.schemas.types import (
+    TaskType,
+    always,
+    describe_faults,
+    get_type,
+    installed_types,
+    never,
+    parse_task,
+)
+from inferq.schemas.window import TimeZoneName, Window, time_zone
 
 __all__ = [
     "BATCH_END_STATES",
@@ -129,3 +137,6 @@ __all__ = [
     "task_callback",
     "time_zone",
 ]
+
+if __name__ != "inferq.schemas":
+    raise ImportError(f"import inferq.schemas instead of {__name__}, which would be a second copy of it")

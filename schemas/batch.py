@@ -15,8 +15,8 @@ from pydantic import (
     field_validator,
 )
 
-from schemas.task import CallbackUrl, Priority, Tenant, TypeName
-from schemas.window import Window
+from inferq.schemas.task import CallbackUrl, Priority, Tenant, TypeName
+from inferq.schemas.window import Window
 
 DEFAULT_IN_FLIGHT = 1000
 

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from schemas.batch import BatchSummary
-from schemas.encoding import to_json
-from schemas.result import Result
-from schemas.status import Event, Truncated
-from schemas.task import HttpText, TaskId, Tenant
+from inferq.schemas.batch import BatchSummary
+from inferq.schemas.encoding import to_json
+from inferq.schemas.result import Result
+from inferq.schemas.status import Event, Truncated
+from inferq.schemas.task import HttpText, TaskId, Tenant
 
 MAX_CALLBACK_BYTES = 20_000
 """The size in bytes that a callback's body stays below, as the Standard Webhooks advise."""

@@ -7,7 +7,7 @@ import json
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
-from schemas.result import Result
+from inferq.schemas.result import Result
 
 _NO_OUTPUT = b'"output":null'
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from schemas.batch import BatchEndState
+from inferq.schemas.batch import BatchEndState
 
 
 class Night(BaseModel):

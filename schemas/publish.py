@@ -1,6 +1,6 @@
 """Writes what travels as documents for other languages: JSON Schema for each type, and AsyncAPI 3.
 
-`python -m schemas.publish FOLDER` writes them, with `--check` it only tells whether they are stale. The types
+`python -m inferq.schemas.publish FOLDER` writes them, with `--check` it only tells whether they are stale. The types
 are those that inferq itself brings; with `--all`, every installed plug-in's too.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from schemas.batch import Batch, BatchEvent, BatchStatus
-from schemas.night import NightEvent
-from schemas.result import Result
-from schemas.status import Event, TaskStatus
-from schemas.task import MAX_BODY_BYTES, PRIORITIES
-from schemas.types import TaskType, installed_types
+from inferq.schemas.batch import Batch, BatchEvent, BatchStatus
+from inferq.schemas.night import NightEvent
+from inferq.schemas.result import Result
+from inferq.schemas.status import Event, TaskStatus
+from inferq.schemas.task import MAX_BODY_BYTES, PRIORITIES
+from inferq.schemas.types import TaskType, installed_types
 
 DISTRIBUTION = "inferq"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
-from schemas.errors import InferqError, InvalidTask
-from schemas.task import Task, TaskId, Tenant, TypeName
+from inferq.schemas.errors import InferqError, InvalidTask
+from inferq.schemas.task import Task, TaskId, Tenant, TypeName
 
 EndState = Literal["succeeded", "failed", "cancelled"]
 

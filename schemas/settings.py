@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from schemas.errors import InstallationError
+from inferq.schemas.errors import InstallationError
 
 _NETWORKS = (
     "give networks such as 10.0.0.0/8 or fd00::/8, separated by commas, with no bits set behind the prefix"

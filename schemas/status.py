@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
-from schemas.result import OUTPUT_ARTIFACT, ErrorInfo, Result
-from schemas.task import Priority
+from inferq.schemas.result import OUTPUT_ARTIFACT, ErrorInfo, Result
+from inferq.schemas.task import Priority
 
 State = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
 END_STATES: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})

@@ -21,8 +21,8 @@ from pydantic import (
     field_validator,
 )
 
-from schemas.errors import InvalidTask
-from schemas.http_url import parse_http_url
+from inferq.schemas.errors import InvalidTask
+from inferq.schemas.http_url import parse_http_url
 
 MAX_BODY_BYTES = 64 * 1024
 """The largest task body; anything larger goes by reference (an input URL)."""

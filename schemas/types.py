@@ -17,9 +17,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from schemas.errors import InstallationError, InvalidTask
-from schemas.settings import Settings
-from schemas.task import INPUT_SCHEMES, MAX_BODY_BYTES, Task
+from inferq.schemas.errors import InstallationError, InvalidTask
+from inferq.schemas.settings import Settings
+from inferq.schemas.task import INPUT_SCHEMES, MAX_BODY_BYTES, Task
 
 ENTRY_POINT_GROUP = "inferq.engines"
 
@@ -95,7 +95,7 @@ def installed_types() -> Mapping[str, TaskType]:
 def _load(point: EntryPoint) -> TaskType:
     task_type = point.load()
     if not isinstance(task_type, TaskType):
-        raise InstallationError(f"{point.value} is not a schemas.TaskType but {task_type!r}")
+        raise InstallationError(f"{point.value} is not an inferq.schemas.TaskType but {task_type!r}")
     if task_type.name != point.name:
         raise InstallationError(f"the entry point says {point.name!r}, the type itself {task_type.name!r}")
     return replace(task_type, distribution=point.dist.name if point.dist else "")

@@ -1,8 +1,8 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
-from storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
-from storage.batch_index import BatchIndex, IndexLost, LeaseLost, Lull, Standing, Step
-from storage.batches import (
+from inferq.storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
+from inferq.storage.batch_index import BatchIndex, IndexLost, LeaseLost, Lull, Standing, Step
+from inferq.storage.batches import (
     BatchConflict,
     BatchSource,
     BatchStore,
@@ -11,10 +11,10 @@ from storage.batches import (
     input_key,
     output_key,
 )
-from storage.callbacks import CallbackRecords
-from storage.fetch import Fetched, Fetcher, ScratchUnavailable
-from storage.local import LocalStore
-from storage.objects import (
+from inferq.storage.callbacks import CallbackRecords
+from inferq.storage.fetch import Fetched, Fetcher, ScratchUnavailable
+from inferq.storage.local import LocalStore
+from inferq.storage.objects import (
     BadObjectKey,
     ObjectInfo,
     ObjectNotFound,
@@ -22,10 +22,10 @@ from storage.objects import (
     StoreOutage,
     open_store,
 )
-from storage.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
-from storage.settings import StorageSettings
-from storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
-from storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
+from inferq.storage.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
+from inferq.storage.settings import StorageSettings
+from inferq.storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
+from inferq.storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
 
 __all__ = [
     "AddressPolicy",
@@ -70,3 +70,6 @@ __all__ = [
     "output_key",
     "upload_key",
 ]
+
+if __name__ != "inferq.storage":
+    raise ImportError(f"import inferq.storage instead of {__name__}, which would be a second copy of it")

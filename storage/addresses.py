@@ -19,8 +19,8 @@ from typing import Any
 
 import httpcore
 
-from schemas import InvalidTask
-from storage.settings import Network
+from inferq.schemas import InvalidTask
+from inferq.storage.settings import Network
 
 _log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import redis
 
-from schemas import BatchCounts, BatchState, EndState
-from schemas.encoding import clean
-from storage import batch_scripts as scripts
-from storage.status import StatusIndex
-from storage.status_fields import micros
+from inferq.schemas import BatchCounts, BatchState, EndState
+from inferq.schemas.encoding import clean
+from inferq.storage import batch_scripts as scripts
+from inferq.storage.status import StatusIndex
+from inferq.storage.status_fields import micros
 
 Taking = Literal["taken", "held", "outdated", "another"]
 """What became of an attempt to take a batch's lease: `held` by somebody, perhaps a dead one; `outdated`, as a

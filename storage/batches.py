@@ -18,10 +18,10 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from schemas import Batch, BatchSummary, InferqError
-from schemas.encoding import to_json
-from storage.objects import ObjectNotFound, ObjectStore
-from storage.results import segment
+from inferq.schemas import Batch, BatchSummary, InferqError
+from inferq.schemas.encoding import to_json
+from inferq.storage.objects import ObjectNotFound, ObjectStore
+from inferq.storage.results import segment
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -15,11 +15,11 @@ from typing import Any
 import redis
 from pydantic import ValidationError
 
-from schemas import Callback, CallbackRecord, SubjectKind
-from schemas.encoding import to_json
-from storage.objects import ObjectNotFound, ObjectStore
-from storage.results import segment
-from storage.status import StatusIndex
+from inferq.schemas import Callback, CallbackRecord, SubjectKind
+from inferq.schemas.encoding import to_json
+from inferq.storage.objects import ObjectNotFound, ObjectStore
+from inferq.storage.results import segment
+from inferq.storage.status import StatusIndex
 
 MAX_LISTED = 500
 """The most failures that one listing holds."""

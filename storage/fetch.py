@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
 
-from schemas import InvalidTask, TransientFailure
-from storage.addresses import Resolver, system_resolver
-from storage.fetch_http import HttpSource
-from storage.fetch_url import read_data_url, redacted, split_s3_url
-from storage.objects import DEFAULT_TYPE, ObjectNotFound, ObjectStore, StoreOutage, clean_type
-from storage.results import upload_key
-from storage.settings import StorageSettings
+from inferq.schemas import InvalidTask, TransientFailure
+from inferq.storage.addresses import Resolver, system_resolver
+from inferq.storage.fetch_http import HttpSource
+from inferq.storage.fetch_url import read_data_url, redacted, split_s3_url
+from inferq.storage.objects import DEFAULT_TYPE, ObjectNotFound, ObjectStore, StoreOutage, clean_type
+from inferq.storage.results import upload_key
+from inferq.storage.settings import StorageSettings
 
 
 class ScratchUnavailable(TransientFailure):
@@ -145,7 +145,10 @@ class Fetcher:
                 "results and uploads are not to be had by their s3: URL; upload the file, or copy it",
                 code="input_refused",
             )
-        from storage.s3 import S3Refused, open_object  # boto3 takes long to import: only who uses it pays
+        from inferq.storage.s3 import (  # boto3 takes long to import: only who uses it pays
+            S3Refused,
+            open_object,
+        )
 
         try:
             found, chunks = open_object(self._settings.s3_endpoint_url, bucket, key)

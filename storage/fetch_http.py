@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import httpcore
 
-from schemas import InvalidTask, TransientFailure
-from schemas.http_url import HttpUrl, parse_http_url
-from storage.addresses import AddressPolicy, Resolver
-from storage.fetch_url import redacted, redirect_url
-from storage.http_pool import HttpPool, header_of
-from storage.settings import Network
+from inferq.schemas import InvalidTask, TransientFailure
+from inferq.schemas.http_url import HttpUrl, parse_http_url
+from inferq.storage.addresses import AddressPolicy, Resolver
+from inferq.storage.fetch_url import redacted, redirect_url
+from inferq.storage.http_pool import HttpPool, header_of
+from inferq.storage.settings import Network
 
 MAX_REDIRECTS = 5
 

@@ -7,7 +7,7 @@ import binascii
 import re
 from urllib.parse import unquote_to_bytes, urljoin
 
-from schemas import InvalidTask
+from inferq.schemas import InvalidTask
 
 S3_BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 """The names of buckets, as a pattern; case does not count."""

@@ -10,8 +10,8 @@ from functools import cached_property
 import certifi
 import httpcore
 
-from schemas.http_url import HttpUrl
-from storage.addresses import AddressPolicy, GuardedBackend, Resolver, system_resolver
+from inferq.schemas.http_url import HttpUrl
+from inferq.storage.addresses import AddressPolicy, GuardedBackend, Resolver, system_resolver
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 30.0

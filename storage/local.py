@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
 
-from schemas import InstallationError
-from storage.objects import (
+from inferq.schemas import InstallationError
+from inferq.storage.objects import (
     CHUNK_BYTES,
     DEFAULT_TYPE,
     MAX_SIGNED_SECONDS,

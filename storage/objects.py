@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from schemas import InferqError, InstallationError, Outage
-from storage.settings import StorageSettings
+from inferq.schemas import InferqError, InstallationError, Outage
+from inferq.storage.settings import StorageSettings
 
 CHUNK_BYTES = 1 << 20
 Pieces = Generator[bytes, None, None]
@@ -184,11 +184,11 @@ def open_store(settings: StorageSettings) -> ObjectStore:
                 f"INFERQ_STORE_URL {settings.store_url!r} has no absolute path: write file:///folder",
                 code="bad_store_url",
             )
-        from storage.local import LocalStore
+        from inferq.storage.local import LocalStore
 
         return LocalStore(Path(unquote(url.path)), api_url=settings.api_url, fsync=settings.store_fsync)
     if url.scheme == "s3" and url.netloc and not (url.query or url.fragment or "@" in url.netloc):
-        from storage.s3 import S3Store  # boto3 takes long to import: only who uses it pays
+        from inferq.storage.s3 import S3Store  # boto3 takes long to import: only who uses it pays
 
         return S3Store(url.netloc, unquote(url.path), endpoint_url=settings.s3_endpoint_url)
     raise InstallationError(

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from schemas import InstallationError
+from inferq.schemas import InstallationError
 
 R = TypeVar("R", bound=BaseModel)
 

@@ -3,7 +3,7 @@
     tasks/<tenant>/<task_id>/result.json                  a success: the first writer wins
     tasks/<tenant>/<task_id>/failure.json                 a failure, until a success stands beside it
     tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
-    tasks/<tenant>/<task_id>/callbacks/<id>.json          a callback that was given up (storage.callbacks)
+    tasks/<tenant>/<task_id>/callbacks/<id>.json          a callback that was given up (inferq.storage.callbacks)
     files/<tenant>/<file_id>                              an uploaded input
     cache/<tenant>/<key>.json                             which task has the result of work done before
 
@@ -23,10 +23,10 @@ from urllib.parse import quote, unquote
 
 from pydantic import JsonValue, ValidationError
 
-from schemas import Artifact, InferqError, InvalidTask, Result
-from schemas.encoding import result_json
-from schemas.result import OUTPUT_ARTIFACT
-from storage.objects import ObjectNotFound, ObjectStore
+from inferq.schemas import Artifact, InferqError, InvalidTask, Result
+from inferq.schemas.encoding import result_json
+from inferq.schemas.result import OUTPUT_ARTIFACT
+from inferq.storage.objects import ObjectNotFound, ObjectStore
 
 _RESULT = "result.json"
 _FAILURE = "failure.json"

@@ -19,7 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from storage.objects import (
+from inferq.storage.objects import (
     CHUNK_BYTES,
     DEFAULT_TYPE,
     MAX_SIGNED_SECONDS,

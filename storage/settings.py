@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from schemas import Settings
+from inferq.schemas import Settings
 
 Network = IPv4Network | IPv6Network
 

@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
-from schemas import (
+from inferq.schemas import (
     ErrorInfo,
     Event,
     InstallationError,
@@ -32,11 +32,11 @@ from schemas import (
     Task,
     TaskStatus,
 )
-from schemas.encoding import clean, to_json
-from storage import status_scripts as scripts
-from storage.batch_scripts import batch_key
-from storage.settings import StorageSettings
-from storage.status_fields import (
+from inferq.schemas.encoding import clean, to_json
+from inferq.storage import status_scripts as scripts
+from inferq.storage.batch_scripts import batch_key
+from inferq.storage.settings import StorageSettings
+from inferq.storage.status_fields import (
     as_text,
     batch_place,
     event_json,
@@ -139,7 +139,7 @@ class StatusIndex:
 
     @staticmethod
     def channel(tenant: str, task_id: str) -> str:
-        """The pub/sub channel that carries a task's events, each the JSON of a schemas.Event."""
+        """The pub/sub channel that carries a task's events, each the JSON of an inferq.schemas.Event."""
         return f"inferq:events:{tenant}:{task_id}"
 
     def submit(self, task: Task, *, attempt: int = 1) -> Submission:

@@ -8,7 +8,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from schemas import (
+from inferq.schemas import (
     ErrorInfo,
     Event,
     EventData,
@@ -19,7 +19,7 @@ from schemas import (
     TaskStatus,
     sequence_of,
 )
-from schemas.encoding import to_json
+from inferq.schemas.encoding import to_json
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")

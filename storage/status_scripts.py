@@ -13,12 +13,12 @@ The order number is redrives * 1e6 + attempt * 10 + rank; an end counts as past 
 a success as past everything.
 
 A task that says its line in a batch has a hash only while it runs or waits for a retry: queued it is one of
-the batch's fed lines, ended one of the succeeded, failed or cancelled ones (see storage.batch_scripts).
+the batch's fed lines, ended one of the succeeded, failed or cancelled ones (see inferq.storage.batch_scripts).
 """
 
 from __future__ import annotations
 
-from storage import batch_scripts
+from inferq.storage import batch_scripts
 
 
 def record_key(tenant: str, task_id: str) -> str:
@@ -218,7 +218,7 @@ redis.call('HSET', key, 'g', fraction, 'n', note)
 redis.call('EXPIRE', key, retention)
 local data = {task_id = id, task_type = ty, tenant = tenant, state = 'running', attempt = tonumber(attempt),
   progress = tonumber(fraction), batch_id = batch or nil}
--- As schemas.sequence_of has it.
+-- As inferq.schemas.sequence_of has it.
 local attempts = math.min(tonumber(redrives or 0), 1e6) * 1000 + math.min(tonumber(attempt), 998)
 data.sequence = attempts * 10000 + 1 + math.floor(tonumber(fraction) * 9996)
 if note ~= '' then data.note = note end

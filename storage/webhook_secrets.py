@@ -25,9 +25,9 @@ from pydantic import (
     field_validator,
 )
 
-from schemas import InferqError, Settings
-from schemas.task import Tenant
-from storage.record_file import RecordFile
+from inferq.schemas import InferqError, Settings
+from inferq.schemas.task import Tenant
+from inferq.storage.record_file import RecordFile
 
 PREFIX = "whsec_"
 KEEP_SECONDS = 86400.0

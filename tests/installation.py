@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from producer.cli.main import main
-from producer.keys import KeyFile
-from producer.up.part import free_ports
+from inferq.producer.cli.main import main
+from inferq.producer.keys import KeyFile
+from inferq.producer.up.part import free_ports
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import eventually
 
@@ -26,7 +26,7 @@ def inferq(
 ) -> subprocess.CompletedProcess[str]:
     """The command line, run as a person runs it."""
     return subprocess.run(
-        [sys.executable, "-m", "producer.cli", *arguments],
+        [sys.executable, "-P", "-m", "inferq.producer.cli", *arguments],
         env=env, capture_output=True, text=True, check=False, timeout=60, input=stdin,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def installation(
         for command, probe in zip(commands, ports, strict=True):
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "producer.cli", *command],
+                    [sys.executable, "-P", "-m", "inferq.producer.cli", *command],
                     env=env | {"INFERQ_PROBE_PORT": str(probe)},
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

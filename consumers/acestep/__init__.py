@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from consumers.acestep.settings import AceStepSettings
-from schemas import Options, Task, TaskType
+from inferq.consumers.acestep.settings import AceStepSettings
+from inferq.schemas import Options, Task, TaskType
 
 AudioFormat = Literal["wav", "flac", "mp3"]
 
@@ -79,7 +79,7 @@ task_type = TaskType(
     name="acestep",
     task=AceStepTask,
     output=AceStepOutput,
-    engine="consumers.acestep.engine:AceStepEngine",
+    engine="inferq.consumers.acestep.engine:AceStepEngine",
     arguments=("prompt",),
     # Ten minutes of music take a GPU well under a minute, a CPU far longer than anybody waits.
     time_limit=1800.0,

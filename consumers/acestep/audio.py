@@ -10,9 +10,9 @@ from typing import Any, Self
 import numpy as np
 import soundfile
 
-from consumers.acestep import AudioFormat
-from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio
-from schemas import TransientFailure
+from inferq.consumers.acestep import AudioFormat
+from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio
+from inferq.schemas import TransientFailure
 
 CONTENT_TYPES = MappingProxyType({"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"})
 

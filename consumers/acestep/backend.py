@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.acestep import AceStepTask
-from consumers.engine import Context
-from schemas import EngineInfo
+from inferq.consumers.acestep import AceStepTask
+from inferq.engine import Context
+from inferq.schemas import EngineInfo
 
 SAMPLE_RATE = 48_000
 """Frames a second. A frame is one sample of each channel."""
@@ -32,7 +32,7 @@ class Backend(Protocol):
         """The music in blocks of any size, `frames_of(task.duration)` frames in all, below full scale.
 
         The same task and seed give the same sound. Reports progress, and stops where it is asked to.
-        Raises schemas.TransientFailure where what was computed is no sound.
+        Raises inferq.schemas.TransientFailure where what was computed is no sound.
         """
 
 

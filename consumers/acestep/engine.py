@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from consumers.acestep import AceStepOutput, AceStepTask
-from consumers.acestep.audio import CONTENT_TYPES, AudioFile
-from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Backend, frames_of
-from consumers.acestep.settings import AceStepSettings
-from consumers.acestep.waveform import Waveform
-from consumers.engine import Context, Engine
-from consumers.weights import model_folder
-from schemas import EngineInfo, InstallationError, TransientFailure
+from inferq.consumers.acestep import AceStepOutput, AceStepTask
+from inferq.consumers.acestep.audio import CONTENT_TYPES, AudioFile
+from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Backend, frames_of
+from inferq.consumers.acestep.settings import AceStepSettings
+from inferq.consumers.acestep.waveform import Waveform
+from inferq.consumers.weights import model_folder
+from inferq.engine import Context, Engine
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 
 class AceStepEngine(Engine[AceStepTask]):
@@ -78,7 +78,7 @@ def load_backend(settings: AceStepSettings) -> Backend:
     its place.
     """
     if settings.acestep_backend == "diffusers":
-        from consumers.acestep.pipeline import DiffusersBackend
+        from inferq.consumers.acestep.pipeline import DiffusersBackend
 
         return DiffusersBackend(
             model_dir=settings.acestep_model_dir and model_folder(settings.acestep_model_dir),
@@ -92,6 +92,6 @@ def load_backend(settings: AceStepSettings) -> Backend:
             "INFERQ_ACESTEP_BACKEND=diffusers, or INFERQ_DEVICE=cpu for this worker",
             code="device_unavailable",
         )
-    from consumers.acestep.preview import PreviewBackend
+    from inferq.consumers.acestep.preview import PreviewBackend
 
     return PreviewBackend()

@@ -10,8 +10,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.acestep.backend import SAMPLE_RATE, Audio
-from consumers.acestep.voices import Wave, render
+from inferq.consumers.acestep.backend import SAMPLE_RATE, Audio
+from inferq.consumers.acestep.voices import Wave, render
 
 BLOCK = 1 << 16
 """Frames in a block: 1.4 s. With the room's echo it fills a Fourier transform of 2^17."""

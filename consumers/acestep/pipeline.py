@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from consumers.acestep import AceStepTask
-from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio, frames_of
-from consumers.engine import Context
-from schemas import EngineInfo, InstallationError, TransientFailure
+from inferq.consumers.acestep import AceStepTask
+from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio, frames_of
+from inferq.engine import Context
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 _TURBO_STEPS, _STEPS = 8, 50
 _GUIDANCE = 7.0

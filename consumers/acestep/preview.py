@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from consumers.acestep import AceStepTask
-from consumers.acestep.backend import SAMPLE_RATE, Audio, frames_of
-from consumers.acestep.mixer import mix
-from consumers.acestep.plan import read_prompt
-from consumers.acestep.score import write_score
-from consumers.engine import Context
-from schemas import EngineInfo
+from inferq.consumers.acestep import AceStepTask
+from inferq.consumers.acestep.backend import SAMPLE_RATE, Audio, frames_of
+from inferq.consumers.acestep.mixer import mix
+from inferq.consumers.acestep.plan import read_prompt
+from inferq.consumers.acestep.score import write_score
+from inferq.engine import Context
+from inferq.schemas import EngineInfo
 
 _LONGEST_FADE = 4.0
 """Seconds in which the end dies away."""

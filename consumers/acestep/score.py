@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from consumers.acestep.backend import SAMPLE_RATE
-from consumers.acestep.mixer import Note
-from consumers.acestep.plan import Plan
+from inferq.consumers.acestep.backend import SAMPLE_RATE
+from inferq.consumers.acestep.mixer import Note
+from inferq.consumers.acestep.plan import Plan
 
 _MAJOR, _MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
 _PHRASE = 4

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.acestep.backend import SAMPLE_RATE
+from inferq.consumers.acestep.backend import SAMPLE_RATE
 
 Wave = NDArray[np.float32]
 """One channel: `(frames,) float32`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio
+from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio
 
 _COLUMNS = 1200
 _LANE = 180

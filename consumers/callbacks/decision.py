@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 
-from schemas import CallbackAttempt
+from inferq.schemas import CallbackAttempt
 
 MAX_RETRY_AFTER = 86400.0
 """Seconds that a receiver may ask us to stay away, at most; longer than that is taken for this."""

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
-from broker import Message, callback_message, delayed
-from consumers.callbacks.decision import (
+from inferq.broker import Message, callback_message, delayed
+from inferq.consumers.callbacks.decision import (
     JITTER,
     MAX_RETRY_AFTER,
     Again,
@@ -20,11 +20,11 @@ from consumers.callbacks.decision import (
     GivenUp,
     after_attempt,
 )
-from consumers.callbacks.metrics import CallbackMetrics
-from consumers.callbacks.sending import Sender, Sent
-from consumers.callbacks.settings import CallbackSettings
-from schemas import Callback, CallbackAttempt, CallbackRecord, CallbackState, InferqError, Outage
-from storage import CallbackRecords, WebhookSecrets
+from inferq.consumers.callbacks.metrics import CallbackMetrics
+from inferq.consumers.callbacks.sending import Sender, Sent
+from inferq.consumers.callbacks.settings import CallbackSettings
+from inferq.schemas import Callback, CallbackAttempt, CallbackRecord, CallbackState, InferqError, Outage
+from inferq.storage import CallbackRecords, WebhookSecrets
 
 _log = logging.getLogger(__name__)
 

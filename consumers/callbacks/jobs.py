@@ -17,16 +17,25 @@ from celery.exceptions import Reject
 from celery.worker.strategy import default as celery_strategy
 from pydantic import ValidationError
 
-from broker import CALLBACK_JOB, BrokerSettings, Message, Publisher, backoff, delayed, job_copy, job_topology
-from consumers.callbacks.delivery import Delivery, Job
-from consumers.callbacks.metrics import CallbackMetrics
-from consumers.callbacks.sending import Sender
-from consumers.callbacks.settings import CallbackSettings
-from consumers.callbacks.targets import Target, Targets
-from consumers.job_process import REGISTRY
-from schemas import InvalidTask, Outage
-from schemas.http_url import parse_http_url
-from storage import (
+from inferq.broker import (
+    CALLBACK_JOB,
+    BrokerSettings,
+    Message,
+    Publisher,
+    backoff,
+    delayed,
+    job_copy,
+    job_topology,
+)
+from inferq.consumers.callbacks.delivery import Delivery, Job
+from inferq.consumers.callbacks.metrics import CallbackMetrics
+from inferq.consumers.callbacks.sending import Sender
+from inferq.consumers.callbacks.settings import CallbackSettings
+from inferq.consumers.callbacks.targets import Target, Targets
+from inferq.consumers.job_process import REGISTRY
+from inferq.schemas import InvalidTask, Outage
+from inferq.schemas.http_url import parse_http_url
+from inferq.storage import (
     CallbackRecords,
     StatusIndex,
     StorageSettings,

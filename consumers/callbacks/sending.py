@@ -12,12 +12,12 @@ from importlib.metadata import version
 import httpcore
 from standardwebhooks import Webhook
 
-from consumers.callbacks.decision import retry_after_seconds
-from consumers.callbacks.settings import CallbackSettings
-from schemas import Callback, CallbackAttempt, InvalidTask
-from schemas.http_url import HttpUrl, parse_http_url
-from storage.addresses import AddressPolicy, Resolver, system_resolver
-from storage.http_pool import HttpPool, header_of
+from inferq.consumers.callbacks.decision import retry_after_seconds
+from inferq.consumers.callbacks.settings import CallbackSettings
+from inferq.schemas import Callback, CallbackAttempt, InvalidTask
+from inferq.schemas.http_url import HttpUrl, parse_http_url
+from inferq.storage.addresses import AddressPolicy, Resolver, system_resolver
+from inferq.storage.http_pool import HttpPool, header_of
 
 _RESPONSE_BYTES = 1024
 _ERROR_CHARACTERS = 300

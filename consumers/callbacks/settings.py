@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from schemas import Settings
-from storage.settings import Network
+from inferq.schemas import Settings
+from inferq.storage.settings import Network
 
 SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 36000.0)
 """Seconds from one attempt to the next, as the Standard Webhooks propose; the first is made at once."""

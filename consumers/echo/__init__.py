@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
-from schemas import Task, TaskType
+from inferq.schemas import Task, TaskType
 
 
 class EchoTask(Task):
@@ -27,7 +27,7 @@ task_type = TaskType(
     name="echo",
     task=EchoTask,
     output=EchoOutput,
-    engine="consumers.echo.engine:EchoEngine",
+    engine="inferq.consumers.echo.engine:EchoEngine",
     arguments=("payload",),
     summary="returns its payload",
 )

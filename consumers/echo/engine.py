@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from consumers.echo import EchoOutput, EchoTask
-from consumers.engine import Context, Engine
-from schemas import EngineInfo
+from inferq.consumers.echo import EchoOutput, EchoTask
+from inferq.engine import Context, Engine
+from inferq.schemas import EngineInfo
 
 _STEP = 0.05
 """Seconds between two looks at whether to stop."""

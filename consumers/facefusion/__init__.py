@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from consumers.facefusion.settings import FacefusionSettings
-from schemas import InputUrl, Options, Task, TaskType, always
+from inferq.consumers.facefusion.settings import FacefusionSettings
+from inferq.schemas import InputUrl, Options, Task, TaskType, always
 
 FaceChoice = Literal["largest", "all"] | Annotated[int, Field(strict=True, ge=0, lt=1000)]
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -80,7 +80,7 @@ task_type = TaskType(
     name="facefusion",
     task=FacefusionTask,
     output=FacefusionOutput,
-    engine="consumers.facefusion.engine:FacefusionEngine",
+    engine="inferq.consumers.facefusion.engine:FacefusionEngine",
     arguments=("source_url", "target_url"),
     time_limit=600,
     summary="puts the face of one picture onto another",

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from consumers.engine import Context
-from consumers.facefusion import FaceChoice, FoundFace
-from consumers.pictures import RgbImage
-from schemas import EngineInfo, InvalidTask
+from inferq.consumers.facefusion import FaceChoice, FoundFace
+from inferq.consumers.pictures import RgbImage
+from inferq.engine import Context
+from inferq.schemas import EngineInfo, InvalidTask
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Backend(Protocol):
     def swap(self, source: RgbImage, target: RgbImage, face: FaceChoice, context: Context) -> Swap:
         """The target with the source's largest face in place of those chosen.
 
-        Raises schemas.InvalidTask (`no_face_found`, and `refused` by a content filter),
-        schemas.TransientFailure, and consumers.engine.TaskAborted once the run is to stop.
+        Raises inferq.schemas.InvalidTask (`no_face_found`, and `refused` by a content filter),
+        inferq.schemas.TransientFailure, and inferq.consumers.engine.TaskAborted once the run is to stop.
         """
 
     def close(self) -> None:

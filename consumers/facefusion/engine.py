@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from consumers.engine import Context, Engine
-from consumers.facefusion import FacefusionOptions, FacefusionOutput, FacefusionTask, PictureFormat
-from consumers.facefusion.backend import Backend
-from consumers.facefusion.settings import FacefusionSettings
-from consumers.pictures import Picture, PixelLimit, RgbImage, open_picture
-from schemas import EngineInfo, InstallationError, InvalidTask
+from inferq.consumers.facefusion import FacefusionOptions, FacefusionOutput, FacefusionTask, PictureFormat
+from inferq.consumers.facefusion.backend import Backend
+from inferq.consumers.facefusion.settings import FacefusionSettings
+from inferq.consumers.pictures import Picture, PixelLimit, RgbImage, open_picture
+from inferq.engine import Context, Engine
+from inferq.schemas import EngineInfo, InstallationError, InvalidTask
 
 _FILES: dict[PictureFormat, tuple[str, str]] = {
     "png": ("output.png", "image/png"),
@@ -99,7 +99,7 @@ def load_backend(settings: FacefusionSettings) -> Backend:
     Raises InstallationError where what it needs is not there: never another in its place.
     """
     if settings.facefusion_backend == "facefusion":
-        from consumers.facefusion.headless import HeadlessBackend
+        from inferq.consumers.facefusion.headless import HeadlessBackend
 
         return HeadlessBackend(
             home=settings.facefusion_home,
@@ -113,7 +113,7 @@ def load_backend(settings: FacefusionSettings) -> Backend:
             code="device_unavailable",
         )
     try:
-        from consumers.facefusion.preview import PreviewBackend
+        from inferq.consumers.facefusion.preview import PreviewBackend
 
         return PreviewBackend()
     except ImportError as error:

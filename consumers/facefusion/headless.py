@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from consumers.engine import Context
-from consumers.facefusion import FaceChoice, warden
-from consumers.facefusion.backend import Swap, no_face_found
-from consumers.pictures import PixelLimit, RgbImage, open_picture
-from schemas import EngineInfo, InferqError, InstallationError, InvalidTask, TransientFailure
+from inferq.consumers.facefusion import FaceChoice, warden
+from inferq.consumers.facefusion.backend import Swap, no_face_found
+from inferq.consumers.pictures import PixelLimit, RgbImage, open_picture
+from inferq.engine import Context
+from inferq.schemas import EngineInfo, InferqError, InstallationError, InvalidTask, TransientFailure
 
 _LOOK_SECONDS = 0.1
 """How often a run is asked whether to stop."""

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.pictures import RgbImage
-from schemas import InstallationError
+from inferq.consumers.pictures import RgbImage
+from inferq.schemas import InstallationError
 
 Points = NDArray[np.float32]
 

@@ -8,14 +8,14 @@ from importlib.metadata import version
 import cv2
 import numpy as np
 
-from consumers.engine import Context
-from consumers.facefusion import FaceChoice, FoundFace
-from consumers.facefusion.backend import Swap, no_face_found
-from consumers.facefusion.blend import blend
-from consumers.facefusion.landmarks import Face, FaceFinder, mesh_edges
-from consumers.facefusion.warp import triangulate, warp
-from consumers.pictures import RgbImage
-from schemas import EngineInfo
+from inferq.consumers.facefusion import FaceChoice, FoundFace
+from inferq.consumers.facefusion.backend import Swap, no_face_found
+from inferq.consumers.facefusion.blend import blend
+from inferq.consumers.facefusion.landmarks import Face, FaceFinder, mesh_edges
+from inferq.consumers.facefusion.warp import triangulate, warp
+from inferq.consumers.pictures import RgbImage
+from inferq.engine import Context
+from inferq.schemas import EngineInfo
 
 _MARGIN = 0.1
 """How far beyond a face's box its surroundings are looked at, as a part of its size."""

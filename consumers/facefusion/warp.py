@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.facefusion.landmarks import Points
-from consumers.pictures import RgbImage
+from inferq.consumers.facefusion.landmarks import Points
+from inferq.consumers.pictures import RgbImage
 
 Triangles = NDArray[np.int32]
 

@@ -14,9 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from consumers.ner.folding import fold, says_something
-from consumers.ner.settings import NerSettings
-from schemas import InputUrl, Options, Task, TaskType, always
+from inferq.consumers.ner.folding import fold, says_something
+from inferq.consumers.ner.settings import NerSettings
+from inferq.schemas import InputUrl, Options, Task, TaskType, always
 
 MAX_TEXTS = 1000
 """The most texts in one task."""
@@ -144,7 +144,7 @@ task_type = TaskType(
     name="ner",
     task=NerTask,
     output=NerOutput,
-    engine="consumers.ner.engine:NerEngine",
+    engine="inferq.consumers.ner.engine:NerEngine",
     arguments=("text",),
     summary="finds people, places, organisations and times in Chinese text",
     cacheable=always,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from schemas import EngineInfo
+from inferq.schemas import EngineInfo
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from consumers.engine import Context, Engine
-from consumers.ner import Entity, NerOutput, NerTask, TextEntities
-from consumers.ner.backend import Backend, Span
-from consumers.ner.segments import segments
-from consumers.ner.settings import NerSettings
-from consumers.ner.terms import Dictionary
-from consumers.ner.texts import check_length, read_text
-from consumers.weights import model_folder
-from schemas import EngineInfo, InstallationError
+from inferq.consumers.ner import Entity, NerOutput, NerTask, TextEntities
+from inferq.consumers.ner.backend import Backend, Span
+from inferq.consumers.ner.segments import segments
+from inferq.consumers.ner.settings import NerSettings
+from inferq.consumers.ner.terms import Dictionary
+from inferq.consumers.ner.texts import check_length, read_text
+from inferq.consumers.weights import model_folder
+from inferq.engine import Context, Engine
+from inferq.schemas import EngineInfo, InstallationError
 
 _BATCH_CHARACTERS = 8192
 """The most characters in one batch: memory grows with it, and a run can be stopped between two batches."""
@@ -119,7 +119,7 @@ def load_backend(settings: NerSettings) -> Backend:
     if settings.ner_device == "cpu" or (settings.ner_device == "gpu" and device == "cpu"):
         device = settings.ner_device
     if settings.ner_backend == "paddlenlp":
-        from consumers.ner.taskflow import TaskflowBackend
+        from inferq.consumers.ner.taskflow import TaskflowBackend
 
         return TaskflowBackend(
             mode=settings.ner_mode,
@@ -134,7 +134,7 @@ def load_backend(settings: NerSettings) -> Backend:
             "INFERQ_NER_BACKEND=paddlenlp, or INFERQ_NER_DEVICE=cpu",
             code="device_unavailable",
         )
-    from consumers.ner.lac import LacBackend
+    from inferq.consumers.ner.lac import LacBackend
 
     return LacBackend()
 

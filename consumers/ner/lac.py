@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from consumers.ner.backend import LAC_TYPES, Span
-from consumers.ner.bigru_crf import BiGru, BiGruCrf, Crf, Floats, Ids
-from consumers.ner.folding import FOLDS, fold
-from schemas import EngineInfo, InstallationError
+from inferq.consumers.ner.backend import LAC_TYPES, Span
+from inferq.consumers.ner.bigru_crf import BiGru, BiGruCrf, Crf, Floats, Ids
+from inferq.consumers.ner.folding import FOLDS, fold
+from inferq.schemas import EngineInfo, InstallationError
 
 _SHA256 = "009d57bdbd84a46349a179cebbafcf434f84135229dbc21fa855e94a87a9f7dd"
 """Of the model's files in jieba 0.42.1: each one's name, a zero byte, its content, in the names' order."""

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from consumers.ner.backend import LAC_TYPES, Span
-from schemas import EngineInfo, InstallationError
+from inferq.consumers.ner.backend import LAC_TYPES, Span
+from inferq.schemas import EngineInfo, InstallationError
 
 _WORDTAG_TYPES = {
     "人物类": "PER",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from consumers.ner.backend import Span
-from consumers.ner.folding import fold
+from inferq.consumers.ner.backend import Span
+from inferq.consumers.ner.folding import fold
 
 
 class Dictionary:

@@ -6,8 +6,8 @@ import codecs
 import re
 from pathlib import Path
 
-from consumers.ner.folding import says_something
-from schemas import InvalidTask
+from inferq.consumers.ner.folding import says_something
+from inferq.schemas import InvalidTask
 
 _MOST_BYTES = 4
 """That UTF-8 needs for a character."""

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from consumers.ocr.selection import check_selection
-from consumers.ocr.settings import OcrSettings
-from schemas import InputUrl, Options, Task, TaskType, always
+from inferq.consumers.ocr.selection import check_selection
+from inferq.consumers.ocr.settings import OcrSettings
+from inferq.schemas import InputUrl, Options, Task, TaskType, always
 
 PageSelection = Annotated[
     str,
@@ -82,7 +82,7 @@ task_type = TaskType(
     name="ocr",
     task=OcrTask,
     output=OcrOutput,
-    engine="consumers.ocr.engine:OcrEngine",
+    engine="inferq.consumers.ocr.engine:OcrEngine",
     arguments=("image_url",),
     summary="reads the text on pictures and documents",
     cacheable=always,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from consumers.ocr import Line
-from consumers.ocr.backend import RgbPage
+from inferq.consumers.ocr import Line
+from inferq.consumers.ocr.backend import RgbPage
 
 _BOX = (226, 38, 77)
 _START = (20, 120, 220)

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.ocr import Box, Line
-from consumers.pictures import RgbImage
-from schemas import EngineInfo, TransientFailure
+from inferq.consumers.ocr import Box, Line
+from inferq.consumers.pictures import RgbImage
+from inferq.schemas import EngineInfo, TransientFailure
 
 RgbPage = RgbImage
 """An upright page."""
@@ -36,7 +36,7 @@ class Backend(Protocol):
     def read(self, page: RgbPage) -> list[Line]:
         """The lines on a page, in any order; boxes in pixels of `page`.
 
-        Raises schemas.TransientFailure (`out_of_memory`) where the GPU's memory does not suffice now.
+        Raises inferq.schemas.TransientFailure (`out_of_memory`) where the GPU's memory does not suffice now.
         """
 
 

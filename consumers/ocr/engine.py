@@ -7,16 +7,16 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from consumers.engine import Context, Engine
-from consumers.ocr import OcrOptions, OcrOutput, OcrTask, Page
-from consumers.ocr.annotate import artifact_name, draw_boxes
-from consumers.ocr.backend import Backend, RgbPage
-from consumers.ocr.images import Document, Limits, open_document
-from consumers.ocr.layout import reading_order
-from consumers.ocr.selection import select_pages
-from consumers.ocr.settings import OcrSettings
-from consumers.weights import model_folder
-from schemas import EngineInfo, InvalidTask
+from inferq.consumers.ocr import OcrOptions, OcrOutput, OcrTask, Page
+from inferq.consumers.ocr.annotate import artifact_name, draw_boxes
+from inferq.consumers.ocr.backend import Backend, RgbPage
+from inferq.consumers.ocr.images import Document, Limits, open_document
+from inferq.consumers.ocr.layout import reading_order
+from inferq.consumers.ocr.selection import select_pages
+from inferq.consumers.ocr.settings import OcrSettings
+from inferq.consumers.weights import model_folder
+from inferq.engine import Context, Engine
+from inferq.schemas import EngineInfo, InvalidTask
 
 
 class OcrEngine(Engine[OcrTask]):
@@ -91,7 +91,7 @@ def load_backend(settings: OcrSettings) -> Backend:
     """
     threads = settings.ocr_threads or len(os.sched_getaffinity(0))
     if settings.ocr_backend == "paddleocr":
-        from consumers.ocr.paddle import PaddleBackend
+        from inferq.consumers.ocr.paddle import PaddleBackend
 
         return PaddleBackend(
             device=settings.device,
@@ -100,7 +100,7 @@ def load_backend(settings: OcrSettings) -> Backend:
             model_dir=settings.ocr_model_dir and model_folder(settings.ocr_model_dir),
             detect_megapixels=settings.ocr_detect_megapixels,
         )
-    from consumers.ocr.rapid import RapidBackend
+    from inferq.consumers.ocr.rapid import RapidBackend
 
     device = settings.device
     if settings.ocr_device == "cpu" or (settings.ocr_device == "gpu" and device == "cpu"):

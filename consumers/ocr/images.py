@@ -11,10 +11,10 @@ import numpy as np
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
-from consumers.ocr.backend import RgbPage
-from consumers.pictures import LONGEST_SIDE, Picture, PixelLimit
-from consumers.sniff import Kind, sniff
-from schemas import InvalidTask
+from inferq.consumers.ocr.backend import RgbPage
+from inferq.consumers.pictures import LONGEST_SIDE, Picture, PixelLimit
+from inferq.consumers.sniff import Kind, sniff
+from inferq.schemas import InvalidTask
 
 _PDF_UNITS_PER_INCH = 72
 

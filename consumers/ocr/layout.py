@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from consumers.ocr import Line
+from inferq.consumers.ocr import Line
 
 _SPANNING = 0.55
 """A line wider than this share of the text is not part of a column."""

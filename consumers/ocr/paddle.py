@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from consumers.ocr import Line
-from consumers.ocr.backend import (
+from inferq.consumers.ocr import Line
+from inferq.consumers.ocr.backend import (
     RgbPage,
     as_box,
     bgr,
@@ -26,7 +26,7 @@ from consumers.ocr.backend import (
     pad,
     turn,
 )
-from schemas import EngineInfo, InstallationError
+from inferq.schemas import EngineInfo, InstallationError
 
 _ROLES = {"_det": "text_detection", "_rec": "text_recognition", "_textline_ori": "textline_orientation"}
 """How the names of PaddleOCR's models end → what its parameters call them."""

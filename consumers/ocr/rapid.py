@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.ocr import Line
-from consumers.ocr.backend import (
+from inferq.consumers.ocr import Line
+from inferq.consumers.ocr.backend import (
     TALL,
     RgbPage,
     as_box,
@@ -28,7 +28,7 @@ from consumers.ocr.backend import (
     ratio,
     turn,
 )
-from schemas import EngineInfo, InstallationError
+from inferq.schemas import EngineInfo, InstallationError
 
 _SINGLE_CHARACTER = 3.0
 """Up to this ratio a tall box may as well be one narrow character that stands upright."""

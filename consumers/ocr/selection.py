@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from schemas import InvalidTask
+from inferq.schemas import InvalidTask
 
 
 def check_selection(selection: str) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from consumers.engine import EngineSettings
+from inferq.engine import EngineSettings
 
 
 class OcrSettings(EngineSettings):

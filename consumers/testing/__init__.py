@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from consumers.testing.bench import Bench, ContractBroken, Run, Sample, Subject
-from consumers.testing.checks import CHECKS, Check
+from inferq.consumers.testing.bench import Bench, ContractBroken, Run, Sample, Subject
+from inferq.consumers.testing.checks import CHECKS, Check
 
 __all__ = ["CHECKS", "Bench", "Check", "ContractBroken", "Run", "Sample", "Subject", "engine_contract"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from consumers.engine import ArtifactFile, Context, Engine, InputFile
-from schemas import EngineInfo, InvalidTask, Task, TaskType, describe_faults
+from inferq.consumers.engine import ArtifactFile, Context, Engine, InputFile
+from inferq.schemas import EngineInfo, InvalidTask, Task, TaskType, describe_faults
 
 
 class ContractBroken(AssertionError):
@@ -103,10 +103,12 @@ class Bench:
             module, _, name = self.subject.task_type.engine.partition(":")
             made = getattr(importlib.import_module(module), name)()
             if not isinstance(made, Engine):
-                raise ContractBroken(f"{self.subject.task_type.engine} is not a consumers.engine.Engine")
+                raise ContractBroken(
+                    f"{self.subject.task_type.engine} is not an inferq.consumers.engine.Engine"
+                )
             info = made.load()
             if not isinstance(info, EngineInfo):
-                raise ContractBroken(f"load() gave {info!r} instead of a schemas.EngineInfo")
+                raise ContractBroken(f"load() gave {info!r} instead of an inferq.schemas.EngineInfo")
             made.warm_up()
             self._loaded = made
         return self._loaded

@@ -16,12 +16,12 @@ from itertools import pairwise
 
 import jsonschema
 
-from consumers.engine import TaskAborted
-from consumers.testing.bench import Bench, ContractBroken, Sample
-from consumers.testing.content import is_of_type
-from consumers.testing.files import files_left
-from consumers.testing.memory import resident_bytes, traced_bytes
-from schemas import InvalidTask
+from inferq.consumers.engine import TaskAborted
+from inferq.consumers.testing.bench import Bench, ContractBroken, Sample
+from inferq.consumers.testing.content import is_of_type
+from inferq.consumers.testing.files import files_left
+from inferq.consumers.testing.memory import resident_bytes, traced_bytes
+from inferq.schemas import InvalidTask
 
 Check = Callable[[Bench], None]
 
@@ -131,7 +131,9 @@ def bad_input_is_refused(bench: Bench) -> None:
     except InvalidTask:
         pass
     else:
-        raise ContractBroken("an unknown option is let through: derive the options from schemas.Options")
+        raise ContractBroken(
+            "an unknown option is let through: derive the options from inferq.schemas.Options"
+        )
     for sample in bench.subject.refused:
         try:
             with bench.run(sample):
@@ -145,7 +147,7 @@ def bad_input_is_refused(bench: Bench) -> None:
                 raise ContractBroken(f"{sample}: refused without a message") from error
         except Exception as error:
             raise ContractBroken(
-                f"{sample}: raised {error!r}, which is tried again; raise schemas.InvalidTask"
+                f"{sample}: raised {error!r}, which is tried again; raise inferq.schemas.InvalidTask"
             ) from error
         else:
             raise ContractBroken(f"{sample}: accepted, though it is to be refused")

@@ -15,9 +15,9 @@ from celery import Task
 from celery.exceptions import Reject
 from celery.signals import worker_shutting_down
 
-from broker import Message, delayed, job_message
-from producer.batch.surroundings import Surroundings
-from schemas import InferqError, Outage
+from inferq.broker import Message, delayed, job_message
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.schemas import InferqError, Outage
 
 _AGAIN_SECONDS = 3.0
 """Seconds until a job is done again that failed for the first time; each further time it is twice as long."""

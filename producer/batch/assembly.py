@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from broker import callback_message
-from producer.batch.lines import Line, LineParser, SourceUnusable, named_id
-from producer.batch.recount import belongs
-from producer.batch.surroundings import Surroundings
-from producer.batch.tasks import task_of
-from schemas import (
+from inferq.broker import callback_message
+from inferq.producer.batch.lines import Line, LineParser, SourceUnusable, named_id
+from inferq.producer.batch.recount import belongs
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.batch.tasks import task_of
+from inferq.schemas import (
     Batch,
     BatchCounts,
     BatchEndState,
@@ -38,7 +38,7 @@ from schemas import (
     Task,
     batch_callback,
 )
-from storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
+from inferq.storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
 
 _AHEAD = 4
 """Results asked for ahead of the one that is written, for each reader."""

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pydantic import JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
-from producer.batch.sources import input_field
-from schemas import InvalidTask, Task, get_type, parse_task
-from schemas.types import describe_fault
+from inferq.producer.batch.sources import input_field
+from inferq.schemas import InvalidTask, Task, get_type, parse_task
+from inferq.schemas.types import describe_fault
 
 _SAMPLE_ID = "sample"
 _SAMPLE_URL = "inferq:sample"

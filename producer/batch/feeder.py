@@ -18,14 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from broker import Message, PublishRejected, task_message
-from producer.batch.lines import Line, LineParser, SourceUnusable
-from producer.batch.recount import Recount
-from producer.batch.sources import Cursor, Taken
-from producer.batch.surroundings import Surroundings
-from producer.batch.tasks import task_of
-from schemas import Batch, BatchState, InvalidTask, Outage, Task
-from storage import BatchSource, IndexLost, LeaseLost, Lull, Step
+from inferq.broker import Message, PublishRejected, task_message
+from inferq.producer.batch.lines import Line, LineParser, SourceUnusable
+from inferq.producer.batch.recount import Recount
+from inferq.producer.batch.sources import Cursor, Taken
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.batch.tasks import task_of
+from inferq.schemas import Batch, BatchState, InvalidTask, Outage, Task
+from inferq.storage import BatchSource, IndexLost, LeaseLost, Lull, Step
 
 _CHUNK = 500
 """Lines that are published, confirmed and marked together."""

@@ -7,15 +7,15 @@ import logging
 from celery import Celery, Task
 from pydantic import NonNegativeInt
 
-from broker import ASSEMBLE_JOB, FEED_JOB
-from producer.batch.again import again_unless_done, surroundings_of_jobs
-from producer.batch.assembly import Unfinished, end
-from producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
-from producer.batch.sources import Cursor
-from producer.batch.start import assemble_message, feed_message
-from producer.batch.surroundings import Surroundings
-from schemas import BatchId
-from schemas.task import Tenant
+from inferq.broker import ASSEMBLE_JOB, FEED_JOB
+from inferq.producer.batch.again import again_unless_done, surroundings_of_jobs
+from inferq.producer.batch.assembly import Unfinished, end
+from inferq.producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
+from inferq.producer.batch.sources import Cursor
+from inferq.producer.batch.start import assemble_message, feed_message
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.schemas import BatchId
+from inferq.schemas.task import Tenant
 
 _log = logging.getLogger(__name__)
 

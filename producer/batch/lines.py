@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue
 
-from schemas import MAX_BODY_BYTES, SET_BY_FEEDER, Batch, InferqError, InvalidTask, Task, parse_task
+from inferq.schemas import MAX_BODY_BYTES, SET_BY_FEEDER, Batch, InferqError, InvalidTask, Task, parse_task
 
 MAX_LINES = 100_000_000
 """The most lines of one source: each costs some bits in Redis."""

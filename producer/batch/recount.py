@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TypeVar
 
-from producer.batch.lines import Line, LineParser, named_id
-from producer.batch.sources import Cursor, Sources
-from producer.batch.surroundings import Surroundings
-from producer.batch.tasks import task_of
-from schemas import Batch, EndState, InvalidTask, Result, Task
-from storage import BatchSource, UnreadableResult
+from inferq.producer.batch.lines import Line, LineParser, named_id
+from inferq.producer.batch.sources import Cursor, Sources
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.batch.tasks import task_of
+from inferq.schemas import Batch, EndState, InvalidTask, Result, Task
+from inferq.storage import BatchSource, UnreadableResult
 
 _MARKED_AT_ONCE = 1000
 _LOOKED_UP_AT_ONCE = 200

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import JsonValue
 
-from producer.batch.lines import (
+from inferq.producer.batch.lines import (
     Line,
     SourceUnusable,
     defaults_of,
@@ -28,8 +28,8 @@ from producer.batch.lines import (
     read_lines,
     unpacked,
 )
-from schemas import Batch, InvalidTask, get_type, input_fields
-from storage import (
+from inferq.schemas import Batch, InvalidTask, get_type, input_fields
+from inferq.storage import (
     BatchSource,
     BatchStore,
     ObjectInfo,
@@ -39,7 +39,7 @@ from storage import (
     input_key,
     upload_key,
 )
-from storage.fetch_url import S3_BUCKET, split_s3_url
+from inferq.storage.fetch_url import S3_BUCKET, split_s3_url
 
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _JSONL = "application/x-ndjson"
@@ -158,7 +158,10 @@ class Sources:
             )
 
     def _copy(self, bucket: str, name: str, key: str, alive: Callable[[], None]) -> None:
-        from storage.s3 import S3Refused, open_object  # boto3 takes long to import: only who uses it pays
+        from inferq.storage.s3 import (  # boto3 takes long to import: only who uses it pays
+            S3Refused,
+            open_object,
+        )
 
         try:
             _, chunks = open_object(self._settings.s3_endpoint_url, bucket, name)
@@ -183,7 +186,7 @@ class Sources:
         yield from found
 
     def _inputs(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
-        from storage.s3 import S3Refused, list_bucket
+        from inferq.storage.s3 import S3Refused, list_bucket
 
         found = list_bucket(self._settings.s3_endpoint_url, bucket, prefix)
         try:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from pydantic import JsonValue
 
-from broker import ASSEMBLE_JOB, FEED_JOB, Message, job_message
-from schemas import Batch
-from storage import BatchStore
+from inferq.broker import ASSEMBLE_JOB, FEED_JOB, Message, job_message
+from inferq.schemas import Batch
+from inferq.storage import BatchStore
 
 
 def start(batch: Batch, batches: BatchStore, publish: Callable[[Message], object]) -> Batch:

@@ -6,11 +6,11 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from broker import BrokerSettings, Message, Publisher, topology_for
-from producer.batch.sources import Sources
-from producer.settings import BatchSettings
-from schemas import installed_types
-from storage import (
+from inferq.broker import BrokerSettings, Message, Publisher, topology_for
+from inferq.producer.batch.sources import Sources
+from inferq.producer.settings import BatchSettings
+from inferq.schemas import installed_types
+from inferq.storage import (
     BatchIndex,
     BatchStore,
     ObjectStore,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from producer.batch.lines import Line, LineParser
-from producer.batch.sources import Taken
-from schemas import InvalidTask, Task
+from inferq.producer.batch.lines import Line, LineParser
+from inferq.producer.batch.sources import Taken
+from inferq.schemas import InvalidTask, Task
 
 
 def task_of(parser: LineParser, taken: Taken, line: Line) -> Task:

@@ -1,5 +1,5 @@
 """The `inferq` command."""
 
-from producer.cli.main import app, main
+from inferq.producer.cli.main import app, main
 
 __all__ = ["app", "main"]

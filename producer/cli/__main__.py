@@ -1,5 +1,5 @@
-"""`python -m producer.cli` is `inferq`."""
+"""`python -m inferq.producer.cli` is `inferq`."""
 
-from producer.cli.main import main
+from inferq.producer.cli.main import main
 
 main()

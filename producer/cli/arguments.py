@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, JsonValue
 
-from producer.client import Client
-from schemas import INPUT_SCHEMES, InvalidTask, TaskType, input_fields
+from inferq.producer.client import Client
+from inferq.schemas import INPUT_SCHEMES, InvalidTask, TaskType, input_fields
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ import typer
 from pydantic import JsonValue
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from producer.batch.checks import check_files, check_lines
-from producer.batch.sources import JSONL_ENDINGS, input_field, is_prefix, line_of
-from producer.cli.arguments import parse_assignments
-from producer.cli.files import files_of, uploaded
-from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from producer.client import (
+from inferq.producer.batch.checks import check_files, check_lines
+from inferq.producer.batch.sources import JSONL_ENDINGS, input_field, is_prefix, line_of
+from inferq.producer.cli.arguments import parse_assignments
+from inferq.producer.cli.files import files_of, uploaded
+from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
+from inferq.producer.client import (
     Client,
     NotEnded,
     NotFound,
     Unavailable,
 )
-from producer.transfers import is_batch_url
-from schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
+from inferq.producer.transfers import is_batch_url
+from inferq.schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 
 app = typer.Typer(name="batch", help="Many tasks from one source.", no_args_is_help=True)
 

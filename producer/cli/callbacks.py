@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, complain, print_json, print_records, print_table
-from producer.client import Client
-from schemas import CallbackRecord, InvalidTask, SubjectKind
-from storage.fetch_url import redacted
+from inferq.producer.cli.output import JsonFlag, complain, print_json, print_records, print_table
+from inferq.producer.client import Client
+from inferq.schemas import CallbackRecord, InvalidTask, SubjectKind
+from inferq.storage.fetch_url import redacted
 
 app = typer.Typer(name="callback", help="What became of callbacks.", no_args_is_help=True)
 
@@ -68,10 +68,11 @@ def list_(
 ) -> None:
     """List the callbacks of a task or batch, or the newest of all that were given up."""
     with Client() as client:
-        if subject_id is None:
-            found = client.failed_callbacks()
-        else:
-            found = client.callbacks(subject_id, kind=_kind(batch))
+        found = (
+            client.failed_callbacks()
+            if subject_id is None
+            else client.callbacks(subject_id, kind=_kind(batch))
+        )
     _print(found, as_json)
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from broker import BrokerSettings, DeadLetter, DeadLetters, Filter
-from producer.cli.output import JsonFlag, console, print_json, print_table
-from schemas import InvalidTask, get_type
+from inferq.broker import BrokerSettings, DeadLetter, DeadLetters, Filter
+from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
+from inferq.schemas import InvalidTask, get_type
 
 app = typer.Typer(name="dead", help="Tasks that could not be done.", no_args_is_help=True)
 

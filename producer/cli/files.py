@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from producer.cli.output import errors
-from producer.client import ApiError, Client, InvalidRequest, Unauthorized
-from schemas import InferqError, InvalidTask
+from inferq.producer.cli.output import errors
+from inferq.producer.client import ApiError, Client, InvalidRequest, Unauthorized
+from inferq.schemas import InferqError, InvalidTask
 
 _UPLOADS = 8
 """Files of a folder that are uploaded at a time."""

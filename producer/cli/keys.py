@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, console, errors, print_json, print_table
-from producer.keys import KeyFile
-from producer.settings import GatewaySettings
+from inferq.producer.cli.output import JsonFlag, console, errors, print_json, print_table
+from inferq.producer.keys import KeyFile
+from inferq.producer.settings import GatewaySettings
 
 app = typer.Typer(name="keys", help="The gateway's API keys.", no_args_is_help=True)
 

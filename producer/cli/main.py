@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import complain
-from producer.cli.parts import LazyGroup
-from schemas import InferqError
+from inferq.producer.cli.output import complain
+from inferq.producer.cli.parts import LazyGroup
+from inferq.schemas import InferqError
 
 app = typer.Typer(
     name="inferq",
@@ -44,7 +44,7 @@ def main() -> None:
     try:
         app()
     except InferqError as error:
-        from producer.flows import Unauthorized  # which takes longer to load than many commands need
+        from inferq.producer.flows import Unauthorized  # which takes longer to load than many commands need
 
         refused = isinstance(error, Unauthorized)
         complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)

@@ -11,16 +11,16 @@ from zoneinfo import ZoneInfo
 
 import typer
 
-from broker import BrokerSettings, Message, Publisher, connect, topology_for
-from producer.cli.output import JsonFlag, complain, console, print_json, print_table
-from producer.settings import NightlySettings
-from schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
-from schemas.window import moment_of
-from storage import BatchStore, StatusOutage, StorageSettings, open_store
+from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_for
+from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
+from inferq.producer.settings import NightlySettings
+from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
+from inferq.schemas.window import moment_of
+from inferq.storage import BatchStore, StatusOutage, StorageSettings, open_store
 
 if TYPE_CHECKING:
-    from producer.nightly import Schedule
-    from producer.nightly.runs import Run
+    from inferq.producer.nightly import Schedule
+    from inferq.producer.nightly.runs import Run
 
 app = typer.Typer()
 nightly = typer.Typer(no_args_is_help=True)
@@ -36,7 +36,7 @@ _COUNTS = ("total", "succeeded", "failed", "invalid")
 def _read(file: Path | None) -> dict[str, Schedule]:
     # `inferq --help` loads this module, also where schedules are not installed.
     try:
-        from producer.nightly import read_schedules
+        from inferq.producer.nightly import read_schedules
     except ImportError as error:
         raise InstallationError(
             f"schedules cannot be read: {error}; install its packages: pip install 'inferq[jobs]'"
@@ -89,7 +89,7 @@ def _checked(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 def _source(schedule: Schedule) -> tuple[bool, str]:
     """Whether the source can be read now, in words."""
-    from producer.batch.sources import JSONL_ENDINGS, Sources, split_s3_prefix
+    from inferq.producer.batch.sources import JSONL_ENDINGS, Sources, split_s3_prefix
 
     try:
         settings = StorageSettings.load()
@@ -120,7 +120,7 @@ def list_(file: File = None, as_json: JsonFlag = False) -> None:
 
 
 def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
-    from producer.nightly.runs import RunLog
+    from inferq.producer.nightly.runs import RunLog
 
     settings = StorageSettings.load()
     store = open_store(settings)
@@ -146,7 +146,7 @@ def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 def _standing(settings: StorageSettings, batches: BatchStore, run: Run) -> tuple[str, CountsNow]:
     """Where a run stands, in words, and how many of its tasks are where, as far as that is known."""
-    from storage import BatchIndex, StatusIndex
+    from inferq.storage import BatchIndex, StatusIndex
 
     tenant = run.schedule.tenant
     summary = batches.summary(tenant, run.run_id)
@@ -182,7 +182,7 @@ def run(
     as_json: JsonFlag = False,
 ) -> None:
     """Start a schedule's run now. With a time of its cron, the run of that time, if it has not ended."""
-    from producer.nightly import run_id_of
+    from inferq.producer.nightly import run_id_of
 
     schedules = _read(file)
     if name not in schedules:
@@ -220,7 +220,7 @@ def run(
 
 def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None:
     """What became of an earlier start of a run."""
-    from producer.nightly.runs import RunLog
+    from inferq.producer.nightly.runs import RunLog
 
     store = open_store(StorageSettings.load())
     if not RunLog(store, schedule.tenant, schedule.name).has(run_id):
@@ -229,11 +229,11 @@ def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None
 
 
 def _send(schedule: Schedule, moment: datetime) -> None:
-    from producer.nightly.beat import start_message
+    from inferq.producer.nightly.beat import start_message
 
     # A publisher tries on for a while, where a person is to hear at once what stands in the way.
     connect(BrokerSettings.load(), name="nightly").close()
-    logging.getLogger("broker").addHandler(logging.NullHandler())  # what it raises is told, once
+    logging.getLogger("inferq.broker").addHandler(logging.NullHandler())  # what it raises is told, once
     publisher = _publisher("nightly")
     try:
         publisher.publish(start_message(schedule, moment)).result()
@@ -277,9 +277,9 @@ def beat(
     """Start nightly runs when they are due, until SIGTERM. Reads the schedules anew when they change."""
     schedules = _read(file)
 
-    from broker.celery_app import celery_app
-    from producer.nightly.beat import Beat, keep_beating
-    from producer.nightly.probes import serve_probes
+    from inferq.broker.celery_app import celery_app
+    from inferq.producer.nightly.beat import Beat, keep_beating
+    from inferq.producer.nightly.probes import serve_probes
 
     settings = NightlySettings.load()
     path = _path(file)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from producer.cli.output import JsonFlag, console, print_json, print_table
-from schemas import InferqError
-from storage.webhook_secrets import KEEP_SECONDS, WebhookSecrets, WebhookSettings
+from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
+from inferq.schemas import InferqError
+from inferq.storage.webhook_secrets import KEEP_SECONDS, WebhookSecrets, WebhookSettings
 
 app = typer.Typer(name="secrets", help="What callbacks are signed with.", no_args_is_help=True)
 

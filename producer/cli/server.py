@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from broker import BrokerSettings
-from producer.settings import GatewaySettings
-from storage import StorageSettings
+from inferq.broker import BrokerSettings
+from inferq.producer.settings import GatewaySettings
+from inferq.storage import StorageSettings
 
 app = typer.Typer()
 
@@ -23,7 +23,7 @@ def gateway(
     ] = False,
 ) -> None:
     """Serve the HTTP interface, until SIGTERM."""
-    from producer.gateway import serve
+    from inferq.producer.gateway import serve
 
     if check:
         for settings in (GatewaySettings, BrokerSettings, StorageSettings):

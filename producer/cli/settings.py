@@ -12,10 +12,10 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from producer.cli.output import JsonFlag, print_json, print_table
-from producer.cli.parts import Parts
-from schemas import Settings, installed_types
-from schemas.publish import DISTRIBUTION
+from inferq.producer.cli.output import JsonFlag, print_json, print_table
+from inferq.producer.cli.parts import Parts
+from inferq.schemas import Settings, installed_types
+from inferq.schemas.publish import DISTRIBUTION
 
 app = typer.Typer()
 

@@ -13,10 +13,10 @@ from pydantic import JsonValue
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from producer.cli.arguments import bundle, parse_assignments
-from producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from producer.client import Client
-from schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type
+from inferq.producer.cli.arguments import bundle, parse_assignments
+from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
+from inferq.producer.client import Client
+from inferq.schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type
 
 app = typer.Typer()
 

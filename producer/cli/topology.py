@@ -10,9 +10,9 @@ import pika
 import typer
 from pika.exceptions import AMQPError
 
-from broker import BrokerSettings, BrokerUnavailable, Topology, connect, job_topology, topology_for
-from producer.cli.output import JsonFlag, console, print_json, print_table
-from schemas import get_type, installed_types
+from inferq.broker import BrokerSettings, BrokerUnavailable, Topology, connect, job_topology, topology_for
+from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
+from inferq.schemas import get_type, installed_types
 
 app = typer.Typer(name="topology", help="The exchanges and queues on the broker.", no_args_is_help=True)
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from producer.up.folder import DataFolder
-from schemas import InferqError
+from inferq.producer.up.folder import DataFolder
+from inferq.schemas import InferqError
 
 if TYPE_CHECKING:
-    from producer.up.supervisor import Report
+    from inferq.producer.up.supervisor import Report
 
 Data = Annotated[Path, typer.Option("--data", help="The folder where everything is kept between runs.")]
 
@@ -48,9 +48,9 @@ def up(
 ) -> None:
     """Start everything on this machine, a private RabbitMQ and Redis included."""
     # `inferq down` needs nothing of this.
-    from producer.up.detached import start_detached
-    from producer.up.foreground import Wish, keep_up
-    from producer.up.plan import choose_types
+    from inferq.producer.up.detached import start_detached
+    from inferq.producer.up.foreground import Wish, keep_up
+    from inferq.producer.up.plan import choose_types
 
     screen = _Screen(Console(), data, detach=detach)
     try:

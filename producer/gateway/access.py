@@ -8,7 +8,7 @@ import time
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from producer.gateway.metrics import Metrics
+from inferq.producer.gateway.metrics import Metrics
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",

@@ -12,26 +12,26 @@ from typing import Any
 from anyio import to_thread
 from fastapi import FastAPI
 
-from broker.publisher import Publisher
-from broker.settings import BrokerSettings
-from broker.topology import topology_for
-from producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
-from producer.gateway.access import Access
-from producer.gateway.health import ReadinessProbe
-from producer.gateway.hub import EventHub
-from producer.gateway.metrics import Metrics
-from producer.gateway.services import Services, TaskPublisher
-from producer.gateway.submission import Submitter
-from producer.keys import KeyFile
-from producer.settings import GatewaySettings
-from schemas import installed_types
-from storage.batch_index import BatchIndex
-from storage.batches import BatchStore
-from storage.callbacks import CallbackRecords
-from storage.objects import open_store
-from storage.results import ResultStore
-from storage.settings import StorageSettings
-from storage.status import StatusIndex
+from inferq.broker.publisher import Publisher
+from inferq.broker.settings import BrokerSettings
+from inferq.broker.topology import topology_for
+from inferq.producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
+from inferq.producer.gateway.access import Access
+from inferq.producer.gateway.health import ReadinessProbe
+from inferq.producer.gateway.hub import EventHub
+from inferq.producer.gateway.metrics import Metrics
+from inferq.producer.gateway.services import Services, TaskPublisher
+from inferq.producer.gateway.submission import Submitter
+from inferq.producer.keys import KeyFile
+from inferq.producer.settings import GatewaySettings
+from inferq.schemas import installed_types
+from inferq.storage.batch_index import BatchIndex
+from inferq.storage.batches import BatchStore
+from inferq.storage.callbacks import CallbackRecords
+from inferq.storage.objects import open_store
+from inferq.storage.results import ResultStore
+from inferq.storage.settings import StorageSettings
+from inferq.storage.status import StatusIndex
 
 _CLOSE_SECONDS = 5.0
 

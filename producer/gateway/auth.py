@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 
-from producer.gateway.problems import Refused
-from producer.gateway.services import Here
+from inferq.producer.gateway.problems import Refused
+from inferq.producer.gateway.services import Here
 
 # Only for the OpenAPI document: its own answer to a missing key would not be a problem document.
 _scheme = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer iq_...`")

@@ -17,15 +17,15 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from python_multipart.multipart import parse_options_header
 
-from broker.messages import Message
-from producer.batch.start import feed_message, start
-from producer.gateway.auth import Tenant
-from producer.gateway.batch_request import JSONL_GOES_AS, check_upload, complete
-from producer.gateway.body import decode_object, pieces, read_object
-from producer.gateway.files import chunks_of, store_upload
-from producer.gateway.problems import Refused, not_found, refusal_of
-from producer.gateway.services import Here, Services
-from schemas import (
+from inferq.broker.messages import Message
+from inferq.producer.batch.start import feed_message, start
+from inferq.producer.gateway.auth import Tenant
+from inferq.producer.gateway.batch_request import JSONL_GOES_AS, check_upload, complete
+from inferq.producer.gateway.body import decode_object, pieces, read_object
+from inferq.producer.gateway.files import chunks_of, store_upload
+from inferq.producer.gateway.problems import Refused, not_found, refusal_of
+from inferq.producer.gateway.services import Here, Services
+from inferq.schemas import (
     MAX_BODY_BYTES,
     Batch,
     BatchCounts,
@@ -38,10 +38,10 @@ from schemas import (
     InvalidTask,
     Outage,
 )
-from storage.batch_index import Standing
-from storage.batches import BatchConflict, errors_key, output_key
-from storage.status import StatusOutage
-from storage.status_fields import micros, read_cursor, write_cursor
+from inferq.storage.batch_index import Standing
+from inferq.storage.batches import BatchConflict, errors_key, output_key
+from inferq.storage.status import StatusOutage
+from inferq.storage.status_fields import micros, read_cursor, write_cursor
 
 JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
 _ID: TypeAdapter[str] = TypeAdapter(BatchId)

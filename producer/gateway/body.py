@@ -14,8 +14,8 @@ from anyio import from_thread
 from starlette.requests import ClientDisconnect, Request
 from typing_extensions import Buffer
 
-from producer.gateway.problems import Refused
-from schemas import InvalidTask
+from inferq.producer.gateway.problems import Refused
+from inferq.schemas import InvalidTask
 
 _DRAIN_SECONDS = 2.0
 _DRAIN_BYTES = 8 * 1024 * 1024

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict
 
-from broker import callback_message
-from producer.gateway.auth import Tenant
-from producer.gateway.batches import checked_batch_id, require_batch
-from producer.gateway.lookup import checked_id, find_result, require_status
-from producer.gateway.problems import Refused, not_found
-from producer.gateway.services import Here, Services
-from schemas import (
+from inferq.broker import callback_message
+from inferq.producer.gateway.auth import Tenant
+from inferq.producer.gateway.batches import checked_batch_id, require_batch
+from inferq.producer.gateway.lookup import checked_id, find_result, require_status
+from inferq.producer.gateway.problems import Refused, not_found
+from inferq.producer.gateway.services import Here, Services
+from inferq.schemas import (
     EVENT_OF_STATE,
     Callback,
     CallbackRecord,
@@ -25,7 +25,7 @@ from schemas import (
     batch_callback,
     end_callback,
 )
-from storage.status import StatusOutage
+from inferq.storage.status import StatusOutage
 
 _log = logging.getLogger(__name__)
 

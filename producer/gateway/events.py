@@ -10,17 +10,17 @@ import anyio
 from fastapi import APIRouter
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from producer.gateway.auth import Tenant
-from producer.gateway.lookup import (
+from inferq.producer.gateway.auth import Tenant
+from inferq.producer.gateway.lookup import (
     checked_id,
     event_of_status,
     find_result,
     find_status,
     require_status,
 )
-from producer.gateway.services import Here, Services
-from schemas import END_STATES, Event, Outage, State, TaskStatus
-from storage.status import StatusIndex
+from inferq.producer.gateway.services import Here, Services
+from inferq.schemas import END_STATES, Event, Outage, State, TaskStatus
+from inferq.storage.status import StatusIndex
 
 _RECONNECT_MILLISECONDS = 2000
 _RANK: dict[State, int] = {"queued": 0, "running": 1, "retrying": 2}

@@ -16,16 +16,16 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from python_multipart.multipart import parse_options_header
 
-from producer.gateway.auth import Tenant
-from producer.gateway.body import BodyFile, pieces
-from producer.gateway.lookup import checked_id, find_result, find_status, unknown
-from producer.gateway.multipart import FormFile
-from producer.gateway.problems import Refused, not_found
-from producer.gateway.services import Here, Services
-from schemas import new_task_id
-from storage.local import LocalStore
-from storage.objects import DEFAULT_TYPE, clean_type
-from storage.results import upload_key
+from inferq.producer.gateway.auth import Tenant
+from inferq.producer.gateway.body import BodyFile, pieces
+from inferq.producer.gateway.lookup import checked_id, find_result, find_status, unknown
+from inferq.producer.gateway.multipart import FormFile
+from inferq.producer.gateway.problems import Refused, not_found
+from inferq.producer.gateway.services import Here, Services
+from inferq.schemas import new_task_id
+from inferq.storage.local import LocalStore
+from inferq.storage.objects import DEFAULT_TYPE, clean_type
+from inferq.storage.results import upload_key
 
 _FORM_OVERHEAD = 64 * 1024
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,10}")

@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
-from producer.gateway.services import Here, Services
-from schemas import Outage
+from inferq.producer.gateway.services import Here, Services
+from inferq.schemas import Outage
 
 _KEPT_SECONDS = 1.0
 _CHECK_SECONDS = 5.0

@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from schemas import Event
+from inferq.schemas import Event
 
 _QUEUED_EVENTS = 256
 _ACK_SECONDS = 1.0

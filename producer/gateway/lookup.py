@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 from pydantic import TypeAdapter, ValidationError
 
-from producer.gateway.problems import not_found
-from producer.gateway.services import Services
-from schemas import (
+from inferq.producer.gateway.problems import not_found
+from inferq.producer.gateway.services import Services
+from inferq.schemas import (
     EVENT_OF_STATE,
     Event,
     EventData,
@@ -20,7 +20,7 @@ from schemas import (
     TaskStatus,
     sequence_of,
 )
-from storage.status import StatusOutage
+from inferq.storage.status import StatusOutage
 
 _LINE_DIGITS = 9
 _DOUBTED_AFTER = timedelta(seconds=60)

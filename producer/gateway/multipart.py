@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from producer.gateway.problems import Refused
+from inferq.producer.gateway.problems import Refused
 
 
 class FormFile:

@@ -9,8 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from producer.gateway.problems import MEDIA_TYPE, Problem
-from schemas import installed_types
+from inferq.producer.gateway.problems import MEDIA_TYPE, Problem
+from inferq.schemas import installed_types
 
 _REF = "#/components/schemas/{model}"
 _FILLED_IN = ("task_id",)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from schemas import InferqError, InvalidTask, Outage, describe_faults
+from inferq.schemas import InferqError, InvalidTask, Outage, describe_faults
 
 MEDIA_TYPE = "application/problem+json"
 

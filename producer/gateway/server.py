@@ -11,10 +11,10 @@ from contextlib import suppress
 import uvicorn
 from fastapi import FastAPI
 
-from producer.gateway.app import create_app
-from producer.gateway.services import Services
-from producer.settings import GatewaySettings
-from schemas import InstallationError
+from inferq.producer.gateway.app import create_app
+from inferq.producer.gateway.services import Services
+from inferq.producer.settings import GatewaySettings
+from inferq.schemas import InstallationError
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 30

@@ -13,18 +13,18 @@ from typing import Annotated, ParamSpec, Protocol, TypeVar
 from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Depends, Request
 
-from broker.messages import Message
-from producer.gateway.hub import EventHub
-from producer.gateway.metrics import Metrics
-from producer.keys import KeyFile
-from producer.settings import GatewaySettings
-from schemas import Batch
-from storage.batch_index import BatchIndex
-from storage.batches import BatchStore
-from storage.callbacks import CallbackRecords
-from storage.objects import ObjectStore, StoreOutage
-from storage.results import ResultStore
-from storage.status import StatusIndex
+from inferq.broker.messages import Message
+from inferq.producer.gateway.hub import EventHub
+from inferq.producer.gateway.metrics import Metrics
+from inferq.producer.keys import KeyFile
+from inferq.producer.settings import GatewaySettings
+from inferq.schemas import Batch
+from inferq.storage.batch_index import BatchIndex
+from inferq.storage.batches import BatchStore
+from inferq.storage.callbacks import CallbackRecords
+from inferq.storage.objects import ObjectStore, StoreOutage
+from inferq.storage.results import ResultStore
+from inferq.storage.status import StatusIndex
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +39,7 @@ _TAKES_LONG = "the object store takes long to answer"
 
 
 class TaskPublisher(Protocol):
-    """What the gateway needs of broker.publisher.Publisher."""
+    """What the gateway needs of inferq.broker.publisher.Publisher."""
 
     blocked_reason: str | None
 

@@ -12,11 +12,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from broker.messages import task_message
-from producer.gateway.lookup import queued_line
-from producer.gateway.problems import Fault, Refused, refusal_of
-from producer.gateway.services import Services
-from schemas import (
+from inferq.broker.messages import task_message
+from inferq.producer.gateway.lookup import queued_line
+from inferq.producer.gateway.problems import Fault, Refused, refusal_of
+from inferq.producer.gateway.services import Services
+from inferq.schemas import (
     MAX_BODY_BYTES,
     InferqError,
     InvalidTask,
@@ -27,9 +27,9 @@ from schemas import (
     new_task_id,
     parse_task,
 )
-from storage.objects import ObjectNotFound
-from storage.results import upload_key
-from storage.status import StatusOutage, Submission
+from inferq.storage.objects import ObjectNotFound
+from inferq.storage.results import upload_key
+from inferq.storage.status import StatusOutage, Submission
 
 _FRESH = timedelta(hours=1)
 _TELL_SECONDS = 1.0

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
-from producer.gateway.auth import Tenant
-from producer.gateway.body import read_object
-from producer.gateway.events import wait_for_end
-from producer.gateway.lookup import (
+from inferq.producer.gateway.auth import Tenant
+from inferq.producer.gateway.body import read_object
+from inferq.producer.gateway.events import wait_for_end
+from inferq.producer.gateway.lookup import (
     checked_id,
     find_result,
     find_status,
@@ -21,13 +21,13 @@ from producer.gateway.lookup import (
     require_status,
     unknown,
 )
-from producer.gateway.prefer import applied, wait_seconds
-from producer.gateway.problems import Refused
-from producer.gateway.services import Here, Services, task_path
-from producer.gateway.submission import Submitter, complete
-from schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus
-from schemas.task import TypeName
-from storage.status import StatusOutage
+from inferq.producer.gateway.prefer import applied, wait_seconds
+from inferq.producer.gateway.problems import Refused
+from inferq.producer.gateway.services import Here, Services, task_path
+from inferq.producer.gateway.submission import Submitter, complete
+from inferq.schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus
+from inferq.schemas.task import TypeName
+from inferq.storage.status import StatusOutage
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 

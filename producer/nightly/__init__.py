@@ -9,7 +9,7 @@ night       what a night came to, and the callback that tells of it
 jobs        the jobs `nightly.start` and `nightly.watch`
 """
 
-from producer.nightly.cron import Cron
-from producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
+from inferq.producer.nightly.cron import Cron
+from inferq.producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
 
 __all__ = ["Cron", "Schedule", "SchedulesUnusable", "read_schedules", "run_id_of"]

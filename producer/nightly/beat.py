@@ -19,11 +19,11 @@ from celery import Celery
 from celery.beat import Scheduler, Service
 from pydantic import JsonValue
 
-from broker import NIGHT_START_JOB, Message, job_message
-from producer.nightly.runs import RunLog, known_schedules
-from producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
-from schemas import InferqError
-from storage import ObjectStore
+from inferq.broker import NIGHT_START_JOB, Message, job_message
+from inferq.producer.nightly.runs import RunLog, known_schedules
+from inferq.producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
+from inferq.schemas import InferqError
+from inferq.storage import ObjectStore
 
 _LOOK_SECONDS = 2.0
 """The longest that a change of the file may go unnoticed, and how long it has to stand to be taken over."""

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
-from schemas import time_zone
+from inferq.schemas import time_zone
 
 _FIELDS = 5
 _SOME_TIME = datetime(2024, 1, 1, tzinfo=UTC)

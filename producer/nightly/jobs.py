@@ -9,11 +9,11 @@ from typing import Any
 
 from celery import Celery, Task
 
-from broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
-from producer.batch.again import again_unless_done, surroundings_of_jobs
-from producer.batch.lines import SourceUnusable
-from producer.batch.surroundings import Surroundings
-from producer.nightly.night import (
+from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
+from inferq.producer.batch.again import again_unless_done, surroundings_of_jobs
+from inferq.producer.batch.lines import SourceUnusable
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.nightly.night import (
     Ended,
     day_of,
     ended_between,
@@ -23,10 +23,10 @@ from producer.nightly.night import (
     night_callback,
     paused_night,
 )
-from producer.nightly.runs import Run, RunLog
-from producer.nightly.schedules import Schedule, run_id_of
-from producer.nightly.start import Starter
-from schemas import Night
+from inferq.producer.nightly.runs import Run, RunLog
+from inferq.producer.nightly.schedules import Schedule, run_id_of
+from inferq.producer.nightly.start import Starter
+from inferq.schemas import Night
 
 _WATCH_SECONDS = 15
 """Seconds, at most, from the end of a run to its summary."""

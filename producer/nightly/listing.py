@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from producer.batch.lines import SourceUnusable
+from inferq.producer.batch.lines import SourceUnusable
 
 
 class Seen(NamedTuple):

@@ -17,11 +17,11 @@ from zoneinfo import ZoneInfo
 
 from pydantic import ValidationError
 
-from producer.batch.assembly import pages_of
-from producer.nightly.runs import Run
-from schemas import Batch, BatchSummary, Callback, EndState, Night, NightEvent, Result, callback_id
-from schemas.encoding import to_json
-from storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResult, folder
+from inferq.producer.batch.assembly import pages_of
+from inferq.producer.nightly.runs import Run
+from inferq.schemas import Batch, BatchSummary, Callback, EndState, Night, NightEvent, Result, callback_id
+from inferq.schemas.encoding import to_json
+from inferq.storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResult, folder
 
 _RECORDS = ("failure.json", "result.json")
 """In the order in which a task's are listed: the last one stands."""

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from producer.nightly.beat import BeatState
-from schemas import InstallationError
+from inferq.producer.nightly.beat import BeatState
+from inferq.schemas import InstallationError
 
 
 def serve_probes(host: str, port: int, state: Callable[[], BeatState]) -> int:

@@ -20,11 +20,11 @@ from urllib.parse import unquote
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
-from producer.nightly.schedules import Schedule
-from schemas import InferqError
-from schemas.encoding import to_json
-from storage import ObjectNotFound, ObjectStore
-from storage.results import segment
+from inferq.producer.nightly.schedules import Schedule
+from inferq.schemas import InferqError
+from inferq.schemas.encoding import to_json
+from inferq.storage import ObjectNotFound, ObjectStore
+from inferq.storage.results import segment
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -18,11 +18,11 @@ from pydantic import (
     model_validator,
 )
 
-from producer.batch.checks import check_files, check_lines
-from producer.batch.lines import defaults_of
-from producer.batch.sources import JSONL_ENDINGS, is_prefix
-from producer.nightly.cron import Cron
-from schemas import (
+from inferq.producer.batch.checks import check_files, check_lines
+from inferq.producer.batch.lines import defaults_of
+from inferq.producer.batch.sources import JSONL_ENDINGS, is_prefix
+from inferq.producer.nightly.cron import Cron
+from inferq.schemas import (
     DEFAULT_IN_FLIGHT,
     Batch,
     CallbackUrl,
@@ -33,7 +33,7 @@ from schemas import (
     TimeZoneName,
     Window,
 )
-from schemas.task import Tenant, TypeName
+from inferq.schemas.task import Tenant, TypeName
 
 
 class SchedulesUnusable(InferqError):

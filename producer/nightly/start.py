@@ -14,15 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from broker import Message
-from producer.batch.lines import SourceUnusable, defaults_of, read_lines, unpacked
-from producer.batch.sources import Sources, input_field, line_of, split_s3_prefix
-from producer.batch.start import assemble_message, start
-from producer.nightly.listing import Seen, with_news
-from producer.nightly.runs import Run, RunLog, Taken
-from producer.nightly.schedules import Schedule, run_id_of
-from schemas import Batch, InvalidTask
-from storage import (
+from inferq.broker import Message
+from inferq.producer.batch.lines import SourceUnusable, defaults_of, read_lines, unpacked
+from inferq.producer.batch.sources import Sources, input_field, line_of, split_s3_prefix
+from inferq.producer.batch.start import assemble_message, start
+from inferq.producer.nightly.listing import Seen, with_news
+from inferq.producer.nightly.runs import Run, RunLog, Taken
+from inferq.producer.nightly.schedules import Schedule, run_id_of
+from inferq.schemas import Batch, InvalidTask
+from inferq.storage import (
     BatchConflict,
     BatchSource,
     BatchStore,

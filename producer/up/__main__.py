@@ -1,9 +1,9 @@
-"""`python -m producer.up`: the supervisor of `inferq up --detach`."""
+"""`python -m inferq.producer.up`: the supervisor of `inferq up --detach`."""
 
 from __future__ import annotations
 
 import sys
 
-from producer.up.detached import main
+from inferq.producer.up.detached import main
 
 sys.exit(main(sys.argv[1:]))

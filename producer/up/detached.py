@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from producer.up.folder import DataFolder
-from producer.up.foreground import Wish, keep_up
-from producer.up.plan import Plan
-from producer.up.supervisor import Report, Supervisor
-from schemas import InferqError
+from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.foreground import Wish, keep_up
+from inferq.producer.up.plan import Plan
+from inferq.producer.up.supervisor import Report, Supervisor
+from inferq.schemas import InferqError
 
 
 def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[str, str]:
@@ -73,7 +73,7 @@ def _start(wish: Wish, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[
     ours, theirs = socket.socketpair()
     with theirs, output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "producer.up", str(theirs.fileno()), json.dumps(order)],
+            [sys.executable, "-P", "-m", "inferq.producer.up", str(theirs.fileno()), json.dumps(order)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from producer.up.guard import alive
-from producer.up.part import free_ports, port_free, private_text
-from schemas import InferqError, InstallationError
+from inferq.producer.up.guard import alive
+from inferq.producer.up.part import free_ports, port_free, private_text
+from inferq.schemas import InferqError, InstallationError
 
 
 class DataFolder:

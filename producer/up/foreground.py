@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from producer.up.folder import DataFolder
-from producer.up.plan import Plan, make_plan
-from producer.up.supervisor import Report, Supervisor
+from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.plan import Plan, make_plan
+from inferq.producer.up.supervisor import Report, Supervisor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from schemas import InstallationError
+from inferq.schemas import InstallationError
 
 LOOPBACK = "127.0.0.1"
 

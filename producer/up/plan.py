@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker.settings import BrokerSettings
-from producer.keys import KeyFile
-from producer.up.folder import DataFolder
-from producer.up.part import LOOPBACK, Part, port_free
-from producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake
-from producer.up.redis import RedisServer, ping
-from schemas import InferqError, installed_types
-from storage import StatusIndex, StorageSettings, WebhookSecrets
+from inferq.broker.settings import BrokerSettings
+from inferq.producer.keys import KeyFile
+from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.part import LOOPBACK, Part, port_free
+from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake
+from inferq.producer.up.redis import RedisServer, ping
+from inferq.schemas import InferqError, installed_types
+from inferq.storage import StatusIndex, StorageSettings, WebhookSecrets
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
 _JOB_PARTS = ("callbacks", "batches")
@@ -133,7 +133,17 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
 def _gateway(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
         name="gateway",
-        argv=(sys.executable, "-m", "producer.cli", "gateway", "--host", LOOPBACK, "--port", str(port)),
+        argv=(
+            sys.executable,
+            "-P",
+            "-m",
+            "inferq.producer.cli",
+            "gateway",
+            "--host",
+            LOOPBACK,
+            "--port",
+            str(port),
+        ),
         env=env,
         probe=lambda: http_ready(port),
         needs=needs,
@@ -146,7 +156,7 @@ def _gateway(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
 def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
         name=f"worker-{task_type}",
-        argv=(sys.executable, "-m", "producer.cli", "worker", task_type),
+        argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "worker", task_type),
         env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
         probe=lambda: http_ready(port),
         needs=needs,
@@ -160,7 +170,7 @@ def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str,
 def _jobs(queue: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
         name=queue,
-        argv=(sys.executable, "-m", "producer.cli", "callbacks", "--queues", queue),
+        argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--queues", queue),
         env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
         probe=lambda: http_ready(port),
         needs=needs,
@@ -173,7 +183,7 @@ def _jobs(queue: str, port: int, env: Mapping[str, str], needs: tuple[str, ...])
 def _beat(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
         name="beat",
-        argv=(sys.executable, "-m", "producer.cli", "beat"),
+        argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "beat"),
         env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
         probe=lambda: http_ready(port),
         needs=needs,
@@ -194,7 +204,7 @@ def _schedules(folder: DataFolder) -> Path | None:
     # A shell that has sourced `<data>/env` names the folder's own, which may have been removed since.
     if file == ours and not file.exists():
         return None
-    from producer.nightly import read_schedules
+    from inferq.producer.nightly import read_schedules
 
     read_schedules(file)
     return file

@@ -11,8 +11,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from producer.up.guard import GENTLE, MARK, kill_all
-from producer.up.part import Part
+from inferq.producer.up.guard import GENTLE, MARK, kill_all
+from inferq.producer.up.part import Part
 
 LOG_BYTES = 50 * 1024 * 1024
 """A log that has grown beyond this is set aside."""

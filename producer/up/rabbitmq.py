@@ -13,9 +13,9 @@ from urllib.parse import quote
 import pika
 import pika.exceptions
 
-from broker.consumer import HOLD_SECONDS
-from producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
-from schemas import InstallationError
+from inferq.broker.consumer import HOLD_SECONDS
+from inferq.producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
+from inferq.schemas import InstallationError
 
 USER = "inferq"
 

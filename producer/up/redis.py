@@ -8,8 +8,8 @@ from pathlib import Path
 
 import redis
 
-from producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
-from schemas import InstallationError
+from inferq.producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
+from inferq.schemas import InstallationError
 
 
 @dataclass(frozen=True)

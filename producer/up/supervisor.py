@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from producer.up import guard
-from producer.up.part import Part
-from producer.up.process import last_lines, set_aside, spawn
-from schemas import InferqError
+from inferq.producer.up import guard
+from inferq.producer.up.part import Part
+from inferq.producer.up.process import last_lines, set_aside, spawn
+from inferq.schemas import InferqError
 
 LOG_LOOK_SECONDS = 60.0
 
@@ -69,7 +69,7 @@ class Supervisor:
     """Runs `parts` until it is told to stop; nothing that they started outlives it.
 
     `request_stop` stops in good order; called again, at once. Both it and `run` belong to the main thread.
-    `mark` tells this supervisor's processes from all others, see `producer.up.guard`; `held` is a
+    `mark` tells this supervisor's processes from all others, see `inferq.producer.up.guard`; `held` is a
     descriptor that stays open until the last of them is gone.
     """
 

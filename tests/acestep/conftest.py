@@ -12,9 +12,9 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from consumers.acestep import AceStepOutput, AceStepTask
-from consumers.acestep.engine import AceStepEngine
-from consumers.engine import Context
+from inferq.consumers.acestep import AceStepOutput, AceStepTask
+from inferq.consumers.acestep.engine import AceStepEngine
+from inferq.consumers.engine import Context
 
 
 def acestep_task(prompt: str = "calm piano, slow", **fields: Any) -> AceStepTask:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from consumers.acestep.engine import AceStepEngine
-from consumers.engine import TaskAborted
-from schemas import InstallationError
+from inferq.consumers.acestep.engine import AceStepEngine
+from inferq.consumers.engine import TaskAborted
+from inferq.schemas import InstallationError
 from tests.acestep.conftest import Runner, acestep_task
 
 pytestmark = [

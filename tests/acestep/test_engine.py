@@ -13,14 +13,14 @@ import pytest
 import soundfile
 from PIL import Image
 
-from consumers.acestep import AceStepTask
-from consumers.acestep.backend import Audio
-from consumers.acestep.engine import AceStepEngine
-from consumers.acestep.waveform import Waveform, _marks
-from consumers.engine import Context, TaskAborted
-from consumers.engine_messages import Done
-from consumers.engine_process import EngineProcess, RunAborted, Watch
-from schemas import EngineInfo, InstallationError, TransientFailure
+from inferq.consumers.acestep import AceStepTask
+from inferq.consumers.acestep.backend import Audio
+from inferq.consumers.acestep.engine import AceStepEngine
+from inferq.consumers.acestep.waveform import Waveform, _marks
+from inferq.consumers.engine import Context, TaskAborted
+from inferq.consumers.engine_messages import Done
+from inferq.consumers.engine_process import EngineProcess, RunAborted, Watch
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 from tests.acestep.conftest import Runner, acestep_task
 
 

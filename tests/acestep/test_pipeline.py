@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from consumers.acestep.engine import AceStepEngine
-from consumers.acestep.pipeline import DiffusersBackend
-from consumers.engine import TaskAborted
-from schemas import InstallationError, TransientFailure
+from inferq.consumers.acestep.engine import AceStepEngine
+from inferq.consumers.acestep.pipeline import DiffusersBackend
+from inferq.consumers.engine import TaskAborted
+from inferq.schemas import InstallationError, TransientFailure
 from tests.acestep.conftest import Runner, acestep_task
 
 PARTS = ("vae", "text_encoder", "tokenizer", "transformer", "condition_encoder", "scheduler")
@@ -77,7 +77,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AceStepPipeline=StandIn))
-    monkeypatch.setattr("consumers.acestep.pipeline.version", lambda _: "0")
+    monkeypatch.setattr("inferq.consumers.acestep.pipeline.version", lambda _: "0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return StandIn
 

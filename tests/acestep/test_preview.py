@@ -11,13 +11,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from consumers.acestep.backend import SAMPLE_RATE
-from consumers.acestep.mixer import Note, mix
-from consumers.acestep.plan import Plan, read_prompt
-from consumers.acestep.preview import PreviewBackend
-from consumers.acestep.score import write_score
-from consumers.acestep.voices import _NOTES, _STROKES, render
-from consumers.engine import Context
+from inferq.consumers.acestep.backend import SAMPLE_RATE
+from inferq.consumers.acestep.mixer import Note, mix
+from inferq.consumers.acestep.plan import Plan, read_prompt
+from inferq.consumers.acestep.preview import PreviewBackend
+from inferq.consumers.acestep.score import write_score
+from inferq.consumers.acestep.voices import _NOTES, _STROKES, render
+from inferq.consumers.engine import Context
 from tests.acestep.conftest import acestep_task
 
 PROMPTS = (

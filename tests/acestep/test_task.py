@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from consumers.acestep import AceStepTask, task_type
-from consumers.acestep.engine import load_backend
-from consumers.acestep.settings import AceStepSettings
-from producer.cli.arguments import bundle, parse_assignments
-from schemas import InstallationError, InvalidTask, get_type, parse_task
+from inferq.consumers.acestep import AceStepTask, task_type
+from inferq.consumers.acestep.engine import load_backend
+from inferq.consumers.acestep.settings import AceStepSettings
+from inferq.producer.cli.arguments import bundle, parse_assignments
+from inferq.schemas import InstallationError, InvalidTask, get_type, parse_task
 
 BARE = {"task_id": "a", "task_type": "acestep", "prompt": "calm piano"}
 
@@ -109,7 +109,7 @@ def test_the_command_line_takes_the_prompt_by_position() -> None:
 
 def test_describing_the_type_loads_no_library() -> None:
     heavy = "{'numpy', 'PIL', 'soundfile', 'torch', 'diffusers'}"
-    code = f"import sys, consumers.acestep; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    code = f"import sys, inferq.consumers.acestep; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("prompt",)
 

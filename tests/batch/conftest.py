@@ -15,14 +15,14 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from broker import BrokerSettings, connect, topology_for
-from producer.batch.assembly import end
-from producer.batch.feeder import Assemble, GoOn, Next, Nothing, Slice
-from producer.batch.sources import Cursor
-from producer.batch.surroundings import Surroundings
-from producer.settings import BatchSettings
-from schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
-from storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
+from inferq.broker import BrokerSettings, connect, topology_for
+from inferq.producer.batch.assembly import end
+from inferq.producer.batch.feeder import Assemble, GoOn, Next, Nothing, Slice
+from inferq.producer.batch.sources import Cursor
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.settings import BatchSettings
+from inferq.schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
+from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
 from tests.conftest import RabbitMQ
 
 START = Cursor()

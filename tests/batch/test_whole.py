@@ -19,11 +19,11 @@ import httpx
 import pytest
 import redis
 
-from broker import BrokerSettings, Message, Publisher, topology_for
-from producer.batch.start import assemble_message
-from producer.client import Client, Conflict, NotFound
-from schemas import BatchStatus, CountsNow
-from storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
+from inferq.broker import BrokerSettings, Message, Publisher, topology_for
+from inferq.producer.batch.start import assemble_message
+from inferq.producer.client import Client, Conflict, NotFound
+from inferq.schemas import BatchStatus, CountsNow
+from inferq.storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
 from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
@@ -55,7 +55,7 @@ class Feeder:
         self.start()
 
     def start(self) -> None:
-        argv = [sys.executable, "-m", "producer.cli", "callbacks", "--threads", "4"]
+        argv = [sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--threads", "4"]
         self.process = subprocess.Popen(
             argv, env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

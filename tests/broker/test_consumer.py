@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pika
 import pytest
 
-from broker import (
+from inferq.broker import (
     BrokerSettings,
     Consumer,
     Delivery,
@@ -18,7 +18,7 @@ from broker import (
     topology_for,
     work_queue,
 )
-from schemas import Priority, parse_task
+from inferq.schemas import Priority, parse_task
 from tests.broker.conftest import control, too_deep
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy

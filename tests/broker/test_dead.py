@@ -13,9 +13,9 @@ from typing import Any
 import pika
 import pytest
 
-from broker import BrokerSettings, DeadLetters, Filter, connect, topology_for, work_queue
-from broker.dead import NoDeadLetters
-from broker.topology import dead_queue
+from inferq.broker import BrokerSettings, DeadLetters, Filter, connect, topology_for, work_queue
+from inferq.broker.dead import NoDeadLetters
+from inferq.broker.topology import dead_queue
 from tests.broker.conftest import set_memory_alarm, too_deep
 from tests.conftest import RabbitMQ
 
@@ -102,7 +102,7 @@ def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
 ) -> None:
     names = bury(channel, 400)
     program = (
-        "from broker import BrokerSettings, DeadLetters\n"
+        "from inferq.broker import BrokerSettings, DeadLetters\n"
         "with DeadLetters(BrokerSettings.load(), 'echo') as letters: letters.redrive()"
     )
     kills = 0
@@ -137,7 +137,7 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: Rabbit
     channel.confirm_delivery()
     names = bury(channel, 3)
     program = (
-        "from broker import BrokerSettings, DeadLetters\n"
+        "from inferq.broker import BrokerSettings, DeadLetters\n"
         "with DeadLetters(BrokerSettings.load(), 'echo') as letters: letters.redrive()"
     )
     env = {"INFERQ_AMQP_URL": settings.amqp_url, "INFERQ_AMQP_BLOCKED_LIMIT": "3"}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker import (
+from inferq.broker import (
     BrokerSettings,
     BrokerUnavailable,
     Message,
@@ -25,7 +25,7 @@ from broker import (
     topology_for,
     work_queue,
 )
-from schemas import InvalidTask, parse_task
+from inferq.schemas import InvalidTask, parse_task
 from tests.broker.conftest import set_memory_alarm
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from broker import (
+from inferq.broker import (
     RETRY_LEVELS,
     BrokerSettings,
     Publisher,
@@ -18,7 +18,7 @@ from broker import (
     retry_level,
     topology_for,
 )
-from broker.topology import Queue
+from inferq.broker.topology import Queue
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from broker import Publisher, callback_message, connect, job_topology, topology_for
-from consumers.job_worker import declare_patiently
-from producer.up.part import free_ports
-from schemas import Callback, Event, Result, task_callback
-from storage import CallbackRecords, WebhookSecrets
+from inferq.broker import Publisher, callback_message, connect, job_topology, topology_for
+from inferq.consumers.job_worker import declare_patiently
+from inferq.producer.up.part import free_ports
+from inferq.schemas import Callback, Event, Result, task_callback
+from inferq.storage import CallbackRecords, WebhookSecrets
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, eventually, site_at
 
@@ -158,7 +158,16 @@ class Caller:
     def start(self, *arguments: str, ready: bool = True, **settings: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "producer.cli", "callbacks", "--queues", "callbacks", *arguments],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "inferq.producer.cli",
+                    "callbacks",
+                    "--queues",
+                    "callbacks",
+                    *arguments,
+                ],
                 env=self.env | {"INFERQ_PROBE_PORT": str(self.port), **settings},
                 stdout=log,
                 stderr=log,

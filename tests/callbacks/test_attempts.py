@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from broker import BrokerSettings, Message, callback_message
-from consumers.callbacks import jobs
-from consumers.callbacks.delivery import Delivery, Job
-from consumers.callbacks.metrics import CallbackMetrics
-from consumers.callbacks.sending import Sender, Sent
-from consumers.callbacks.settings import CallbackSettings
-from schemas import Callback, CallbackAttempt, CallbackRecord, InvalidTask
-from storage import StorageSettings, StoreOutage, WebhookSettings
+from inferq.broker import BrokerSettings, Message, callback_message
+from inferq.consumers.callbacks import jobs
+from inferq.consumers.callbacks.delivery import Delivery, Job
+from inferq.consumers.callbacks.metrics import CallbackMetrics
+from inferq.consumers.callbacks.sending import Sender, Sent
+from inferq.consumers.callbacks.settings import CallbackSettings
+from inferq.schemas import Callback, CallbackAttempt, CallbackRecord, InvalidTask
+from inferq.storage import StorageSettings, StoreOutage, WebhookSettings
 from tests.callbacks.conftest import callback
 
 SECRETS = ("whsec_" + "A" * 32,)

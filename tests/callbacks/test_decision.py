@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.callbacks.decision import (
+from inferq.consumers.callbacks.decision import (
     JITTER,
     MAX_RETRY_AFTER,
     Again,
@@ -18,9 +18,9 @@ from consumers.callbacks.decision import (
     after_attempt,
     retry_after_seconds,
 )
-from consumers.callbacks.settings import SCHEDULE
-from consumers.callbacks.targets import LONGEST_DELAY, SHORTEST_DELAY, Targets
-from schemas import CallbackAttempt
+from inferq.consumers.callbacks.settings import SCHEDULE
+from inferq.consumers.callbacks.targets import LONGEST_DELAY, SHORTEST_DELAY, Targets
+from inferq.schemas import CallbackAttempt
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from broker import connect, job_message
-from consumers.callbacks.settings import CallbackSettings
-from schemas import InstallationError
+from inferq.broker import connect, job_message
+from inferq.consumers.callbacks.settings import CallbackSettings
+from inferq.schemas import InstallationError
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
 from tests.certificates import certificate
 from tests.jobs.test_unreadable import put, unreadable

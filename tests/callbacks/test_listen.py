@@ -17,9 +17,9 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from consumers.callbacks.sending import signatures
-from producer.cli import app
-from storage import WebhookSecrets
+from inferq.consumers.callbacks.sending import signatures
+from inferq.producer.cli import app
+from inferq.storage import WebhookSecrets
 from tests.callbacks.conftest import Caller, callback
 from tests.worker.conftest import Site, eventually
 
@@ -31,7 +31,10 @@ def listening(folder: Path, *arguments: str, **settings: str) -> Iterator[tuple[
     env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), **settings}
     with out.open("wb") as lines, log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "producer.cli", "listen", *arguments], env=env, stdout=lines, stderr=errors
+            [sys.executable, "-P", "-m", "inferq.producer.cli", "listen", *arguments],
+            env=env,
+            stdout=lines,
+            stderr=errors,
         )
     try:
         found = eventually(lambda: re.search(r"--callback (\S+)", log.read_text()), 20, "a URL")

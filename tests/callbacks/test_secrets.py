@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from standardwebhooks import Webhook
 
-from consumers.callbacks.sending import signatures
-from schemas import InferqError, InstallationError
-from storage import WebhookSecrets
+from inferq.consumers.callbacks.sending import signatures
+from inferq.schemas import InferqError, InstallationError
+from inferq.storage import WebhookSecrets
 from tests.callbacks.conftest import callback
 
 

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from broker import BrokerSettings, Topology, connect, work_queue
-from producer.up.part import Part, free_ports, private_text
-from producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
+from inferq.broker import BrokerSettings, Topology, connect, work_queue
+from inferq.producer.up.part import Part, free_ports, private_text
+from inferq.producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
 from tests.chaos.processes import Crew, Process, eventually
 
 _SETTLED_SECONDS = 2.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from schemas import PRIORITIES, Priority
+from inferq.schemas import PRIORITIES, Priority
 
 Trouble = Literal["none", "transient", "hopeless", "invalid", "crash", "poison", "container"]
 """What a task does to its engine: `transient` and `crash` befall its first run only, the others every one."""

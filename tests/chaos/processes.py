@@ -18,9 +18,9 @@ from typing import Self
 
 import psutil
 
-from producer.up import guard
-from producer.up.part import Part
-from producer.up.process import last_lines, spawn
+from inferq.producer.up import guard
+from inferq.producer.up.part import Part
+from inferq.producer.up.process import last_lines, spawn
 
 _LOOK_SECONDS = 0.05
 

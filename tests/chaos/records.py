@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-from schemas import END_STATES
+from inferq.schemas import END_STATES
 from tests.chaos.ledger import Ledger
 
 _RECORDS = ("result.json", "failure.json")

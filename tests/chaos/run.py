@@ -12,7 +12,7 @@ from random import Random
 
 import httpx
 
-from schemas import InferqError
+from inferq.schemas import InferqError
 from tests.chaos.ledger import Entry
 from tests.chaos.plan import draw
 from tests.chaos.processes import eventually

@@ -11,7 +11,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-from producer.up.part import Part, free_ports, port_answers
+from inferq.producer.up.part import Part, free_ports, port_answers
 from tests.chaos.ledger import Ledger
 from tests.chaos.records import note_record
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from broker import BrokerSettings, Message, Publisher, routing_key
+from inferq.broker import BrokerSettings, Message, Publisher, routing_key
 from tests.chaos.plan import Load, PlannedTask, Trouble
 from tests.chaos.processes import eventually
 from tests.chaos.s3 import Mode

@@ -15,8 +15,8 @@ from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 
-from broker import BrokerSettings, Publisher, task_message, topology_for
-from schemas import InferqError, parse_task
+from inferq.broker import BrokerSettings, Publisher, task_message, topology_for
+from inferq.schemas import InferqError, parse_task
 from tests.chaos import plan
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import PlannedTask

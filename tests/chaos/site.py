@@ -18,7 +18,7 @@ import httpx
 import redis
 from pika.exceptions import AMQPError
 
-from broker import (
+from inferq.broker import (
     BrokerSettings,
     BrokerUnavailable,
     DeadLetters,
@@ -26,12 +26,12 @@ from broker import (
     dead_queue,
     topology_for,
 )
-from producer.listen import Heard, Listener
-from producer.up.part import Part, free_ports
-from producer.up.redis import RedisServer
-from schemas import END_STATES
-from storage import ObjectStore, StorageSettings, WebhookSecrets, open_store
-from storage.s3 import s3_client
+from inferq.producer.listen import Heard, Listener
+from inferq.producer.up.part import Part, free_ports
+from inferq.producer.up.redis import RedisServer
+from inferq.schemas import END_STATES
+from inferq.storage import ObjectStore, StorageSettings, WebhookSecrets, open_store
+from inferq.storage.s3 import s3_client
 from tests.chaos import plan, s3, sender
 from tests.chaos.broker import Broker, ports_of, through
 from tests.chaos.ledger import Ledger
@@ -184,7 +184,7 @@ class Site:
         }
         part = Part(
             name=f"{self.vhost}-callbacks",
-            argv=(sys.executable, "-m", "producer.cli", "callbacks", "--queues", "callbacks"),
+            argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--queues", "callbacks"),
             env=self._env | {"INFERQ_PROBE_PORT": str(port)},
             probe=lambda: _not_ready(port),
         )
@@ -215,7 +215,7 @@ class Site:
         (port,) = free_ports(1)
         return Part(
             name=f"{self.vhost}-worker-{number}",
-            argv=(sys.executable, "-m", "producer.cli", "worker", "witness"),
+            argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "worker", "witness"),
             env=self._env | {"INFERQ_PROBE_PORT": str(port), "INFERQ_WORKER_NAME": f"worker-{number}"},
             probe=lambda: _not_ready(port),
         )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import PRIORITIES
+from inferq.schemas import PRIORITIES
 from tests.chaos import plan
 from tests.chaos.ledger import Entry, Kind, Ledger
 from tests.chaos.plan import Load, PlannedTask, Trouble, draw

@@ -10,11 +10,11 @@ from typing import Literal, cast
 import pytest
 from pydantic import BaseModel
 
-from producer.cli.arguments import Given, bundle, parse_assignments
-from producer.cli.batch import _looks
-from producer.cli.files import files_of
-from producer.client import Client, Unavailable
-from schemas import BatchStatus, InputUrl, InvalidTask, Options, Task, TaskType, get_type
+from inferq.producer.cli.arguments import Given, bundle, parse_assignments
+from inferq.producer.cli.batch import _looks
+from inferq.producer.cli.files import files_of
+from inferq.producer.client import Client, Unavailable
+from inferq.schemas import BatchStatus, InputUrl, InvalidTask, Options, Task, TaskType, get_type
 
 
 class PairOptions(Options):
@@ -133,7 +133,7 @@ def test_a_gateway_that_is_away_is_waited_for_and_told_once(
             raise answer
         return answer
 
-    monkeypatch.setattr("producer.cli.batch._LOOK_SECONDS", 0)
+    monkeypatch.setattr("inferq.producer.cli.batch._LOOK_SECONDS", 0)
     looks = _looks(cast(Client, SimpleNamespace(batch=batch)), "b")
     assert [status.state for status in looks] == ["running", "running", "completed"]
     assert capsys.readouterr().err.count("cannot be reached") == 1

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from broker import BrokerSettings, Topology, connect, job_topology
-from broker.topology import Queue, delay_level
-from producer.keys import KeyFile
+from inferq.broker import BrokerSettings, Topology, connect, job_topology
+from inferq.broker.topology import Queue, delay_level
+from inferq.producer.keys import KeyFile
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
 from tests.worker.conftest import eventually
@@ -252,13 +252,13 @@ def test_fifty_submissions_of_one_id_are_one_task(installation: dict[str, str]) 
 
 def test_a_command_loads_nothing_that_only_others_need() -> None:
     code = (
-        "import sys; from producer.cli import app; "
+        "import sys; from inferq.producer.cli import app; "
         "app(['keys', '--help'], standalone_mode=False); print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert "producer.keys" in loaded
-    assert not loaded & {"celery", "consumers.cli", "fastapi", "httpx", "pika"}
+    assert "inferq.producer.keys" in loaded
+    assert not loaded & {"celery", "inferq.consumers.cli", "fastapi", "httpx", "pika"}
 
 
 def test_a_mistyped_command_is_set_right(capfd: pytest.CaptureFixture[str]) -> None:

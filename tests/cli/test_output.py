@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from producer.cli.output import print_table
+from inferq.producer.cli.output import print_table
 
 
 def test_a_time_is_local_and_to_the_second(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.text import Text
 
-from producer.cli import output
+from inferq.producer.cli import output
 
 EVIL = "a\x1b]0;title\x07\x9b31mb\x7f\udcff"
 

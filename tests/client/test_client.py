@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import BrokerUnavailable
-from producer.client import (
+from inferq.broker.errors import BrokerUnavailable
+from inferq.producer.client import (
     ApiError,
     AsyncClient,
     Client,
@@ -32,9 +32,9 @@ from producer.client import (
     Unauthorized,
     Unavailable,
 )
-from producer.flows import Following, delay, task_path
-from schemas import Event, EventData, InferqError, InstallationError
-from storage.results import upload_key
+from inferq.producer.flows import Following, delay, task_path
+from inferq.schemas import Event, EventData, InferqError, InstallationError
+from inferq.storage.results import upload_key
 from tests.conftest import Redis
 from tests.gateway.conftest import FakePublisher, Gateway, wait_until
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.client import Client, Unavailable
-from schemas import Result
+from inferq.producer.client import Client, Unavailable
+from inferq.schemas import Result
 from tests.gateway.conftest import FakePublisher, Gateway
 from tests.installation import inferq_here
 

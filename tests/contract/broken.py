@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from consumers.engine import Context, Engine, TaskAborted
-from schemas import EngineInfo, InvalidTask
+from inferq.consumers.engine import Context, Engine, TaskAborted
+from inferq.schemas import EngineInfo, InvalidTask
 from tests.contract.counting import CountOutput, CountTask
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -297,4 +297,4 @@ class LoadsNothing(Sound):
 
 
 class NoEngine:
-    """Not a consumers.engine.Engine."""
+    """Not an inferq.consumers.engine.Engine."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from schemas import Options, Task
+from inferq.schemas import Options, Task
 
 
 class CountOptions(Options):
@@ -20,7 +20,7 @@ class CountTask(Task):
 
 
 class LaxOptions(BaseModel):
-    """Not of schemas.Options: takes whatever comes."""
+    """Not of inferq.schemas.Options: takes whatever comes."""
 
 
 class LaxTask(CountTask):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from consumers.testing import Sample, Subject, engine_contract
-from schemas import get_type
+from inferq.consumers.testing import Sample, Subject, engine_contract
+from inferq.schemas import get_type
 
 PORTRAITS = Path(__file__).parents[2] / "examples" / "portraits"
 COLLINS = (PORTRAITS / "portrait_collins.png").read_bytes()

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from schemas import installed_types
+from inferq.schemas import installed_types
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, installation
 
@@ -55,7 +55,9 @@ def http(installed: dict[str, str]) -> Iterator[httpx.Client]:
 
 
 def publish(folder: Path, env: dict[str, str], *more: str) -> dict[str, Any]:
-    subprocess.run([sys.executable, "-m", "schemas.publish", str(folder), *more], env=env, check=True)
+    subprocess.run(
+        [sys.executable, "-P", "-m", "inferq.schemas.publish", str(folder), *more], env=env, check=True
+    )
     return {path.name: json.loads(path.read_text("utf-8")) for path in folder.iterdir()}
 
 

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from consumers.engine import Context, InputFile
-from consumers.facefusion import FacefusionOutput, FacefusionTask
-from consumers.facefusion.engine import FacefusionEngine
+from inferq.consumers.engine import Context, InputFile
+from inferq.consumers.facefusion import FacefusionOutput, FacefusionTask
+from inferq.consumers.facefusion.engine import FacefusionEngine
 
 HERE = Path(__file__).parent
 PORTRAITS = Path(__file__).parents[2] / "examples" / "portraits"

@@ -17,10 +17,10 @@ import numpy as np
 import psutil
 import pytest
 
-from consumers.engine import TaskAborted
-from consumers.facefusion.engine import FacefusionEngine
-from consumers.facefusion.headless import HeadlessBackend, judge, read_progress
-from schemas import InstallationError, InvalidTask, TransientFailure
+from inferq.consumers.engine import TaskAborted
+from inferq.consumers.facefusion.engine import FacefusionEngine
+from inferq.consumers.facefusion.headless import HeadlessBackend, judge, read_progress
+from inferq.schemas import InstallationError, InvalidTask, TransientFailure
 from tests.facefusion.conftest import COLLINS, HOPPER, Runner, pixels
 from tests.worker.conftest import eventually
 
@@ -192,8 +192,8 @@ def test_nothing_outlives_an_engine_that_is_killed(home: Path, tmp_path: Path, v
     code = f"""
 import numpy as np
 from pathlib import Path
-from consumers.engine import Context
-from consumers.facefusion.headless import HeadlessBackend
+from inferq.consumers.engine import Context
+from inferq.consumers.facefusion.headless import HeadlessBackend
 backend = HeadlessBackend(home=Path({str(home)!r}), python={sys.executable!r}, providers=["cpu"])
 Path({str(home / "behaviour")!r}).write_text("hang")
 context = Context(Path({str(tmp_path / "run")!r}), {{}}, lambda *_: None, lambda: False)
@@ -289,7 +289,7 @@ def test_progress_is_read_from_the_output(line: str, expected: tuple[float, str]
 
 
 def test_an_output_of_another_size_is_taken_as_it_is(home: Path, runner: Runner) -> None:
-    from consumers.facefusion.headless import _swapped
+    from inferq.consumers.facefusion.headless import _swapped
 
     output = runner.file(np.zeros((50, 40, 3), np.uint8))
     assert _swapped(output, np.zeros((25, 20, 3), np.uint8)).shape == (50, 40, 3)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from consumers.facefusion.engine import FacefusionEngine
-from consumers.facefusion.settings import FacefusionSettings
-from schemas import InvalidTask
+from inferq.consumers.facefusion.engine import FacefusionEngine
+from inferq.consumers.facefusion.settings import FacefusionSettings
+from inferq.schemas import InvalidTask
 from tests.facefusion.conftest import COLLINS, HOPPER, Runner, facefusion_task, pixels
 
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from consumers.facefusion.blend import OUTLINE, blend
-from consumers.facefusion.landmarks import Face, FaceFinder, _starts, mesh_edges, yaw
-from consumers.facefusion.preview import choose_faces
-from consumers.facefusion.warp import triangulate, warp
-from schemas import InvalidTask
+from inferq.consumers.facefusion.blend import OUTLINE, blend
+from inferq.consumers.facefusion.landmarks import Face, FaceFinder, _starts, mesh_edges, yaw
+from inferq.consumers.facefusion.preview import choose_faces
+from inferq.consumers.facefusion.warp import triangulate, warp
+from inferq.schemas import InvalidTask
 from tests.facefusion.conftest import COLLINS, HOPPER, Pixels, pixels
 
 TRIANGLES = triangulate(mesh_edges())

@@ -14,13 +14,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from consumers.engine import Context, TaskAborted
-from consumers.facefusion import FacefusionOutput
-from consumers.facefusion.engine import FacefusionEngine, _not_installed, load_backend
-from consumers.facefusion.landmarks import FaceFinder, mesh_edges
-from consumers.facefusion.settings import FacefusionSettings
-from consumers.facefusion.warp import triangulate, warp
-from schemas import InstallationError, InvalidTask
+from inferq.consumers.engine import Context, TaskAborted
+from inferq.consumers.facefusion import FacefusionOutput
+from inferq.consumers.facefusion.engine import FacefusionEngine, _not_installed, load_backend
+from inferq.consumers.facefusion.landmarks import FaceFinder, mesh_edges
+from inferq.consumers.facefusion.settings import FacefusionSettings
+from inferq.consumers.facefusion.warp import triangulate, warp
+from inferq.schemas import InstallationError, InvalidTask
 from tests.facefusion.conftest import COLLINS, HOPPER, Pixels, Run, Runner, pixels
 
 COLLINS_BOX = (179, 69, 273, 177)

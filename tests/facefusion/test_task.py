@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from consumers.facefusion import FacefusionTask, task_type
-from producer.cli.arguments import bundle, parse_assignments
-from schemas import InvalidTask, get_type, parse_task
+from inferq.consumers.facefusion import FacefusionTask, task_type
+from inferq.producer.cli.arguments import bundle, parse_assignments
+from inferq.schemas import InvalidTask, get_type, parse_task
 
 BARE = {
     "task_id": "face_001",
@@ -70,8 +70,6 @@ def test_the_command_line_takes_them_in_pairs(tmp_path: Path) -> None:
 
 def test_describing_the_type_loads_no_library() -> None:
     heavy = "{'numpy', 'PIL', 'cv2', 'mediapipe', 'matplotlib'}"
-    code = (
-        f"import sys, consumers.facefusion; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
-    )
+    code = f"import sys, inferq.consumers.facefusion; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("source_url", "target_url")

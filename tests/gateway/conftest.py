@@ -16,16 +16,16 @@ from typing import Any
 import httpx
 import pytest
 
-from broker.messages import Message
-from broker.settings import BrokerSettings
-from producer.gateway import Server, create_app, listen, url_of
-from producer.keys import KeyFile
-from producer.settings import GatewaySettings
-from schemas import EndState, ErrorInfo, InferqError, Result, Task, parse_task
-from storage.objects import ObjectStore, open_store
-from storage.results import ResultStore
-from storage.settings import StorageSettings
-from storage.status import StatusIndex
+from inferq.broker.messages import Message
+from inferq.broker.settings import BrokerSettings
+from inferq.producer.gateway import Server, create_app, listen, url_of
+from inferq.producer.keys import KeyFile
+from inferq.producer.settings import GatewaySettings
+from inferq.schemas import EndState, ErrorInfo, InferqError, Result, Task, parse_task
+from inferq.storage.objects import ObjectStore, open_store
+from inferq.storage.results import ResultStore
+from inferq.storage.settings import StorageSettings
+from inferq.storage.status import StatusIndex
 from tests.conftest import RabbitMQ
 
 _tenants = (f"tenant-{n}" for n in itertools.count(1))

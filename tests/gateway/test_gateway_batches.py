@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from producer.gateway.services import KnownBatches
-from schemas import Batch, BatchCounts, BatchSummary, Outage
-from storage import BatchIndex, BatchStore, ObjectStore
+from inferq.producer.gateway.services import KnownBatches
+from inferq.schemas import Batch, BatchCounts, BatchSummary, Outage
+from inferq.storage import BatchIndex, BatchStore, ObjectStore
 from tests.gateway.conftest import FakePublisher, Gateway, as_new_tenant, wait_until
 
 PATH = "/v1/batches/b"

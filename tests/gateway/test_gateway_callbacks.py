@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from schemas import (
+from inferq.schemas import (
     BatchCounts,
     BatchSummary,
     Callback,
@@ -19,7 +19,7 @@ from schemas import (
     batch_callback,
     end_callback,
 )
-from storage import BatchStore, CallbackRecords
+from inferq.storage import BatchStore, CallbackRecords
 from tests.gateway.conftest import FakePublisher, Gateway
 
 URL = "https://example.com/hook"

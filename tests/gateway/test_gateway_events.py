@@ -15,8 +15,8 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.gateway.events import _Shown
-from schemas import END_STATES, ErrorInfo, State, Task
+from inferq.producer.gateway.events import _Shown
+from inferq.schemas import END_STATES, ErrorInfo, State, Task
 from tests.conftest import Redis
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
 from tests.gateway.test_gateway_submit import ECHO

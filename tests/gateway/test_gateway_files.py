@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
-from producer.gateway.multipart import FormFile
-from producer.gateway.problems import Refused
-from storage.results import upload_key
+from inferq.producer.gateway.multipart import FormFile
+from inferq.producer.gateway.problems import Refused
+from inferq.storage.results import upload_key
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
 from tests.gateway.test_gateway_submit import problem
 

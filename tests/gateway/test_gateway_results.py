@@ -11,8 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from schemas import Artifact, Batch, Task
-from storage import BatchStore
+from inferq.schemas import Artifact, Batch, Task
+from inferq.storage import BatchStore
 from tests.gateway.conftest import Gateway, wait_until
 from tests.gateway.test_gateway_submit import ECHO, problem
 

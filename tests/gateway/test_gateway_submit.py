@@ -14,11 +14,11 @@ import httpx
 import pika
 import pytest
 
-from broker import Message
-from broker.errors import BrokerUnavailable, PublishRejected, Unroutable
-from producer.gateway.services import Services
-from producer.settings import GatewaySettings
-from schemas import MAX_BODY_BYTES, parse_task
+from inferq.broker import Message
+from inferq.broker.errors import BrokerUnavailable, PublishRejected, Unroutable
+from inferq.producer.gateway.services import Services
+from inferq.producer.settings import GatewaySettings
+from inferq.schemas import MAX_BODY_BYTES, parse_task
 from tests.conftest import RabbitMQ, Redis
 from tests.gateway.conftest import FakePublisher, Gateway, published, running, wait_until
 
@@ -431,14 +431,14 @@ def test_a_store_that_hangs_delays_no_submission_for_long(
         asked.append(task_id)
         released.wait(20)
 
-    monkeypatch.setattr("producer.gateway.services._GLANCE_SECONDS", 0.2)
+    monkeypatch.setattr("inferq.producer.gateway.services._GLANCE_SECONDS", 0.2)
     monkeypatch.setattr(services.results, "load", hang)
     begun = time.monotonic()
     for number in range(20):
         assert lone_gateway.http.put(f"/v1/tasks/hung{number}", json=ECHO).status_code == 202
     assert time.monotonic() - begun < 10
     assert asked == ["hung0"]
-    monkeypatch.setattr("producer.gateway.services._SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("inferq.producer.gateway.services._SLOW_SECONDS", 0.0)
     services._slow.until = 0.01  # the while is over: one tries
     released.set()
     assert lone_gateway.http.put("/v1/tasks/hung20", json=ECHO).status_code == 202

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
-from producer.gateway import create_app, listen, url_of
-from producer.gateway.body import decode_object
-from producer.gateway.prefer import wait_seconds
-from producer.settings import GatewaySettings
-from schemas import InstallationError, InvalidTask
-from storage.settings import StorageSettings
+from inferq.producer.gateway import create_app, listen, url_of
+from inferq.producer.gateway.body import decode_object
+from inferq.producer.gateway.prefer import wait_seconds
+from inferq.producer.settings import GatewaySettings
+from inferq.schemas import InstallationError, InvalidTask
+from inferq.storage.settings import StorageSettings
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
 from tests.gateway.test_gateway_submit import ECHO, problem
 
@@ -178,9 +178,7 @@ def test_a_broken_key_file_is_an_error_of_the_start(tmp_path: Path, publisher: F
 def test_the_process_serves_until_it_is_told_to_stop(
     tmp_path: Path, redis_url: str, amqp_url: str, how: signal.Signals
 ) -> None:
-    script = (
-        "from producer.gateway import serve; serve(port=0, on_listening=lambda url: print(url, flush=True))"
-    )
+    script = "from inferq.producer.gateway import serve; serve(port=0, on_listening=lambda url: print(url, flush=True))"
     environment = {
         **os.environ,
         "INFERQ_REDIS_URL": redis_url,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.keys import KeyFile
-from schemas import InferqError, InstallationError
+from inferq.producer.keys import KeyFile
+from inferq.schemas import InferqError, InstallationError
 
 
 @pytest.fixture

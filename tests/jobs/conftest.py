@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from broker import BrokerSettings, connect, job_topology
-from producer.batch.surroundings import Surroundings
-from producer.settings import BatchSettings
-from storage import StorageSettings
+from inferq.broker import BrokerSettings, connect, job_topology
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.settings import BatchSettings
+from inferq.storage import StorageSettings
 
 
 @pytest.fixture

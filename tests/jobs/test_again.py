@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 from celery import Celery, Task
 
-from broker import job_message
-from broker.celery_app import celery_app
-from producer.batch import again
-from producer.batch.again import again_unless_done
-from producer.batch.surroundings import Surroundings
-from schemas import InvalidTask, Outage
+from inferq.broker import job_message
+from inferq.broker.celery_app import celery_app
+from inferq.producer.batch import again
+from inferq.producer.batch.again import again_unless_done
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.schemas import InvalidTask, Outage
 from tests.celery_worker import working
 
 THREADS = 4

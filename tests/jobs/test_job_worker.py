@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from celery import Task
 
-from broker import (
+from inferq.broker import (
     JOB_QUEUES,
     QUEUE_JOBS,
     BrokerSettings,
@@ -30,10 +30,10 @@ from broker import (
     job_message,
     topology_for,
 )
-from broker.celery_app import celery_app
-from consumers.job_worker import application, work
-from consumers.settings import ProbeSettings
-from schemas import InstallationError
+from inferq.broker.celery_app import celery_app
+from inferq.consumers.job_worker import application, work
+from inferq.consumers.settings import ProbeSettings
+from inferq.schemas import InstallationError
 from tests.broker.conftest import control
 from tests.celery_worker import working
 from tests.certificates import certificate
@@ -154,7 +154,7 @@ def test_a_process_that_lacks_a_job_of_its_queues_does_not_start(queue: JobQueue
 def test_a_process_that_feeds_batches_does_not_start_without_a_temporary_directory(
     queues: str, status: int
 ) -> None:
-    inferq = [sys.executable, "-m", "producer.cli", "callbacks", "--check", "--queues", queues]
+    inferq = [sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--check", "--queues", queues]
     # With `ulimit -f 0` nobody can write a file, not even root.
     ended = subprocess.run(
         ["/bin/sh", "-c", 'ulimit -f 0 && exec "$@"', "sh", *inferq],
@@ -177,7 +177,7 @@ def test_a_process_with_a_setting_that_its_jobs_cannot_use_does_not_start(
     setting: str, value: str, check: list[str]
 ) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "producer.cli", "callbacks", "--queues", "batches", *check],
+        [sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--queues", "batches", *check],
         capture_output=True, text=True, check=False, timeout=60,
         env=os.environ | {"INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1", setting: value},
     )  # fmt: skip

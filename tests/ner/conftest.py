@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from consumers.engine import Context, InputFile
-from consumers.ner import NerOutput, NerTask
-from consumers.ner.engine import NerEngine
-from consumers.ner.lac import LacBackend
+from inferq.consumers.engine import Context, InputFile
+from inferq.consumers.ner import NerOutput, NerTask
+from inferq.consumers.ner.engine import NerEngine
+from inferq.consumers.ner.lac import LacBackend
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from consumers.engine import Context
-from consumers.ner import NerOutput, NerTask
-from consumers.ner.engine import NerEngine
+from inferq.consumers.engine import Context
+from inferq.consumers.ner import NerOutput, NerTask
+from inferq.consumers.ner.engine import NerEngine
 from tests.ner.gold import TYPES, Score, score, sentences
 
 

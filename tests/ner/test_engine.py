@@ -14,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from consumers.engine import Context, TaskAborted
-from consumers.engine_messages import Done, Failed, FileNote
-from consumers.engine_process import EngineProcess, Watch
-from consumers.ner import NerOutput
-from consumers.ner.backend import Span
-from consumers.ner.engine import NerEngine, load_backend
-from consumers.ner.settings import NerSettings
-from schemas import EngineInfo, InstallationError
+from inferq.consumers.engine import Context, TaskAborted
+from inferq.consumers.engine_messages import Done, Failed, FileNote
+from inferq.consumers.engine_process import EngineProcess, Watch
+from inferq.consumers.ner import NerOutput
+from inferq.consumers.ner.backend import Span
+from inferq.consumers.ner.engine import NerEngine, load_backend
+from inferq.consumers.ner.settings import NerSettings
+from inferq.schemas import EngineInfo, InstallationError
 from tests.ner.conftest import check, named, ner_task
 from tests.ner.gold import sentences
 from tests.ner.quality import measure

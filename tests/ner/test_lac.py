@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
-from consumers.ner import bigru_crf
-from consumers.ner.backend import Span
-from consumers.ner.bigru_crf import BiGruCrf, Crf, Floats, Ids
-from consumers.ner.lac import LacBackend, _installed_folder
-from schemas import InstallationError
+from inferq.consumers.ner import bigru_crf
+from inferq.consumers.ner.backend import Span
+from inferq.consumers.ner.bigru_crf import BiGruCrf, Crf, Floats, Ids
+from inferq.consumers.ner.lac import LacBackend, _installed_folder
+from inferq.schemas import InstallationError
 from tests.ner.gold import sentences
 
 GOLD = [sentence.text for sentence in sentences()]
@@ -163,7 +163,7 @@ def test_weights_that_are_not_the_known_ones_are_refused(tmp_path: Path) -> None
 
 
 def test_a_missing_jieba_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("consumers.ner.lac.find_spec", lambda name: None)
+    monkeypatch.setattr("inferq.consumers.ner.lac.find_spec", lambda name: None)
     with pytest.raises(InstallationError, match=r"pip install 'inferq\[ner\]'") as caught:
         LacBackend()
     assert caught.value.code == "engine_not_installed"

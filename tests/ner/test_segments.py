@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.ner.folding import fold, says_something
-from consumers.ner.segments import segments
+from inferq.consumers.ner.folding import fold, says_something
+from inferq.consumers.ner.segments import segments
 
 ANYTHING = st.text(
     st.one_of(

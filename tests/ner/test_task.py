@@ -10,9 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from consumers.ner import MAX_TERMS, MAX_TEXTS, NerOutput, NerTask, task_type
-from producer.cli.arguments import Given, bundle, parse_assignments
-from schemas import InvalidTask, parse_task
+from inferq.consumers.ner import MAX_TERMS, MAX_TEXTS, NerOutput, NerTask, task_type
+from inferq.producer.cli.arguments import Given, bundle, parse_assignments
+from inferq.schemas import InvalidTask, parse_task
 
 
 def parse(**fields: Any) -> NerTask:
@@ -145,6 +145,8 @@ def test_one_schema_fits_every_output() -> None:
 
 def test_describing_the_type_loads_no_library() -> None:
     heavy = "{'numpy', 'jieba', 'paddle', 'paddlenlp', 'threadpoolctl'}"
-    code = f"import sys, consumers.ner; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    code = (
+        f"import sys, inferq.consumers.ner; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("text",)

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from consumers.engine import Context
-from consumers.ner import NerOutput
-from consumers.ner.engine import NerEngine, load_backend
-from consumers.ner.settings import NerSettings
-from consumers.ner.taskflow import TaskflowBackend
-from schemas import InstallationError
+from inferq.consumers.engine import Context
+from inferq.consumers.ner import NerOutput
+from inferq.consumers.ner.engine import NerEngine, load_backend
+from inferq.consumers.ner.settings import NerSettings
+from inferq.consumers.ner.taskflow import TaskflowBackend
+from inferq.schemas import InstallationError
 from tests.ner.conftest import check, named, ner_task
 
 with_paddlenlp = pytest.mark.skipif(
@@ -191,7 +191,7 @@ def test_words_that_do_not_stand_in_the_text_are_an_error_and_no_wrong_offset(
 
 
 def test_nothing_of_paddle_is_imported_unless_it_is_chosen(engine: NerEngine) -> None:
-    code = "import sys, consumers.ner.engine as e; e.NerEngine().load(); assert 'paddle' not in sys.modules"
+    code = "import sys, inferq.consumers.ner.engine as e; e.NerEngine().load(); assert 'paddle' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={})
 
 

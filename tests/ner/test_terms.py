@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.engine import TaskAborted
-from consumers.ner.terms import Dictionary
+from inferq.consumers.engine import TaskAborted
+from inferq.consumers.ner.terms import Dictionary
 
 
 def found(terms: dict[str, list[str]], text: str) -> list[tuple[str, str]]:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from consumers.ner import NerOutput
-from consumers.ner.engine import NerEngine
-from consumers.ner.settings import NerSettings
-from consumers.ner.texts import read_text
-from schemas import InvalidTask
+from inferq.consumers.ner import NerOutput
+from inferq.consumers.ner.engine import NerEngine
+from inferq.consumers.ner.settings import NerSettings
+from inferq.consumers.ner.texts import read_text
+from inferq.schemas import InvalidTask
 
 Read = Callable[..., NerOutput]
 CHINESE = "患者张伟因糖尿病入院。" * 20

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker import Message
-from producer.batch.lines import read_lines
-from producer.batch.sources import Sources
-from producer.nightly import Schedule
-from producer.nightly.runs import RunLog
-from producer.nightly.start import Starter
-from schemas import Batch
-from storage import BatchStore, LocalStore, ObjectStore, StorageSettings
+from inferq.broker import Message
+from inferq.producer.batch.lines import read_lines
+from inferq.producer.batch.sources import Sources
+from inferq.producer.nightly import Schedule
+from inferq.producer.nightly.runs import RunLog
+from inferq.producer.nightly.start import Starter
+from inferq.schemas import Batch
+from inferq.storage import BatchStore, LocalStore, ObjectStore, StorageSettings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from broker import BrokerSettings, connect, topology_for
-from producer.nightly import read_schedules
-from producer.nightly.runs import Run, RunLog, Taken
-from producer.up.part import free_ports
-from schemas import BatchCounts, BatchSummary
-from storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
+from inferq.broker import BrokerSettings, connect, topology_for
+from inferq.producer.nightly import read_schedules
+from inferq.producer.nightly.runs import Run, RunLog, Taken
+from inferq.producer.up.part import free_ports
+from inferq.schemas import BatchCounts, BatchSummary
+from inferq.storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
 from tests.installation import inferq, inferq_here
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Desk:
     def beating(self) -> Iterator[subprocess.Popen[bytes]]:
         """A beat that is ready; killed where it still runs."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "producer.cli", "beat"],
+            [sys.executable, "-P", "-m", "inferq.producer.cli", "beat"],
             env=self.env | {"INFERQ_PROBE_PORT": str(self.port)},
         )
         try:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.nightly import Cron
+from inferq.producer.nightly import Cron
 
 BERLIN = ZoneInfo("Europe/Berlin")
 EXPRESSIONS = (

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.batch.lines import SourceUnusable
-from producer.nightly.listing import Seen, with_news
+from inferq.producer.batch.lines import SourceUnusable
+from inferq.producer.nightly.listing import Seen, with_news
 
 listings = st.dictionaries(st.text(max_size=3), st.sampled_from("abc"), max_size=30)
 

@@ -12,15 +12,15 @@ from typing import Any, cast
 
 import pytest
 
-from broker import BrokerSettings, Message
-from producer.batch.surroundings import Surroundings
-from producer.nightly import Schedule
-from producer.nightly.jobs import Watcher
-from producer.nightly.night import Ended, ended_between
-from producer.nightly.runs import Run, RunLog
-from producer.settings import BatchSettings
-from schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Night, Result
-from storage import BatchSource, StorageSettings
+from inferq.broker import BrokerSettings, Message
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.nightly import Schedule
+from inferq.producer.nightly.jobs import Watcher
+from inferq.producer.nightly.night import Ended, ended_between
+from inferq.producer.nightly.runs import Run, RunLog
+from inferq.producer.settings import BatchSettings
+from inferq.schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Night, Result
+from inferq.storage import BatchSource, StorageSettings
 
 START = "2026-11-25T01:30"
 EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)

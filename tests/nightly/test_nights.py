@@ -17,18 +17,27 @@ import pika
 import pytest
 import redis
 
-from broker import BrokerSettings, connect, topology_for
-from broker.celery_app import celery_app
-from producer.batch import jobs as batch_jobs
-from producer.batch.surroundings import Surroundings
-from producer.nightly import Schedule, jobs, run_id_of
-from producer.nightly.beat import start_message
-from producer.nightly.jobs import Watcher
-from producer.nightly.runs import Run, RunLog
-from producer.nightly.start import Starter
-from producer.settings import BatchSettings
-from schemas import Batch, BatchSummary, InvalidTask, Night, Result, Window, installed_types, parse_task
-from storage import StatusIndex, StorageSettings, errors_key, output_key
+from inferq.broker import BrokerSettings, connect, topology_for
+from inferq.broker.celery_app import celery_app
+from inferq.producer.batch import jobs as batch_jobs
+from inferq.producer.batch.surroundings import Surroundings
+from inferq.producer.nightly import Schedule, jobs, run_id_of
+from inferq.producer.nightly.beat import start_message
+from inferq.producer.nightly.jobs import Watcher
+from inferq.producer.nightly.runs import Run, RunLog
+from inferq.producer.nightly.start import Starter
+from inferq.producer.settings import BatchSettings
+from inferq.schemas import (
+    Batch,
+    BatchSummary,
+    InvalidTask,
+    Night,
+    Result,
+    Window,
+    installed_types,
+    parse_task,
+)
+from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ
 

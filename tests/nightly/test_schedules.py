@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.nightly import SchedulesUnusable, read_schedules, run_id_of
-from schemas import installed_types
+from inferq.producer.nightly import SchedulesUnusable, read_schedules, run_id_of
+from inferq.schemas import installed_types
 
 GOOD = """
 [invoices]

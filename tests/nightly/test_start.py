@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from producer.batch.sources import Sources
-from producer.nightly import run_id_of
-from producer.nightly.runs import Run
-from producer.nightly.start import Starter
-from storage import BatchStore, ObjectStore, StoreOutage
+from inferq.producer.batch.sources import Sources
+from inferq.producer.nightly import run_id_of
+from inferq.producer.nightly.runs import Run
+from inferq.producer.nightly.start import Starter
+from inferq.storage import BatchStore, ObjectStore, StoreOutage
 
 from .conftest import FIRST, SECOND, THIRD, CutOff, CutStore, NightSite
 

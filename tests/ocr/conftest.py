@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from consumers.engine import Context, InputFile
-from consumers.ocr import OcrOutput, OcrTask
-from consumers.ocr.engine import OcrEngine
+from inferq.consumers.engine import Context, InputFile
+from inferq.consumers.ocr import OcrOutput, OcrTask
+from inferq.consumers.ocr.engine import OcrEngine
 
 PAGES = Path(__file__).parents[2] / "examples" / "pages"
 

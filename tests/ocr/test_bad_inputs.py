@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from consumers.ocr.images import Limits, open_document
-from schemas import InvalidTask
+from inferq.consumers.ocr.images import Limits, open_document
+from inferq.schemas import InvalidTask
 
 
 def refusal(path: Path, limits: Limits | None = None) -> InvalidTask:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from consumers.engine import Context, TaskAborted
-from consumers.ocr import Line, OcrOutput
-from consumers.ocr.backend import out_of_memory
-from consumers.ocr.engine import OcrEngine, load_backend
-from consumers.ocr.settings import OcrSettings
-from schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
+from inferq.consumers.engine import Context, TaskAborted
+from inferq.consumers.ocr import Line, OcrOutput
+from inferq.consumers.ocr.backend import out_of_memory
+from inferq.consumers.ocr.engine import OcrEngine, load_backend
+from inferq.consumers.ocr.settings import OcrSettings
+from inferq.schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
 from tests.ocr.conftest import Sample, ocr_task, sample
 
 Read = Callable[..., OcrOutput]

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 
-from consumers.ocr.images import Limits, open_document
+from inferq.consumers.ocr.images import Limits, open_document
 
 SIZE = (120, 80)
 

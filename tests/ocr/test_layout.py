@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers.ocr import Line
-from consumers.ocr.layout import reading_order
+from inferq.consumers.ocr import Line
+from inferq.consumers.ocr.layout import reading_order
 
 
 def line(text: str, left: float, top: float, width: float, height: float = 20, *, angle: float = 0) -> Line:

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from consumers.engine import Context
-from consumers.ocr import OcrOutput
-from consumers.ocr.engine import OcrEngine
-from consumers.ocr.paddle import PaddleBackend
-from schemas import InstallationError, TransientFailure
+from inferq.consumers.engine import Context
+from inferq.consumers.ocr import OcrOutput
+from inferq.consumers.ocr.engine import OcrEngine
+from inferq.consumers.ocr.paddle import PaddleBackend
+from inferq.schemas import InstallationError, TransientFailure
 from tests.ocr.conftest import Sample, ocr_task
 
 with_paddleocr = pytest.mark.skipif(
@@ -221,7 +221,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     cuda = SimpleNamespace(device_count=lambda: 2)
     device = SimpleNamespace(is_compiled_with_cuda=lambda: True, cuda=cuda)
     monkeypatch.setitem(sys.modules, "paddle", SimpleNamespace(device=device, __version__="0"))
-    monkeypatch.setattr("consumers.ocr.paddle.version", lambda _: "0")
+    monkeypatch.setattr("inferq.consumers.ocr.paddle.version", lambda _: "0")
     monkeypatch.setenv("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
     return StandIn
 

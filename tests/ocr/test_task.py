@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.ocr import OcrTask, task_type
-from consumers.ocr.selection import select_pages
-from schemas import InvalidTask, parse_task
+from inferq.consumers.ocr import OcrTask, task_type
+from inferq.consumers.ocr.selection import select_pages
+from inferq.schemas import InvalidTask, parse_task
 
 
 def test_the_bare_message_of_any_producer_is_a_whole_task() -> None:
@@ -85,6 +85,8 @@ def test_whatever_is_selected_exists(selection: str) -> None:
 
 def test_describing_the_type_loads_no_library() -> None:
     heavy = "{'numpy', 'PIL', 'cv2', 'onnxruntime', 'rapidocr', 'pypdfium2', 'paddle'}"
-    code = f"import sys, consumers.ocr; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    code = (
+        f"import sys, inferq.consumers.ocr; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("image_url",)

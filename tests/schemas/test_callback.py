@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from broker import callback_message
-from producer.nightly import Schedule
-from producer.nightly.night import Ended, last_night, night_callback, paused_night
-from producer.nightly.runs import Run
-from schemas import (
+from inferq.broker import callback_message
+from inferq.producer.nightly import Schedule
+from inferq.producer.nightly.night import Ended, last_night, night_callback, paused_night
+from inferq.producer.nightly.runs import Run
+from inferq.schemas import (
     MAX_CALLBACK_BYTES,
     Artifact,
     Batch,
@@ -33,8 +33,8 @@ from schemas import (
     sequence_of,
     task_callback,
 )
-from schemas.publish import asyncapi, documents
-from schemas.result import OUTPUT_ARTIFACT
+from inferq.schemas.publish import asyncapi, documents
+from inferq.schemas.result import OUTPUT_ARTIFACT
 
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 URL = "https://example.com/hook"

@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import JsonValue, TypeAdapter
 
-from schemas import Event, Result
-from schemas.encoding import result_json, to_json
-from schemas.status import INLINE_EVENT_OUTPUT_BYTES
+from inferq.schemas import Event, Result
+from inferq.schemas.encoding import result_json, to_json
+from inferq.schemas.status import INLINE_EVENT_OUTPUT_BYTES
 
 JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 ANY_TEXT = st.text(st.characters(exclude_categories=[]))

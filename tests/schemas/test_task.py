@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import InvalidTask, get_type, installed_types, new_task_id, parse_task
-from schemas.publish import asyncapi, documents
-from schemas.task import MAX_BODY_BYTES, input_fields
+from inferq.schemas import InvalidTask, get_type, installed_types, new_task_id, parse_task
+from inferq.schemas.publish import asyncapi, documents
+from inferq.schemas.task import MAX_BODY_BYTES, input_fields
 
 BARE = {"task_id": "ocr_001", "image_url": "https://example.com/images/id_card.jpg", "task_type": "ocr"}
 
@@ -143,7 +143,7 @@ def test_fresh_ids_are_valid_and_sort_by_time() -> None:
 
 
 def test_inputs_are_found_in_optional_fields_too() -> None:
-    from schemas import InputUrl, Task
+    from inferq.schemas import InputUrl, Task
 
     class Many(Task):
         plain: str = ""
@@ -191,7 +191,7 @@ def test_the_published_folder_is_checked(tmp_path: Path) -> None:
     import sys
 
     def publish(*more: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "schemas.publish", str(tmp_path), *more]
+        argv = [sys.executable, "-P", "-m", "inferq.schemas.publish", str(tmp_path), *more]
         return subprocess.run(argv, capture_output=True, text=True, check=False)
 
     assert publish("--check").returncode == 1

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from storage import ObjectStore, StatusIndex, StorageSettings
-from storage.local import LocalStore
-from storage.s3 import S3Store
+from inferq.storage import ObjectStore, StatusIndex, StorageSettings
+from inferq.storage.local import LocalStore
+from inferq.storage.s3 import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -12,8 +12,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas import EndState, ErrorInfo, Result, Task, parse_task
-from storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
+from inferq.schemas import EndState, ErrorInfo, Result, Task, parse_task
+from inferq.storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
 from tests.storage.conftest import wait_until
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)

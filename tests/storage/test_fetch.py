@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from schemas import InferqError, InvalidTask, TransientFailure
-from storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
-from storage.addresses import system_resolver
-from storage.local import LocalStore
-from storage.s3 import S3Store
+from inferq.schemas import InferqError, InvalidTask, TransientFailure
+from inferq.storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
+from inferq.storage.addresses import system_resolver
+from inferq.storage.local import LocalStore
+from inferq.storage.s3 import S3Store
 from tests.certificates import certificate
 from tests.storage.conftest import wait_until
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import InvalidTask
-from schemas.http_url import HttpUrl, parse_http_url
-from storage.addresses import AddressPolicy, AddressRefused
-from storage.fetch_url import read_data_url, redacted, redirect_url, split_s3_url
+from inferq.schemas import InvalidTask
+from inferq.schemas.http_url import HttpUrl, parse_http_url
+from inferq.storage.addresses import AddressPolicy, AddressRefused
+from inferq.storage.fetch_url import read_data_url, redacted, redirect_url, split_s3_url
 
 PUBLIC = [
     "8.8.8.8",

@@ -14,10 +14,10 @@ from typing import BinaryIO, cast
 
 import pytest
 
-from schemas import InstallationError
-from storage import BadObjectKey, ObjectNotFound, ObjectStore, StorageSettings, StoreOutage, open_store
-from storage.local import LocalStore
-from storage.s3 import S3Store
+from inferq.schemas import InstallationError
+from inferq.storage import BadObjectKey, ObjectNotFound, ObjectStore, StorageSettings, StoreOutage, open_store
+from inferq.storage.local import LocalStore
+from inferq.storage.s3 import S3Store
 
 ODD_KEYS = [
     "plain",

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import Artifact, ErrorInfo, InvalidTask, Result
-from storage import (
+from inferq.schemas import Artifact, ErrorInfo, InvalidTask, Result
+from inferq.storage import (
     BadObjectKey,
     ObjectNotFound,
     ObjectStore,
@@ -22,8 +22,8 @@ from storage import (
     folder,
     upload_key,
 )
-from storage.local import LocalStore
-from storage.objects import check_key
+from inferq.storage.local import LocalStore
+from inferq.storage.objects import check_key
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)

@@ -12,9 +12,9 @@ import botocore.endpoint
 import pytest
 from botocore.exceptions import NoCredentialsError
 
-from storage import ObjectNotFound, StoreOutage
-from storage import s3 as s3_module
-from storage.s3 import S3Refused, S3Store
+from inferq.storage import ObjectNotFound, StoreOutage
+from inferq.storage import s3 as s3_module
+from inferq.storage.s3 import S3Refused, S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

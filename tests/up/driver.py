@@ -13,10 +13,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from producer.up import process, supervisor
-from producer.up.folder import DataFolder
-from producer.up.part import Part
-from producer.up.supervisor import Backoff, PartFailed, Supervisor
+from inferq.producer.up import process, supervisor
+from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.part import Part
+from inferq.producer.up.supervisor import Backoff, PartFailed, Supervisor
 
 process.LOG_BYTES = 2000
 supervisor.LOG_LOOK_SECONDS = 0.1

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.up.folder import DataFolder
-from producer.up.guard import alive
-from producer.up.part import Part
-from producer.up.process import LOG_BYTES, last_lines, spawn, stop
-from schemas import InferqError, InstallationError
+from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.guard import alive
+from inferq.producer.up.part import Part
+from inferq.producer.up.process import LOG_BYTES, last_lines, spawn, stop
+from inferq.schemas import InferqError, InstallationError
 
 
 def test_second_holder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:

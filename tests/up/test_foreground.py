@@ -12,8 +12,8 @@ import pytest
 SCRIPT = """\
 import sys
 from pathlib import Path
-from producer.up import foreground
-from producer.up.plan import Plan
+from inferq.producer.up import foreground
+from inferq.producer.up.plan import Plan
 
 foreground.make_plan = lambda folder, **_: Plan((), {}, {})
 wish = foreground.Wish(Path(sys.argv[1]), 0, ())

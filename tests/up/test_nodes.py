@@ -10,10 +10,17 @@ import pika
 import pytest
 import redis
 
-from producer.up import rabbitmq
-from producer.up import redis as private_redis
-from producer.up.part import find_program, free_ports, kept_secret, port_answers, port_free, private_text
-from schemas import InstallationError
+from inferq.producer.up import rabbitmq
+from inferq.producer.up import redis as private_redis
+from inferq.producer.up.part import (
+    find_program,
+    free_ports,
+    kept_secret,
+    port_answers,
+    port_free,
+    private_text,
+)
+from inferq.schemas import InstallationError
 
 LISTEN = "0A"
 
@@ -116,7 +123,7 @@ def test_redis_runs_in_a_folder_with_an_awkward_name(tmp_path: Path) -> None:
     server = private_redis.RedisServer.prepare(tmp_path / 'a "b" ü #c', free_ports(1)[0])
     part = server.part()
     assert part.probe() is not None
-    from producer.up.process import spawn, stop
+    from inferq.producer.up.process import spawn, stop
 
     process = spawn(part, tmp_path / "log")
     try:

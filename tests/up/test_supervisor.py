@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.up import guard
-from producer.up.folder import DataFolder
+from inferq.producer.up import guard
+from inferq.producer.up.folder import DataFolder
 
 DRIVER = Path(__file__).with_name("driver.py")
 

@@ -16,15 +16,15 @@ import httpx
 import pytest
 from typer import Exit
 
-from producer.cli import up as commands
-from producer.client import Client
-from producer.up.detached import while_up
-from producer.up.folder import DataFolder
-from producer.up.foreground import Wish
-from producer.up.plan import choose_types, http_ready, make_plan
-from schemas import InferqError, InstallationError
+from inferq.producer.cli import up as commands
+from inferq.producer.client import Client
+from inferq.producer.up.detached import while_up
+from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.foreground import Wish
+from inferq.producer.up.plan import choose_types, http_ready, make_plan
+from inferq.schemas import InferqError, InstallationError
 
-INFERQ = (sys.executable, "-m", "producer.cli")
+INFERQ = (sys.executable, "-P", "-m", "inferq.producer.cli")
 PLUGIN = Path(__file__).parents[1] / "plugin"
 
 
@@ -185,7 +185,7 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
     monkeypatch.setenv("FAULTY_LOAD", str(tmp_path / "load"))
     monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
     process = start(data, "--detach", "--types", "faulty")
-    until(lambda: "producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
+    until(lambda: "inferq.producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     if number is signal.SIGINT:
@@ -208,7 +208,7 @@ def test_while_up_lasts_as_long_as_its_block(data: Path, services: None) -> None
 def test_while_up_ends_with_its_process(data: Path, services: None) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from producer.up.detached import while_up; from producer.up.foreground import Wish\n"
+        "from inferq.producer.up.detached import while_up; from inferq.producer.up.foreground import Wish\n"
         "with while_up(Wish(Path(sys.argv[1]), 0, ('echo',)), report=lambda report: None):\n"
         "    print('up', flush=True); time.sleep(600)\n"
     )
@@ -310,7 +310,11 @@ def test_unready_server_says_why() -> None:
         server.listen()
         port = server.getsockname()[1]
         client_side = subprocess.Popen(
-            [sys.executable, "-c", f"from producer.up.plan import http_ready; print(http_ready({port}))"],
+            [
+                sys.executable,
+                "-c",
+                f"from inferq.producer.up.plan import http_ready; print(http_ready({port}))",
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -324,7 +328,7 @@ def test_down_insists_on_a_supervisor_that_hangs(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = (
-        "import signal, sys, time; from pathlib import Path; from producer.up.folder import DataFolder\n"
+        "import signal, sys, time; from pathlib import Path; from inferq.producer.up.folder import DataFolder\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); DataFolder(Path(sys.argv[1])).hold()\n"
         "print('held', flush=True); time.sleep(600)\n"
     )

@@ -23,10 +23,10 @@ import pika
 import pytest
 import redis
 
-from broker import BrokerSettings, DeadLetter, DeadLetters, connect, topology_for
-from producer.up.part import free_ports
-from schemas import Result, TaskStatus
-from storage import ObjectStore, ResultStore, StatusIndex, StorageSettings, open_store
+from inferq.broker import BrokerSettings, DeadLetter, DeadLetters, connect, topology_for
+from inferq.producer.up.part import free_ports
+from inferq.schemas import Result, TaskStatus
+from inferq.storage import ObjectStore, ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import RabbitMQ
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -123,7 +123,7 @@ class WorkerProcess:
         self.log = site.folder / f"worker-{uuid.uuid4().hex[:6]}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "producer.cli", "worker", type_name],
+                [sys.executable, "-P", "-m", "inferq.producer.cli", "worker", type_name],
                 env=site.env | {"INFERQ_PROBE_PORT": str(self.port), **settings},
                 stdout=log,
                 stderr=log,

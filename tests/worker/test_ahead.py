@@ -12,11 +12,11 @@ from typing import Any, cast
 import pika
 import pytest
 
-from broker import connect
-from consumers.decision import MAX_DELIVERIES
-from consumers.engine_process import EngineProcess
-from consumers.engine_seat import EngineSeat
-from schemas import parse_task
+from inferq.broker import connect
+from inferq.consumers.decision import MAX_DELIVERIES
+from inferq.consumers.engine_process import EngineProcess
+from inferq.consumers.engine_seat import EngineSeat
+from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 from tests.worker.test_poison import hand_out

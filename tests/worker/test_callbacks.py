@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from broker import connect
-from schemas import Callback, end_callback, parse_task
+from inferq.broker import connect
+from inferq.schemas import Callback, end_callback, parse_task
 from tests.worker.conftest import Site, eventually, starts
 
 URL = "https://example.com/hook"

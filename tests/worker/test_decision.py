@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker import RETRY_LEVELS
-from consumers.decision import (
+from inferq.broker import RETRY_LEVELS
+from inferq.consumers.decision import (
     MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
     MAX_LOST_RUNS,
@@ -24,7 +24,7 @@ from consumers.decision import (
     after_failure,
     before_run,
 )
-from schemas import InferqError, InvalidTask, Result, Task, TransientFailure, parse_task
+from inferq.schemas import InferqError, InvalidTask, Result, Task, TransientFailure, parse_task
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 

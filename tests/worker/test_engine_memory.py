@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from consumers.engine_child import out_of_memory
-from schemas import InvalidTask, TransientFailure
+from inferq.consumers.engine_child import out_of_memory
+from inferq.schemas import InvalidTask, TransientFailure
 from tests.worker.conftest import Site, WorkerProcess, eventually
 
 

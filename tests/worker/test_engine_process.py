@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from consumers import engine_process
-from consumers.engine_messages import Done, Failed
-from consumers.engine_process import (
+from inferq.consumers import engine_process
+from inferq.consumers.engine_messages import Done, Failed
+from inferq.consumers.engine_process import (
     AbortReason,
     EngineDied,
     EngineProcess,
@@ -23,8 +23,8 @@ from consumers.engine_process import (
     RunAborted,
     Watch,
 )
-from producer.up import guard
-from schemas import InstallationError, TransientFailure, parse_task
+from inferq.producer.up import guard
+from inferq.schemas import InstallationError, TransientFailure, parse_task
 from tests.worker.conftest import PLUGIN, eventually
 
 ALWAYS_IDLE = -1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from schemas import Priority, Result
+from inferq.schemas import Priority, Result
 from tests.worker.conftest import Site, eventually
 
 SOON = timedelta(seconds=1)

@@ -15,15 +15,23 @@ from typing import Any, cast
 
 import pytest
 
-from broker import Delivery, Message
-from consumers.inputs import fetch_inputs
-from consumers.metrics import WorkerMetrics
-from consumers.scratch import ScratchFolder
-from consumers.settings import WorkerSettings
-from consumers.surroundings import Surroundings
-from consumers.task_run import TaskRun
-from schemas import InvalidTask, Result, Task, get_type, parse_task
-from storage import BatchIndex, Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings, StoreOutage
+from inferq.broker import Delivery, Message
+from inferq.consumers.inputs import fetch_inputs
+from inferq.consumers.metrics import WorkerMetrics
+from inferq.consumers.scratch import ScratchFolder
+from inferq.consumers.settings import WorkerSettings
+from inferq.consumers.surroundings import Surroundings
+from inferq.consumers.task_run import TaskRun
+from inferq.schemas import InvalidTask, Result, Task, get_type, parse_task
+from inferq.storage import (
+    BatchIndex,
+    Fetcher,
+    LocalStore,
+    ResultStore,
+    StatusIndex,
+    StorageSettings,
+    StoreOutage,
+)
 
 TASK = {"task_id": "b.7", "task_type": "echo", "payload": 1, "batch_id": "b", "batch_line": 7}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from schemas import parse_task
-from storage import ResultStore, StatusIndex, StorageSettings, open_store
+from inferq.schemas import parse_task
+from inferq.storage import ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import Redis
 from tests.proxy import TcpProxy
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import redis
 
-from broker import connect
-from consumers.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_LOST_RUNS
+from inferq.broker import connect
+from inferq.consumers.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_LOST_RUNS
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.result_cache import ResultCache, result_key
-from schemas import EngineInfo, Result, Settings, get_type, parse_task
-from storage import LocalStore, ResultStore
+from inferq.consumers.result_cache import ResultCache, result_key
+from inferq.schemas import EngineInfo, Result, Settings, get_type, parse_task
+from inferq.storage import LocalStore, ResultStore
 from tests.worker.conftest import Site, eventually, starts
 
 ON = {"INFERQ_RESULT_CACHE": "true"}

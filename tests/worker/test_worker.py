@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from broker import DeadLetters
-from schemas import PRIORITIES, Result, parse_task
-from storage import ResultStore, StorageSettings, open_store
+from inferq.broker import DeadLetters
+from inferq.schemas import PRIORITIES, Result, parse_task
+from inferq.storage import ResultStore, StorageSettings, open_store
 from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually, starts
 
 

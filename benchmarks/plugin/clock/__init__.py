@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from schemas import Task, TaskType
+from inferq.schemas import Task, TaskType
 
 
 class ClockTask(Task):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from clock import ClockOutput, ClockTask
-from consumers.engine import Context, Engine
-from schemas import EngineInfo
+from inferq.consumers.engine import Context, Engine
+from inferq.schemas import EngineInfo
 
 
 class ClockEngine(Engine[ClockTask]):

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from inferq.engine import Options, Task, TaskType
 from inferq_sentiment.settings import SentimentSettings
-from schemas import Options, Task, TaskType
 
 
 class SentimentOptions(Options):

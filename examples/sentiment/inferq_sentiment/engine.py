@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from consumers.engine import Context, Engine
+from inferq.engine import Context, Engine, EngineInfo, InvalidTask
 from inferq_sentiment import SentimentOutput, SentimentTask
 from inferq_sentiment.lexicon import (
     built_in,
@@ -14,7 +14,6 @@ from inferq_sentiment.lexicon import (
     tokenizer,
 )
 from inferq_sentiment.settings import SentimentSettings
-from schemas import EngineInfo, InvalidTask
 
 
 class SentimentEngine(Engine[SentimentTask]):

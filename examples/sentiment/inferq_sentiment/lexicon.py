@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from schemas import InstallationError
+from inferq.engine import InstallationError
 
 _POSITIVE = """
 amazing awesome beautiful best better brilliant delicious delighted enjoy enjoyed excellent fantastic fast

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from schemas import Settings
+from inferq.engine import Settings
 
 
 class SentimentSettings(Settings):

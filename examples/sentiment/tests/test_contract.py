@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from consumers.testing import Sample, Subject, engine_contract
+from inferq.testing import Sample, Subject, engine_contract
 from inferq_sentiment import task_type
 
 test_contract = engine_contract(

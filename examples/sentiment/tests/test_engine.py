@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from consumers.testing import Bench, Sample, Subject
+from inferq.engine import InstallationError
+from inferq.testing import Bench, Sample, Subject
 from inferq_sentiment import SentimentOutput, task_type
-from schemas import InstallationError
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from schemas import InputUrl, Options, Task, TaskType, always
+from inferq.schemas import InputUrl, Options, Task, TaskType, always
 
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consumers.engine import Context, Engine
-from consumers.weights import use_weights
 from faulty import FaultyTask
-from schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
+from inferq.consumers.engine import Context, Engine
+from inferq.consumers.weights import use_weights
+from inferq.schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
 
 
 class OutOfMemoryError(RuntimeError):

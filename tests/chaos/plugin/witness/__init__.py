@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from schemas import Options, Task, TaskType
+from inferq.schemas import Options, Task, TaskType
 
 Fault = Literal["none", "transient", "invalid", "crash", "container"]
 

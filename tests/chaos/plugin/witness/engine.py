@@ -14,8 +14,8 @@ from pathlib import Path
 
 import redis
 
-from consumers.engine import Context, Engine
-from schemas import EngineInfo, InvalidTask, TransientFailure
+from inferq.consumers.engine import Context, Engine
+from inferq.schemas import EngineInfo, InvalidTask, TransientFailure
 from witness import WitnessOutput, WitnessTask
 
 
