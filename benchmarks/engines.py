@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.site import Site
 from inferq.broker import Publisher, task_message, topology_for
 from inferq.consumers.engine import Context, InputFile
-from inferq.consumers.engine_child import engine_class
+from inferq.consumers.runtime.child import engine_class
 from inferq.schemas import Task, get_type, new_task_id, parse_task
 from inferq.storage import upload_key
 

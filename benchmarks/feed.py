@@ -20,7 +20,7 @@ import redis
 from benchmarks.site import Site, wait_until
 from inferq.broker import BrokerSettings, Publisher, connect, topology_for
 from inferq.producer.batch.start import start
-from inferq.producer.keys import KeyFile
+from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
 from inferq.schemas import Batch, installed_types, new_task_id
 from inferq.storage import BatchIndex, BatchStore, StatusIndex, StorageSettings, upload_key

@@ -34,8 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.engines import Work, bare_engine
 from benchmarks.site import wait_until
-from inferq.producer.nightly.runs import RunLog
-from inferq.producer.up import guard
+from inferq.producer.up import orphan_reaper
 from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.process import spawn, stop
 from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts
@@ -50,7 +49,8 @@ from inferq.storage import (
     open_store,
     output_key,
 )
-from inferq.storage.s3 import s3_client
+from inferq.storage.objects.s3 import s3_client
+from inferq.storage.runs import RunLog
 
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
@@ -142,7 +142,7 @@ class Ground:
     def held(self, kind: str) -> Iterator[None]:
         """All commands of a kind and their children stand still meanwhile."""
         sessions = {process.pid for name, process in self.running.items() if name.startswith(kind)}
-        held = guard.members(sessions, mark="")  # an engine has a process group of its own
+        held = orphan_reaper.members(sessions, mark="")  # an engine has a process group of its own
         for process in held:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGSTOP)

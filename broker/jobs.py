@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any
@@ -127,3 +128,26 @@ def callback_message(
         job_id=callback.callback_id,
         retries=len(attempts),
     )
+
+
+def feed_message(
+    tenant: str, batch_id: str, *, chain: str, part: int = 0, line: int = 0, offset: int = 0
+) -> Message:
+    """The job that feeds a batch from behind `line`, which ends at `offset` bytes of the source.
+
+    `chain` names the feeding from its start to its end, `part` counts its slices.
+    """
+    arguments: dict[str, JsonValue] = {
+        "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part, "line": line, "offset": offset,
+    }  # fmt: skip
+    return job_message(FEED_JOB, "inference.batches", arguments, job_id=f"feed-{chain}-{part}")
+
+
+def assemble_message(tenant: str, batch_id: str, *, error: str | None = None) -> Message:
+    """The job that puts the results of a batch together, once its lines have ended.
+
+    `error` says why it could not be fed at all.
+    """
+    arguments: dict[str, JsonValue] = {"tenant": tenant, "batch_id": batch_id, "error": error}
+    job_id = f"assemble-{secrets.token_hex(6)}"
+    return job_message(ASSEMBLE_JOB, "inference.batches", arguments, job_id=job_id)

@@ -45,7 +45,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inferq import Client
-from inferq.producer.listen import Heard, Listener
+from inferq.producer.cli.listener import Heard, Listener
 from inferq.producer.up.detached import while_up
 from inferq.producer.up.foreground import Wish
 from inferq.producer.up.part import port_free

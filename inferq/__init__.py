@@ -30,9 +30,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inferq.producer.client import AsyncClient, Client
-    from inferq.producer.flows import (
+    from inferq.producer.client import (
         ApiError,
+        AsyncClient,
+        Client,
         Conflict,
         InvalidRequest,
         NotEnded,
@@ -61,9 +62,10 @@ __all__ = [
 
 # Loaded on first use: every part of inferq imports this package, and most need no HTTP client.
 _MODULES = {
-    "inferq.producer.client": ("AsyncClient", "Client"),
-    "inferq.producer.flows": (
+    "inferq.producer.client": (
         "ApiError",
+        "AsyncClient",
+        "Client",
         "Conflict",
         "InvalidRequest",
         "NotEnded",

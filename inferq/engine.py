@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from inferq.consumers.engine import (
-    ArtifactFile,
-    Context,
-    Engine,
-    EngineSettings,
-    InputFile,
-    TaskAborted,
-)
+from inferq.consumers.engine import ArtifactFile, Context, Engine, EngineSettings, InputFile, TaskAborted
 from inferq.schemas import (
     EngineInfo,
     InferqError,
@@ -30,7 +23,7 @@ from inferq.schemas import (
 )
 
 if TYPE_CHECKING:
-    from inferq.consumers.weights import LoadedWeights, model_folder, use_weights
+    from inferq.consumers.weights.cache import LoadedWeights, model_folder, use_weights
 
 __all__ = [
     "ArtifactFile",
@@ -58,7 +51,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Weights need the object stores, which a gateway that only knows the type does not load.
     if name in {"LoadedWeights", "model_folder", "use_weights"}:
-        from inferq.consumers import weights
+        from inferq.consumers.weights import cache as weights
 
         return getattr(weights, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

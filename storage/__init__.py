@@ -1,8 +1,7 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
-from inferq.storage.addresses import AddressPolicy, AddressRefused, GuardedBackend
-from inferq.storage.batch_index import BatchIndex, IndexLost, LeaseLost, Lull, Standing, Step
-from inferq.storage.batches import (
+from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Lull, Standing, Step
+from inferq.storage.batches.store import (
     BatchConflict,
     BatchSource,
     BatchStore,
@@ -12,19 +11,14 @@ from inferq.storage.batches import (
     output_key,
 )
 from inferq.storage.callbacks import CallbackRecords
-from inferq.storage.fetch import Fetched, Fetcher, ScratchUnavailable
-from inferq.storage.local import LocalStore
-from inferq.storage.objects import (
-    BadObjectKey,
-    ObjectInfo,
-    ObjectNotFound,
-    ObjectStore,
-    StoreOutage,
-    open_store,
-)
-from inferq.storage.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
+from inferq.storage.fetch.addresses import AddressPolicy, AddressRefused, GuardedBackend
+from inferq.storage.fetch.fetcher import Fetched, Fetcher, ScratchUnavailable
+from inferq.storage.objects.local import LocalStore
+from inferq.storage.objects.open import open_store
+from inferq.storage.objects.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
+from inferq.storage.objects.store import BadObjectKey, ObjectInfo, ObjectNotFound, ObjectStore, StoreOutage
 from inferq.storage.settings import StorageSettings
-from inferq.storage.status import Begun, Page, StatusIndex, StatusOutage, Submission
+from inferq.storage.status.index import Begun, Page, StatusIndex, StatusOutage, Submission
 from inferq.storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
 
 __all__ = [

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from inferq.schemas import Callback, CallbackRecord, SubjectKind
 from inferq.schemas.encoding import to_json
-from inferq.storage.objects import ObjectNotFound, ObjectStore
-from inferq.storage.results import segment
-from inferq.storage.status import StatusIndex
+from inferq.storage.objects.results import segment
+from inferq.storage.objects.store import ObjectNotFound, ObjectStore
+from inferq.storage.status.index import StatusIndex
 
 MAX_LISTED = 500
 """The most failures that one listing holds."""

@@ -27,7 +27,7 @@ from pydantic import (
 
 from inferq.schemas import InferqError, Settings
 from inferq.schemas.task import Tenant
-from inferq.storage.record_file import RecordFile
+from inferq.storage.json_file import RecordFile
 
 PREFIX = "whsec_"
 KEEP_SECONDS = 86400.0

@@ -23,7 +23,7 @@ from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.process import last_lines, spawn, stop
 from inferq.producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
 from inferq.producer.up.redis import RedisServer
-from inferq.storage.s3 import s3_client
+from inferq.storage.objects.s3 import s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from inferq.producer.cli.main import main
-from inferq.producer.keys import KeyFile
+from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import eventually

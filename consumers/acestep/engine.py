@@ -10,7 +10,7 @@ from inferq.consumers.acestep.audio import CONTENT_TYPES, AudioFile
 from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Backend, frames_of
 from inferq.consumers.acestep.settings import AceStepSettings
 from inferq.consumers.acestep.waveform import Waveform
-from inferq.consumers.weights import model_folder
+from inferq.consumers.weights.cache import model_folder
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 

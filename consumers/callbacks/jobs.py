@@ -32,7 +32,7 @@ from inferq.consumers.callbacks.metrics import CallbackMetrics
 from inferq.consumers.callbacks.sending import Sender
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.consumers.callbacks.targets import Target, Targets
-from inferq.consumers.job_process import REGISTRY
+from inferq.consumers.probes.registry import REGISTRY
 from inferq.schemas import InvalidTask, Outage
 from inferq.schemas.http_url import parse_http_url
 from inferq.storage import (

@@ -16,8 +16,8 @@ from inferq.consumers.callbacks.decision import retry_after_seconds
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import Callback, CallbackAttempt, InvalidTask
 from inferq.schemas.http_url import HttpUrl, parse_http_url
-from inferq.storage.addresses import AddressPolicy, Resolver, system_resolver
-from inferq.storage.http_pool import HttpPool, header_of
+from inferq.storage.fetch.addresses import AddressPolicy, Resolver, system_resolver
+from inferq.storage.fetch.pool import HttpPool, header_of
 
 _RESPONSE_BYTES = 1024
 _ERROR_CHARACTERS = 300

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from inferq.consumers.facefusion import FaceChoice, FoundFace
-from inferq.consumers.pictures import RgbImage
+from inferq.consumers.media.pictures import RgbImage
 from inferq.engine import Context
 from inferq.schemas import EngineInfo, InvalidTask
 

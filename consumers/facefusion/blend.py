@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inferq.consumers.facefusion.landmarks import Points
-from inferq.consumers.pictures import RgbImage
+from inferq.consumers.media.pictures import RgbImage
 
 OUTLINE = (
     *(151, 337, 299, 333, 298, 301, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377),

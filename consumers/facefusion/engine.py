@@ -14,7 +14,7 @@ from PIL import Image
 from inferq.consumers.facefusion import FacefusionOptions, FacefusionOutput, FacefusionTask, PictureFormat
 from inferq.consumers.facefusion.backend import Backend
 from inferq.consumers.facefusion.settings import FacefusionSettings
-from inferq.consumers.pictures import Picture, PixelLimit, RgbImage, open_picture
+from inferq.consumers.media.pictures import Picture, PixelLimit, RgbImage, open_picture
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask
 

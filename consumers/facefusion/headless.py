@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from inferq.consumers.facefusion import FaceChoice, warden
+from inferq.consumers.facefusion import FaceChoice, group_runner
 from inferq.consumers.facefusion.backend import Swap, no_face_found
-from inferq.consumers.pictures import PixelLimit, RgbImage, open_picture
+from inferq.consumers.media.pictures import PixelLimit, RgbImage, open_picture
 from inferq.engine import Context
 from inferq.schemas import EngineInfo, InferqError, InstallationError, InvalidTask, TransientFailure
 
@@ -143,7 +143,7 @@ class HeadlessBackend:
         (folder / "temp").mkdir()
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         process = subprocess.Popen(
-            [sys.executable, "-I", str(warden.__file__), *command],
+            [sys.executable, "-I", str(group_runner.__file__), *command],
             cwd=self._home,
             env=_environment(folder / "temp"),
             stdin=subprocess.PIPE,

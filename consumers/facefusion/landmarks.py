@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from inferq.consumers.pictures import RgbImage
+from inferq.consumers.media.pictures import RgbImage
 from inferq.schemas import InstallationError
 
 Points = NDArray[np.float32]

@@ -13,7 +13,7 @@ from inferq.consumers.facefusion.backend import Swap, no_face_found
 from inferq.consumers.facefusion.blend import blend
 from inferq.consumers.facefusion.landmarks import Face, FaceFinder, mesh_edges
 from inferq.consumers.facefusion.warp import triangulate, warp
-from inferq.consumers.pictures import RgbImage
+from inferq.consumers.media.pictures import RgbImage
 from inferq.engine import Context
 from inferq.schemas import EngineInfo
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inferq.consumers.facefusion.landmarks import Points
-from inferq.consumers.pictures import RgbImage
+from inferq.consumers.media.pictures import RgbImage
 
 Triangles = NDArray[np.int32]
 

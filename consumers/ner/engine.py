@@ -12,7 +12,7 @@ from inferq.consumers.ner.segments import segments
 from inferq.consumers.ner.settings import NerSettings
 from inferq.consumers.ner.terms import Dictionary
 from inferq.consumers.ner.texts import check_length, read_text
-from inferq.consumers.weights import model_folder
+from inferq.consumers.weights.cache import model_folder
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InstallationError
 

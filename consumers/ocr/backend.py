@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from inferq.consumers.media.pictures import RgbImage
 from inferq.consumers.ocr import Box, Line
-from inferq.consumers.pictures import RgbImage
 from inferq.schemas import EngineInfo, TransientFailure
 
 RgbPage = RgbImage

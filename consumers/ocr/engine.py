@@ -14,7 +14,7 @@ from inferq.consumers.ocr.images import Document, Limits, open_document
 from inferq.consumers.ocr.layout import reading_order
 from inferq.consumers.ocr.selection import select_pages
 from inferq.consumers.ocr.settings import OcrSettings
-from inferq.consumers.weights import model_folder
+from inferq.consumers.weights.cache import model_folder
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InvalidTask
 

@@ -11,9 +11,9 @@ import numpy as np
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
+from inferq.consumers.media.pictures import LONGEST_SIDE, Picture, PixelLimit
+from inferq.consumers.media.sniff import Kind, sniff
 from inferq.consumers.ocr.backend import RgbPage
-from inferq.consumers.pictures import LONGEST_SIDE, Picture, PixelLimit
-from inferq.consumers.sniff import Kind, sniff
 from inferq.schemas import InvalidTask
 
 _PDF_UNITS_PER_INCH = 72

@@ -1,5 +1,5 @@
-"""Batches: sources read line by line, fed as tasks, and their results put together at the end."""
+"""Submitting a batch: whether it can work, and its start. consumers/batches feeds it."""
 
-from inferq.producer.batch.start import feed_message, start
+from inferq.producer.batch.start import start
 
-__all__ = ["feed_message", "start"]
+__all__ = ["start"]

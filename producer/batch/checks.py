@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pydantic import JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
-from inferq.producer.batch.sources import input_field
 from inferq.schemas import InvalidTask, Task, get_type, parse_task
+from inferq.schemas.batch_source import input_field
 from inferq.schemas.types import describe_fault
 
 _SAMPLE_ID = "sample"

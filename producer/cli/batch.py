@@ -16,18 +16,13 @@ from pydantic import JsonValue
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inferq.producer.batch.checks import check_files, check_lines
-from inferq.producer.batch.sources import JSONL_ENDINGS, input_field, is_prefix, line_of
 from inferq.producer.cli.arguments import parse_assignments
 from inferq.producer.cli.files import files_of, uploaded
 from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from inferq.producer.client import (
-    Client,
-    NotEnded,
-    NotFound,
-    Unavailable,
-)
-from inferq.producer.transfers import is_batch_url
+from inferq.producer.client.client import Client, NotEnded, NotFound, Unavailable
+from inferq.producer.client.transfers import is_batch_url
 from inferq.schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
+from inferq.schemas.batch_source import JSONL_ENDINGS, input_field, is_prefix, line_of
 
 app = typer.Typer(name="batch", help="Many tasks from one source.", no_args_is_help=True)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from inferq.producer.cli.output import JsonFlag, complain, print_json, print_records, print_table
-from inferq.producer.client import Client
+from inferq.producer.client.client import Client
 from inferq.schemas import CallbackRecord, InvalidTask, SubjectKind
-from inferq.storage.fetch_url import redacted
+from inferq.storage.fetch.urls import redacted
 
 app = typer.Typer(name="callback", help="What became of callbacks.", no_args_is_help=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from inferq.producer.cli.output import errors
-from inferq.producer.client import ApiError, Client, InvalidRequest, Unauthorized
+from inferq.producer.client.client import ApiError, Client, InvalidRequest, Unauthorized
 from inferq.schemas import InferqError, InvalidTask
 
 _UPLOADS = 8

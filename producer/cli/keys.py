@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from inferq.producer.cli.output import JsonFlag, console, errors, print_json, print_table
-from inferq.producer.keys import KeyFile
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.keys import KeyFile
+from inferq.producer.gateway.settings import GatewaySettings
 
 app = typer.Typer(name="keys", help="The gateway's API keys.", no_args_is_help=True)
 

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from inferq.producer.cli.listener_settings import ListenSettings
 from inferq.producer.cli.output import JsonFlag, console, errors, harmless
-from inferq.producer.settings import ListenSettings
 from inferq.schemas import InstallationError
 from inferq.storage.webhook_secrets import WebhookSecrets, WebhookSettings
 
@@ -35,7 +35,7 @@ def listen(
 ) -> None:
     """Receive callbacks, verify their signatures and print a line for each, until Ctrl-C."""
     try:
-        from inferq.producer.listen import Heard, Listener, check_secret
+        from inferq.producer.cli.listener import Heard, Listener, check_secret
     except ImportError as error:
         raise InstallationError(
             f"listening needs packages that are not installed ({error}); pip install 'inferq[jobs]'"

@@ -44,7 +44,9 @@ def main() -> None:
     try:
         app()
     except InferqError as error:
-        from inferq.producer.flows import Unauthorized  # which takes longer to load than many commands need
+        from inferq.producer.client.requests import (
+            Unauthorized,  # which takes longer to load than many commands need
+        )
 
         refused = isinstance(error, Unauthorized)
         complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)

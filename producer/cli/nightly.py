@@ -13,14 +13,14 @@ import typer
 
 from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_for
 from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
-from inferq.producer.settings import NightlySettings
+from inferq.producer.nightly.settings import NightlySettings
 from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
 from inferq.schemas.window import moment_of
 from inferq.storage import BatchStore, StatusOutage, StorageSettings, open_store
 
 if TYPE_CHECKING:
-    from inferq.producer.nightly import Schedule
-    from inferq.producer.nightly.runs import Run
+    from inferq.schemas.schedule import Schedule
+    from inferq.storage.runs import Run
 
 app = typer.Typer()
 nightly = typer.Typer(no_args_is_help=True)
@@ -89,7 +89,9 @@ def _checked(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 def _source(schedule: Schedule) -> tuple[bool, str]:
     """Whether the source can be read now, in words."""
-    from inferq.producer.batch.sources import JSONL_ENDINGS, Sources, split_s3_prefix
+    from inferq.schemas.batch_source import JSONL_ENDINGS
+    from inferq.schemas.s3_url import split_s3_prefix
+    from inferq.storage.batches.sources import Sources
 
     try:
         settings = StorageSettings.load()
@@ -120,7 +122,7 @@ def list_(file: File = None, as_json: JsonFlag = False) -> None:
 
 
 def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
-    from inferq.producer.nightly.runs import RunLog
+    from inferq.storage.runs import RunLog
 
     settings = StorageSettings.load()
     store = open_store(settings)
@@ -182,7 +184,7 @@ def run(
     as_json: JsonFlag = False,
 ) -> None:
     """Start a schedule's run now. With a time of its cron, the run of that time, if it has not ended."""
-    from inferq.producer.nightly import run_id_of
+    from inferq.schemas.schedule import run_id_of
 
     schedules = _read(file)
     if name not in schedules:
@@ -220,7 +222,7 @@ def run(
 
 def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None:
     """What became of an earlier start of a run."""
-    from inferq.producer.nightly.runs import RunLog
+    from inferq.storage.runs import RunLog
 
     store = open_store(StorageSettings.load())
     if not RunLog(store, schedule.tenant, schedule.name).has(run_id):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inferq.broker import BrokerSettings
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.storage import StorageSettings
 
 app = typer.Typer()

@@ -17,21 +17,21 @@ from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import topology_for
 from inferq.producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from inferq.producer.gateway.access import Access
+from inferq.producer.gateway.event_bus import EventHub
 from inferq.producer.gateway.health import ReadinessProbe
-from inferq.producer.gateway.hub import EventHub
+from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
 from inferq.producer.gateway.services import Services, TaskPublisher
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.producer.gateway.submission import Submitter
-from inferq.producer.keys import KeyFile
-from inferq.producer.settings import GatewaySettings
 from inferq.schemas import installed_types
-from inferq.storage.batch_index import BatchIndex
-from inferq.storage.batches import BatchStore
+from inferq.storage.batches.index import BatchIndex
+from inferq.storage.batches.store import BatchStore
 from inferq.storage.callbacks import CallbackRecords
-from inferq.storage.objects import open_store
-from inferq.storage.results import ResultStore
+from inferq.storage.objects.open import open_store
+from inferq.storage.objects.results import ResultStore
 from inferq.storage.settings import StorageSettings
-from inferq.storage.status import StatusIndex
+from inferq.storage.status.index import StatusIndex
 
 _CLOSE_SECONDS = 5.0
 

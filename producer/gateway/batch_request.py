@@ -11,13 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from inferq.producer.batch.checks import check_files, check_lines
-from inferq.producer.batch.lines import defaults_of
-from inferq.producer.batch.sources import input_field, is_prefix
 from inferq.producer.gateway.problems import Fault, Refused
 from inferq.producer.gateway.services import Services
 from inferq.schemas import RUN_ID, Batch, InvalidTask, describe_faults, get_type, new_task_id
-from inferq.storage.objects import ObjectNotFound
-from inferq.storage.results import upload_key
+from inferq.schemas.batch_source import defaults_of, input_field, is_prefix
+from inferq.storage.objects.results import upload_key
+from inferq.storage.objects.store import ObjectNotFound
 
 JSONL_GOES_AS = "a JSONL is sent with Content-Type: application/x-ndjson"
 """Said where a body may be one: curl, for example, calls whatever it sends a form."""

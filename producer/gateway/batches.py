@@ -17,8 +17,9 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from python_multipart.multipart import parse_options_header
 
+from inferq.broker import feed_message
 from inferq.broker.messages import Message
-from inferq.producer.batch.start import feed_message, start
+from inferq.producer.batch.start import start
 from inferq.producer.gateway.auth import Tenant
 from inferq.producer.gateway.batch_request import JSONL_GOES_AS, check_upload, complete
 from inferq.producer.gateway.body import decode_object, pieces, read_object
@@ -38,10 +39,10 @@ from inferq.schemas import (
     InvalidTask,
     Outage,
 )
-from inferq.storage.batch_index import Standing
-from inferq.storage.batches import BatchConflict, errors_key, output_key
-from inferq.storage.status import StatusOutage
-from inferq.storage.status_fields import micros, read_cursor, write_cursor
+from inferq.storage.batches.index import Standing
+from inferq.storage.batches.store import BatchConflict, errors_key, output_key
+from inferq.storage.status.fields import micros, read_cursor, write_cursor
+from inferq.storage.status.index import StatusOutage
 
 JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
 _ID: TypeAdapter[str] = TypeAdapter(BatchId)

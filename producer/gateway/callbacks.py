@@ -25,7 +25,7 @@ from inferq.schemas import (
     batch_callback,
     end_callback,
 )
-from inferq.storage.status import StatusOutage
+from inferq.storage.status.index import StatusOutage
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from inferq.producer.gateway.lookup import (
 )
 from inferq.producer.gateway.services import Here, Services
 from inferq.schemas import END_STATES, Event, Outage, State, TaskStatus
-from inferq.storage.status import StatusIndex
+from inferq.storage.status.index import StatusIndex
 
 _RECONNECT_MILLISECONDS = 2000
 _RANK: dict[State, int] = {"queued": 0, "running": 1, "retrying": 2}

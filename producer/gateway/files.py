@@ -23,9 +23,9 @@ from inferq.producer.gateway.multipart import FormFile
 from inferq.producer.gateway.problems import Refused, not_found
 from inferq.producer.gateway.services import Here, Services
 from inferq.schemas import new_task_id
-from inferq.storage.local import LocalStore
-from inferq.storage.objects import DEFAULT_TYPE, clean_type
-from inferq.storage.results import upload_key
+from inferq.storage.objects.local import LocalStore
+from inferq.storage.objects.results import upload_key
+from inferq.storage.objects.store import DEFAULT_TYPE, clean_type
 
 _FORM_OVERHEAD = 64 * 1024
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,10}")

@@ -20,7 +20,7 @@ from inferq.schemas import (
     TaskStatus,
     sequence_of,
 )
-from inferq.storage.status import StatusOutage
+from inferq.storage.status.index import StatusOutage
 
 _LINE_DIGITS = 9
 _DOUBTED_AFTER = timedelta(seconds=60)

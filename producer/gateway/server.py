@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from inferq.producer.gateway.app import create_app
 from inferq.producer.gateway.services import Services
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import InstallationError
 
 _BACKLOG = 2048

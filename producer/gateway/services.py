@@ -14,17 +14,17 @@ from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Depends, Request
 
 from inferq.broker.messages import Message
-from inferq.producer.gateway.hub import EventHub
+from inferq.producer.gateway.event_bus import EventHub
+from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
-from inferq.producer.keys import KeyFile
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import Batch
-from inferq.storage.batch_index import BatchIndex
-from inferq.storage.batches import BatchStore
+from inferq.storage.batches.index import BatchIndex
+from inferq.storage.batches.store import BatchStore
 from inferq.storage.callbacks import CallbackRecords
-from inferq.storage.objects import ObjectStore, StoreOutage
-from inferq.storage.results import ResultStore
-from inferq.storage.status import StatusIndex
+from inferq.storage.objects.results import ResultStore
+from inferq.storage.objects.store import ObjectStore, StoreOutage
+from inferq.storage.status.index import StatusIndex
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -27,9 +27,9 @@ from inferq.schemas import (
     new_task_id,
     parse_task,
 )
-from inferq.storage.objects import ObjectNotFound
-from inferq.storage.results import upload_key
-from inferq.storage.status import StatusOutage, Submission
+from inferq.storage.objects.results import upload_key
+from inferq.storage.objects.store import ObjectNotFound
+from inferq.storage.status.index import StatusOutage, Submission
 
 _FRESH = timedelta(hours=1)
 _TELL_SECONDS = 1.0

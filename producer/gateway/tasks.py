@@ -27,7 +27,7 @@ from inferq.producer.gateway.services import Here, Services, task_path
 from inferq.producer.gateway.submission import Submitter, complete
 from inferq.schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus
 from inferq.schemas.task import TypeName
-from inferq.storage.status import StatusOutage
+from inferq.storage.status.index import StatusOutage
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 

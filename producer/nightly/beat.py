@@ -20,10 +20,11 @@ from celery.beat import Scheduler, Service
 from pydantic import JsonValue
 
 from inferq.broker import NIGHT_START_JOB, Message, job_message
-from inferq.producer.nightly.runs import RunLog, known_schedules
-from inferq.producer.nightly.schedules import Schedule, SchedulesUnusable, read_schedules, run_id_of
+from inferq.producer.nightly.schedules import SchedulesUnusable, read_schedules
 from inferq.schemas import InferqError
+from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage import ObjectStore
+from inferq.storage.runs import RunLog, known_schedules
 
 _LOOK_SECONDS = 2.0
 """The longest that a change of the file may go unnoticed, and how long it has to stand to be taken over."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from inferq.producer.up.guard import alive
+from inferq.producer.up.orphan_reaper import alive
 from inferq.producer.up.part import free_ports, port_free, private_text
 from inferq.schemas import InferqError, InstallationError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferq.broker.settings import BrokerSettings
-from inferq.producer.keys import KeyFile
+from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.part import LOOPBACK, Part, port_free
 from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from inferq.producer.up.guard import GENTLE, MARK, kill_all
+from inferq.producer.up.orphan_reaper import GENTLE, MARK, kill_all
 from inferq.producer.up.part import Part
 
 LOG_BYTES = 50 * 1024 * 1024

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from inferq.producer.up import guard
+from inferq.producer.up import orphan_reaper
 from inferq.producer.up.part import Part
 from inferq.producer.up.process import last_lines, set_aside, spawn
 from inferq.schemas import InferqError
@@ -69,7 +69,7 @@ class Supervisor:
     """Runs `parts` until it is told to stop; nothing that they started outlives it.
 
     `request_stop` stops in good order; called again, at once. Both it and `run` belong to the main thread.
-    `mark` tells this supervisor's processes from all others, see `inferq.producer.up.guard`; `held` is a
+    `mark` tells this supervisor's processes from all others, see `inferq.producer.up.orphan_reaper`; `held` is a
     descriptor that stays open until the last of them is gone.
     """
 
@@ -212,7 +212,7 @@ class Supervisor:
             await self._ask_to_stop(running)
             running.process.kill()
             await running.ended.wait()
-        await asyncio.to_thread(guard.kill_all, {running.process.pid})
+        await asyncio.to_thread(orphan_reaper.kill_all, {running.process.pid})
         self._tell_guard(f"-{running.process.pid}\n")
         del self._running[name]
 
@@ -253,14 +253,14 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
 
 def _start_guard(mark: str, held: int | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(Path(guard.__file__)), mark],
+        [sys.executable, "-I", "-S", str(Path(orphan_reaper.__file__)), mark],
         stdin=subprocess.PIPE,
         # Whoever reads our output must not have to wait for it.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         pass_fds=() if held is None else (held,),
-        env={name: value for name, value in os.environ.items() if name != guard.MARK},
+        env={name: value for name, value in os.environ.items() if name != orphan_reaper.MARK},
     )
 
 

@@ -18,8 +18,8 @@ from inferq.consumers.acestep.backend import Audio
 from inferq.consumers.acestep.engine import AceStepEngine
 from inferq.consumers.acestep.waveform import Waveform, _marks
 from inferq.consumers.engine import Context, TaskAborted
-from inferq.consumers.engine_messages import Done
-from inferq.consumers.engine_process import EngineProcess, RunAborted, Watch
+from inferq.consumers.runtime.messages import Done
+from inferq.consumers.runtime.process import EngineProcess, RunAborted, Watch
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 from tests.acestep.conftest import Runner, acestep_task
 

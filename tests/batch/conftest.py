@@ -16,13 +16,13 @@ import pytest
 import redis
 
 from inferq.broker import BrokerSettings, connect, topology_for
-from inferq.producer.batch.assembly import end
-from inferq.producer.batch.feeder import Assemble, GoOn, Next, Nothing, Slice
-from inferq.producer.batch.sources import Cursor
-from inferq.producer.batch.surroundings import Surroundings
-from inferq.producer.settings import BatchSettings
+from inferq.consumers.batches.assembly import end
+from inferq.consumers.batches.feeder import Assemble, GoOn, Next, Nothing, Slice
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.settings import BatchSettings
 from inferq.schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
 from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
+from inferq.storage.batches.sources import Cursor
 from tests.conftest import RabbitMQ
 
 START = Cursor()

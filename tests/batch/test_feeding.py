@@ -17,13 +17,13 @@ import pytest
 from pydantic import JsonValue
 
 from inferq.broker import Message, PublishRejected
-from inferq.producer.batch import feeder
-from inferq.producer.batch.assembly import end
-from inferq.producer.batch.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
-from inferq.producer.batch.recount import Recount
-from inferq.producer.batch.sources import Cursor
+from inferq.consumers.batches import feeder
+from inferq.consumers.batches.assembly import end
+from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
+from inferq.consumers.batches.recount import Recount
 from inferq.schemas import BatchCounts, InvalidTask, Result, Window, parse_task
 from inferq.storage import BatchConflict, upload_key
+from inferq.storage.batches.sources import Cursor
 from tests.batch.conftest import BatchSite, QuickWorker
 
 
@@ -242,7 +242,7 @@ def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
         refused.set_exception(PublishRejected("the queue is full"))
         return refused
 
-    monkeypatch.setattr("inferq.producer.batch.feeder._REJECTED_PAUSE", 0.05)
+    monkeypatch.setattr("inferq.consumers.batches.feeder._REJECTED_PAUSE", 0.05)
     monkeypatch.setattr(site.around.publisher, "publish_all", refuse)
     assert site.finish(batch).counts.succeeded == 10
     assert sent.pop(late) == 4
@@ -513,7 +513,7 @@ def test_redis_keeps_nothing_of_a_line_that_has_ended(site: BatchSite, worker: Q
 
 
 def test_a_line_that_is_assembled_too_early_is_not_left_out(site: BatchSite) -> None:
-    from inferq.producer.batch.assembly import Assembly, Unfinished
+    from inferq.consumers.batches.assembly import Assembly, Unfinished
 
     batch = site.batch(lines(3))
     assert isinstance(site.slice(batch), GoOn | Assemble)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from inferq.producer.batch.lines import Line, LineParser, read_lines, unpacked
-from inferq.producer.batch.sources import _File
 from inferq.schemas import MAX_BODY_BYTES, Batch, InvalidTask, Window
+from inferq.storage.batches.lines import Line, LineParser, read_lines, unpacked
+from inferq.storage.batches.sources import _File
 
 SOME_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),

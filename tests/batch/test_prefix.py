@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from inferq.producer.batch.lines import SourceUnusable
-from inferq.producer.batch.sources import Sources
 from inferq.storage import BatchStore, open_store
+from inferq.storage.batches.lines import SourceUnusable
+from inferq.storage.batches.sources import Sources
 from tests.batch.conftest import BatchSite
 
 if TYPE_CHECKING:

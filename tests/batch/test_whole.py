@@ -19,9 +19,8 @@ import httpx
 import pytest
 import redis
 
-from inferq.broker import BrokerSettings, Message, Publisher, topology_for
-from inferq.producer.batch.start import assemble_message
-from inferq.producer.client import Client, Conflict, NotFound
+from inferq.broker import BrokerSettings, Message, Publisher, assemble_message, topology_for
+from inferq.producer.client.client import Client, Conflict, NotFound
 from inferq.schemas import BatchStatus, CountsNow
 from inferq.storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
 from tests.callbacks.conftest import Receiver, say

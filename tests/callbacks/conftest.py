@@ -19,7 +19,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from inferq.broker import Publisher, callback_message, connect, job_topology, topology_for
-from inferq.consumers.job_worker import declare_patiently
+from inferq.consumers.jobs.worker import declare_patiently
 from inferq.producer.up.part import free_ports
 from inferq.schemas import Callback, Event, Result, task_callback
 from inferq.storage import CallbackRecords, WebhookSecrets

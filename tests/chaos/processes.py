@@ -18,7 +18,7 @@ from typing import Self
 
 import psutil
 
-from inferq.producer.up import guard
+from inferq.producer.up import orphan_reaper
 from inferq.producer.up.part import Part
 from inferq.producer.up.process import last_lines, spawn
 
@@ -48,7 +48,7 @@ class Crew:
 
     def __enter__(self) -> Self:
         self._guard = subprocess.Popen(
-            [sys.executable, guard.__file__, self._mark],
+            [sys.executable, orphan_reaper.__file__, self._mark],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -57,7 +57,7 @@ class Crew:
 
     def __exit__(self, *_error: object) -> None:
         try:
-            guard.kill_all(set(), self._mark)
+            orphan_reaper.kill_all(set(), self._mark)
         finally:
             self._guard.communicate()
             self._spawner.shutdown()
@@ -114,7 +114,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
-        guard.kill_all({self.pid})
+        orphan_reaper.kill_all({self.pid})
 
     def children(self) -> list[int]:
         """The pids of its living children."""

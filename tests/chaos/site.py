@@ -18,20 +18,13 @@ import httpx
 import redis
 from pika.exceptions import AMQPError
 
-from inferq.broker import (
-    BrokerSettings,
-    BrokerUnavailable,
-    DeadLetters,
-    connect,
-    dead_queue,
-    topology_for,
-)
-from inferq.producer.listen import Heard, Listener
+from inferq.broker import BrokerSettings, BrokerUnavailable, DeadLetters, connect, dead_queue, topology_for
+from inferq.producer.cli.listener import Heard, Listener
 from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.redis import RedisServer
 from inferq.schemas import END_STATES
 from inferq.storage import ObjectStore, StorageSettings, WebhookSecrets, open_store
-from inferq.storage.s3 import s3_client
+from inferq.storage.objects.s3 import s3_client
 from tests.chaos import plan, s3, sender
 from tests.chaos.broker import Broker, ports_of, through
 from tests.chaos.ledger import Ledger

@@ -17,7 +17,7 @@ import pytest
 
 from inferq.broker import BrokerSettings, Topology, connect, job_topology
 from inferq.broker.topology import Queue, delay_level
-from inferq.producer.keys import KeyFile
+from inferq.producer.gateway.keys import KeyFile
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
 from tests.worker.conftest import eventually
@@ -257,8 +257,8 @@ def test_a_command_loads_nothing_that_only_others_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert "inferq.producer.keys" in loaded
-    assert not loaded & {"celery", "inferq.consumers.cli", "fastapi", "httpx", "pika"}
+    assert "inferq.producer.gateway.keys" in loaded
+    assert not loaded & {"celery", "inferq.consumers.worker.cli", "fastapi", "httpx", "pika"}
 
 
 def test_a_mistyped_command_is_set_right(capfd: pytest.CaptureFixture[str]) -> None:

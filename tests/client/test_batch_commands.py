@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from inferq.storage.results import upload_key
+from inferq.storage.objects.results import upload_key
 from tests.gateway.conftest import Gateway
 from tests.installation import inferq_here
 

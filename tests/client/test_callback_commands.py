@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from inferq.producer.cli import app, output
-from inferq.producer.client import AsyncClient, Client
+from inferq.producer.client.client import AsyncClient, Client
 from inferq.schemas import InvalidTask
 from tests.gateway.conftest import FakePublisher, Gateway
 from tests.gateway.test_gateway_callbacks import ended, ended_batch, record, sent

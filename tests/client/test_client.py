@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferq.broker.errors import BrokerUnavailable
-from inferq.producer.client import (
+from inferq.producer.client.client import (
     ApiError,
     AsyncClient,
     Client,
@@ -32,9 +32,9 @@ from inferq.producer.client import (
     Unauthorized,
     Unavailable,
 )
-from inferq.producer.flows import Following, delay, task_path
+from inferq.producer.client.requests import Following, delay, task_path
 from inferq.schemas import Event, EventData, InferqError, InstallationError
-from inferq.storage.results import upload_key
+from inferq.storage.objects.results import upload_key
 from tests.conftest import Redis
 from tests.gateway.conftest import FakePublisher, Gateway, wait_until
 

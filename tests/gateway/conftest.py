@@ -19,13 +19,14 @@ import pytest
 from inferq.broker.messages import Message
 from inferq.broker.settings import BrokerSettings
 from inferq.producer.gateway import Server, create_app, listen, url_of
-from inferq.producer.keys import KeyFile
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.keys import KeyFile
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import EndState, ErrorInfo, InferqError, Result, Task, parse_task
-from inferq.storage.objects import ObjectStore, open_store
-from inferq.storage.results import ResultStore
+from inferq.storage.objects.open import open_store
+from inferq.storage.objects.results import ResultStore
+from inferq.storage.objects.store import ObjectStore
 from inferq.storage.settings import StorageSettings
-from inferq.storage.status import StatusIndex
+from inferq.storage.status.index import StatusIndex
 from tests.conftest import RabbitMQ
 
 _tenants = (f"tenant-{n}" for n in itertools.count(1))

@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 
 from inferq.producer.gateway.multipart import FormFile
 from inferq.producer.gateway.problems import Refused
-from inferq.storage.results import upload_key
+from inferq.storage.objects.results import upload_key
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
 from tests.gateway.test_gateway_submit import problem
 

@@ -17,7 +17,7 @@ import pytest
 from inferq.broker import Message
 from inferq.broker.errors import BrokerUnavailable, PublishRejected, Unroutable
 from inferq.producer.gateway.services import Services
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import MAX_BODY_BYTES, parse_task
 from tests.conftest import RabbitMQ, Redis
 from tests.gateway.conftest import FakePublisher, Gateway, published, running, wait_until

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferq.producer.gateway import create_app, listen, url_of
 from inferq.producer.gateway.body import decode_object
 from inferq.producer.gateway.prefer import wait_seconds
-from inferq.producer.settings import GatewaySettings
+from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import InstallationError, InvalidTask
 from inferq.storage.settings import StorageSettings
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inferq.producer.keys import KeyFile
+from inferq.producer.gateway.keys import KeyFile
 from inferq.schemas import InferqError, InstallationError
 
 

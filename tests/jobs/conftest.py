@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from inferq.broker import BrokerSettings, connect, job_topology
-from inferq.producer.batch.surroundings import Surroundings
-from inferq.producer.settings import BatchSettings
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.settings import BatchSettings
 from inferq.storage import StorageSettings
 
 

@@ -31,8 +31,8 @@ from inferq.broker import (
     topology_for,
 )
 from inferq.broker.celery_app import celery_app
-from inferq.consumers.job_worker import application, work
-from inferq.consumers.settings import ProbeSettings
+from inferq.consumers.jobs.worker import application, work
+from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
 from tests.broker.conftest import control
 from tests.celery_worker import working

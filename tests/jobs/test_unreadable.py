@@ -13,9 +13,9 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from inferq.broker import QUEUE_JOBS, JobQueue, connect, job_message
 from inferq.broker.celery_app import celery_app
-from inferq.producer.batch import jobs as batch_jobs
-from inferq.producer.batch.surroundings import Surroundings
-from inferq.producer.nightly import jobs as nightly_jobs
+from inferq.consumers.batches import jobs as batch_jobs
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.nightly import jobs as nightly_jobs
 from tests.celery_worker import working
 from tests.jobs.test_job_worker import wait_for
 

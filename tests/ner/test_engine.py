@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inferq.consumers.engine import Context, TaskAborted
-from inferq.consumers.engine_messages import Done, Failed, FileNote
-from inferq.consumers.engine_process import EngineProcess, Watch
 from inferq.consumers.ner import NerOutput
 from inferq.consumers.ner.backend import Span
 from inferq.consumers.ner.engine import NerEngine, load_backend
 from inferq.consumers.ner.settings import NerSettings
+from inferq.consumers.runtime.messages import Done, Failed, FileNote
+from inferq.consumers.runtime.process import EngineProcess, Watch
 from inferq.schemas import EngineInfo, InstallationError
 from tests.ner.conftest import check, named, ner_task
 from tests.ner.gold import sentences

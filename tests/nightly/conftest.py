@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from inferq.broker import Message
-from inferq.producer.batch.lines import read_lines
-from inferq.producer.batch.sources import Sources
-from inferq.producer.nightly import Schedule
-from inferq.producer.nightly.runs import RunLog
-from inferq.producer.nightly.start import Starter
+from inferq.consumers.nightly.start import Starter
 from inferq.schemas import Batch
+from inferq.schemas.schedule import Schedule
 from inferq.storage import BatchStore, LocalStore, ObjectStore, StorageSettings
+from inferq.storage.batches.lines import read_lines
+from inferq.storage.batches.sources import Sources
+from inferq.storage.runs import RunLog
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

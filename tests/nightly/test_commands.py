@@ -18,10 +18,10 @@ import pytest
 
 from inferq.broker import BrokerSettings, connect, topology_for
 from inferq.producer.nightly import read_schedules
-from inferq.producer.nightly.runs import Run, RunLog, Taken
 from inferq.producer.up.part import free_ports
 from inferq.schemas import BatchCounts, BatchSummary
 from inferq.storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
+from inferq.storage.runs import Run, RunLog, Taken
 from tests.installation import inferq, inferq_here
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferq.producer.nightly import Cron
+from inferq.schemas.cron import Cron
 
 BERLIN = ZoneInfo("Europe/Berlin")
 EXPRESSIONS = (

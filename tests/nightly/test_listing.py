@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferq.producer.batch.lines import SourceUnusable
-from inferq.producer.nightly.listing import Seen, with_news
+from inferq.consumers.nightly.listing import Seen, with_news
+from inferq.storage.batches.lines import SourceUnusable
 
 listings = st.dictionaries(st.text(max_size=3), st.sampled_from("abc"), max_size=30)
 

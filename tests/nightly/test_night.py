@@ -13,14 +13,14 @@ from typing import Any, cast
 import pytest
 
 from inferq.broker import BrokerSettings, Message
-from inferq.producer.batch.surroundings import Surroundings
-from inferq.producer.nightly import Schedule
-from inferq.producer.nightly.jobs import Watcher
-from inferq.producer.nightly.night import Ended, ended_between
-from inferq.producer.nightly.runs import Run, RunLog
-from inferq.producer.settings import BatchSettings
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.settings import BatchSettings
+from inferq.consumers.nightly.jobs import Watcher
+from inferq.consumers.nightly.night import Ended, ended_between
 from inferq.schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Night, Result
+from inferq.schemas.schedule import Schedule
 from inferq.storage import BatchSource, StorageSettings
+from inferq.storage.runs import Run, RunLog
 
 START = "2026-11-25T01:30"
 EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)

@@ -19,14 +19,13 @@ import redis
 
 from inferq.broker import BrokerSettings, connect, topology_for
 from inferq.broker.celery_app import celery_app
-from inferq.producer.batch import jobs as batch_jobs
-from inferq.producer.batch.surroundings import Surroundings
-from inferq.producer.nightly import Schedule, jobs, run_id_of
+from inferq.consumers.batches import jobs as batch_jobs
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.settings import BatchSettings
+from inferq.consumers.nightly import jobs
+from inferq.consumers.nightly.jobs import Watcher
+from inferq.consumers.nightly.start import Starter
 from inferq.producer.nightly.beat import start_message
-from inferq.producer.nightly.jobs import Watcher
-from inferq.producer.nightly.runs import Run, RunLog
-from inferq.producer.nightly.start import Starter
-from inferq.producer.settings import BatchSettings
 from inferq.schemas import (
     Batch,
     BatchSummary,
@@ -37,7 +36,9 @@ from inferq.schemas import (
     installed_types,
     parse_task,
 )
+from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key
+from inferq.storage.runs import Run, RunLog
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from inferq.producer.nightly import SchedulesUnusable, read_schedules, run_id_of
+from inferq.producer.nightly import SchedulesUnusable, read_schedules
 from inferq.schemas import installed_types
+from inferq.schemas.schedule import run_id_of
 
 GOOD = """
 [invoices]

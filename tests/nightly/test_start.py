@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from inferq.producer.batch.sources import Sources
-from inferq.producer.nightly import run_id_of
-from inferq.producer.nightly.runs import Run
-from inferq.producer.nightly.start import Starter
+from inferq.consumers.nightly.start import Starter
+from inferq.schemas.schedule import run_id_of
 from inferq.storage import BatchStore, ObjectStore, StoreOutage
+from inferq.storage.batches.sources import Sources
+from inferq.storage.runs import Run
 
 from .conftest import FIRST, SECOND, THIRD, CutOff, CutStore, NightSite
 

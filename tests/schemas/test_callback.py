@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from inferq.broker import callback_message
-from inferq.producer.nightly import Schedule
-from inferq.producer.nightly.night import Ended, last_night, night_callback, paused_night
-from inferq.producer.nightly.runs import Run
+from inferq.consumers.nightly.night import Ended, last_night, night_callback, paused_night
 from inferq.schemas import (
     MAX_CALLBACK_BYTES,
     Artifact,
@@ -35,6 +33,8 @@ from inferq.schemas import (
 )
 from inferq.schemas.publish import asyncapi, documents
 from inferq.schemas.result import OUTPUT_ARTIFACT
+from inferq.schemas.schedule import Schedule
+from inferq.storage.runs import Run
 
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 URL = "https://example.com/hook"

@@ -16,8 +16,8 @@ import pytest
 import redis
 
 from inferq.storage import ObjectStore, StatusIndex, StorageSettings
-from inferq.storage.local import LocalStore
-from inferq.storage.s3 import S3Store
+from inferq.storage.objects.local import LocalStore
+from inferq.storage.objects.s3 import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -19,9 +19,9 @@ import pytest
 
 from inferq.schemas import InferqError, InvalidTask, TransientFailure
 from inferq.storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
-from inferq.storage.addresses import system_resolver
-from inferq.storage.local import LocalStore
-from inferq.storage.s3 import S3Store
+from inferq.storage.fetch.addresses import system_resolver
+from inferq.storage.objects.local import LocalStore
+from inferq.storage.objects.s3 import S3Store
 from tests.certificates import certificate
 from tests.storage.conftest import wait_until
 

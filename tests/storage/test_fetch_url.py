@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from inferq.schemas import InvalidTask
 from inferq.schemas.http_url import HttpUrl, parse_http_url
-from inferq.storage.addresses import AddressPolicy, AddressRefused
-from inferq.storage.fetch_url import read_data_url, redacted, redirect_url, split_s3_url
+from inferq.schemas.s3_url import split_s3_url
+from inferq.storage.fetch.addresses import AddressPolicy, AddressRefused
+from inferq.storage.fetch.urls import read_data_url, redacted, redirect_url
 
 PUBLIC = [
     "8.8.8.8",

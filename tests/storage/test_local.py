@@ -17,7 +17,7 @@ import pytest
 
 from inferq.schemas import InstallationError
 from inferq.storage import BadObjectKey, StoreOutage
-from inferq.storage.local import LocalStore
+from inferq.storage.objects.local import LocalStore
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
 
@@ -115,7 +115,7 @@ def test_a_killed_writer_leaves_nothing_that_shows_and_is_swept_later(tmp_path: 
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from inferq.storage.local import LocalStore\n"
+        "from inferq.storage.objects.local import LocalStore\n"
         "class Dies:\n"
         "    def read(self, n):\n"
         "        if not hasattr(self, 'once'):\n"

@@ -16,8 +16,8 @@ import pytest
 
 from inferq.schemas import InstallationError
 from inferq.storage import BadObjectKey, ObjectNotFound, ObjectStore, StorageSettings, StoreOutage, open_store
-from inferq.storage.local import LocalStore
-from inferq.storage.s3 import S3Store
+from inferq.storage.objects.local import LocalStore
+from inferq.storage.objects.s3 import S3Store
 
 ODD_KEYS = [
     "plain",

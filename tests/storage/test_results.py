@@ -22,8 +22,8 @@ from inferq.storage import (
     folder,
     upload_key,
 )
-from inferq.storage.local import LocalStore
-from inferq.storage.objects import check_key
+from inferq.storage.objects.local import LocalStore
+from inferq.storage.objects.store import check_key
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)

@@ -13,8 +13,8 @@ import pytest
 from botocore.exceptions import NoCredentialsError
 
 from inferq.storage import ObjectNotFound, StoreOutage
-from inferq.storage import s3 as s3_module
-from inferq.storage.s3 import S3Refused, S3Store
+from inferq.storage.objects import s3 as s3_module
+from inferq.storage.objects.s3 import S3Refused, S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from inferq.schemas import END_STATES, ErrorInfo, Event, InvalidTask, Result, Task, TaskStatus
 from inferq.storage import StatusIndex, StatusOutage, StorageSettings
-from inferq.storage.status_scripts import record_key
+from inferq.storage.status.keys import record_key
 from tests.storage.conftest import RedisServer, wait_until
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferq.producer.up.folder import DataFolder
-from inferq.producer.up.guard import alive
+from inferq.producer.up.orphan_reaper import alive
 from inferq.producer.up.part import Part
 from inferq.producer.up.process import LOG_BYTES, last_lines, spawn, stop
 from inferq.schemas import InferqError, InstallationError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from inferq.producer.up import guard
+from inferq.producer.up import orphan_reaper
 from inferq.producer.up.folder import DataFolder
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -61,7 +61,9 @@ class Driven:
         return self.process.returncode
 
     def left(self) -> list[int]:
-        return guard.members((), self.mark) + guard.members((), self.mark + guard.GENTLE)
+        return orphan_reaper.members((), self.mark) + orphan_reaper.members(
+            (), self.mark + orphan_reaper.GENTLE
+        )
 
     def journal(self) -> list[str]:
         file = self.folder / "journal"
@@ -75,8 +77,8 @@ def driven(tmp_path: Path) -> Iterator[Driven]:
     if made.process.poll() is None:
         made.process.kill()
     made.process.communicate()
-    guard.kill_all((), made.mark)
-    guard.kill_all((), made.mark + guard.GENTLE)
+    orphan_reaper.kill_all((), made.mark)
+    orphan_reaper.kill_all((), made.mark + orphan_reaper.GENTLE)
 
 
 def test_starts_what_is_needed_first_and_stops_by_rank(driven: Driven) -> None:

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from typer.testing import CliRunner
 
-from inferq.consumers.weights import WeightsCache, WeightsSettings, WeightsUnavailable, model_folder
-from inferq.consumers.weights_cli import app
-from inferq.consumers.weights_manifest import RelativePath, WeightsRefused, describe, read_manifest
+from inferq.consumers.weights.cache import WeightsCache, WeightsSettings, WeightsUnavailable, model_folder
+from inferq.consumers.weights.cli import app
+from inferq.consumers.weights.manifest import RelativePath, WeightsRefused, describe, read_manifest
 from tests.certificates import certificate
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def test_who_comes_second_waits_for_the_first_and_fetches_nothing(source: Source
 
 def test_an_old_version_stays_for_as_long_as_a_process_uses_it(source: Source) -> None:
     source.publish("1")
-    script = "import sys; from inferq.consumers.weights import use_weights; w = use_weights('tagger')\n"
+    script = "import sys; from inferq.consumers.weights.cache import use_weights; w = use_weights('tagger')\n"
     script += "print(w.version, flush=True); sys.stdin.read()"
     environment = os.environ | {
         "INFERQ_WEIGHTS_MANIFEST": str(source.path),

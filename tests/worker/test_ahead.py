@@ -13,9 +13,9 @@ import pika
 import pytest
 
 from inferq.broker import connect
-from inferq.consumers.decision import MAX_DELIVERIES
-from inferq.consumers.engine_process import EngineProcess
-from inferq.consumers.engine_seat import EngineSeat
+from inferq.consumers.runtime.process import EngineProcess
+from inferq.consumers.worker.decision import MAX_DELIVERIES
+from inferq.consumers.worker.engine_supervisor import EngineSeat
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts

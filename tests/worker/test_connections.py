@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from inferq.storage.status_scripts import record_key
+from inferq.storage.status.keys import record_key
 from tests.proxy import TcpProxy
 from tests.worker.conftest import Site, eventually, starts
 

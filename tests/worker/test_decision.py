@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferq.broker import RETRY_LEVELS
-from inferq.consumers.decision import (
+from inferq.consumers.worker.decision import (
     MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
     MAX_LOST_RUNS,

@@ -8,7 +8,7 @@ import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from inferq.consumers.device_memory import DeviceMemory
+from inferq.consumers.runtime.device_memory import DeviceMemory
 
 
 def scraped() -> CollectorRegistry:

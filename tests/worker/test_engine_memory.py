@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inferq.consumers.engine_child import out_of_memory
+from inferq.consumers.runtime.child import out_of_memory
 from inferq.schemas import InvalidTask, TransientFailure
 from tests.worker.conftest import Site, WorkerProcess, eventually
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from inferq.consumers import engine_process
-from inferq.consumers.engine_messages import Done, Failed
-from inferq.consumers.engine_process import (
+from inferq.consumers.runtime import process as engine_process
+from inferq.consumers.runtime.messages import Done, Failed
+from inferq.consumers.runtime.process import (
     AbortReason,
     EngineDied,
     EngineProcess,
@@ -23,7 +23,7 @@ from inferq.consumers.engine_process import (
     RunAborted,
     Watch,
 )
-from inferq.producer.up import guard
+from inferq.producer.up import orphan_reaper
 from inferq.schemas import InstallationError, TransientFailure, parse_task
 from tests.worker.conftest import PLUGIN, eventually
 
@@ -143,7 +143,7 @@ def test_a_run_that_ends_beyond_its_limit_does_not_count_and_its_engine_stays(
 
 
 def all_gone(helpers: Path) -> bool:
-    return not any(guard.alive(int(pid)) for pid in helpers.read_text().split())
+    return not any(orphan_reaper.alive(int(pid)) for pid in helpers.read_text().split())
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from typing import Any, cast
 import pytest
 
 from inferq.broker import Delivery, Message
-from inferq.consumers.inputs import fetch_inputs
-from inferq.consumers.metrics import WorkerMetrics
-from inferq.consumers.scratch import ScratchFolder
-from inferq.consumers.settings import WorkerSettings
-from inferq.consumers.surroundings import Surroundings
-from inferq.consumers.task_run import TaskRun
+from inferq.consumers.worker.inputs import fetch_inputs
+from inferq.consumers.worker.metrics import WorkerMetrics
+from inferq.consumers.worker.scratch import ScratchFolder
+from inferq.consumers.worker.services import Surroundings
+from inferq.consumers.worker.settings import WorkerSettings
+from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import InvalidTask, Result, Task, get_type, parse_task
 from inferq.storage import (
     BatchIndex,

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from inferq.consumers.weights_manifest import describe
+from inferq.consumers.weights.manifest import describe
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import redis
 
 from inferq.broker import connect
-from inferq.consumers.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_LOST_RUNS
+from inferq.consumers.worker.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_LOST_RUNS
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferq.consumers.result_cache import ResultCache, result_key
+from inferq.consumers.worker.result_cache import ResultCache, result_key
 from inferq.schemas import EngineInfo, Result, Settings, get_type, parse_task
 from inferq.storage import LocalStore, ResultStore
 from tests.worker.conftest import Site, eventually, starts

@@ -12,7 +12,7 @@ from typing import Any
 
 from faulty import FaultyTask
 from inferq.consumers.engine import Context, Engine
-from inferq.consumers.weights import use_weights
+from inferq.consumers.weights.cache import use_weights
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
 
 

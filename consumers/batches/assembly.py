@@ -1,0 +1,319 @@
+"""Putting a batch's results together: the source is read once more, and each line's result beside it.
+
+May be repeated: the two files come out the same, and the summary is written once, after them. Results are
+read some at a time, and no more are held than are being waited for; of a large output, which is an artifact,
+only how many pages it has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from inferq.broker import callback_message
+from inferq.consumers.batches.recount import belongs
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.tasks import task_of
+from inferq.schemas import (
+    Batch,
+    BatchCounts,
+    BatchEndState,
+    BatchState,
+    BatchSummary,
+    EndState,
+    ErrorInfo,
+    InvalidTask,
+    Outage,
+    Result,
+    Task,
+    batch_callback,
+)
+from inferq.storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
+from inferq.storage.batches.lines import Line, LineParser, SourceUnusable, named_id
+
+_AHEAD = 4
+"""Results asked for ahead of the one that is written, for each reader."""
+_JSONL = "application/x-ndjson"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tally:
+    total: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    invalid: int = 0
+    pages: int | None = None
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def counts(self) -> BatchCounts:
+        return BatchCounts(
+            total=self.total,
+            succeeded=self.succeeded,
+            failed=self.failed,
+            cancelled=self.cancelled,
+            invalid=self.invalid,
+        )
+
+
+class _Read(NamedTuple):
+    """How a task has ended, if it has, and how many pages its output has."""
+
+    result: Result | None
+    pages: int | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line: the task in it, with its result on the way, or why there is none."""
+
+    line: Line
+    found: tuple[Task, Future[_Read]] | InvalidTask
+
+
+class Unfinished(Exception):
+    """A line has not ended, so that it is too early."""
+
+
+def end(around: Surroundings, batch: Batch, error: str | None = None) -> BatchSummary:
+    """End a batch, as `Assembly.run` does, and too where its source has gone since it was fed."""
+    assembly = Assembly(around, batch)
+    try:
+        return assembly.run(error)
+    except SourceUnusable as gone:
+        return assembly.run(gone.message)
+
+
+class Assembly:
+    """Ends one batch. `run` may raise any Outage: it is then to be repeated."""
+
+    def __init__(self, around: Surroundings, batch: Batch) -> None:
+        self._around = around
+        self._batch = batch
+        self._name = (batch.tenant, batch.batch_id)
+        self._cancelled = around.batches.cancel_requested(*self._name)
+
+    def run(self, error: str | None = None) -> BatchSummary:
+        """Write `output.jsonl`, `errors.jsonl` and the summary, then tell whoever wants to know.
+
+        `error` says why the batch could not be fed, or not to its end. Raises Unfinished and SourceUnusable.
+        """
+        around, batch = self._around, self._batch
+        summary = around.batches.summary(*self._name)
+        if summary is None:
+            self._tell("finishing")
+            summary = around.batches.finish(self._summary(self._write(error), error))
+        if batch.callback_url is not None:
+            around.confirm(callback_message(batch_callback(summary, batch.callback_url)))
+        self._tell(summary.state, summary.error)
+        _log.info("batch %s: %s", batch.batch_id, summary.state)
+        return summary
+
+    def _write(self, error: str | None) -> _Tally:
+        tally = _Tally()
+        store = self._around.store
+        with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
+            output, errors = Path(folder) / "output.jsonl", Path(folder) / "errors.jsonl"
+            with output.open("wb") as succeeded, errors.open("wb") as others:
+                source = self._around.batches.source(*self._name)
+                if source is not None and error is not None:
+                    self._count(source, tally)
+                elif source is not None:
+                    for line in self._entries(source):
+                        document, well = self._document(line, tally)
+                        (succeeded if well else others).write(_line(document))
+            store.put(output_key(*self._name), output, content_type=_JSONL)
+            store.put(errors_key(*self._name), errors, content_type=_JSONL)
+        return tally
+
+    def _entries(self, source: BatchSource) -> Iterator[_Entry]:
+        """The lines with their results, in order, as many ahead as are read at a time."""
+        readers = self._around.settings.batch_readers
+        parser = LineParser(self._batch)
+        waiting: deque[_Entry] = deque()
+        with (
+            ThreadPoolExecutor(readers) as threads,
+            self._around.sources.lines(source) as lines,
+            self._around.sources.taken(source) as taken,
+        ):
+            for line in lines:
+                if line.blank:
+                    continue
+                try:
+                    task = task_of(parser, taken, line)
+                except InvalidTask as error:
+                    waiting.append(_Entry(line, error))
+                else:
+                    read = threads.submit(self._read, task, line.number)
+                    waiting.append(_Entry(line, (task, read)))
+                if len(waiting) > readers * _AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+
+    def _read(self, task: Task, number: int) -> _Read:
+        results = self._around.results
+        result = results.load_success(task.tenant, task.task_id)
+        if result is None or result.status != "succeeded" or not belongs(result, self._batch, number):
+            return _Read(result)
+        return _Read(result, pages_of(results, result))
+
+    def _count(self, source: BatchSource, tally: _Tally) -> None:
+        """What has ended, without a look at the lines."""
+        tally.total = source.total
+        # A listing does not find tasks that have ids of their own; Redis, where it knows them, does.
+        standing = self._around.index.look(*self._name) if source.own_ids else None
+        if standing is not None and standing.known:
+            counts = standing.counts
+            tally.succeeded, tally.failed = counts.succeeded, counts.failed
+            tally.cancelled, tally.invalid = counts.cancelled, counts.invalid
+            return
+        prefix = f"{self._batch.batch_id}."
+        others: list[str] = []
+        for task_id, success in self._around.results.endings(self._batch.tenant, prefix):
+            if not task_id.removeprefix(prefix).isdigit():
+                continue
+            if success:
+                tally.succeeded += 1
+            else:
+                others.append(task_id)
+        with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+            for state, code in threads.map(self._ending, others):
+                if state == "succeeded":
+                    tally.succeeded += 1
+                elif state == "cancelled":
+                    tally.cancelled += 1
+                else:
+                    tally.failed += 1
+                    tally.failures[code] += 1
+
+    def _ending(self, task_id: str) -> tuple[EndState, str]:
+        try:
+            result = self._around.results.load(self._batch.tenant, task_id)
+        except UnreadableResult as unreadable:
+            return "failed", unreadable.code
+        if result is None:
+            return "failed", "unknown"
+        return result.status, result.error.code if result.error is not None else "unknown"
+
+    def _document(self, entry: _Entry, tally: _Tally) -> tuple[dict[str, Any], bool]:
+        """What is written of a line, and whether to the output."""
+        tally.total += 1
+        number = entry.line.number
+        if isinstance(entry.found, InvalidTask):
+            error = entry.found
+            tally.invalid += 1
+            tally.failures[error.code] += 1
+            named = {"task_id": task_id} if (task_id := named_id(entry.line.content)) else {}
+            return {"line": number, **named, "status": "invalid", "error": _error(ErrorInfo.of(error))}, False
+        task, coming = entry.found
+        about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
+        try:
+            result, pages = coming.result()
+        except UnreadableResult as unreadable:
+            # It is nobody's to overwrite, and the batch would wait for its mending for ever.
+            tally.failed += 1
+            tally.failures[unreadable.code] += 1
+            return {**about, "status": "failed", "error": _error(ErrorInfo.of(unreadable))}, False
+        if result is not None and not belongs(result, self._batch, number):
+            taken = InvalidTask(
+                f"task {task.task_id!r} was submitted before, and not by this line; choose another id",
+                code="id_conflict",
+            )
+            tally.failed += 1
+            tally.failures[taken.code] += 1
+            return {**about, "status": "failed", "error": _error(ErrorInfo.of(taken))}, False
+        if result is None:
+            if not self._cancelled:
+                raise Unfinished
+            tally.cancelled += 1
+            error = InvalidTask("the batch was cancelled before the task was started", code="cancelled")
+            return {**about, "status": "cancelled", "error": _error(ErrorInfo.of(error))}, False
+        if pages is not None:
+            tally.pages = (tally.pages or 0) + pages
+        return self._ended(about, result, tally)
+
+    def _ended(self, about: dict[str, Any], result: Result, tally: _Tally) -> tuple[dict[str, Any], bool]:
+        kept = result.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            include={"artifacts", "attempts", "timings", "metadata", "finished_at"},
+        )
+        base = (
+            f"{self._around.storage.api_url.rstrip('/')}/v1/tasks/{quote(result.task_id, safe=':')}/artifacts"
+        )
+        for artifact in kept.get("artifacts", ()):
+            artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
+        if result.status == "succeeded":
+            tally.succeeded += 1
+            return {**about, "status": "succeeded", "output": result.output, **kept}, True
+        error = result.error or ErrorInfo(code="unknown", message="", retryable=True)
+        if result.status == "cancelled":
+            tally.cancelled += 1
+        else:
+            tally.failed += 1
+            tally.failures[error.code] += 1
+        return {**about, "status": result.status, "error": _error(error), **kept}, False
+
+    def _summary(self, tally: _Tally, error: str | None) -> BatchSummary:
+        batch, now = self._batch, datetime.now(UTC)
+        seconds = max((now - batch.created_at).total_seconds(), 0.001)
+        state: BatchEndState = "completed"
+        if self._cancelled:
+            state = "cancelled"
+        elif error is not None:
+            state = "failed"
+        ended = tally.succeeded + tally.failed
+        return BatchSummary(
+            batch_id=batch.batch_id,
+            tenant=batch.tenant,
+            state=state,
+            counts=tally.counts(),
+            failures=dict(tally.failures.most_common()),
+            error=error,
+            seconds=round(seconds, 3),
+            tasks_per_second=round(ended / seconds, 3),
+            pages=tally.pages,
+            pages_per_second=round(tally.pages / seconds, 3) if tally.pages is not None else None,
+            schedule=batch.schedule,
+            metadata=batch.metadata,
+            created_at=batch.created_at,
+            finished_at=now,
+        )
+
+    def _tell(self, state: BatchState, error: str | None = None) -> None:
+        try:
+            self._around.index.set_state(*self._name, state, error)
+        except Outage as outage:
+            # The summary in the object store says it as well.
+            _log.warning("batch %s: its state is not in Redis: %s", self._batch.batch_id, outage)
+
+
+def pages_of(results: ResultStore, result: Result) -> int | None:
+    """How many pages an output has, where it has pages. Raises StoreOutage."""
+    try:
+        output = results.output(result)
+    except UnreadableResult:
+        return None
+    pages = output.get("pages") if isinstance(output, dict) else None
+    return len(pages) if isinstance(pages, list) else None
+
+
+def _error(error: ErrorInfo) -> dict[str, Any]:
+    return error.model_dump(mode="json")
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace") + b"\n"

@@ -1,0 +1,436 @@
+"""Feeding a batch, slice by slice: its lines go out as tasks for as long as there is room in flight.
+
+A slice begins where the message that started it says, and ends with what is to be done next: go on (from a
+cursor, after a while), put the results together, or nothing. Killed anywhere, it is begun again from the same
+message: lines that are marked as fed are passed over, and one that was fed and not yet marked goes out twice
+under the same id, which is one task.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from inferq.broker import Message, PublishRejected, task_message
+from inferq.consumers.batches.recount import Recount
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.tasks import task_of
+from inferq.schemas import Batch, BatchState, InvalidTask, Outage, Task
+from inferq.storage import BatchSource, IndexLost, LeaseLost, Lull, Step
+from inferq.storage.batches.lines import Line, LineParser, SourceUnusable
+from inferq.storage.batches.sources import Cursor, Taken
+
+_CHUNK = 500
+"""Lines that are published, confirmed and marked together."""
+_CHUNK_BYTES = 4 << 20
+"""A chunk of large lines ends before it has so many."""
+_CHUNKS_ON_THEIR_WAY = 4
+_LOOK_SECONDS = 0.1
+_SELDOM_SECONDS = 0.5
+"""How often a batch is looked at, and how often where little moves in the meantime."""
+_IDLE_DELAY = 2
+"""Seconds that a slice in which nothing moves makes room for those of other batches."""
+_HELD_DELAY = 3
+_REJECTED_PAUSE = 1.0
+_PAUSE_DELAY = 30
+"""Seconds, at most, between two looks at a batch outside its window: somebody may cancel it."""
+_DOUBT_SECONDS = 600
+"""At what intervals, at most, the object store is asked about tasks of which none ends: that takes a request
+for each, and they may stand in the queue for days."""
+AGAIN = "again-"
+"""Begins the name of a chain in the place of one that is over: as nobody else would feed the batch, it waits
+for a lease that was left behind."""
+_CANCEL_LOOK_SECONDS = 2.0
+"""How often it is asked, while a source is read for the first time, whether the batch was cancelled."""
+_CANCEL_SECONDS = 2.0
+"""What runs gets this long to stop by itself before a cancelled batch records the end of whatever is left."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """Another slice, from this cursor, in so many seconds."""
+
+    cursor: Cursor
+    seconds: int = 0
+
+
+@dataclass(frozen=True)
+class Assemble:
+    """Everything has ended: the results are to be put together. `error` says why nothing could be fed."""
+
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The batch has ended, or another feeding of it goes on."""
+
+
+Next = GoOn | Assemble | Nothing
+
+
+class _CancelledEarly(Exception):
+    """The batch was cancelled while its source was read for the first time: nothing was fed."""
+
+
+@dataclass
+class _Chunk:
+    cursor: Cursor
+    fed: list[int] = field(default_factory=list)
+    invalid: list[int] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    recorded: list[Task] = field(default_factory=list)
+    confirmed: Future[None] | None = None
+
+
+class Slice:
+    """One slice of feeding one batch. `run` may raise any Outage: it is then to be begun again."""
+
+    def __init__(
+        self, around: Surroundings, tenant: str, batch_id: str, *, chain: str, part: int, cursor: Cursor
+    ) -> None:
+        self._around = around
+        self._name = (tenant, batch_id)
+        self._chain = chain
+        self._part = part
+        self._cursor = cursor
+        self._token = f"{chain}-{part}-{secrets.token_hex(4)}"
+        self._ends = time.monotonic() + around.settings.batch_slice
+        self._state: BatchState | None = None
+        self._reached = 0
+        self._lull: Lull | None = None
+        self._kept = time.monotonic()
+        self._asked = time.monotonic()
+
+    def run(self) -> Next:
+        """Feed, until the slice is over."""
+        around = self._around
+        batch = around.batches.load(*self._name)
+        if batch is None:
+            _log.error("batch %s: there is no record of it, so that nothing can be fed", self._name)
+            return Nothing()
+        if around.batches.summary(*self._name) is not None:
+            return Nothing()
+        match around.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
+            case "outdated":
+                return Nothing()
+            case "another" if not self._chain.startswith(AGAIN):
+                return Nothing()
+            case "another" | "held":
+                return GoOn(self._cursor, _HELD_DELAY)
+        try:
+            return self._settled(batch)
+        except LeaseLost:
+            return GoOn(self._cursor, _HELD_DELAY)
+        except IndexLost:
+            _log.warning("batch %s: Redis has forgotten it: it is counted anew", batch.batch_id)
+            return GoOn(self._cursor)
+        finally:
+            with suppress(Outage):
+                around.index.release(*self._name, self._token)
+
+    def _settled(self, batch: Batch) -> Next:
+        around = self._around
+        cancelled = around.batches.cancel_requested(*self._name)
+        if around.batches.source(*self._name) is None:
+            if cancelled:
+                return Assemble()
+            self._tell("preparing")
+        try:
+            source = around.sources.settle(batch, self._go_on_settling)
+            self._open(batch, source, cancelled=cancelled)
+            return self._fed(batch, source)
+        except _CancelledEarly:
+            return Assemble()
+        except SourceUnusable as error:
+            return Assemble(error.message)
+
+    def _open(self, batch: Batch, source: BatchSource, *, cancelled: bool) -> None:
+        """See to it that the index is right up to our cursor, which may have to be moved on."""
+        index = self._around.index
+        standing = index.look(*self._name)
+        if standing is not None and standing.known:
+            if standing.line > self._cursor.line:
+                self._cursor = Cursor(standing.line, standing.offset)
+            self._reached = standing.reaches
+            self._lull = standing.lull
+            if cancelled and not standing.cancel_requested:
+                index.request_cancel(*self._name)
+            return
+        index.forget(*self._name, reaches=self._cursor.line, token=self._token)
+        line, offset = self._cursor
+        if line:
+            Recount(self._around, batch, source, self._renew).all(self._cursor)
+        index.open(
+            *self._name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
+        )
+
+    def _fed(self, batch: Batch, source: BatchSource) -> Next:
+        around = self._around
+        step = self.step()
+        looked, pause = step.ended, _LOOK_SECONDS
+        with (
+            around.sources.lines(source, self._cursor) as lines,
+            around.sources.taken(source, after=self._cursor.line) as taken,
+        ):
+            feeding = _Feeding(self, LineParser(batch), lines, taken, source=source)
+            while True:
+                step = feeding.settle()
+                lull = self._lull_at(step)
+                if step.cancel_requested:
+                    feeding.drain()
+                    return self._cancelled(batch, source)
+                opens_in = batch.window.opens_in(datetime.now(UTC)) if batch.window else 0.0
+                if feeding.done and step.in_flight <= 0:
+                    return Assemble()
+                if around.stopping.is_set() or time.monotonic() > self._ends:
+                    return self._go_on(feeding)
+                if not feeding.done and opens_in <= 0:
+                    self._tell("feeding")
+                    room = batch.max_in_flight - step.in_flight - feeding.on_their_way
+                    # Some at a time: line by line would cost a confirm and a mark each.
+                    if room >= _worthwhile(batch) and feeding.feed(min(room, _CHUNK)):
+                        self._lull = None
+                        continue
+                    if feeding.on_their_way:
+                        step = feeding.settle(wait=True)
+                        continue
+                elif not feeding.done:
+                    self._tell("paused")
+                    if step.in_flight <= 0:
+                        return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
+                else:
+                    self._tell("running")
+                if _doubtful(lull, around.settings.batch_doubt):
+                    Recount(around, batch, source, self._renew).in_flight()
+                    self._lull = replace(lull, asked=time.time() - lull.since)
+                    return self._go_on(feeding, _IDLE_DELAY)
+                few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
+                pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
+                looked = step.ended
+                around.stopping.wait(pause)
+
+    def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
+        # What is on its way and not marked would go out again with the next slice.
+        with suppress(PublishRejected):
+            feeding.drain()
+        if self._lull is not None:
+            self._around.index.note_lull(*self._name, self._lull)
+        return GoOn(self._cursor, seconds)
+
+    def _lull_at(self, step: Step) -> Lull:
+        """For how long no task has ended, which may be longer than this slice takes."""
+        now = time.time()
+        if self._lull is None or self._lull.ended != step.ended or self._lull.since > now:
+            self._lull = Lull(step.ended, now)
+        return self._lull
+
+    def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
+        """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
+        end = time.monotonic() + _CANCEL_SECONDS
+        while (step := self.step()).in_flight > 0 and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)  # no end of the process cuts this short
+        if step.in_flight > 0:
+            recount = Recount(self._around, batch, source, self._renew)
+            recount.in_flight()
+            recount.cancel_in_flight()
+        return Assemble()
+
+    def _renew(self) -> None:
+        with suppress(IndexLost):
+            self.step()
+
+    def _go_on_settling(self) -> None:
+        """Renew the lease, and see whether the batch was cancelled, where that is due."""
+        now = time.monotonic()
+        if now - self._asked >= _CANCEL_LOOK_SECONDS:
+            self._asked = now
+            # The object store: Redis does not hold the batch before its lines are counted.
+            with suppress(Outage):
+                if self._around.batches.cancel_requested(*self._name):
+                    raise _CancelledEarly
+        # Where Redis is away nobody else can take the lease, either.
+        if now - self._kept > self._around.settings.batch_lease / 4:
+            self._kept = now
+            with suppress(Outage):
+                self._renew()
+
+    def _tell(self, state: BatchState) -> None:
+        if state != self._state:
+            self._around.index.set_state(*self._name, state)
+            self._state = state
+
+    # What `_Feeding` needs.
+
+    def step(self) -> Step:
+        return self._around.index.step(*self._name, token=self._token)
+
+    def mark(self, chunk: _Chunk, reaches: int) -> Step:
+        step = self._around.index.step(
+            *self._name,
+            token=self._token,
+            reaches=reaches,
+            line=chunk.cursor.line,
+            offset=chunk.cursor.offset,
+            fed=chunk.fed,
+            invalid=chunk.invalid,
+        )
+        self._cursor = chunk.cursor
+        return step
+
+    def reach(self, line: int) -> Step:
+        return self._around.index.step(*self._name, token=self._token, reaches=line)
+
+    def dealt_with(self, first: int, last: int) -> frozenset[int]:
+        return self._around.index.dealt_with(*self._name, first, last)
+
+    @property
+    def cursor(self) -> Cursor:
+        return self._cursor
+
+    @property
+    def reached(self) -> int:
+        """No line beyond this one had been fed when the slice began."""
+        return self._reached
+
+    def publish(self, chunk: _Chunk) -> None:
+        """Send a chunk; a full queue is waited for, for as long as the slice lasts."""
+        chunk.confirmed = self._around.publisher.publish_all(chunk.messages)
+
+    def record(self, chunk: _Chunk) -> None:
+        """Put tasks on record before they are sent: afterwards a worker may be done with them."""
+        self._around.status.confirm_all(chunk.recorded)
+
+    def wait(self, chunk: _Chunk) -> None:
+        if chunk.confirmed is None:
+            return
+        try:
+            chunk.confirmed.result()
+            return
+        except PublishRejected as error:
+            rejected = error
+        # Which of them were refused is told by one future for each alone; later on only those go out.
+        messages = chunk.messages
+        while messages:
+            if self._around.stopping.is_set() or time.monotonic() > self._ends:
+                raise rejected
+            _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], rejected)
+            self._around.stopping.wait(_REJECTED_PAUSE)
+            sent = [(message, self._around.publisher.publish(message)) for message in messages]
+            messages = []
+            for message, confirmed in sent:
+                try:
+                    confirmed.result()
+                except PublishRejected as error:
+                    rejected = error
+                    messages.append(message)
+
+
+class _Feeding:
+    """The chunks of one slice: read, sent, and marked once they are confirmed."""
+
+    def __init__(
+        self, slice_: Slice, parser: LineParser, lines: Iterator[Line], taken: Taken, *, source: BatchSource
+    ) -> None:
+        self._slice = slice_
+        self._parser = parser
+        self._lines = lines
+        self._taken = taken
+        self._chunks: deque[_Chunk] = deque()
+        self._read = slice_.cursor
+        self._reaches = 0
+        # An id that does not tell its line could not be found while its task is queued, nor be kept for it.
+        self._recording = source.own_ids
+        # A closed window must not keep an end from being seen.
+        self._exhausted = self._read.line >= source.lines
+
+    @property
+    def done(self) -> bool:
+        """Whether every line has been sent and marked."""
+        return self._exhausted and not self._chunks
+
+    @property
+    def on_their_way(self) -> int:
+        """How many tasks are sent and not yet marked as fed."""
+        return sum(len(chunk.fed) for chunk in self._chunks)
+
+    def feed(self, count: int) -> bool:
+        """Send the next lines, `count` at most; False where all have been read before."""
+        if self._exhausted:
+            return False
+        last = self._read.line
+        if self._reaches < last + 2 * _CHUNK:
+            # A worker may be done with a line before it is marked: it must be known to be the batch's.
+            self._reaches = last + 8 * _CHUNK
+            self._slice.reach(self._reaches)
+        dealt_with: frozenset[int] = frozenset()
+        if last < self._slice.reached:
+            dealt_with = self._slice.dealt_with(last + 1, last + count)
+        chunk = _Chunk(self._read)
+        size = 0
+        for _ in range(count):
+            if size > _CHUNK_BYTES:
+                break
+            line = next(self._lines, None)
+            if line is None:
+                self._exhausted = True
+                break
+            size += line.length
+            chunk.cursor = Cursor(line.number, line.end)
+            if line.blank or line.number in dealt_with:
+                continue
+            try:
+                task = task_of(self._parser, self._taken, line)
+            except InvalidTask:
+                chunk.invalid.append(line.number)
+                continue
+            chunk.fed.append(line.number)
+            chunk.messages.append(task_message(task))
+            if self._recording:
+                chunk.recorded.append(task)
+        if chunk.cursor != self._read:
+            self._read = chunk.cursor
+            if chunk.recorded:
+                self._slice.record(chunk)
+            self._slice.publish(chunk)
+            self._chunks.append(chunk)
+        return True
+
+    def drain(self) -> None:
+        """Wait for whatever is on its way, and mark it."""
+        while self._chunks:
+            self.settle(wait=True)
+
+    def settle(self, *, wait: bool = False) -> Step:
+        """Mark the chunks that are confirmed; waits for the oldest where many are on their way."""
+        step = None
+        while self._chunks:
+            oldest = self._chunks[0]
+            confirmed = oldest.confirmed
+            full = len(self._chunks) >= _CHUNKS_ON_THEIR_WAY or self._exhausted
+            if not (wait or full or confirmed is None or confirmed.done()):
+                break
+            self._slice.wait(oldest)
+            step = self._slice.mark(oldest, self._reaches)
+            self._chunks.popleft()
+            wait = False
+        return step or self._slice.step()
+
+
+def _doubtful(lull: Lull, after: float) -> bool:
+    """Whether to ask the object store for ends: after so many seconds, then each time it has doubled."""
+    still = time.time() - lull.since
+    return still > after and still - lull.asked > min(lull.asked, _DOUBT_SECONDS)
+
+
+def _worthwhile(batch: Batch) -> int:
+    return max(1, min(_CHUNK, batch.max_in_flight // 10))

@@ -1,0 +1,196 @@
+"""How the lines of a batch stand in truth: looked up in the object store, where Redis does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TypeVar
+
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.tasks import task_of
+from inferq.schemas import Batch, EndState, InvalidTask, Result, Task
+from inferq.storage import BatchSource, UnreadableResult
+from inferq.storage.batches.lines import Line, LineParser, named_id
+from inferq.storage.batches.sources import Cursor, Sources
+
+_MARKED_AT_ONCE = 1000
+_LOOKED_UP_AT_ONCE = 200
+_PASSED_AT_ONCE = 50_000
+
+T = TypeVar("T")
+
+Ends = dict[EndState, list[int]]
+
+
+class Recount:
+    """Makes the index of one batch right. `renew` is called every now and then, to keep the lease."""
+
+    def __init__(
+        self, around: Surroundings, batch: Batch, source: BatchSource, renew: Callable[[], None]
+    ) -> None:
+        self._around = around
+        self._batch = batch
+        self._source = source
+        self._renew = renew
+        self._name = (batch.tenant, batch.batch_id)
+
+    def all(self, cursor: Cursor) -> None:
+        """Mark every line up to the cursor anew: as fed or invalid, and as ended where it is."""
+        index = self._around.index
+        for part in in_parts(self._tasks(cursor), _MARKED_AT_ONCE):
+            fed = [(line, task) for line, task in part if task is not None]
+            index.mark(*self._name, "fed", [line for line, _ in fed])
+            index.mark(*self._name, "invalid", [line for line, task in part if task is None])
+            if self._source.own_ids:
+                self._mark(self._look_up((line, task.task_id) for line, task in fed))
+            self._renew()
+        if not self._source.own_ids:
+            self._list(cursor)
+
+    def in_flight(self) -> None:
+        """Mark those lines as ended whose end Redis has missed."""
+        with self._ids() as ids_of:
+            for lines in self._unended():
+                self._mark(self._look_up(ids_of(lines)))
+                self._renew()
+                if self._around.stopping.is_set():
+                    return  # somebody else goes on
+
+    def cancel_in_flight(self) -> None:
+        """Record the end of whatever has not ended: its message finds that, and nothing is run."""
+        error = InvalidTask("the batch was cancelled before the task ended", code="cancelled")
+        parser = LineParser(self._batch)
+        with self._picked() as pick, self._sources.taken(self._source) as taken:
+            for lines in self._unended():
+                tasks = []
+                for line in pick(lines):
+                    with suppress(InvalidTask):
+                        tasks.append(task_of(parser, taken, line))
+                with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+                    kept = list(threads.map(lambda task: self._end(task, error), tasks))
+                ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
+                for result in kept:
+                    if result.batch_line is not None:
+                        ends[result.status].append(result.batch_line)
+                self._mark(ends)
+                self._renew()
+
+    def _unended(self) -> Iterator[list[int]]:
+        """The lines that are fed and have not ended, as Redis has it, some at a time."""
+        after = 0
+        while lines := self._around.index.unended(*self._name, after=after, limit=_LOOKED_UP_AT_ONCE):
+            yield lines
+            after = lines[-1]
+
+    def _end(self, task: Task, error: InvalidTask) -> Result:
+        ended = Result.failure(task, error, attempts=0, finished_at=datetime.now(UTC), status="cancelled")
+        try:
+            kept = self._around.results.save(ended)
+        except UnreadableResult:
+            return ended
+        if kept.batch_line != task.batch_line:
+            return ended
+        if self._source.own_ids:
+            self._around.status.ended(kept)  # while it was queued it had a record
+        return kept
+
+    def _tasks(self, cursor: Cursor) -> Iterator[tuple[int, Task | None]]:
+        """The lines up to the cursor and their tasks, None where a line is invalid."""
+        parser = LineParser(self._batch)
+        with self._sources.lines(self._source) as lines, self._sources.taken(self._source) as taken:
+            for line in lines:
+                if line.number > cursor.line:
+                    return
+                if line.blank:
+                    continue
+                try:
+                    yield line.number, task_of(parser, taken, line)
+                except InvalidTask:
+                    yield line.number, None
+
+    @contextmanager
+    def _picked(self) -> Iterator[Callable[[list[int]], Iterator[Line]]]:
+        """What gives the lines of these numbers. Called on and on, with ever higher ones, it reads once."""
+        with self._sources.lines(self._source) as lines:
+
+            def pick(numbers: list[int]) -> Iterator[Line]:
+                for number in numbers:
+                    for line in lines:
+                        if line.number % _PASSED_AT_ONCE == 0:
+                            self._renew()
+                        if line.number == number:
+                            yield line
+                            break
+
+            yield pick
+
+    @contextmanager
+    def _ids(self) -> Iterator[Callable[[list[int]], Iterator[tuple[int, str]]]]:
+        """What gives lines with the ids of their tasks, as `_picked` gives the lines."""
+        own_id = self._batch.task_id
+        if not self._source.own_ids:
+            yield lambda numbers: ((number, own_id(number)) for number in numbers)
+            return
+        with self._picked() as pick:
+            yield lambda numbers: (
+                (line.number, named_id(line.content) or own_id(line.number)) for line in pick(numbers)
+            )
+
+    def _look_up(self, ids: Iterable[tuple[int, str]]) -> Ends:
+        """Which of these lines have ended, by their results."""
+
+        def state(pair: tuple[int, str]) -> tuple[int, EndState | None]:
+            line, task_id = pair
+            try:
+                result = self._around.results.load(self._batch.tenant, task_id)
+            except UnreadableResult:
+                return line, "failed"  # the worker has put the task aside, too
+            if result is None:
+                return line, None
+            return line, result.status if belongs(result, self._batch, line) else "failed"
+
+        ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
+        with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+            for line, end in threads.map(state, list(ids)):
+                if end is not None:
+                    ends[end].append(line)
+        return ends
+
+    def _list(self, cursor: Cursor) -> None:
+        """Mark what a listing of the results finds: a request for a thousand of them, not one for each."""
+        prefix = f"{self._batch.batch_id}."
+        found = self._around.results.endings(self._batch.tenant, prefix)
+        for part in in_parts(found, _MARKED_AT_ONCE):
+            succeeded: list[int] = []
+            others: list[int] = []
+            for task_id, success in part:
+                number = task_id.removeprefix(prefix)
+                if number.isdigit() and 1 <= int(number) <= cursor.line:
+                    (succeeded if success else others).append(int(number))
+            self._mark({"succeeded": succeeded, "failed": [], "cancelled": []})
+            self._mark(self._look_up((line, self._batch.task_id(line)) for line in others))
+            self._renew()
+
+    def _mark(self, ends: Ends) -> None:
+        for state, lines in ends.items():
+            if lines:
+                self._around.index.ends(*self._name, state, lines)
+
+    @property
+    def _sources(self) -> Sources:
+        return self._around.sources
+
+
+def belongs(result: Result, batch: Batch, line: int) -> bool:
+    """Whether the result is that of this line, and not of another task that has the same id."""
+    return result.batch_id == batch.batch_id and result.batch_line == line
+
+
+def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items, some at a time."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part

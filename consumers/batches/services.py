@@ -1,0 +1,81 @@
+"""What the jobs of batches share in one process: the stores, the index, the publisher."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from inferq.broker import BrokerSettings, Message, Publisher, topology_for
+from inferq.consumers.batches.settings import BatchSettings
+from inferq.schemas import installed_types
+from inferq.storage import (
+    BatchIndex,
+    BatchStore,
+    ObjectStore,
+    ResultStore,
+    StatusIndex,
+    StorageSettings,
+    open_store,
+)
+from inferq.storage.batches.sources import Sources
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The services of all batches. Safe from many threads; `stopping` is set when the process is to end."""
+
+    settings: BatchSettings
+    storage: StorageSettings
+    broker: BrokerSettings
+    stopping: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def load(cls) -> Surroundings:
+        """From the environment. Raises InstallationError; connects to nothing yet."""
+        return cls(BatchSettings.load(), StorageSettings.load(), BrokerSettings.load())
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        return open_store(self.storage)
+
+    @cached_property
+    def results(self) -> ResultStore:
+        return ResultStore(self.store)
+
+    @cached_property
+    def batches(self) -> BatchStore:
+        return BatchStore(self.store)
+
+    @cached_property
+    def sources(self) -> Sources:
+        return Sources(self.store, self.batches, self.storage)
+
+    @cached_property
+    def status(self) -> StatusIndex:
+        return StatusIndex.from_settings(self.storage)
+
+    @cached_property
+    def index(self) -> BatchIndex:
+        return BatchIndex(self.status, lease_seconds=self.settings.batch_lease)
+
+    @property
+    def publisher(self) -> Publisher:
+        """The publisher, which begins to connect with the first use."""
+        with self._lock:
+            return self._publisher
+
+    @cached_property
+    def _publisher(self) -> Publisher:
+        publisher = Publisher(self.broker, name="batches", topology=topology_for(installed_types()))
+        publisher.start()
+        return publisher
+
+    def confirm(self, message: Message) -> None:
+        """Publish a message and wait for its confirm."""
+        self.publisher.publish(message).result()
+
+    def close(self) -> None:
+        if "_publisher" in self.__dict__:
+            self._publisher.close()

@@ -1,0 +1,15 @@
+"""The task in a line, as whoever feeds a batch and whoever puts it together both see it."""
+
+from __future__ import annotations
+
+from inferq.schemas import InvalidTask, Task
+from inferq.storage.batches.lines import Line, LineParser
+from inferq.storage.batches.sources import Taken
+
+
+def task_of(parser: LineParser, taken: Taken, line: Line) -> Task:
+    """The task in a line. Raises InvalidTask, too where another line has taken its id."""
+    first = taken.by(line.number)
+    if first is not None:
+        raise InvalidTask(f"the same task_id as line {first}: each task needs its own", code="duplicate_id")
+    return parser.parse(line)

@@ -1,0 +1,1 @@
+"""Works on light jobs: callbacks, the feeding of batches, and nightly runs, on Celery."""

@@ -1,0 +1,61 @@
+"""The command that works on the light jobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+
+from inferq.broker import JOB_QUEUES, BrokerSettings, JobQueue
+from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401 - `inferq settings` lists what is loaded
+from inferq.consumers.probes.settings import ProbeSettings
+from inferq.schemas import InstallationError
+
+app = typer.Typer()
+
+_PREFIX = "inference."
+_GIVES_WAY = 5
+"""By how much a process that only feeds batches lowers its priority: feeding takes all it can get, and for
+the broker, the gateway and the workers beside it somebody waits."""
+
+
+@app.command()
+def callbacks(
+    queues: Annotated[
+        str | None, typer.Option(help="Only these job queues: callbacks, batches (default: both).")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1000, help="Jobs at a time.")] = 64,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+    ] = False,
+) -> None:
+    """Deliver callbacks and feed batches, until SIGTERM."""
+    from inferq.consumers.jobs.worker import application, check_jobs, work
+
+    chosen = _chosen(queues)
+    broker, probes = BrokerSettings.load(), ProbeSettings.load()
+    jobs = application(broker)
+    check_jobs(jobs, chosen)
+    if check:
+        names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
+        typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Celery's own lines would tell of each job that it comes and goes, arguments included.
+    logging.getLogger("celery").setLevel(logging.WARNING)
+    if chosen == ("inference.batches",):
+        os.nice(_GIVES_WAY)
+    raise typer.Exit(work(jobs, chosen, threads=threads, broker=broker, probes=probes))
+
+
+def _chosen(names: str | None) -> tuple[JobQueue, ...]:
+    if names is None:
+        return JOB_QUEUES
+    wanted = [f"{_PREFIX}{name.strip().removeprefix(_PREFIX)}" for name in names.split(",") if name.strip()]
+    chosen = tuple(queue for queue in JOB_QUEUES if queue in wanted)
+    if not chosen or len(chosen) != len(set(wanted)):
+        known = ", ".join(queue.removeprefix(_PREFIX) for queue in JOB_QUEUES)
+        raise InstallationError(f"--queues {names!r} is not a list of job queues; there are: {known}")
+    return chosen

@@ -1,0 +1,164 @@
+"""The jobs of nightly runs, on Celery: starting one, and watching over its nights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from celery import Celery, Task
+
+from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
+from inferq.consumers.batches.retry import again_unless_done, surroundings_of_jobs
+from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.nightly.night import (
+    Ended,
+    day_of,
+    ended_between,
+    failed_night,
+    last_night,
+    night_began,
+    night_callback,
+    paused_night,
+)
+from inferq.consumers.nightly.start import Starter
+from inferq.schemas import Night
+from inferq.schemas.schedule import Schedule, run_id_of
+from inferq.storage.batches.lines import SourceUnusable
+from inferq.storage.runs import Run, RunLog
+
+_WATCH_SECONDS = 15
+"""Seconds, at most, from the end of a run to its summary."""
+_SETTLING_SECONDS = 2.0
+"""What was stored by the end of a night is listed so long after it."""
+
+_log = logging.getLogger(__name__)
+
+
+def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: int = _WATCH_SECONDS) -> None:
+    """Add the jobs of nightly runs to an application; `around` defaults to what the environment says.
+
+    Raises InstallationError for bad settings.
+    """
+    here = around or surroundings_of_jobs()
+
+    def watch_on(run: Run, since: datetime, seconds: int) -> None:
+        arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
+        app.tasks[NIGHT_WATCH_JOB].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
+
+    @app.task(name=NIGHT_START_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    def start(self: Task, schedule: dict[str, Any], scheduled_at: str) -> None:
+        wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
+
+        def once() -> None:
+            starter = Starter(here.store, here.batches, here.sources, here.confirm)
+            run, batch, error = starter.start(wanted, moment)
+            watcher = Watcher(here, run)
+            if batch is None:
+                watcher.fail(error, datetime.now(UTC))
+            elif not watcher.over:
+                watch_on(run, batch.created_at, min(1, watch_seconds))
+
+        again_unless_done(self, here, f"run {run_id_of(wanted.name, moment)}", once)
+
+    @app.task(name=NIGHT_WATCH_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
+    def watch(self: Task, run: dict[str, Any], since: str) -> None:
+        known, began = Run.model_validate(run), datetime.fromisoformat(since)
+
+        def once() -> None:
+            goes_on = Watcher(here, known).look(began, datetime.now(UTC))
+            if goes_on is not None:
+                watch_on(known, goes_on, watch_seconds)
+
+        again_unless_done(self, here, f"run {known.run_id}", once)
+
+
+class Watcher:
+    """Tells of the nights of a run. May raise any Outage: it is then to be asked again."""
+
+    def __init__(self, around: Surroundings, run: Run) -> None:
+        self._around = around
+        self._run = run
+        self._log = RunLog(around.store, run.schedule.tenant, run.schedule.name)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run's last night is on record: whoever put it there tells of it."""
+        return any(night.state != "paused" for night in self._nights())
+
+    def look(self, since: datetime, now: datetime) -> datetime | None:
+        """Tell of the nights that have ended between `since` and `now`.
+
+        Gives from when on to look the next time; None where the run has ended and all is told.
+        """
+        around, run = self._around, self._run
+        tenant = run.schedule.tenant
+        summary = around.batches.summary(tenant, run.run_id)
+        if summary is not None:
+            before = [night for night in self._nights() if night.state == "paused"]
+            day = day_of(run, summary.finished_at)
+            if before and before[-1].night == day.isoformat():
+                # What was in flight as the window closed has ended by day: that is told by a name of its own.
+                self._tell(last_night(run, day, summary, before), f"{day.isoformat()}-end")
+            else:
+                self._tell(last_night(run, day, summary, before), day.isoformat())
+            return None
+        window = run.schedule.feeding_window
+        closes = None if window is None else window.closes_after(since)
+        if closes is None or (now - closes).total_seconds() < _SETTLING_SECONDS:
+            return since
+        self._pause(since, closes)
+        return closes
+
+    def fail(self, error: str | None, now: datetime) -> None:
+        """Tell that the run has failed without a batch that could say so."""
+        if not self.over:
+            _log.error("run %s: %s", self._run.run_id, error)
+        night = failed_night(self._run, now, error)
+        self._tell(night, night.night)
+
+    def _pause(self, since: datetime, closes: datetime) -> None:
+        around, run = self._around, self._run
+        tenant = run.schedule.tenant
+        batch = around.batches.load(tenant, run.run_id)
+        if batch is None:
+            return
+        source = around.batches.source(tenant, run.run_id)
+
+        def ended(after: datetime = batch.created_at) -> Iterator[Ended]:
+            return ended_between(
+                around.store, batch, after, closes,
+                readers=around.settings.batch_readers,
+                own_ids=around.sources.own_ids(source) if source is not None else (),
+            )  # fmt: skip
+
+        total = None if source is None else source.total
+        began = night_began(run, since, closes)
+        try:
+            night = paused_night(run, day_of(run, closes), began, closes, total, ended(since))
+            # One in which nothing ended, as all workers were down, is the one that an owner must hear of; but
+            # not one that closed as the run was due, by a clock that is behind that of beat.
+            to_tell = night.ended > 0 or (closes > run.scheduled_at and self._has_left(total, ended))
+        except SourceUnusable as error:
+            _log.warning("run %s: a night cannot be told: %s", run.run_id, error)
+            return
+        if to_tell:
+            self._tell(night, night.night)
+
+    def _has_left(self, total: int | None, ended: Callable[[], Iterable[Ended]]) -> bool:
+        """Whether tasks of the run are left, or may be; `ended` reads the results of those that are not."""
+        if total is None or sum(night.ended for night in self._nights()) < total:
+            return True
+        # The nights count twice what was redriven.
+        return sum(1 for _ in ended()) < total
+
+    def _tell(self, night: Night, name: str) -> None:
+        kept = self._log.keep_night(self._run.run_id, name, night.model_copy(update={"night": name}))
+        url = self._run.schedule.callback
+        if url is not None:
+            self._around.confirm(callback_message(night_callback(kept, url)))
+        _log.info("run %s: night %s: %s, %d ended", kept.run_id, kept.night, kept.state, kept.ended)
+
+    def _nights(self) -> list[Night]:
+        return self._log.nights(self._run.run_id, Night)

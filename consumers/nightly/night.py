@@ -1,0 +1,210 @@
+"""What a night came to: told at the end of a run, and whenever its window closes before that.
+
+The numbers are the object store's. A night is what ended behind the end of the night before; the last one is
+what the run as a whole came to, less the nights before. So the nights of a run add up, unless what failed in
+one of them was redriven and ended in another; each is told once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, datetime
+from itertools import groupby, islice
+from typing import NamedTuple
+from zoneinfo import ZoneInfo
+
+from pydantic import ValidationError
+
+from inferq.consumers.batches.assembly import pages_of
+from inferq.schemas import Batch, BatchSummary, Callback, EndState, Night, NightEvent, Result, callback_id
+from inferq.schemas.encoding import to_json
+from inferq.storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResult, folder
+from inferq.storage.runs import Run
+
+_RECORDS = ("failure.json", "result.json")
+"""In the order in which a task's are listed: the last one stands."""
+_AT_A_TIME = 256
+_MOST_CODES = 50
+_ERROR_CHARACTERS = 1000
+
+
+class Ended(NamedTuple):
+    """How one task ended: `code` says why it failed, `pages` how many its output has."""
+
+    status: EndState
+    code: str | None = None
+    pages: int | None = None
+
+
+def paused_night(
+    run: Run, day: date, began: datetime, until: datetime, total: int | None, ends: Iterable[Ended]
+) -> Night:
+    """The night of a run that its window ended; `ends` are those of the tasks that ended in it."""
+    states: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    pages: int | None = None
+    for end in ends:
+        states[end.status] += 1
+        if end.code is not None:
+            failures[end.code] += 1
+        if end.pages is not None:
+            pages = (pages or 0) + end.pages
+    return _night(
+        run, day, "paused", began, until, total=total, failures=failures, pages=pages,
+        succeeded=states["succeeded"], failed=states["failed"], cancelled=states["cancelled"],
+    )  # fmt: skip
+
+
+def last_night(run: Run, day: date, summary: BatchSummary, before: list[Night]) -> Night:
+    """The night in which a run ended."""
+    counts = summary.counts
+    failures = Counter(summary.failures)
+    for night in before:
+        failures.subtract(night.failures)
+    pages = summary.pages
+    if pages is not None:
+        pages = max(0, pages - sum(night.pages or 0 for night in before))
+    state = summary.state
+    return _night(
+        run, day, state if state in {"cancelled", "failed"} else "completed",
+        night_began(run, before[-1].until if before else summary.created_at, summary.finished_at),
+        summary.finished_at,
+        total=counts.total, failures=failures, pages=pages,
+        succeeded=max(0, counts.succeeded - sum(night.succeeded for night in before)),
+        failed=max(0, counts.failed - sum(night.failed for night in before)),
+        cancelled=max(0, counts.cancelled - sum(night.cancelled for night in before)),
+        invalid=counts.invalid, error=summary.error,
+    )  # fmt: skip
+
+
+def failed_night(run: Run, now: datetime, error: str | None) -> Night:
+    """The night of a run that could not begin; whenever that is found, it has the same name."""
+    return _night(
+        run, day_of(run, run.scheduled_at), "failed", now, now, total=None, failures=Counter(), pages=None,
+        succeeded=0, failed=0, cancelled=0, error=error,
+    )  # fmt: skip
+
+
+def _night(
+    run: Run, day: date, state: str, began: datetime, until: datetime, *,
+    total: int | None, failures: Counter[str], pages: int | None,
+    succeeded: int, failed: int, cancelled: int, invalid: int = 0, error: str | None = None,
+) -> Night:  # fmt: skip
+    seconds = max((until - began).total_seconds(), 0.001)
+    return Night.model_validate(
+        {
+            "run_id": run.run_id,
+            "schedule": run.schedule.name,
+            "tenant": run.schedule.tenant,
+            "night": day.isoformat(),
+            "state": state,
+            "began": began,
+            "until": until,
+            "total": total,
+            "succeeded": succeeded,
+            "failed": failed,
+            "cancelled": cancelled,
+            "invalid": invalid,
+            "failures": {code: number for code, number in failures.most_common(_MOST_CODES) if number > 0},
+            "seconds": round(seconds, 3),
+            "tasks_per_second": round((succeeded + failed) / seconds, 3),
+            "pages": pages,
+            "pages_per_second": None if pages is None else round(pages / seconds, 3),
+            "error": error and error[:_ERROR_CHARACTERS],
+        }
+    )
+
+
+def day_of(run: Run, moment: datetime) -> date:
+    """The day after which the night is named that `moment` lies in, or is the end of.
+
+    Before the first opening of its window, and without one, a run's night is that of the day it is due.
+    """
+    window = run.schedule.feeding_window
+    if window is not None and (opened := window.opened_at(moment)) is not None:
+        closes = window.closes_after(opened)
+        if closes is not None and closes > run.scheduled_at:
+            return window.night_of(moment)
+    return run.scheduled_at.astimezone(ZoneInfo(run.schedule.time_zone)).date()
+
+
+def night_began(run: Run, since: datetime, until: datetime) -> datetime:
+    """When the night began that goes until `until`: the hours of the day before it are none of it.
+
+    `since` is the end of the night before, or the run's own beginning.
+    """
+    window = run.schedule.feeding_window
+    opened = window.opened_at(until) if window is not None else None
+    return since if opened is None else max(since, opened)
+
+
+def night_callback(night: Night, url: str) -> Callback:
+    """The callback that tells of a night: for one record always the same, to the byte."""
+    event = NightEvent(type="nightly.summary", timestamp=night.until, data=night)
+    return Callback(
+        callback_id=callback_id(night.tenant, "batch", night.run_id, event.type, night.night),
+        tenant=night.tenant,
+        subject_kind="batch",
+        subject_id=night.run_id,
+        event=event.type,
+        url=url,
+        body=to_json(event),
+    )
+
+
+def ended_between(
+    store: ObjectStore,
+    batch: Batch,
+    after: datetime,
+    until: datetime,
+    *,
+    readers: int,
+    own_ids: Iterable[str] = (),
+) -> Iterator[Ended]:
+    """How the tasks of a batch ended behind `after` and not behind `until`, in constant memory.
+
+    `own_ids` are those that the lines name. Every result is read. One that succeeded after a failure, as a
+    redriven one does, ended when it succeeded.
+    """
+    results = ResultStore(store)
+
+    def last_of(records: Iterable[ObjectInfo]) -> str | None:
+        """The key of the record that a task ended with, where that was then."""
+        last = None
+        for info in records:
+            if info.key.rpartition("/")[2] in _RECORDS:
+                last = info
+        return last.key if last is not None and after < last.modified <= until else None
+
+    def end_of(key: str) -> Ended | None:
+        return _end(results, store.get(key), batch.batch_id)
+
+    def own_end(task_id: str) -> Ended | None:
+        place = folder(batch.tenant, task_id)
+        # What lies deeper are its artifacts and callbacks.
+        key = last_of(info for info in store.list(place) if "/" not in info.key.removeprefix(place))
+        return end_of(key) if key is not None else None
+
+    prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")
+    flat = (info for info in store.list(prefix) if info.key.removeprefix(prefix).count("/") == 1)
+    tasks = groupby(flat, key=lambda info: info.key.rpartition("/")[0])
+    listed = (key for _, records in tasks if (key := last_of(records)) is not None)
+    with ThreadPoolExecutor(readers) as threads:
+        for look, names in ((end_of, listed), (own_end, iter(own_ids))):
+            while some := list(islice(names, _AT_A_TIME)):
+                yield from (end for end in threads.map(look, some) if end is not None)
+
+
+def _end(results: ResultStore, record: bytes, batch_id: str) -> Ended | None:
+    """How a task ended; None where it is another batch's."""
+    try:
+        result = Result.model_validate_json(record)
+    except ValidationError:
+        return Ended("failed", UnreadableResult.code)
+    if result.batch_id != batch_id:
+        return None
+    # As in a run's summary, where the cancelled are no failures.
+    code = result.error.code if result.error and result.status == "failed" else None
+    return Ended(result.status, code, pages_of(results, result))

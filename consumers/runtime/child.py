@@ -1,0 +1,265 @@
+"""The engine process: loads one engine and computes what its worker sends.
+
+It is started as `python -m inferq.consumers.runtime.child TYPE FD PID`, so nothing of the worker's memory comes
+along, and it does not outlive the worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from inferq.consumers.engine import Context, Engine, InputFile, TaskAborted
+from inferq.consumers.runtime.messages import (
+    INLINE_OUTPUT_BYTES,
+    Abort,
+    Aborted,
+    Done,
+    Failed,
+    FileNote,
+    Prepare,
+    Progress,
+    Ready,
+    Run,
+    Unable,
+    from_worker,
+    send,
+)
+from inferq.consumers.runtime.settings import EngineProcessSettings
+from inferq.consumers.weights.cache import weights_in_use
+from inferq.schemas import (
+    InferqError,
+    InstallationError,
+    InvalidTask,
+    Task,
+    TaskType,
+    TransientFailure,
+    describe_faults,
+    get_type,
+    parse_task,
+)
+from inferq.schemas.result import OUTPUT_ARTIFACT
+
+_log = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 0.2
+"""The least time between two progress messages; an engine may report as often as it likes."""
+
+
+_OUT_OF_MEMORY_TYPES = {"OutOfMemoryError", "ResourceExhaustedError"}
+"""What torch, cupy and tensorflow call it; to import one of them only to ask would be dear."""
+
+_OUT_OF_MEMORY_SIGNS = (
+    "out of memory",  # CUDA itself, paddle, jax
+    "resourceexhausted",
+    "resource_exhausted",
+    "failed to allocate memory",  # onnxruntime
+    "can't allocate memory",  # torch on a CPU
+    "_status_alloc_failed",  # cuBLAS, cuDNN
+)
+
+
+def main() -> None:
+    """Run the engine of the type and on the pipe that the command line names."""
+    type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    _die_with(worker_pid)
+    # The worker decides when a run ends, also where whoever stops the worker interrupts all its processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=os.environ.get("INFERQ_LOG_LEVEL", "INFO"), format="%(message)s")
+    # Frameworks print to standard output; it belongs to whoever started the worker.
+    os.dup2(2, 1)
+    os.set_inheritable(fd, False)  # a program that the engine starts would hold it open
+    pipe = Connection(fd)
+    try:
+        _serve(get_type(type_name), pipe)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _die_with(worker_pid: int) -> None:
+    """Have the kernel kill this process when its worker ends, however that ends (Linux)."""
+    if sys.platform != "linux":
+        return  # elsewhere the closed pipe ends it, after the run in hand
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != worker_pid:
+        sys.exit("the worker is gone")
+
+
+def _serve(task_type: TaskType, pipe: Connection) -> None:
+    try:
+        engine = engine_class(task_type)()
+        info = engine.load().model_copy(update={"weights": weights_in_use()})
+        for _ in range(EngineProcessSettings.load().warmup):
+            engine.warm_up()
+        _read(json.dumps({"task_type": task_type.name}))  # to read a task for the first time is slow
+    except Exception as error:
+        if isinstance(error, InferqError):
+            code, message = error.code, str(error)
+        else:
+            _log.exception("engine %s cannot be loaded", task_type.engine)
+            code, message = "engine_load_failed", f"{type(error).__name__}: {error}"
+        permanent = isinstance(error, InstallationError | ImportError)
+        if out_of_memory(error):  # others may have it at the moment
+            code, permanent = "out_of_memory", False
+        send(pipe, Unable(code=code, message=message[:4000], permanent=permanent))
+        return
+    send(pipe, Ready(engine=info))
+    task: Task | InvalidTask = InvalidTask("no task was prepared")
+    try:
+        while True:
+            match from_worker(pipe):
+                case Prepare(task=body):
+                    task = _read(body)
+                case Run(task=body) as run:
+                    if body is not None:
+                        task = _read(body)
+                    send(pipe, _run(engine, task_type, task, run, pipe))
+                case Abort():
+                    pass  # it comes too late: its run has ended
+    finally:
+        engine.close()
+
+
+def engine_class(task_type: TaskType) -> type[Engine[Any]]:
+    """Import the engine of a type. Raises ImportError, and InstallationError for what is none."""
+    module, _, name = task_type.engine.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise InstallationError(f"{task_type.engine} is not an inferq.consumers.engine.Engine")
+    return found
+
+
+def _read(body: str) -> Task | InvalidTask:
+    try:
+        return parse_task(body)
+    except InvalidTask as error:  # the worker's types are of another version, then
+        return error
+
+
+def _run(
+    engine: Engine[Any], task_type: TaskType, task: Task | InvalidTask, run: Run, pipe: Connection
+) -> BaseModel:
+    began = time.monotonic()
+    context = Context(
+        folder=Path(run.scratch),
+        inputs={
+            name: InputFile(note.path, note.bytes, note.content_type) for name, note in run.inputs.items()
+        },
+        report=_Reporter(pipe),
+        abort_requested=_AbortFlag(pipe),
+    )
+    try:
+        if isinstance(task, InvalidTask):
+            raise task
+        output = engine.run(task, context)
+        return _done(task_type, output, context, time.monotonic() - began)
+    except TaskAborted:
+        return Aborted()
+    except Exception as error:
+        return _failed(error, task_type, time.monotonic() - began)
+
+
+def _failed(error: Exception, task_type: TaskType, seconds: float) -> Failed:
+    memory = out_of_memory(error)
+    if isinstance(error, InvalidTask | TransientFailure):
+        code, message = error.code, error.message
+    else:
+        _log.error("task failed in engine %s", task_type.engine, exc_info=error)
+        code = "out_of_memory" if memory else "engine_error"
+        message = f"{type(error).__name__}: {error}"
+    return Failed(
+        code=code,
+        message=message[:4000],
+        invalid=isinstance(error, InvalidTask),
+        out_of_memory=memory,
+        seconds=seconds,
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that memory ran out: the machine's or a GPU's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # paddle's ResourceExhausted becomes a MemoryError in Python.
+        if isinstance(cause, MemoryError) or type(cause).__name__ in _OUT_OF_MEMORY_TYPES:
+            return True
+        # What the engine itself says, and what is wrong with a value, may quote the task.
+        if not isinstance(cause, InferqError | ValueError | LookupError):
+            said = str(cause).lower()
+            if any(sign in said for sign in _OUT_OF_MEMORY_SIGNS):
+                return True
+        cause = cause.__cause__
+    return False
+
+
+def _done(
+    task_type: TaskType, output: BaseModel | Mapping[str, Any], context: Context, seconds: float
+) -> Done:
+    try:
+        checked = output if isinstance(output, task_type.output) else task_type.output.model_validate(output)
+    except ValidationError as error:
+        raise TransientFailure(
+            f"the engine's output is not a {task_type.output.__name__}: {'; '.join(describe_faults(error))}",
+            code="engine_error",
+        ) from error
+    inline: bytes | None = checked.model_dump_json().encode()
+    if inline is not None and len(inline) > INLINE_OUTPUT_BYTES:
+        context.artifact(OUTPUT_ARTIFACT, "application/json").write_bytes(inline)
+        inline = None
+    artifacts = {}
+    for artifact in context.artifacts:
+        if not artifact.path.is_file():
+            raise TransientFailure(
+                f"the engine announced artifact {artifact.name!r} and did not write it", code="engine_error"
+            )
+        size = artifact.path.stat().st_size
+        artifacts[artifact.name] = FileNote(
+            path=artifact.path, content_type=artifact.content_type, bytes=size
+        )
+    return Done(output=inline, artifacts=artifacts, seconds=seconds)
+
+
+class _Reporter:
+    """Sends progress on, no more often than anybody wants to see it, and never backwards."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._last_time = 0.0
+        self._furthest = 0.0
+
+    def __call__(self, fraction: float, note: str) -> None:
+        self._furthest = max(self._furthest, fraction)
+        now = time.monotonic()
+        if now - self._last_time >= _PROGRESS_SECONDS:
+            self._last_time = now
+            send(self._pipe, Progress(fraction=self._furthest, note=note[:200]))
+
+
+class _AbortFlag:
+    """Whether the worker has asked to stop; looks at the pipe only when the engine asks."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._asked = False
+
+    def __call__(self) -> bool:
+        while not self._asked and self._pipe.poll(0):
+            self._asked = isinstance(from_worker(self._pipe), Abort)
+        return self._asked
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""The worker's end of an engine process: starts it, sends it tasks, and ends it when it will not."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Literal
+
+import psutil
+from pydantic import ByteSize
+
+from inferq.consumers.runtime.messages import (
+    Abort,
+    Aborted,
+    Done,
+    Failed,
+    FileNote,
+    Prepare,
+    Progress,
+    Ready,
+    Run,
+    Unable,
+    from_engine,
+    send,
+)
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
+
+_log = logging.getLogger(__name__)
+
+AbortReason = Literal["cancelled", "shutdown"]
+
+LOOK_SECONDS = 0.25
+"""How often runs, downloads and waits for the engine are asked about: cancelled? over time? shutting down?"""
+
+_WAIT_SECONDS = 0.01
+"""How often a process that is about to end is looked at."""
+
+
+class EngineDied(TransientFailure):
+    """The engine process ended while it was computing: a crash, or killed by the system for its memory."""
+
+    code = "engine_died"
+
+
+class OverTime(TransientFailure):
+    """The run was stopped at its time limit."""
+
+    code = "time_limit"
+
+
+class RunAborted(Exception):
+    """The run was stopped on request. `reason` tells a user's cancel from a shutdown."""
+
+    def __init__(self, reason: AbortReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+_IDLE_SECONDS = 0.005
+"""How long an engine process has waited before it is worth waking ahead of a run."""
+
+Wear = Literal["max_tasks", "memory", "out_of_memory"]
+"""Why an engine process is replaced that could go on: its tasks, its growth, memory that ran out in a run."""
+
+_MEASURE_SECONDS = 1.0
+"""The least time between two looks at the memory after a run; summing it up takes milliseconds."""
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """How much memory an engine process and its children may take, in bytes; None is no limit.
+
+    Beyond `kill_at` it is killed in the middle of a run, beyond `replace_at` it takes no other run.
+    """
+
+    kill_at: int | None = None
+    replace_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a run in progress is watched with: both are called a few times a second, from the run's thread."""
+
+    progress: Callable[[float, str], None]
+    abort: Callable[[], AbortReason | None]
+
+
+class EngineProcess:
+    """One engine process, for one thread at a time; the one that starts it must outlive it."""
+
+    def __init__(self, type_name: str, limits: MemoryLimits = MemoryLimits()) -> None:
+        self._type_name = type_name
+        self._limits = limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._next_measure = 0.0
+        self._prepared: str | None = None
+        self._answered_at = 0.0
+        self.info: EngineInfo | None = None
+        self.tasks = 0
+        self.worn: Wear | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; asks the kernel."""
+        if self._process is None or self._process.returncode is not None:
+            return False
+        # One that has ended is left as a zombie until its group is gone too: so the group's number is not
+        # taken by another in between.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    @property
+    def usable(self) -> bool:
+        """Whether nothing is known that would keep it from another run; `worn` says more where it is that."""
+        return self._pipe is not None and self.worn is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def spawn(self) -> None:
+        """Start the process; it loads its engine while others go on."""
+        self.tasks, self.worn, self._next_measure = 0, None, 0.0
+        self._prepared, self._answered_at = None, 0.0
+        near, far = multiprocessing.Pipe()
+        command = [sys.executable, "-P", "-m", "inferq.consumers.runtime.child", self._type_name]
+        with far:
+            self._process = subprocess.Popen(
+                [*command, str(far.fileno()), str(os.getpid())],
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # so that whatever the engine starts can be ended with it
+            )
+        self._pipe = near
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether `wait_ready` would return, or raise, at once."""
+        return self._pipe is not None and (self._pipe.poll(0) or not self.alive)
+
+    def wait_ready(self, *, limit: float, stopping: Callable[[], bool] = lambda: False) -> EngineInfo:
+        """Wait, at most `limit` seconds, until the engine is loaded and warmed up.
+
+        Raises InstallationError where it can never work, TransientFailure where another start may,
+        RunAborted once `stopping` says so; the process is gone then.
+        """
+        deadline = time.monotonic() + limit
+        try:
+            return self._loaded(deadline, limit, stopping)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _loaded(self, deadline: float, limit: float, stopping: Callable[[], bool]) -> EngineInfo:
+        pipe = self._pipe
+        if pipe is None:
+            raise TransientFailure("the engine process was not started", code="engine_load_failed")
+        try:
+            while not pipe.poll(LOOK_SECONDS):
+                self._check_lives(pipe)
+                if stopping():
+                    raise RunAborted("shutdown")
+                if time.monotonic() > deadline:
+                    raise TransientFailure(
+                        f"the {self._type_name} engine was not ready within {limit:g} s; "
+                        "if it needs longer, raise INFERQ_START_LIMIT",
+                        code="engine_slow_start",
+                    )
+            answer = from_engine(pipe)
+        except (EOFError, OSError) as error:
+            raise TransientFailure(
+                f"the {self._type_name} engine process ended while loading ({self._ending()})",
+                code="engine_load_failed",
+            ) from error
+        match answer:
+            case Ready(engine=info):
+                self._check_limits()
+                self.info = info
+                return info
+            case Unable(permanent=True):
+                raise InstallationError(answer.message, code=answer.code)
+            case Unable():
+                raise TransientFailure(answer.message, code=answer.code)
+            case _:
+                raise TransientFailure(f"the engine began with {answer.kind!r}", code="engine_load_failed")
+
+    def _check_limits(self) -> None:
+        """Raise InstallationError where the engine alone takes more than any task may."""
+        limits = {
+            "INFERQ_ENGINE_MEMORY_LIMIT": self._limits.kill_at,
+            "INFERQ_ENGINE_RECYCLE_MEMORY": self._limits.replace_at,
+        }
+        for name, limit in limits.items():
+            if limit is not None and (use := self.memory()) > limit:
+                raise InstallationError(
+                    f"the {self._type_name} engine takes {_size(use)} of memory once it is loaded, more than "
+                    f"{name}={_size(limit)} leaves it: raise the limit, or load a smaller model",
+                    code="engine_memory_limit",
+                )
+
+    def prepare(self, task: str) -> None:
+        """Say which task (its JSON) is likely to be run next; it may still not come to that.
+
+        A process that has been idle reads it now, while others are asked; to wake one twice that has hardly
+        fallen asleep would cost more than it saves.
+        """
+        self._prepared = None
+        if self._pipe is not None and time.monotonic() > self._answered_at + _IDLE_SECONDS:
+            self._prepared = task
+            with suppress(OSError):  # the run will tell
+                send(self._pipe, Prepare(task=task))
+
+    def run(
+        self,
+        task: str,
+        scratch: str,
+        inputs: Mapping[str, FileNote],
+        *,
+        watch: Watch,
+        time_limit: float,
+        abort_grace: float,
+    ) -> Done | Failed:
+        """Compute a task (its JSON). `time_limit` and `abort_grace` in seconds.
+
+        Raises EngineDied, OverTime, TransientFailure (code `out_of_memory`) or RunAborted. Unless the engine
+        stopped by itself when it was asked to, the process is gone then: `usable` tells.
+        """
+        pipe = self._pipe
+        if pipe is None:
+            raise EngineDied("the engine process is not running")
+        try:
+            prepared, self._prepared = task == self._prepared, None
+            send(pipe, Run(task=None if prepared else task, scratch=scratch, inputs=dict(inputs)))
+            answer = self._await(pipe, watch, time_limit, abort_grace)
+        except (RunAborted, OverTime):
+            raise
+        except (EOFError, OSError) as error:
+            raise EngineDied(f"the engine process ended during the run ({self._ending()})") from error
+        except BaseException:
+            # Whatever it was, the run may go on over there: its answer must not meet the next task.
+            self.kill()
+            raise
+        self._answered_at = time.monotonic()
+        self.tasks += 1
+        if isinstance(answer, Failed) and answer.out_of_memory:
+            self.worn = "out_of_memory"
+        elif self._limits.replace_at is not None:
+            self._measure(self._limits.replace_at)
+        return answer
+
+    def _measure(self, replace_at: int) -> None:
+        now = time.monotonic()
+        if now < self._next_measure:
+            return
+        self._next_measure = now + _MEASURE_SECONDS
+        if (use := self.memory()) > replace_at:
+            self.worn = "memory"
+            _log.info(
+                "the %s engine process has grown to %s, beyond INFERQ_ENGINE_RECYCLE_MEMORY=%s",
+                self._type_name, _size(use), _size(replace_at),
+            )  # fmt: skip
+
+    def memory(self) -> int:
+        """Resident bytes of the process and its children; what they share counts for each of them."""
+        use = 0
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            for part in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):  # it may have ended just now
+                    use += part.memory_info().rss
+        return use
+
+    def _await(self, pipe: Connection, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
+        now = time.monotonic()
+        deadline, next_look = now + time_limit, now + LOOK_SECONDS
+        poller = select.poll()  # Connection.poll would make a selector for each call
+        poller.register(pipe.fileno(), select.POLLIN)
+        while True:
+            if poller.poll(max(0.0, min(next_look, deadline) - time.monotonic()) * 1000):
+                match from_engine(pipe):
+                    case Done() | Failed() as answer:
+                        return answer
+                    case Progress(fraction=fraction, note=note):
+                        watch.progress(fraction, note)
+                    case Aborted():
+                        raise TransientFailure("the engine stopped without being asked", code="engine_error")
+                    case unexpected:
+                        raise EngineDied(f"the engine process said {unexpected.kind!r} during a run")
+            now = time.monotonic()
+            if next_look <= now < deadline:
+                self._check_lives(pipe)
+                self._watch_memory()
+                if (reason := watch.abort()) is not None:
+                    finished = self._stop(pipe, abort_grace)
+                    if finished is not None and time.monotonic() < deadline:
+                        # Finished although it was to stop: the work is done, so it counts.
+                        return finished
+                    raise RunAborted(reason)
+                next_look = now + LOOK_SECONDS
+            if now >= deadline:
+                self._stop(pipe, abort_grace)
+                raise OverTime(
+                    f"the run was stopped at its time limit of {time_limit:g} s; submit a smaller task, "
+                    "or one with a larger time_limit"
+                )
+
+    def _stop(self, pipe: Connection, abort_grace: float) -> Done | Failed | None:
+        """Ask the engine to stop, and kill it where it does not within `abort_grace` seconds.
+
+        Gives the answer of a run that has come to its end all the same.
+        """
+        deadline = time.monotonic() + abort_grace
+        with suppress(EOFError, OSError):  # it has ended, which is as good
+            send(pipe, Abort())
+            while (left := deadline - time.monotonic()) > 0 and pipe.poll(left):
+                match from_engine(pipe):
+                    case Done() | Failed() as answer:
+                        return answer
+                    case Aborted():
+                        return None
+        self.kill()
+        return None
+
+    def _check_lives(self, pipe: Connection) -> None:
+        """Raises EOFError where the process has ended and has said all: what it forked may hold its pipe."""
+        if not self.alive and not pipe.poll(0):
+            raise EOFError
+
+    def _watch_memory(self) -> None:
+        limit = self._limits.kill_at
+        if limit is not None and (use := self.memory()) > limit:
+            self.kill()
+            self.worn = "out_of_memory"
+            raise TransientFailure(
+                f"the run was stopped: its engine process took {_size(use)} of memory, more than "
+                f"INFERQ_ENGINE_MEMORY_LIMIT={_size(limit)}; raise the limit, or submit smaller tasks",
+                code="out_of_memory",
+            )
+
+    def kill(self) -> None:
+        """End the process, and all that it started, at once; wait until it and its memory are gone."""
+        if self._process is not None and self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._close_pipe()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Let the engine close by itself, for `timeout` seconds at most; what it started ends with it."""
+        self._close_pipe()  # the engine process takes the closed pipe for a goodbye
+        self._wait(timeout)
+        self.kill()
+
+    def _wait(self, timeout: float) -> bool:
+        """Whether the process has ended within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.alive:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_WAIT_SECONDS)
+        return True
+
+    def _close_pipe(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+    def _ending(self) -> str:
+        """How the process ended, in words."""
+        if self._process is None:
+            return "never started"
+        ended = self._wait(1.0)
+        self.kill()
+        if not ended:
+            return "closed its pipe"
+        code = self._process.returncode
+        if code >= 0:
+            return f"exit status {code}"
+        name = signal.Signals(-code).name
+        return f"{name}, most likely out of memory" if -code == signal.SIGKILL else name
+
+
+def _size(count: int) -> str:
+    return ByteSize(count).human_readable(decimal=True)

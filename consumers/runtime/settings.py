@@ -1,0 +1,19 @@
+"""What an engine process reads of the worker's settings itself."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from inferq.schemas import Settings
+
+
+class EngineProcessSettings(Settings):
+    """How an engine process starts."""
+
+    warmup: int = Field(
+        1,
+        ge=0,
+        le=100,
+        description="Runs on made-up input before an engine takes its first task; a worker is ready only "
+        "after them.",
+    )

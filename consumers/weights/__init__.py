@@ -1,0 +1,1 @@
+"""Model weights: named in a manifest, fetched once, and checked before they are loaded."""

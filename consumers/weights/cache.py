@@ -1,0 +1,371 @@
+"""Weights: fetched once into a cache that processes share, checked before every load.
+
+The manifest (inferq.consumers.weights.manifest) says what there is and what each file has to be.
+
+    <cache>/<name>/<version>/           the files, complete
+    <cache>/<name>/<version>.partial/   what has been fetched so far
+    <cache>/<name>/<version>.lock       held for writing while it is fetched, for reading while it is used
+
+The locks are the kernel's: they are gone with their process, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+
+from pydantic import Field
+
+from inferq.consumers.weights.manifest import (
+    Manifest,
+    Weights,
+    WeightsFile,
+    WeightsRefused,
+    check_signature,
+    read_manifest,
+)
+from inferq.schemas import Settings, TransientFailure
+
+_CHUNK_BYTES = 1 << 20
+_CONNECT_SECONDS = 30.0
+_COMPLETE = ""
+_PARTIAL = ".partial"
+
+
+class WeightsSettings(Settings):
+    """Where weights come from, and where they are kept."""
+
+    weights_manifest: str | None = Field(
+        None,
+        description="The manifest of all weights, `weights.toml`: a path, or a URL (`s3://`, `file://`, "
+        "`https://`). Engines whose weights come in a package need none.",
+    )
+    weights_cache: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "inferq" / "weights",
+        description="Where weights are kept; workers of one machine share it.",
+    )
+    weights_public_key: Path | None = Field(
+        None,
+        description="The ed25519 public key (a PEM file) that the manifest must be signed with "
+        "(default: signatures are not looked at).",
+    )
+
+
+class WeightsUnavailable(TransientFailure):
+    """A source does not give what the manifest names, or the cache has no room for it."""
+
+    code = "weights_unavailable"
+
+
+@dataclass
+class LoadedWeights:
+    """A version in use: it stays in the cache until `close`, or the end of this process."""
+
+    name: str
+    folder: Path
+    version: str
+    _lock: BinaryIO = field(repr=False)
+
+    @property
+    def open(self) -> bool:
+        return not self._lock.closed
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def use_weights(name: str) -> LoadedWeights:
+    """The current version of some weights, for an engine to load: fetched where need be, and checked.
+
+    Raises WeightsRefused and WeightsUnavailable.
+    """
+    weights = WeightsCache(WeightsSettings.load()).use(name)
+    _in_use.append(weights)
+    return weights
+
+
+_in_use: list[LoadedWeights] = []
+
+
+def weights_in_use() -> tuple[str, ...]:
+    """The weights that this process uses, each as `name version`."""
+    return tuple(sorted({f"{w.name} {w.version}" for w in _in_use if w.open}))
+
+
+def model_folder(where: Path) -> Path:
+    """The folder that an engine's setting names: a path, or `weights:NAME` for what the manifest names.
+
+    Named weights stay in the cache until this process ends. Raises WeightsRefused and WeightsUnavailable.
+    """
+    scheme, _, name = str(where).partition(":")
+    if scheme != "weights":
+        return where
+    return use_weights(name).folder
+
+
+class WeightsCache:
+    """The weights that the manifest names, on this machine. Safe to use from many processes at once."""
+
+    def __init__(self, settings: WeightsSettings) -> None:
+        self._settings = settings
+        self._root = settings.weights_cache.expanduser()
+
+    def manifest(self) -> Manifest:
+        """The manifest as it stands now, its signature checked where a public key is set."""
+        where = self._settings.weights_manifest
+        if where is None:
+            raise WeightsRefused(
+                "no manifest names any weights: set INFERQ_WEIGHTS_MANIFEST to a weights.toml"
+            )
+        data = self._read(where)
+        if self._settings.weights_public_key is not None:
+            check_signature(data, self._read(f"{where}.sig"), self._settings.weights_public_key, where)
+        return read_manifest(data, where)
+
+    def use(self, name: str) -> LoadedWeights:
+        """The current version, locked against removal and checked; older ones that nobody uses go."""
+        weights = self._current(name)
+        while True:
+            lock = self._lock(name, weights.version)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if (folder := self._folder(name, weights.version)).is_dir():
+                    self._check(folder, name, weights)
+                    break
+            except BaseException:
+                lock.close()
+                raise
+            lock.close()
+            self.pull(name)
+        self.prune(name)
+        return LoadedWeights(name, folder, weights.version, lock)
+
+    def pull(self, name: str, progress: Callable[[int], None] = lambda _count: None) -> Path:
+        """Fetch the current version unless it is there and whole. `progress` hears of every piece's bytes.
+
+        Files that do not match are fetched anew, unless somebody uses them.
+        """
+        weights = self._current(name)
+        folder = self._folder(name, weights.version)
+        with self._lock(name, weights.version) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH if folder.is_dir() else fcntl.LOCK_EX)
+            if folder.is_dir():
+                try:
+                    self._check(folder, name, weights)
+                except WeightsRefused:
+                    self._set_aside(lock, folder)
+                else:
+                    return folder
+            partial = self._folder(name, weights.version, _PARTIAL)
+            for path, file in weights.files.items():
+                self._fetch(_join(weights.source, path), partial / path, file, progress)
+            with _disk(partial):
+                _flush(partial)
+                partial.rename(folder)
+                _flush(folder.parent)
+        return folder
+
+    def verify(self, name: str) -> None:
+        """Read all files of the current version in the cache. Raises WeightsRefused for the first bad one."""
+        weights = self._current(name)
+        folder = self._folder(name, weights.version)
+        if not folder.is_dir():
+            raise WeightsRefused(
+                f"weights {name} {weights.version} are not in {self._root}: inferq weights pull {name}"
+            )
+        self._check(folder, name, weights)
+
+    def prune(self, name: str) -> list[str]:
+        """Remove the versions that are neither current nor in use; gives those that went."""
+        current = self._current(name).version
+        gone = []
+        for version in self.versions(name):
+            if version == current:
+                continue
+            with self._lock(name, version) as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                for stage in (_COMPLETE, _PARTIAL):
+                    shutil.rmtree(self._folder(name, version, stage), ignore_errors=True)
+                gone.append(version)
+        return gone
+
+    def versions(self, name: str) -> list[str]:
+        """The versions that the cache holds, whole or in part."""
+        with suppress(FileNotFoundError):
+            return sorted(
+                {p.name.removesuffix(_PARTIAL) for p in (self._root / name).iterdir() if p.is_dir()}
+            )
+        return []
+
+    def held(self, name: str) -> bool:
+        """Whether the cache holds the current version as a whole; its files are not read."""
+        return self._folder(name, self._current(name).version).is_dir()
+
+    def _current(self, name: str) -> Weights:
+        manifest = self.manifest()
+        if name not in manifest:
+            known = ", ".join(sorted(manifest)) or "nothing"
+            raise WeightsRefused(
+                f"{self._settings.weights_manifest} does not name weights {name!r}; it names {known}"
+            )
+        return manifest[name]
+
+    def _folder(self, name: str, version: str, stage: str = _COMPLETE) -> Path:
+        return self._root / name / f"{version}{stage}"
+
+    def _lock(self, name: str, version: str) -> BinaryIO:
+        path = self._root / name / f"{version}.lock"
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Lock files stay: one that was removed while another process opened it would lock nothing.
+            return path.open("ab")
+
+    def _check(self, folder: Path, name: str, weights: Weights) -> None:
+        for path, wanted in weights.files.items():
+            fault = _fault(folder / path, wanted)
+            if fault:
+                raise WeightsRefused(
+                    f"weights {name} {weights.version}: {folder / path} {fault}; "
+                    f"fetch it anew: inferq weights pull {name}"
+                )
+
+    def _set_aside(self, lock: BinaryIO, folder: Path) -> None:
+        """Make a folder whose files are not all good one that is fetched to its end again."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WeightsRefused(
+                f"a file in {folder} does not match the manifest, and a worker has it in use: "
+                "stop the workers, then pull again"
+            ) from None
+        partial = folder.with_name(folder.name + _PARTIAL)
+        with _disk(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            folder.rename(partial)
+
+    def _fetch(self, url: str, path: Path, wanted: WeightsFile, progress: Callable[[int], None]) -> None:
+        with _disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = path.stat().st_size if path.exists() else 0
+            if have == wanted.size and _fault(path, wanted) is None:
+                progress(have)
+                return
+            if have >= wanted.size:
+                path.unlink(missing_ok=True)
+                have = 0
+            with path.open("ab") as file:
+                self._append(url, file, have, wanted.size, progress)
+                file.flush()
+                os.fsync(file.fileno())
+        fault = _fault(path, wanted)
+        if fault:
+            if path.stat().st_size >= wanted.size:
+                path.unlink()  # what is short can be gone on with; what is wrong cannot
+            raise WeightsRefused(f"{url} {fault}: the source and the manifest do not belong together")
+
+    def _append(
+        self, url: str, file: IO[bytes], have: int, size: int, progress: Callable[[int], None]
+    ) -> None:
+        with self._open(url) as source:
+            if have:
+                try:
+                    source.seek(have)
+                except io.UnsupportedOperation:  # a server that knows no ranges: from the start, then
+                    file.truncate(0)
+                    self._append(url, file, 0, size, progress)
+                    return
+                progress(have)
+            left = size + 1 - have  # one byte more shows a file that is too long, without fetching all of it
+            while left > 0 and (piece := source.read(min(_CHUNK_BYTES, left))):
+                with _disk(Path(file.name)):
+                    file.write(piece)
+                progress(len(piece))
+                left -= len(piece)
+
+    def _read(self, where: str) -> bytes:
+        if "://" not in where:
+            where = Path(where).expanduser().absolute().as_uri()
+        with self._open(where) as source:
+            return source.read()
+
+    @contextmanager
+    def _open(self, url: str) -> Iterator[IO[bytes]]:
+        """A source, open to be read. Raises WeightsUnavailable, also for what goes wrong while it is read."""
+        scheme = urlsplit(url).scheme
+        parameters: dict[str, Any] = {}
+        errors: tuple[type[Exception], ...] = (OSError, ValueError)  # requests' errors are OSErrors
+        if scheme == "s3":
+            from botocore.exceptions import BotoCoreError, ClientError
+
+            from inferq.storage.objects.s3 import s3_client
+            from inferq.storage.settings import StorageSettings
+
+            parameters["client"] = s3_client(StorageSettings.load().s3_endpoint_url)
+            errors += (BotoCoreError, ClientError)
+        elif scheme == "https":
+            parameters["timeout"] = _CONNECT_SECONDS
+        try:
+            if scheme == "file":
+                with Path(unquote(urlsplit(url).path)).open("rb") as file:
+                    yield file
+            else:
+                import smart_open  # brings requests along: only who fetches from afar pays
+
+                with smart_open.open(url, "rb", compression="disable", transport_params=parameters) as far:
+                    yield far
+        except io.UnsupportedOperation:  # no fault of the source: it cannot be read from the middle
+            raise
+        except errors as error:
+            raise WeightsUnavailable(f"{url} cannot be read: {error}") from error
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WeightsUnavailable(
+            f"the weights cache cannot be used: {path}: {error.strerror}; "
+            "make room, or set INFERQ_WEIGHTS_CACHE to another folder"
+        ) from error
+
+
+def _fault(path: Path, wanted: WeightsFile) -> str | None:
+    """What is wrong with a file; None if nothing is."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    if size != wanted.size:
+        more = " or more" if size > wanted.size else ""
+        return f"has {size}{more} bytes, and should have {wanted.size}"
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wanted.sha256:
+        return f"has the SHA-256 {found}, and should have {wanted.sha256}"
+    return None
+
+
+def _join(source: str, path: str) -> str:
+    quoted = path if source.startswith("s3:") else quote(path)  # an S3 key is taken as it is
+    return f"{source.rstrip('/')}/{quoted}"
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

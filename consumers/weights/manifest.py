@@ -1,0 +1,147 @@
+"""The manifest of weights: names, versions, sources, and what each file has to be; and its signature.
+
+It is a TOML file, `weights.toml`, with a table for each name:
+
+    [ace-step]
+    version = "1.5"
+    source = "s3://models/ace-step/1.5"     # or file:// or https://
+
+    [ace-step.files."vae/model.safetensors"]
+    size = 337455132
+    sha256 = "6d25..."
+
+The file `weights.toml.sig` beside it holds its ed25519 signature (base64), where it is signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+
+from inferq.schemas import InstallationError, describe_faults
+from inferq.storage.objects.store import BadObjectKey, check_key
+
+WeightsName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _relative(path: str) -> str:
+    try:
+        return check_key(path)  # what an object may be called stays below its folder, too
+    except BadObjectKey as error:
+        raise ValueError(error.message) from error
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+class WeightsRefused(InstallationError):
+    """The manifest, its signature, or a file is not what it has to be."""
+
+    code = "weights_refused"
+
+
+class WeightsFile(BaseModel):
+    """What a file has to be: its size in bytes, and its SHA-256 (hex)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(ge=0)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
+
+
+class Weights(BaseModel):
+    """The current version of one name; `files` by their paths below `source`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: WeightsName
+    source: Annotated[str, StringConstraints(pattern=r"^(s3|file|https)://.+")]
+    files: Annotated[Mapping[RelativePath, WeightsFile], Field(min_length=1)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files.values())
+
+
+Manifest = Mapping[WeightsName, Weights]
+_manifest: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def read_manifest(data: bytes, where: str) -> Manifest:
+    """The weights that a manifest names. Raises WeightsRefused, with every fault named."""
+    try:
+        return _manifest.validate_python(tomllib.loads(data.decode()))
+    except ValidationError as error:
+        raise WeightsRefused(f"{where}: {'; '.join(describe_faults(error))}") from error
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise WeightsRefused(f"{where} is not TOML: {error}") from error
+
+
+def describe(name: str, version: str, source: str, folder: Path) -> str:
+    """The manifest's table for the files in a folder, which are, or will be, at `source`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise WeightsRefused(f"{folder} holds no files")
+    lines = [f'["{name}"]', f'version = "{version}"', f'source = "{source}"']
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        relative = path.relative_to(folder).as_posix()
+        lines += ["", f'["{name}".files."{relative}"]', f"size = {path.stat().st_size}"]
+        lines += [f'sha256 = "{digest}"']
+    text = "\n".join(lines) + "\n"
+    read_manifest(text.encode(), f"the table of {folder}")
+    return text
+
+
+def sign(data: bytes, private_key: Path) -> bytes:
+    """The signature (base64) of a manifest with an ed25519 private key (a PEM file)."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(private_key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsRefused(f"the private key {private_key} cannot be read: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise WeightsRefused(
+            f"{private_key} is no ed25519 key; make one with: "
+            "openssl genpkey -algorithm ed25519 -out private.pem"
+        )
+    return base64.b64encode(key.sign(data)) + b"\n"
+
+
+def check_signature(data: bytes, signature: bytes, public_key: Path, where: str) -> None:
+    """Raises WeightsRefused unless `signature` (base64) is that of `data` by the key's owner."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(public_key.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} cannot be read: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} is no ed25519 key")
+    try:
+        key.verify(base64.b64decode(signature.strip(), validate=True), data)
+    except (InvalidSignature, binascii.Error) as error:
+        raise WeightsRefused(
+            f"{where} is not signed with the key {public_key}: it was changed, or signed by somebody else"
+        ) from error

@@ -1,0 +1,68 @@
+"""The worker's command."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import Annotated
+
+import typer
+
+from inferq.broker import BrokerSettings
+from inferq.consumers.worker.settings import WorkerSettings
+from inferq.schemas import InstallationError, TaskType, get_type
+from inferq.storage import StorageSettings
+
+app = typer.Typer()
+
+
+@app.command()
+def worker(
+    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="The task type to work for.")],
+    lanes: Annotated[str | None, typer.Option(help="The priorities to serve, e.g. high,normal.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Tasks at a time, one engine process each.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+    ] = False,
+) -> None:
+    """Take tasks of one type and compute them, until SIGTERM. SIGHUP loads the engine anew."""
+    from inferq.consumers.worker.worker import Worker
+
+    given = {"lanes": lanes, "slots": slots}
+    settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    engine_type, broker, storage = get_type(task_type), BrokerSettings.load(), StorageSettings.load()
+    if check:
+        _check_engine(engine_type)
+        return
+    running = Worker(engine_type, settings, broker, storage)
+    asked = 0
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        running.requests.put("hurry" if asked > 1 else "stop")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, lambda _number, _frame: running.requests.put("reload"))
+    running.run()
+
+
+def _check_engine(task_type: TaskType) -> None:
+    """Import the engine, as its own process would. Raises InstallationError."""
+    from inferq.consumers.runtime.child import engine_class
+
+    try:
+        engine = engine_class(task_type)
+    except ImportError as error:
+        raise InstallationError(
+            f"the {task_type.name} engine cannot be imported: {error}; "
+            f"install its packages: pip install '{task_type.distribution}[{task_type.name}]'",
+            code="engine_load_failed",
+        ) from error
+    if task_type.settings is not None:
+        task_type.settings.load()
+    typer.echo(f"worker {task_type.name}: settings are in order, {engine.__qualname__} can be imported")

@@ -1,0 +1,169 @@
+"""The result cache: a task that was computed before is answered without its engine.
+
+A success leaves `cache/<tenant>/<key>.json` in the object store, which names the task that has the result;
+the key is made of all that determines an output. The entry is a hint and no more: whoever follows it looks
+whether the result and its artifacts still stand, and computes anew where they do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
+
+from inferq.consumers.runtime.messages import Done, FileNote
+from inferq.schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
+from inferq.storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
+
+_FORM = 2
+"""Stands in each key, so that another way to make keys or entries never finds the old ones."""
+
+_NUMBER = re.compile(r":\d+")
+
+_log = logging.getLogger(__name__)
+
+
+class Entry(BaseModel):
+    """What lies in the cache: which of the tenant's tasks has the result, and which result it is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task_id: TaskId
+    digest: str | None
+    finished_at: AwareDatetime
+
+    @classmethod
+    def of(cls, result: Result) -> Entry:
+        return cls(task_id=result.task_id, digest=result.digest, finished_at=result.finished_at)
+
+
+class ResultCache:
+    """The cache of a worker for one task type. Its calls may raise StoreOutage."""
+
+    def __init__(self, task_type: TaskType, store: ObjectStore, results: ResultStore) -> None:
+        self._task_type = task_type
+        self._version = _version(task_type.distribution)
+        self._settings = task_type.settings.load() if task_type.settings is not None else None
+        self._unpinned = unpinned(self._settings)
+        if self._unpinned:
+            _log.warning(
+                "the result cache stays off: nothing says which content %s has", ", ".join(self._unpinned)
+            )
+        self._store = store
+        self._results = results
+
+    def key(self, task: Task, inputs: Mapping[str, FileNote], engine: EngineInfo) -> str | None:
+        """The key of a task with its inputs fetched; None where its result is nobody else's."""
+        if self._unpinned or not self._task_type.cacheable(task):
+            return None
+        contents = {name: [note.sha256, note.content_type] for name, note in inputs.items()}
+        return result_key(task, contents, engine, self._settings, self._version)
+
+    def find(self, tenant: str, key: str, scratch: Path) -> Done | None:
+        """What the engine would answer, its artifacts in `scratch`; None where it has to be asked.
+
+        A miss costs one round trip, a hit three, and one more for each artifact.
+        """
+        result = self._known(tenant, key)
+        if result is None:
+            return None
+        notes = {}
+        for number, artifact in enumerate(result.artifacts):
+            scratch.mkdir(parents=True, exist_ok=True)
+            path = scratch / f"cached-{number}"
+            if not self._copy(result, artifact, path):
+                return None
+            notes[artifact.name] = FileNote(
+                path=path, content_type=artifact.content_type, bytes=artifact.bytes
+            )
+        return Done(output=_compact(result.output), artifacts=notes, seconds=0.0)
+
+    def keep(self, result: Result, key: str) -> None:
+        """This success is the answer to `key`; one that was computed anew replaces what stood there."""
+        entry = Entry.of(result).model_dump_json().encode()
+        self._store.put(cache_entry_key(result.tenant, key), entry, content_type="application/json")
+
+    def _known(self, tenant: str, key: str) -> Result | None:
+        try:
+            entry = Entry.model_validate_json(self._store.get(cache_entry_key(tenant, key)))
+            result = self._results.load(tenant, entry.task_id)
+        except (ObjectNotFound, UnreadableResult, ValidationError):
+            return None
+        if result is None or result.status != "succeeded" or result.task_type != self._task_type.name:
+            return None
+        # Once a result is deleted its id may be used again, for a task that asks for something else.
+        return result if Entry.of(result) == entry else None
+
+    def _copy(self, result: Result, artifact: Artifact, path: Path) -> bool:
+        """Whether the artifact still stands as it was, and lies at `path` now."""
+        digest = hashlib.sha256()
+        key = self._results.artifact_key(result.tenant, result.task_id, artifact.name, result=result)
+        try:
+            pieces = self._store.stream(key)
+        except ObjectNotFound:
+            return False
+        with closing(pieces), path.open("wb") as file:
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
+        return digest.hexdigest() == artifact.sha256
+
+
+def _compact(output: JsonValue) -> bytes | None:
+    return None if output is None else json.dumps(output, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution) if distribution else ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def unpinned(settings: Settings | None) -> list[str]:
+    """The settings that name a file or folder, whose content may change; that of `weights:NAME` may not."""
+    if settings is None:
+        return []
+    prefix = str(type(settings).model_config.get("env_prefix", ""))
+    return [
+        f"{prefix}{name}".upper()
+        for name, value in settings
+        if isinstance(value, Path) and not str(value).startswith("weights:")
+    ]
+
+
+def result_key(
+    task: Task,
+    contents: Mapping[str, list[str | None]],
+    engine: EngineInfo,
+    settings: Settings | None,
+    version: str,
+) -> str:
+    """SHA-256 (hex) of all that determines a task's output.
+
+    That is: its type and the fields that are the type's own, the options with their defaults, the inputs'
+    `contents` (SHA-256 and content type, by field) in the place of their URLs, the engine's name, version,
+    model, named weights, kind of device and settings, and the `version` of what the type came with.
+    """
+    own = set(type(task).model_fields) - set(Task.model_fields) - set(contents)
+    said: dict[str, JsonValue] = {
+        "form": _FORM,
+        "task_type": task.task_type,
+        "inline": task.model_dump(mode="json", include=own),
+        "options": task.options.model_dump(mode="json"),
+        "inputs": {name: list(content) for name, content in contents.items()},
+        "version": version,
+        # The second GPU of a machine computes what the first one does; the CPU does not.
+        "engine": [engine.name, engine.version, engine.model, _NUMBER.sub("", engine.device)],
+        "weights": list(engine.weights),
+        "settings": settings.model_dump(mode="json") if settings is not None else None,
+    }
+    canonical = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,198 @@
+"""What a worker's slots share: the services around them, and how to wait for one that is away.
+
+RabbitMQ and the object store are waited for as long as it takes: without them nothing can come to an end.
+Redis holds no more than an index: it is waited for a while, and then done without.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from inferq.broker import Publisher, backoff
+from inferq.consumers.worker.metrics import WorkerMetrics
+from inferq.consumers.worker.result_cache import ResultCache
+from inferq.consumers.worker.scratch import ScratchFolder
+from inferq.consumers.worker.settings import WorkerSettings
+from inferq.schemas import Outage, TaskType
+from inferq.storage import Fetcher, ObjectStore, ResultStore, StatusIndex
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_REDIS = "Redis"
+
+
+class GracePassed(Exception):
+    """The worker stops and its grace period is over: what is in hand goes back."""
+
+
+@dataclass
+class Surroundings:
+    """The services of one worker. Safe from all its slots' threads."""
+
+    settings: WorkerSettings
+    task_type: TaskType
+    store: ObjectStore
+    results: ResultStore
+    fetcher: Fetcher
+    status: StatusIndex
+    publisher: Publisher
+    metrics: WorkerMetrics
+    scratch: ScratchFolder
+    cache: ResultCache | None = None
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _deadline: float = float("inf")
+    _pauses: dict[str, str] = field(default_factory=dict)
+    _goes_on_without_redis: bool = False
+    _beside: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        at_a_time = self.settings.slots * (2 if self.settings.take_ahead else 1)
+        self._beside = ThreadPoolExecutor(at_a_time, thread_name_prefix="beside a slot")
+        self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
+        self.metrics.without_redis.set_function(
+            lambda: float(self.status.away_for is not None and self.redis_patience_left == 0)
+        )
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    @property
+    def grace_passed(self) -> bool:
+        """Whether the time that a task in hand may still take is over."""
+        return time.monotonic() >= self._deadline
+
+    def stop(self, grace: float) -> None:
+        """Begin to stop, `grace` seconds at most; a later call can only shorten it."""
+        self._deadline = min(self._deadline, time.monotonic() + grace)
+        self._stopping.set()
+
+    def pauses(self) -> list[str]:
+        """Which services are waited for, and why."""
+        waiting = [f"{service}: {reason}" for service, reason in list(self._pauses.items())]
+        if (left := self.redis_patience_left) > 0:
+            waiting.append(f"{_REDIS}: it does not answer; tasks go on without it in {left:.0f} s")
+        return waiting
+
+    @property
+    def redis_patience_left(self) -> float:
+        """Seconds that Redis is still waited for, counted from when it went away; 0 while it is there."""
+        away = self.status.away_for
+        return 0.0 if away is None else max(0.0, self.settings.redis_patience - away)
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether a task that came now would be started: the worker neither stops nor waits for Redis."""
+        return not self.stopping and self.redis_patience_left == 0
+
+    def sleep(self, seconds: float, checkpoint: Callable[[], None] | None = None) -> None:
+        """Wait. Raises GracePassed once the grace period is over, and what `checkpoint` raises."""
+        end = time.monotonic() + seconds
+        while True:
+            if self.grace_passed:
+                raise GracePassed
+            if checkpoint is not None:
+                checkpoint()
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, 0.1))
+
+    def unless_stopping(self) -> None:
+        """A checkpoint of what nothing depends on. Raises GracePassed where the worker is to stop."""
+        if self.stopping:
+            raise GracePassed
+
+    def patiently(
+        self, service: str, call: Callable[[], T], checkpoint: Callable[[], None] | None = None
+    ) -> T:
+        """Make a call that an outage of `service` only delays: no attempt is burnt, no result thrown away.
+
+        Raises GracePassed where the worker has to stop before the service is back; `checkpoint` is called
+        while it waits and may raise to give up.
+        """
+        failures = 0
+        try:
+            while True:
+                try:
+                    value = call()
+                except Outage as error:
+                    failures += 1
+                    if failures == 1:
+                        _log.warning("paused: %s is away, and waited for: %s", service, error)
+                    self._pauses[service] = str(error)
+                    self.metrics.paused.labels(service).set(1)
+                    self.sleep(backoff(failures), checkpoint)
+                    continue
+                if failures:
+                    _log.info("resumed: %s is back", service)
+                return value
+        finally:
+            # However it ends, nothing waits any more: the next call that has to says so anew.
+            if failures:
+                self._pauses.pop(service, None)
+                self.metrics.paused.labels(service).set(0)
+
+    def meanwhile(self, call: Callable[[], T]) -> Future[T]:
+        """Make a call beside the calling thread, which has one such call at a time."""
+        return self._beside.submit(call)
+
+    def tell(self, call: Callable[[], T]) -> T | None:
+        """Make a call to the status index that no outage delays: without Redis it is left out."""
+        try:
+            return call()
+        except Outage as error:
+            self.metrics.status_outages.inc()
+            _log.debug("the status index does not know: %s", error)
+            return None
+
+    def ask(self, call: Callable[[], T]) -> T | None:
+        """Make a call to the status index before a run. It gives None where Redis is done without.
+
+        Raises GracePassed where the worker is to stop while it waits: nothing has begun that would be lost.
+        """
+        return self._while_patient(call, self.unless_stopping)
+
+    def report(self, call: Callable[[], T]) -> T | None:
+        """Make a call to the status index after a run; as `ask`, but a worker that stops leaves it out."""
+        with suppress(GracePassed):
+            return self._while_patient(call, lambda: None)
+        return None
+
+    def look_for_redis(self) -> None:
+        """Find out whether Redis is back, where it was away."""
+        if self.status.away_for is not None:
+            self.tell(self.status.ping)
+
+    def _while_patient(self, call: Callable[[], T], checkpoint: Callable[[], None]) -> T | None:
+        failures = 0
+        while True:
+            try:
+                value = call()
+            except Outage as error:
+                failures += 1
+                self.metrics.status_outages.inc()
+                left = self.redis_patience_left
+                if left == 0:
+                    if self.status.away_for is not None and not self._goes_on_without_redis:
+                        self._goes_on_without_redis = True
+                        _log.warning("going on without Redis, and looking for it: %s", error)
+                    return None
+                if failures == 1:
+                    _log.warning("paused: Redis is away, and waited for %.0f s at most: %s", left, error)
+                # The index looks no more than once a second whether Redis is back.
+                self.sleep(min(backoff(failures, cap=1.0), left), checkpoint)
+                continue
+            if failures or self._goes_on_without_redis:
+                self._goes_on_without_redis = False
+                _log.info("resumed: Redis is back")
+            return value

@@ -1,0 +1,106 @@
+"""The worker's settings."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import NoDecode
+
+from inferq.consumers.probes.settings import ProbeSettings
+from inferq.consumers.runtime.settings import EngineProcessSettings
+from inferq.schemas import PRIORITIES, Priority
+
+
+class WorkerSettings(ProbeSettings, EngineProcessSettings):
+    """How a worker behaves."""
+
+    worker_name: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
+        description="The name that results, dead letters and logs give this worker.",
+    )
+    lanes: Annotated[tuple[Priority, ...], NoDecode] = Field(
+        PRIORITIES, min_length=1, description="The priorities that this worker serves, separated by commas."
+    )
+    slots: int = Field(
+        1, ge=1, le=64, description="Tasks at a time; each slot is an engine process of its own."
+    )
+    take_ahead: bool = Field(
+        False,
+        description="Whether a slot takes a second task while its engine computes the first, unless another "
+        "worker is idle: its inputs are fetched by the time that the engine is free, and results are stored "
+        "while the next task is computed.",
+    )
+    max_attempts: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="Attempts before a task fails for good (default: the type's, mostly 5).",
+    )
+    redis_patience: float = Field(
+        20.0,
+        ge=0,
+        description="Seconds that a worker waits for Redis once it is away, before it goes on without; "
+        "0: it never waits.",
+    )
+    result_cache: bool = Field(
+        False,
+        description="Whether a task that asks for what was computed before, for the same tenant, is answered "
+        "without the engine.",
+    )
+    grace_seconds: float = Field(
+        30.0, ge=0, description="Seconds that a task in hand may go on after SIGTERM; then it is given back."
+    )
+    start_limit: float = Field(
+        600.0, gt=0, description="Seconds that an engine may take to load and warm up."
+    )
+    abort_grace: float = Field(
+        1.0,
+        ge=0,
+        description="Seconds that an engine has to stop a run that is cancelled or over its time limit, "
+        "before its process is killed.",
+    )
+    engine_memory_limit: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Memory that an engine process and its children may take in a run, as `12GB` or `12GiB`; "
+        "beyond it the process is killed and replaced, and the attempt fails (default: no limit).",
+    )
+    engine_recycle_memory: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Memory beyond which an engine process is replaced once its task has ended, as `10GB`; "
+        "it is closed before the new one loads (default: never).",
+    )
+    engine_max_tasks: int | None = Field(
+        None,
+        ge=1,
+        description="Tasks after which an engine process is replaced; the new one loads beside it "
+        "(default: never).",
+    )
+    scratch_dir: Path = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()),
+        description="Where inputs and outputs lie in a run.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="The least that is logged: DEBUG, INFO, WARNING or ERROR."
+    )
+
+    @field_validator("engine_memory_limit", "engine_recycle_memory", mode="before")
+    @classmethod
+    def _as_kubernetes_writes_it(cls, value: Any) -> Any:
+        return f"{value}B" if isinstance(value, str) and value.endswith("i") else value
+
+    @field_validator("lanes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("lanes", mode="after")
+    @classmethod
+    def _most_urgent_first(cls, value: tuple[Priority, ...]) -> tuple[Priority, ...]:
+        return tuple(priority for priority in PRIORITIES if priority in value)

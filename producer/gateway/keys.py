@@ -1,0 +1,109 @@
+"""The API keys: a JSON file that says which key belongs to which tenant."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from inferq.schemas import InferqError
+from inferq.schemas.task import Tenant
+from inferq.storage.json_file import RecordFile
+
+_PREFIX = "iq_"
+_KEY_BYTES = 32
+_KEY_ID_LENGTH = 12
+
+
+class KeyRecord(BaseModel):
+    """What is kept of a key: never the key itself. `key_id` is the start of its digest and no secret."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str
+    tenant: Tenant
+    name: str = ""
+    created: AwareDatetime
+
+    @property
+    def key_id(self) -> str:
+        return self.sha256[:_KEY_ID_LENGTH]
+
+
+_TENANT: TypeAdapter[str] = TypeAdapter(Tenant)
+
+
+class KeyFile:
+    """The keys in one file. Many processes may read and change it at once; a change shows at once.
+
+    A file that is not there holds no keys. Any method raises InstallationError for one that cannot be
+    read, `tenant_of` only the first time: later it keeps to the keys it has, and logs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = RecordFile(
+            path,
+            KeyRecord,
+            what="the key file",
+            setting="INFERQ_API_KEYS_FILE",
+            code="bad_key_file",
+            dump=lambda record: record.model_dump(mode="json"),
+        )
+        self._by_id: tuple[tuple[KeyRecord, ...], Mapping[str, KeyRecord]] = (), {}
+
+    def add(self, tenant: str, *, name: str = "") -> str:
+        """Make a key for `tenant`. The answer is the only place where the key itself ever stands.
+
+        Raises InferqError (`bad_tenant`) where the tenant's name is not one.
+        """
+        try:
+            _TENANT.validate_python(tenant)
+        except ValidationError as error:
+            raise InferqError(
+                f"tenant {tenant!r} is not 1 to 64 of A-Z a-z 0-9 . _ -", code="bad_tenant"
+            ) from error
+        key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+        record = KeyRecord(sha256=_digest(key), tenant=tenant, name=name, created=datetime.now(UTC))
+        with self._file.changing() as records:
+            records.append(record)
+        return key
+
+    def remove(self, key_id: str) -> KeyRecord:
+        """Take a key away. Raises InferqError (`unknown_key`) where no key has that id."""
+        with self._file.changing() as records:
+            for record in records:
+                if record.key_id == key_id:
+                    records.remove(record)
+                    return record
+        raise InferqError(f"no key in {self._file.path} has the id {key_id!r}", code="unknown_key")
+
+    def list(self) -> tuple[KeyRecord, ...]:
+        """Every key's record, the oldest first."""
+        return self._file.read()
+
+    def tenant_of(self, key: str) -> str | None:
+        """Whose key that is; None where it is nobody's."""
+        digest = _digest(key)
+        record = self._records_by_id().get(digest[:_KEY_ID_LENGTH])
+        if record is None or not hmac.compare_digest(record.sha256, digest):
+            return None
+        return record.tenant
+
+    def _records_by_id(self) -> Mapping[str, KeyRecord]:
+        records = self._file.current()
+        known, by_id = self._by_id
+        if known is not records:
+            by_id = {record.key_id: record for record in records}
+            self._by_id = records, by_id
+        return by_id
+
+
+def _digest(key: str) -> str:
+    # Slow hashes (bcrypt, Argon2) make up for secrets that can be guessed. A key here has 256 random bits,
+    # so there is nothing to guess from its digest however fast the hash is, and each request pays for it.
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

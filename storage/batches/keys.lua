@@ -1,0 +1,2 @@
+local key = KEYS[1]
+local lease = 'inferq:lease:' .. tenant .. ':' .. batch

@@ -1,0 +1,232 @@
+"""The lines of a JSONL source, read in constant memory however long they are, and the tasks in them.
+
+SourceUnusable   the source as a whole cannot be read; what is wrong with one line is InvalidTask
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from inferq.schemas import MAX_BODY_BYTES, SET_BY_FEEDER, Batch, InferqError, InvalidTask, Task, parse_task
+from inferq.schemas.batch_source import defaults_of
+
+MAX_LINES = 100_000_000
+"""The most lines of one source: each costs some bits in Redis."""
+
+_BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+_INFLATE_BYTES = 1 << 20
+_MERGED = ("options", "metadata")
+_PLACE = re.compile(r" at line 1 column \d+$")
+
+
+class SourceUnusable(InferqError):
+    """The batch cannot be fed from its source, today or ever."""
+
+    code = "source_unusable"
+
+
+class Line(NamedTuple):
+    """A line with its number, from 1; `content` is without its end, and None where it is too long.
+
+    `end` is where the next one begins, in bytes of the (unpacked) source; `length` counts the content.
+    """
+
+    number: int
+    end: int
+    content: bytes | None
+    length: int
+
+    @property
+    def blank(self) -> bool:
+        return self.length == 0
+
+
+def is_gzip(head: bytes) -> bool:
+    """Whether these are the first bytes of a gzip file (RFC 1952)."""
+    return head.startswith(_GZIP)
+
+
+def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The content of a gzip file of one or more members, in pieces. Raises SourceUnusable."""
+    inflate = zlib.decompressobj(_GZIP_WINDOW)
+    begun = False
+    try:
+        for piece in pieces:
+            rest = piece
+            while rest:
+                if inflate.eof:
+                    rest = rest.lstrip(b"\0")  # padding behind a member
+                    if not rest:
+                        break
+                    inflate = zlib.decompressobj(_GZIP_WINDOW)
+                begun = True
+                # Bounded: a small file may hold a thousand times its size.
+                data = inflate.decompress(rest, _INFLATE_BYTES)
+                if data:
+                    yield data
+                rest = inflate.unconsumed_tail or inflate.unused_data
+    except zlib.error as error:
+        raise SourceUnusable(f"the source is no intact gzip file: {error}") from error
+    if begun and not inflate.eof:
+        raise SourceUnusable("the source is a gzip file that breaks off: upload it anew")
+
+
+def read_lines(pieces: Iterable[bytes], *, line: int = 0, offset: int = 0) -> Iterator[Line]:
+    """The lines in `pieces`, which begin behind `line`, at `offset` bytes of the source.
+
+    They end with LF or CRLF, the last one perhaps with nothing. A byte order mark at the beginning is passed
+    over. A line of nothing but white space is blank. At most MAX_BODY_BYTES of a line are held.
+    """
+    number, end = line, offset
+    rest = b""
+    dropped = 0  # bytes of a line that is too long, and no longer held
+    for piece in pieces:
+        whole = piece.split(b"\n")
+        for part in whole[:-1]:
+            number += 1
+            content = rest + part if rest else part
+            length = dropped + len(content)
+            end += length + 1
+            yield _line(number, end, content, dropped)
+            rest, dropped = b"", 0
+        rest += whole[-1]
+        if len(rest) > MAX_BODY_BYTES + len(_BOM) + 1:
+            dropped += len(rest)
+            rest = b""
+    if rest or dropped:
+        end += dropped + len(rest)
+        yield _line(number + 1, end, rest, dropped)
+
+
+def _line(number: int, end: int, content: bytes, dropped: int) -> Line:
+    if number > MAX_LINES:
+        raise SourceUnusable(f"the source has more than {MAX_LINES:,} lines: split it into several batches")
+    if number == 1 and content.startswith(_BOM):
+        content = content[len(_BOM) :]
+    length = dropped + len(content.removesuffix(b"\r"))
+    # With its white space: whether a line is too long must not depend on where the pieces are cut.
+    if length > MAX_BODY_BYTES:
+        return Line(number, end, None, length)
+    content = content.strip(b" \t\r")
+    return Line(number, end, content, len(content))
+
+
+class LineParser:
+    """Makes the tasks of one batch out of its lines; the same line always makes the same task."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._defaults = defaults_of(batch)
+        inner = _json(self._defaults)[1:-1]
+        self._head = b"{" + inner + (b"," if inner else b"")
+        self._tail = _json({"tenant": batch.tenant, "batch_id": batch.batch_id})[1:-1]
+        own_type = self._defaults.get("task_type")
+        self._type = own_type if isinstance(own_type, str) else None
+        self._reserved = f"{batch.batch_id}."
+        self._merges = any(isinstance(self._defaults.get(name), dict) for name in _MERGED)
+
+    def parse(self, line: Line) -> Task:
+        """The task in a line. Raises InvalidTask, saying what is wrong with it."""
+        content = line.content
+        if content is None:
+            raise InvalidTask(
+                f"the line has {line.length} bytes, the limit of a task is {MAX_BODY_BYTES}; pass large "
+                "inputs by URL",
+                code="task_too_large",
+            )
+        own_id = self._batch.task_id(line.number)
+        # Anything that may need a look; most lines do not.
+        if b'"batch_' in content or b'"tenant"' in content or b"\\u" in content or self._merges:
+            content = self._merged(content)
+        try:
+            task = parse_task(self._spliced(content, own_id, line.number), expected=self._type)
+        except InvalidTask as error:
+            if error.code == "not_json":
+                _object(content)  # names the place in the line as it is
+                # Only the validating parser refuses it: its place is behind the defaults.
+                raise InvalidTask(_PLACE.sub("", error.message), code=error.code) from error
+            raise
+        if task.task_id != own_id and task.task_id.startswith(self._reserved):
+            raise InvalidTask(
+                f"task_id {task.task_id!r} is kept for the lines without one: choose ids that do not begin "
+                f"with {self._reserved!r}"
+            )
+        return task
+
+    def _spliced(self, content: bytes, own_id: str, number: int) -> bytes:
+        """The line's object with the defaults before its own fields and the batch's behind: the last counts.
+
+        Whatever is not one whole object does not become one by this.
+        """
+        if not (content.startswith(b"{") and content.endswith(b"}")):
+            _object(content)  # says what is wrong
+        inner = content[1:-1].strip()
+        return b'%b"task_id":"%b",%b%b%b,"batch_line":%d}' % (
+            self._head, own_id.encode(), inner, b"," if inner else b"", self._tail, number,
+        )  # fmt: skip
+
+    def _merged(self, content: bytes) -> bytes:
+        """The line's object where it has to be looked at: it may not say what the batch says."""
+        fields = _object(content)
+        for name in SET_BY_FEEDER:
+            if name not in fields:
+                continue
+            if fields[name] == getattr(self._batch, name, None) and name != "batch_line":
+                del fields[name]
+                continue
+            why = (
+                "belongs to another tenant than the batch"
+                if name == "tenant"
+                else "is set by the batch: leave it out"
+            )
+            raise InvalidTask(f"{name}: {why}, got {_shown(fields[name])}")
+        for name in _MERGED:
+            default, own = self._defaults.get(name), fields.get(name)
+            if isinstance(default, dict) and isinstance(own, dict):
+                fields[name] = default | own
+        return _json(fields)
+
+
+def named_id(content: bytes | None) -> str | None:
+    """The task id that a line names, as far as it can be read."""
+    if content is None or (b'"task_id"' not in content and b"\\u" not in content):
+        return None
+    try:
+        found = _object(content).get("task_id")
+    except InvalidTask:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode())
+    except json.JSONDecodeError as error:
+        # Without its line number, which is always 1, and none of the source's.
+        raise InvalidTask(
+            f"the line is not JSON: {error.msg}: column {error.colno}", code="not_json"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidTask(f"the line is not JSON: {error}", code="not_json") from error
+    if not isinstance(value, dict):
+        raise _not_an_object(content)
+    return value
+
+
+def _not_an_object(content: bytes) -> InvalidTask:
+    shown = content[:60].decode("utf-8", "replace")
+    return InvalidTask(f"the line is not a JSON object: {shown}", code="not_json")
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]

@@ -1,0 +1,3 @@
+set_runs(bits(ARGV[5], batch), 6, #ARGV)
+keep_batch(batch)
+return 1

@@ -1,0 +1,322 @@
+"""From what a batch names as its source to the JSONL that it is fed from, settled once.
+
+An upload is fed as it is. What stands in S3 is copied or listed first, so that a batch is what stood there
+when it began, however long it takes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import secrets
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from inferq.schemas import Batch, InvalidTask
+from inferq.schemas.batch_source import JSONL_ENDINGS, defaults_of, input_field, line_of
+from inferq.schemas.s3_url import split_s3_prefix
+from inferq.storage.batches.lines import Line, SourceUnusable, is_gzip, named_id, read_lines, unpacked
+from inferq.storage.batches.store import BatchSource, BatchStore, input_key
+from inferq.storage.objects.results import upload_key
+from inferq.storage.objects.store import ObjectInfo, ObjectNotFound, ObjectStore
+from inferq.storage.settings import StorageSettings
+
+_JSONL = "application/x-ndjson"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a file begins that Windows PowerShell's `>` has written."""
+_COMMIT_LINES = 50_000
+_TASK_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Cursor(NamedTuple):
+    """How far a source has been dealt with: the last line, and the bytes where it ends."""
+
+    line: int = 0
+    offset: int = 0
+
+
+class Sources:
+    """The sources of batches. Every method may raise StoreOutage."""
+
+    def __init__(self, store: ObjectStore, batches: BatchStore, settings: StorageSettings) -> None:
+        self._store = store
+        self._batches = batches
+        self._settings = settings
+
+    def settle(self, batch: Batch, alive: Callable[[], None] = lambda: None) -> BatchSource:
+        """Which JSONL the batch is fed from: what was settled before, or what is made now.
+
+        `alive` is called very often, as this may take long. Raises SourceUnusable where there is nothing to
+        feed, or no right to it.
+        """
+        known = self._batches.source(batch.tenant, batch.batch_id)
+        if known is not None:
+            return known
+        return self._batches.keep_source(
+            batch.tenant, batch.batch_id, self._survey(batch, self._fetch(batch, alive), alive)
+        )
+
+    @contextmanager
+    def lines(self, source: BatchSource, cursor: Cursor = Cursor()) -> Iterator[Iterator[Line]]:  # noqa: B008
+        """The source's lines behind the cursor."""
+        with self._pieces(source.key, packed=source.gzip, start=cursor.offset) as pieces:
+            yield read_lines(pieces, line=cursor.line, offset=cursor.offset)
+
+    def own_ids(self, source: BatchSource) -> Iterator[str]:
+        """The task ids that the lines name, each once. Raises SourceUnusable."""
+        if not source.own_ids:
+            return
+        with self.lines(source) as lines, self.taken(source) as taken:
+            for line in lines:
+                task_id = named_id(line.content)
+                if task_id is not None and _TASK_ID.fullmatch(task_id) and taken.by(line.number) is None:
+                    yield task_id
+
+    @contextmanager
+    def taken(self, source: BatchSource, *, after: int = 0) -> Iterator[Taken]:
+        """Which lines behind `after` name a task id that another line has taken."""
+        if source.taken is None:
+            yield Taken(iter(()))
+            return
+        with self._pieces(source.taken) as pieces:
+            pairs = (json.loads(line.content or b"") for line in read_lines(pieces))
+            yield Taken((line, first) for line, first in pairs if line > after)
+
+    @contextmanager
+    def _pieces(self, key: str, *, packed: bool = False, start: int = 0) -> Iterator[Iterator[bytes]]:
+        try:
+            chunks = self._store.stream(key, start=0 if packed else start)
+        except ObjectNotFound as error:
+            raise SourceUnusable("the source is gone from the object store: submit the batch anew") from error
+        with closing(chunks):
+            yield _behind(unpacked(chunks), start) if packed else chunks
+
+    def objects(self, source: str) -> Iterator[ObjectInfo]:
+        """The objects below an `s3://bucket/prefix` that are inputs, by their keys; perhaps none.
+
+        Raises SourceUnusable where we may not list it.
+        """
+        try:
+            bucket, prefix = split_s3_prefix(source)
+        except InvalidTask as error:
+            raise SourceUnusable(f"source {source}: {error.message}") from error
+        self._check_bucket(bucket, prefix)
+        return self._inputs(bucket, prefix)
+
+    def _fetch(self, batch: Batch, alive: Callable[[], None]) -> str:
+        """The key of a JSONL object with the batch's lines."""
+        scheme, _, rest = batch.source.partition(":")
+        try:
+            if scheme == "inferq":
+                key = upload_key(batch.tenant, rest)
+                self._store.stat(key)
+                return key
+            bucket, name = split_s3_prefix(batch.source)
+            self._check_bucket(bucket, name)
+            key = input_key(batch.tenant, batch.batch_id, secrets.token_hex(8))
+            if name.endswith(JSONL_ENDINGS):
+                self._copy(bucket, name, key, alive)
+            else:
+                self._list(batch, bucket, name, key, alive)
+        except ObjectNotFound as error:
+            raise SourceUnusable(f"there is no {batch.source}: upload it first, or correct it") from error
+        except InvalidTask as error:
+            raise SourceUnusable(f"source {batch.source}: {error.message}") from error
+        return key
+
+    def _check_bucket(self, bucket: str, name: str) -> None:
+        if bucket not in self._settings.fetch_s3_buckets:
+            raise SourceUnusable(
+                f"bucket {bucket!r} is not one that inputs may come from; an operator can allow it by "
+                "INFERQ_FETCH_S3_BUCKETS"
+            )
+        if self._store.holds(f"s3://{bucket}/{name}"):
+            raise SourceUnusable(
+                "results and uploads of inferq itself cannot be a source: copy them elsewhere"
+            )
+
+    def _copy(self, bucket: str, name: str, key: str, alive: Callable[[], None]) -> None:
+        from inferq.storage.objects.s3 import S3Refused, open_object
+
+        try:
+            _, chunks = open_object(self._settings.s3_endpoint_url, bucket, name)
+        except S3Refused as error:
+            raise _refused(bucket) from error
+        with closing(chunks):
+            self._store.put(key, cast(BinaryIO, _File(_each(chunks, alive))), content_type=_JSONL)
+
+    def _list(self, batch: Batch, bucket: str, prefix: str, key: str, alive: Callable[[], None]) -> None:
+        field = input_field(defaults_of(batch))
+        lines = _each(_listed_lines(field, bucket, self._objects(bucket, prefix)), alive)
+        self._store.put(key, cast(BinaryIO, _File(lines)), content_type=_JSONL)
+
+    def _objects(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
+        found = self._inputs(bucket, prefix)
+        first = next(found, None)
+        if first is None:
+            raise SourceUnusable(
+                f"there are no objects under s3://{bucket}/{prefix}: check the prefix; nothing was fed"
+            )
+        yield first
+        yield from found
+
+    def _inputs(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
+        from inferq.storage.objects.s3 import S3Refused, list_bucket
+
+        found = list_bucket(self._settings.s3_endpoint_url, bucket, prefix)
+        try:
+            for each in found:
+                # A prefix that holds the store's own would have its results for inputs, the next time.
+                if _is_input(each) and not self._store.holds(f"s3://{bucket}/{each.key}"):
+                    yield each
+        except S3Refused as error:
+            raise _refused(bucket) from error
+
+    def _survey(self, batch: Batch, key: str, alive: Callable[[], None]) -> BatchSource:
+        """Read the source once: how many lines it has, and which ids of their own occur twice."""
+        with closing(self._store.stream(key)) as chunks:
+            head = next((chunk for chunk in chunks if chunk), b"")
+        packed = is_gzip(head)
+        lines = blank = 0
+        with (
+            self._pieces(key, packed=packed) as pieces,
+            tempfile.TemporaryDirectory(prefix="inferq-ids-") as folder,
+            closing(_Ids(Path(folder))) as ids,
+        ):
+            for line in read_lines(_each(pieces, alive)):
+                lines = line.number
+                if lines == 1 and line.content and line.content.startswith(_UTF_16):
+                    raise SourceUnusable(
+                        "the source is UTF-16, and not UTF-8: save it as UTF-8, and submit that"
+                    )
+                if line.blank:
+                    blank += 1
+                elif (task_id := named_id(line.content)) is not None and _TASK_ID.fullmatch(task_id):
+                    # Others make the line invalid, whoever has them; some (a lone surrogate) SQLite refuses.
+                    ids.add(task_id, line.number)
+            if lines == blank:
+                raise SourceUnusable("the source holds no line with a task in it: the batch is empty")
+            taken = None
+            duplicates = ids.duplicates()
+            if duplicates is not None:
+                taken = input_key(batch.tenant, batch.batch_id, f"taken-{secrets.token_hex(8)}")
+                self._store.put(taken, duplicates, content_type=_JSONL)
+            own_ids = ids.any
+        return BatchSource(key=key, gzip=packed, lines=lines, blank=blank, taken=taken, own_ids=own_ids)
+
+
+class Taken:
+    """Lines whose own task id another line has taken; asked about in their order."""
+
+    def __init__(self, pairs: Iterator[tuple[int, int]]) -> None:
+        self._pairs = pairs
+        self._next = next(pairs, None)
+
+    def by(self, line: int) -> int | None:
+        """The line that has taken the id of `line`; None where that has an id of its own."""
+        while self._next is not None and self._next[0] < line:
+            self._next = next(self._pairs, None)
+        return self._next[1] if self._next is not None and self._next[0] == line else None
+
+
+class _Ids:
+    """Task ids on disk, so that millions of them take no memory. The first line that names an id has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._list = folder / "taken.jsonl"
+        self._file = self._list.open("wb")
+        self._found = 0
+        self._database: sqlite3.Connection | None = None
+        self._path = folder / "ids.sqlite"
+        self._added = 0
+
+    @property
+    def any(self) -> bool:
+        return self._database is not None
+
+    def add(self, task_id: str, line: int) -> None:
+        if self._database is None:
+            self._database = sqlite3.connect(self._path, isolation_level=None)
+            for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16384"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+            self._database.execute("BEGIN")
+        if self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (task_id, line)).rowcount == 0:
+            (first,) = self._database.execute("SELECT line FROM ids WHERE id = ?", (task_id,)).fetchone()
+            self._file.write(f"[{line},{first}]\n".encode())
+            self._found += 1
+        self._added += 1
+        if self._added % _COMMIT_LINES == 0:
+            self._database.execute("COMMIT")
+            self._database.execute("BEGIN")
+
+    def duplicates(self) -> Path | None:
+        """A file of `[line, first line]`, in order; None where there are none."""
+        self._file.close()
+        return self._list if self._found else None
+
+    def close(self) -> None:
+        self._file.close()
+        if self._database is not None:
+            self._database.close()
+
+
+class _File:
+    """Pieces as something that can be read."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def read(self, count: int = -1) -> bytes:
+        found, held = [self._rest], len(self._rest)
+        while count < 0 or held < count:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            found.append(piece)
+            held += len(piece)
+        whole = b"".join(found)
+        if count < 0:
+            count = held
+        self._rest = whole[count:]
+        return whole[:count]
+
+
+def _listed_lines(field: str, bucket: str, objects: Iterator[ObjectInfo]) -> Iterator[bytes]:
+    for found in objects:
+        url = f"s3://{bucket}/{found.key}"
+        yield line_of(field, url, url, etag=found.etag)
+
+
+def _is_input(found: ObjectInfo) -> bool:
+    return not found.key.endswith("/") and found.bytes > 0
+
+
+def _refused(bucket: str) -> SourceUnusable:
+    return SourceUnusable(
+        f"bucket {bucket!r} does not exist, or does not let us read: the credentials need s3:ListBucket and "
+        "s3:GetObject"
+    )
+
+
+def _each(pieces: Iterator[bytes], then: Callable[[], None]) -> Iterator[bytes]:
+    """The pieces, with a call behind each."""
+    for piece in pieces:
+        yield piece
+        then()
+
+
+def _behind(pieces: Iterator[bytes], start: int) -> Iterator[bytes]:
+    """The pieces from byte `start` on."""
+    for piece in pieces:
+        if start >= len(piece):
+            start -= len(piece)
+            continue
+        yield piece[start:]
+        start = 0

@@ -1,0 +1,156 @@
+"""Batches in the object store, which is the truth about them.
+
+batches/<tenant>/<batch_id>/batch.json      what is to be done, written once
+batches/<tenant>/<batch_id>/source.json     which JSONL is fed, and how many lines it has; written once
+batches/<tenant>/<batch_id>/input/<token>   a source that was listed or copied
+batches/<tenant>/<batch_id>/cancel.json     somebody wants it cancelled
+batches/<tenant>/<batch_id>/output.jsonl    the results of what succeeded, in line order
+batches/<tenant>/<batch_id>/errors.jsonl    what failed, was cancelled or was invalid, in line order
+batches/<tenant>/<batch_id>/summary.json    how it ended, written once, after the two
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TypeVar
+from urllib.parse import unquote
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from inferq.schemas import Batch, BatchSummary, InferqError
+from inferq.schemas.encoding import to_json
+from inferq.storage.objects.results import segment
+from inferq.storage.objects.store import ObjectNotFound, ObjectStore
+
+M = TypeVar("M", bound=BaseModel)
+
+_JSON = "application/json"
+_BATCH = "batch.json"
+
+
+class BatchConflict(InferqError):
+    """The id belongs to a batch with another content."""
+
+    code = "id_conflict"
+
+
+class UnreadableBatch(InferqError):
+    """What stands where a record of a batch should be is not one."""
+
+    code = "batch_unreadable"
+
+
+class BatchSource(BaseModel):
+    """The JSONL that a batch is fed from. `lines` counts all of them, `blank` those without content.
+
+    `own_ids`: some lines name task ids. `taken` is the key of a list of those that name one which another
+    line has taken, each with that line.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    gzip: bool = False
+    lines: int
+    blank: int = 0
+    taken: str | None = None
+    own_ids: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.lines - self.blank
+
+
+class _Cancelled(BaseModel):
+    wanted: bool = True
+
+
+class BatchStore:
+    """The records of all batches. Every method may raise StoreOutage and UnreadableBatch."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def create(self, batch: Batch) -> Batch:
+        """Put a batch on record, and give what is: the same batch, made earlier, is no error.
+
+        Raises BatchConflict where the id belongs to another.
+        """
+        kept = self._once(_place(batch.tenant, batch.batch_id) + _BATCH, batch)
+        if not kept.same_as(batch):
+            raise BatchConflict(
+                f"batch {batch.batch_id!r} was submitted before with another content; choose another id"
+            )
+        return kept
+
+    def load(self, tenant: str, batch_id: str) -> Batch | None:
+        return self._load(_place(tenant, batch_id) + _BATCH, Batch)
+
+    def list(self, tenant: str) -> Iterator[Batch]:
+        """The tenant's batches, by their ids."""
+        for info in self._store.list(f"batches/{segment(tenant)}/"):
+            if info.key.endswith(f"/{_BATCH}") and (found := self._load(info.key, Batch)) is not None:
+                yield found
+
+    def made(self, tenant: str) -> Iterator[tuple[datetime, str]]:
+        """When each of the tenant's batches was put on record, and its id, without reading them."""
+        base = f"batches/{segment(tenant)}/"
+        for info in self._store.list(base):
+            if info.key.endswith(f"/{_BATCH}"):
+                yield info.modified, unquote(info.key.removeprefix(base).partition("/")[0])
+
+    def source(self, tenant: str, batch_id: str) -> BatchSource | None:
+        return self._load(_place(tenant, batch_id) + "source.json", BatchSource)
+
+    def keep_source(self, tenant: str, batch_id: str, source: BatchSource) -> BatchSource:
+        """Settle which JSONL is fed; of several that were made at once the first one stands."""
+        return self._once(_place(tenant, batch_id) + "source.json", source)
+
+    def request_cancel(self, tenant: str, batch_id: str) -> None:
+        self._once(_place(tenant, batch_id) + "cancel.json", _Cancelled())
+
+    def cancel_requested(self, tenant: str, batch_id: str) -> bool:
+        return self._load(_place(tenant, batch_id) + "cancel.json", _Cancelled) is not None
+
+    def summary(self, tenant: str, batch_id: str) -> BatchSummary | None:
+        """How the batch ended; None where it has not."""
+        return self._load(_place(tenant, batch_id) + "summary.json", BatchSummary)
+
+    def finish(self, summary: BatchSummary) -> BatchSummary:
+        """Record how a batch ended, and give the record that is kept."""
+        return self._once(_place(summary.tenant, summary.batch_id) + "summary.json", summary)
+
+    def _once(self, key: str, model: M) -> M:
+        if self._store.create(key, to_json(model).encode(), content_type=_JSON):
+            return model
+        return self._load(key, type(model)) or model
+
+    def _load(self, key: str, model: type[M]) -> M | None:
+        try:
+            return model.model_validate_json(self._store.get(key))
+        except ObjectNotFound:
+            return None
+        except ValidationError as error:
+            raise UnreadableBatch(
+                f"{self._store.location(key)} is not a record that this version can read: {error}"
+            ) from error
+
+
+def output_key(tenant: str, batch_id: str) -> str:
+    """The key of the results of what succeeded."""
+    return _place(tenant, batch_id) + "output.jsonl"
+
+
+def errors_key(tenant: str, batch_id: str) -> str:
+    """The key of what failed, was cancelled or was invalid."""
+    return _place(tenant, batch_id) + "errors.jsonl"
+
+
+def input_key(tenant: str, batch_id: str, token: str) -> str:
+    """The key of a source that was listed or copied, or of what was found out about it."""
+    return f"{_place(tenant, batch_id)}input/{token}"
+
+
+def _place(tenant: str, batch_id: str) -> str:
+    return f"batches/{segment(tenant)}/{segment(batch_id)}/"

@@ -1,0 +1,415 @@
+"""The object store in a local folder: for a laptop, and for a network file system that workers share."""
+
+# Paths are strings here: a Path costs more than the file operation itself.
+# ruff: noqa: PTH100, PTH102, PTH103, PTH106, PTH108, PTH112, PTH116, PTH120, PTH123
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote
+
+from inferq.schemas import InstallationError
+from inferq.storage.objects.store import (
+    CHUNK_BYTES,
+    DEFAULT_TYPE,
+    MAX_SIGNED_SECONDS,
+    RESERVED_FOLDER,
+    BadObjectKey,
+    ObjectInfo,
+    ObjectNotFound,
+    ObjectStore,
+    Pieces,
+    StoreOutage,
+    check_key,
+    check_prefix,
+    clean_type,
+)
+
+_TYPE_ATTRIBUTE = "user.inferq.content_type"
+_STALE_SECONDS = 86400.0
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_NO_ATTRIBUTES = (errno.ENOTSUP, errno.EPERM, errno.E2BIG)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+_PLACE_TRIES = 500  # each takes microseconds
+
+
+class LocalStore(ObjectStore):
+    """Objects as files below `root`, each under its key.
+
+    A write goes to a temporary file of the same file system and is moved into place whole; with `fsync`
+    it is on the disk, with its folder's entry, before the call returns. What is not implied by the key
+    is kept in an extended attribute; where the file system has none, the content type is lost.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        api_url: str = "http://127.0.0.1:8000",
+        fsync: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = os.path.abspath(root)
+        self._base = self._root.rstrip("/") + "/"
+        self._own = self._base + RESERVED_FOLDER
+        self._scratch = self._own + "/partial"
+        self._api_url = api_url.rstrip("/")
+        self._fsync = fsync
+        self._clock = clock
+        self._serial = count()
+        self._token = secrets.token_hex(6)
+        self._swept = False
+        self._linked = False
+
+    def put(
+        self,
+        key: str,
+        data: bytes | BinaryIO | Path,
+        *,
+        content_type: str = DEFAULT_TYPE,
+    ) -> ObjectInfo:
+        path = self._base + check_key(key)
+        if isinstance(data, Path):
+            with data.open("rb", buffering=0) as source:
+                return self._put(key, path, source, content_type)
+        return self._put(key, path, data, content_type)
+
+    def _put(self, key: str, path: str, data: bytes | BinaryIO, content_type: str) -> ObjectInfo:
+        with self._temporary(key, data, clean_type(content_type)) as (temporary, info):
+            self._place(key, os.replace, temporary, path)
+        return info
+
+    def create(self, key: str, data: bytes, *, content_type: str) -> bool:
+        path = self._base + check_key(key)
+        # Most often the key is the first of its folder. Made before the file is synced, the folder stands in
+        # the file system's journal before the file does, and its own entry needs no sync of its own.
+        with suppress(OSError):
+            os.mkdir(os.path.dirname(path))
+        with self._temporary(key, data, clean_type(content_type)) as (temporary, _):
+            try:
+                self._place(key, self._link, temporary, path)
+            except FileExistsError:
+                return False
+        return True
+
+    def get(self, key: str) -> bytes:
+        with self._reading(key):
+            with open(self._base + check_key(key), "rb", buffering=0) as file:
+                return file.read()
+
+    def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
+        chunks = self._chunks(key, self._base + check_key(key), chunk_bytes, start)
+        next(chunks)  # opens the file, so that the call itself says if there is none
+        return chunks
+
+    def _chunks(self, key: str, path: str, chunk_bytes: int, start: int) -> Pieces:
+        with self._reading(key), open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            yield b""
+            while chunk := file.read(chunk_bytes):
+                yield chunk
+
+    def stat(self, key: str) -> ObjectInfo:
+        path = self._base + check_key(key)
+        with self._reading(key):
+            found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise _not_found(key)
+        content_type = _implied_type(key)
+        with suppress(OSError):
+            content_type = os.getxattr(path, _TYPE_ATTRIBUTE).decode()
+        return _info(key, found, content_type)
+
+    def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+        folder, slash, _ = check_prefix(prefix).rpartition("/")
+        return self._walk(folder + slash, prefix, start_after)
+
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        names: list[str] = []
+        try:
+            with os.scandir(self._base + folder) as entries:
+                for entry in entries:
+                    is_folder = entry.is_dir()
+                    # A folder sorts by what its keys begin with, which includes the slash.
+                    name = entry.name + "/" if is_folder else entry.name
+                    key = folder + name
+                    if not (key.startswith(prefix) or (is_folder and prefix.startswith(key))):
+                        continue
+                    if key > start_after or (is_folder and start_after.startswith(key)):
+                        names.append(name)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return
+            raise self._outage(error) from error
+        for name in sorted(names):
+            key = folder + name
+            if name.endswith("/"):
+                if key != RESERVED_FOLDER + "/":
+                    yield from self._walk(key, prefix, start_after)
+                continue
+            try:
+                yield _info(check_key(key), os.stat(self._base + key), "")
+            except (OSError, BadObjectKey):
+                continue  # deleted since, or a file that no key of ours can name
+
+    def delete(self, key: str) -> None:
+        path = self._base + check_key(key)
+        try:
+            os.unlink(path)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return
+            raise self._outage(error) from error
+        with suppress(OSError):
+            folder = os.path.dirname(path)
+            while len(folder) > len(self._root):
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
+
+    def location(self, key: str) -> str:
+        return Path(self._base + check_key(key)).as_uri()
+
+    def signed_url(self, key: str, *, seconds: int) -> str:
+        expires = int(self._clock()) + min(max(seconds, 0), MAX_SIGNED_SECONDS)
+        signature = self._sign(check_key(key), expires)
+        return f"{self._api_url}/v1/objects/{quote(key)}?expires={expires}&signature={signature}"
+
+    def verify(self, key: str, *, expires: int, signature: str) -> bool:
+        """Whether `signed_url` gave out exactly this, and its time is not over."""
+        try:
+            expected = self._sign(check_key(key), expires)
+        except BadObjectKey:
+            return False
+        matches = hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace"))
+        return matches and self._clock() <= expires
+
+    def _sign(self, key: str, expires: int) -> str:
+        return hmac.new(self._secret, f"{expires}\n{key}".encode(), hashlib.sha256).hexdigest()
+
+    def ping(self) -> None:
+        with self._temporary("ping", b"inferq", "") as (temporary, _):
+            if self._linked:
+                return
+            # Once: no result should have to be made to learn that `create` cannot keep it.
+            link = temporary + "-link"
+            try:
+                self._place("ping", self._link, temporary, link)
+            finally:
+                with suppress(OSError):
+                    os.unlink(link)
+            self._linked = True
+
+    @cached_property
+    def _secret(self) -> bytes:
+        path = self._own + "/secret"
+        for _ in range(2):
+            with suppress(ObjectNotFound), self._reading(path), open(path, "rb") as file:
+                secret = file.read()
+                if len(secret) < 32:
+                    raise InstallationError(f"{path} is too short to sign with: delete it, and one is made")
+                return secret
+            fresh = secrets.token_hex(32).encode()
+            with self._temporary(path, fresh, "", mode=0o600, fsync=True) as (temporary, _info):
+                with suppress(FileExistsError):
+                    self._place(path, self._link, temporary, path)
+        raise StoreOutage(f"{path} could neither be read nor made")
+
+    @contextmanager
+    def _temporary(
+        self,
+        key: str,
+        data: bytes | BinaryIO,
+        content_type: str,
+        *,
+        mode: int = 0o666,
+        fsync: bool = False,
+    ) -> Iterator[tuple[str, ObjectInfo]]:
+        """A file beside the objects that holds `data` until the block ends."""
+        temporary = f"{self._scratch}/{self._token}-{os.getpid()}-{next(self._serial)}"
+        descriptor = self._open(temporary, mode)
+        try:
+            try:
+                chunks = [data] if isinstance(data, bytes) else iter(lambda: data.read(CHUNK_BYTES), b"")
+                for chunk in chunks:  # what reading raises is the caller's, what writing raises is ours
+                    self._write(descriptor, chunk)
+                info = self._finish(descriptor, key, content_type, fsync=fsync or self._fsync)
+            finally:
+                os.close(descriptor)
+            yield temporary, info
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+    def _open(self, temporary: str, mode: int) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            if not self._swept:
+                self._sweep()
+            try:
+                return os.open(temporary, flags, mode)
+            except FileNotFoundError:
+                if not os.path.isdir(self._root):
+                    raise  # an unmounted disk, perhaps: nothing must be written in its place
+                self._sweep()  # somebody has emptied the store
+                return os.open(temporary, flags, mode)
+        except OSError as error:
+            raise self._outage(error) from error
+
+    def _sweep(self) -> None:
+        """Make the folder of temporary files, and remove those that a killed process left long ago."""
+        os.makedirs(self._scratch, exist_ok=True)
+        limit = time.time() - _STALE_SECONDS
+        with os.scandir(self._scratch) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if entry.stat().st_mtime < limit:
+                        os.unlink(entry.path)
+        self._swept = True
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        except OSError as error:
+            raise self._outage(error) from error
+
+    def _finish(self, descriptor: int, key: str, content_type: str, *, fsync: bool) -> ObjectInfo:
+        try:
+            if content_type and content_type != _implied_type(key):
+                _keep_type(descriptor, content_type)
+            if fsync:
+                os.fsync(descriptor)
+            return _info(key, os.fstat(descriptor), content_type)
+        except OSError as error:
+            raise self._outage(error) from error
+
+    def _place(self, key: str, move: Callable[[str, str], None], temporary: str, path: str) -> None:
+        """Move a temporary file to its place. Raises FileExistsError where `move` does."""
+        folder = os.path.dirname(path)
+        changed = [folder]
+        try:
+            for _ in range(_PLACE_TRIES):
+                try:
+                    move(temporary, path)
+                    break
+                except FileNotFoundError:
+                    changed += self._make_folder(folder)  # again and again: delete() takes empty ones away
+            else:
+                raise StoreOutage(f"the local store cannot write {path}: its folder keeps vanishing")
+            if self._fsync:
+                # All at the end: most file systems commit them together, so that only the first one waits.
+                for entry in changed:
+                    _sync_folder(entry)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            if isinstance(error, FileExistsError) and error.filename == temporary and not os.path.isdir(path):
+                raise
+            raise BadObjectKey(
+                f"object key {key!r} is a folder of other keys, or lies below a key"
+            ) from error
+        except OSError as error:
+            raise self._outage(error) from error
+
+    def _link(self, temporary: str, path: str) -> None:
+        # A rename that refuses to replace is no substitute: SMB, for one, checks that on the client alone.
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StoreOutage(
+                f"the local store {self._root} cannot be used: no hard links can be made there "
+                f"({error.strerror}), and without them results could overwrite each other; "
+                "set INFERQ_STORE_URL to a folder of a file system that has them, or to S3"
+            ) from error
+
+    def _make_folder(self, folder: str) -> Sequence[str]:
+        """Make a folder, and give the folders that got a new entry by that."""
+        missing = []
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for new in reversed(missing):
+            try:
+                os.mkdir(new)
+            except FileNotFoundError:
+                break
+            except FileExistsError:
+                with suppress(FileNotFoundError):  # made and taken away by others meanwhile
+                    if not stat.S_ISDIR(os.stat(new).st_mode):
+                        raise
+        return [os.path.dirname(new) for new in missing]
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _ABSENT:
+                raise _not_found(key) from error
+            raise self._outage(error) from error
+
+    def _outage(self, error: OSError) -> StoreOutage:
+        what = {
+            errno.ENOSPC: "the disk is full: free some space",
+            errno.EDQUOT: "the disk quota is used up: free some space or raise it",
+            errno.EACCES: "permission is denied: give this user the right to read and write there",
+            errno.EPERM: "permission is denied: give this user the right to read and write there",
+            errno.EROFS: "the file system is mounted read-only",
+        }.get(error.errno or 0, error.strerror or str(error))
+        return StoreOutage(f"the local store {self._root} cannot be used: {what}")
+
+
+def _not_found(key: str) -> ObjectNotFound:
+    return ObjectNotFound(f"there is no object {key!r}")
+
+
+def _sync_folder(folder: str) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return  # whatever was in it has been deleted since
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:  # then the file system looks after its folders itself
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _keep_type(descriptor: int, content_type: str) -> None:
+    try:
+        os.setxattr(descriptor, _TYPE_ATTRIBUTE, content_type.encode())
+    except OSError as error:
+        if error.errno not in _NO_ATTRIBUTES:
+            raise
+
+
+def _implied_type(key: str) -> str:
+    # Only what every record of ours has, so that the common write needs no attribute.
+    return "application/json" if key.endswith(".json") else DEFAULT_TYPE
+
+
+def _info(key: str, found: os.stat_result, content_type: str) -> ObjectInfo:
+    return ObjectInfo(
+        key=key,
+        bytes=found.st_size,
+        content_type=content_type,
+        modified=datetime.fromtimestamp(found.st_mtime, UTC),
+        etag=f"{found.st_mtime_ns:x}-{found.st_size:x}-{found.st_ino:x}",
+    )

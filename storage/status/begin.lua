@@ -1,0 +1,28 @@
+local attempt, redrives, worker, started, event = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
+local run = ARGV[15]
+local begins = order_of(redrives, attempt, RUNNING)
+local lost = -1
+if not conflict and begins >= order then
+  local runs = 1
+  if begins == order then
+    -- The attempt had begun already, and neither a retry nor an end has moved it on since.
+    local before, last = string.match(redis.call('HGET', key, 'l') or '0 ', '^(%d+) (.*)$')
+    runs = tonumber(before) + (last == run and 0 or 1)
+  end
+  lost = runs - 1
+  if not known then
+    -- One that does not say when it was created cannot have been so after its start.
+    if created == '' then created = number(math.min(now, tonumber(started))) end
+    create(ty, priority, batch, digest, created, 'running', begins, attempt)
+  end
+  move('running', begins, attempt, redrives)
+  redis.call('HSET', key, 'w', worker, 'st', started, 'l', number(runs) .. ' ' .. run)
+  redis.call('HDEL', key, 'g', 'n', 'e')
+  if begins > order then publish(event) end
+end
+local state, cancel = unpack(redis.call('HMGET', key, 's', 'x'))
+if batch ~= '' then
+  local whole, own = unpack(redis.call('HMGET', batch_key(batch), 'x', 'x:' .. line))
+  cancel = cancel or whole or (line ~= '' and own)
+end
+return {known or '', cancel and 1 or 0, state, lost}

@@ -1,0 +1,13 @@
+"""The keys of tasks and batches in Redis. A tenant holds no colon, so that no two of them share a key."""
+
+from __future__ import annotations
+
+
+def record_key(tenant: str, task_id: str) -> str:
+    """The key of a task's hash."""
+    return f"inferq:t:{tenant}:{task_id}"
+
+
+def batch_key(tenant: str, batch_id: str) -> str:
+    """The key of a batch's hash."""
+    return f"inferq:batch:{tenant}:{batch_id}"

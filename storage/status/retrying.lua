@@ -1,0 +1,9 @@
+local attempt, redrives, failure, event = ARGV[10], ARGV[11], ARGV[12], ARGV[13]
+local retries = order_of(redrives, attempt, RETRYING)
+if conflict or retries <= order then return 0 end
+if not known then create(ty, priority, batch, digest, created, 'retrying', retries, attempt) end
+move('retrying', retries, attempt, redrives)
+redis.call('HSET', key, 'e', failure)
+redis.call('HDEL', key, 'l')
+publish(event)
+return 1

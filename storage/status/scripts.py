@@ -1,0 +1,45 @@
+"""The Lua scripts of the status index, and the shape of what it keeps in Redis.
+
+A task is a hash under `inferq:t:<tenant>:<task_id>` with short field names:
+    ty type  p priority  b batch  d digest  c created  s state  o order  a attempt  r redrives
+    w worker  st started  f finished  g progress  n note  e error (JSON)  x cancel flag
+    k the call that created or ended it, so that the repeat of a call whose answer was lost gets the same
+    l how many runs of the attempt on record began in a row without an orderly end, and the last one's token
+Times are microseconds since 1970. Sorted sets, scored by creation time, index the tasks of a tenant
+(`inferq:l:<tenant>`), of a batch (`inferq:b:<tenant>:<batch>`), and of each state but `succeeded`
+(`inferq:s:<tenant>:<state>`), which is most of the whole and is found by looking through it.
+
+The order number is redrives * 1e6 + attempt * 10 + rank; an end counts as past every attempt of its redrive,
+a success as past everything.
+
+A task that says its line in a batch has a hash only while it runs or waits for a retry: queued it is one of
+the batch's fed lines, ended one of the succeeded, failed or cancelled ones (see inferq.storage.batches.scripts).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from inferq.storage.lua import read_lua
+
+_HERE = Path(__file__).parent
+BATCH_LINES = _HERE / "batch_lines"
+"""Functions over the lines of a batch; they need `tenant` and `retention`."""
+
+_RECORD = (_HERE / "head", BATCH_LINES, _HERE / "record")
+_TASK = _HERE / "task"
+_BY_WORKER = _HERE / "by_worker"
+
+SOURCES = {
+    "submit": read_lua(*_RECORD, _TASK, _HERE / "submit"),
+    "confirm": read_lua(*_RECORD, _TASK, _HERE / "confirm"),
+    "forget": read_lua(*_RECORD, _HERE / "forget"),
+    "begin": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "begin"),
+    "released": read_lua(*_RECORD, _HERE / "released"),
+    "progress": read_lua(*_RECORD, _HERE / "progress"),
+    "retrying": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "retrying"),
+    "ended": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "ended"),
+    "cancel": read_lua(*_RECORD, _HERE / "cancel"),
+    "list": read_lua(_HERE / "list"),
+}
+"""Each script by its name."""

@@ -1,0 +1,71 @@
+"""The guard: what it ends once its supervisor is gone."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from inferq.producer.up import orphan_reaper
+
+HEARS = "import time; print('up', flush=True); time.sleep(600)"
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + HEARS
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def spawn(script: str, mark: str = "") -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", script],
+            env=os.environ | {orphan_reaper.MARK: mark},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "up\n"
+        return process
+
+    yield spawn
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def run_guard(monkeypatch: pytest.MonkeyPatch, lines: str, mark: str) -> int:
+    monkeypatch.setattr(orphan_reaper.sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr(orphan_reaper.sys, "argv", ["orphan_reaper.py", mark])
+    monkeypatch.setattr(orphan_reaper.signal, "signal", lambda number, action: None)
+    return orphan_reaper.main()
+
+
+def test_only_what_was_named_and_not_taken_back_or_is_marked_ends(start: Start, monkeypatch) -> None:
+    mark = uuid.uuid4().hex
+    named, taken_back, stranger, marked = start(DEAF), start(DEAF), start(DEAF, mark + "0"), start(DEAF, mark)
+    lines = f"+{named.pid}\n+{taken_back.pid}\n-{taken_back.pid}\n"
+    assert run_guard(monkeypatch, lines, mark) == 0
+    assert (named.wait(5), marked.wait(5)) == (-9, -9)
+    assert (taken_back.poll(), stranger.poll()) == (None, None)
+
+
+def test_gentle_parts_are_asked_and_killed_only_after_their_grace(start: Start, monkeypatch) -> None:
+    monkeypatch.setattr(orphan_reaper, "GRACE", 0.3)
+    mark = uuid.uuid4().hex
+    hears, deaf = start(HEARS, mark + orphan_reaper.GENTLE), start(DEAF, mark + orphan_reaper.GENTLE)
+    assert run_guard(monkeypatch, f"~{hears.pid}\n~{deaf.pid}\n", mark) == 0
+    assert (hears.wait(5), deaf.wait(5)) == (-15, -9)
+
+
+def test_what_cannot_be_killed_is_given_up_on(start: Start, monkeypatch) -> None:
+    process = start(DEAF)
+    monkeypatch.setattr(orphan_reaper.os, "kill", lambda pid, number: None)
+    assert not orphan_reaper.kill_all({process.pid}, seconds=0.1)
