@@ -33,7 +33,7 @@ HOLD_SECONDS = 3 * 86_400
 takes as long, and a day's outage. RabbitMQ heeds it from 4.3 on; an older one knows `consumer_timeout` in its
 configuration only, by default half an hour."""
 
-_GIVES_WAY = -1
+_LOW_PRIORITY = -1
 """The consumer priority of one that gives way; that of all others is 0."""
 
 _SETTLE_SECONDS = 0.02
@@ -55,14 +55,14 @@ class Consumer(BrokerThread):
         *,
         name: str,
         topology: Topology | None = None,
-        gives_way: bool = False,
+        low_priority: bool = False,
     ) -> None:
         if not queues:
             raise ValueError("a consumer needs at least one queue")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
-        self._always_gives_way = gives_way
-        self._gives_way = self._subscribed_giving_way = gives_way
+        self._always_low_priority = low_priority
+        self._low_priority = self._subscribed_low_priority = low_priority
         self._inbox: deque[Delivery] = deque()
         self._epoch = 0
         self._tags: dict[str, str] = {}
@@ -76,14 +76,14 @@ class Consumer(BrokerThread):
 
     # The working thread's side.
 
-    def next(self, timeout: float, *, gives_way: bool = False) -> Delivery | None:
+    def next(self, timeout: float, *, low_priority: bool = False) -> Delivery | None:
         """The next delivery, or None if none came within `timeout` seconds.
 
         Asking is what makes a lane deliver: a consumer that is not asked holds no message back from others.
         """
         end = time.monotonic() + timeout
-        self._gives_way = gives_way or self._always_gives_way
-        as_wanted = self._wanted and self._subscribed_giving_way == self._gives_way
+        self._low_priority = low_priority or self._always_low_priority
+        as_wanted = self._wanted and self._subscribed_low_priority == self._low_priority
         if not self._inbox and not as_wanted and not self._stopped.is_set():
             self._wanted = True
             self._perform(self._subscribe_all)
@@ -101,12 +101,12 @@ class Consumer(BrokerThread):
         """Whether the delivery is still ours; with its channel lost, the broker hands it out again."""
         return self._channel is not None and delivery.epoch == self._epoch
 
-    def ack(self, delivery: Delivery, *, more: bool = True, gives_way: bool = False) -> None:
+    def ack(self, delivery: Delivery, *, more: bool = True, low_priority: bool = False) -> None:
         """Done with it. `more` says that the next delivery is wanted at once."""
-        self._gives_way = gives_way or self._always_gives_way
+        self._low_priority = low_priority or self._always_low_priority
         self._settle(delivery, more=more, finish=lambda channel: channel.basic_ack(delivery.tag))
 
-    def give_back(self, delivery: Delivery) -> None:
+    def requeue(self, delivery: Delivery) -> None:
         """Let another worker have it, as it was."""
         self._settle(
             delivery, more=False, finish=lambda channel: channel.basic_nack(delivery.tag, requeue=True)
@@ -159,7 +159,7 @@ class Consumer(BrokerThread):
                 self._current = None
                 settled(channel)
                 return
-            if self._subscribed_giving_way != self._gives_way:
+            if self._subscribed_low_priority != self._low_priority:
                 self._unsubscribe()  # before this delivery makes room for the next one
             self._look_above(channel, 0, settled)
 
@@ -196,9 +196,9 @@ class Consumer(BrokerThread):
         channel = self._channel
         if channel is None or not channel.is_open or not self._wanted or self._current is not None:
             return
-        if self._subscribed_giving_way != self._gives_way:
+        if self._subscribed_low_priority != self._low_priority:
             self._unsubscribe()
-            self._subscribed_giving_way = self._gives_way
+            self._subscribed_low_priority = self._low_priority
         for lane, name in enumerate(self._lanes):
             if name not in self._tags:
                 self._subscribe(channel, lane)
@@ -231,8 +231,8 @@ class Consumer(BrokerThread):
                 channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
 
         arguments = {"x-consumer-timeout": HOLD_SECONDS * 1000}
-        if self._subscribed_giving_way:
-            arguments["x-priority"] = _GIVES_WAY
+        if self._subscribed_low_priority:
+            arguments["x-priority"] = _LOW_PRIORITY
         self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed, arguments=arguments)
 
     def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:

@@ -79,7 +79,7 @@ class _Window:
             self._free -= taken
             return taken
 
-    def give_back(self, count: int) -> None:
+    def requeue(self, count: int) -> None:
         with self._changed:
             self._free += count
             self._changed.notify(count)
@@ -180,7 +180,7 @@ class Publisher(BrokerThread):
         """Have messages sent that have their places in the window."""
         with self._gate:
             if self._closed:
-                self._window.give_back(len(burst))
+                self._window.requeue(len(burst))
                 raise BrokerUnavailable("the publisher is closed")
             self._waiting.extend(burst)
         if not self._wake_due:
@@ -341,7 +341,7 @@ class Publisher(BrokerThread):
 
     def _resolve(self, burst: Sequence[_Pending], error: Exception | None) -> None:
         """Answer for messages that had places in the window."""
-        self._window.give_back(self._settle(burst, error))
+        self._window.requeue(self._settle(burst, error))
 
     def _settle(self, burst: Sequence[_Pending], error: Exception | None) -> int:
         """Answer for messages, once for each; how many it was: closing may have been faster."""

@@ -55,7 +55,7 @@ InputUrl = Annotated[
 ]
 
 
-def _callable(url: str) -> str:
+def _check_callback_url(url: str) -> str:
     try:
         parse_http_url(url)
     except InvalidTask as error:
@@ -64,7 +64,7 @@ def _callable(url: str) -> str:
 
 
 HttpText = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", max_length=2048)]
-CallbackUrl = Annotated[HttpText, AfterValidator(_callable)]
+CallbackUrl = Annotated[HttpText, AfterValidator(_check_callback_url)]
 
 
 class Options(BaseModel):

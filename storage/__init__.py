@@ -1,6 +1,6 @@
 """Where it rests: objects, results, status, and the inputs that are fetched."""
 
-from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Lull, Standing, Step
+from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Stall, Standing, Step
 from inferq.storage.batches.store import (
     BatchConflict,
     BatchSource,
@@ -37,13 +37,13 @@ __all__ = [
     "IndexLost",
     "LeaseLost",
     "LocalStore",
-    "Lull",
     "ObjectInfo",
     "ObjectNotFound",
     "ObjectStore",
     "Page",
     "ResultStore",
     "ScratchUnavailable",
+    "Stall",
     "Standing",
     "StatusIndex",
     "StatusOutage",

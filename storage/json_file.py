@@ -26,7 +26,7 @@ R = TypeVar("R", bound=BaseModel)
 _log = logging.getLogger(__name__)
 
 
-class RecordFile(Generic[R]):
+class JsonFile(Generic[R]):
     """The records of type `kind` in the file at `path`; one that is not there holds none.
 
     `what` names the file in messages, `setting` the variable that says where it is, `code` is that of the

@@ -51,7 +51,7 @@ class Run(_Record):
     schedule: Schedule
 
 
-class Taken(_Record):
+class Snapshot(_Record):
     """What a run takes. `token` names its JSONL and its list of what there was; `objects` of it are new.
 
     `seen` is the token of the list that the next run goes by, for that source: this run's own, or where
@@ -135,13 +135,13 @@ class RunLog:
         """Whether a start of this run has got as far as a place."""
         return self._load(f"runs/{run_id}.json", _Place) is not None
 
-    def taken(self, run_id: str) -> Taken | None:
-        return self._load(f"taken/{run_id}.json", Taken)
+    def taken(self, run_id: str) -> Snapshot | None:
+        return self._load(f"taken/{run_id}.json", Snapshot)
 
-    def settle(self, run_id: str, taken: Taken) -> Taken:
+    def settle(self, run_id: str, taken: Snapshot) -> Snapshot:
         """Settle what a run takes; of several that were made at once the first one stands."""
         key = f"taken/{run_id}.json"
-        return taken if self._create(key, taken) else self._load(key, Taken) or taken
+        return taken if self._create(key, taken) else self._load(key, Snapshot) or taken
 
     def seen_key(self, token: str) -> str:
         return f"{self._folder}seen/{token}.jsonl.gz"

@@ -27,7 +27,7 @@ from pydantic import (
 
 from inferq.schemas import InferqError, Settings
 from inferq.schemas.task import Tenant
-from inferq.storage.json_file import RecordFile
+from inferq.storage.json_file import JsonFile
 
 PREFIX = "whsec_"
 KEEP_SECONDS = 86400.0
@@ -87,7 +87,7 @@ class WebhookSecrets:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = RecordFile(
+        self._file = JsonFile(
             path,
             WebhookSecret,
             what="the file of webhook secrets",

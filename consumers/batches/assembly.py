@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from inferq.broker import callback_message
 from inferq.consumers.batches.recount import belongs
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
 from inferq.schemas import (
     Batch,
@@ -86,9 +86,9 @@ class Unfinished(Exception):
     """A line has not ended, so that it is too early."""
 
 
-def end(around: Surroundings, batch: Batch, error: str | None = None) -> BatchSummary:
+def end(services: BatchServices, batch: Batch, error: str | None = None) -> BatchSummary:
     """End a batch, as `Assembly.run` does, and too where its source has gone since it was fed."""
-    assembly = Assembly(around, batch)
+    assembly = Assembly(services, batch)
     try:
         return assembly.run(error)
     except SourceUnusable as gone:
@@ -98,35 +98,35 @@ def end(around: Surroundings, batch: Batch, error: str | None = None) -> BatchSu
 class Assembly:
     """Ends one batch. `run` may raise any Outage: it is then to be repeated."""
 
-    def __init__(self, around: Surroundings, batch: Batch) -> None:
-        self._around = around
+    def __init__(self, services: BatchServices, batch: Batch) -> None:
+        self._services = services
         self._batch = batch
         self._name = (batch.tenant, batch.batch_id)
-        self._cancelled = around.batches.cancel_requested(*self._name)
+        self._cancelled = services.batches.cancel_requested(*self._name)
 
     def run(self, error: str | None = None) -> BatchSummary:
         """Write `output.jsonl`, `errors.jsonl` and the summary, then tell whoever wants to know.
 
         `error` says why the batch could not be fed, or not to its end. Raises Unfinished and SourceUnusable.
         """
-        around, batch = self._around, self._batch
-        summary = around.batches.summary(*self._name)
+        services, batch = self._services, self._batch
+        summary = services.batches.summary(*self._name)
         if summary is None:
-            self._tell("finishing")
-            summary = around.batches.finish(self._summary(self._write(error), error))
+            self._set_state("finishing")
+            summary = services.batches.finish(self._summary(self._write(error), error))
         if batch.callback_url is not None:
-            around.confirm(callback_message(batch_callback(summary, batch.callback_url)))
-        self._tell(summary.state, summary.error)
+            services.confirm(callback_message(batch_callback(summary, batch.callback_url)))
+        self._set_state(summary.state, summary.error)
         _log.info("batch %s: %s", batch.batch_id, summary.state)
         return summary
 
     def _write(self, error: str | None) -> _Tally:
         tally = _Tally()
-        store = self._around.store
+        store = self._services.store
         with tempfile.TemporaryDirectory(prefix="inferq-batch-") as folder:
             output, errors = Path(folder) / "output.jsonl", Path(folder) / "errors.jsonl"
             with output.open("wb") as succeeded, errors.open("wb") as others:
-                source = self._around.batches.source(*self._name)
+                source = self._services.batches.source(*self._name)
                 if source is not None and error is not None:
                     self._count(source, tally)
                 elif source is not None:
@@ -139,13 +139,13 @@ class Assembly:
 
     def _entries(self, source: BatchSource) -> Iterator[_Entry]:
         """The lines with their results, in order, as many ahead as are read at a time."""
-        readers = self._around.settings.batch_readers
+        readers = self._services.settings.batch_readers
         parser = LineParser(self._batch)
         waiting: deque[_Entry] = deque()
         with (
             ThreadPoolExecutor(readers) as threads,
-            self._around.sources.lines(source) as lines,
-            self._around.sources.taken(source) as taken,
+            self._services.sources.lines(source) as lines,
+            self._services.sources.taken(source) as taken,
         ):
             for line in lines:
                 if line.blank:
@@ -163,7 +163,7 @@ class Assembly:
                 yield waiting.popleft()
 
     def _read(self, task: Task, number: int) -> _Read:
-        results = self._around.results
+        results = self._services.results
         result = results.load_success(task.tenant, task.task_id)
         if result is None or result.status != "succeeded" or not belongs(result, self._batch, number):
             return _Read(result)
@@ -173,7 +173,7 @@ class Assembly:
         """What has ended, without a look at the lines."""
         tally.total = source.total
         # A listing does not find tasks that have ids of their own; Redis, where it knows them, does.
-        standing = self._around.index.look(*self._name) if source.own_ids else None
+        standing = self._services.index.look(*self._name) if source.own_ids else None
         if standing is not None and standing.known:
             counts = standing.counts
             tally.succeeded, tally.failed = counts.succeeded, counts.failed
@@ -181,14 +181,14 @@ class Assembly:
             return
         prefix = f"{self._batch.batch_id}."
         others: list[str] = []
-        for task_id, success in self._around.results.endings(self._batch.tenant, prefix):
+        for task_id, success in self._services.results.endings(self._batch.tenant, prefix):
             if not task_id.removeprefix(prefix).isdigit():
                 continue
             if success:
                 tally.succeeded += 1
             else:
                 others.append(task_id)
-        with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+        with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
             for state, code in threads.map(self._ending, others):
                 if state == "succeeded":
                     tally.succeeded += 1
@@ -200,7 +200,7 @@ class Assembly:
 
     def _ending(self, task_id: str) -> tuple[EndState, str]:
         try:
-            result = self._around.results.load(self._batch.tenant, task_id)
+            result = self._services.results.load(self._batch.tenant, task_id)
         except UnreadableResult as unreadable:
             return "failed", unreadable.code
         if result is None:
@@ -250,9 +250,7 @@ class Assembly:
             exclude_defaults=True,
             include={"artifacts", "attempts", "timings", "metadata", "finished_at"},
         )
-        base = (
-            f"{self._around.storage.api_url.rstrip('/')}/v1/tasks/{quote(result.task_id, safe=':')}/artifacts"
-        )
+        base = f"{self._services.storage.api_url.rstrip('/')}/v1/tasks/{quote(result.task_id, safe=':')}/artifacts"
         for artifact in kept.get("artifacts", ()):
             artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
         if result.status == "succeeded":
@@ -292,9 +290,9 @@ class Assembly:
             finished_at=now,
         )
 
-    def _tell(self, state: BatchState, error: str | None = None) -> None:
+    def _set_state(self, state: BatchState, error: str | None = None) -> None:
         try:
-            self._around.index.set_state(*self._name, state, error)
+            self._services.index.set_state(*self._name, state, error)
         except Outage as outage:
             # The summary in the object store says it as well.
             _log.warning("batch %s: its state is not in Redis: %s", self._batch.batch_id, outage)

@@ -20,12 +20,12 @@ from datetime import UTC, datetime
 
 from inferq.broker import Message, PublishRejected, task_message
 from inferq.consumers.batches.recount import Recount
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
 from inferq.schemas import Batch, BatchState, InvalidTask, Outage, Task
-from inferq.storage import BatchSource, IndexLost, LeaseLost, Lull, Step
+from inferq.storage import BatchSource, IndexLost, LeaseLost, Stall, Step
 from inferq.storage.batches.lines import Line, LineParser, SourceUnusable
-from inferq.storage.batches.sources import Cursor, Taken
+from inferq.storage.batches.sources import Cursor, DuplicateIds
 
 _CHUNK = 500
 """Lines that are published, confirmed and marked together."""
@@ -41,7 +41,7 @@ _HELD_DELAY = 3
 _REJECTED_PAUSE = 1.0
 _PAUSE_DELAY = 30
 """Seconds, at most, between two looks at a batch outside its window: somebody may cancel it."""
-_DOUBT_SECONDS = 600
+_RECHECK_SECONDS = 600
 """At what intervals, at most, the object store is asked about tasks of which none ends: that takes a request
 for each, and they may stand in the queue for days."""
 AGAIN = "again-"
@@ -96,31 +96,31 @@ class Slice:
     """One slice of feeding one batch. `run` may raise any Outage: it is then to be begun again."""
 
     def __init__(
-        self, around: Surroundings, tenant: str, batch_id: str, *, chain: str, part: int, cursor: Cursor
+        self, services: BatchServices, tenant: str, batch_id: str, *, chain: str, part: int, cursor: Cursor
     ) -> None:
-        self._around = around
+        self._services = services
         self._name = (tenant, batch_id)
         self._chain = chain
         self._part = part
         self._cursor = cursor
         self._token = f"{chain}-{part}-{secrets.token_hex(4)}"
-        self._ends = time.monotonic() + around.settings.batch_slice
+        self._ends = time.monotonic() + services.settings.batch_slice
         self._state: BatchState | None = None
         self._reached = 0
-        self._lull: Lull | None = None
+        self._stall: Stall | None = None
         self._kept = time.monotonic()
         self._asked = time.monotonic()
 
     def run(self) -> Next:
         """Feed, until the slice is over."""
-        around = self._around
-        batch = around.batches.load(*self._name)
+        services = self._services
+        batch = services.batches.load(*self._name)
         if batch is None:
             _log.error("batch %s: there is no record of it, so that nothing can be fed", self._name)
             return Nothing()
-        if around.batches.summary(*self._name) is not None:
+        if services.batches.summary(*self._name) is not None:
             return Nothing()
-        match around.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
+        match services.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
             case "outdated":
                 return Nothing()
             case "another" if not self._chain.startswith(AGAIN):
@@ -136,17 +136,17 @@ class Slice:
             return GoOn(self._cursor)
         finally:
             with suppress(Outage):
-                around.index.release(*self._name, self._token)
+                services.index.release(*self._name, self._token)
 
     def _settled(self, batch: Batch) -> Next:
-        around = self._around
-        cancelled = around.batches.cancel_requested(*self._name)
-        if around.batches.source(*self._name) is None:
+        services = self._services
+        cancelled = services.batches.cancel_requested(*self._name)
+        if services.batches.source(*self._name) is None:
             if cancelled:
                 return Assemble()
-            self._tell("preparing")
+            self._set_state("preparing")
         try:
-            source = around.sources.settle(batch, self._go_on_settling)
+            source = services.sources.settle(batch, self._go_on_settling)
             self._open(batch, source, cancelled=cancelled)
             return self._fed(batch, source)
         except _CancelledEarly:
@@ -156,83 +156,83 @@ class Slice:
 
     def _open(self, batch: Batch, source: BatchSource, *, cancelled: bool) -> None:
         """See to it that the index is right up to our cursor, which may have to be moved on."""
-        index = self._around.index
+        index = self._services.index
         standing = index.look(*self._name)
         if standing is not None and standing.known:
             if standing.line > self._cursor.line:
                 self._cursor = Cursor(standing.line, standing.offset)
-            self._reached = standing.reaches
-            self._lull = standing.lull
+            self._reached = standing.high_water
+            self._stall = standing.stall
             if cancelled and not standing.cancel_requested:
                 index.request_cancel(*self._name)
             return
-        index.forget(*self._name, reaches=self._cursor.line, token=self._token)
+        index.forget(*self._name, high_water=self._cursor.line, token=self._token)
         line, offset = self._cursor
         if line:
-            Recount(self._around, batch, source, self._renew).all(self._cursor)
+            Recount(self._services, batch, source, self._renew).all(self._cursor)
         index.open(
             *self._name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
         )
 
     def _fed(self, batch: Batch, source: BatchSource) -> Next:
-        around = self._around
+        services = self._services
         step = self.step()
         looked, pause = step.ended, _LOOK_SECONDS
         with (
-            around.sources.lines(source, self._cursor) as lines,
-            around.sources.taken(source, after=self._cursor.line) as taken,
+            services.sources.lines(source, self._cursor) as lines,
+            services.sources.taken(source, after=self._cursor.line) as taken,
         ):
             feeding = _Feeding(self, LineParser(batch), lines, taken, source=source)
             while True:
                 step = feeding.settle()
-                lull = self._lull_at(step)
+                stall = self._stall_at(step)
                 if step.cancel_requested:
                     feeding.drain()
                     return self._cancelled(batch, source)
                 opens_in = batch.window.opens_in(datetime.now(UTC)) if batch.window else 0.0
                 if feeding.done and step.in_flight <= 0:
                     return Assemble()
-                if around.stopping.is_set() or time.monotonic() > self._ends:
+                if services.stopping.is_set() or time.monotonic() > self._ends:
                     return self._go_on(feeding)
                 if not feeding.done and opens_in <= 0:
-                    self._tell("feeding")
+                    self._set_state("feeding")
                     room = batch.max_in_flight - step.in_flight - feeding.on_their_way
                     # Some at a time: line by line would cost a confirm and a mark each.
                     if room >= _worthwhile(batch) and feeding.feed(min(room, _CHUNK)):
-                        self._lull = None
+                        self._stall = None
                         continue
                     if feeding.on_their_way:
                         step = feeding.settle(wait=True)
                         continue
                 elif not feeding.done:
-                    self._tell("paused")
+                    self._set_state("paused")
                     if step.in_flight <= 0:
                         return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
                 else:
-                    self._tell("running")
-                if _doubtful(lull, around.settings.batch_doubt):
-                    Recount(around, batch, source, self._renew).in_flight()
-                    self._lull = replace(lull, asked=time.time() - lull.since)
+                    self._set_state("running")
+                if _recheck_due(stall, services.settings.batch_doubt):
+                    Recount(services, batch, source, self._renew).in_flight()
+                    self._stall = replace(stall, asked=time.time() - stall.since)
                     return self._go_on(feeding, _IDLE_DELAY)
                 few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
                 pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
                 looked = step.ended
-                around.stopping.wait(pause)
+                services.stopping.wait(pause)
 
     def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
         # What is on its way and not marked would go out again with the next slice.
         with suppress(PublishRejected):
             feeding.drain()
-        if self._lull is not None:
-            self._around.index.note_lull(*self._name, self._lull)
+        if self._stall is not None:
+            self._services.index.note_stall(*self._name, self._stall)
         return GoOn(self._cursor, seconds)
 
-    def _lull_at(self, step: Step) -> Lull:
+    def _stall_at(self, step: Step) -> Stall:
         """For how long no task has ended, which may be longer than this slice takes."""
         now = time.time()
-        if self._lull is None or self._lull.ended != step.ended or self._lull.since > now:
-            self._lull = Lull(step.ended, now)
-        return self._lull
+        if self._stall is None or self._stall.ended != step.ended or self._stall.since > now:
+            self._stall = Stall(step.ended, now)
+        return self._stall
 
     def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
         """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
@@ -240,7 +240,7 @@ class Slice:
         while (step := self.step()).in_flight > 0 and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)  # no end of the process cuts this short
         if step.in_flight > 0:
-            recount = Recount(self._around, batch, source, self._renew)
+            recount = Recount(self._services, batch, source, self._renew)
             recount.in_flight()
             recount.cancel_in_flight()
         return Assemble()
@@ -256,29 +256,29 @@ class Slice:
             self._asked = now
             # The object store: Redis does not hold the batch before its lines are counted.
             with suppress(Outage):
-                if self._around.batches.cancel_requested(*self._name):
+                if self._services.batches.cancel_requested(*self._name):
                     raise _CancelledEarly
         # Where Redis is away nobody else can take the lease, either.
-        if now - self._kept > self._around.settings.batch_lease / 4:
+        if now - self._kept > self._services.settings.batch_lease / 4:
             self._kept = now
             with suppress(Outage):
                 self._renew()
 
-    def _tell(self, state: BatchState) -> None:
+    def _set_state(self, state: BatchState) -> None:
         if state != self._state:
-            self._around.index.set_state(*self._name, state)
+            self._services.index.set_state(*self._name, state)
             self._state = state
 
     # What `_Feeding` needs.
 
     def step(self) -> Step:
-        return self._around.index.step(*self._name, token=self._token)
+        return self._services.index.step(*self._name, token=self._token)
 
-    def mark(self, chunk: _Chunk, reaches: int) -> Step:
-        step = self._around.index.step(
+    def mark(self, chunk: _Chunk, high_water: int) -> Step:
+        step = self._services.index.step(
             *self._name,
             token=self._token,
-            reaches=reaches,
+            high_water=high_water,
             line=chunk.cursor.line,
             offset=chunk.cursor.offset,
             fed=chunk.fed,
@@ -288,10 +288,10 @@ class Slice:
         return step
 
     def reach(self, line: int) -> Step:
-        return self._around.index.step(*self._name, token=self._token, reaches=line)
+        return self._services.index.step(*self._name, token=self._token, high_water=line)
 
-    def dealt_with(self, first: int, last: int) -> frozenset[int]:
-        return self._around.index.dealt_with(*self._name, first, last)
+    def processed(self, first: int, last: int) -> frozenset[int]:
+        return self._services.index.processed(*self._name, first, last)
 
     @property
     def cursor(self) -> Cursor:
@@ -304,11 +304,11 @@ class Slice:
 
     def publish(self, chunk: _Chunk) -> None:
         """Send a chunk; a full queue is waited for, for as long as the slice lasts."""
-        chunk.confirmed = self._around.publisher.publish_all(chunk.messages)
+        chunk.confirmed = self._services.publisher.publish_all(chunk.messages)
 
     def record(self, chunk: _Chunk) -> None:
         """Put tasks on record before they are sent: afterwards a worker may be done with them."""
-        self._around.status.confirm_all(chunk.recorded)
+        self._services.status.confirm_all(chunk.recorded)
 
     def wait(self, chunk: _Chunk) -> None:
         if chunk.confirmed is None:
@@ -321,11 +321,11 @@ class Slice:
         # Which of them were refused is told by one future for each alone; later on only those go out.
         messages = chunk.messages
         while messages:
-            if self._around.stopping.is_set() or time.monotonic() > self._ends:
+            if self._services.stopping.is_set() or time.monotonic() > self._ends:
                 raise rejected
             _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], rejected)
-            self._around.stopping.wait(_REJECTED_PAUSE)
-            sent = [(message, self._around.publisher.publish(message)) for message in messages]
+            self._services.stopping.wait(_REJECTED_PAUSE)
+            sent = [(message, self._services.publisher.publish(message)) for message in messages]
             messages = []
             for message, confirmed in sent:
                 try:
@@ -339,7 +339,13 @@ class _Feeding:
     """The chunks of one slice: read, sent, and marked once they are confirmed."""
 
     def __init__(
-        self, slice_: Slice, parser: LineParser, lines: Iterator[Line], taken: Taken, *, source: BatchSource
+        self,
+        slice_: Slice,
+        parser: LineParser,
+        lines: Iterator[Line],
+        taken: DuplicateIds,
+        *,
+        source: BatchSource,
     ) -> None:
         self._slice = slice_
         self._parser = parser
@@ -347,7 +353,7 @@ class _Feeding:
         self._taken = taken
         self._chunks: deque[_Chunk] = deque()
         self._read = slice_.cursor
-        self._reaches = 0
+        self._high_water = 0
         # An id that does not tell its line could not be found while its task is queued, nor be kept for it.
         self._recording = source.own_ids
         # A closed window must not keep an end from being seen.
@@ -368,13 +374,13 @@ class _Feeding:
         if self._exhausted:
             return False
         last = self._read.line
-        if self._reaches < last + 2 * _CHUNK:
+        if self._high_water < last + 2 * _CHUNK:
             # A worker may be done with a line before it is marked: it must be known to be the batch's.
-            self._reaches = last + 8 * _CHUNK
-            self._slice.reach(self._reaches)
-        dealt_with: frozenset[int] = frozenset()
+            self._high_water = last + 8 * _CHUNK
+            self._slice.reach(self._high_water)
+        processed: frozenset[int] = frozenset()
         if last < self._slice.reached:
-            dealt_with = self._slice.dealt_with(last + 1, last + count)
+            processed = self._slice.processed(last + 1, last + count)
         chunk = _Chunk(self._read)
         size = 0
         for _ in range(count):
@@ -386,7 +392,7 @@ class _Feeding:
                 break
             size += line.length
             chunk.cursor = Cursor(line.number, line.end)
-            if line.blank or line.number in dealt_with:
+            if line.blank or line.number in processed:
                 continue
             try:
                 task = task_of(self._parser, self._taken, line)
@@ -420,16 +426,16 @@ class _Feeding:
             if not (wait or full or confirmed is None or confirmed.done()):
                 break
             self._slice.wait(oldest)
-            step = self._slice.mark(oldest, self._reaches)
+            step = self._slice.mark(oldest, self._high_water)
             self._chunks.popleft()
             wait = False
         return step or self._slice.step()
 
 
-def _doubtful(lull: Lull, after: float) -> bool:
+def _recheck_due(stall: Stall, after: float) -> bool:
     """Whether to ask the object store for ends: after so many seconds, then each time it has doubled."""
-    still = time.time() - lull.since
-    return still > after and still - lull.asked > min(lull.asked, _DOUBT_SECONDS)
+    still = time.time() - stall.since
+    return still > after and still - stall.asked > min(stall.asked, _RECHECK_SECONDS)
 
 
 def _worthwhile(batch: Batch) -> int:

@@ -10,8 +10,8 @@ from pydantic import NonNegativeInt
 from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, feed_message
 from inferq.consumers.batches.assembly import Unfinished, end
 from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
-from inferq.consumers.batches.retry import again_unless_done, surroundings_of_jobs
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.retry import load_services, resend_unless_done
+from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import BatchId
 from inferq.schemas.task import Tenant
 from inferq.storage.batches.sources import Cursor
@@ -19,12 +19,12 @@ from inferq.storage.batches.sources import Cursor
 _log = logging.getLogger(__name__)
 
 
-def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
+def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
     """Add the jobs of batches to an application; `around` defaults to what the environment says.
 
     Raises InstallationError for bad settings.
     """
-    here = around or surroundings_of_jobs()
+    here = services or load_services()
 
     @app.task(name=FEED_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(
@@ -58,7 +58,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 case Nothing():
                     pass
 
-        again_unless_done(self, here, f"batch {batch_id}", once)
+        resend_unless_done(self, here, f"batch {batch_id}", once)
 
     @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(self: Task, tenant: Tenant, batch_id: BatchId, error: str | None = None) -> None:
@@ -74,8 +74,8 @@ def add_jobs(app: Celery, around: Surroundings | None = None) -> None:
                 _log.warning("batch %s: not all of it has ended: it is looked at again", batch_id)
                 standing = here.index.look(tenant, batch_id)
                 line, offset = (standing.line, standing.offset) if standing else (0, 0)
-                here.index.forget(tenant, batch_id, reaches=line)
+                here.index.forget(tenant, batch_id, high_water=line)
                 chain = f"{AGAIN}{self.request.id}"
                 here.confirm(feed_message(tenant, batch_id, chain=chain, line=line, offset=offset))
 
-        again_unless_done(self, here, f"batch {batch_id}", once)
+        resend_unless_done(self, here, f"batch {batch_id}", once)

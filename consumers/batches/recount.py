@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TypeVar
 
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
 from inferq.schemas import Batch, EndState, InvalidTask, Result, Task
 from inferq.storage import BatchSource, UnreadableResult
@@ -29,9 +29,9 @@ class Recount:
     """Makes the index of one batch right. `renew` is called every now and then, to keep the lease."""
 
     def __init__(
-        self, around: Surroundings, batch: Batch, source: BatchSource, renew: Callable[[], None]
+        self, services: BatchServices, batch: Batch, source: BatchSource, renew: Callable[[], None]
     ) -> None:
-        self._around = around
+        self._services = services
         self._batch = batch
         self._source = source
         self._renew = renew
@@ -39,7 +39,7 @@ class Recount:
 
     def all(self, cursor: Cursor) -> None:
         """Mark every line up to the cursor anew: as fed or invalid, and as ended where it is."""
-        index = self._around.index
+        index = self._services.index
         for part in in_parts(self._tasks(cursor), _MARKED_AT_ONCE):
             fed = [(line, task) for line, task in part if task is not None]
             index.mark(*self._name, "fed", [line for line, _ in fed])
@@ -56,7 +56,7 @@ class Recount:
             for lines in self._unended():
                 self._mark(self._look_up(ids_of(lines)))
                 self._renew()
-                if self._around.stopping.is_set():
+                if self._services.stopping.is_set():
                     return  # somebody else goes on
 
     def cancel_in_flight(self) -> None:
@@ -69,7 +69,7 @@ class Recount:
                 for line in pick(lines):
                     with suppress(InvalidTask):
                         tasks.append(task_of(parser, taken, line))
-                with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+                with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
                     kept = list(threads.map(lambda task: self._end(task, error), tasks))
                 ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
                 for result in kept:
@@ -81,20 +81,20 @@ class Recount:
     def _unended(self) -> Iterator[list[int]]:
         """The lines that are fed and have not ended, as Redis has it, some at a time."""
         after = 0
-        while lines := self._around.index.unended(*self._name, after=after, limit=_LOOKED_UP_AT_ONCE):
+        while lines := self._services.index.unended(*self._name, after=after, limit=_LOOKED_UP_AT_ONCE):
             yield lines
             after = lines[-1]
 
     def _end(self, task: Task, error: InvalidTask) -> Result:
         ended = Result.failure(task, error, attempts=0, finished_at=datetime.now(UTC), status="cancelled")
         try:
-            kept = self._around.results.save(ended)
+            kept = self._services.results.save(ended)
         except UnreadableResult:
             return ended
         if kept.batch_line != task.batch_line:
             return ended
         if self._source.own_ids:
-            self._around.status.ended(kept)  # while it was queued it had a record
+            self._services.status.ended(kept)  # while it was queued it had a record
         return kept
 
     def _tasks(self, cursor: Cursor) -> Iterator[tuple[int, Task | None]]:
@@ -145,7 +145,7 @@ class Recount:
         def state(pair: tuple[int, str]) -> tuple[int, EndState | None]:
             line, task_id = pair
             try:
-                result = self._around.results.load(self._batch.tenant, task_id)
+                result = self._services.results.load(self._batch.tenant, task_id)
             except UnreadableResult:
                 return line, "failed"  # the worker has put the task aside, too
             if result is None:
@@ -153,7 +153,7 @@ class Recount:
             return line, result.status if belongs(result, self._batch, line) else "failed"
 
         ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
-        with ThreadPoolExecutor(self._around.settings.batch_readers) as threads:
+        with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
             for line, end in threads.map(state, list(ids)):
                 if end is not None:
                     ends[end].append(line)
@@ -162,7 +162,7 @@ class Recount:
     def _list(self, cursor: Cursor) -> None:
         """Mark what a listing of the results finds: a request for a thousand of them, not one for each."""
         prefix = f"{self._batch.batch_id}."
-        found = self._around.results.endings(self._batch.tenant, prefix)
+        found = self._services.results.endings(self._batch.tenant, prefix)
         for part in in_parts(found, _MARKED_AT_ONCE):
             succeeded: list[int] = []
             others: list[int] = []
@@ -177,11 +177,11 @@ class Recount:
     def _mark(self, ends: Ends) -> None:
         for state, lines in ends.items():
             if lines:
-                self._around.index.ends(*self._name, state, lines)
+                self._services.index.ends(*self._name, state, lines)
 
     @property
     def _sources(self) -> Sources:
-        return self._around.sources
+        return self._services.sources
 
 
 def belongs(result: Result, batch: Batch, line: int) -> bool:

@@ -16,7 +16,7 @@ from celery.exceptions import Reject
 from celery.signals import worker_shutting_down
 
 from inferq.broker import Message, delayed, job_message
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import InferqError, Outage
 
 _AGAIN_SECONDS = 3.0
@@ -29,18 +29,18 @@ _FAULT_SECONDS = 600.0
 _log = logging.getLogger(__name__)
 
 
-def surroundings_of_jobs() -> Surroundings:
+def load_services() -> BatchServices:
     """Those that the environment names; their waits end as the process is to end. Raises InstallationError.
 
     They are loaded before a job comes: with a setting that cannot be read, none could be done.
     """
-    here = Surroundings.load()
+    here = BatchServices.load()
     here.index, here.store  # noqa: B018 - a URL that cannot be read is to be named now
     worker_shutting_down.connect(lambda **_: here.stopping.set(), weak=False)
     return here
 
 
-def again_unless_done(task: Task, here: Surroundings, what: str, call: Callable[[], object]) -> None:
+def resend_unless_done(task: Task, here: BatchServices, what: str, call: Callable[[], object]) -> None:
     """Do it; where it fails, the job is sent again, to arrive after a while. `what` is for the log."""
     failures = task.request.retries
     try:
@@ -59,7 +59,7 @@ def again_unless_done(task: Task, here: Surroundings, what: str, call: Callable[
             "%s: cannot go on, and tries again in %.0f s: %r", what, pause, error, exc_info=failures == 0
         )
     try:
-        here.confirm(delayed(_once_more(task), pause))
+        here.confirm(delayed(_resent(task), pause))
     except Exception as error:
         # Nobody could go on now: the broker hands it out again.
         _log.warning("%s: cannot be sent again, and is given back: %s", what, error)
@@ -72,7 +72,7 @@ def _pause(failures: int, most: float) -> float:
     return min(most, _AGAIN_SECONDS * 2.0 ** min(failures, 10)) * random.uniform(0.8, 1.0)  # noqa: S311
 
 
-def _once_more(task: Task) -> Message:
+def _resent(task: Task) -> Message:
     request = task.request
     return job_message(
         task.name, "inference.batches", request.kwargs, job_id=request.id, retries=request.retries + 1

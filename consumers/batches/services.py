@@ -22,7 +22,7 @@ from inferq.storage.batches.sources import Sources
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class BatchServices:
     """The services of all batches. Safe from many threads; `stopping` is set when the process is to end."""
 
     settings: BatchSettings
@@ -32,7 +32,7 @@ class Surroundings:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def load(cls) -> Surroundings:
+    def load(cls) -> BatchServices:
         """From the environment. Raises InstallationError; connects to nothing yet."""
         return cls(BatchSettings.load(), StorageSettings.load(), BrokerSettings.load())
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from inferq.schemas import InvalidTask, Task
 from inferq.storage.batches.lines import Line, LineParser
-from inferq.storage.batches.sources import Taken
+from inferq.storage.batches.sources import DuplicateIds
 
 
-def task_of(parser: LineParser, taken: Taken, line: Line) -> Task:
+def task_of(parser: LineParser, taken: DuplicateIds, line: Line) -> Task:
     """The task in a line. Raises InvalidTask, too where another line has taken its id."""
     first = taken.by(line.number)
     if first is not None:

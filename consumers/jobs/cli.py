@@ -16,7 +16,7 @@ from inferq.schemas import InstallationError
 app = typer.Typer()
 
 _PREFIX = "inference."
-_GIVES_WAY = 5
+_LOW_PRIORITY = 5
 """By how much a process that only feeds batches lowers its priority: feeding takes all it can get, and for
 the broker, the gateway and the workers beside it somebody waits."""
 
@@ -46,7 +46,7 @@ def callbacks(
     # Celery's own lines would tell of each job that it comes and goes, arguments included.
     logging.getLogger("celery").setLevel(logging.WARNING)
     if chosen == ("inference.batches",):
-        os.nice(_GIVES_WAY)
+        os.nice(_LOW_PRIORITY)
     raise typer.Exit(work(jobs, chosen, threads=threads, broker=broker, probes=probes))
 
 

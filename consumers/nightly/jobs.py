@@ -10,8 +10,8 @@ from typing import Any
 from celery import Celery, Task
 
 from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
-from inferq.consumers.batches.retry import again_unless_done, surroundings_of_jobs
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.retry import load_services, resend_unless_done
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.nightly.night import (
     Ended,
     day_of,
@@ -36,12 +36,14 @@ _SETTLING_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 
-def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: int = _WATCH_SECONDS) -> None:
+def add_jobs(
+    app: Celery, services: BatchServices | None = None, *, watch_seconds: int = _WATCH_SECONDS
+) -> None:
     """Add the jobs of nightly runs to an application; `around` defaults to what the environment says.
 
     Raises InstallationError for bad settings.
     """
-    here = around or surroundings_of_jobs()
+    here = services or load_services()
 
     def watch_on(run: Run, since: datetime, seconds: int) -> None:
         arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
@@ -60,7 +62,7 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
             elif not watcher.over:
                 watch_on(run, batch.created_at, min(1, watch_seconds))
 
-        again_unless_done(self, here, f"run {run_id_of(wanted.name, moment)}", once)
+        resend_unless_done(self, here, f"run {run_id_of(wanted.name, moment)}", once)
 
     @app.task(name=NIGHT_WATCH_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def watch(self: Task, run: dict[str, Any], since: str) -> None:
@@ -71,16 +73,16 @@ def add_jobs(app: Celery, around: Surroundings | None = None, *, watch_seconds: 
             if goes_on is not None:
                 watch_on(known, goes_on, watch_seconds)
 
-        again_unless_done(self, here, f"run {known.run_id}", once)
+        resend_unless_done(self, here, f"run {known.run_id}", once)
 
 
 class Watcher:
     """Tells of the nights of a run. May raise any Outage: it is then to be asked again."""
 
-    def __init__(self, around: Surroundings, run: Run) -> None:
-        self._around = around
+    def __init__(self, services: BatchServices, run: Run) -> None:
+        self._services = services
         self._run = run
-        self._log = RunLog(around.store, run.schedule.tenant, run.schedule.name)
+        self._log = RunLog(services.store, run.schedule.tenant, run.schedule.name)
 
     @property
     def over(self) -> bool:
@@ -92,17 +94,17 @@ class Watcher:
 
         Gives from when on to look the next time; None where the run has ended and all is told.
         """
-        around, run = self._around, self._run
+        services, run = self._services, self._run
         tenant = run.schedule.tenant
-        summary = around.batches.summary(tenant, run.run_id)
+        summary = services.batches.summary(tenant, run.run_id)
         if summary is not None:
             before = [night for night in self._nights() if night.state == "paused"]
             day = day_of(run, summary.finished_at)
             if before and before[-1].night == day.isoformat():
                 # What was in flight as the window closed has ended by day: that is told by a name of its own.
-                self._tell(last_night(run, day, summary, before), f"{day.isoformat()}-end")
+                self._set_state(last_night(run, day, summary, before), f"{day.isoformat()}-end")
             else:
-                self._tell(last_night(run, day, summary, before), day.isoformat())
+                self._set_state(last_night(run, day, summary, before), day.isoformat())
             return None
         window = run.schedule.feeding_window
         closes = None if window is None else window.closes_after(since)
@@ -116,21 +118,21 @@ class Watcher:
         if not self.over:
             _log.error("run %s: %s", self._run.run_id, error)
         night = failed_night(self._run, now, error)
-        self._tell(night, night.night)
+        self._set_state(night, night.night)
 
     def _pause(self, since: datetime, closes: datetime) -> None:
-        around, run = self._around, self._run
+        services, run = self._services, self._run
         tenant = run.schedule.tenant
-        batch = around.batches.load(tenant, run.run_id)
+        batch = services.batches.load(tenant, run.run_id)
         if batch is None:
             return
-        source = around.batches.source(tenant, run.run_id)
+        source = services.batches.source(tenant, run.run_id)
 
         def ended(after: datetime = batch.created_at) -> Iterator[Ended]:
             return ended_between(
-                around.store, batch, after, closes,
-                readers=around.settings.batch_readers,
-                own_ids=around.sources.own_ids(source) if source is not None else (),
+                services.store, batch, after, closes,
+                readers=services.settings.batch_readers,
+                own_ids=services.sources.own_ids(source) if source is not None else (),
             )  # fmt: skip
 
         total = None if source is None else source.total
@@ -144,7 +146,7 @@ class Watcher:
             _log.warning("run %s: a night cannot be told: %s", run.run_id, error)
             return
         if to_tell:
-            self._tell(night, night.night)
+            self._set_state(night, night.night)
 
     def _has_left(self, total: int | None, ended: Callable[[], Iterable[Ended]]) -> bool:
         """Whether tasks of the run are left, or may be; `ended` reads the results of those that are not."""
@@ -153,11 +155,11 @@ class Watcher:
         # The nights count twice what was redriven.
         return sum(1 for _ in ended()) < total
 
-    def _tell(self, night: Night, name: str) -> None:
+    def _set_state(self, night: Night, name: str) -> None:
         kept = self._log.keep_night(self._run.run_id, name, night.model_copy(update={"night": name}))
         url = self._run.schedule.callback
         if url is not None:
-            self._around.confirm(callback_message(night_callback(kept, url)))
+            self._services.confirm(callback_message(night_callback(kept, url)))
         _log.info("run %s: night %s: %s, %d ended", kept.run_id, kept.night, kept.state, kept.ended)
 
     def _nights(self) -> list[Night]:

@@ -31,7 +31,7 @@ from inferq.storage import (
 )
 from inferq.storage.batches.lines import SourceUnusable, read_lines, unpacked
 from inferq.storage.batches.sources import Sources
-from inferq.storage.runs import Run, RunLog, Taken
+from inferq.storage.runs import Run, RunLog, Snapshot
 
 _JSONL = "application/x-ndjson"
 _GZIP = "application/gzip"
@@ -92,7 +92,7 @@ class Starter:
                 self.publish(assemble_message(tenant, run_id, error=taken.error))
         return Started(run, batch)
 
-    def _settled(self, log: RunLog, place: int) -> Taken:
+    def _settled(self, log: RunLog, place: int) -> Snapshot:
         """What the run in a place takes; those in the places before it are settled first."""
         run = log.at(place)
         behind: list[Run] = []
@@ -107,17 +107,17 @@ class Starter:
             taken = self._take(log, later, taken)
         return taken
 
-    def _take(self, log: RunLog, run: Run, before: Taken | None) -> Taken:
+    def _take(self, log: RunLog, run: Run, before: Snapshot | None) -> Snapshot:
         schedule = run.schedule
         token = secrets.token_hex(8)
         seen, seen_source = (before.seen, before.seen_source) if before else (None, None)
-        unchanged = Taken(token=token, seen=seen, seen_source=seen_source)
+        unchanged = Snapshot(token=token, seen=seen, seen_source=seen_source)
         base = seen if seen_source == schedule.source else None
         made = unchanged
         try:
             if schedule.only_new:
                 objects = self._list(log, run, token, base)
-                made = Taken(token=token, objects=objects, seen=token, seen_source=schedule.source)
+                made = Snapshot(token=token, objects=objects, seen=token, seen_source=schedule.source)
         except (SourceUnusable, InvalidTask) as error:
             # Whatever is wrong with it, the run has its place: unsettled, it would hold up all that follow.
             made = unchanged.model_copy(update={"error": error.message})

@@ -28,12 +28,12 @@ from inferq.consumers.runtime.messages import (
     Aborted,
     Done,
     Failed,
-    FileNote,
+    FileRef,
+    LoadFailed,
     Prepare,
     Progress,
     Ready,
     Run,
-    Unable,
     from_worker,
     send,
 )
@@ -114,7 +114,7 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
         permanent = isinstance(error, InstallationError | ImportError)
         if out_of_memory(error):  # others may have it at the moment
             code, permanent = "out_of_memory", False
-        send(pipe, Unable(code=code, message=message[:4000], permanent=permanent))
+        send(pipe, LoadFailed(code=code, message=message[:4000], permanent=permanent))
         return
     send(pipe, Ready(engine=info))
     task: Task | InvalidTask = InvalidTask("no task was prepared")
@@ -226,9 +226,7 @@ def _done(
                 f"the engine announced artifact {artifact.name!r} and did not write it", code="engine_error"
             )
         size = artifact.path.stat().st_size
-        artifacts[artifact.name] = FileNote(
-            path=artifact.path, content_type=artifact.content_type, bytes=size
-        )
+        artifacts[artifact.name] = FileRef(path=artifact.path, content_type=artifact.content_type, bytes=size)
     return Done(output=inline, artifacts=artifacts, seconds=seconds)
 
 

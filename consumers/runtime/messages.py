@@ -23,7 +23,7 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class FileNote(_Message):
+class FileRef(_Message):
     """A file in the scratch folder."""
 
     path: Path
@@ -45,7 +45,7 @@ class Run(_Message):
     kind: Literal["run"] = "run"
     task: str | None
     scratch: str
-    inputs: dict[str, FileNote] = {}
+    inputs: dict[str, FileRef] = {}
 
 
 class Abort(_Message):
@@ -61,7 +61,7 @@ class Ready(_Message):
     engine: EngineInfo
 
 
-class Unable(_Message):
+class LoadFailed(_Message):
     """The engine cannot be loaded."""
 
     kind: Literal["unable"] = "unable"
@@ -86,7 +86,7 @@ class Done(_Message):
 
     kind: Literal["done"] = "done"
     output: bytes | None = Field(None, exclude=True)
-    artifacts: dict[str, FileNote] = {}
+    artifacts: dict[str, FileRef] = {}
     seconds: float
 
 
@@ -108,10 +108,10 @@ class Aborted(_Message):
 
 
 FromWorker = Annotated[Prepare | Run | Abort, Field(discriminator="kind")]
-FromEngine = Annotated[Ready | Unable | Progress | Done | Failed | Aborted, Field(discriminator="kind")]
+FromEngine = Annotated[Ready | LoadFailed | Progress | Done | Failed | Aborted, Field(discriminator="kind")]
 
 _from_worker: TypeAdapter[Prepare | Run | Abort] = TypeAdapter(FromWorker)
-_from_engine: TypeAdapter[Ready | Unable | Progress | Done | Failed | Aborted] = TypeAdapter(FromEngine)
+_from_engine: TypeAdapter[Ready | LoadFailed | Progress | Done | Failed | Aborted] = TypeAdapter(FromEngine)
 
 
 def send(pipe: Connection, message: BaseModel) -> None:
@@ -127,7 +127,7 @@ def from_worker(pipe: Connection) -> Prepare | Run | Abort:
     return _from_worker.validate_json(pipe.recv_bytes())
 
 
-def from_engine(pipe: Connection) -> Ready | Unable | Progress | Done | Failed | Aborted:
+def from_engine(pipe: Connection) -> Ready | LoadFailed | Progress | Done | Failed | Aborted:
     """Raises EOFError where the engine process is gone."""
     line, newline, output = pipe.recv_bytes().partition(b"\n")
     message = _from_engine.validate_json(line)

@@ -24,12 +24,12 @@ from inferq.consumers.runtime.messages import (
     Aborted,
     Done,
     Failed,
-    FileNote,
+    FileRef,
+    LoadFailed,
     Prepare,
     Progress,
     Ready,
     Run,
-    Unable,
     from_engine,
     send,
 )
@@ -88,7 +88,7 @@ class MemoryLimits:
 
 
 @dataclass(frozen=True)
-class Watch:
+class RunHooks:
     """What a run in progress is watched with: both are called a few times a second, from the run's thread."""
 
     progress: Callable[[float, str], None]
@@ -187,9 +187,9 @@ class EngineProcess:
                 self._check_limits()
                 self.info = info
                 return info
-            case Unable(permanent=True):
+            case LoadFailed(permanent=True):
                 raise InstallationError(answer.message, code=answer.code)
-            case Unable():
+            case LoadFailed():
                 raise TransientFailure(answer.message, code=answer.code)
             case _:
                 raise TransientFailure(f"the engine began with {answer.kind!r}", code="engine_load_failed")
@@ -224,9 +224,9 @@ class EngineProcess:
         self,
         task: str,
         scratch: str,
-        inputs: Mapping[str, FileNote],
+        inputs: Mapping[str, FileRef],
         *,
-        watch: Watch,
+        watch: RunHooks,
         time_limit: float,
         abort_grace: float,
     ) -> Done | Failed:
@@ -280,7 +280,9 @@ class EngineProcess:
                     use += part.memory_info().rss
         return use
 
-    def _await(self, pipe: Connection, watch: Watch, time_limit: float, abort_grace: float) -> Done | Failed:
+    def _await(
+        self, pipe: Connection, watch: RunHooks, time_limit: float, abort_grace: float
+    ) -> Done | Failed:
         now = time.monotonic()
         deadline, next_look = now + time_limit, now + LOOK_SECONDS
         poller = select.poll()  # Connection.poll would make a selector for each call

@@ -21,7 +21,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Skip:
+class AlreadyDone:
     """It has ended already, as `ended` says; there is nothing left to do but to acknowledge."""
 
     ended: Result
@@ -49,14 +49,14 @@ class Retry:
 
 
 @dataclass(frozen=True)
-class Bury:
+class DeadLetter:
     """It cannot be done: dead-letter it for `error`. `record`: whether its owner's record ends with it."""
 
     error: InferqError
     record: bool = True
 
 
-MAX_LOST_RUNS = 5
+MAX_ORPHANED_RUNS = 5
 """A task whose runs vanished this often in a row, with their workers, most likely takes its worker down.
 
 It is above MAX_ENGINE_DEATHS, because workers also go for reasons that are not the task's (a node lost, a
@@ -88,15 +88,15 @@ class Facts:
     ended: Result | None = None
     recorded_digest: str | None = None
     cancel_requested: bool = False
-    lost_runs: int | None = None
+    orphaned_runs: int | None = None
     deliveries: int = 0
 
 
-def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
+def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter:
     """Whether to run a delivery, and if not, why not."""
     task = facts.task
     if task.task_type != facts.type_name:
-        return Bury(
+        return DeadLetter(
             InvalidTask(
                 f"the task is of type {task.task_type!r} and came on a queue of type {facts.type_name!r}; "
                 f"publish it to exchange 'inference.tasks' with routing key 'task_type.{task.task_type}'",
@@ -113,7 +113,7 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
         and facts.ended is not None
         and (facts.ended.status == "succeeded" or facts.ended.redrives >= facts.redrives)
     ):
-        return Skip(facts.ended)
+        return AlreadyDone(facts.ended)
     if facts.cancel_requested:
         return Cancel()
     if task.expires_at is not None and task.expires_at <= facts.now:
@@ -123,18 +123,18 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
             )
         )
     # More runs than this copy was handed out for are those of other copies, which may be running still.
-    lost = min(facts.lost_runs or 0, facts.deliveries)
-    if lost >= MAX_LOST_RUNS:
-        return Bury(
+    lost = min(facts.orphaned_runs or 0, facts.deliveries)
+    if lost >= MAX_ORPHANED_RUNS:
+        return DeadLetter(
             InvalidTask(
                 f"the task was begun {lost} times in a row by workers that then vanished: {_TAKES_DOWN}",
                 code="poison",
             )
         )
     # Whoever has counted the runs knows better than the broker, which may count what was given back.
-    forgotten = facts.lost_runs is None or facts.recorded_digest is None
+    forgotten = facts.orphaned_runs is None or facts.recorded_digest is None
     if forgotten and facts.deliveries >= MAX_DELIVERIES:
-        return Bury(
+        return DeadLetter(
             InvalidTask(
                 f"the task was handed out {facts.deliveries} times and came to no end: {_TAKES_DOWN}",
                 code="poison",
@@ -143,9 +143,9 @@ def before_run(facts: Facts) -> Run | Skip | Cancel | Expire | Bury:
     return Run()
 
 
-def id_conflict(task: Task) -> Bury:
+def id_conflict(task: Task) -> DeadLetter:
     """What becomes of a task whose id another one has."""
-    return Bury(
+    return DeadLetter(
         InvalidTask(
             f"task_id {task.task_id!r} of tenant {task.tenant!r} already names a task with other content; "
             "choose another id",
@@ -157,17 +157,17 @@ def id_conflict(task: Task) -> Bury:
 
 def after_failure(
     error: InferqError, *, attempt: int, max_attempts: int, engine_deaths: int, engine_died: bool
-) -> Retry | Bury:
+) -> Retry | DeadLetter:
     """Whether a failed attempt is followed by another. `engine_deaths` counts those of earlier attempts."""
     if isinstance(error, InvalidTask):
-        return Bury(error)
+        return DeadLetter(error)
     deaths = engine_deaths + engine_died
     if deaths >= MAX_ENGINE_DEATHS:
-        return Bury(
+        return DeadLetter(
             InvalidTask(
                 f"the task has ended {deaths} engine processes; the last time: {error}", code="poison"
             )
         )
     if attempt >= max_attempts:
-        return Bury(error)
+        return DeadLetter(error)
     return Retry(retry_level(attempt), error, deaths)

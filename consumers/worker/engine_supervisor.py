@@ -11,22 +11,22 @@ from contextlib import contextmanager, suppress
 
 from inferq.broker import backoff
 from inferq.consumers.runtime.process import EngineProcess, MemoryLimits, Wear
-from inferq.consumers.worker.services import Surroundings
+from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
 
 
-class EngineSeat:
+class EngineSupervisor:
     """Who has taken the seat may use `engine`; between two tasks the engine is looked after here.
 
     The thread that looks after it must outlive the engine, which the kernel ends with its parent.
     """
 
-    def __init__(self, name: str, surroundings: Surroundings) -> None:
-        settings = surroundings.settings
+    def __init__(self, name: str, services: WorkerServices) -> None:
+        settings = services.settings
         self._name = name
-        self._around = surroundings
+        self._services = services
         self._limits = MemoryLimits(settings.engine_memory_limit, settings.engine_recycle_memory)
         self._max_tasks = settings.engine_max_tasks or math.inf
         self._taken = threading.Lock()
@@ -35,7 +35,7 @@ class EngineSeat:
         self._successor: EngineProcess | None = None
         self._successor_limit = 0.0
         self._successor_reason: Wear | None = None
-        self.engine = EngineProcess(surroundings.task_type.name, self._limits)
+        self.engine = EngineProcess(services.task_type.name, self._limits)
         self.ready = False
         self.reload_requested = threading.Event()
 
@@ -65,7 +65,7 @@ class EngineSeat:
             with self._counting:
                 self._in_hand -= 1
 
-    def take(self, timeout: float = 0) -> bool:
+    def acquire(self, timeout: float = 0) -> bool:
         """Take the seat, if it becomes free within `timeout` seconds. The engine may still not be usable."""
         if not self._taken.acquire(timeout=timeout):
             return False
@@ -78,14 +78,14 @@ class EngineSeat:
             raise
         return True
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give the seat to whoever waits for it."""
         self._taken.release()
 
     def look(self) -> None:
         """Look after the engine, unless a task has it."""
-        if self.take():
-            self.leave()
+        if self.acquire():
+            self.release()
 
     def restore(self) -> None:
         """Load an engine where there is none that can be used, until it succeeds.
@@ -107,7 +107,7 @@ class EngineSeat:
             self._successor.kill()
 
     def _load(self) -> None:
-        around = self._around
+        services = self._services
         self.ready = False
         failures = 0
         while True:
@@ -116,16 +116,16 @@ class EngineSeat:
             self.engine.spawn()
             try:
                 info = self.engine.wait_ready(
-                    limit=around.settings.start_limit, stopping=lambda: around.stopping
+                    limit=services.settings.start_limit, stopping=lambda: services.stopping
                 )
                 break
             except TransientFailure as error:
                 failures += 1
                 wait = backoff(failures)
                 _log.error("%s: %s; next start in %.1f s", self._name, error, wait)
-                around.sleep(wait)
+                services.sleep(wait)
         self.ready = True
-        around.metrics.engine_starts.inc()
+        services.metrics.engine_starts.inc()
         _log.info(
             "%s: %s %s on %s is ready after %.1f s",
             self._name, info.name, info.version, info.device, time.monotonic() - began,
@@ -166,13 +166,13 @@ class EngineSeat:
         if self._successor_reason is not None:
             self._replaces(self._successor_reason)
         old, self.engine = self.engine, successor
-        self._around.metrics.engine_starts.inc()
+        self._services.metrics.engine_starts.inc()
         _log.info("%s: now %s %s, model %s", self._name, info.name, info.version, info.model)
         with suppress(OSError):
             old.close()
 
     def _start_successor(self, reason: Wear | None) -> None:
-        successor = EngineProcess(self._around.task_type.name, self._limits)
+        successor = EngineProcess(self._services.task_type.name, self._limits)
         try:
             successor.spawn()
         except OSError as error:
@@ -180,41 +180,41 @@ class EngineSeat:
             self.engine.tasks = 0
             return
         self._successor, self._successor_reason = successor, reason
-        self._successor_limit = time.monotonic() + self._around.settings.start_limit
+        self._successor_limit = time.monotonic() + self._services.settings.start_limit
 
     def _replaces(self, reason: Wear) -> None:
         _log.info("%s: replaces its engine process: %s", self._name, reason)
-        self._around.metrics.engine_replacements.labels(reason).inc()
+        self._services.metrics.engine_replacements.labels(reason).inc()
 
 
-class NotBegun(Exception):
+class NotStarted(Exception):
     """The run has not begun, and will not: the message says why. Another worker may have the task."""
 
 
-class Turn:
+class EngineLease:
     """One task's use of a seat's engine, which is its own from `take` to `leave`.
 
     `engine` and `info` are those that it had last.
     """
 
-    def __init__(self, seat: EngineSeat) -> None:
-        self._seat = seat
-        self.taken = False
-        self.engine = seat.engine
-        self.info = seat.engine.info
+    def __init__(self, supervisor: EngineSupervisor) -> None:
+        self._supervisor = supervisor
+        self.held = False
+        self.engine = supervisor.engine
+        self.info = supervisor.engine.info
 
-    def take(self, timeout: float = 0) -> bool:
+    def acquire(self, timeout: float = 0) -> bool:
         """Whether the engine is the task's within `timeout` seconds. Raises NotBegun where there is none."""
-        self.taken = self._seat.take(timeout)
-        if self.taken:
-            self.engine = self._seat.engine
+        self.held = self._supervisor.acquire(timeout)
+        if self.held:
+            self.engine = self._supervisor.engine
             self.info = self.engine.info
-        if not self._seat.usable:
-            raise NotBegun("the engine is gone")
-        return self.taken
+        if not self._supervisor.usable:
+            raise NotStarted("the engine is gone")
+        return self.held
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Let another task have the engine; nothing happens where it is not this one's."""
-        if self.taken:
-            self.taken = False
-            self._seat.leave()
+        if self.held:
+            self.held = False
+            self._supervisor.release()

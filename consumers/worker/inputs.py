@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from inferq.consumers.runtime.messages import FileNote
+from inferq.consumers.runtime.messages import FileRef
 from inferq.consumers.runtime.process import LOOK_SECONDS, AbortReason, RunAborted
-from inferq.consumers.worker.services import Surroundings
+from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import Task
 
 
@@ -18,12 +18,12 @@ from inferq.schemas import Task
 class Inputs:
     """The files by the name of their field, and how many seconds fetching them took."""
 
-    files: dict[str, FileNote]
+    files: dict[str, FileRef]
     seconds: float
 
 
 def fetch_inputs(
-    around: Surroundings, task: Task, folder: Path, abort_reason: Callable[[], AbortReason | None]
+    services: WorkerServices, task: Task, folder: Path, abort_reason: Callable[[], AbortReason | None]
 ) -> Inputs:
     """Fetch what the task's input URLs name into `folder`, which is made where there are any.
 
@@ -43,12 +43,12 @@ def fetch_inputs(
     files = {}
     for name, url in task.inputs().items():
         # A worker with a full disk would burn the attempts of task after task.
-        around.patiently("scratch folder", around.scratch.check_room, checkpoint)
+        services.retry_until_available("scratch folder", services.scratch.check_room, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
         # An outage of our own store delays the fetch; another's failure is the task's.
-        fetch = partial(around.fetcher.fetch, url, folder, name, tenant=task.tenant, checkpoint=checkpoint)
-        fetched = around.patiently("object store", fetch, checkpoint)
-        files[name] = FileNote(
+        fetch = partial(services.fetcher.fetch, url, folder, name, tenant=task.tenant, checkpoint=checkpoint)
+        fetched = services.retry_until_available("object store", fetch, checkpoint)
+        files[name] = FileRef(
             path=fetched.path,
             content_type=fetched.content_type,
             bytes=fetched.bytes,

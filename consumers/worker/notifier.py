@@ -40,7 +40,7 @@ _PATIENCE_SECONDS = 5.0
 _URL: TypeAdapter[str] = TypeAdapter(CallbackUrl)
 
 
-class Notices:
+class Notifier:
     """The callbacks of one delivery of a task. Where it names no URL, nothing is made and nothing sent.
 
     `publish` sends a message and waits for the broker's confirm however long that takes.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from inferq.consumers.runtime.messages import Done, FileNote
+from inferq.consumers.runtime.messages import Done, FileRef
 from inferq.schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId, TaskType
 from inferq.storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
 
@@ -59,7 +59,7 @@ class ResultCache:
         self._store = store
         self._results = results
 
-    def key(self, task: Task, inputs: Mapping[str, FileNote], engine: EngineInfo) -> str | None:
+    def key(self, task: Task, inputs: Mapping[str, FileRef], engine: EngineInfo) -> str | None:
         """The key of a task with its inputs fetched; None where its result is nobody else's."""
         if self._unpinned or not self._task_type.cacheable(task):
             return None
@@ -80,7 +80,7 @@ class ResultCache:
             path = scratch / f"cached-{number}"
             if not self._copy(result, artifact, path):
                 return None
-            notes[artifact.name] = FileNote(
+            notes[artifact.name] = FileRef(
                 path=path, content_type=artifact.content_type, bytes=artifact.bytes
             )
         return Done(output=_compact(result.output), artifacts=notes, seconds=0.0)

@@ -35,7 +35,7 @@ class GracePassed(Exception):
 
 
 @dataclass
-class Surroundings:
+class WorkerServices:
     """The services of one worker. Safe from all its slots' threads."""
 
     settings: WorkerSettings
@@ -112,7 +112,7 @@ class Surroundings:
         if self.stopping:
             raise GracePassed
 
-    def patiently(
+    def retry_until_available(
         self, service: str, call: Callable[[], T], checkpoint: Callable[[], None] | None = None
     ) -> T:
         """Make a call that an outage of `service` only delays: no attempt is burnt, no result thrown away.
@@ -146,7 +146,7 @@ class Surroundings:
         """Make a call beside the calling thread, which has one such call at a time."""
         return self._beside.submit(call)
 
-    def tell(self, call: Callable[[], T]) -> T | None:
+    def best_effort(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index that no outage delays: without Redis it is left out."""
         try:
             return call()
@@ -155,25 +155,25 @@ class Surroundings:
             _log.debug("the status index does not know: %s", error)
             return None
 
-    def ask(self, call: Callable[[], T]) -> T | None:
+    def call_or_skip(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index before a run. It gives None where Redis is done without.
 
         Raises GracePassed where the worker is to stop while it waits: nothing has begun that would be lost.
         """
-        return self._while_patient(call, self.unless_stopping)
+        return self._retry_while_patient(call, self.unless_stopping)
 
-    def report(self, call: Callable[[], T]) -> T | None:
-        """Make a call to the status index after a run; as `ask`, but a worker that stops leaves it out."""
+    def report_end(self, call: Callable[[], T]) -> T | None:
+        """Make a call to the status index after a run; as `call_or_skip`, but a worker that stops leaves it out."""
         with suppress(GracePassed):
-            return self._while_patient(call, lambda: None)
+            return self._retry_while_patient(call, lambda: None)
         return None
 
     def look_for_redis(self) -> None:
         """Find out whether Redis is back, where it was away."""
         if self.status.away_for is not None:
-            self.tell(self.status.ping)
+            self.best_effort(self.status.ping)
 
-    def _while_patient(self, call: Callable[[], T], checkpoint: Callable[[], None]) -> T | None:
+    def _retry_while_patient(self, call: Callable[[], T], checkpoint: Callable[[], None]) -> T | None:
         failures = 0
         while True:
             try:

@@ -18,24 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from inferq.broker import Consumer, Delivery, Message, dead_message, named_id, retry_message
-from inferq.consumers.runtime.messages import Done, Failed, FileNote
-from inferq.consumers.runtime.process import LOOK_SECONDS, AbortReason, EngineDied, RunAborted, Watch
+from inferq.consumers.runtime.messages import Done, Failed, FileRef
+from inferq.consumers.runtime.process import LOOK_SECONDS, AbortReason, EngineDied, RunAborted, RunHooks
 from inferq.consumers.worker.decision import (
-    Bury,
+    AlreadyDone,
     Cancel,
+    DeadLetter,
     Expire,
     Facts,
     Retry,
     Run,
-    Skip,
     after_failure,
     before_run,
     id_conflict,
 )
-from inferq.consumers.worker.engine_supervisor import EngineSeat, NotBegun, Turn
+from inferq.consumers.worker.engine_supervisor import EngineLease, EngineSupervisor, NotStarted
 from inferq.consumers.worker.inputs import Inputs, fetch_inputs
-from inferq.consumers.worker.notifier import Notices, legible_url
-from inferq.consumers.worker.services import GracePassed, Surroundings
+from inferq.consumers.worker.notifier import Notifier, legible_url
+from inferq.consumers.worker.services import GracePassed, WorkerServices
 from inferq.schemas import (
     Artifact,
     ErrorInfo,
@@ -54,7 +54,7 @@ from inferq.storage import UnreadableResult
 _log = logging.getLogger(__name__)
 
 
-_NOT_HELD = "its connection was lost"
+_CONNECTION_LOST = "its connection was lost"
 
 
 class TaskRun:
@@ -62,20 +62,20 @@ class TaskRun:
 
     def __init__(
         self,
-        surroundings: Surroundings,
+        services: WorkerServices,
         consumer: Consumer,
-        seat: EngineSeat,
+        supervisor: EngineSupervisor,
         delivery: Delivery,
         lane: Priority,
     ) -> None:
-        self._around = surroundings
+        self._services = services
         self._consumer = consumer
-        self._seat = seat
-        self._turn = Turn(seat)
+        self._supervisor = supervisor
+        self._lease = EngineLease(supervisor)
         self._delivery = delivery
         self._lane = lane
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
-        self._scratch = f"{surroundings.scratch.path}/{self._token}"
+        self._scratch = f"{services.scratch.path}/{self._token}"
         self._started_at = datetime.now(UTC)
         self._digest: str | None = None
         self._begun: Task | None = None
@@ -83,43 +83,43 @@ class TaskRun:
         self._cache_key: str | None = None
         self._held = True
         self._answers: list[Callable[[], bool]] = []
-        self._notices = Notices(surroundings.publisher, self._publish, url=None)
+        self._notifier = Notifier(services.publisher, self._publish, url=None)
 
     def complete(self) -> None:
         """Do whatever this delivery needs, and settle it."""
         why = "the worker is stopping"
         try:
             outcome = self._outcome()
-        except NotBegun as not_begun:
-            outcome, why = "given_back", str(not_begun)
+        except NotStarted as not_started:
+            outcome, why = "given_back", str(not_started)
         except (GracePassed, RunAborted):
             outcome = "given_back"
         except Exception as error:
             # A delivery is settled whatever happens: one that ends its worker would go on to the next.
             _log.exception("%s: could not be brought to its end", self._name())
             outcome, why = self._give_up(error), "it could not be brought to its end"
-        self._turn.leave()
+        self._lease.release()
         if outcome == "given_back":
             self._release()
-            self._consumer.give_back(self._delivery)
+            self._consumer.requeue(self._delivery)
             _log.info("%s: given back, %s", self._name(), why)
         else:
             self._consumer.ack(
                 self._delivery,
-                more=self._seat.usable and self._around.takes_more,
-                gives_way=self._seat.shared,
+                more=self._supervisor.usable and self._services.takes_more,
+                low_priority=self._supervisor.shared,
             )
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         for answer in self._answers:
-            self._around.report(answer)
+            self._services.report_end(answer)
         self._clean()
-        self._around.metrics.tasks.labels(self._around.task_type.name, outcome).inc()
+        self._services.metrics.tasks.labels(self._services.task_type.name, outcome).inc()
 
     def _give_up(self, error: Exception) -> str:
         """The last resort: a dead letter, and a record where one can be kept, which is better than a loop."""
         what = f"the worker failed: {type(error).__name__}: {error}"
         failure = TransientFailure(what, code="worker_error")
-        self._turn.leave()
+        self._lease.release()
         try:
             self._publish(self._dead(failure))
         except (GracePassed, RunAborted):
@@ -146,8 +146,8 @@ class TaskRun:
         """Say that this run is no lost one, now that another worker may begin the task."""
         if self._begun is not None:
             delivery = self._delivery
-            released = self._around.status.released
-            self._around.tell(
+            released = self._services.status.released
+            self._services.best_effort(
                 partial(released, self._begun, attempt=delivery.attempt, redrives=delivery.redrives)
             )
 
@@ -168,36 +168,38 @@ class TaskRun:
         try:
             return self._decide(task)
         except UnreadableResult as error:
-            self._turn.leave()
-            return self._bury(task, Bury(InvalidTask(error.message, code=error.code), record=False))
-        except (NotBegun, GracePassed, RunAborted):
+            self._lease.release()
+            return self._dead_letter(
+                task, DeadLetter(InvalidTask(error.message, code=error.code), record=False)
+            )
+        except (NotStarted, GracePassed, RunAborted):
             raise
         except Exception as error:
             # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.
             _log.exception("%s: the worker failed", self._name())
-            self._turn.leave()
+            self._lease.release()
             what = f"the worker failed: {type(error).__name__}: {error}"
             return self._failed(task, TransientFailure(what, code="worker_error"))
 
     # Before the run.
 
     def _decide(self, task: Task) -> str:
-        around, delivery = self._around, self._delivery
+        services, delivery = self._services, self._delivery
         self._digest = task.digest()
-        self._notices = Notices(
-            around.publisher, self._publish, url=task.callback_url, events=task.callback_events
+        self._notifier = Notifier(
+            services.publisher, self._publish, url=task.callback_url, events=task.callback_events
         )
         facts = Facts(
             task=task,
             digest=self._digest,
-            type_name=around.task_type.name,
+            type_name=services.task_type.name,
             redrives=delivery.redrives,
             now=self._started_at,
             deliveries=delivery.deliveries,
         )
         # A download must not keep the engine from a task that is ready for it.
-        fetches_first = around.settings.take_ahead and bool(task.inputs())
-        if not fetches_first and self._turn.take():
+        fetches_first = services.settings.take_ahead and bool(task.inputs())
+        if not fetches_first and self._lease.acquire():
             # The engine reads the task, and the store is asked, while Redis answers.
             facts, fetched = self._look_and_fetch(facts, self._begin(task))
         else:
@@ -207,23 +209,25 @@ class TaskRun:
                 self._await_engine(task)
             self._started_at = datetime.now(UTC)
             facts = self._begin(task)(replace(facts, now=self._started_at))
-            if facts.ended is None and facts.lost_runs is None:
+            if facts.ended is None and facts.orphaned_runs is None:
                 # The index does not count the run: another copy of the task may have ended meanwhile.
                 facts = replace(facts, ended=self._earlier(task))
         verdict = before_run(facts)
         if not isinstance(verdict, Run):
-            self._turn.leave()
+            self._lease.release()
         match verdict:
             case Run():
-                if not (self._turn.taken or self._await_engine(task)):
+                if not (self._lease.held or self._await_engine(task)):
                     return self._cancelled(task)
                 if not self._consumer.holds(delivery):
-                    raise NotBegun(_NOT_HELD)  # what has begun goes on, but another worker may begin this now
-                self._notices.started(
+                    raise NotStarted(
+                        _CONNECTION_LOST
+                    )  # what has begun goes on, but another worker may begin this now
+                self._notifier.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
                 )
                 return self._attempt(task, fetched)
-            case Skip(ended):
+            case AlreadyDone(ended):
                 self._tell_end(ended)
                 return "skipped"
             case Cancel():
@@ -231,39 +235,39 @@ class TaskRun:
             case Expire(error):
                 self._record(self._failure(task, error))
                 return "failed"
-            case Bury() as bury:
-                return self._bury(task, bury)
+            case DeadLetter() as dead_letter:
+                return self._dead_letter(task, dead_letter)
 
     def _begin(self, task: Task) -> Callable[[Facts], Facts]:
         """Tell that a run begins; what this gives waits for the answer, and adds it to what is known."""
-        around, delivery = self._around, self._delivery
+        services, delivery = self._services, self._delivery
         answer = None
-        if task.task_type == around.task_type.name:
+        if task.task_type == services.task_type.name:
             self._begun = task
-            answer = around.tell(
+            answer = services.best_effort(
                 partial(
-                    around.status.begin_soon,
+                    services.status.begin_pipelined,
                     task,
                     attempt=delivery.attempt,
                     redrives=delivery.redrives,
-                    worker=around.settings.worker_name,
+                    worker=services.settings.worker_name,
                     started_at=self._started_at,
                     digest=self._digest or "",
                     run=self._token,
                 )
             )
-            if self._turn.taken:
-                self._turn.engine.prepare(delivery.body.decode())
+            if self._lease.held:
+                self._lease.engine.prepare(delivery.body.decode())
 
         def known(facts: Facts) -> Facts:
-            begun = around.ask(answer) if answer else None
+            begun = services.call_or_skip(answer) if answer else None
             if begun is None:
                 return facts
             return replace(
                 facts,
                 recorded_digest=begun.digest,
                 cancel_requested=begun.cancel_requested,
-                lost_runs=begun.lost_runs,
+                orphaned_runs=begun.orphaned_runs,
             )
 
         return known
@@ -275,28 +279,28 @@ class TaskRun:
 
         `further` adds what else becomes known. The inputs are None where there are none, or no use for them.
         """
-        around, task = self._around, facts.task
+        services, task = self._services, facts.task
         if not task.inputs():
             # A turn of another thread would cost a small task more than it saves.
             ended = self._earlier(task)
             return replace(further(facts), ended=ended), None
-        looked_up = around.meanwhile(partial(self._earlier, task))
+        looked_up = services.meanwhile(partial(self._earlier, task))
         facts = further(facts)
         fetched = self._fetch_ahead(task) if isinstance(before_run(facts), Run) else None
         return replace(facts, ended=looked_up.result()), fetched
 
     def _earlier(self, task: Task) -> Result | None:
-        load = partial(self._around.results.load, task.tenant, task.task_id)
-        return self._around.patiently("object store", load)
+        load = partial(self._services.results.load, task.tenant, task.task_id)
+        return self._services.retry_until_available("object store", load)
 
     def _await_engine(self, task: Task) -> bool:
         """Wait until the engine is ours; False where the task is cancelled before. Raises NotBegun."""
         while True:
-            if self._around.stopping:
-                raise NotBegun("the worker is stopping")
+            if self._services.stopping:
+                raise NotStarted("the worker is stopping")
             if not self._consumer.holds(self._delivery):
-                raise NotBegun(_NOT_HELD)
-            if self._turn.take(LOOK_SECONDS):
+                raise NotStarted(_CONNECTION_LOST)
+            if self._lease.acquire(LOOK_SECONDS):
                 return True
             if self._abort_reason(task) == "cancelled":
                 return False
@@ -310,46 +314,46 @@ class TaskRun:
             record = Result(
                 **_batch_line_of(broken),
                 task_id=broken["task_id"],
-                task_type=self._around.task_type.name,
+                task_type=self._services.task_type.name,
                 tenant=broken.get("tenant", "default"),
                 status="failed",
                 attempts=self._delivery.attempt,
                 error=ErrorInfo.of(error),
-                worker=self._around.settings.worker_name,
+                worker=self._services.settings.worker_name,
                 started_at=self._started_at,
                 finished_at=datetime.now(UTC),
                 redrives=self._delivery.redrives,
             )
             if self._may_end(record):
-                self._notices = Notices(
-                    self._around.publisher, self._publish, url=legible_url(self._delivery.body)
+                self._notifier = Notifier(
+                    self._services.publisher, self._publish, url=legible_url(self._delivery.body)
                 )
                 self._record(record)
         return "failed"
 
     def _may_end(self, record: Result) -> bool:
         """Whether an unreadable message may have a record: an id of another, readable task is left to it."""
-        around = self._around
-        load = partial(around.results.load, record.tenant, record.task_id)
+        services = self._services
+        load = partial(services.results.load, record.tenant, record.task_id)
         try:
-            kept = around.patiently("object store", load)
+            kept = services.retry_until_available("object store", load)
         except UnreadableResult:
             return False
         if kept is not None:
             return kept.digest is None  # this message, handed out again
-        return around.tell(partial(around.status.get, record.tenant, record.task_id)) is None
+        return services.best_effort(partial(services.status.get, record.tenant, record.task_id)) is None
 
     # The run.
 
     def _attempt(self, task: Task, fetched: Future[Inputs] | None) -> str:
-        around = self._around
+        services = self._services
         timings = {"queued": self._queued(task)}
         engine_died = False
         try:
             inputs = self._fetch(task) if fetched is None else fetched.result()
             timings["fetch"] = inputs.seconds
             answer = self._known(task, inputs.files) or self._compute(task, inputs.files)
-            self._turn.leave()
+            self._lease.release()
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
                 return self._succeeded(task, answer, timings)
@@ -360,15 +364,15 @@ class TaskRun:
                 error = TransientFailure(answer.message, code=answer.code)
         except RunAborted as aborted:
             if aborted.reason == "cancelled":
-                self._turn.leave()
+                self._lease.release()
                 return self._cancelled(task)
             raise
         except EngineDied as died:
             error, engine_died = died, True
-            around.metrics.engine_deaths.inc()
+            services.metrics.engine_deaths.inc()
         except (InvalidTask, TransientFailure) as failed:
             error = failed
-        self._turn.leave()
+        self._lease.release()
         return self._failed(task, error, engine_died=engine_died, timings=Timings(**timings))
 
     def _failed(
@@ -383,15 +387,15 @@ class TaskRun:
         verdict = after_failure(
             error,
             attempt=self._delivery.attempt,
-            max_attempts=self._around.settings.max_attempts or self._around.task_type.max_attempts,
+            max_attempts=self._services.settings.max_attempts or self._services.task_type.max_attempts,
             engine_deaths=self._delivery.engine_deaths,
             engine_died=engine_died,
         )
         match verdict:
             case Retry():
                 return self._retry(task, verdict)
-            case Bury():
-                return self._bury(task, verdict, timings)
+            case DeadLetter():
+                return self._dead_letter(task, verdict, timings)
 
     def _fetch_ahead(self, task: Task) -> Future[Inputs]:
         """Fetch the inputs before it is sure that they are needed; what goes wrong counts if they are."""
@@ -403,28 +407,28 @@ class TaskRun:
         return fetched
 
     def _fetch(self, task: Task) -> Inputs:
-        return fetch_inputs(self._around, task, Path(self._scratch), partial(self._abort_reason, task))
+        return fetch_inputs(self._services, task, Path(self._scratch), partial(self._abort_reason, task))
 
-    def _known(self, task: Task, inputs: dict[str, FileNote]) -> Done | None:
+    def _known(self, task: Task, inputs: dict[str, FileRef]) -> Done | None:
         """What the result cache answers, where there is one."""
-        cache, engine = self._around.cache, self._turn.info
+        cache, engine = self._services.cache, self._lease.info
         if cache is None or engine is None:
             return None
         self._cache_key = cache.key(task, inputs, engine)
         if self._cache_key is None:
             return None
         find = partial(cache.find, task.tenant, self._cache_key, Path(self._scratch))
-        found = self._around.patiently("object store", find)
+        found = self._services.retry_until_available("object store", find)
         self._cached = found is not None
         return found
 
-    def _compute(self, task: Task, inputs: dict[str, FileNote]) -> Done | Failed:
-        around = self._around
+    def _compute(self, task: Task, inputs: dict[str, FileRef]) -> Done | Failed:
+        services = self._services
         tenant, task_id = task.tenant, task.task_id
 
         def progress(fraction: float, note: str) -> None:
-            around.tell(partial(around.status.progress, tenant, task_id, fraction, note))
-            self._notices.progress(
+            services.best_effort(partial(services.status.progress, tenant, task_id, fraction, note))
+            self._notifier.progress(
                 task,
                 fraction,
                 note,
@@ -433,26 +437,26 @@ class TaskRun:
                 at=datetime.now(UTC),
             )
 
-        return self._turn.engine.run(
+        return self._lease.engine.run(
             self._delivery.body.decode(),
             self._scratch,
             inputs,
-            watch=Watch(progress, partial(self._abort_reason, task)),
-            time_limit=task.time_limit or around.task_type.time_limit,
-            abort_grace=around.settings.abort_grace,
+            watch=RunHooks(progress, partial(self._abort_reason, task)),
+            time_limit=task.time_limit or services.task_type.time_limit,
+            abort_grace=services.settings.abort_grace,
         )
 
     def _abort_reason(self, task: Task) -> AbortReason | None:
         """Why the run should stop, if it should."""
-        if self._around.grace_passed:
+        if self._services.grace_passed:
             return "shutdown"
         if self._held and not self._consumer.holds(self._delivery):
             # Another worker may begin it while this run goes on: lost lines must not pass for lost runs.
             self._held = False
             self._release()
-        if self._around.tell(
+        if self._services.best_effort(
             partial(
-                self._around.status.cancel_requested,
+                self._services.status.cancel_requested,
                 task.tenant,
                 task.task_id,
                 task.batch_id,
@@ -469,7 +473,7 @@ class TaskRun:
     # After the run.
 
     def _succeeded(self, task: Task, done: Done, timings: dict[str, float | None]) -> str:
-        around = self._around
+        services = self._services
         began = time.monotonic()
         artifacts = tuple(self._upload(task, name, note) for name, note in done.artifacts.items())
         timings["upload"] = time.monotonic() - began
@@ -481,11 +485,11 @@ class TaskRun:
             artifacts=artifacts,
             attempts=self._delivery.attempt,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
-            engine=self._turn.info,
+            engine=self._lease.info,
             batch_id=task.batch_id,
             batch_line=task.batch_line,
             metadata=task.metadata,
-            worker=around.settings.worker_name,
+            worker=services.settings.worker_name,
             created_at=task.created_at,
             started_at=self._started_at,
             finished_at=datetime.now(UTC),
@@ -495,21 +499,21 @@ class TaskRun:
         )
         kept = self._record(result, done.output)
         if kept is not result and artifacts:
-            discard = partial(around.results.discard, task.tenant, task.task_id, attempt_token=self._token)
-            around.patiently("object store", discard)
-        if around.cache is not None and self._cache_key is not None and kept is result and not self._cached:
+            discard = partial(services.results.discard, task.tenant, task.task_id, attempt_token=self._token)
+            services.retry_until_available("object store", discard)
+        if services.cache is not None and self._cache_key is not None and kept is result and not self._cached:
             with suppress(Outage):  # the next one is computed again, and that is all
-                around.cache.keep(result, self._cache_key)
-        around.metrics.observe(task.task_type, result.timings)
+                services.cache.keep(result, self._cache_key)
+        services.metrics.observe(task.task_type, result.timings)
         if kept.digest is not None and kept.digest != self._digest:
-            return self._bury(task, id_conflict(task))  # the other one came between
+            return self._dead_letter(task, id_conflict(task))  # the other one came between
         return "succeeded" if kept is result else "skipped"
 
-    def _upload(self, task: Task, name: str, note: FileNote) -> Artifact:
-        return self._around.patiently(
+    def _upload(self, task: Task, name: str, note: FileRef) -> Artifact:
+        return self._services.retry_until_available(
             "object store",
             partial(
-                self._around.results.save_artifact,
+                self._services.results.save_artifact,
                 task.tenant,
                 task.task_id,
                 name,
@@ -524,25 +528,25 @@ class TaskRun:
 
         `output` is the output as JSON text, which the result leaves out.
         """
-        around = self._around
-        kept = around.patiently("object store", partial(around.results.save, result, output))
+        services = self._services
+        kept = services.retry_until_available("object store", partial(services.results.save, result, output))
         self._tell_end(kept, output if kept is result else None)
         return kept
 
     def _tell_end(self, result: Result, output: bytes | None = None) -> None:
-        answer = self._around.tell(partial(self._around.status.ended_soon, result, output))
+        answer = self._services.best_effort(partial(self._services.status.ended_pipelined, result, output))
         if answer is not None:
             self._answers.append(answer)
         # While Redis answers. Another task's record under this id is not this task's to tell.
         if result.digest == self._digest:
-            self._notices.ended(result, output)
+            self._notifier.ended(result, output)
 
     def _retry(self, task: Task, retry: Retry) -> str:
         attempt = self._delivery.attempt
         _log.warning(
             "%s: attempt %d failed, next in %d s: %s", self._name(), attempt, retry.seconds, retry.error
         )
-        self._notices.settle()
+        self._notifier.settle()
         # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
         self._publish(
             retry_message(
@@ -554,9 +558,9 @@ class TaskRun:
                 engine_deaths=retry.engine_deaths,
             )
         )
-        self._around.report(
+        self._services.report_end(
             partial(
-                self._around.status.retrying,
+                self._services.status.retrying,
                 task,
                 attempt=attempt,
                 redrives=self._delivery.redrives,
@@ -565,19 +569,19 @@ class TaskRun:
         )
         return "retried"
 
-    def _bury(self, task: Task, bury: Bury, timings: Timings | None = None) -> str:
-        _log.warning("%s: failed: %s", self._name(), bury.error)
+    def _dead_letter(self, task: Task, dead_letter: DeadLetter, timings: Timings | None = None) -> str:
+        _log.warning("%s: failed: %s", self._name(), dead_letter.error)
         # The dead letter first: a crash after the record alone would pass for a task that is done with.
-        self._publish(self._dead(bury.error))
-        failure = self._failure(task, bury.error, timings=timings)
-        if bury.record:
+        self._publish(self._dead(dead_letter.error))
+        failure = self._failure(task, dead_letter.error, timings=timings)
+        if dead_letter.record:
             self._record(failure)
             return "failed"
         # The record is another's, but this task has ended, and its owner gets to know.
         if task.batch_line is not None:
             # The index leaves what another has begun alone.
-            self._around.tell(partial(self._around.status.ended, failure))
-        self._notices.ended(failure)
+            self._services.best_effort(partial(self._services.status.ended, failure))
+        self._notifier.ended(failure)
         return "failed"
 
     def _cancelled(self, task: Task) -> str:
@@ -593,8 +597,8 @@ class TaskRun:
             finished_at=datetime.now(UTC),
             digest=self._digest,
             timings=timings,
-            engine=self._turn.info,
-            worker=self._around.settings.worker_name,
+            engine=self._lease.info,
+            worker=self._services.settings.worker_name,
             started_at=self._started_at,
             redrives=self._delivery.redrives,
         )
@@ -602,17 +606,17 @@ class TaskRun:
     def _dead(self, error: InferqError) -> Message:
         return dead_message(
             self._delivery,
-            type_name=self._around.task_type.name,
+            type_name=self._services.task_type.name,
             priority=self._lane,
             error=error,
-            worker=self._around.settings.worker_name,
+            worker=self._services.settings.worker_name,
         )
 
     def _publish(self, message: Message) -> None:
         def confirmed() -> None:
-            self._around.publisher.publish(message).result()
+            self._services.publisher.publish(message).result()
 
-        self._around.patiently("RabbitMQ", confirmed)
+        self._services.retry_until_available("RabbitMQ", confirmed)
 
     def _name(self) -> str:
         return f"task {named_id(self._delivery)!r} on {self._delivery.queue}"

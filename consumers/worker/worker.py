@@ -18,11 +18,11 @@ from inferq.broker import BrokerSettings, Consumer, Delivery, Publisher, topolog
 from inferq.consumers.probes.server import ProbeServer, Readiness
 from inferq.consumers.runtime.device_memory import DeviceMemory
 from inferq.consumers.runtime.process import RunAborted
-from inferq.consumers.worker.engine_supervisor import EngineSeat
+from inferq.consumers.worker.engine_supervisor import EngineSupervisor
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
-from inferq.consumers.worker.services import GracePassed, Surroundings
+from inferq.consumers.worker.services import GracePassed, WorkerServices
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import (
@@ -73,7 +73,7 @@ class Worker:
         self._publisher = Publisher(
             broker, name=settings.worker_name, topology=topology_for([task_type.name])
         )
-        self._surroundings = Surroundings(
+        self._services = WorkerServices(
             settings=settings,
             task_type=task_type,
             store=store,
@@ -85,7 +85,7 @@ class Worker:
             scratch=ScratchFolder(settings.scratch_dir),
             cache=ResultCache(task_type, store, results) if settings.result_cache else None,
         )
-        self._slots = [_Slot(number, self._surroundings, broker) for number in range(settings.slots)]
+        self._slots = [_Slot(number, self._services, broker) for number in range(settings.slots)]
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
         self.probes: ProbeServer | None = None
@@ -112,7 +112,7 @@ class Worker:
         finally:
             self.stop(hurry=True)
             self._publisher.close()
-            self._surroundings.scratch.close()
+            self._services.scratch.close()
             if self.probes is not None:
                 self.probes.close()
         for slot in self._slots:
@@ -130,7 +130,7 @@ class Worker:
 
     def stop(self, *, hurry: bool = False) -> None:
         """Take no more tasks; finish those in hand within the grace period, or give them back at once."""
-        self._surroundings.stop(0.0 if hurry else self._settings.grace_seconds)
+        self._services.stop(0.0 if hurry else self._settings.grace_seconds)
         for slot in self._slots:
             slot.stop_consuming()
 
@@ -142,8 +142,8 @@ class Worker:
     def readiness(self) -> Readiness:
         """Whether every slot would take a task at this moment."""
         waiting = [reason for slot in self._slots if (reason := slot.waiting_for)]
-        waiting += self._surroundings.pauses()
-        if self._surroundings.stopping:
+        waiting += self._services.pauses()
+        if self._services.stopping:
             waiting.append("the end: the worker is shutting down")
         return Readiness(not waiting, tuple(waiting))
 
@@ -151,48 +151,50 @@ class Worker:
 class _Slot:
     """One engine process, and the hands that bring tasks to it: a second one where tasks are taken ahead."""
 
-    def __init__(self, number: int, surroundings: Surroundings, broker: BrokerSettings) -> None:
+    def __init__(self, number: int, services: WorkerServices, broker: BrokerSettings) -> None:
         name = f"slot {number}"
-        seat = EngineSeat(name, surroundings)
-        self._seat = seat
-        names = [name, f"{name} ahead"] if surroundings.settings.take_ahead else [name]
-        over = threading.Barrier(len(names), action=seat.close)
-        self._hands = [_Hand(each, surroundings, broker, seat, over, ahead=each != name) for each in names]
+        supervisor = EngineSupervisor(name, services)
+        self._supervisor = supervisor
+        names = [name, f"{name} ahead"] if services.settings.take_ahead else [name]
+        over = threading.Barrier(len(names), action=supervisor.close)
+        self._threads = [
+            _SlotThread(each, services, broker, supervisor, over, ahead=each != name) for each in names
+        ]
 
     @property
     def waiting_for(self) -> str | None:
         """What keeps this slot from taking a task; None if nothing does."""
-        first = self._hands[0]
-        if not self._seat.ready:
+        first = self._threads[0]
+        if not self._supervisor.ready:
             return f"{first.name}: its engine to load"
-        return next((reason for hand in self._hands if (reason := hand.waiting_for)), None)
+        return next((reason for thread in self._threads if (reason := thread.waiting_for)), None)
 
     @property
     def busy(self) -> bool:
         """Whether it has a task in hand."""
-        return self._seat.busy
+        return self._supervisor.busy
 
     @property
     def fatal(self) -> InferqError | None:
         """What ended it, where that was an error."""
-        return next((hand.fatal for hand in self._hands if hand.fatal is not None), None)
+        return next((thread.fatal for thread in self._threads if thread.fatal is not None), None)
 
     def start(self) -> None:
-        for hand in self._hands:
-            hand.start()
+        for thread in self._threads:
+            thread.start()
 
     def is_alive(self) -> bool:
-        return all(hand.is_alive() for hand in self._hands)
+        return all(thread.is_alive() for thread in self._threads)
 
     def stop_consuming(self) -> None:
-        for hand in self._hands:
-            hand.stop_consuming()
+        for thread in self._threads:
+            thread.stop_consuming()
 
     def reload(self) -> None:
-        self._seat.reload_requested.set()
+        self._supervisor.reload_requested.set()
 
 
-class _Hand(threading.Thread):
+class _SlotThread(threading.Thread):
     """One consumer, and the thread that brings what it delivers to the engine, one task at a time.
 
     A hand that is `ahead`, and the other one while that has a task, gets a task only where no slot is idle.
@@ -202,25 +204,25 @@ class _Hand(threading.Thread):
     def __init__(
         self,
         name: str,
-        surroundings: Surroundings,
+        services: WorkerServices,
         broker: BrokerSettings,
-        seat: EngineSeat,
+        supervisor: EngineSupervisor,
         over: threading.Barrier,
         *,
         ahead: bool,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self._surroundings = surroundings
-        self._seat = seat
+        self._services = services
+        self._supervisor = supervisor
         self._ahead = ahead
-        task_type, settings = surroundings.task_type, surroundings.settings
+        task_type, settings = services.task_type, services.settings
         self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
         self._consumer = Consumer(
             broker,
             list(self._lane_of),
             name=f"{settings.worker_name}/{name.removeprefix('slot ')}",
             topology=topology_for([task_type.name]),
-            gives_way=ahead,
+            low_priority=ahead,
         )
         self._over = over
         self.fatal: InferqError | None = None
@@ -242,46 +244,50 @@ class _Hand(threading.Thread):
             _log.info("%s: stopped", self.name)
         except InstallationError as error:
             self.fatal = error
-            self._surroundings.stop(self._surroundings.settings.grace_seconds)
+            self._services.stop(self._services.settings.grace_seconds)
         except Exception as error:
             _log.exception("%s: ended by an error of its own", self.name)
             self.fatal = InferqError(f"{self.name} was ended by {type(error).__name__}: {error}")
-            self._surroundings.stop(self._surroundings.settings.grace_seconds)
+            self._services.stop(self._services.settings.grace_seconds)
         finally:
             self._consumer.close()
             self._over.wait()
 
     def _serve(self) -> None:
-        around = self._surroundings
+        services = self._services
         if self._ahead:
-            while not self._seat.ready:
-                if around.stopping:
+            while not self._supervisor.ready:
+                if services.stopping:
                     return
-                around.sleep(_READY_LOOK_SECONDS)
+                services.sleep(_READY_LOOK_SECONDS)
         else:
-            self._seat.restore()
-        around.patiently("object store", around.store.ping, around.unless_stopping)
-        around.tell(around.status.warm_up)  # where Redis is away, the patience with it runs from here
-        _rehearse(around.task_type)
+            self._supervisor.restore()
+        services.retry_until_available("object store", services.store.ping, services.unless_stopping)
+        services.best_effort(
+            services.status.warm_up
+        )  # where Redis is away, the patience with it runs from here
+        _rehearse(services.task_type)
         self._consumer.start()
-        while not around.stopping:
-            if not self._seat.usable:
+        while not services.stopping:
+            if not self._supervisor.usable:
                 self._consumer.pause()
-                self._seat.restore()
-            delivery = self._consumer.next(_IDLE_LOOK_SECONDS, gives_way=self._seat.busy)
+                self._supervisor.restore()
+            delivery = self._consumer.next(_IDLE_LOOK_SECONDS, low_priority=self._supervisor.busy)
             if delivery is not None:
                 self._bring(delivery)
             else:
-                self._seat.look()
-                around.look_for_redis()
+                self._supervisor.look()
+                services.look_for_redis()
 
     def _bring(self, delivery: Delivery) -> None:
-        around = self._surroundings
-        if around.stopping:
-            self._consumer.give_back(delivery)
+        services = self._services
+        if services.stopping:
+            self._consumer.requeue(delivery)
             return
-        with self._seat.task_in_hand():
-            TaskRun(around, self._consumer, self._seat, delivery, self._lane_of[delivery.queue]).complete()
+        with self._supervisor.task_in_hand():
+            TaskRun(
+                services, self._consumer, self._supervisor, delivery, self._lane_of[delivery.queue]
+            ).complete()
 
 
 def _rehearse(task_type: TaskType) -> None:

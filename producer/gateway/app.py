@@ -17,7 +17,7 @@ from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import topology_for
 from inferq.producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from inferq.producer.gateway.access import Access
-from inferq.producer.gateway.event_bus import EventHub
+from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.health import ReadinessProbe
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
@@ -68,7 +68,7 @@ def create_app(
         results=ResultStore(store),
         callbacks=CallbackRecords(store, status),
         publisher=publisher,
-        hub=EventHub(storage.redis_url, timeout=storage.redis_timeout),
+        event_bus=EventBus(storage.redis_url, timeout=storage.redis_timeout),
         metrics=metrics,
         closing=asyncio.Event(),
         batches=BatchStore(store),
@@ -104,14 +104,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.publisher.start()
-    services.hub.start()
+    services.event_bus.start()
     gc.freeze()  # what is loaded stays: to look through all of it for garbage would hold up every answer
     try:
         yield
     finally:
         services.closing.set()
-        services.hub.wake()
+        services.event_bus.wake()
         await app.state.submitter.finish()
-        await services.hub.close()
+        await services.event_bus.close()
         await to_thread.run_sync(services.publisher.close, _CLOSE_SECONDS)
         await to_thread.run_sync(services.status.close)

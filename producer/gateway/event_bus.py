@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 class Subscription:
     """The events of one channel since it was opened."""
 
-    def __init__(self, hub: EventHub, channel: str) -> None:
-        self._hub = hub
+    def __init__(self, event_bus: EventBus, channel: str) -> None:
+        self._bus = event_bus
         self._channel = channel
         self._events: asyncio.Queue[Event | None] = asyncio.Queue(_QUEUED_EVENTS)
 
@@ -41,7 +41,7 @@ class Subscription:
         That is after `seconds` (after at most one, while Redis is away), and whenever events may have
         been missed.
         """
-        if not self._hub.hears(self._channel):
+        if not self._bus.hears(self._channel):
             seconds = min(seconds, _POLL_SECONDS)
         try:
             async with asyncio.timeout(seconds):
@@ -58,7 +58,7 @@ class Subscription:
         self._events.put_nowait(event)
 
 
-class EventHub:
+class EventBus:
     """Hands the events of Redis' channels to the subscriptions of this process.
 
     Redis' publish/subscribe is lossy: after a lost connection each subscription is told to look for itself.

@@ -75,7 +75,7 @@ async def follow(services: Services, tenant: str, task_id: str) -> AsyncGenerato
     checked_id(task_id)
     shown = _Shown()
     channel = StatusIndex.channel(tenant, task_id)
-    async with services.hub.subscribe(channel) as subscription:
+    async with services.event_bus.subscribe(channel) as subscription:
         doubt = False
         while not services.closing.is_set():
             try:

@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, Validati
 
 from inferq.schemas import InferqError
 from inferq.schemas.task import Tenant
-from inferq.storage.json_file import RecordFile
+from inferq.storage.json_file import JsonFile
 
 _PREFIX = "iq_"
 _KEY_BYTES = 32
@@ -46,7 +46,7 @@ class KeyFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = RecordFile(
+        self._file = JsonFile(
             path,
             KeyRecord,
             what="the key file",

@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._services.closing.set()
-        self._services.hub.wake()
+        self._services.event_bus.wake()
         await super().shutdown(sockets)
 
 

@@ -14,7 +14,7 @@ from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Depends, Request
 
 from inferq.broker.messages import Message
-from inferq.producer.gateway.event_bus import EventHub
+from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
 from inferq.producer.gateway.settings import GatewaySettings
@@ -103,7 +103,7 @@ class Services:
     results: ResultStore
     callbacks: CallbackRecords
     publisher: TaskPublisher
-    hub: EventHub
+    event_bus: EventBus
     metrics: Metrics
     closing: asyncio.Event
     batches: BatchStore

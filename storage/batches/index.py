@@ -25,7 +25,7 @@ later slice of the same feeding has begun; or `another` feeding of it is alive."
 
 
 @dataclass(frozen=True)
-class Lull:
+class Stall:
     """Since when no task of a batch has ended, in POSIX seconds; `ended` tasks had by then.
 
     `asked`: how many seconds it had lasted when the object store was last asked for ends.
@@ -51,10 +51,10 @@ class Standing:
     cancel_requested: bool
     line: int
     offset: int
-    reaches: int
+    high_water: int
     counts: BatchCounts
     rate: float | None
-    lull: Lull | None
+    stall: Stall | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class BatchIndex:
         batch_id: str,
         *,
         token: str,
-        reaches: int | None = None,
+        high_water: int | None = None,
         line: int | None = None,
         offset: int = 0,
         fed: Iterable[int] = (),
@@ -128,7 +128,7 @@ class BatchIndex:
         new = _runs(fed)
         reply = self._run(
             "step", tenant, batch_id,
-            [token, self._lease, _text(reaches), _text(line), offset, len(new), *new, *_runs(invalid)],
+            [token, self._lease, _text(high_water), _text(line), offset, len(new), *new, *_runs(invalid)],
         )  # fmt: skip
         match reply:
             case [0]:
@@ -142,21 +142,21 @@ class BatchIndex:
         """These lines have ended, as the object store says."""
         self._run("ends", tenant, batch_id, [state, *lines])
 
-    def dealt_with(self, tenant: str, batch_id: str, first: int, last: int) -> frozenset[int]:
+    def processed(self, tenant: str, batch_id: str, first: int, last: int) -> frozenset[int]:
         """Which lines, from `first` to `last`, are fed or invalid already."""
-        return frozenset(self._run("dealt_with", tenant, batch_id, [first, last]))
+        return frozenset(self._run("processed", tenant, batch_id, [first, last]))
 
     def unended(self, tenant: str, batch_id: str, *, after: int = 0, limit: int = 1000) -> list[int]:
         """Lines behind `after` that are fed and have not ended: about `limit` at most, in order."""
         found: list[int] = self._run("unended", tenant, batch_id, [after, limit])
         return found
 
-    def forget(self, tenant: str, batch_id: str, *, reaches: int, token: str = "") -> None:
+    def forget(self, tenant: str, batch_id: str, *, high_water: int, token: str = "") -> None:
         """Throw the bitmaps away, to make them anew; ends of lines up to `reaches` are marked from now on.
 
         With a `token`, raises LeaseLost where another feeder has the batch, and then has changed nothing.
         """
-        if self._run("forget", tenant, batch_id, [reaches, token]) < 0:
+        if self._run("forget", tenant, batch_id, [high_water, token]) < 0:
             raise LeaseLost
 
     def mark(
@@ -172,12 +172,12 @@ class BatchIndex:
         """Have the batch, or one line of it, cancelled: nothing of it starts, and what runs stops."""
         self._set(tenant, batch_id, {"x" if line is None else f"x:{line}": "1"})
 
-    def note_lull(self, tenant: str, batch_id: str, lull: Lull) -> None:
+    def note_stall(self, tenant: str, batch_id: str, stall: Stall) -> None:
         """Keep for the next slice how long nothing has ended."""
-        self._set(tenant, batch_id, {"q": f"{lull.ended} {lull.since} {lull.asked}"})
+        self._set(tenant, batch_id, {"q": f"{stall.ended} {stall.since} {stall.asked}"})
 
     def is_fed(self, tenant: str, batch_id: str, line: int) -> bool:
-        return line in self.dealt_with(tenant, batch_id, line, line)
+        return line in self.processed(tenant, batch_id, line, line)
 
     def look(self, tenant: str, batch_id: str) -> Standing | None:
         """Where a batch stands; None where nothing is known of it."""
@@ -195,7 +195,7 @@ class BatchIndex:
             cancel_requested="x" in fields,
             line=int(fields.get("l", 0)),
             offset=int(fields.get("o", 0)),
-            reaches=int(fields.get("n", 0)),
+            high_water=int(fields.get("n", 0)),
             counts=BatchCounts(
                 total=int(fields["t"]) if "t" in fields else None,
                 queued=max(0, fed - ended),
@@ -206,7 +206,7 @@ class BatchIndex:
                 invalid=invalid,
             ),
             rate=_rate(fields.get("before") or fields.get("then"), ended),
-            lull=_lull(fields.get("q")),
+            stall=_read_stall(fields.get("q")),
         )
 
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
@@ -234,11 +234,11 @@ def _rate(sample: str | None, ended: int) -> float | None:
     return max(0.0, ended - int(before)) / seconds if seconds > 0.1 else None
 
 
-def _lull(noted: str | None) -> Lull | None:
+def _read_stall(noted: str | None) -> Stall | None:
     if not noted:
         return None
     ended, since, asked = noted.split()
-    return Lull(int(ended), float(since), float(asked))
+    return Stall(int(ended), float(since), float(asked))
 
 
 def _runs(lines: Iterable[int]) -> list[int]:

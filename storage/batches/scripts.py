@@ -31,7 +31,7 @@ SOURCES = {
     "ends": read_lua(*_HEAD, _HERE / "ends"),
     "mark": read_lua(*_HEAD, _RUNS, _HERE / "mark"),
     "look": read_lua(*_HEAD, _COUNTS, _HERE / "look"),
-    "dealt_with": read_lua(*_HEAD, _HERE / "dealt_with"),
+    "processed": read_lua(*_HEAD, _HERE / "processed"),
     "unended": read_lua(*_HEAD, _HERE / "unended"),
     "forget": read_lua(*_HEAD, _HERE / "forget"),
 }

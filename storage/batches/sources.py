@@ -78,14 +78,14 @@ class Sources:
                     yield task_id
 
     @contextmanager
-    def taken(self, source: BatchSource, *, after: int = 0) -> Iterator[Taken]:
+    def taken(self, source: BatchSource, *, after: int = 0) -> Iterator[DuplicateIds]:
         """Which lines behind `after` name a task id that another line has taken."""
         if source.taken is None:
-            yield Taken(iter(()))
+            yield DuplicateIds(iter(()))
             return
         with self._pieces(source.taken) as pieces:
             pairs = (json.loads(line.content or b"") for line in read_lines(pieces))
-            yield Taken((line, first) for line, first in pairs if line > after)
+            yield DuplicateIds((line, first) for line, first in pairs if line > after)
 
     @contextmanager
     def _pieces(self, key: str, *, packed: bool = False, start: int = 0) -> Iterator[Iterator[bytes]]:
@@ -210,7 +210,7 @@ class Sources:
         return BatchSource(key=key, gzip=packed, lines=lines, blank=blank, taken=taken, own_ids=own_ids)
 
 
-class Taken:
+class DuplicateIds:
     """Lines whose own task id another line has taken; asked about in their order."""
 
     def __init__(self, pairs: Iterator[tuple[int, int]]) -> None:

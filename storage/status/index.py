@@ -76,7 +76,7 @@ class Begun:
     cancel_requested: bool
     digest: str | None
     state: State
-    lost_runs: int | None = None
+    orphaned_runs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class StatusIndex:
         `digest` spares computing the task's where the caller has it. `run` names the run, for a caller that
         may have to repeat the call: a run is counted once.
         """
-        return self.begin_soon(
+        return self.begin_pipelined(
             task,
             attempt=attempt,
             redrives=redrives,
@@ -189,7 +189,7 @@ class StatusIndex:
             run=run or secrets.token_hex(6),
         )()
 
-    def begin_soon(
+    def begin_pipelined(
         self,
         task: Task,
         *,
@@ -215,7 +215,7 @@ class StatusIndex:
                 cancel_requested=bool(cancel),
                 digest=recorded or None,
                 state=state,
-                lost_runs=None if lost < 0 else lost,
+                orphaned_runs=None if lost < 0 else lost,
             )
 
         return begun
@@ -250,7 +250,7 @@ class StatusIndex:
         """
         return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
 
-    def ended_soon(self, result: Result, output: bytes | None = None) -> Callable[[], bool]:
+    def ended_pipelined(self, result: Result, output: bytes | None = None) -> Callable[[], bool]:
         """As `ended`, but only sent: what this gives waits for the answer, so other work can go between.
 
         `output` is the output as JSON text, where the result leaves it out.

@@ -19,7 +19,7 @@ from inferq.consumers.acestep.engine import AceStepEngine
 from inferq.consumers.acestep.waveform import Waveform, _marks
 from inferq.consumers.engine import Context, TaskAborted
 from inferq.consumers.runtime.messages import Done
-from inferq.consumers.runtime.process import EngineProcess, RunAborted, Watch
+from inferq.consumers.runtime.process import EngineProcess, RunAborted, RunHooks
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 from tests.acestep.conftest import Runner, acestep_task
 
@@ -203,14 +203,14 @@ def test_a_worker_runs_it_and_stops_it(tmp_path: Path) -> None:
     engine.spawn()
     try:
         engine.wait_ready(limit=60)
-        watch = Watch(lambda *_: None, lambda: None)
+        watch = RunHooks(lambda *_: None, lambda: None)
         body = acestep_task().body().decode()
         answer = engine.run(body, str(tmp_path / "1"), {}, watch=watch, time_limit=60, abort_grace=30)
         assert isinstance(answer, Done)
         assert set(answer.artifacts) == {"audio.wav", "waveform.png"}
         assert answer.artifacts["audio.wav"].bytes == 2 * 48000 * 4 + 44
         begun: list[float] = []
-        stop = Watch(lambda fraction, _: begun.append(fraction), lambda: "cancelled" if begun else None)
+        stop = RunHooks(lambda fraction, _: begun.append(fraction), lambda: "cancelled" if begun else None)
         body = acestep_task(duration=600).body().decode()
         with pytest.raises(RunAborted):
             engine.run(body, str(tmp_path / "2"), {}, watch=stop, time_limit=60, abort_grace=30)

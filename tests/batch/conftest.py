@@ -18,7 +18,7 @@ import redis
 from inferq.broker import BrokerSettings, connect, topology_for
 from inferq.consumers.batches.assembly import end
 from inferq.consumers.batches.feeder import Assemble, GoOn, Next, Nothing, Slice
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.settings import BatchSettings
 from inferq.schemas import Batch, BatchSummary, InvalidTask, Result, installed_types, parse_task
 from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
@@ -32,19 +32,19 @@ START = Cursor()
 class BatchSite:
     """Where batches are fed; `ran` counts how often each task began."""
 
-    around: Surroundings
+    services: BatchServices
     redis: redis.Redis
     ran: dict[str, int] = field(default_factory=dict)
 
     def batch(self, content: bytes, **more: Any) -> Batch:
         """A batch over an upload of this content, on record."""
         name = f"{uuid.uuid4().hex}.jsonl"
-        self.around.store.put(upload_key("default", name), content)
+        self.services.store.put(upload_key("default", name), content)
         return self.batch_of(f"inferq:{name}", **more)
 
     def batch_of(self, source: str, **more: Any) -> Batch:
         said = {"batch_id": f"b{uuid.uuid4().hex[:8]}", "task_type": "echo", **more}
-        return self.around.batches.create(Batch(source=source, created_at=datetime.now(UTC), **said))
+        return self.services.batches.create(Batch(source=source, created_at=datetime.now(UTC), **said))
 
     def slice(
         self,
@@ -54,7 +54,7 @@ class BatchSite:
         chain: str = "c",
         part: int = 0,
     ) -> Next:
-        return Slice(self.around, batch.tenant, batch.batch_id, chain=chain, part=part, cursor=cursor).run()
+        return Slice(self.services, batch.tenant, batch.batch_id, chain=chain, part=part, cursor=cursor).run()
 
     def feed(self, batch: Batch, *, between: Callable[[Cursor], None] = lambda _: None) -> Assemble:
         """Slice after slice, until everything has ended."""
@@ -72,7 +72,7 @@ class BatchSite:
 
     def finish(self, batch: Batch, **more: Any) -> BatchSummary:
         error = self.feed(batch, **more).error
-        return end(self.around, batch, error)
+        return end(self.services, batch, error)
 
     def output(self, batch: Batch) -> list[dict[str, Any]]:
         return self._lines(output_key(batch.tenant, batch.batch_id))
@@ -81,10 +81,10 @@ class BatchSite:
         return self._lines(errors_key(batch.tenant, batch.batch_id))
 
     def _lines(self, key: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.around.store.get(key).splitlines()]
+        return [json.loads(line) for line in self.services.store.get(key).splitlines()]
 
     def depth(self) -> int:
-        connection = connect(self.around.broker, name="test")
+        connection = connect(self.services.broker, name="test")
         count = connection.channel().queue_declare("inference.echo.normal", passive=True).method.message_count
         connection.close()
         return int(count)
@@ -99,10 +99,10 @@ class QuickWorker(threading.Thread):
         self._done = threading.Event()
         self.tells_redis = True
         self.spares: set[str] = set()
-        self.status = StatusIndex.from_settings(site.around.storage)
+        self.status = StatusIndex.from_settings(site.services.storage)
 
     def run(self) -> None:
-        connection = connect(self._site.around.broker, name="quick worker")
+        connection = connect(self._site.services.broker, name="quick worker")
         channel = connection.channel()
         topology_for(installed_types()).apply(channel)
         channel.basic_qos(prefetch_count=50)
@@ -119,7 +119,7 @@ class QuickWorker(threading.Thread):
         task = parse_task(body)
         if task.task_id in self.spares:
             return
-        results, now = self._site.around.results, datetime.now(UTC)
+        results, now = self._site.services.results, datetime.now(UTC)
         kept = results.load(task.tenant, task.task_id)
         if kept is None:
             cancel = (
@@ -162,7 +162,7 @@ def batches_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
 @pytest.fixture
 def site(batches_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[BatchSite]:
     address = urlsplit(redis_url)._replace(path="/9").geturl()
-    around = Surroundings(
+    services = BatchServices(
         BatchSettings(batch_slice=5, batch_doubt=0.5),
         StorageSettings(
             redis_url=address,
@@ -172,13 +172,13 @@ def site(batches_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[Batc
         ),
         BrokerSettings(amqp_url=batches_amqp_url),
     )
-    line = connect(around.broker, name="test")
+    line = connect(services.broker, name="test")
     topology_for(installed_types()).apply(line.channel())
     line.channel().queue_purge("inference.echo.normal")
     line.close()
     connection = redis.Redis.from_url(address)
-    yield BatchSite(around, connection)
-    around.close()
+    yield BatchSite(services, connection)
+    services.close()
     connection.flushdb()
     connection.close()
 

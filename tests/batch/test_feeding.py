@@ -44,7 +44,7 @@ def test_every_line_becomes_a_task_and_the_output_is_in_their_order(
     assert payloads(site.output(batch)) == list(range(1, 1201))
     assert site.errors(batch) == []
     assert set(site.ran.values()) == {1}
-    standing = site.around.index.look("default", batch.batch_id)
+    standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
     assert (standing.state, standing.counts.succeeded, standing.counts.queued) == ("completed", 1200, 0)
 
@@ -90,7 +90,7 @@ def test_bad_lines_are_counted_and_named_and_stop_nothing(site: BatchSite, worke
     }.items():  # fmt: skip
         assert words in told[line][1], told[line]
     assert summary.failures["wished"] == 1
-    standing = site.around.index.look("default", "bad")
+    standing = site.services.index.look("default", "bad")
     assert standing is not None
     assert (standing.counts.invalid, standing.counts.failed, standing.counts.total) == (11, 1, 15)
 
@@ -150,8 +150,8 @@ def test_a_source_that_goes_after_it_was_fed_ends_the_batch_with_what_has_ended(
     failing = b'{"task_id": "fails", "payload": "fail"}\n' if own_ids else b'{"payload": "fail"}\n'
     batch = site.batch(lines(20) + failing)
     site.feed(batch)
-    site.around.store.delete(upload_key("default", batch.source.removeprefix("inferq:")))
-    summary = end(site.around, batch)
+    site.services.store.delete(upload_key("default", batch.source.removeprefix("inferq:")))
+    summary = end(site.services, batch)
     assert summary.state == "failed"
     assert "submit the batch anew" in (summary.error or "")
     counts = summary.counts
@@ -163,14 +163,14 @@ def test_a_source_that_goes_between_two_slices_leaves_the_counts_true(
     site: BatchSite, worker: QuickWorker
 ) -> None:
     batch = site.batch(lines(900), max_in_flight=100)
-    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    object.__setattr__(site.services.settings, "batch_slice", 0.3)
     key = upload_key("default", batch.source.removeprefix("inferq:"))
 
     def go_away(_next: object) -> None:
         # A slow machine's first slice may be over before any task has ended.
-        standing = site.around.index.look("default", batch.batch_id)
+        standing = site.services.index.look("default", batch.batch_id)
         if standing is not None and standing.counts.succeeded:
-            site.around.store.delete(key)
+            site.services.store.delete(key)
 
     summary = site.finish(batch, between=go_away)
     assert (summary.state, summary.counts.total) == ("failed", 900)
@@ -201,23 +201,23 @@ def test_what_is_on_its_way_as_a_slice_ends_goes_out_once(
 ) -> None:
     batch = site.batch(lines(4000), max_in_flight=5000)
     sent: Counter[str | None] = Counter()
-    publish_all = site.around.publisher.publish_all
+    publish_all = site.services.publisher.publish_all
 
     def count(messages: Sequence[Message]) -> Future[None]:
         sent.update(message.message_id for message in messages)
         if len(sent) in (1000, 2000):
-            site.around.stopping.set()
+            site.services.stopping.set()
         return publish_all(messages)
 
-    monkeypatch.setattr(site.around.publisher, "publish_all", count)
+    monkeypatch.setattr(site.services.publisher, "publish_all", count)
     cursor = Cursor()
     for part in range(3):
         going_on = site.slice(batch, cursor, part=part)
         assert isinstance(going_on, GoOn)
         cursor = going_on.cursor
         assert cursor.line == (1000, 2000, 4000)[part]
-        site.around.stopping.clear()
-    standing = site.around.index.look("default", batch.batch_id)
+        site.services.stopping.clear()
+    standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
     assert (standing.line, standing.offset) == (4000, len(lines(4000)))
     assert (len(sent), set(sent.values())) == (4000, {1})
@@ -228,7 +228,7 @@ def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
 ) -> None:
     batch = site.batch(lines(10))
     sent: Counter[str | None] = Counter()
-    publish_all = site.around.publisher.publish_all
+    publish_all = site.services.publisher.publish_all
     late = batch.task_id(4)
 
     def refuse(messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
@@ -243,7 +243,7 @@ def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
         return refused
 
     monkeypatch.setattr("inferq.consumers.batches.feeder._REJECTED_PAUSE", 0.05)
-    monkeypatch.setattr(site.around.publisher, "publish_all", refuse)
+    monkeypatch.setattr(site.services.publisher, "publish_all", refuse)
     assert site.finish(batch).counts.succeeded == 10
     assert sent.pop(late) == 4
     assert set(sent.values()) == {2}
@@ -253,7 +253,7 @@ def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
     site: BatchSite, worker: QuickWorker
 ) -> None:
     batch = site.batch(lines(900), max_in_flight=100)
-    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    object.__setattr__(site.services.settings, "batch_slice", 0.3)
     assert isinstance(site.slice(batch), GoOn)
     # The message of the first slice comes again, from the start: its last cursor was never sent on.
     site.redis.hset(f"inferq:batch:default:{batch.batch_id}", "slice", 0)
@@ -265,7 +265,7 @@ def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
 
 def test_redis_flushed_between_slices_loses_nothing(site: BatchSite, worker: QuickWorker) -> None:
     batch = site.batch(lines(1000) + b"broken\n" + b'{"payload": "fail"}\n', max_in_flight=40)
-    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    object.__setattr__(site.services.settings, "batch_slice", 0.3)
     flushed = []
 
     def flush(cursor: Cursor) -> None:
@@ -293,25 +293,25 @@ def test_all_that_is_in_flight_is_looked_up_and_the_source_is_read_once_for_it(
     content = b"".join(b'{"task_id": "own-%d", "payload": %d}\n' % (n, n) for n in range(1, 501))
     batch = site.batch(content)
     site.slice(batch)
-    source = site.around.batches.source("default", batch.batch_id)
+    source = site.services.batches.source("default", batch.batch_id)
     assert source is not None
     for number in (450, 451):
         task = parse_task(
             {"task_id": f"own-{number}", "task_type": "echo", "payload": number,
              "batch_id": batch.batch_id, "batch_line": number}
         )  # fmt: skip
-        site.around.results.save(
+        site.services.results.save(
             Result.failure(task, InvalidTask("no"), attempts=1, finished_at=datetime.now(UTC))
         )
-    read, lines_of = [], site.around.sources.lines
-    monkeypatch.setattr(site.around.sources, "lines", lambda *of: read.append(of) or lines_of(*of))
-    recount = Recount(site.around, batch, source, lambda: None)
+    read, lines_of = [], site.services.sources.lines
+    monkeypatch.setattr(site.services.sources, "lines", lambda *of: read.append(of) or lines_of(*of))
+    recount = Recount(site.services, batch, source, lambda: None)
     recount.in_flight()
-    standing = site.around.index.look("default", batch.batch_id)
+    standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
     assert (standing.counts.failed, standing.counts.queued, len(read)) == (2, 498, 1)
     recount.cancel_in_flight()
-    standing = site.around.index.look("default", batch.batch_id)
+    standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
     assert (standing.counts.failed, standing.counts.cancelled, len(read)) == (2, 498, 2)
 
@@ -328,7 +328,7 @@ def test_an_id_that_another_task_has_ends_as_a_conflict(site: BatchSite, worker:
 
 def test_a_result_that_nobody_can_read_is_a_failed_line(site: BatchSite, worker: QuickWorker) -> None:
     batch = site.batch(lines(3), batch_id="spoilt")
-    site.around.store.put("tasks/default/spoilt.2/result.json", b"spoilt")
+    site.services.store.put("tasks/default/spoilt.2/result.json", b"spoilt")
     worker.spares = {"spoilt.2"}  # as a worker does, which buries it
     summary = site.finish(batch)
     assert (summary.counts.succeeded, summary.failures) == (2, {"result_unreadable": 1})
@@ -339,7 +339,7 @@ def test_a_result_that_nobody_can_read_is_a_failed_line(site: BatchSite, worker:
 def test_a_cancelled_batch_ends_without_any_worker(site: BatchSite) -> None:
     batch = site.batch(lines(50) + b"broken\n", max_in_flight=20)
     site.slice(batch)
-    site.around.batches.request_cancel("default", batch.batch_id)
+    site.services.batches.request_cancel("default", batch.batch_id)
     site.redis.flushdb()  # the wish stands in the store, too
     summary = site.finish(batch)
     assert summary.state == "cancelled"
@@ -363,11 +363,11 @@ def test_a_batch_that_is_cancelled_while_its_source_is_read_reads_no_further(
     def pieces(_key: str, **_: Any) -> Iterator[bytes]:
         for number in range(1000):
             if number == 5:
-                site.around.batches.request_cancel("default", batch.batch_id)
+                site.services.batches.request_cancel("default", batch.batch_id)
             read.append(number)
             yield b'{"payload": 1}\n'
 
-    monkeypatch.setattr(site.around.store, "stream", pieces)
+    monkeypatch.setattr(site.services.store, "stream", pieces)
     monkeypatch.setattr(feeder, "_CANCEL_LOOK_SECONDS", 0.0)
     summary = site.finish(batch)
     assert max(read) < 10
@@ -377,10 +377,10 @@ def test_a_batch_that_is_cancelled_while_its_source_is_read_reads_no_further(
 
 def test_a_batch_that_redis_is_told_to_cancel_stops_being_fed(site: BatchSite, worker: QuickWorker) -> None:
     batch = site.batch(lines(3000), max_in_flight=10)
-    object.__setattr__(site.around.settings, "batch_slice", 0.3)
+    object.__setattr__(site.services.settings, "batch_slice", 0.3)
 
     def cancel(cursor: Cursor) -> None:
-        site.around.batches.request_cancel("default", batch.batch_id)
+        site.services.batches.request_cancel("default", batch.batch_id)
 
     summary = site.finish(batch, between=cancel)
     assert summary.state == "cancelled"
@@ -390,12 +390,12 @@ def test_a_batch_that_redis_is_told_to_cancel_stops_being_fed(site: BatchSite, w
 
 def test_a_second_feeding_of_a_batch_gives_way_to_the_first(site: BatchSite) -> None:
     batch = site.batch(lines(5))
-    take = site.around.index.take
+    take = site.services.index.take
     name = ("default", batch.batch_id)
     assert take(*name, chain="a", part=0, token="a0") == "taken"
     assert take(*name, chain="b", part=0, token="b0") == "another"
     assert take(*name, chain="a", part=0, token="a1") == "held"
-    site.around.index.release(*name, "a0")
+    site.services.index.release(*name, "a0")
     assert take(*name, chain="a", part=1, token="a2") == "taken"
     assert take(*name, chain="a", part=0, token="a3") == "outdated"
     assert site.slice(batch, chain="b") == Nothing()
@@ -403,7 +403,7 @@ def test_a_second_feeding_of_a_batch_gives_way_to_the_first(site: BatchSite) -> 
 
 def test_a_feeding_that_has_to_come_about_waits_for_the_lease(site: BatchSite) -> None:
     batch = site.batch(lines(3))
-    assert site.around.index.take("default", batch.batch_id, chain="over", part=0, token="dead") == "taken"
+    assert site.services.index.take("default", batch.batch_id, chain="over", part=0, token="dead") == "taken"
     assert site.slice(batch, chain="c") == Nothing()
     assert isinstance(site.slice(batch, chain=f"{AGAIN}1"), GoOn)
 
@@ -412,12 +412,12 @@ def test_a_feeder_says_that_it_lives_while_it_settles_the_source(
     site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = site.batch(lines(5))
-    assert site.around.index.look("default", batch.batch_id) is None  # its lease is as ever
-    object.__setattr__(site.around.settings, "batch_lease", 0)  # due at once
+    assert site.services.index.look("default", batch.batch_id) is None  # its lease is as ever
+    object.__setattr__(site.services.settings, "batch_lease", 0)  # due at once
     renewed: list[bool] = []
 
     def renew(feeding: Slice) -> None:
-        renewed.append(site.around.batches.source("default", batch.batch_id) is None)
+        renewed.append(site.services.batches.source("default", batch.batch_id) is None)
 
     monkeypatch.setattr(Slice, "_renew", renew)
     site.slice(batch)
@@ -433,7 +433,7 @@ def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:
             assert 1 <= seconds <= 30
         case other:
             raise AssertionError(other)
-    standing = site.around.index.look("default", batch.batch_id)
+    standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
     assert standing.state == "paused"
     assert standing.counts.queued == 0
@@ -442,14 +442,14 @@ def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:
 def test_what_has_ended_in_a_closed_window_is_put_together_without_waiting_for_it_to_open(
     site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = site.around.settings.model_copy(update={"batch_slice": 0.3})
-    object.__setattr__(site.around, "settings", settings)
+    settings = site.services.settings.model_copy(update={"batch_slice": 0.3})
+    object.__setattr__(site.services, "settings", settings)
     batch = site.batch(lines(20), window={"start": "22:00", "end": "06:00", "time_zone": "UTC"})
     monkeypatch.setattr(Window, "opens_in", lambda *_: 0.0)
     fed = site.slice(batch)
     assert isinstance(fed, GoOn)
     monkeypatch.setattr(Window, "opens_in", lambda *_: 3600.0)
-    site.around.index.ends("default", batch.batch_id, "succeeded", range(1, 21))
+    site.services.index.ends("default", batch.batch_id, "succeeded", range(1, 21))
     assert site.slice(batch, fed.cursor, part=1) == Assemble()
 
 
@@ -458,8 +458,8 @@ def test_the_object_store_is_asked_more_and_more_seldom_for_ends_that_do_not_com
 ) -> None:
     asked: list[float] = []
     monkeypatch.setattr(Recount, "in_flight", lambda _: asked.append(time.monotonic()))
-    settings = site.around.settings.model_copy(update={"batch_slice": 0.3, "batch_doubt": 0.2})
-    object.__setattr__(site.around, "settings", settings)
+    settings = site.services.settings.model_copy(update={"batch_slice": 0.3, "batch_doubt": 0.2})
+    object.__setattr__(site.services, "settings", settings)
     batch = site.batch(lines(5))
     cursor, part, end = Cursor(), 0, time.monotonic() + 3.5
     while time.monotonic() < end:
@@ -474,9 +474,9 @@ def test_the_object_store_is_asked_more_and_more_seldom_for_ends_that_do_not_com
 def test_the_same_batch_is_one_batch_and_another_is_refused(site: BatchSite) -> None:
     batch = site.batch(lines(1), batch_id="twice")
     again = batch.model_copy(update={"created_at": batch.created_at.replace(year=2030)})
-    assert site.around.batches.create(again) == batch
+    assert site.services.batches.create(again) == batch
     with pytest.raises(BatchConflict, match="another content"):
-        site.around.batches.create(again.model_copy(update={"priority": "high"}))
+        site.services.batches.create(again.model_copy(update={"priority": "high"}))
 
 
 def test_assembling_twice_gives_the_same_files_and_one_summary(site: BatchSite, worker: QuickWorker) -> None:
@@ -484,21 +484,21 @@ def test_assembling_twice_gives_the_same_files_and_one_summary(site: BatchSite, 
     first = site.finish(batch)
     before = site.output(batch), site.errors(batch)
     assert site.slice(batch) == Nothing()
-    assert site.around.batches.summary("default", batch.batch_id) == first
+    assert site.services.batches.summary("default", batch.batch_id) == first
     assert (site.output(batch), site.errors(batch)) == before
 
 
 def test_as_many_outputs_are_fetched_at_a_time_as_there_are_readers(
     site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readers = site.around.settings.batch_readers
+    readers = site.services.settings.batch_readers
     together = threading.Barrier(readers)
 
     def output(result: Result) -> JsonValue:
         together.wait(10)
         return {"pages": [{}] * (result.batch_line or 0)}
 
-    monkeypatch.setattr(site.around.results, "output", output)
+    monkeypatch.setattr(site.services.results, "output", output)
     batch = site.batch(lines(2 * readers))
     assert site.finish(batch).pages == sum(range(1, 2 * readers + 1))
     assert payloads(site.output(batch)) == list(range(1, 2 * readers + 1))
@@ -518,4 +518,4 @@ def test_a_line_that_is_assembled_too_early_is_not_left_out(site: BatchSite) -> 
     batch = site.batch(lines(3))
     assert isinstance(site.slice(batch), GoOn | Assemble)
     with pytest.raises(Unfinished):
-        Assembly(site.around, batch).run()
+        Assembly(site.services, batch).run()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def pages(site: BatchSite, s3: S3Client, s3_url: str, bucket: str) -> str:
     """A bucket that batches may be fed from."""
-    storage = site.around.storage
+    storage = site.services.storage
     object.__setattr__(storage, "s3_endpoint_url", s3_url)
     object.__setattr__(storage, "fetch_s3_buckets", (bucket,))
     for key, body in {
@@ -37,10 +37,10 @@ def test_each_object_under_a_prefix_is_a_line_and_later_ones_are_not(
     site: BatchSite, pages: str, s3: S3Client
 ) -> None:
     batch = site.batch_of(f"s3://{pages}/in/", task_type="ocr")
-    source = site.around.sources.settle(batch)
+    source = site.services.sources.settle(batch)
     s3.put_object(Bucket=pages, Key="in/later.png", Body=b"3")
-    assert site.around.sources.settle(batch) == source
-    with site.around.sources.lines(source) as lines:
+    assert site.services.sources.settle(batch) == source
+    with site.services.sources.lines(source) as lines:
         found = [json.loads(line.content or b"") for line in lines]
     urls = [f"s3://{pages}/in/a 1.png", f"s3://{pages}/in/b.png"]
     assert [line["image_url"] for line in found] == urls
@@ -53,7 +53,7 @@ def test_what_the_store_itself_has_under_a_prefix_is_no_input(
 ) -> None:
     for key in ("own/tasks/default/t/result.json", "own/batches/b.json", "own-scans/a.png"):
         s3.put_object(Bucket=pages, Key=key, Body=b"{}")
-    storage = site.around.storage.model_copy(update={"store_url": f"s3://{pages}/own"})
+    storage = site.services.storage.model_copy(update={"store_url": f"s3://{pages}/own"})
     store = open_store(storage)
     sources = Sources(store, BatchStore(store), storage)
     assert [found.key for found in sources.objects(f"s3://{pages}/own")] == ["own-scans/a.png"]
@@ -65,9 +65,9 @@ def test_what_the_store_itself_has_under_a_prefix_is_no_input(
 
 def test_a_jsonl_in_s3_is_copied(site: BatchSite, pages: str, s3: S3Client) -> None:
     s3.put_object(Bucket=pages, Key="tasks.jsonl", Body=b'{"payload": 1}\n{"payload": 2}')
-    source = site.around.sources.settle(site.batch_of(f"s3://{pages}/tasks.jsonl"))
+    source = site.services.sources.settle(site.batch_of(f"s3://{pages}/tasks.jsonl"))
     s3.delete_object(Bucket=pages, Key="tasks.jsonl")
-    with site.around.sources.lines(source) as lines:
+    with site.services.sources.lines(source) as lines:
         assert [line.content for line in lines] == [b'{"payload": 1}', b'{"payload": 2}']
 
 
@@ -86,21 +86,21 @@ def test_a_prefix_that_cannot_be_used_says_why(
 ) -> None:
     batch = site.batch_of(source.replace("PAGES", pages), **more)
     with pytest.raises(SourceUnusable, match=words):
-        site.around.sources.settle(batch)
+        site.services.sources.settle(batch)
 
 
 def test_a_bucket_that_does_not_let_us_says_why(site: BatchSite, pages: str) -> None:
-    object.__setattr__(site.around.storage, "fetch_s3_buckets", ("not-there",))
+    object.__setattr__(site.services.storage, "fetch_s3_buckets", ("not-there",))
     batch = site.batch_of("s3://not-there/in/", task_type="ocr")
     with pytest.raises(SourceUnusable, match="does not exist, or does not let us read"):
-        site.around.sources.settle(batch)
+        site.services.sources.settle(batch)
 
 
 @pytest.mark.parametrize("source", ["s3://secret/in/", "s3://secret/tasks.jsonl"])
 def test_a_bucket_that_refuses_us_ends_the_batch_and_is_named(
     site: BatchSite, forbidding_s3: str, source: str
 ) -> None:
-    storage = site.around.storage
+    storage = site.services.storage
     object.__setattr__(storage, "s3_endpoint_url", forbidding_s3)
     object.__setattr__(storage, "fetch_s3_buckets", ("secret",))
     summary = site.finish(site.batch_of(source, task_type="ocr"))

@@ -180,7 +180,7 @@ def test_what_is_given_back_comes_again(
 ) -> None:
     submit("t1")
     consumer = consume(lanes)
-    consumer.give_back(take(consumer))
+    consumer.requeue(take(consumer))
     again = take(consumer)
     assert again.message_id == "t1"
     assert again.redelivered

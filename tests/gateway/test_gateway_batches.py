@@ -28,7 +28,7 @@ def fed(gateway: Gateway, *, lease_seconds: int = 20) -> BatchIndex:
     assert index.take(*name, chain="c", part=0, token="t") == "taken"
     index.open(*name, token="t", line=0, offset=0, total=5, cancelled=False)
     index.set_state(*name, "feeding")
-    index.step(*name, token="t", reaches=5, line=2, offset=9, fed=[1, 2])
+    index.step(*name, token="t", high_water=5, line=2, offset=9, fed=[1, 2])
     return index
 
 

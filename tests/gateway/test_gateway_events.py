@@ -131,14 +131,14 @@ def test_several_readers_of_one_task_all_see_its_end(gateway: Gateway) -> None:
 
 def test_a_reader_that_leaves_is_forgotten(gateway: Gateway) -> None:
     gateway.began("e")
-    hub = gateway.server.config.app.state.services.hub  # type: ignore[union-attr]
+    event_bus = gateway.server.config.app.state.services.event_bus  # type: ignore[union-attr]
     with gateway.client(gateway.key) as client:
         with client.stream("GET", "/v1/tasks/e/events") as response:
             events = Stream(response).events()  # held, since the stream is closed when it is let go
             next(events)
-            assert hub._subscriptions
-    wait_until(lambda: not hub._subscriptions)
-    assert not hub._acked
+            assert event_bus._subscriptions
+    wait_until(lambda: not event_bus._subscriptions)
+    assert not event_bus._acked
 
 
 def test_redis_is_told_when_nobody_listens_any_more(gateway: Gateway, redis_url: str) -> None:
@@ -186,8 +186,8 @@ def test_a_stream_goes_on_when_redis_is_back(
         redis_node.kill()
         redis_node.start()
         # What the index has lost the worker tells again.
-        hub = gateway.server.config.app.state.services.hub  # type: ignore[union-attr]
-        wait_until(lambda: any(acked.is_set() for acked in hub._acked.values()))
+        event_bus = gateway.server.config.app.state.services.event_bus  # type: ignore[union-attr]
+        wait_until(lambda: any(acked.is_set() for acked in event_bus._acked.values()))
         gateway.began("e")
         gateway.status.progress(gateway.tenant, "e", 0.7, None)
         gateway.end(task)

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from inferq.broker import BrokerSettings, connect, job_topology
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.settings import BatchSettings
 from inferq.storage import StorageSettings
 
 
 @pytest.fixture
-def around(fresh_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[Surroundings]:
-    around = Surroundings(
+def services(fresh_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[BatchServices]:
+    services = BatchServices(
         BatchSettings(),
         StorageSettings(redis_url=redis_url, store_url=(tmp_path / "store").as_uri(), store_fsync=False),
         BrokerSettings(amqp_url=fresh_amqp_url),
     )
-    connection = connect(around.broker, name="test")
+    connection = connect(services.broker, name="test")
     job_topology().apply(connection.channel())
     connection.close()
-    yield around
-    around.close()
+    yield services
+    services.close()

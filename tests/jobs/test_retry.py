@@ -11,8 +11,8 @@ from celery import Celery, Task
 from inferq.broker import job_message
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches import retry
-from inferq.consumers.batches.retry import again_unless_done
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.retry import resend_unless_done
+from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import InvalidTask, Outage
 from tests.celery_worker import working
 
@@ -20,22 +20,22 @@ THREADS = 4
 
 
 @pytest.fixture
-def app(around: Surroundings) -> Celery:
-    return celery_app(around.broker)
+def app(services: BatchServices) -> Celery:
+    return celery_app(services.broker)
 
 
-def failing(app: Celery, here: Surroundings, fail: Callable[[int], None]) -> None:
+def failing(app: Celery, here: BatchServices, fail: Callable[[int], None]) -> None:
     """Add `test.fails`; `fail` gets how often the job has failed before."""
 
     @app.task(name="test.fails", bind=True, shared=False)
     def fails(self: Task, number: int) -> None:
-        again_unless_done(self, here, f"batch {number}", lambda: fail(self.request.retries))
+        resend_unless_done(self, here, f"batch {number}", lambda: fail(self.request.retries))
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), InvalidTask("broken"), Outage("away")])
 def test_broken_batches_hold_up_no_other(
     app: Celery,
-    around: Surroundings,
+    services: BatchServices,
     error: Exception,
 ) -> None:
     failed = threading.Semaphore(0)
@@ -45,7 +45,7 @@ def test_broken_batches_hold_up_no_other(
         failed.release()
         raise error
 
-    failing(app, around, fail)
+    failing(app, services, fail)
 
     @app.task(name="test.done", shared=False)
     def be_done() -> None:
@@ -53,16 +53,16 @@ def test_broken_batches_hold_up_no_other(
 
     for number in range(5 * THREADS):
         message = job_message("test.fails", "inference.batches", {"number": number}, job_id=f"b{number}")
-        around.confirm(message)
+        services.confirm(message)
     with working(app):
         for _ in range(5 * THREADS):
             assert failed.acquire(timeout=20)
-        around.confirm(job_message("test.done", "inference.batches", {}, job_id="done"))
+        services.confirm(job_message("test.done", "inference.batches", {}, job_id="done"))
         assert done.wait(retry._AGAIN_SECONDS / 2)
 
 
 def test_a_job_that_failed_comes_again_as_it_was(
-    app: Celery, around: Surroundings, caplog: pytest.LogCaptureFixture,
+    app: Celery, services: BatchServices, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(retry, "_AGAIN_SECONDS", 0.5)
@@ -75,8 +75,8 @@ def test_a_job_that_failed_comes_again_as_it_was(
             raise ValueError("as you wish")
         done.set()
 
-    failing(app, around, fail)
-    around.confirm(job_message("test.fails", "inference.batches", {"number": 7}, job_id="b7"))
+    failing(app, services, fail)
+    services.confirm(job_message("test.fails", "inference.batches", {"number": 7}, job_id="b7"))
     with working(app):
         assert done.wait(20)
     assert came == [0, 1, 2]
@@ -89,15 +89,15 @@ def test_a_job_that_failed_comes_again_as_it_was(
 
 def test_a_job_that_cannot_be_sent_again_is_given_back(
     app: Celery,
-    around: Surroundings,
+    services: BatchServices,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(retry, "_AGAIN_SECONDS", 0.1)
     sent: list[object] = []
     done = threading.Event()
-    confirm = Surroundings.confirm
+    confirm = BatchServices.confirm
 
-    def refuse(here: Surroundings, message: object) -> None:
+    def refuse(here: BatchServices, message: object) -> None:
         sent.append(message)
         raise Outage("RabbitMQ is away")
 
@@ -106,9 +106,9 @@ def test_a_job_that_cannot_be_sent_again_is_given_back(
             raise ValueError("as you wish")
         done.set()
 
-    failing(app, around, fail)
-    confirm(around, job_message("test.fails", "inference.batches", {"number": 7}, job_id="b7"))
-    monkeypatch.setattr(Surroundings, "confirm", refuse)
+    failing(app, services, fail)
+    confirm(services, job_message("test.fails", "inference.batches", {"number": 7}, job_id="b7"))
+    monkeypatch.setattr(BatchServices, "confirm", refuse)
     with working(app):
         assert done.wait(20)
 

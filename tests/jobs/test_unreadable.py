@@ -14,7 +14,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from inferq.broker import QUEUE_JOBS, JobQueue, connect, job_message
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches import jobs as batch_jobs
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.nightly import jobs as nightly_jobs
 from tests.celery_worker import working
 from tests.jobs.test_job_worker import wait_for
@@ -55,8 +55,8 @@ def unreadable(name: str) -> list[tuple[bytes, dict[str, Any], dict[str, str]]]:
 
 
 @pytest.fixture
-def channel(around: Surroundings) -> Iterator[BlockingChannel]:
-    connection = connect(around.broker, name="test")
+def channel(services: BatchServices) -> Iterator[BlockingChannel]:
+    connection = connect(services.broker, name="test")
     yield connection.channel()
     connection.close()
 
@@ -68,12 +68,12 @@ def put(channel: BlockingChannel, queue: str, body: bytes, headers: dict[str, An
 
 @pytest.mark.parametrize("name", QUEUE_JOBS["inference.batches"])
 def test_what_is_no_job_is_kept_and_what_comes_behind_is_done(
-    around: Surroundings, channel: BlockingChannel, name: str
+    services: BatchServices, channel: BlockingChannel, name: str
 ) -> None:
-    app = celery_app(around.broker)
+    app = celery_app(services.broker)
     done = threading.Event()
-    batch_jobs.add_jobs(app, around)
-    nightly_jobs.add_jobs(app, around)
+    batch_jobs.add_jobs(app, services)
+    nightly_jobs.add_jobs(app, services)
 
     @app.task(name="test.done", shared=False)
     def be_done() -> None:
@@ -111,9 +111,9 @@ def test_what_is_no_job_is_kept_and_what_comes_behind_is_done(
     ids=str,
 )  # fmt: skip
 def test_headers_that_no_job_has_are_not_heeded(
-    around: Surroundings, channel: BlockingChannel, odd: dict[str, Any]
+    services: BatchServices, channel: BlockingChannel, odd: dict[str, Any]
 ) -> None:
-    app = celery_app(around.broker)
+    app = celery_app(services.broker)
     done = threading.Event()
 
     @app.task(name="test.done", shared=False)

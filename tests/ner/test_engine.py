@@ -19,8 +19,8 @@ from inferq.consumers.ner import NerOutput
 from inferq.consumers.ner.backend import Span
 from inferq.consumers.ner.engine import NerEngine, load_backend
 from inferq.consumers.ner.settings import NerSettings
-from inferq.consumers.runtime.messages import Done, Failed, FileNote
-from inferq.consumers.runtime.process import EngineProcess, Watch
+from inferq.consumers.runtime.messages import Done, Failed, FileRef
+from inferq.consumers.runtime.process import EngineProcess, RunHooks
 from inferq.schemas import EngineInfo, InstallationError
 from tests.ner.conftest import check, named, ner_task
 from tests.ner.gold import sentences
@@ -272,8 +272,8 @@ def test_the_engine_process_reads_texts_and_refuses_files_that_are_none(tmp_path
             answer = engine.run(
                 ner_task(text_url="data:,x").body().decode(),
                 str(tmp_path / "scratch"),
-                {"text_url": FileNote(path=path, content_type="text/plain", bytes=len(content))},
-                watch=Watch(lambda fraction, note: notes.append((fraction, note)), lambda: None),
+                {"text_url": FileRef(path=path, content_type="text/plain", bytes=len(content))},
+                watch=RunHooks(lambda fraction, note: notes.append((fraction, note)), lambda: None),
                 time_limit=60,
                 abort_grace=1,
             )

@@ -21,7 +21,7 @@ from inferq.producer.nightly import read_schedules
 from inferq.producer.up.part import free_ports
 from inferq.schemas import BatchCounts, BatchSummary
 from inferq.storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
-from inferq.storage.runs import Run, RunLog, Taken
+from inferq.storage.runs import Run, RunLog, Snapshot
 from tests.installation import inferq, inferq_here
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def test_list_counts_what_became_of_the_tasks_of_the_last_run(desk: Desk) -> Non
 def test_list_tells_of_a_run_that_failed_not_of_the_batch_that_has_its_id(desk: Desk) -> None:
     _started(desk, datetime(2026, 11, 25, 0, 30, tzinfo=UTC))
     log = RunLog(desk.store, "default", "invoices")
-    log.settle("invoices-20261125T003000Z", Taken(token="t", error="the id is taken"))
+    log.settle("invoices-20261125T003000Z", Snapshot(token="t", error="the id is taken"))
     now = datetime.now(UTC)
     BatchStore(desk.store).finish(
         BatchSummary(

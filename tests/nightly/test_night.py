@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from inferq.broker import BrokerSettings, Message
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.settings import BatchSettings
 from inferq.consumers.nightly.jobs import Watcher
 from inferq.consumers.nightly.night import Ended, ended_between
@@ -32,7 +32,7 @@ def at(clock: str) -> datetime:
 
 
 @dataclass(frozen=True)
-class Recording(Surroundings):
+class Recording(BatchServices):
     """Surroundings whose broker only takes down what it is given."""
 
     sent: list[Message] = field(default_factory=list)
@@ -47,18 +47,18 @@ class Nights:
     def __init__(self, folder: Path, **more: Any) -> None:
         self._folder = folder
         storage = StorageSettings(store_url=folder.as_uri(), store_fsync=False)
-        self.around = Recording(BatchSettings(), storage, BrokerSettings())
+        self.services = Recording(BatchSettings(), storage, BrokerSettings())
         said = {
             "name": "scans", "cron": "30 1 * * *", "time_zone": "Europe/Berlin", "source": "s3://scans/in/",
             "task_type": "ocr", "window": "01:00-06:00", "callback": "https://example.com/nights", **more,
         }  # fmt: skip
         self.schedule = Schedule.model_validate({k: v for k, v in said.items() if v is not None})
         made = self.schedule.batch(at(START)).model_copy(update={"created_at": at(START)})
-        self.batch = self.around.batches.create(made)
+        self.batch = self.services.batches.create(made)
         self.run = Run(run_id=self.batch.batch_id, scheduled_at=at(START), schedule=self.schedule)
 
     def look(self, since: datetime, now: str) -> datetime | None:
-        return Watcher(self.around, self.run).look(since, at(now))
+        return Watcher(self.services, self.run).look(since, at(now))
 
     def ends(
         self,
@@ -79,20 +79,22 @@ class Nights:
             output=None if code else {"pages": [{}] * pages},
             error=ErrorInfo(code=code, message="", retryable=False) if code else None,
         )  # fmt: skip
-        self.around.results.save(result)
+        self.services.results.save(result)
         name = "failure.json" if code else "result.json"
         os.utime(self.path(task_id, name), (at(clock).timestamp(),) * 2)
 
     def takes(self, lines: int) -> None:
         """The source is known to have so many lines."""
-        self.around.batches.keep_source("default", self.batch.batch_id, BatchSource(key="lines", lines=lines))
+        self.services.batches.keep_source(
+            "default", self.batch.batch_id, BatchSource(key="lines", lines=lines)
+        )
 
     def path(self, task_id: str, name: str) -> Path:
         return self._folder / "tasks" / "default" / task_id / name
 
     def over(self, clock: str, *, state: str = "completed", **more: Any) -> None:
         counts = more.pop("counts")
-        self.around.batches.finish(
+        self.services.batches.finish(
             BatchSummary.model_validate(
                 {
                     "batch_id": self.batch.batch_id, "tenant": "default", "state": state, "seconds": 1.0,
@@ -109,7 +111,7 @@ class Nights:
 
     @property
     def callbacks(self) -> list[dict[str, Any]]:
-        return [json.loads(message.body)[1]["callback"] for message in self.around.sent]
+        return [json.loads(message.body)[1]["callback"] for message in self.services.sent]
 
 
 MakeNights = Callable[..., Nights]
@@ -157,7 +159,7 @@ def test_pages_count_in_an_output_that_is_an_artifact_and_a_spoilt_record_is_a_f
     run.ends(2, "2026-11-25T02:00", code="not_an_image")
     large = tmp_path / "output.json"
     large.write_text(json.dumps({"pages": [{}] * 400}))
-    results, store = run.around.results, run.around.store
+    results, store = run.services.results, run.services.store
     first, second, third = (run.batch.task_id(line) for line in (1, 2, 3))
     artifact = results.save_artifact(
         "default", third, "output.json", large, "application/json", attempt_token="1-a"
@@ -174,17 +176,17 @@ def test_pages_count_in_an_output_that_is_an_artifact_and_a_spoilt_record_is_a_f
 
 def test_lines_with_ids_of_their_own_count_where_the_result_is_theirs(nights: MakeNights) -> None:
     run = nights()
-    run.around.store.put("lines", b'{"task_id": "mine"}\n{}\n{"task_id": "mine"}\n{"task_id": "foreign"}\n')
-    run.around.store.put("taken", b"[3,1]\n")
+    run.services.store.put("lines", b'{"task_id": "mine"}\n{}\n{"task_id": "mine"}\n{"task_id": "foreign"}\n')
+    run.services.store.put("taken", b"[3,1]\n")
     source = BatchSource(key="lines", gzip=False, lines=4, blank=0, taken="taken", own_ids=True)
-    run.around.batches.keep_source("default", run.batch.batch_id, source)
+    run.services.batches.keep_source("default", run.batch.batch_id, source)
     run.ends(1, "2026-11-25T02:00", task_id="mine", pages=5)
     run.ends(2, "2026-11-25T03:00")
     other = Result(
         task_id="foreign", task_type="ocr", tenant="default", attempts=1, finished_at=at("2026-11-25T02:00"),
         status="succeeded", digest="d", output={},
     )  # fmt: skip
-    run.around.results.save(other)
+    run.services.results.save(other)
     store_clock = at("2026-11-25T02:00").timestamp()
     os.utime(run.path("foreign", "result.json"), (store_clock, store_clock))
     run.look(at(START), "2026-11-25T06:00:05")
@@ -322,7 +324,7 @@ def test_without_a_callback_the_night_is_on_record_all_the_same(nights: MakeNigh
     run.over("2026-11-25T03:00", counts={"total": 0})
     assert run.look(at(START), "2026-11-25T03:00:10") is None
     assert not run.told
-    log = RunLog(run.around.store, "default", "scans")
+    log = RunLog(run.services.store, "default", "scans")
     assert [night.night for night in log.nights(run.run.run_id, Night)] == ["2026-11-25"]
 
 

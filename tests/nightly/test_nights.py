@@ -20,7 +20,7 @@ import redis
 from inferq.broker import BrokerSettings, connect, topology_for
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches import jobs as batch_jobs
-from inferq.consumers.batches.services import Surroundings
+from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.settings import BatchSettings
 from inferq.consumers.nightly import jobs
 from inferq.consumers.nightly.jobs import Watcher
@@ -52,14 +52,14 @@ HOOK = "https://example.com/nights"
 class Site:
     """Services for runs; `work` ends the tasks in the queue as a worker would, without an engine."""
 
-    def __init__(self, around: Surroundings, s3: S3Client, bucket: str) -> None:
-        self.around = around
+    def __init__(self, services: BatchServices, s3: S3Client, bucket: str) -> None:
+        self.services = services
         self.s3 = s3
         self.bucket = bucket
-        self.connection = connect(around.broker, name="test")
+        self.connection = connect(services.broker, name="test")
         self.channel = self.connection.channel()
         topology_for(installed_types()).apply(self.channel)
-        self.status = StatusIndex.from_settings(around.storage)
+        self.status = StatusIndex.from_settings(services.storage)
 
     def put(self, *names: str) -> None:
         for name in names:
@@ -73,7 +73,7 @@ class Site:
         return Schedule.model_validate(said | more)
 
     def start(self, schedule: Schedule, moment: datetime) -> str:
-        self.around.confirm(start_message(schedule, moment))
+        self.services.confirm(start_message(schedule, moment))
         return run_id_of(schedule.name, moment)
 
     def work(
@@ -96,7 +96,7 @@ class Site:
                     output={"pages": [{}] * pages, "of": source}, attempts=1, batch_id=task.batch_id,
                     batch_line=task.batch_line, metadata=task.metadata, finished_at=now, digest=task.digest(),
                 )  # fmt: skip
-            self.status.ended(self.around.results.save(kept))
+            self.status.ended(self.services.results.save(kept))
             ended.append(task.task_id)
         return ended
 
@@ -124,7 +124,7 @@ class Site:
         found: list[BatchSummary] = []
 
         def ended() -> bool:
-            summary = self.around.batches.summary("default", run_id)
+            summary = self.services.batches.summary("default", run_id)
             found.extend([summary] if summary else [])
             return bool(found)
 
@@ -132,19 +132,19 @@ class Site:
         return found[0]
 
     def lines(self, key: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.around.store.get(key).splitlines()]
+        return [json.loads(line) for line in self.services.store.get(key).splitlines()]
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """The jobs are worked on, as by `inferq callbacks --queues batches`."""
-        app = celery_app(self.around.broker)
-        batch_jobs.add_jobs(app, self.around)
-        jobs.add_jobs(app, self.around, watch_seconds=1)
+        app = celery_app(self.services.broker)
+        batch_jobs.add_jobs(app, self.services)
+        jobs.add_jobs(app, self.services, watch_seconds=1)
         with working(app, queues=["inference.batches"]):
             yield
 
     def close(self) -> None:
-        self.around.close()
+        self.services.close()
         self.status.close()
         try:
             self.connection.close()
@@ -165,7 +165,7 @@ def site(
     nights_amqp_url: str, redis_url: str, tmp_path: Path, s3_url: str, s3: S3Client, bucket: str
 ) -> Iterator[Site]:
     address = urlsplit(redis_url)._replace(path=f"/{next(_databases)}").geturl()
-    around = Surroundings(
+    services = BatchServices(
         BatchSettings(batch_slice=5, batch_doubt=0.5),
         StorageSettings(
             redis_url=address,
@@ -176,7 +176,7 @@ def site(
         ),
         BrokerSettings(amqp_url=nights_amqp_url),
     )
-    site = Site(around, s3, bucket)
+    site = Site(services, s3, bucket)
     for queue in ("inference.ner.low", "inference.callbacks", "inference.batches"):
         site.channel.queue_purge(queue)
     yield site
@@ -232,7 +232,7 @@ def test_a_later_start_is_told_of_as_the_run_was_first_started_and_an_ended_run_
     moment = datetime(2026, 11, 24, 1, 30, tzinfo=UTC)
     run_id = site.start(site.schedule(), moment)
     with site.working():
-        wait_for(lambda: site.around.batches.load("default", run_id))
+        wait_for(lambda: site.services.batches.load("default", run_id))
         # The schedule was changed meanwhile; by its zone the same time is another day.
         site.start(site.schedule(time_zone="America/New_York"), moment)
         wait_for(lambda: site.depth("inference.batches") == 0)
@@ -244,13 +244,13 @@ def test_a_later_start_is_told_of_as_the_run_was_first_started_and_an_ended_run_
         site.start(site.schedule(), moment)
         time.sleep(4)  # a watch looks within a second
         assert site.depth("inference.callbacks") == 0
-    nights = RunLog(site.around.store, "default", "letters").nights(run_id, Night)
+    nights = RunLog(site.services.store, "default", "letters").nights(run_id, Night)
     assert [night.night for night in nights] == ["2026-11-24"]
 
 
 def test_a_run_whose_source_cannot_be_read_fails_with_words_and_is_told(site: Site) -> None:
-    storage = site.around.storage.model_copy(update={"fetch_s3_buckets": ("nowhere-2",)})
-    object.__setattr__(site.around, "storage", storage)
+    storage = site.services.storage.model_copy(update={"fetch_s3_buckets": ("nowhere-2",)})
+    object.__setattr__(site.services, "storage", storage)
     with site.working():
         for bucket, words in (("nowhere-1", "INFERQ_FETCH_S3_BUCKETS"), ("nowhere-2", "does not exist")):
             schedule = site.schedule(name=bucket, source=f"s3://{bucket}/in/")
@@ -270,7 +270,7 @@ def test_a_run_whose_id_is_anothers_fails_with_words_and_is_told_and_logged_once
     moment = datetime(2026, 11, 24, 1, 30, tzinfo=UTC)
     run_id = run_id_of("letters", moment)
     theirs = Batch(batch_id=run_id, source="s3://theirs/in.jsonl", created_at=datetime.now(UTC))
-    site.around.batches.create(theirs)
+    site.services.batches.create(theirs)
     with site.working():
         site.start(site.schedule(), moment)
         told, body = site.callback()
@@ -284,8 +284,8 @@ def test_a_run_whose_id_is_anothers_fails_with_words_and_is_told_and_logged_once
         assert site.summary(second).counts.succeeded == 1
         wait_for(lambda: site.depth("inference.batches") == 0)
     assert len([r for r in caplog.records if r.levelname == "ERROR" and run_id in r.getMessage()]) == 1
-    assert site.around.batches.load("default", run_id) == theirs
-    assert site.around.batches.summary("default", run_id) is None
+    assert site.services.batches.load("default", run_id) == theirs
+    assert site.services.batches.summary("default", run_id) is None
 
 
 def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(
@@ -299,7 +299,7 @@ def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(
     run_id = site.start(schedule, datetime(2026, 11, 24, 1, 30, tzinfo=UTC))
 
     def state() -> str | None:
-        standing = site.around.index.look("default", run_id)
+        standing = site.services.index.look("default", run_id)
         return standing.state if standing else None
 
     with site.working():
@@ -309,7 +309,7 @@ def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(
         site.work(2)
         wait_for(lambda: state() == "paused")
         assert site.depth("inference.ner.low") == 0
-        assert site.around.batches.summary("default", run_id) is None
+        assert site.services.batches.summary("default", run_id) is None
         opens_in[0] = 0.0
         site.work(3)
         assert site.summary(run_id).counts.succeeded == 6
@@ -324,13 +324,13 @@ def test_each_night_of_a_run_is_told_once_and_the_nights_add_up(site: Site) -> N
     closes = closes.replace(second=0, microsecond=0)
     run = Run(run_id=run_id_of("letters", today), scheduled_at=today, schedule=schedule)
     site.put("a", "bad", "c")
-    around = site.around
-    Starter(around.store, around.batches, around.sources, lambda _message: None).start(schedule, today)
-    batch = around.batches.load("default", run.run_id)
+    services = site.services
+    Starter(services.store, services.batches, services.sources, lambda _message: None).start(schedule, today)
+    batch = services.batches.load("default", run.run_id)
     assert batch is not None
     for line, status in ((1, "succeeded"), (2, "failed")):
-        around.results.save(_ended(batch.task_id(line), status, today))
-    watcher = Watcher(around, run)
+        services.results.save(_ended(batch.task_id(line), status, today))
+    watcher = Watcher(services, run)
 
     assert watcher.look(batch.created_at, closes - timedelta(minutes=1)) == batch.created_at
     assert (
@@ -352,7 +352,7 @@ def test_each_night_of_a_run_is_told_once_and_the_nights_add_up(site: Site) -> N
     assert (second[1]["data"]["succeeded"], second[1]["data"]["failures"]) == (0, {})
 
     ended = closes + timedelta(days=1, hours=22)
-    around.batches.finish(
+    services.batches.finish(
         BatchSummary.model_validate(
             {
                 "batch_id": run.run_id, "tenant": "default", "state": "completed",
@@ -371,7 +371,7 @@ def test_each_night_of_a_run_is_told_once_and_the_nights_add_up(site: Site) -> N
         {},
     )
     assert last[1]["data"]["pages"] == 2
-    nights = RunLog(around.store, "default", "letters").nights(run.run_id, Night)
+    nights = RunLog(services.store, "default", "letters").nights(run.run_id, Night)
     assert [night.state for night in nights] == ["paused", "paused", "completed"]
 
 

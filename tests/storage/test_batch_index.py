@@ -41,7 +41,7 @@ def index(status: StatusIndex) -> BatchIndex:
     index = BatchIndex(status)
     index.take(*B, chain="c", part=0, token="t")
     index.open(*B, token="t", line=0, offset=0, total=10, cancelled=False)
-    index.step(*B, token="t", reaches=10, line=4, offset=99, fed=[1, 2, 3], invalid=[4])
+    index.step(*B, token="t", high_water=10, line=4, offset=99, fed=[1, 2, 3], invalid=[4])
     return index
 
 
@@ -142,7 +142,7 @@ def test_a_cancelled_batch_lets_nothing_begin_and_stops_what_runs(
 def test_another_feeder_and_a_lost_index_are_told(index: BatchIndex, address: str) -> None:
     with pytest.raises(LeaseLost):
         index.step(*B, token="other", fed=[5])
-    assert index.dealt_with(*B, 1, 10) == {1, 2, 3, 4}
+    assert index.processed(*B, 1, 10) == {1, 2, 3, 4}
     with redis.Redis.from_url(address) as connection:
         connection.flushdb()
     with pytest.raises(IndexLost):
@@ -153,17 +153,17 @@ def test_another_feeder_and_a_lost_index_are_told(index: BatchIndex, address: st
 def test_whoever_makes_the_index_anew_keeps_the_batch(status: StatusIndex) -> None:
     index = BatchIndex(status, lease_seconds=1)
     assert index.take(*B, chain="c", part=0, token="t") == "taken"
-    index.forget(*B, reaches=5, token="t")
+    index.forget(*B, high_water=5, token="t")
     for _ in range(3):
         time.sleep(0.5)
         with pytest.raises(IndexLost):
             index.step(*B, token="t")
     assert index.take(*B, chain="d", part=0, token="d0") == "another"
     with pytest.raises(LeaseLost):
-        index.forget(*B, reaches=0, token="d0")
+        index.forget(*B, high_water=0, token="d0")
     with pytest.raises(LeaseLost):
         index.open(*B, token="d0", line=0, offset=0, total=10, cancelled=False)
-    assert index.look(*B).reaches == 5  # type: ignore[union-attr]
+    assert index.look(*B).high_water == 5  # type: ignore[union-attr]
 
 
 def test_a_look_tells_whether_a_feeder_has_the_batch(status: StatusIndex) -> None:
@@ -179,7 +179,7 @@ def test_a_look_tells_whether_a_feeder_has_the_batch(status: StatusIndex) -> Non
     assert leased() is True
     index.open(*B, token="t", line=0, offset=0, total=10, cancelled=False)
     assert leased() is True
-    index.step(*B, token="t", reaches=10, line=2, offset=99, fed=[1, 2])
+    index.step(*B, token="t", high_water=10, line=2, offset=99, fed=[1, 2])
     assert (leased(), counts(index)) == (True, (2, 0, 0, 0, 0, 0))
     index.release(*B, "other")
     assert leased() is True
@@ -199,12 +199,12 @@ def test_any_lines_are_marked_and_no_others(
     index: BatchIndex, steps: list[set[int]], invalid: set[int]
 ) -> None:
     """Runs of lines are set byte by byte, and must leave their neighbours alone."""
-    index.forget(*B, reaches=0)
+    index.forget(*B, high_water=0)
     index.open(*B, token="t", line=0, offset=0, total=99, cancelled=False)
     fed: set[int] = set()
     for lines in steps:
         fed |= lines
         step = index.step(*B, token="t", line=99, fed=sorted(lines), invalid=sorted(invalid))
         assert (step.fed, step.invalid) == (len(fed), len(invalid))
-        assert index.dealt_with(*B, 1, 99) == fed | invalid
+        assert index.processed(*B, 1, 99) == fed | invalid
         assert index.unended(*B) == sorted(fed)

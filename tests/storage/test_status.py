@@ -257,7 +257,7 @@ def test_a_redelivered_run_starts_over_without_a_second_event(
 
 
 def lost(index: StatusIndex, attempt: int = 1, redrives: int = 0) -> int | None:
-    count = begin(index, job(), attempt, redrives).lost_runs
+    count = begin(index, job(), attempt, redrives).orphaned_runs
     return None if count is None else int(count)
 
 
@@ -297,7 +297,7 @@ def test_late_copies_and_other_tasks_of_the_same_id_are_not_counted(index: Statu
     assert lost(index, attempt=2) == 0
     assert lost(index, attempt=1) is None
     index.released(job(), attempt=1, redrives=0)
-    assert begin(index, job(text="other"), attempt=2).lost_runs is None
+    assert begin(index, job(text="other"), attempt=2).orphaned_runs is None
     assert lost(index, attempt=2) == 1
 
 
@@ -308,11 +308,11 @@ def test_what_does_not_say_when_it_was_created_was_so_before_it_began(index: Sta
 
 
 def test_a_begin_that_is_repeated_after_a_lost_answer_counts_once(index: StatusIndex) -> None:
-    assert begin(index, job(), run="first").lost_runs == 0
-    assert begin(index, job(), run="first").lost_runs == 0
-    assert begin(index, job(), run="second").lost_runs == 1
-    assert begin(index, job(), run="second").lost_runs == 1
-    assert begin(index, job(), run="third").lost_runs == 2
+    assert begin(index, job(), run="first").orphaned_runs == 0
+    assert begin(index, job(), run="first").orphaned_runs == 0
+    assert begin(index, job(), run="second").orphaned_runs == 1
+    assert begin(index, job(), run="second").orphaned_runs == 1
+    assert begin(index, job(), run="third").orphaned_runs == 2
 
 
 @settings(
@@ -348,7 +348,7 @@ def test_in_any_order_of_calls_only_runs_in_a_row_without_an_end_are_counted(
                 if place == furthest:
                     began += [run] if began[-1:] != [run] else []
                     expected = len(began) - 1
-                assert begin(index, job(), attempt, redrives, run=run).lost_runs == expected
+                assert begin(index, job(), attempt, redrives, run=run).orphaned_runs == expected
             case "released":
                 index.released(job(), attempt=attempt, redrives=redrives)
                 if (redrives, attempt, 2) == furthest:
@@ -885,7 +885,7 @@ def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIn
 
     def start(task: Task) -> Callable[[], Any]:
         now = datetime.now(UTC)
-        return index.begin_soon(
+        return index.begin_pipelined(
             task, attempt=1, redrives=0, worker="w", started_at=now, digest=task.digest(), run="r"
         )
 
@@ -893,15 +893,15 @@ def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIn
     forgotten = start(first)
     assert start(second)().digest == second.digest()
     assert forgotten().state == "running"
-    ending = index.ended_soon(end(second))
+    ending = index.ended_pipelined(end(second))
     assert ending() is True
     assert known(index, second).state == "succeeded"
-    assert index.ended_soon(end(second))() is False
+    assert index.ended_pipelined(end(second))() is False
 
 
 def test_an_answer_is_fetched_on_any_thread(index: StatusIndex) -> None:
     index.begin(job(), attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC))
-    ending = index.ended_soon(end(job()))
+    ending = index.ended_pipelined(end(job()))
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(ending()))
     thread.start()
@@ -921,7 +921,7 @@ def test_after_its_warm_up_a_run_neither_connects_nor_loads_a_script(
     redis_client.script_flush()
     index.warm_up()
     before = taken()
-    answer = index.begin_soon(
+    answer = index.begin_pipelined(
         job(), attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC), digest="d", run="r"
     )
     index.cancel_requested("default", "t1")

@@ -15,7 +15,7 @@ import pytest
 from inferq.broker import connect
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.consumers.worker.decision import MAX_DELIVERIES
-from inferq.consumers.worker.engine_supervisor import EngineSeat
+from inferq.consumers.worker.engine_supervisor import EngineSupervisor
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
@@ -146,23 +146,23 @@ def test_a_new_engine_that_cannot_be_started_leaves_the_seat_to_the_old_one(
     settings = SimpleNamespace(
         engine_memory_limit=None, engine_recycle_memory=None, engine_max_tasks=None, start_limit=1
     )
-    around = SimpleNamespace(settings=settings, task_type=SimpleNamespace(name="faulty"))
-    seat = EngineSeat("slot", cast(Any, around))
+    services = SimpleNamespace(settings=settings, task_type=SimpleNamespace(name="faulty"))
+    supervisor = EngineSupervisor("slot", cast(Any, services))
 
     def spawn(_process: EngineProcess) -> None:
         raise fault
 
     monkeypatch.setattr(EngineProcess, "spawn", spawn)
-    old = seat.engine
-    seat.reload_requested.set()
+    old = supervisor.engine
+    supervisor.reload_requested.set()
     if isinstance(fault, OSError):
-        assert seat.take()
-        seat.leave()
+        assert supervisor.acquire()
+        supervisor.release()
     else:
         with pytest.raises(RuntimeError):
-            seat.take()
-    assert seat.take()
-    assert seat.engine is old
+            supervisor.acquire()
+    assert supervisor.acquire()
+    assert supervisor.engine is old
 
 
 def test_one_that_is_cancelled_while_it_waits_never_starts(site: Site) -> None:

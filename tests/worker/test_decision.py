@@ -13,14 +13,14 @@ from inferq.broker import RETRY_LEVELS
 from inferq.consumers.worker.decision import (
     MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
-    MAX_LOST_RUNS,
-    Bury,
+    MAX_ORPHANED_RUNS,
+    AlreadyDone,
     Cancel,
+    DeadLetter,
     Expire,
     Facts,
     Retry,
     Run,
-    Skip,
     after_failure,
     before_run,
 )
@@ -54,7 +54,7 @@ def test_a_new_task_runs() -> None:
 
 def test_a_task_on_another_types_queue_is_buried_with_advice() -> None:
     verdict = decide(task(), type_name="ocr")
-    assert isinstance(verdict, Bury)
+    assert isinstance(verdict, DeadLetter)
     assert verdict.error.code == "wrong_queue"
     assert "task_type.echo" in verdict.error.message
 
@@ -62,21 +62,21 @@ def test_a_task_on_another_types_queue_is_buried_with_advice() -> None:
 @pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled"])
 def test_an_ended_task_is_skipped(status: str) -> None:
     result = ended(task(), status)
-    assert decide(task(), ended=result) == Skip(result)
+    assert decide(task(), ended=result) == AlreadyDone(result)
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
 def test_a_redriven_task_runs_once_for_each_redrive(status: str) -> None:
     assert decide(task(), ended=ended(task(), status), redrives=1) == Run()
     again = ended(task(), status, redrives=1)
-    assert decide(task(), ended=again, redrives=1) == Skip(again)
+    assert decide(task(), ended=again, redrives=1) == AlreadyDone(again)
     assert decide(task(), ended=again, redrives=2) == Run()
 
 
 @given(st.integers(0, 10), st.integers(0, 10))
 def test_a_success_is_final_however_often_it_is_redriven(recorded: int, redrives: int) -> None:
     result = ended(task(), redrives=recorded)
-    assert decide(task(), ended=result, redrives=redrives) == Skip(result)
+    assert decide(task(), ended=result, redrives=redrives) == AlreadyDone(result)
 
 
 def test_the_same_id_with_other_content_is_buried_and_leaves_the_record_alone() -> None:
@@ -87,7 +87,7 @@ def test_the_same_id_with_other_content_is_buried_and_leaves_the_record_alone() 
         {"recorded_digest": other.digest()},
     ):
         verdict = decide(task(), **known)
-        assert isinstance(verdict, Bury)
+        assert isinstance(verdict, DeadLetter)
         assert verdict.error.code == "id_conflict"
         assert not verdict.record
 
@@ -112,36 +112,36 @@ def test_defaults_and_the_stamp_of_a_gateway_do_not_make_another_task() -> None:
 
 
 def test_a_task_whose_runs_vanish_is_given_up_before_it_is_run_once_too_often() -> None:
-    assert decide(task(), lost_runs=MAX_LOST_RUNS - 1, deliveries=MAX_LOST_RUNS) == Run()
-    verdict = decide(task(), lost_runs=MAX_LOST_RUNS, deliveries=MAX_LOST_RUNS)
-    assert isinstance(verdict, Bury)
+    assert decide(task(), orphaned_runs=MAX_ORPHANED_RUNS - 1, deliveries=MAX_ORPHANED_RUNS) == Run()
+    verdict = decide(task(), orphaned_runs=MAX_ORPHANED_RUNS, deliveries=MAX_ORPHANED_RUNS)
+    assert isinstance(verdict, DeadLetter)
     assert verdict.error.code == "poison"
     assert verdict.record
 
 
 def test_the_runs_of_other_copies_are_not_held_against_a_copy_that_is_handed_out_for_the_first_time() -> None:
-    assert decide(task(), lost_runs=50, deliveries=0) == Run()
+    assert decide(task(), orphaned_runs=50, deliveries=0) == Run()
 
 
 def test_a_lost_run_tells_more_than_an_engines_death_and_less_than_a_delivery() -> None:
-    assert MAX_ENGINE_DEATHS < MAX_LOST_RUNS < MAX_DELIVERIES
+    assert MAX_ENGINE_DEATHS < MAX_ORPHANED_RUNS < MAX_DELIVERIES
 
 
 def test_a_task_that_never_comes_to_an_end_is_given_up() -> None:
     assert decide(task(), deliveries=MAX_DELIVERIES - 1) == Run()
     verdict = decide(task(), deliveries=MAX_DELIVERIES)
-    assert isinstance(verdict, Bury)
+    assert isinstance(verdict, DeadLetter)
     assert verdict.error.code == "poison"
     assert verdict.record
     done = ended(task())
-    assert decide(task(), deliveries=MAX_DELIVERIES, ended=done) == Skip(done)
+    assert decide(task(), deliveries=MAX_DELIVERIES, ended=done) == AlreadyDone(done)
 
 
 def test_what_was_given_back_often_is_no_poison_where_the_runs_are_counted() -> None:
     own = task().digest()
-    assert decide(task(), deliveries=1000, recorded_digest=own, lost_runs=0) == Run()
+    assert decide(task(), deliveries=1000, recorded_digest=own, orphaned_runs=0) == Run()
     assert is_poison(decide(task(), deliveries=1000, recorded_digest=own))
-    assert is_poison(decide(task(), deliveries=1000, lost_runs=0))
+    assert is_poison(decide(task(), deliveries=1000, orphaned_runs=0))
 
 
 attempts = st.integers(1, 50)
@@ -151,7 +151,7 @@ attempts = st.integers(1, 50)
 def test_what_is_invalid_is_never_retried(attempt: int, most: int, deaths: int, died: bool) -> None:
     error = InvalidTask("no")
     verdict = after_failure(error, attempt=attempt, max_attempts=most, engine_deaths=deaths, engine_died=died)
-    assert verdict == Bury(error)
+    assert verdict == DeadLetter(error)
 
 
 @given(attempts, attempts, st.integers(0, 5), st.booleans())
@@ -161,10 +161,10 @@ def test_a_transient_failure_is_retried_until_its_attempts_or_engines_are_used_u
     error = TransientFailure("no")
     verdict = after_failure(error, attempt=attempt, max_attempts=most, engine_deaths=deaths, engine_died=died)
     if deaths + died >= MAX_ENGINE_DEATHS:
-        assert isinstance(verdict, Bury)
+        assert isinstance(verdict, DeadLetter)
         assert verdict.error.code == "poison"
     elif attempt >= most:
-        assert verdict == Bury(error)
+        assert verdict == DeadLetter(error)
     else:
         assert isinstance(verdict, Retry)
         assert verdict.seconds in RETRY_LEVELS
@@ -196,7 +196,7 @@ def facts(draw: st.DrawFn) -> Facts:
         ended=record,
         recorded_digest=draw(digests),
         cancel_requested=draw(st.booleans()),
-        lost_runs=draw(st.none() | st.integers(0, 2 * MAX_LOST_RUNS)),
+        orphaned_runs=draw(st.none() | st.integers(0, 2 * MAX_ORPHANED_RUNS)),
         deliveries=draw(st.integers(0, MAX_DELIVERIES + 5)),
     )
 
@@ -208,20 +208,20 @@ def owned(known: Facts) -> bool:
 
 
 def is_poison(verdict: object) -> bool:
-    return isinstance(verdict, Bury) and verdict.error.code == "poison"
+    return isinstance(verdict, DeadLetter) and verdict.error.code == "poison"
 
 
 @given(facts())
 def test_the_same_facts_lead_to_the_same_decision(known: Facts) -> None:
     first, second = before_run(known), before_run(known)
     assert type(first) is type(second)
-    assert isinstance(first, Run | Skip | Cancel | Expire | Bury)
+    assert isinstance(first, Run | AlreadyDone | Cancel | Expire | DeadLetter)
 
 
 @given(facts())
 def test_every_refusal_says_why(known: Facts) -> None:
     verdict = before_run(known)
-    if isinstance(verdict, Bury | Expire):
+    if isinstance(verdict, DeadLetter | Expire):
         assert isinstance(verdict.error, InvalidTask)
         assert verdict.error.code in {"wrong_queue", "id_conflict", "expired", "poison"}
         assert len(verdict.error.message) > 30
@@ -230,13 +230,13 @@ def test_every_refusal_says_why(known: Facts) -> None:
 @given(facts())
 def test_a_success_is_skipped_whatever_else_is_known_and_never_run_again(known: Facts) -> None:
     if owned(known) and known.ended is not None and known.ended.digest and known.ended.status == "succeeded":
-        assert before_run(known) == Skip(known.ended)
+        assert before_run(known) == AlreadyDone(known.ended)
 
 
 @given(facts())
 def test_only_what_has_ended_is_skipped(known: Facts) -> None:
     verdict = before_run(known)
-    if isinstance(verdict, Skip):
+    if isinstance(verdict, AlreadyDone):
         assert verdict.ended is known.ended
         assert verdict.ended.digest == known.digest
         assert verdict.ended.status == "succeeded" or verdict.ended.redrives >= known.redrives
@@ -247,16 +247,16 @@ def test_a_conflict_is_buried_and_touches_nobodys_record(known: Facts) -> None:
     recorded = known.ended.digest if known.ended is not None else known.recorded_digest
     verdict = before_run(known)
     if known.type_name == "echo" and recorded == _OTHER:
-        assert isinstance(verdict, Bury)
+        assert isinstance(verdict, DeadLetter)
         assert (verdict.error.code, verdict.record) == ("id_conflict", False)
     else:
-        assert not (isinstance(verdict, Bury) and verdict.error.code == "id_conflict")
+        assert not (isinstance(verdict, DeadLetter) and verdict.error.code == "id_conflict")
 
 
 @given(facts())
 def test_only_a_conflict_leaves_its_owner_without_a_record(known: Facts) -> None:
     verdict = before_run(known)
-    if isinstance(verdict, Bury) and not verdict.record:
+    if isinstance(verdict, DeadLetter) and not verdict.record:
         assert verdict.error.code == "id_conflict"
 
 
@@ -266,15 +266,15 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
         assert owned(known)
         assert not known.cancel_requested
         assert known.task.expires_at is None or known.task.expires_at > NOW
-        assert min(known.lost_runs or 0, known.deliveries) < MAX_LOST_RUNS
-        if known.lost_runs is None or known.recorded_digest is None:
+        assert min(known.orphaned_runs or 0, known.deliveries) < MAX_ORPHANED_RUNS
+        if known.orphaned_runs is None or known.recorded_digest is None:
             assert known.deliveries < MAX_DELIVERIES
 
 
 @given(facts())
 def test_what_nothing_speaks_against_runs(known: Facts) -> None:
     clean = replace(
-        known, type_name="echo", ended=None, recorded_digest=None, cancel_requested=False, lost_runs=0,
+        known, type_name="echo", ended=None, recorded_digest=None, cancel_requested=False, orphaned_runs=0,
         deliveries=0, task=task(),
     )  # fmt: skip
     assert before_run(clean) == Run()
@@ -282,10 +282,10 @@ def test_what_nothing_speaks_against_runs(known: Facts) -> None:
 
 @given(facts(), st.integers(0, 50), st.integers(0, 50))
 def test_more_lost_runs_or_deliveries_never_make_a_poison_task_run(
-    known: Facts, lost_runs: int, deliveries: int
+    known: Facts, orphaned_runs: int, deliveries: int
 ) -> None:
-    more = None if known.lost_runs is None else known.lost_runs + lost_runs
-    worse = replace(known, lost_runs=more, deliveries=known.deliveries + deliveries)
+    more = None if known.orphaned_runs is None else known.orphaned_runs + orphaned_runs
+    worse = replace(known, orphaned_runs=more, deliveries=known.deliveries + deliveries)
     before, after = before_run(known), before_run(worse)
     if before == Run():
         assert after == Run() or is_poison(after)
@@ -305,12 +305,12 @@ def test_a_cancel_is_heeded_unless_the_task_has_ended_or_is_not_the_one_meant(kn
     ):
         assert verdict == Cancel()
     else:
-        assert isinstance(verdict, Skip | Bury)
+        assert isinstance(verdict, AlreadyDone | DeadLetter)
 
 
 @given(facts(), st.integers(5, 9))
 def test_a_redrive_gives_a_failed_task_another_chance(known: Facts, redrives: int) -> None:
-    redriven = replace(known, redrives=redrives, lost_runs=0, deliveries=0)
+    redriven = replace(known, redrives=redrives, orphaned_runs=0, deliveries=0)
     if owned(known) and known.ended is not None and known.ended.status != "succeeded":
         assert isinstance(before_run(redriven), Run | Cancel | Expire)
 
@@ -336,7 +336,7 @@ def test_a_failed_attempt_is_retried_or_buried_and_never_beyond_its_limit(
             assert verdict.error is error
             assert not isinstance(error, InvalidTask)
             assert deaths <= verdict.engine_deaths < MAX_ENGINE_DEATHS
-        case Bury():
+        case DeadLetter():
             assert verdict.record
             assert verdict.error is error or verdict.error.code == "poison"
 
@@ -362,7 +362,7 @@ def test_a_task_that_always_fails_ends_after_its_attempts_or_its_engines(most: i
             engine_deaths=deaths,
             engine_died=engine_died,
         )
-        if isinstance(verdict, Bury):
+        if isinstance(verdict, DeadLetter):
             break
         assert verdict.engine_deaths == deaths + engine_died
         deaths = verdict.engine_deaths

@@ -21,14 +21,14 @@ from inferq.consumers.runtime.process import (
     MemoryLimits,
     OverTime,
     RunAborted,
-    Watch,
+    RunHooks,
 )
 from inferq.producer.up import orphan_reaper
 from inferq.schemas import InstallationError, TransientFailure, parse_task
 from tests.worker.conftest import PLUGIN, eventually
 
 ALWAYS_IDLE = -1.0
-UNWATCHED = Watch(lambda *_: None, lambda: None)
+UNWATCHED = RunHooks(lambda *_: None, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def run_faulty(
     folder: Path,
     fault: str,
     *,
-    watch: Watch = UNWATCHED,
+    watch: RunHooks = UNWATCHED,
     time_limit: float = 20,
     abort_grace: float = 1,
     **options: Any,
@@ -116,7 +116,7 @@ def test_an_engine_may_quote_what_is_no_proper_text(
     engine = start_faulty()
     engine.wait_ready(limit=60)
     notes: list[str] = []
-    watch = Watch(lambda _, note: notes.append(note), lambda: None)
+    watch = RunHooks(lambda _, note: notes.append(note), lambda: None)
     answer = run_faulty(engine, tmp_path, "illegible", watch=watch)
     assert isinstance(answer, Failed)
     assert (answer.code, answer.message, answer.invalid) == ("illegible", "caf? is no word", True)
@@ -135,7 +135,7 @@ def test_a_run_that_ends_beyond_its_limit_does_not_count_and_its_engine_stays(
 ) -> None:
     engine = start_faulty()
     engine.wait_ready(limit=60)
-    watch = Watch(lambda *_: None, lambda: reason)
+    watch = RunHooks(lambda *_: None, lambda: reason)
     with pytest.raises(expected):  # it takes two seconds, and does not ask whether to stop
         run_faulty(engine, tmp_path, "progress", watch=watch, time_limit=1, abort_grace=30)
     assert engine.usable

@@ -7,7 +7,7 @@ from pathlib import Path
 import redis
 
 from inferq.broker import connect
-from inferq.consumers.worker.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_LOST_RUNS
+from inferq.consumers.worker.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_ORPHANED_RUNS
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
 
 
@@ -41,17 +41,17 @@ def hand_out(site: Site, times: int) -> None:
 def test_a_task_that_takes_down_every_worker_ends_as_poison(site: Site, tmp_path: Path) -> None:
     marker = tmp_path / "m"
     task_id = site.publish({"fault": "kill_worker", "options": {"marker": str(marker)}})
-    kill_workers(site, marker, MAX_LOST_RUNS)
+    kill_workers(site, marker, MAX_ORPHANED_RUNS)
     site.worker()
     result = site.ended(task_id)
     assert result.status == "failed"
     assert result.error is not None
     assert result.error.code == "poison"
-    assert f"begun {MAX_LOST_RUNS} times" in result.error.message
+    assert f"begun {MAX_ORPHANED_RUNS} times" in result.error.message
     (letter,) = eventually(site.dead)
     assert (letter.reason, letter.task_id) == ("poison", task_id)
     eventually(lambda: (s := site.state(task_id)) and s.state == "failed")
-    assert starts(marker) == MAX_LOST_RUNS
+    assert starts(marker) == MAX_ORPHANED_RUNS
     assert site.ended(site.publish({})).status == "succeeded"
 
 
@@ -76,9 +76,9 @@ def test_where_redis_has_forgotten_the_brokers_count_catches_it(site: Site, tmp_
 
 def test_a_task_that_lost_its_workers_by_chance_still_succeeds(site: Site, tmp_path: Path) -> None:
     marker = tmp_path / "m"
-    options = {"marker": str(marker), "times": MAX_LOST_RUNS - 1}
+    options = {"marker": str(marker), "times": MAX_ORPHANED_RUNS - 1}
     task_id = site.publish({"fault": "kill_worker", "options": options})
-    kill_workers(site, marker, MAX_LOST_RUNS - 1)
+    kill_workers(site, marker, MAX_ORPHANED_RUNS - 1)
     site.worker()
     result = site.ended(task_id)
     assert (result.status, result.attempts) == ("succeeded", 1)
@@ -87,7 +87,7 @@ def test_a_task_that_lost_its_workers_by_chance_still_succeeds(site: Site, tmp_p
 def test_being_given_back_is_no_lost_run(site: Site, tmp_path: Path) -> None:
     marker = tmp_path / "m"
     task_id = site.publish({"fault": "gate", "options": {"marker": str(marker), "gate": str(tmp_path / "g")}})
-    for number in range(MAX_LOST_RUNS + 1):
+    for number in range(MAX_ORPHANED_RUNS + 1):
         worker = site.worker(INFERQ_GRACE_SECONDS="0")
         eventually(lambda: starts(marker) == number + 1, what="another start")  # noqa: B023
         assert worker.stop() == 0
