@@ -1,12 +1,18 @@
 """The worker: takes tasks from its queues, has them computed, and records how each one ended.
 
-worker             the process: slots, signals, readiness
-slot               a slot's threads, each of which consumes and brings one delivery at a time to its end
-task_run           one delivery from its arrival to its acknowledgement
-decision           what to do next with a delivery: pure functions from facts to a decision
-engine_supervisor  a slot's engine process between tasks, and the lease by which one task holds it
-services           what all slots share, and how an unavailable service is waited for
-inputs             fetching a task's input files
+worker             the process: its slots, signals, probes
+slot               a slot's threads, each of which consumes deliveries and brings them to their end
+task_run           one delivery from its arrival to its acknowledgement: the story
+decision           run, retry, dead-letter, …: pure functions from facts to a decision
+computation        fetching a task's inputs, computing it, and when to stop
+records            the results, failures, retries and dead letters that a delivery leaves behind
+endings            puts an end on record, once, and reports it
+refusal            messages that are no task, and deliveries that fail unexpectedly
 notifier           a task's callbacks, handed over to the queue that delivers them
+engine_supervisor  a slot's engine process between tasks, and the leases by which one task holds it
+waiting_line       first come, first served
+services           what all slots share, and how an unavailable service is waited for
+inputs, scratch    input files, and the folder for them
 result_cache       answers computed before
+metrics, settings, cli
 """

@@ -1,4 +1,4 @@
-"""A slot's engine from its first start to its end, and the one task at a time that may use it."""
+"""A slot's engine process from its first start to its end, and the leases by which one task at a time holds it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from contextlib import contextmanager, suppress
 from inferq.broker import backoff
 from inferq.consumers.runtime.process import EngineProcess, MemoryLimits, Wear
 from inferq.consumers.worker.services import WorkerServices
+from inferq.consumers.worker.waiting_line import Place, WaitingLine
 from inferq.schemas import InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
 
 
-class EngineSupervisor:
-    """Who has taken the seat may use `engine`; between two tasks the engine is looked after here.
+class NotStarted(Exception):
+    """The run has not started and will not start here; the message says why. Another worker may run the task."""
 
-    The thread that looks after it must outlive the engine, which the kernel ends with its parent.
+
+class EngineSupervisor:
+    """Owns a slot's engine process. One task holds it at a time; between tasks it is restarted or replaced.
+
+    The thread that restores the engine must outlive it: the kernel ends an engine together with the thread
+    that started it.
     """
 
     def __init__(self, name: str, services: WorkerServices) -> None:
@@ -29,9 +35,7 @@ class EngineSupervisor:
         self._services = services
         self._limits = MemoryLimits(settings.engine_memory_limit, settings.engine_recycle_memory)
         self._max_tasks = settings.engine_max_tasks or math.inf
-        self._taken = threading.Lock()
-        self._in_hand = 0
-        self._counting = threading.Lock()
+        self._line = WaitingLine()
         self._successor: EngineProcess | None = None
         self._successor_limit = 0.0
         self._successor_reason: Wear | None = None
@@ -41,66 +45,59 @@ class EngineSupervisor:
 
     @property
     def usable(self) -> bool:
-        """Whether nothing is known that would keep the engine from another run."""
+        """Whether the engine can take another run, as far as is known."""
         return self.ready and self.engine.usable
 
     @property
-    def shared(self) -> bool:
-        """Whether more than one task is in hand."""
-        return self._in_hand > 1
+    def tasks_in_hand(self) -> int:
+        """How many tasks hold the engine or may still ask for it."""
+        return len(self._line)
 
     @property
     def busy(self) -> bool:
         """Whether a task is in hand."""
-        return self._in_hand > 0
+        return self.tasks_in_hand > 0
+
+    def wait_busy(self, timeout: float) -> bool:
+        """Wait, at most `timeout` seconds, until a task is in hand."""
+        return self._line.wait_occupied(timeout)
 
     @contextmanager
-    def task_in_hand(self) -> Iterator[None]:
-        """For as long as a task is in hand, whether it has the seat or waits for it."""
-        with self._counting:
-            self._in_hand += 1
-        try:
-            yield
-        finally:
-            with self._counting:
-                self._in_hand -= 1
-
-    def acquire(self, timeout: float = 0) -> bool:
-        """Take the seat, if it becomes free within `timeout` seconds. The engine may still not be usable."""
-        if not self._taken.acquire(timeout=timeout):
-            return False
-        try:
-            self._swap()
-            if not self.engine.alive:  # it may have died while idle: that costs no task an attempt
-                self.engine.kill()
-        except BaseException:
-            self._taken.release()
-            raise
-        return True
-
-    def release(self) -> None:
-        """Give the seat to whoever waits for it."""
-        self._taken.release()
+    def lease(self) -> Iterator[EngineLease]:
+        """The claim of a task that has just come in hand. Claims are served in the order of their making."""
+        with self._line.enter() as place:
+            lease = EngineLease(self, place)
+            try:
+                yield lease
+            finally:
+                lease.release()
 
     def look(self) -> None:
-        """Look after the engine, unless a task has it."""
-        if self.acquire():
-            self.release()
+        """Replace the engine if that is due, unless a task holds it or waits for it."""
+        with self._line.hold_if_idle() as held:
+            if held:
+                self.prepare_for_run()
+
+    def prepare_for_run(self) -> None:
+        """Swap in a successor that is ready, and notice an engine that died while idle. Its holder calls this."""
+        self._swap()
+        if not self.engine.alive:  # that costs no task an attempt
+            self.engine.kill()
 
     def restore(self) -> None:
-        """Load an engine where there is none that can be used, until it succeeds.
+        """Load an engine if there is no usable one, and retry until it loads.
 
-        Raises InstallationError where it can never work, RunAborted or GracePassed where the worker stops.
+        Raises InstallationError if it can never load here, RunAborted or GracePassed if the worker stops.
         """
-        with self._taken:
+        with self._line.hold_first():
             if self.engine.usable:
                 return
             if self.engine.worn is not None:
-                self._replaces(self.engine.worn)
+                self._count_replacement(self.engine.worn)
             self._load()
 
     def close(self) -> None:
-        """End the engine, and one that is loading beside it."""
+        """End the engine, and a successor that is loading."""
         self.ready = False
         self.engine.close()
         if self._successor is not None:
@@ -132,7 +129,7 @@ class EngineSupervisor:
         )  # fmt: skip
 
     def _swap(self) -> None:
-        """Start a successor where one is asked for or due, and seat it where it is ready."""
+        """Start a successor if one is requested or due, and replace the engine by it once it is ready."""
         if self.reload_requested.is_set():
             self.reload_requested.clear()
             if self._successor is not None:
@@ -149,7 +146,8 @@ class EngineSupervisor:
                 self.engine.tasks = 0
                 successor.kill()
                 _log.error(
-                    "%s: the new engine is not ready within INFERQ_START_LIMIT, the old one stays", self._name
+                    "%s: the new engine is not ready within INFERQ_START_LIMIT; keeping the old one",
+                    self._name,
                 )
             return
         self._successor = None
@@ -157,14 +155,14 @@ class EngineSupervisor:
             info = successor.wait_ready(limit=1)
         except (InstallationError, TransientFailure) as error:
             if self._successor_reason is not None and error.code == "out_of_memory":
-                _log.info("%s: no room for a new engine beside the old one, which goes first", self._name)
+                _log.info("%s: no memory for a second engine; ending the old one first", self._name)
                 self.engine.worn = self._successor_reason
                 return
-            _log.error("%s: the new engine does not load, the old one stays: %s", self._name, error)
-            self.engine.tasks = 0  # one that was due is tried again after as many tasks
+            _log.error("%s: the new engine does not load; keeping the old one: %s", self._name, error)
+            self.engine.tasks = 0  # a replacement that was due is tried again after as many tasks
             return
         if self._successor_reason is not None:
-            self._replaces(self._successor_reason)
+            self._count_replacement(self._successor_reason)
         old, self.engine = self.engine, successor
         self._services.metrics.engine_starts.inc()
         _log.info("%s: now %s %s, model %s", self._name, info.name, info.version, info.model)
@@ -176,45 +174,62 @@ class EngineSupervisor:
         try:
             successor.spawn()
         except OSError as error:
-            _log.error("%s: a new engine cannot be started, the old one stays: %s", self._name, error)
+            _log.error("%s: a new engine cannot be started; keeping the old one: %s", self._name, error)
             self.engine.tasks = 0
             return
         self._successor, self._successor_reason = successor, reason
         self._successor_limit = time.monotonic() + self._services.settings.start_limit
 
-    def _replaces(self, reason: Wear) -> None:
-        _log.info("%s: replaces its engine process: %s", self._name, reason)
+    def _count_replacement(self, reason: Wear) -> None:
+        _log.info("%s: replacing the engine process: %s", self._name, reason)
         self._services.metrics.engine_replacements.labels(reason).inc()
 
 
-class NotStarted(Exception):
-    """The run has not begun, and will not: the message says why. Another worker may have the task."""
-
-
 class EngineLease:
-    """One task's use of a seat's engine, which is its own from `take` to `leave`.
+    """One task's claim to a slot's engine: it waits for the engine, holds it for a run, and releases it.
 
-    `engine` and `info` are those that it had last.
+    `engine` and `info` are those that it held last.
     """
 
-    def __init__(self, supervisor: EngineSupervisor) -> None:
+    def __init__(self, supervisor: EngineSupervisor, place: Place) -> None:
         self._supervisor = supervisor
-        self.held = False
+        self._place = place
         self.engine = supervisor.engine
         self.info = supervisor.engine.info
 
+    @property
+    def held(self) -> bool:
+        """Whether the engine is this task's now."""
+        return self._place.holds
+
+    @property
+    def usable(self) -> bool:
+        """Whether the engine can take another run, as far as is known."""
+        return self._supervisor.usable
+
+    @property
+    def shared(self) -> bool:
+        """Whether another task is in hand besides this one."""
+        return self._supervisor.tasks_in_hand > 1
+
     def acquire(self, timeout: float = 0) -> bool:
-        """Whether the engine is the task's within `timeout` seconds. Raises NotBegun where there is none."""
-        self.held = self._supervisor.acquire(timeout)
-        if self.held:
+        """Whether the engine is the task's within `timeout` seconds. Raises NotStarted if it cannot run."""
+        if self._place.acquire(timeout):
+            try:
+                self._supervisor.prepare_for_run()
+            except BaseException:
+                self._place.release()
+                raise
             self.engine = self._supervisor.engine
             self.info = self.engine.info
         if not self._supervisor.usable:
-            raise NotStarted("the engine is gone")
+            raise NotStarted("the engine is not usable")
         return self.held
 
+    def step_aside(self) -> None:
+        """Let later tasks use the engine, until `acquire` is called again: the place in line stays."""
+        self._place.step_aside()
+
     def release(self) -> None:
-        """Let another task have the engine; nothing happens where it is not this one's."""
-        if self.held:
-            self.held = False
-            self._supervisor.release()
+        """Let another task use the engine; does nothing unless it is held."""
+        self._place.release()

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,9 +25,13 @@ class ScratchFull(Outage):
 
 
 class ScratchFolder:
-    """A private folder below `parent`, held by a lock for as long as this process lives."""
+    """A private folder below `parent`, held by a lock for as long as this process lives.
 
-    def __init__(self, parent: Path) -> None:
+    `statvfs` tells how much room its disk has.
+    """
+
+    def __init__(self, parent: Path, *, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> None:
+        self._statvfs = statvfs
         try:
             parent.mkdir(parents=True, exist_ok=True)
             _sweep(parent)
@@ -41,7 +46,7 @@ class ScratchFolder:
 
     def check_room(self) -> None:
         """Raises ScratchFull where the disk has no room for anything, whatever takes it up."""
-        disk = os.statvfs(self.path)
+        disk = self._statvfs(self.path)
         if disk.f_bavail * disk.f_frsize < _LEAST_ROOM_BYTES or (disk.f_files > 0 and disk.f_favail == 0):
             raise ScratchFull(f"the disk of {self.path} is full: free some space or set INFERQ_SCRATCH_DIR")
 

@@ -52,11 +52,11 @@ class WorkerServices:
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)
     _goes_on_without_redis: bool = False
-    _beside: ThreadPoolExecutor = field(init=False)
+    _background: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
         at_a_time = self.settings.slots * (2 if self.settings.take_ahead else 1)
-        self._beside = ThreadPoolExecutor(at_a_time, thread_name_prefix="beside a slot")
+        self._background = ThreadPoolExecutor(at_a_time, thread_name_prefix="background")
         self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
         self.metrics.without_redis.set_function(
             lambda: float(self.status.away_for is not None and self.redis_patience_left == 0)
@@ -142,9 +142,9 @@ class WorkerServices:
                 self._pauses.pop(service, None)
                 self.metrics.paused.labels(service).set(0)
 
-    def meanwhile(self, call: Callable[[], T]) -> Future[T]:
+    def in_background(self, call: Callable[[], T]) -> Future[T]:
         """Make a call beside the calling thread, which has one such call at a time."""
-        return self._beside.submit(call)
+        return self._background.submit(call)
 
     def best_effort(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index that no outage delays: without Redis it is left out."""

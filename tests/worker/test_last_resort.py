@@ -55,20 +55,39 @@ def broken(*_arguments: object) -> None:
     raise RuntimeError("another fault of our own")
 
 
+class FakeLease:
+    """The lease of an engine that is always free."""
+
+    usable, info, held = True, None, False
+
+    def __init__(self, shared: bool, engine: object) -> None:
+        self.shared = shared
+        self.engine = engine
+
+    def acquire(self, _timeout: float = 0) -> bool:
+        self.held = True
+        return True
+
+    def step_aside(self) -> None:
+        return
+
+    def release(self) -> None:
+        self.held = False
+
+
 @pytest.fixture
 def services(redis_url: str, tmp_path: Path) -> Iterator[WorkerServices]:
     store = LocalStore(tmp_path / "store", fsync=False)
     storage = StorageSettings(redis_url=redis_url, store_url=(tmp_path / "store").as_uri())
-    scratch = ScratchFolder(tmp_path / "scratch")
     services = WorkerServices(
         settings=WorkerSettings(), task_type=get_type("echo"), store=store, results=ResultStore(store),
         fetcher=Fetcher(store, storage), status=StatusIndex.from_settings(storage),
         publisher=cast(Any, ForgetfulPublisher()), metrics=WorkerMetrics(),
-        scratch=scratch,
+        scratch=ScratchFolder(tmp_path / "scratch"),
     )  # fmt: skip
     yield services
     services.status.close()
-    scratch.close()
+    services.scratch.close()
 
 
 def settled(
@@ -83,21 +102,14 @@ def settled(
     done: list[str] = []
     consumer = SimpleNamespace(
         ack=lambda _delivery, *, more, low_priority: done.append(
-            "ack, giving way" if low_priority else "ack"
+            "ack, low priority" if low_priority else "ack"
         ),
-        requeue=lambda _delivery: done.append("give back"),
+        requeue=lambda _delivery: done.append("requeue"),
         holds=lambda _delivery: held,
     )
-    supervisor = SimpleNamespace(
-        engine=SimpleNamespace(usable=True, info=None, prepare=prepare),
-        usable=True,
-        shared=shared,
-        acquire=lambda _timeout: True,
-        release=lambda: done.append("leave"),
-    )
-    TaskRun(services, cast(Any, consumer), cast(Any, supervisor), delivery, "normal").complete()
-    done.remove("leave")  # once, or the next task would wait for ever
-    assert "leave" not in done
+    lease = FakeLease(shared, SimpleNamespace(usable=True, info=None, prepare=prepare))
+    TaskRun(services, cast(Any, consumer), cast(Any, lease), delivery, "normal").complete()
+    assert not lease.held  # or the next task would wait for ever
     return done
 
 
@@ -121,12 +133,12 @@ def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(services: W
 
 
 def test_a_slot_with_another_task_in_hand_gives_way_from_the_ack_on(services: WorkerServices) -> None:
-    assert settled(services, replace(DELIVERY, tag=3), shared=True) == ["ack, giving way"]
+    assert settled(services, replace(DELIVERY, tag=3), shared=True) == ["ack, low priority"]
 
 
 def test_what_was_lost_before_its_run_begins_is_another_workers(services: WorkerServices) -> None:
     ran: list[str] = []
-    assert settled(services, DELIVERY, ran.append, held=False) == ["give back"]
+    assert settled(services, DELIVERY, ran.append, held=False) == ["requeue"]
     assert services.results.load("default", "b.7") is None
     assert cast(ForgetfulPublisher, services.publisher).sent == []
 
@@ -135,7 +147,7 @@ def test_what_cannot_even_be_dead_lettered_is_not_acknowledged(
     services: WorkerServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services.publisher, "publish", broken)
-    assert settled(services, DELIVERY) == ["give back"]
+    assert settled(services, DELIVERY) == ["requeue"]
 
 
 def test_a_pause_is_over_however_the_call_ends(services: WorkerServices) -> None:
@@ -152,8 +164,10 @@ def test_a_pause_is_over_however_the_call_ends(services: WorkerServices) -> None
         assert services.metrics.paused.labels("object store")._value.get() == 0
 
 
-def test_a_full_disk_burns_no_attempt(services: WorkerServices, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = os.statvfs(services.scratch.path)
+def test_a_full_disk_burns_no_attempt(
+    services: WorkerServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = os.statvfs(tmp_path)
     full = SimpleNamespace(f_bavail=10, f_frsize=4096, f_files=disk.f_files, f_favail=disk.f_favail)
     seen: list[list[str]] = []
 
@@ -161,7 +175,8 @@ def test_a_full_disk_burns_no_attempt(services: WorkerServices, monkeypatch: pyt
         seen.append(services.pauses())
         return full if len(seen) < 3 else disk
 
-    monkeypatch.setattr(os, "statvfs", statvfs)
+    services.scratch.close()
+    services.scratch = ScratchFolder(tmp_path / "small", statvfs=statvfs)
     monkeypatch.setattr(Task, "inputs", lambda _: {"file_url": "data:,x"})
     task = parse_task(TASK)
     inputs = fetch_inputs(services, task, Path(services.scratch.path) / "run", lambda: None)
@@ -183,11 +198,11 @@ def test_where_no_record_can_be_kept_it_is_settled_all_the_same(
 def index(services: WorkerServices) -> Iterator[BatchIndex]:
     """Line 7 of the batch is fed."""
     index = BatchIndex(services.status)
-    index.forget("default", "b", reaches=7)
+    index.forget("default", "b", high_water=7)
     index.open("default", "b", token="t", line=7, offset=0, total=7, cancelled=False)
     index.mark("default", "b", "fed", [7])
     yield index
-    services.status.call_or_skip(lambda redis: redis.delete("inferq:t:default:b.7"))
+    services.status.ask(lambda redis: redis.delete("inferq:t:default:b.7"))
 
 
 def test_a_line_whose_id_an_ended_task_has_ends_without_a_trace(

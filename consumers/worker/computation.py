@@ -1,0 +1,128 @@
+"""Fetching a task's inputs and computing it, or answering it from the result cache; and when to stop."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from inferq.broker import Consumer, Delivery
+from inferq.consumers.runtime.messages import Done, Failed, FileRef
+from inferq.consumers.runtime.process import AbortReason, RunHooks
+from inferq.consumers.worker.engine_supervisor import EngineLease
+from inferq.consumers.worker.inputs import Inputs, fetch_inputs
+from inferq.consumers.worker.notifier import Notifier
+from inferq.consumers.worker.services import WorkerServices
+from inferq.schemas import Task
+
+
+class Computation:
+    """The computing of one task. `scratch` is the folder for its files, which is made once it is needed.
+
+    `cache_key` is the task's key in the result cache, if its result can be reused. `cached` says whether the
+    answer came from there.
+    """
+
+    def __init__(
+        self,
+        services: WorkerServices,
+        consumer: Consumer,
+        lease: EngineLease,
+        delivery: Delivery,
+        task: Task,
+        *,
+        scratch: str,
+        notifier: Notifier,
+    ) -> None:
+        self._services = services
+        self._consumer = consumer
+        self._lease = lease
+        self._delivery = delivery
+        self._task = task
+        self._scratch = scratch
+        self._notifier = notifier
+        self._held = True
+        self.cache_key: str | None = None
+        self.cached = False
+
+    def fetch(self) -> Inputs:
+        """Fetch the inputs. Raises InvalidTask, TransientFailure, and RunAborted if the run has to stop."""
+        return fetch_inputs(self._services, self._task, Path(self._scratch), self.abort_reason)
+
+    def fetch_early(self) -> Future[Inputs]:
+        """Fetch the inputs before they are sure to be needed; an error counts only once they are."""
+        fetched: Future[Inputs] = Future()
+        try:
+            fetched.set_result(self.fetch())
+        except Exception as error:
+            fetched.set_exception(error)
+        return fetched
+
+    def answer(self, inputs: dict[str, FileRef]) -> Done | Failed:
+        """What the result cache has, or else what the engine computes.
+
+        Raises EngineDied and OverTime, and RunAborted if the run has to stop.
+        """
+        return self._from_cache(inputs) or self._compute(inputs)
+
+    def abort_reason(self) -> AbortReason | None:
+        """Why the run has to stop, if it has to."""
+        services, task = self._services, self._task
+        if services.grace_passed:
+            return "shutdown"
+        if self._held and not self._consumer.holds(self._delivery):
+            # Another worker may begin it while this run goes on: a lost connection is not a lost run.
+            self._held = False
+            self.release_run()
+        cancel_requested = partial(
+            services.status.cancel_requested, task.tenant, task.task_id, task.batch_id, task.batch_line
+        )
+        return "cancelled" if services.best_effort(cancel_requested) else None
+
+    def release_run(self) -> None:
+        """Say that this run is not orphaned, now that another worker may begin the task."""
+        released = partial(
+            self._services.status.released,
+            self._task,
+            attempt=self._delivery.attempt,
+            redrives=self._delivery.redrives,
+        )
+        self._services.best_effort(released)
+
+    def _from_cache(self, inputs: dict[str, FileRef]) -> Done | None:
+        cache, engine = self._services.cache, self._lease.info
+        if cache is None or engine is None:
+            return None
+        self.cache_key = cache.key(self._task, inputs, engine)
+        if self.cache_key is None:
+            return None
+        find = partial(cache.find, self._task.tenant, self.cache_key, Path(self._scratch))
+        found = self._services.retry_until_available("object store", find)
+        self.cached = found is not None
+        return found
+
+    def _compute(self, inputs: dict[str, FileRef]) -> Done | Failed:
+        services, task = self._services, self._task
+        return self._lease.engine.run(
+            self._delivery.body.decode(),
+            self._scratch,
+            inputs,
+            watch=RunHooks(self._progress, self.abort_reason),
+            time_limit=task.time_limit or services.task_type.time_limit,
+            abort_grace=services.settings.abort_grace,
+        )
+
+    def _progress(self, fraction: float, note: str) -> None:
+        task, delivery = self._task, self._delivery
+        self._services.best_effort(
+            partial(self._services.status.progress, task.tenant, task.task_id, fraction, note)
+        )
+        self._notifier.progress(
+            task,
+            fraction,
+            note,
+            attempt=delivery.attempt,
+            redrives=delivery.redrives,
+            at=datetime.now(UTC),
+        )

@@ -1,0 +1,72 @@
+"""Puts the end of a task on record and reports it: in the object store, in Redis, and to its owner.
+
+A task that fails for good ends in this order: dead letter, record, status, callback, ack. Each step waits for
+an unavailable service. A crash between two steps repeats the later ones, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from inferq.broker import Message
+from inferq.consumers.worker.notifier import Notifier
+from inferq.consumers.worker.services import WorkerServices
+from inferq.schemas import Result, Task
+
+
+class Endings:
+    """The effects of one delivery's end. `notifier` reports to the task's owner; at first to nobody."""
+
+    def __init__(self, services: WorkerServices) -> None:
+        self._services = services
+        self._replies: list[Callable[[], bool]] = []
+        self.notifier = Notifier(services.publisher, self.publish, url=None)
+
+    def notify(self, task: Task) -> None:
+        """From now on, report to the task's callback URL if it has one."""
+        self.notify_url(task.callback_url, task)
+
+    def notify_url(self, url: str | None, task: Task | None = None) -> None:
+        """The same for a URL alone: of a message that is no task."""
+        events = {} if task is None else {"events": task.callback_events}
+        self.notifier = Notifier(self._services.publisher, self.publish, url=url, **events)
+
+    def publish(self, message: Message) -> None:
+        """Publish a message and wait for its confirm, however long the broker is unavailable."""
+
+        def confirmed() -> None:
+            self._services.publisher.publish(message).result()
+
+        self._services.retry_until_available("RabbitMQ", confirmed)
+
+    def load(self, tenant: str, task_id: str) -> Result | None:
+        """The record of an earlier end. Raises UnreadableResult."""
+        load = partial(self._services.results.load, tenant, task_id)
+        return self._services.retry_until_available("object store", load)
+
+    def record(self, result: Result, output: bytes | None = None) -> Result:
+        """Write how the task ended, once, and report what is kept: the first record wins.
+
+        `output` is the output as JSON text, which the result leaves out.
+        """
+        save = partial(self._services.results.save, result, output)
+        kept = self._services.retry_until_available("object store", save)
+        self.report(kept, output if kept is result else None, digest=result.digest)
+        return kept
+
+    def report(self, kept: Result, output: bytes | None = None, *, digest: str | None) -> None:
+        """Report an end that is on record: to the status index and, if it is this task's own, to its owner."""
+        services = self._services
+        reply = services.best_effort(partial(services.status.ended_pipelined, kept, output))
+        if reply is not None:
+            self._replies.append(reply)
+        # While Redis answers. Another task's record under this id is not this task's to report.
+        if kept.digest == digest:
+            self.notifier.ended(kept, output)
+
+    def wait_for_replies(self) -> None:
+        """Read the answers of the status index, which came while other work went on."""
+        for reply in self._replies:
+            self._services.report_end(reply)
+        self._replies.clear()

@@ -1,0 +1,194 @@
+"""A slot: one engine process, and the threads that consume tasks for it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from inferq.broker import BrokerSettings, Consumer, Delivery, topology_for, work_queue
+from inferq.consumers.runtime.process import RunAborted
+from inferq.consumers.worker.engine_supervisor import EngineSupervisor
+from inferq.consumers.worker.services import GracePassed, WorkerServices
+from inferq.consumers.worker.task_run import TaskRun
+from inferq.schemas import (
+    Event,
+    InferqError,
+    InstallationError,
+    InvalidTask,
+    Result,
+    Task,
+    TaskType,
+    parse_task,
+)
+
+_log = logging.getLogger(__name__)
+
+_IDLE_LOOK_SECONDS = 0.5
+"""How long an idle thread waits for a task before it checks on its engine."""
+
+_READY_LOOK_SECONDS = 0.1
+"""How often a thread that takes tasks ahead checks whether the first engine is ready."""
+
+
+class Slot:
+    """One engine process and the thread that brings it tasks, or two threads if tasks are taken ahead."""
+
+    def __init__(self, number: int, services: WorkerServices, broker: BrokerSettings) -> None:
+        name = f"slot {number}"
+        supervisor = EngineSupervisor(name, services)
+        self._supervisor = supervisor
+        names = [name, f"{name} ahead"] if services.settings.take_ahead else [name]
+        # The threads end together, since the engine ends with the thread that started it.
+        finished = threading.Barrier(len(names), action=supervisor.close)
+        self._threads = [
+            _SlotThread(each, services, broker, supervisor, finished, ahead=each != name) for each in names
+        ]
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What keeps this slot from taking a task; None if nothing does."""
+        if not self._supervisor.ready:
+            return f"{self._threads[0].name}: its engine to load"
+        return next((reason for thread in self._threads if (reason := thread.waiting_for)), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has a task in hand."""
+        return self._supervisor.busy
+
+    @property
+    def fatal(self) -> InferqError | None:
+        """The error that ended it, if one did."""
+        return next((thread.fatal for thread in self._threads if thread.fatal is not None), None)
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def is_alive(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
+
+    def stop_consuming(self) -> None:
+        """Take no more tasks; those in hand go on."""
+        for thread in self._threads:
+            thread.stop_consuming()
+
+    def reload(self) -> None:
+        """Load a new engine beside the running one, and swap between two tasks."""
+        self._supervisor.reload_requested.set()
+
+
+class _SlotThread(threading.Thread):
+    """One consumer, and the thread that brings each of its deliveries to its end.
+
+    A thread that is `ahead` asks for a task only while the other one has a task in hand, and with a lower
+    consumer priority, so that idle workers come first. So the engine's tasks come in hand in the queue's order.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        services: WorkerServices,
+        broker: BrokerSettings,
+        supervisor: EngineSupervisor,
+        finished: threading.Barrier,
+        *,
+        ahead: bool,
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._services = services
+        self._supervisor = supervisor
+        self._finished = finished
+        self._ahead = ahead
+        task_type, settings = services.task_type, services.settings
+        self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
+        self._consumer = Consumer(
+            broker,
+            list(self._lane_of),
+            name=f"{settings.worker_name}/{name.removeprefix('slot ')}",
+            topology=topology_for([task_type.name]),
+            low_priority=ahead,
+        )
+        self.fatal: InferqError | None = None
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What keeps it from taking a task; None if nothing does."""
+        if not self._consumer.connected:
+            return f"{self.name}: {self._consumer.last_error or 'RabbitMQ'}"
+        return None
+
+    def stop_consuming(self) -> None:
+        self._consumer.stop()
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        except (RunAborted, GracePassed):
+            _log.info("%s: stopped", self.name)
+        except InstallationError as error:
+            self._fail(error)
+        except Exception as error:
+            _log.exception("%s: ended by an unexpected error", self.name)
+            self._fail(InferqError(f"{self.name} was ended by {type(error).__name__}: {error}"))
+        finally:
+            self._consumer.close()
+            self._finished.wait()
+
+    def _fail(self, error: InferqError) -> None:
+        """End the whole worker for an error of this thread."""
+        self.fatal = error
+        self._services.stop(self._services.settings.grace_seconds)
+
+    def _serve(self) -> None:
+        services = self._services
+        if self._ahead:
+            while not self._supervisor.ready:
+                if services.stopping:
+                    return
+                services.sleep(_READY_LOOK_SECONDS)
+        else:
+            self._supervisor.restore()
+        services.retry_until_available("object store", services.store.ping, services.unless_stopping)
+        services.best_effort(services.status.warm_up)  # an unavailable Redis is waited for from here on
+        _warm_up(services.task_type)
+        self._consumer.start()
+        while not services.stopping:
+            if not self._supervisor.usable:
+                self._consumer.pause()
+                self._supervisor.restore()
+            delivery = self._next_delivery()
+            if delivery is not None:
+                self._complete(delivery)
+            else:
+                self._supervisor.look()
+                services.look_for_redis()
+
+    def _next_delivery(self) -> Delivery | None:
+        if self._ahead and not self._supervisor.busy:
+            self._consumer.pause()
+            if not self._supervisor.wait_busy(_IDLE_LOOK_SECONDS):
+                return None
+        return self._consumer.next(_IDLE_LOOK_SECONDS, low_priority=self._supervisor.busy)
+
+    def _complete(self, delivery: Delivery) -> None:
+        if self._services.stopping:
+            self._consumer.requeue(delivery)
+            return
+        with self._supervisor.lease() as lease:
+            lane = self._lane_of[delivery.queue]
+            TaskRun(self._services, self._consumer, lease, delivery, lane).complete()
+
+
+def _warm_up(task_type: TaskType) -> None:
+    """Do everything that each task needs once, on made-up values: the first time takes far longer."""
+    name, now = task_type.name, datetime.now(UTC)
+    with suppress(InvalidTask):  # which inputs a type needs is not known here
+        parse_task({"task_id": "made-up", "task_type": name})
+    task = Task(task_id="made-up", task_type=name, created_at=now)
+    result = Result.failure(task, InvalidTask("made up"), attempts=1, finished_at=now, started_at=now)
+    Event.of_result(result).model_dump_json()
+    gc.freeze()  # what is loaded stays; collecting it for nothing would come between two tasks
