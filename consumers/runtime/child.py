@@ -1,7 +1,7 @@
-"""The engine process: loads one engine and computes what its worker sends.
+"""The engine process: loads one engine and computes the tasks that its worker sends.
 
-It is started as `python -m inferq.consumers.runtime.child TYPE FD PID`, so nothing of the worker's memory comes
-along, and it does not outlive the worker.
+`python -P -m inferq.consumers.runtime.child TYPE FD PID` starts it: it shares no memory with the worker, and it
+does not outlive the worker.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _PROGRESS_SECONDS = 0.2
 
 
 _OUT_OF_MEMORY_TYPES = {"OutOfMemoryError", "ResourceExhaustedError"}
-"""What torch, cupy and tensorflow call it; to import one of them only to ask would be dear."""
+"""The names of torch's, cupy's and tensorflow's errors; importing them only to compare types would be slow."""
 
 _OUT_OF_MEMORY_SIGNS = (
     "out of memory",  # CUDA itself, paddle, jax
@@ -75,10 +75,10 @@ def main() -> None:
     """Run the engine of the type and on the pipe that the command line names."""
     type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(worker_pid)
-    # The worker decides when a run ends, also where whoever stops the worker interrupts all its processes.
+    # The worker decides when a run ends, even if Ctrl-C interrupts all processes of its terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("INFERQ_LOG_LEVEL", "INFO"), format="%(message)s")
-    # Frameworks print to standard output; it belongs to whoever started the worker.
+    # Frameworks print to standard output, which belongs to the worker's caller.
     os.dup2(2, 1)
     os.set_inheritable(fd, False)  # a program that the engine starts would hold it open
     pipe = Connection(fd)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _die_with(worker_pid: int) -> None:
-    """Have the kernel kill this process when its worker ends, however that ends (Linux)."""
+    """Have the kernel kill this process when its worker ends (Linux)."""
     if sys.platform != "linux":
         return  # elsewhere the closed pipe ends it, after the run in hand
     pr_set_pdeathsig = 1
@@ -104,7 +104,7 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
         info = engine.load().model_copy(update={"weights": weights_in_use()})
         for _ in range(EngineProcessSettings.load().warmup):
             engine.warm_up()
-        _read(json.dumps({"task_type": task_type.name}))  # to read a task for the first time is slow
+        _read(json.dumps({"task_type": task_type.name}))  # parsing the first task is slow
     except Exception as error:
         if isinstance(error, InferqError):
             code, message = error.code, str(error)
@@ -112,7 +112,7 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
             _log.exception("engine %s cannot be loaded", task_type.engine)
             code, message = "engine_load_failed", f"{type(error).__name__}: {error}"
         permanent = isinstance(error, InstallationError | ImportError)
-        if out_of_memory(error):  # others may have it at the moment
+        if out_of_memory(error):  # another process may hold the memory for now
             code, permanent = "out_of_memory", False
         send(pipe, LoadFailed(code=code, message=message[:4000], permanent=permanent))
         return
@@ -128,24 +128,24 @@ def _serve(task_type: TaskType, pipe: Connection) -> None:
                         task = _read(body)
                     send(pipe, _run(engine, task_type, task, run, pipe))
                 case Abort():
-                    pass  # it comes too late: its run has ended
+                    pass  # too late: its run has ended
     finally:
         engine.close()
 
 
 def engine_class(task_type: TaskType) -> type[Engine[Any]]:
-    """Import the engine of a type. Raises ImportError, and InstallationError for what is none."""
+    """Import the engine of a type. Raises ImportError, and InstallationError if it is not an Engine."""
     module, _, name = task_type.engine.partition(":")
     found = getattr(importlib.import_module(module), name)
     if not (isinstance(found, type) and issubclass(found, Engine)):
-        raise InstallationError(f"{task_type.engine} is not an inferq.consumers.engine.Engine")
+        raise InstallationError(f"{task_type.engine} is not an inferq.engine.Engine")
     return found
 
 
 def _read(body: str) -> Task | InvalidTask:
     try:
         return parse_task(body)
-    except InvalidTask as error:  # the worker's types are of another version, then
+    except InvalidTask as error:  # the worker has another version of the type
         return error
 
 
@@ -190,13 +190,13 @@ def _failed(error: Exception, task_type: TaskType, seconds: float) -> Failed:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says that memory ran out: the machine's or a GPU's."""
+    """Whether an error or one of its causes says that memory ran out, the machine's or a GPU's."""
     cause: BaseException | None = error
     while cause is not None:
         # paddle's ResourceExhausted becomes a MemoryError in Python.
         if isinstance(cause, MemoryError) or type(cause).__name__ in _OUT_OF_MEMORY_TYPES:
             return True
-        # What the engine itself says, and what is wrong with a value, may quote the task.
+        # Errors of the engine's own, and errors about a value, may quote the task.
         if not isinstance(cause, InferqError | ValueError | LookupError):
             said = str(cause).lower()
             if any(sign in said for sign in _OUT_OF_MEMORY_SIGNS):
@@ -231,7 +231,7 @@ def _done(
 
 
 class _Reporter:
-    """Sends progress on, no more often than anybody wants to see it, and never backwards."""
+    """Sends progress to the worker, at most once in _PROGRESS_SECONDS, and never backwards."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -247,7 +247,7 @@ class _Reporter:
 
 
 class _AbortFlag:
-    """Whether the worker has asked to stop; looks at the pipe only when the engine asks."""
+    """Whether the worker asked the run to stop; reads the pipe only when the engine asks."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe

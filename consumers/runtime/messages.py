@@ -1,7 +1,7 @@
-"""What a worker and its engine process say to each other: JSON lines of a fixed form over a pipe.
+"""The messages between a worker and its engine process: JSON lines over a pipe.
 
-Inputs and outputs are files in the scratch folder; their names, a small output and progress travel. The
-output follows its line as it is: quoted within the line, it would be written and read once more.
+Inputs and outputs are files in the scratch folder; only their names, a small output and progress travel. The
+output follows its line unquoted, so that it is serialized and parsed once only.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class FileRef(_Message):
 
 
 class Prepare(_Message):
-    """The task of the next run: the engine process reads it while the worker still asks whether to run it."""
+    """The task that is likely to run next: the engine process parses it while the worker decides."""
 
     kind: Literal["prepare"] = "prepare"
     task: str
 
 
 class Run(_Message):
-    """Compute this task, or, where it is None, the one that was prepared."""
+    """Compute this task, or the prepared one if it is None."""
 
     kind: Literal["run"] = "run"
     task: str | None
@@ -49,7 +49,7 @@ class Run(_Message):
 
 
 class Abort(_Message):
-    """Stop the run in hand at the next opportunity."""
+    """Stop the run at the next opportunity."""
 
     kind: Literal["abort"] = "abort"
 
@@ -79,9 +79,9 @@ class Progress(_Message):
 
 
 class Done(_Message):
-    """The run's output and the artifacts that it wrote; `seconds` is what the engine took.
+    """The run's output and the artifacts that it wrote; `seconds` is the time that the engine took.
 
-    The output is JSON text, so that neither side takes it apart; None where it is an artifact.
+    The output is JSON text, which neither side parses; None if it is an artifact.
     """
 
     kind: Literal["done"] = "done"
@@ -91,7 +91,7 @@ class Done(_Message):
 
 
 class Failed(_Message):
-    """The run failed. `out_of_memory`: there, or on the GPU; what is left of the memory may be in pieces."""
+    """The run failed. `out_of_memory`: the machine's or a GPU's memory ran out, and may be fragmented now."""
 
     kind: Literal["failed"] = "failed"
     code: str
@@ -115,20 +115,20 @@ _from_engine: TypeAdapter[Ready | LoadFailed | Progress | Done | Failed | Aborte
 
 
 def send(pipe: Connection, message: BaseModel) -> None:
-    """Raises OSError where the other side is gone."""
-    line = to_json(message).encode()  # an engine may quote what is no proper text
+    """Send a message. Raises OSError if the other process is gone."""
+    line = to_json(message).encode()  # an engine's message may hold lone surrogates
     if isinstance(message, Done) and message.output is not None:
         line += b"\n" + message.output
     pipe.send_bytes(line)
 
 
 def from_worker(pipe: Connection) -> Prepare | Run | Abort:
-    """Raises EOFError where the worker is gone."""
+    """The next message of the worker. Raises EOFError if the worker is gone."""
     return _from_worker.validate_json(pipe.recv_bytes())
 
 
 def from_engine(pipe: Connection) -> Ready | LoadFailed | Progress | Done | Failed | Aborted:
-    """Raises EOFError where the engine process is gone."""
+    """The next message of the engine process. Raises EOFError if the process is gone."""
     line, newline, output = pipe.recv_bytes().partition(b"\n")
     message = _from_engine.validate_json(line)
     return message.model_copy(update={"output": output}) if newline else message

@@ -1,4 +1,4 @@
-"""The worker's end of an engine process: starts it, sends it tasks, and ends it when it will not."""
+"""The worker's end of an engine process: starts it, sends it tasks, and kills it if it does not stop."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _log = logging.getLogger(__name__)
 AbortReason = Literal["cancelled", "shutdown"]
 
 LOOK_SECONDS = 0.25
-"""How often runs, downloads and waits for the engine are asked about: cancelled? over time? shutting down?"""
+"""How often a run, a download or a wait checks whether it is cancelled, over time, or shutting down."""
 
 _WAIT_SECONDS = 0.01
-"""How often a process that is about to end is looked at."""
+"""How often a process that should end is checked."""
 
 
 class EngineDied(TransientFailure):
-    """The engine process ended while it was computing: a crash, or killed by the system for its memory."""
+    """The engine process ended during a run: it crashed, or the system killed it for its memory."""
 
     code = "engine_died"
 
@@ -59,7 +59,7 @@ class OverTime(TransientFailure):
 
 
 class RunAborted(Exception):
-    """The run was stopped on request. `reason` tells a user's cancel from a shutdown."""
+    """The run was stopped on request. `reason` distinguishes a user's cancel from a shutdown."""
 
     def __init__(self, reason: AbortReason) -> None:
         super().__init__(reason)
@@ -67,13 +67,13 @@ class RunAborted(Exception):
 
 
 _IDLE_SECONDS = 0.005
-"""How long an engine process has waited before it is worth waking ahead of a run."""
+"""An engine process is woken ahead of a run only if it has been idle for this long."""
 
 Wear = Literal["max_tasks", "memory", "out_of_memory"]
-"""Why an engine process is replaced that could go on: its tasks, its growth, memory that ran out in a run."""
+"""Why a working engine process is replaced: its number of tasks, its growth, or memory that ran out in a run."""
 
 _MEASURE_SECONDS = 1.0
-"""The least time between two looks at the memory after a run; summing it up takes milliseconds."""
+"""The least time between two measurements of memory after a run; each takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,17 @@ class MemoryLimits:
 
 @dataclass(frozen=True)
 class RunHooks:
-    """What a run in progress is watched with: both are called a few times a second, from the run's thread."""
+    """Called during a run, a few times a second, from the run's thread.
+
+    `progress` gets the fraction done and a note. `abort` says why the run has to stop, if it has to.
+    """
 
     progress: Callable[[float, str], None]
     abort: Callable[[], AbortReason | None]
 
 
 class EngineProcess:
-    """One engine process, for one thread at a time; the one that starts it must outlive it."""
+    """One engine process, for one thread at a time. The thread that starts it must outlive it."""
 
     def __init__(self, type_name: str, limits: MemoryLimits = MemoryLimits()) -> None:
         self._type_name = type_name
@@ -115,13 +118,12 @@ class EngineProcess:
         """Whether the process runs; asks the kernel."""
         if self._process is None or self._process.returncode is not None:
             return False
-        # One that has ended is left as a zombie until its group is gone too: so the group's number is not
-        # taken by another in between.
+        # An ended process stays a zombie until its group is gone: so no other process gets the group's id.
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     @property
     def usable(self) -> bool:
-        """Whether nothing is known that would keep it from another run; `worn` says more where it is that."""
+        """Whether it can take another run, as far as is known; `worn` says why it is to be replaced."""
         return self._pipe is not None and self.worn is None
 
     @property
@@ -139,7 +141,7 @@ class EngineProcess:
                 [*command, str(far.fileno()), str(os.getpid())],
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
-                process_group=0,  # so that whatever the engine starts can be ended with it
+                process_group=0,  # so that everything the engine starts can be ended with it
             )
         self._pipe = near
 
@@ -151,8 +153,8 @@ class EngineProcess:
     def wait_ready(self, *, limit: float, stopping: Callable[[], bool] = lambda: False) -> EngineInfo:
         """Wait, at most `limit` seconds, until the engine is loaded and warmed up.
 
-        Raises InstallationError where it can never work, TransientFailure where another start may,
-        RunAborted once `stopping` says so; the process is gone then.
+        Raises InstallationError if it can never work here, TransientFailure if another start may work, and
+        RunAborted if `stopping` says so. The process is gone then.
         """
         deadline = time.monotonic() + limit
         try:
@@ -195,7 +197,7 @@ class EngineProcess:
                 raise TransientFailure(f"the engine began with {answer.kind!r}", code="engine_load_failed")
 
     def _check_limits(self) -> None:
-        """Raise InstallationError where the engine alone takes more than any task may."""
+        """Raise InstallationError if the loaded engine alone takes more memory than the limits allow."""
         limits = {
             "INFERQ_ENGINE_MEMORY_LIMIT": self._limits.kill_at,
             "INFERQ_ENGINE_RECYCLE_MEMORY": self._limits.replace_at,
@@ -209,10 +211,10 @@ class EngineProcess:
                 )
 
     def prepare(self, task: str) -> None:
-        """Say which task (its JSON) is likely to be run next; it may still not come to that.
+        """Send the task (its JSON) that is likely to run next; it may still not run.
 
-        A process that has been idle reads it now, while others are asked; to wake one twice that has hardly
-        fallen asleep would cost more than it saves.
+        An idle process parses it while other services answer. Waking a process that has just become idle would
+        cost more than that saves.
         """
         self._prepared = None
         if self._pipe is not None and time.monotonic() > self._answered_at + _IDLE_SECONDS:
@@ -232,8 +234,8 @@ class EngineProcess:
     ) -> Done | Failed:
         """Compute a task (its JSON). `time_limit` and `abort_grace` in seconds.
 
-        Raises EngineDied, OverTime, TransientFailure (code `out_of_memory`) or RunAborted. Unless the engine
-        stopped by itself when it was asked to, the process is gone then: `usable` tells.
+        Raises EngineDied, OverTime, TransientFailure (code `out_of_memory`) or RunAborted. The process is gone
+        then, unless the engine stopped by itself when asked to: see `usable`.
         """
         pipe = self._pipe
         if pipe is None:
@@ -247,7 +249,7 @@ class EngineProcess:
         except (EOFError, OSError) as error:
             raise EngineDied(f"the engine process ended during the run ({self._ending()})") from error
         except BaseException:
-            # Whatever it was, the run may go on over there: its answer must not meet the next task.
+            # The run may go on in the other process; its answer must not reach the next task.
             self.kill()
             raise
         self._answered_at = time.monotonic()
@@ -271,7 +273,7 @@ class EngineProcess:
             )  # fmt: skip
 
     def memory(self) -> int:
-        """Resident bytes of the process and its children; what they share counts for each of them."""
+        """Resident bytes of the process and its children; shared memory counts for each of them."""
         use = 0
         with suppress(psutil.Error):
             process = psutil.Process(self.pid)
@@ -305,7 +307,7 @@ class EngineProcess:
                 if (reason := watch.abort()) is not None:
                     finished = self._stop(pipe, abort_grace)
                     if finished is not None and time.monotonic() < deadline:
-                        # Finished although it was to stop: the work is done, so it counts.
+                        # It finished before it stopped: the work is done, so it counts.
                         return finished
                     raise RunAborted(reason)
                 next_look = now + LOOK_SECONDS
@@ -317,12 +319,12 @@ class EngineProcess:
                 )
 
     def _stop(self, pipe: Connection, abort_grace: float) -> Done | Failed | None:
-        """Ask the engine to stop, and kill it where it does not within `abort_grace` seconds.
+        """Ask the engine to stop, and kill it if it does not within `abort_grace` seconds.
 
-        Gives the answer of a run that has come to its end all the same.
+        Gives the answer if the run finished first.
         """
         deadline = time.monotonic() + abort_grace
-        with suppress(EOFError, OSError):  # it has ended, which is as good
+        with suppress(EOFError, OSError):  # it has ended already
             send(pipe, Abort())
             while (left := deadline - time.monotonic()) > 0 and pipe.poll(left):
                 match from_engine(pipe):
@@ -334,7 +336,7 @@ class EngineProcess:
         return None
 
     def _check_lives(self, pipe: Connection) -> None:
-        """Raises EOFError where the process has ended and has said all: what it forked may hold its pipe."""
+        """Raises EOFError if the process ended and its pipe is read: a fork of it may keep the pipe open."""
         if not self.alive and not pipe.poll(0):
             raise EOFError
 
@@ -350,15 +352,15 @@ class EngineProcess:
             )
 
     def kill(self) -> None:
-        """End the process, and all that it started, at once; wait until it and its memory are gone."""
+        """Kill the process and everything it started; wait until they are gone."""
         if self._process is not None and self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._close_pipe()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Let the engine close by itself, for `timeout` seconds at most; what it started ends with it."""
-        self._close_pipe()  # the engine process takes the closed pipe for a goodbye
+        """Let the engine close itself within `timeout` seconds; then kill it and everything it started."""
+        self._close_pipe()  # the engine process ends when its pipe closes
         self._wait(timeout)
         self.kill()
 

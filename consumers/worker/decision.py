@@ -1,6 +1,6 @@
-"""What to do next with a delivery: pure functions from what is known to a decision.
+"""What to do next with a delivery: pure functions from facts to a decision.
 
-Nothing here touches the broker, the store or the engine, so every case can be tried without them.
+Nothing here touches the broker, the store or the engine, so every case can be tested without them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from inferq.broker import retry_level
 from inferq.schemas import InferqError, InvalidTask, Result, Task
 
 MAX_ENGINE_DEATHS = 3
-"""A task that has taken down this many engine processes is poison."""
+"""A task that ended this many engine processes is poison."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class Run:
 
 @dataclass(frozen=True)
 class AlreadyDone:
-    """It has ended already, as `ended` says; there is nothing left to do but to acknowledge."""
+    """The task ended before, with the result `ended`: acknowledge, no more."""
 
     ended: Result
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Its owner has cancelled it: record that, without a run."""
+    """Its owner cancelled it: record that, without a run."""
 
 
 @dataclass(frozen=True)
 class Expire:
-    """It is no longer worth starting: record that, without a run."""
+    """It expired before it was started: record that, without a run."""
 
     error: InferqError
 
@@ -50,34 +50,35 @@ class Retry:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """It cannot be done: dead-letter it for `error`. `record`: whether its owner's record ends with it."""
+    """Dead-letter it for `error`. `record`: whether to write the failure; not if the record is another task's."""
 
     error: InferqError
     record: bool = True
 
 
 MAX_ORPHANED_RUNS = 5
-"""A task whose runs vanished this often in a row, with their workers, most likely takes its worker down.
+"""A task whose runs were orphaned this often in a row most likely ends its workers: it is poison.
 
-It is above MAX_ENGINE_DEATHS, because workers also go for reasons that are not the task's (a node lost, a
-machine out of memory), and well below MAX_DELIVERIES, because every further try costs everybody a worker."""
+Above MAX_ENGINE_DEATHS, because workers also end for reasons that are not the task's (a lost node, a machine
+out of memory). Well below MAX_DELIVERIES, because each further try costs all tasks a worker."""
 
 MAX_DELIVERIES = 25
-"""The same, by the broker's count, where Redis has forgotten its own. It is well above what giving back
-counts, which RabbitMQ before 4.3 counts too, and well below the broker's own limit."""
+"""The same by the broker's count, for when Redis lost its own. RabbitMQ before 4.3 counts requeues as well, so
+this is well above their number; it is well below the broker's delivery limit."""
 
-_TAKES_DOWN = (
-    "it most likely takes its worker down; see why the workers ended (out of memory?), mend it, then redrive"
+_ENDS_WORKERS = (
+    "it most likely ends its worker; find out why the workers ended (out of memory?), fix that, "
+    "then redrive the task"
 )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a delivery before its run.
+    """The facts about a delivery before its run.
 
-    `lost_runs`: how many runs of this attempt began in a row and came to no orderly end, by the status index;
-    None where it does not count this one.
-    `deliveries`: how often the broker handed this copy out before.
+    `ended` is an earlier result; `recorded_digest` and `cancel_requested` come from the status index.
+    `orphaned_runs`: how many runs of this attempt began in a row and neither ended nor were requeued, by the
+    status index; None if it did not count this run. `deliveries`: how often the broker delivered this copy before.
     """
 
     task: Task
@@ -93,7 +94,7 @@ class Facts:
 
 
 def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter:
-    """Whether to run a delivery, and if not, why not."""
+    """Whether to run a delivery, and if not, what else to do with it."""
     task = facts.task
     if task.task_type != facts.type_name:
         return DeadLetter(
@@ -105,9 +106,9 @@ def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter
         )
     known = facts.ended.digest if facts.ended is not None else facts.recorded_digest
     if known is not None and known != facts.digest:
-        # The id belongs to the other task, and so does its record.
+        # Another task has this id, and the record is that task's.
         return id_conflict(task)
-    # A failure without a digest is that of an unreadable message with this id, not of this task.
+    # A failure without a digest belongs to an unreadable message with this id, not to this task.
     if (
         known is not None
         and facts.ended is not None
@@ -122,21 +123,21 @@ def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter
                 f"the task expired at {task.expires_at.isoformat()} before it was started", code="expired"
             )
         )
-    # More runs than this copy was handed out for are those of other copies, which may be running still.
+    # This copy was delivered `deliveries` times; further runs are those of other copies, which may still run.
     lost = min(facts.orphaned_runs or 0, facts.deliveries)
     if lost >= MAX_ORPHANED_RUNS:
         return DeadLetter(
             InvalidTask(
-                f"the task was begun {lost} times in a row by workers that then vanished: {_TAKES_DOWN}",
+                f"the task was started {lost} times in a row by workers that then vanished: {_ENDS_WORKERS}",
                 code="poison",
             )
         )
-    # Whoever has counted the runs knows better than the broker, which may count what was given back.
+    # The index's count of runs is better than the broker's, which may include requeues.
     forgotten = facts.orphaned_runs is None or facts.recorded_digest is None
     if forgotten and facts.deliveries >= MAX_DELIVERIES:
         return DeadLetter(
             InvalidTask(
-                f"the task was handed out {facts.deliveries} times and came to no end: {_TAKES_DOWN}",
+                f"the task was delivered {facts.deliveries} times and never ended: {_ENDS_WORKERS}",
                 code="poison",
             )
         )
@@ -144,7 +145,7 @@ def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter
 
 
 def id_conflict(task: Task) -> DeadLetter:
-    """What becomes of a task whose id another one has."""
+    """The verdict on a task whose id another task has."""
     return DeadLetter(
         InvalidTask(
             f"task_id {task.task_id!r} of tenant {task.tenant!r} already names a task with other content; "
@@ -158,15 +159,13 @@ def id_conflict(task: Task) -> DeadLetter:
 def after_failure(
     error: InferqError, *, attempt: int, max_attempts: int, engine_deaths: int, engine_died: bool
 ) -> Retry | DeadLetter:
-    """Whether a failed attempt is followed by another. `engine_deaths` counts those of earlier attempts."""
+    """Whether to retry after a failed attempt. `engine_deaths` counts those of earlier attempts."""
     if isinstance(error, InvalidTask):
         return DeadLetter(error)
     deaths = engine_deaths + engine_died
     if deaths >= MAX_ENGINE_DEATHS:
         return DeadLetter(
-            InvalidTask(
-                f"the task has ended {deaths} engine processes; the last time: {error}", code="poison"
-            )
+            InvalidTask(f"the task ended {deaths} engine processes; the last time: {error}", code="poison")
         )
     if attempt >= max_attempts:
         return DeadLetter(error)

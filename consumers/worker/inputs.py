@@ -25,9 +25,9 @@ class Inputs:
 def fetch_inputs(
     services: WorkerServices, task: Task, folder: Path, abort_reason: Callable[[], AbortReason | None]
 ) -> Inputs:
-    """Fetch what the task's input URLs name into `folder`, which is made where there are any.
+    """Fetch the task's input URLs into `folder`, which is created if there are any.
 
-    Raises InvalidTask and TransientFailure where one cannot be had, RunAborted where the run should stop.
+    Raises InvalidTask or TransientFailure if one cannot be fetched, RunAborted if the run has to stop.
     """
     began = time.monotonic()
     next_look = began + LOOK_SECONDS
@@ -42,10 +42,10 @@ def fetch_inputs(
 
     files = {}
     for name, url in task.inputs().items():
-        # A worker with a full disk would burn the attempts of task after task.
+        # Otherwise a worker with a full disk would spend the attempts of task after task.
         services.retry_until_available("scratch folder", services.scratch.check_room, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
-        # An outage of our own store delays the fetch; another's failure is the task's.
+        # If our own store is unavailable, the fetch waits; if another server fails, the attempt fails.
         fetch = partial(services.fetcher.fetch, url, folder, name, tenant=task.tenant, checkpoint=checkpoint)
         fetched = services.retry_until_available("object store", fetch, checkpoint)
         files[name] = FileRef(

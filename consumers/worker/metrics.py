@@ -1,4 +1,4 @@
-"""What a worker counts, in Prometheus' terms."""
+"""The metrics of a worker, for Prometheus."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ class WorkerMetrics:
             "tasks",
             Counter(
                 "inferq_worker_tasks",
-                "Deliveries settled, by what became of them: succeeded, failed, cancelled, retried, skipped, "
-                "given_back.",
+                "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back.",
                 ["task_type", "outcome"],
                 registry=registry,
             ),
@@ -63,7 +62,7 @@ class WorkerMetrics:
             "paused",
             Gauge(
                 "inferq_worker_paused",
-                "1 while the worker waits for a service that is away.",
+                "1 while the worker waits for a service that is unavailable.",
                 ["service"],
                 registry=registry,
             ),
@@ -72,7 +71,7 @@ class WorkerMetrics:
             "without_redis",
             Gauge(
                 "inferq_worker_without_redis",
-                "1 while Redis is away and the worker goes on without it.",
+                "1 while Redis is unavailable and the worker goes on without it.",
                 registry=registry,
             ),
         )

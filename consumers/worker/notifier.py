@@ -1,7 +1,7 @@
-"""What a worker tells the owner of a task: callbacks, handed over to the queue that delivers them.
+"""The callbacks of a task, handed over to the queue that delivers them.
 
-The end of a task is told in this order: dead letter, record, callback, ack. A crash anywhere repeats what
-comes after with the same `webhook-id`, as that is made of the record that is kept.
+The end of a task is reported in this order: dead letter, record, callback, ack. A crash in between repeats the
+later steps with the same `webhook-id`, which is made from the record that is kept.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _URL: TypeAdapter[str] = TypeAdapter(CallbackUrl)
 
 
 class Notifier:
-    """The callbacks of one delivery of a task. Where it names no URL, nothing is made and nothing sent.
+    """Sends the callbacks of one delivery; nothing if the task names no URL.
 
-    `publish` sends a message and waits for the broker's confirm however long that takes.
+    `publish` sends a message and waits for its confirm, however long that takes.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Notifier:
         self._events = events
         self._started: tuple[Message, Future[None]] | None = None
         self._next_progress = 0.0
-        self._told = 0
+        self._reported_percent = 0
 
     def started(self, task: Task, *, attempt: int, redrives: int, at: datetime) -> None:
-        """Tell that a run begins, without waiting; `settle` sees to it that the broker has it."""
+        """Report that a run begins, without waiting; `settle` makes sure that the broker has the message."""
         if self._url is None or "started" not in self._events:
             return
         data = EventData(
@@ -78,18 +78,18 @@ class Notifier:
         )
         event = Event(type="task.started", timestamp=at, data=data)
         message = callback_message(task_callback(event, self._url, redrives, attempt))
-        self._started = message, self._soon(message)
+        self._started = message, self._publish_pipelined(message)
 
     def progress(
         self, task: Task, fraction: float, note: str, *, attempt: int, redrives: int, at: datetime
     ) -> None:
-        """Tell how far a run is: at most once in a few seconds, once per percent, and only if it can be."""
+        """Report progress: once per percent, at most once in PROGRESS_SECONDS; skipped without a broker."""
         if self._url is None or "progress" not in self._events:
             return
         percent = int(min(max(fraction, 0.0), 1.0) * 100) if fraction == fraction else 0
-        if percent <= self._told or time.monotonic() < self._next_progress:
+        if percent <= self._reported_percent or time.monotonic() < self._next_progress:
             return
-        self._told = percent
+        self._reported_percent = percent
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
         data = EventData(
             task_id=task.task_id,
@@ -104,19 +104,19 @@ class Notifier:
             metadata=task.metadata,
         )
         event = Event(type="task.progress", timestamp=at, data=data)
-        self._soon(callback_message(task_callback(event, self._url, redrives, attempt, percent)))
+        self._publish_pipelined(callback_message(task_callback(event, self._url, redrives, attempt, percent)))
 
     def ended(self, kept: Result, output: bytes | None = None) -> None:
-        """Tell how the task ended, by the record that is kept; returns once the broker has it.
+        """Report how the task ended, by the record that is kept; returns once the broker has the message.
 
-        `output` is the output as JSON text, where the record leaves it out.
+        `output` is the output as JSON text, if the record leaves it out.
         """
         self.settle()
         if self._url is not None and "completed" in self._events:
             self._publish(callback_message(end_callback(kept, self._url, output)))
 
     def settle(self) -> None:
-        """See to it that the broker has what was told without waiting."""
+        """Make sure that the broker has what was sent without waiting."""
         if self._started is None:
             return
         message, confirmed = self._started
@@ -126,7 +126,7 @@ class Notifier:
         except Outage:
             self._publish(message)
 
-    def _soon(self, message: Message) -> Future[None]:
+    def _publish_pipelined(self, message: Message) -> Future[None]:
         try:
             return self._publisher.publish(message, timeout=_PATIENCE_SECONDS)
         except Outage as error:
@@ -136,7 +136,7 @@ class Notifier:
 
 
 def legible_url(body: bytes) -> str | None:
-    """The callback URL of a message that is no task, where it names one."""
+    """The callback URL of a message that is no task; None if it names none legibly."""
     try:
         broken: Any = json.loads(body)
         url = broken.get("callback_url")

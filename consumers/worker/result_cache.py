@@ -1,8 +1,8 @@
-"""The result cache: a task that was computed before is answered without its engine.
+"""The result cache answers a task that was computed before without its engine.
 
-A success leaves `cache/<tenant>/<key>.json` in the object store, which names the task that has the result;
-the key is made of all that determines an output. The entry is a hint and no more: whoever follows it looks
-whether the result and its artifacts still stand, and computes anew where they do not.
+A success leaves `cache/<tenant>/<key>.json` in the object store, which names the task that has the result. The
+key is a digest of everything that determines an output. An entry is only a hint: if the result or one of its
+artifacts is gone, the task is computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from inferq.schemas import Artifact, EngineInfo, Result, Settings, Task, TaskId,
 from inferq.storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableResult, cache_entry_key
 
 _FORM = 2
-"""Stands in each key, so that another way to make keys or entries never finds the old ones."""
+"""Part of each key, so that a change in how keys or entries are made finds no old ones."""
 
 _NUMBER = re.compile(r":\d+")
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Entry(BaseModel):
-    """What lies in the cache: which of the tenant's tasks has the result, and which result it is."""
+    """A cache entry: which of the tenant's tasks has the result, and which of its results."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,20 +54,21 @@ class ResultCache:
         self._unpinned = unpinned(self._settings)
         if self._unpinned:
             _log.warning(
-                "the result cache stays off: nothing says which content %s has", ", ".join(self._unpinned)
+                "the result cache stays off: the content of %s is not pinned by a version",
+                ", ".join(self._unpinned),
             )
         self._store = store
         self._results = results
 
     def key(self, task: Task, inputs: Mapping[str, FileRef], engine: EngineInfo) -> str | None:
-        """The key of a task with its inputs fetched; None where its result is nobody else's."""
+        """The key of a task with its inputs fetched; None if its result cannot be reused."""
         if self._unpinned or not self._task_type.cacheable(task):
             return None
         contents = {name: [note.sha256, note.content_type] for name, note in inputs.items()}
         return result_key(task, contents, engine, self._settings, self._version)
 
     def find(self, tenant: str, key: str, scratch: Path) -> Done | None:
-        """What the engine would answer, its artifacts in `scratch`; None where it has to be asked.
+        """The answer of an earlier task, its artifacts copied to `scratch`; None if there is none.
 
         A miss costs one round trip, a hit three, and one more for each artifact.
         """
@@ -86,7 +87,7 @@ class ResultCache:
         return Done(output=_compact(result.output), artifacts=notes, seconds=0.0)
 
     def keep(self, result: Result, key: str) -> None:
-        """This success is the answer to `key`; one that was computed anew replaces what stood there."""
+        """Make this success the answer to `key`, in place of an earlier one."""
         entry = Entry.of(result).model_dump_json().encode()
         self._store.put(cache_entry_key(result.tenant, key), entry, content_type="application/json")
 
@@ -98,11 +99,11 @@ class ResultCache:
             return None
         if result is None or result.status != "succeeded" or result.task_type != self._task_type.name:
             return None
-        # Once a result is deleted its id may be used again, for a task that asks for something else.
+        # After a result is deleted, its id may be used again for another task.
         return result if Entry.of(result) == entry else None
 
     def _copy(self, result: Result, artifact: Artifact, path: Path) -> bool:
-        """Whether the artifact still stands as it was, and lies at `path` now."""
+        """Copy the artifact to `path`. False if it is gone or changed."""
         digest = hashlib.sha256()
         key = self._results.artifact_key(result.tenant, result.task_id, artifact.name, result=result)
         try:
@@ -128,7 +129,7 @@ def _version(distribution: str) -> str:
 
 
 def unpinned(settings: Settings | None) -> list[str]:
-    """The settings that name a file or folder, whose content may change; that of `weights:NAME` may not."""
+    """The settings that name a file or folder whose content may change, unlike that of `weights:NAME`."""
     if settings is None:
         return []
     prefix = str(type(settings).model_config.get("env_prefix", ""))
@@ -146,11 +147,11 @@ def result_key(
     settings: Settings | None,
     version: str,
 ) -> str:
-    """SHA-256 (hex) of all that determines a task's output.
+    """SHA-256 (hex) of everything that determines a task's output.
 
-    That is: its type and the fields that are the type's own, the options with their defaults, the inputs'
-    `contents` (SHA-256 and content type, by field) in the place of their URLs, the engine's name, version,
-    model, named weights, kind of device and settings, and the `version` of what the type came with.
+    That is its type and the type's own fields, the options with their defaults, and the inputs' `contents`
+    (SHA-256 and content type by field) instead of their URLs. Also the engine's name, version, model, named
+    weights, kind of device and settings, and the `version` of the type's distribution.
     """
     own = set(type(task).model_fields) - set(Task.model_fields) - set(contents)
     said: dict[str, JsonValue] = {
@@ -160,7 +161,7 @@ def result_key(
         "options": task.options.model_dump(mode="json"),
         "inputs": {name: list(content) for name, content in contents.items()},
         "version": version,
-        # The second GPU of a machine computes what the first one does; the CPU does not.
+        # All GPUs of a machine compute the same output; a CPU may not.
         "engine": [engine.name, engine.version, engine.model, _NUMBER.sub("", engine.device)],
         "weights": list(engine.weights),
         "settings": settings.model_dump(mode="json") if settings is not None else None,

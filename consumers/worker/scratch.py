@@ -1,4 +1,4 @@
-"""The folder in which a worker's runs have theirs; what a killed worker left is swept by the next."""
+"""The folder for the files of a worker's runs. A worker deletes what killed workers left behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from inferq.schemas import InstallationError, Outage
 _PREFIX = "inferq-scratch-"
 _LOCK = ".lock"
 _LEAST_ROOM_BYTES = 16 << 20
-"""With less, the disk is full; an input that is larger than what is left may fit into another worker's."""
+"""With less free, the disk counts as full. A larger input may still fit on another worker's disk."""
 
 
 class ScratchFull(Outage):
-    """No input can be stored, on this machine: no task's fault."""
+    """This machine's disk is full: no task's fault."""
 
     code = "scratch_full"
 
@@ -35,7 +35,7 @@ class ScratchFolder:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             _sweep(parent)
-            # Inputs may be anybody's: mkdtemp gives a folder that only this user can enter.
+            # Inputs may be private: only this user can enter a folder made by mkdtemp.
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             self._lock = (self.path / _LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,7 +45,7 @@ class ScratchFolder:
             ) from error
 
     def check_room(self) -> None:
-        """Raises ScratchFull where the disk has no room for anything, whatever takes it up."""
+        """Raises ScratchFull if the disk is full."""
         disk = self._statvfs(self.path)
         if disk.f_bavail * disk.f_frsize < _LEAST_ROOM_BYTES or (disk.f_files > 0 and disk.f_favail == 0):
             raise ScratchFull(f"the disk of {self.path} is full: free some space or set INFERQ_SCRATCH_DIR")

@@ -1,7 +1,7 @@
-"""What a worker's slots share: the services around them, and how to wait for one that is away.
+"""What a worker's slots share: its services, and how to wait for one that is unavailable.
 
-RabbitMQ and the object store are waited for as long as it takes: without them nothing can come to an end.
-Redis holds no more than an index: it is waited for a while, and then done without.
+A worker waits for RabbitMQ and the object store for as long as it takes: without them no task can end. It waits
+for Redis, which holds only an index, for a limited time, and then works without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REDIS = "Redis"
 
 
 class GracePassed(Exception):
-    """The worker stops and its grace period is over: what is in hand goes back."""
+    """The worker stops and its grace period is over: the task in hand is requeued."""
 
 
 @dataclass
@@ -72,26 +72,26 @@ class WorkerServices:
         return time.monotonic() >= self._deadline
 
     def stop(self, grace: float) -> None:
-        """Begin to stop, `grace` seconds at most; a later call can only shorten it."""
+        """Begin to stop. Tasks in hand have `grace` seconds; a later call can only shorten that."""
         self._deadline = min(self._deadline, time.monotonic() + grace)
         self._stopping.set()
 
     def pauses(self) -> list[str]:
-        """Which services are waited for, and why."""
+        """The services that the worker waits for, each with the reason."""
         waiting = [f"{service}: {reason}" for service, reason in list(self._pauses.items())]
         if (left := self.redis_patience_left) > 0:
-            waiting.append(f"{_REDIS}: it does not answer; tasks go on without it in {left:.0f} s")
+            waiting.append(f"{_REDIS}: it does not answer; the worker goes on without it in {left:.0f} s")
         return waiting
 
     @property
     def redis_patience_left(self) -> float:
-        """Seconds that Redis is still waited for, counted from when it went away; 0 while it is there."""
+        """Seconds that the worker still waits for Redis, from when it became unavailable; 0 while it answers."""
         away = self.status.away_for
         return 0.0 if away is None else max(0.0, self.settings.redis_patience - away)
 
     @property
     def takes_more(self) -> bool:
-        """Whether a task that came now would be started: the worker neither stops nor waits for Redis."""
+        """Whether a task that came now would start: the worker neither stops nor waits for Redis."""
         return not self.stopping and self.redis_patience_left == 0
 
     def sleep(self, seconds: float, checkpoint: Callable[[], None] | None = None) -> None:
@@ -108,17 +108,17 @@ class WorkerServices:
             time.sleep(min(left, 0.1))
 
     def unless_stopping(self) -> None:
-        """A checkpoint of what nothing depends on. Raises GracePassed where the worker is to stop."""
+        """A checkpoint for waits that nothing depends on. Raises GracePassed if the worker is to stop."""
         if self.stopping:
             raise GracePassed
 
     def retry_until_available(
         self, service: str, call: Callable[[], T], checkpoint: Callable[[], None] | None = None
     ) -> T:
-        """Make a call that an outage of `service` only delays: no attempt is burnt, no result thrown away.
+        """Make a call, and repeat it while `service` is unavailable. No attempt is spent, no result is lost.
 
-        Raises GracePassed where the worker has to stop before the service is back; `checkpoint` is called
-        while it waits and may raise to give up.
+        Raises GracePassed if the worker has to stop first. `checkpoint` is called while it waits and may raise
+        to give up.
         """
         failures = 0
         try:
@@ -128,48 +128,48 @@ class WorkerServices:
                 except Outage as error:
                     failures += 1
                     if failures == 1:
-                        _log.warning("paused: %s is away, and waited for: %s", service, error)
+                        _log.warning("paused: waiting for %s, which is unavailable: %s", service, error)
                     self._pauses[service] = str(error)
                     self.metrics.paused.labels(service).set(1)
                     self.sleep(backoff(failures), checkpoint)
                     continue
                 if failures:
-                    _log.info("resumed: %s is back", service)
+                    _log.info("resumed: %s is available", service)
                 return value
         finally:
-            # However it ends, nothing waits any more: the next call that has to says so anew.
+            # However the call ends, nothing waits any more; the next call that has to wait says so again.
             if failures:
                 self._pauses.pop(service, None)
                 self.metrics.paused.labels(service).set(0)
 
     def in_background(self, call: Callable[[], T]) -> Future[T]:
-        """Make a call beside the calling thread, which has one such call at a time."""
+        """Make a call on another thread. Each slot thread has one such call at a time."""
         return self._background.submit(call)
 
     def best_effort(self, call: Callable[[], T]) -> T | None:
-        """Make a call to the status index that no outage delays: without Redis it is left out."""
+        """Make a call to the status index without waiting for Redis; None if it is unavailable."""
         try:
             return call()
         except Outage as error:
             self.metrics.status_outages.inc()
-            _log.debug("the status index does not know: %s", error)
+            _log.debug("not written to the status index: %s", error)
             return None
 
     def call_or_skip(self, call: Callable[[], T]) -> T | None:
-        """Make a call to the status index before a run. It gives None where Redis is done without.
+        """Make a call to the status index before a run; None once the worker goes on without Redis.
 
-        Raises GracePassed where the worker is to stop while it waits: nothing has begun that would be lost.
+        Raises GracePassed if the worker is to stop while it waits: nothing has begun that would be lost.
         """
         return self._retry_while_patient(call, self.unless_stopping)
 
     def report_end(self, call: Callable[[], T]) -> T | None:
-        """Make a call to the status index after a run; as `call_or_skip`, but a worker that stops leaves it out."""
+        """Make a call to the status index after a run: as `call_or_skip`, but skipped if the worker stops."""
         with suppress(GracePassed):
             return self._retry_while_patient(call, lambda: None)
         return None
 
     def look_for_redis(self) -> None:
-        """Find out whether Redis is back, where it was away."""
+        """If Redis was unavailable, find out whether it answers again."""
         if self.status.away_for is not None:
             self.best_effort(self.status.ping)
 
@@ -185,14 +185,16 @@ class WorkerServices:
                 if left == 0:
                     if self.status.away_for is not None and not self._goes_on_without_redis:
                         self._goes_on_without_redis = True
-                        _log.warning("going on without Redis, and looking for it: %s", error)
+                        _log.warning("going on without Redis until it answers: %s", error)
                     return None
                 if failures == 1:
-                    _log.warning("paused: Redis is away, and waited for %.0f s at most: %s", left, error)
-                # The index looks no more than once a second whether Redis is back.
+                    _log.warning(
+                        "paused: waiting at most %.0f s for Redis, which is unavailable: %s", left, error
+                    )
+                # The index itself asks Redis at most once a second.
                 self.sleep(min(backoff(failures, cap=1.0), left), checkpoint)
                 continue
             if failures or self._goes_on_without_redis:
                 self._goes_on_without_redis = False
-                _log.info("resumed: Redis is back")
+                _log.info("resumed: Redis is available")
             return value

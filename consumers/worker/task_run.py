@@ -60,7 +60,7 @@ from inferq.storage import UnreadableResult
 _log = logging.getLogger(__name__)
 
 Outcome = Literal["succeeded", "failed", "cancelled", "skipped", "retried", "given_back"]
-"""How a delivery ended, as the metric `inferq_tasks_total` says it; `given_back` is a requeue."""
+"""How a delivery ended, as the metric `inferq_worker_tasks_total` says it; `given_back` is a requeue."""
 
 _CONNECTION_LOST = "its connection was lost"
 

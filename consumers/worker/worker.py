@@ -1,7 +1,7 @@
-"""The worker: one light process that takes tasks one at a time per slot and has them computed.
+"""The worker: one light process that takes one task at a time per slot and has it computed.
 
-The life of a delivery: parse → ended, cancelled or expired already? → fetch the inputs into a scratch
-folder → run in the slot's engine process → upload the artifacts → write `result.json` once → status → ack.
+The life of a delivery: parse → already ended, cancelled or expired? → fetch the inputs → run in the slot's
+engine process → upload the artifacts → write `result.json` once → status → ack.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Request = Literal["stop", "hurry", "reload"]
 
 
 class Worker:
-    """Works for one task type until it is told to stop.
+    """Works for one task type until `stop`.
 
-    `stop` and `reload` may be called from any thread. Signal handlers use `requests`, which `run` serves: a
-    lock that the interrupted code holds would stop them for good.
+    `stop` and `reload` may be called from any thread. Signal handlers put into `requests`, which `run` serves: in
+    a handler, a lock that the interrupted code holds would block for ever.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Worker:
             )
 
     def run(self) -> None:
-        """Work until stopped. Raises InstallationError where the engine cannot work on this machine."""
+        """Work until stopped. Raises InstallationError if the engine cannot work on this machine."""
         self._publisher.start()
         for slot in self._slots:
             slot.start()
@@ -111,18 +111,18 @@ class Worker:
                 self.reload()
 
     def stop(self, *, hurry: bool = False) -> None:
-        """Take no more tasks; finish those in hand within the grace period, or give them back at once."""
+        """Take no more tasks. Finish those in hand within the grace period, or requeue them at once (`hurry`)."""
         self._services.stop(0.0 if hurry else self._settings.grace_seconds)
         for slot in self._slots:
             slot.stop_consuming()
 
     def reload(self) -> None:
-        """Load the engines anew beside the running ones, and swap between two tasks."""
+        """Load new engines beside the running ones, and swap between two tasks."""
         for slot in self._slots:
             slot.reload()
 
     def readiness(self) -> Readiness:
-        """Whether every slot would take a task at this moment."""
+        """Whether every slot would take a task now."""
         waiting = [reason for slot in self._slots if (reason := slot.waiting_for)]
         waiting += self._services.pauses()
         if self._services.stopping:

@@ -101,7 +101,7 @@ def test_where_two_engines_do_not_fit_the_old_one_goes_first(site: Site, tmp_pat
     switch.write_text("no_room")
     worker = site.worker(INFERQ_ENGINE_MAX_TASKS="1", FAULTY_LOAD=str(switch))
     worker.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "the old one stays" in worker.log.read_text())
+    eventually(lambda: "keeping the old one" in worker.log.read_text())
     old = worker.engine_pid()
     assert site.ended(site.publish({})).status == "succeeded"
     eventually(lambda: replaced(worker, "max_tasks") == 1, what="a new engine")
@@ -117,7 +117,7 @@ def test_a_due_engine_that_does_not_load_leaves_the_old_one_at_work(site: Site, 
     switch.write_text("error")
     for _ in range(3):
         assert site.ended(site.publish({})).status == "succeeded"
-    eventually(lambda: "the old one stays" in worker.log.read_text())
+    eventually(lambda: "keeping the old one" in worker.log.read_text())
     assert site.ended(site.publish({})).status == "succeeded"
     assert worker.engine_pid() == old
 

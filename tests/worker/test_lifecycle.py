@@ -106,7 +106,7 @@ def test_sighup_swaps_the_engine_between_tasks_and_keeps_the_old_one_if_the_new_
     worker = site.worker(FAULTY_LOAD=str(switch))
     switch.write_text("error")
     worker.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "the old one stays" in worker.log.read_text())
+    eventually(lambda: "keeping the old one" in worker.log.read_text())
     assert site.ended(site.publish({})).engine.version == "1"  # type: ignore[union-attr]
     switch.write_text("2")
     worker.process.send_signal(signal.SIGHUP)
@@ -156,7 +156,7 @@ def test_sighup_moves_to_the_manifests_current_weights(site: Site, tmp_path: Pat
     publish("b")
     (tmp_path / "weights-b" / "model.bin").write_bytes(b"c" * 1000)
     worker.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "the old one stays" in worker.log.read_text())
+    eventually(lambda: "keeping the old one" in worker.log.read_text())
     assert "model.bin has the SHA-256" in worker.log.read_text()
     assert model() == "a"
     (tmp_path / "weights-b" / "model.bin").write_bytes(b"b" * 1000)

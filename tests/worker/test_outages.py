@@ -75,8 +75,8 @@ def test_while_redis_is_away_a_task_waits_for_it_before_its_run(site: Site, frag
     eventually(worker.ready)
     assert not paused(worker, "Redis")
     said = worker.log.read_text()
-    assert "paused: Redis is away" in said
-    assert "resumed: Redis is back" in said
+    assert "for Redis, which is unavailable" in said
+    assert "resumed: Redis is available" in said
 
 
 def test_a_finished_run_waits_until_redis_knows_of_it(site: Site, fragile: Fragile, tmp_path: Path) -> None:
@@ -249,7 +249,10 @@ def test_a_worker_that_has_taken_nothing_stops_at_once_though_s3_is_away(
 ) -> None:
     remote.line.refuse()
     worker = site.start_worker(**remote.settings, INFERQ_GRACE_SECONDS="600")
-    eventually(lambda: "paused: object store is away" in worker.log.read_text(), what="a pause")
+    eventually(
+        lambda: "paused: waiting for object store, which is unavailable" in worker.log.read_text(),
+        what="a pause",
+    )
     assert worker.stop(timeout=30) == 0
 
 

@@ -47,7 +47,7 @@ def test_a_task_that_takes_down_every_worker_ends_as_poison(site: Site, tmp_path
     assert result.status == "failed"
     assert result.error is not None
     assert result.error.code == "poison"
-    assert f"begun {MAX_ORPHANED_RUNS} times" in result.error.message
+    assert f"started {MAX_ORPHANED_RUNS} times" in result.error.message
     (letter,) = eventually(site.dead)
     assert (letter.reason, letter.task_id) == ("poison", task_id)
     eventually(lambda: (s := site.state(task_id)) and s.state == "failed")
@@ -69,7 +69,7 @@ def test_where_redis_has_forgotten_the_brokers_count_catches_it(site: Site, tmp_
     result = site.ended(task_id)
     assert result.error is not None
     assert result.error.code == "poison"
-    assert f"handed out {MAX_DELIVERIES} times" in result.error.message
+    assert f"delivered {MAX_DELIVERIES} times" in result.error.message
     (letter,) = eventually(site.dead)
     assert (letter.reason, letter.task_id) == ("poison", task_id)
 
