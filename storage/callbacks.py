@@ -1,15 +1,16 @@
-"""What became of callbacks: an index in Redis, and in the object store whatever was given up.
+"""The records of callbacks: an index in Redis, and in the object store those that were given up.
 
     tasks/<tenant>/<task_id>/callbacks/<callback_id>.json       (batches/… for a batch's)
 
 Redis holds a hash of records per task or batch (`inferq:c:<tenant>:<kind>:<id>`), without bodies, and the
-newest failures of a tenant (`inferq:cf:<tenant>`); both may be lost. What was given up stays, with its body,
-until it is delivered after all.
+newest failures of a tenant (`inferq:cf:<tenant>`); both may be lost. A callback that was given up is kept with
+its body until it is delivered.
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from inferq.schemas import Callback, CallbackRecord, SubjectKind
 from inferq.schemas.encoding import to_json
+from inferq.storage.lua import read_lua
 from inferq.storage.objects.results import segment
 from inferq.storage.objects.store import ObjectNotFound, ObjectStore
 from inferq.storage.status.index import StatusIndex
@@ -26,33 +28,11 @@ MAX_LISTED = 500
 
 _MOST_FAILURES = 10_000
 _MOST_RECORDS = 300
-"""The records of one task or batch after which no more of its progress are listed; the others always are."""
+"""After this many records of a task or batch, callbacks of its progress are not listed any more."""
 
 _EVERY = 1_000_000_000
 
-_SAVE = """
-local record, failures = KEYS[1], KEYS[2]
-local id, state, json, member, now, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local resent = ARGV[9]
-local before = redis.call('HGET', record, id)
-if before and state ~= 'delivered' then
-  local known = cjson.decode(before)
-  local sent = type(known.resent_at) == 'string' and string.gsub(known.resent_at, 'Z$', '') or ''
-  -- What was sent again stands over what was sent before, and a delivery over a copy of it that is late.
-  if resent < sent or (resent == sent and known.state == 'delivered') then return 0 end
-end
-if not before and redis.call('HLEN', record) >= tonumber(ARGV[8]) then return 0 end
-redis.call('HSET', record, id, json)
-redis.call('EXPIRE', record, retention)
-if state == 'failed' then
-  redis.call('ZADD', failures, now, member)
-  redis.call('ZREMRANGEBYRANK', failures, 0, -1 - tonumber(ARGV[7]))
-  redis.call('EXPIRE', failures, retention)
-elseif before then
-  redis.call('ZREM', failures, member)
-end
-return 1
-"""
+_SAVE = read_lua(Path(__file__))
 
 
 class CallbackRecords:
@@ -64,9 +44,9 @@ class CallbackRecords:
         self._save = index.script(_SAVE)
 
     def note(self, record: CallbackRecord) -> None:
-        """Put a record into the index, over the one of before.
+        """Put a record into the index in place of the earlier one.
 
-        One that says delivered stands, unless it was sent again since; so does one that was sent again later.
+        A delivered record stays, unless the callback was resent since; a record of a later resend stays, too.
         """
         keys = [_key(record.tenant, record.subject_kind, record.subject_id), _failures(record.tenant)]
         text = to_json(record.model_copy(update={"body": None}))
@@ -88,30 +68,30 @@ class CallbackRecords:
         )
 
     def keep(self, record: CallbackRecord) -> None:
-        """Keep one that was given up, with its body, in the object store."""
+        """Keep a callback that was given up, with its body, in the object store."""
         place = _place(record.tenant, record.subject_kind, record.subject_id)
         self._store.put(
             f"{place}{record.callback_id}.json", to_json(record).encode(), content_type="application/json"
         )
 
     def drop(self, record: CallbackRecord) -> None:
-        """Forget that it was given up: it has been delivered."""
+        """Delete the record of a callback that was given up: it was delivered."""
         place = _place(record.tenant, record.subject_kind, record.subject_id)
         self._store.delete(f"{place}{record.callback_id}.json")
 
     def known(self, callback: Callback) -> CallbackRecord | None:
-        """What the index knows of a callback."""
+        """The index's record of a callback."""
         key = _key(callback.tenant, callback.subject_kind, callback.subject_id)
         text: Any = self._index.ask(lambda client: client.hget(key, callback.callback_id))
         return _read(text) if text is not None else None
 
     def indexed(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
-        """What the index knows of the callbacks of a task or batch."""
+        """The index's records of a task's or batch's callbacks."""
         found: Any = self._index.ask(lambda client: client.hgetall(_key(tenant, kind, subject_id)))
         return tuple(record for text in found.values() if (record := _read(text)) is not None)
 
     def kept(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
-        """Those of a task or batch that were given up, from the object store."""
+        """The callbacks of a task or batch that were given up, from the object store."""
         place = _place(tenant, kind, subject_id)
         found = []
         for info in self._store.list(place):
@@ -124,7 +104,7 @@ class CallbackRecords:
         return tuple(found)
 
     def failures(self, tenant: str, *, limit: int = 50) -> tuple[CallbackRecord, ...]:
-        """The tenant's failures that the index knows, the newest first."""
+        """The tenant's failures in the index, newest first."""
 
         def ask(client: redis.Redis) -> list[str]:
             members: Any = client.zrevrange(_failures(tenant), 0, min(max(limit, 1), MAX_LISTED) - 1)
@@ -142,7 +122,7 @@ class CallbackRecords:
 
 
 def _moment(at: datetime | None) -> str:
-    """As it stands in the record's JSON, without the Z: such texts compare as the moments do."""
+    """The time as in the record's JSON, without the Z: such texts sort by time."""
     return at.astimezone(UTC).isoformat().removesuffix("+00:00") if at is not None else ""
 
 
@@ -150,7 +130,7 @@ def _read(text: str | bytes) -> CallbackRecord | None:
     try:
         return CallbackRecord.model_validate_json(text)
     except ValidationError:
-        return None  # another version's
+        return None  # written by another version
 
 
 def _key(tenant: str, kind: str, subject_id: str) -> str:

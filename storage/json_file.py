@@ -1,7 +1,6 @@
 """A short list of records in a JSON file that only its owner may read: keys, secrets.
 
-Many processes may read and change it at once: a change is made under a lock, whole or not at all, and shows
-at once.
+Many processes may read and change it at the same time. A change is made under a lock, completely or not at all.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 class JsonFile(Generic[R]):
-    """The records of type `kind` in the file at `path`; one that is not there holds none.
+    """The records of type `kind` in the file at `path`; a missing file holds none.
 
-    `what` names the file in messages, `setting` the variable that says where it is, `code` is that of the
-    InstallationError that any method raises for a file that cannot be used. `dump` makes a record JSON.
+    `what` names the file in messages, `setting` the variable with its path. Any method raises InstallationError
+    with `code` if the file cannot be used. `dump` turns a record into JSON.
     """
 
     def __init__(
@@ -54,23 +53,23 @@ class JsonFile(Generic[R]):
         self._known: tuple[R, ...] | None = None
 
     def read(self) -> tuple[R, ...]:
-        """Every record, the oldest first."""
+        """Every record, oldest first."""
         try:
             return self._records.validate_json(self.path.read_bytes())
         except FileNotFoundError:
             return ()
         except ValidationError as error:
-            # Its own words would quote what may be secret.
+            # pydantic's own message would quote values, which may be secret.
             places = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
-            raise self._unreadable(f"it is no list of records ({places or 'not JSON'})") from None
+            raise self._unreadable(f"it is not a list of records ({places or 'not JSON'})") from None
         except OSError as error:
             raise self._unreadable(str(error)) from error
 
     def current(self) -> tuple[R, ...]:
-        """As `read`, but the file is only looked at anew once it has changed.
+        """As `read`, but the file is read again only after it changed.
 
-        Where it cannot be read any more this keeps to the records of before, and logs. As long as nothing
-        changes it gives the same tuple.
+        If it becomes unreadable, this logs and keeps the earlier records. While nothing changes it returns the
+        same tuple.
         """
         with self._lock:
             seen = self._fingerprint()
@@ -80,16 +79,16 @@ class JsonFile(Generic[R]):
                 except InstallationError as error:
                     if self._known is None:
                         raise
-                    _log.error("keeping to what stood there before: %s", error)
+                    _log.error("keeping the earlier records: %s", error)
                 self._seen = seen
             return self._known
 
     @contextmanager
     def changing(self) -> Iterator[MutableSequence[R]]:
-        """The records, to be changed in place; they are written when the block ends well."""
+        """The records, to be changed in place. They are written if the block ends without an error."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # The lock is a file of its own: the other one is replaced, and a lock on it with it.
+            # A separate lock file: the records' file is replaced, and a lock on it would go with it.
             lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
             self._give(lock)
         except OSError as error:
@@ -112,7 +111,7 @@ class JsonFile(Generic[R]):
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     def _give(self, handle: int) -> None:
-        """Give a file to the owner of the records, or of their folder: root may have made it for another."""
+        """Give a file to the owner of the records or of their folder: root may have made it for another user."""
         if os.geteuid() == 0:
             owner = (self.path if self.path.exists() else self.path.parent).stat()
             os.fchown(handle, owner.st_uid, owner.st_gid)

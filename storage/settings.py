@@ -1,4 +1,4 @@
-"""Where results rest, where the status index is, and what an input may be."""
+"""The settings of the object store, the status index, and input fetching."""
 
 from __future__ import annotations
 

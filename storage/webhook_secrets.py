@@ -1,7 +1,7 @@
-"""The secrets that callbacks are signed with: a JSON file that says which belong to which tenant.
+"""The secrets that callbacks are signed with, by tenant, in a JSON file.
 
-A secret is `whsec_` and the base64 of 24 to 64 random bytes, as the Standard Webhooks have it. During a
-rotation a tenant has two (or more) that are valid at once, and callbacks carry a signature by each.
+A secret is `whsec_` and the base64 of 24 to 64 random bytes, as in Standard Webhooks. During a rotation a tenant
+has two or more valid secrets, and callbacks carry a signature by each.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from inferq.storage.json_file import JsonFile
 
 PREFIX = "whsec_"
 KEEP_SECONDS = 86400.0
-"""How long the secrets of before stay valid after a rotation, unless it says otherwise."""
+"""Seconds that earlier secrets stay valid after a rotation, by default."""
 
 _BYTES = 32
 
 
 class WebhookSettings(Settings):
-    """Where the secrets of callbacks are."""
+    """The settings of the secrets of callbacks."""
 
     webhook_secrets_file: Path = Field(
         Path(".inferq/webhook-secrets.json"),
@@ -46,7 +46,7 @@ class WebhookSettings(Settings):
 
 
 class WebhookSecret(BaseModel):
-    """A tenant's secret. `until`: when it stops being used; None for the current one."""
+    """A tenant's secret. `until`: when it becomes invalid; None for the current one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,7 +69,7 @@ class WebhookSecret(BaseModel):
 
     @property
     def secret_id(self) -> str:
-        """A name for it that is no secret."""
+        """Identifies it without revealing it."""
         return hashlib.sha256(self.secret.get_secret_value().encode()).hexdigest()[:12]
 
     def valid(self, now: datetime) -> bool:
@@ -80,10 +80,10 @@ _TENANT: TypeAdapter[str] = TypeAdapter(Tenant)
 
 
 class WebhookSecrets:
-    """The secrets in one file. Many processes may read and change it at once; a change shows at once.
+    """The secrets in one file. Many processes may read and change it at the same time.
 
-    A file that is not there holds no secrets. Any method raises InstallationError for one that cannot be
-    read, `of` only the first time: later it keeps to the secrets it has, and logs.
+    A missing file holds no secrets. Any method raises InstallationError if it cannot be read; `of` only the
+    first time: later it logs and keeps the secrets that it has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,10 +97,9 @@ class WebhookSecrets:
         )
 
     def rotate(self, tenant: str, *, keep: float = KEEP_SECONDS) -> WebhookSecret:
-        """Give the tenant a new secret; those of before stay valid for `keep` seconds more.
+        """Give the tenant a new secret; earlier ones stay valid for `keep` seconds more.
 
-        Raises InferqError where the tenant's name is not one (`bad_tenant`), or `keep` goes beyond all
-        dates (`bad_keep`).
+        Raises InferqError for an invalid tenant name (`bad_tenant`) or a `keep` beyond all dates (`bad_keep`).
         """
         try:
             _TENANT.validate_python(tenant)
@@ -127,7 +126,7 @@ class WebhookSecrets:
         return made
 
     def revoke(self, secret_id: str) -> WebhookSecret:
-        """Take a secret away, at once. Raises InferqError (`unknown_secret`) where none has that id."""
+        """Remove a secret at once. Raises InferqError (`unknown_secret`) if none has that id."""
         with self._file.changing() as records:
             for record in records:
                 if record.secret_id == secret_id:
@@ -139,11 +138,11 @@ class WebhookSecrets:
         )
 
     def list(self) -> tuple[WebhookSecret, ...]:
-        """Every secret, the oldest first, those that are no longer valid included."""
+        """Every secret, oldest first, including invalid ones."""
         return self._file.read()
 
     def of(self, tenant: str) -> tuple[str, ...]:
-        """The tenant's valid secrets, the newest first."""
+        """The tenant's valid secrets, newest first."""
         now = datetime.now(UTC)
         return tuple(
             record.secret.get_secret_value()

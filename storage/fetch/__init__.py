@@ -1,4 +1,4 @@
-"""Inputs by URL: fetched to a file, from nowhere that the settings do not allow.
+"""Fetches inputs by URL to files, from permitted addresses and buckets only.
 
 fetcher    a URL to a file, by its scheme
 http       http and https, redirects included

@@ -1,7 +1,7 @@
-"""Which network addresses a stranger's URL may lead to, enforced where the connection is made.
+"""Which network addresses an untrusted URL may lead to, enforced when the connection is made.
 
-A name is resolved once, every address that it gives is checked, and the connection goes to a checked address
-itself, never to the name: an answer that changes between the check and the connection changes nothing.
+A name is resolved once, all its addresses are checked, and the connection goes to a checked address, not to the
+name. So a DNS answer that changes between check and connection changes nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from inferq.storage.settings import Network
 _log = logging.getLogger(__name__)
 
 Resolver = Callable[[str, int], Sequence[str]]
-"""Host name and port → IP addresses. Raises OSError or UnicodeError where the name has none."""
+"""Host name and port → IP addresses. Raises OSError or UnicodeError if the name has none."""
 
-# The special-purpose registries of IANA (RFC 6890), spelled out, as Python's own notion changes by release.
+# IANA's special-purpose registries (RFC 6890), spelled out: Python's own list changes between releases.
 _SPECIAL_V4 = tuple(
     ip_network(network)
     for network in (
@@ -35,7 +35,7 @@ _SPECIAL_V4 = tuple(
         "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24",
         "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
         "224.0.0.0/4", "240.0.0.0/4",
-        "168.63.129.16/32",  # public by number, but the platform of Azure to every machine in it
+        "168.63.129.16/32",  # a public address, but inside Azure its platform service
     )
 )  # fmt: skip
 _GLOBAL_V6 = ip_network("2000::/3")
@@ -53,7 +53,7 @@ class AddressRefused(InvalidTask):
 
 
 class AddressPolicy:
-    """Public addresses, and those in the allowed networks, which an operator states by `setting`."""
+    """Permits public addresses and the allowed networks, which an operator lists in `setting`."""
 
     def __init__(
         self, allowed: Iterable[Network] = (), *, setting: str = "INFERQ_FETCH_ALLOWED_NETWORKS"
@@ -62,7 +62,7 @@ class AddressPolicy:
         self._setting = setting
 
     def permits(self, address: str) -> bool:
-        """Whether a connection to this IP address may be made; an IPv6 zone (`%eth0`) does not count."""
+        """Whether connections to this IP address are permitted; an IPv6 zone (`%eth0`) is ignored."""
         try:
             ip = ip_address(address.partition("%")[0])
         except ValueError:
@@ -78,10 +78,10 @@ class AddressPolicy:
         return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
 
     def check(self, host: str, addresses: Sequence[str]) -> list[str]:
-        """Those addresses of the host that may be used. Raises AddressRefused where none may."""
+        """The permitted addresses of the host. Raises AddressRefused if there is none."""
         permitted = [address for address in addresses if self.permits(address)]
         if addresses and not permitted:
-            # For the operator only: what internal names resolve to is no business of whoever sent the task.
+            # Logged for the operator; the task's sender must not learn what internal names resolve to.
             _log.warning("host %r leads to %s: refused", host, ", ".join(addresses[:4]))
             raise AddressRefused(
                 f"host {host!r} leads to no public address; an operator can allow its network "
@@ -91,16 +91,16 @@ class AddressPolicy:
 
 
 def system_resolver(host: str, port: int) -> list[str]:
-    """The addresses that the system's resolver gives, in its order of preference."""
+    """The addresses that the system's resolver returns, in its order of preference."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 class GuardedBackend(httpcore.NetworkBackend):
-    """Connects an httpcore pool to permitted addresses only, and ends each exchange by its deadline.
+    """Connects an httpcore pool to permitted addresses only, and ends each exchange at its deadline.
 
-    The deadline holds for the thread that sets it by `deadline`, and bounds all that it does: resolving,
-    connecting, TLS, and every read and write, so that a server which sends a byte at a time gains nothing.
+    `deadline` sets it for the calling thread. It bounds resolving, connecting, TLS, and all reads and writes
+    together, so a server that sends a byte at a time cannot prolong it.
     """
 
     def __init__(self, policy: AddressPolicy, resolver: Resolver = system_resolver) -> None:
@@ -111,7 +111,7 @@ class GuardedBackend(httpcore.NetworkBackend):
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """What the calling thread does within the block may take that long."""
+        """Bound everything that the calling thread does within the block, to so many seconds."""
         self._clock.ends = time.monotonic() + seconds
         try:
             yield
@@ -144,7 +144,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         raise failure
 
     def _resolve(self, host: str, port: int) -> Sequence[str]:
-        """The resolver's answer. It knows no time limit of its own, so that a thread waits for it."""
+        """The resolver's answer. It has no time limit of its own, so another thread waits for it."""
         answers: queue.SimpleQueue[Sequence[str] | OSError | UnicodeError] = queue.SimpleQueue()
 
         def ask() -> None:
@@ -167,12 +167,12 @@ class GuardedBackend(httpcore.NetworkBackend):
 
 
 class _Clock(threading.local):
-    """Until when the calling thread may go on (monotonic seconds)."""
+    """The calling thread's deadline (monotonic seconds)."""
 
     ends: float | None = None
 
     def left(self, timeout: float | None, expired: type[Exception]) -> float | None:
-        """The shorter of a timeout and what is left. Raises `expired` where nothing is."""
+        """The shorter of a timeout and the time left. Raises `expired` if none is left."""
         if self.ends is None:
             return timeout
         left = self.ends - time.monotonic()

@@ -1,14 +1,14 @@
-"""Fetching a task's inputs: a URL that a stranger wrote becomes a file in the scratch folder.
+"""Fetches a task's inputs: each untrusted URL becomes a file in the scratch folder.
 
-What is wrong with the URL or with what stands there is InvalidTask, with one of the codes
+A fault of the URL or of its target is InvalidTask, with one of these codes:
     bad_input_url         the URL itself is wrong
     address_refused       it leads to an address that is not public
-    certificate_refused   the server's certificate does not hold: it rarely mends itself within the retries
-    input_not_found       nothing stands there (404, 410)
-    input_refused         the server or our own rules do not give it out (other 4xx, redirects, buckets)
+    certificate_refused   the server's certificate is not valid, which retries rarely change
+    input_not_found       there is no such object (404, 410)
+    input_refused         the server or our own rules refuse it (other 4xx, redirects, buckets)
     input_too_large
-and what may pass is TransientFailure `download_failed`. The environment's proxies are not used, as a proxy
-would resolve the names in our stead.
+A fault that may pass is TransientFailure `download_failed`. Proxies from the environment are not used: a proxy
+would resolve the names itself.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from inferq.storage.settings import StorageSettings
 
 
 class ScratchUnavailable(TransientFailure):
-    """The scratch folder cannot take the input: the disk is full, or not ours to write.
+    """The scratch folder cannot hold the input: the disk is full or not writable.
 
-    No outage: what is too large for this disk would stop the worker for good, while another may have room.
+    Not an Outage: an input too large for this disk would stop the worker for good, while another may have room.
     """
 
     code = "scratch_unavailable"
@@ -42,7 +42,7 @@ class ScratchUnavailable(TransientFailure):
 
 @dataclass(frozen=True)
 class Fetched:
-    """An input on disk; `sha256` is hexadecimal, `content_type` what its source said."""
+    """An input on disk; `sha256` is hexadecimal, `content_type` comes from its source."""
 
     path: Path
     bytes: int
@@ -52,7 +52,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened input: its pieces, its length in bytes where that is known, and its content type."""
+    """An opened input: its pieces, its length in bytes if that is known, and its content type."""
 
     chunks: Iterable[bytes]
     length: int | None
@@ -62,7 +62,7 @@ class Source:
 class Fetcher:
     """Fetches inputs by `https:`, `http:`, `s3:`, `data:` and `inferq:` URLs, from many threads.
 
-    `resolver` and `ssl_context` stand for the outside world; the defaults are the system's.
+    `resolver` and `ssl_context` default to the system's.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Fetcher:
     def fetch(
         self, url: str, folder: Path, name: str, *, tenant: str, checkpoint: Callable[[], None] | None = None
     ) -> Fetched:
-        """Fetch an input to `folder/name`, in constant memory; on an error nothing is left there.
+        """Fetch an input to `folder/name`, in constant memory; an error leaves nothing there.
 
-        `name` is the task's field and appears in messages, `tenant` decides whose uploads `inferq:` means.
-        `checkpoint` is called for each piece that comes, and may raise to give up. Raises InvalidTask,
-        TransientFailure, and Outage where our own store is away.
+        `name` is the task's field, for messages. `tenant` says whose uploads `inferq:` means. `checkpoint` is
+        called for each piece and may raise to give up. Raises InvalidTask, TransientFailure, and Outage if our
+        own store is unavailable.
         """
         where = f"{name} {redacted(url)}"
         path = folder / name
@@ -143,7 +143,7 @@ class Fetcher:
             )
         if self._store.holds(f"s3://{bucket}/{key}"):
             raise InvalidTask(
-                "results and uploads are not to be had by their s3: URL; upload the file, or copy it",
+                "results and uploads of inferq cannot be read by their s3: URL; upload the file, or copy it",
                 code="input_refused",
             )
         from inferq.storage.objects.s3 import S3Refused, open_object
@@ -156,10 +156,10 @@ class Fetcher:
             raise InvalidTask("there is no such object", code="input_not_found") from error
         except S3Refused as error:
             raise InvalidTask(
-                f"bucket {bucket!r} does not exist, or does not let us read", code="input_refused"
+                f"bucket {bucket!r} does not exist, or the credentials may not read it", code="input_refused"
             ) from error
         except StoreOutage as error:
-            # Not our own store: a wrong bucket must not stop the worker, so that it counts as the task's.
+            # Not our own store: a wrong bucket is the task's fault and must not stop the worker.
             raise TransientFailure(str(error), code="download_failed") from error
 
     def _save(self, source: Source, path: Path, checkpoint: Callable[[], None] | None) -> Fetched:

@@ -1,4 +1,4 @@
-"""Downloading over http(s): redirects by hand, a deadline over everything, permitted addresses only."""
+"""Downloads over http(s): own handling of redirects, one deadline for all, permitted addresses only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GONE = {404, 410}
 
 @dataclass(frozen=True)
 class Download:
-    """An answer's body in pieces, decoded; `length` in bytes where the server said it and it is certain."""
+    """An answer's body in pieces, decoded; `length` in bytes if the server said it and it is certain."""
 
     chunks: Iterable[bytes]
     length: int | None
@@ -37,7 +37,7 @@ class Download:
 
 
 class HttpSource:
-    """Opens downloads over connections that are kept for the next ones to the same server."""
+    """Opens downloads, over connections that are kept for the next download from the same server."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class HttpSource:
 
     @contextmanager
     def open(self, url: str, seconds: float) -> Iterator[Download]:
-        """Begin a download that has to be over, redirects included, within that many seconds."""
+        """Begin a download that has to end, redirects included, within `seconds`."""
         with self._pool.deadline(seconds), _network_errors(seconds), ExitStack() as stack:
             response = self._follow(url, stack)
             yield _download(response)
@@ -67,10 +67,10 @@ class HttpSource:
             if response.status not in _REDIRECTS:
                 _check_status(response.status)
                 return response
-            stack.pop_all().close()  # its body is of no interest
+            stack.pop_all().close()  # its body is not read
             location = header_of(response, b"location")
             if not location:
-                raise _refused(f"the server answered {response.status} without saying where to")
+                raise _refused(f"the server answered {response.status} without a Location header")
             url = redirect_url(url, location)
             target = _redirect(target, url)
         raise _refused(f"more than {MAX_REDIRECTS} redirects")
@@ -95,7 +95,9 @@ def _check_status(status: int) -> None:
     if status in {200, 203}:
         return
     if status in _GONE:
-        raise InvalidTask(f"the server answered {status}: nothing stands there", code="input_not_found")
+        raise InvalidTask(
+            f"the server answered {status}: there is nothing at this URL", code="input_not_found"
+        )
     if status in _WAIT or status >= 500:
         raise _failed(f"the server answered {status}")
     raise _refused(f"the server answered {status}")
@@ -109,11 +111,11 @@ def _download(response: httpcore.Response) -> Download:
         return Download(response.iter_stream(), int(length) if length else None, content_type)
     if encoding in {"gzip", "x-gzip"}:
         return Download(_gunzip(response.iter_stream()), None, content_type)
-    raise _refused(f"the server sends it encoded as {encoding[:40]!r}, which was not asked for")
+    raise _refused(f"the server sends it encoded as {encoding[:40]!r}, which was not requested")
 
 
 def _gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    # Files that were stored compressed are sent so whatever one accepts.
+    # Servers send files that are stored compressed as they are, whatever the request accepts.
     try:
         with gzip.GzipFile(fileobj=io.BufferedReader(_Reader(chunks), _CHUNK_BYTES)) as file:
             while chunk := file.read1(_CHUNK_BYTES):
@@ -156,7 +158,7 @@ def _network_errors(seconds: float) -> Iterator[None]:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise InvalidTask(
-                f"the server's certificate does not hold: {cause.verify_message}", code="certificate_refused"
+                f"the server's certificate is not valid: {cause.verify_message}", code="certificate_refused"
             ) from error
         raise _failed(f"the connection failed: {error}") from error
     except httpcore.LocalProtocolError as error:

@@ -1,4 +1,4 @@
-"""HTTP exchanges with strangers' servers: permitted addresses only, checked certificates, one deadline."""
+"""HTTP exchanges with untrusted servers: permitted addresses only, checked certificates, one deadline."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _POOL_SECONDS = 10.0
 class HttpPool:
     """Connections that are kept for the next exchange with the same server. Safe from many threads.
 
-    Redirects are answers like any other. What goes wrong comes as httpcore's exceptions, and as InvalidTask
-    (`address_refused`, `bad_input_url`) where a host leads nowhere that is permitted. `patience`: the seconds
-    that a read or write may take; connecting has 10 s or a third of it, so that a host's next address has its
-    chance. There are at most so many `connections`, None for any number.
+    Redirects are answers like any other. Errors are httpcore's exceptions, and InvalidTask (`address_refused`,
+    `bad_input_url`) if a host has no permitted address. `patience`: seconds that a read or write may take.
+    Connecting has a third of it, 10 s at most, so that a host's next address is tried as well. `connections` is
+    the largest number of them; None for no limit.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HttpPool:
     def exchange(
         self, method: str, url: HttpUrl, headers: Mapping[str, str], content: bytes | None = None
     ) -> Iterator[httpcore.Response]:
-        """Send a request; the answer's body is to be read within the block."""
+        """Send a request. Read the answer's body within the block."""
         lines = {"Host": url.host_header, "User-Agent": self._agent, **headers}
         if content is not None:
             lines["Content-Length"] = str(len(content))
@@ -89,7 +89,7 @@ class HttpPool:
             try:
                 response = send(stack)
             except (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError):
-                # A kept connection may have been closed by the server just now: a fresh one tells.
+                # The server may just have closed a kept connection: try a new one.
                 if connected:
                     raise
                 response = send(stack)
@@ -97,7 +97,7 @@ class HttpPool:
 
 
 def header_of(response: httpcore.Response, name: bytes) -> str:
-    """The first header of that name (lower case), empty where there is none."""
+    """The first header of that name (lower case); empty if there is none."""
     for key, value in response.headers:
         if key.lower() == name:
             try:
@@ -108,7 +108,7 @@ def header_of(response: httpcore.Response, name: bytes) -> str:
 
 
 def _trusted() -> ssl.SSLContext:
-    """The system's certificates (or SSL_CERT_FILE's), and certifi's for containers that have none."""
+    """The system's certificates (or SSL_CERT_FILE's), and certifi's for containers without any."""
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
     return context

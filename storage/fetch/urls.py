@@ -1,4 +1,4 @@
-"""Reading the URLs of inputs: strictly, and without repeating their secrets."""
+"""Reads the URLs of inputs strictly, and shows them without their secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 200
 
 
 def redirect_url(base: str, location: str) -> str:
-    """Where a redirect from `base` leads, without a fragment."""
+    """The target of a redirect from `base`, without a fragment."""
     try:
         return urljoin(base, location.strip().replace(" ", "%20")).partition("#")[0]
     except ValueError as error:
@@ -23,7 +23,7 @@ def read_data_url(url: str) -> tuple[bytes, str]:
     """The data and the content type of a `data:` URL (RFC 2397). Raises InvalidTask (`bad_input_url`)."""
     header, comma, body = url.partition(":")[2].partition(",")
     if not comma:
-        raise _bad("a data: URL has a comma before its data")
+        raise _bad("a data: URL needs a comma before its data")
     *parts, last = header.split(";")
     is_base64 = last.strip().lower() == "base64" and bool(parts)
     media = ";".join(parts) if is_base64 else header

@@ -15,7 +15,7 @@ import pytest
 from inferq.broker import connect
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.consumers.worker.decision import MAX_DELIVERIES
-from inferq.consumers.worker.engine_supervisor import EngineSupervisor
+from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.worker.conftest import Site, WorkerProcess, eventually, starts
@@ -140,7 +140,7 @@ def test_no_task_is_kept_for_an_engine_that_is_still_loading(site: Site, tmp_pat
 
 
 @pytest.mark.parametrize("fault", [OSError("too many open files"), RuntimeError("a fault of our own")])
-def test_a_new_engine_that_cannot_be_started_leaves_the_seat_to_the_old_one(
+def test_a_new_engine_that_cannot_be_started_leaves_the_old_one_in_place(
     monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     settings = SimpleNamespace(
@@ -156,12 +156,12 @@ def test_a_new_engine_that_cannot_be_started_leaves_the_seat_to_the_old_one(
     old = supervisor.engine
     supervisor.reload_requested.set()
     if isinstance(fault, OSError):
-        assert supervisor.acquire()
-        supervisor.release()
+        supervisor.look()
     else:
         with pytest.raises(RuntimeError):
-            supervisor.acquire()
-    assert supervisor.acquire()
+            supervisor.look()
+    with supervisor.lease() as lease, pytest.raises(NotStarted):
+        lease.acquire()  # not held by the attempt that failed; only its engine was never loaded
     assert supervisor.engine is old
 
 
