@@ -1,8 +1,7 @@
-"""A supervisor in a process of its own: the starter sees it through its start, then leaves it alone.
+"""A supervisor in a process of its own. Its starter waits until everything is ready, then leaves it running.
 
-The two share a socket. The supervisor sends one JSON line for each thing that happens while it starts; if
-the starter goes away before everything is ready (or, where it is bound to the starter, ever), it stops
-everything again.
+The two share a socket. The supervisor sends a JSON line for each event while it starts. If the starter ends before
+everything is ready, the supervisor stops everything; a supervisor that is bound to its starter does so at any time.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from inferq.schemas import InferqError
 def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[str, str]:
     """Start a supervisor that outlives this process; returns once all parts are ready.
 
-    Gives the plan's facts. Raises InferqError where the start fails; nothing runs then. Interrupted or
-    killed while it waits, the supervisor stops what it has started.
+    Gives the plan's facts. Raises InferqError if the start fails; nothing runs then. If this process is
+    interrupted or killed while it waits, the supervisor stops everything that it started.
     """
     channel, process = _start(wish, bound=False)
     with channel:
@@ -40,15 +39,15 @@ def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[s
             process.wait()
             raise
         finally:
-            # It goes on without us; its end is not ours to wait for.
+            # It outlives this process, so nobody here waits for its end.
             process.returncode = process.poll() or 0
 
 
 @contextmanager
 def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mapping[str, str]]:
-    """Everything up for the length of a `with` block; the end of this process, however it comes, ends it too.
+    """Keep everything up for the length of a `with` block, or until this process ends in any way.
 
-    Gives the INFERQ_ variables that `<data>/env` holds. Raises InferqError where the start fails.
+    Gives the INFERQ_ variables of `<data>/env`. Raises InferqError if the start fails.
     """
     channel, process = _start(wish, bound=True)
     try:
@@ -59,7 +58,7 @@ def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mappin
         try:
             process.wait()
         except KeyboardInterrupt:
-            process.terminate()  # the second request to stop: at once
+            process.terminate()  # a second request stops at once
             process.wait()
             raise
 
@@ -110,14 +109,14 @@ def _follow(channel: socket.socket, report: Callable[[Report], None]) -> Mapping
                 ready: dict[str, str] = message["ready"]
                 return ready
             if "failed" in message:
-                lines.read()  # until it has stopped everything
+                lines.read()  # until everything has stopped
                 raise InferqError(message["failed"], code=message["code"])
             report(Report(**message["report"]))
     return None
 
 
 def main(arguments: list[str]) -> int:
-    """The supervisor's side: the socket's descriptor, and the wish as JSON."""
+    """The supervisor's side. The arguments are the socket's descriptor and the wish as JSON."""
     channel = socket.socket(fileno=int(arguments[0]))
     os.set_inheritable(channel.fileno(), False)
     order = json.loads(arguments[1])
@@ -137,7 +136,7 @@ def main(arguments: list[str]) -> int:
 
 
 class _Starter:
-    """Whoever waits for the supervisor to be ready, as the supervisor sees them."""
+    """The process that waits for the supervisor to be ready, as the supervisor sees it."""
 
     def __init__(self, channel: socket.socket, *, bound: bool) -> None:
         self._channel = channel
@@ -166,4 +165,4 @@ class _Starter:
             try:
                 self._channel.sendall(json.dumps(message).encode() + b"\n")
             except OSError:
-                return  # `watch` sees that they are gone
+                return  # `watch` notices that the starter is gone

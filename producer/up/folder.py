@@ -1,4 +1,4 @@
-"""The data folder of `inferq up`: who holds it, which ports were chosen, and what other shells need."""
+"""The data folder of `inferq up`: who holds it, the chosen ports, and the variables for other shells."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DataFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Raises InstallationError (`bad_data_folder`) for an OSError in the block."""
+        """Turn an OSError in the block into InstallationError (`bad_data_folder`)."""
         try:
             yield
         except OSError as error:
@@ -44,10 +44,10 @@ class DataFolder:
             ) from error
 
     def hold(self) -> int:
-        """Hold the folder until `release` or the end of this process, and of whoever inherits the descriptor.
+        """Hold the folder until `release`, or until this process and all that inherit the descriptor have ended.
 
-        Gives the descriptor. Raises InferqError (`already_up`), naming the pid, where another one holds it,
-        and InstallationError (`bad_data_folder`) where it cannot be written.
+        Gives the descriptor. Raises InferqError (`already_up`), naming the pid, if another process holds it, and
+        InstallationError (`bad_data_folder`) if it cannot be written.
         """
         with self.in_use():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class DataFolder:
         return descriptor
 
     def _acquire(self, descriptor: int) -> bool:
-        # After a supervisor was killed, its guard keeps the lock until everything is gone.
+        # After a supervisor was killed, its orphan reaper keeps the lock until everything has ended.
         end = time.monotonic() + 20
         while True:
             try:
@@ -87,7 +87,7 @@ class DataFolder:
             self._lock = None
 
     def held(self) -> bool:
-        """Whether a supervisor, or what is left of one, holds the folder now."""
+        """Whether a supervisor, or its orphan reaper, holds the folder now."""
         try:
             descriptor = os.open(self._lock_file, os.O_RDWR)
         except FileNotFoundError:
@@ -115,7 +115,7 @@ class DataFolder:
         return self.path / "up.lock"
 
     def ports(self, names: list[str]) -> dict[str, int]:
-        """A port for each name: that of the last time, unless somebody else has taken it since."""
+        """A port for each name: the earlier one, unless another program has taken it since."""
         file = self.path / "ports.json"
         try:
             kept = json.loads(file.read_text())
@@ -125,14 +125,14 @@ class DataFolder:
             kept = {}
         chosen = {name: port for name in names if isinstance(port := kept.get(name), int) and port_free(port)}
         missing = [name for name in names if name not in chosen]
-        # The ports of parts that do not start this time stay theirs.
+        # Parts that do not start this time keep their ports.
         taken = {port for port in kept.values() if isinstance(port, int)}
         chosen |= dict(zip(missing, free_ports(len(missing), besides=taken), strict=True))
         private_text(file, json.dumps(kept | chosen, indent=2) + "\n")
         return chosen
 
     def kept_env(self) -> dict[str, str]:
-        """The variables that `env` held when it was last written."""
+        """The variables in `env` as it was last written."""
         try:
             words = shlex.split(self.env_file.read_text(encoding="utf-8"), comments=True)
         except (OSError, ValueError):
@@ -140,6 +140,6 @@ class DataFolder:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def write_env(self, variables: Mapping[str, str]) -> None:
-        """Write `env`, to be sourced by other shells: it holds secrets, so only its owner may read it."""
+        """Write `env` for other shells to source. It holds secrets, so only its owner may read it."""
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
         private_text(self.env_file, "".join(lines))

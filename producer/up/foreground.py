@@ -1,4 +1,4 @@
-"""A supervisor at work on a data folder, in this process: from the plan to the last part's end."""
+"""A supervisor in this process: from the plan of a data folder to the end of the last part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inferq.producer.up.supervisor import Report, Supervisor
 
 @dataclass(frozen=True)
 class Wish:
-    """What `inferq up` was asked for. `types` are checked names; a `port` of 0 takes a free one."""
+    """The options of `inferq up`. `types` are checked names; a `port` of 0 takes a free one."""
 
     data: Path
     port: int
@@ -30,15 +30,15 @@ def keep_up(
     when_ready: Callable[[Plan], None],
     watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None = None,
 ) -> None:
-    """Start everything, say so, and return once a signal has ended it all.
+    """Start everything, report when it is ready, and return once a signal has ended everything.
 
-    SIGINT, SIGTERM and SIGHUP (unless it is ignored) stop in good order, a second one at once. `watch` may
-    look for other reasons to stop. Belongs to the main thread. Raises InferqError, everything stopped, where
-    the start fails.
+    SIGINT, SIGTERM and SIGHUP (unless ignored) stop the parts in order; a second signal stops them at once.
+    `watch` may look for other reasons to stop. Call it on the main thread. Raises InferqError if the start fails;
+    everything has stopped then.
     """
     folder = DataFolder(wish.data)
     held = folder.hold()
-    # Held until this process has ended, so that whoever waits for the folder finds nothing of it left.
+    # Held until this process ends: when the folder is free, everything is gone.
     asyncio.run(_keep_up(folder, held, wish, report, when_ready, watch))
 
 

@@ -1,10 +1,9 @@
-"""The last net of `inferq up`: a process that outlives a killed supervisor and ends what it left behind.
+"""A process that outlives a killed supervisor of `inferq up` and ends everything that it left behind.
 
-It reads `+SESSION`, `~SESSION` and `-SESSION` lines on its standard input: the session of a part that was
-started, of a gentle one, and of one that is gone. When its input ends, everything in those sessions, and
-every process that carries the supervisor's mark in its environment, is killed; gentle parts are asked first,
-and have GRACE seconds. The kernel's parent-death signal reaches only the parts themselves; this reaches their
-children too.
+It reads lines on its standard input: `+SESSION` for a part that was started, `~SESSION` for a gentle one, and
+`-SESSION` for one that ended. When its input ends, it kills everything in those sessions and every process with
+the supervisor's mark in its environment. Gentle parts are asked to stop first, and have GRACE seconds. The
+kernel's parent-death signal reaches only the parts themselves; this reaches their children, too.
 
 It runs as a plain script, on the standard library only.
 """
@@ -20,10 +19,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 MARK = "INFERQ_UP_MARK"
-"""The environment variable whose value tells the processes of one supervisor from all others."""
+"""The environment variable whose value marks the processes of one supervisor."""
 
 GENTLE = "-gentle"
-"""What the mark of a gentle part ends with."""
+"""The suffix of a gentle part's mark."""
 
 GRACE = 30.0
 
@@ -40,14 +39,14 @@ def members(sessions: Collection[int], mark: str) -> list[int]:
             state, session = _status(entry)
             if state in "ZX":
                 continue
-            # Another user's environment cannot be read, but nor can their processes be of ours.
+            # Another user's environment cannot be read, but another user's processes are not ours either.
             if session in sessions or (needle and needle in (entry / "environ").read_bytes().split(b"\0")):
                 found.append(pid)
     return found
 
 
 def alive(pid: int) -> bool:
-    """Whether that process runs; one that has ended and was not waited for does not."""
+    """Whether that process runs; a zombie does not."""
     with contextlib.suppress(OSError):
         return _status(Path("/proc") / str(pid))[0] not in "ZX"
     return False
@@ -55,13 +54,13 @@ def alive(pid: int) -> bool:
 
 def _status(entry: Path) -> tuple[str, int]:
     """A process's state and session id."""
-    # The command's name, in parentheses, may hold anything.
+    # The command's name, in parentheses, may hold any character.
     fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
     return fields[0], int(fields[3])
 
 
 def kill_all(sessions: Collection[int], mark: str = "", *, seconds: float = 10.0) -> bool:
-    """Kill every member, those too that appear meanwhile. Gives whether none is left in time."""
+    """Kill every member, also those that appear meanwhile. Gives whether none is left in time."""
     end = time.monotonic() + seconds
     while found := members(sessions, mark):
         for pid in found:

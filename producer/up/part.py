@@ -1,4 +1,4 @@
-"""A part of `inferq up`: an ordinary process, how to know that it works, and how to stop it."""
+"""A part of `inferq up`: an ordinary process, how to check it, and how to stop it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _random = random.SystemRandom()
 class Part:
     """One process of a running inferq.
 
-    `env` is its whole environment. `probe` asks once whether it works, within a second or two, and gives
-    the reason why not, or None. `needs` names the parts that must be ready before it starts. Parts are
+    `env` is its whole environment. `probe` checks once, within a second or two, whether it works, and gives
+    the reason if it does not, or None. `needs` names the parts that must be ready before it starts. Parts are
     stopped by ascending `stop_rank`, those of one rank together. `grace` and `start_limit` are in seconds.
-    A `gentle` part is asked to stop even where its supervisor was killed; all others are killed with it.
+    A `gentle` part is asked to stop even if its supervisor was killed; all others are killed with it.
     """
 
     name: str
@@ -55,12 +55,11 @@ def port_free(port: int) -> bool:
 
 
 def free_ports(count: int, *, besides: Collection[int] = ()) -> list[int]:
-    """That many different loopback ports, none of `besides`: nobody listens there, or was given them.
+    """So many different free loopback ports, none of `besides`.
 
-    They lie below the range that the kernel gives to outgoing connections (Linux: from 32768), so that no
-    such connection sits on a port while its server is being restarted. Until this process ends they are
-    bound, so that another process that looks for a free port passes them by; a server that sets
-    SO_REUSEADDR, as servers do, can listen there.
+    They lie below the kernel's range for outgoing connections (Linux: from 32768): no such connection takes a
+    port while its server restarts. They stay bound until this process ends, so that other processes do not find
+    them free. A server that sets SO_REUSEADDR, as servers do, can still listen there.
     """
     found: list[int] = []
     for port in _random.sample(range(15000, 32000), 4000):
@@ -70,8 +69,8 @@ def free_ports(count: int, *, besides: Collection[int] = ()) -> list[int]:
             continue
         held = socket.socket()
         try:
-            held.bind((LOOPBACK, port))  # refused where anybody is bound, listening or not
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # from now on, it lets a server in
+            held.bind((LOOPBACK, port))  # fails if the port is bound, listening or not
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # from now on a server can listen here
         except OSError:
             held.close()
             continue
@@ -81,7 +80,7 @@ def free_ports(count: int, *, besides: Collection[int] = ()) -> list[int]:
 
 
 def port_answers(port: int) -> str | None:
-    """Why nothing answers on this loopback port, or None where something does."""
+    """Why nothing answers on this loopback port; None if something does."""
     try:
         with socket.create_connection((LOOPBACK, port), timeout=2):
             return None
@@ -90,7 +89,7 @@ def port_answers(port: int) -> str | None:
 
 
 def private_text(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, whole or not at all."""
+    """Write a file that only its owner may read, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""What `inferq up` starts: the parts, their ports, and the variables by which they find each other."""
+"""The plan of `inferq up`: the parts, their ports, and the variables by which they find each other."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from inferq.storage import StatusIndex, StorageSettings, WebhookSecrets
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
 _JOB_PARTS = ("callbacks", "batches")
+"""Each is a process of its own, so that feeding a batch never delays a callback."""
 _KEYS = "api-keys.json"
-"""Each has a process of its own, so that feeding a batch never holds up a callback."""
 TENANT = "default"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is to run. `variables` are the INFERQ_* ones; `facts` are for people, label → text."""
+    """Everything that runs. `variables` are the INFERQ_* ones; `facts` are for people, label → text."""
 
     parts: tuple[Part, ...]
     variables: Mapping[str, str]
@@ -57,7 +57,7 @@ def choose_types(names: str | None) -> tuple[str, ...]:
 def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     """Prepare `folder` (which the caller holds) for the gateway on `port` and a worker for each type.
 
-    A `port` of 0 takes a free one and keeps it. A broker or a Redis that the environment names is used
+    A `port` of 0 takes a free one and keeps it. If the environment names a broker or a Redis, that one is used
     instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
     schedules = _schedules(folder)
@@ -85,7 +85,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         amqp_url = node.url
         facts["rabbitmq"] = f"{LOOPBACK}:{node.ports.amqp}, management at {node.management_url}"
     else:
-        BrokerSettings.load().connections("up")  # raises, naming the setting, where it cannot be read
+        BrokerSettings.load().connections("up")  # raises, naming the setting, if it cannot be read
         _must_answer("INFERQ_AMQP_URL", handshake(amqp_url))
         facts["rabbitmq"] = "the one that INFERQ_AMQP_URL names"
 
@@ -121,7 +121,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     env = os.environ | variables
     parts.append(_gateway(port, env, services))
     parts += [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
-    # So that `inferq listen` on this machine hears them.
+    # So that callbacks reach `inferq listen` on this machine.
     allowed = os.environ.get("INFERQ_CALLBACK_ALLOWED_NETWORKS", "127.0.0.0/8,::1/128")
     env = env | {"INFERQ_CALLBACK_ALLOWED_NETWORKS": allowed}
     parts += [_jobs(name, ports[f"probe-{name}"], env, services) for name in _JOB_PARTS]
@@ -161,7 +161,7 @@ def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str,
         probe=lambda: http_ready(port),
         needs=needs,
         stop_rank=0,
-        # A task in hand may go on for the worker's own grace (INFERQ_GRACE_SECONDS, 30 s) before that.
+        # A task in hand has the worker's own grace (INFERQ_GRACE_SECONDS, 30 s) before that.
         grace=40,
         start_limit=300,
     )
@@ -194,14 +194,15 @@ def _beat(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
 
 
 def _schedules(folder: DataFolder) -> Path | None:
-    """The schedules of nightly runs: the file that the environment names, or the folder's own, if it has one.
+    """The file of schedules that the environment names, or the folder's own; None if there is neither.
 
-    Read here, so that a fault in it is told before anything starts. Raises InferqError (`bad_schedules`).
+    It is read here, so that a fault in it is reported before anything starts. Raises InferqError
+    (`bad_schedules`).
     """
     ours = folder.path / "schedules.toml"
     named = os.environ.get("INFERQ_SCHEDULES_FILE")
     file = Path(named).absolute() if named else ours
-    # A shell that has sourced `<data>/env` names the folder's own, which may have been removed since.
+    # A shell that sourced `<data>/env` names the folder's own file, which may have been deleted since.
     if file == ours and not file.exists():
         return None
     from inferq.producer.nightly import read_schedules
@@ -211,8 +212,8 @@ def _schedules(folder: DataFolder) -> Path | None:
 
 
 def http_ready(port: int) -> str | None:
-    """Why `GET /readyz` on this loopback port does not answer 200, or None where it does."""
-    # Straight to the socket: a proxy in the environment has no business here.
+    """Why `GET /readyz` on this loopback port does not answer 200; None if it does."""
+    # Straight to the socket, without a proxy from the environment.
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
     try:
         connection.request("GET", "/readyz")
@@ -222,13 +223,13 @@ def http_ready(port: int) -> str | None:
         return f"port {port}: {error}"
     finally:
         connection.close()
-    return None if answer.status == 200 else f"/readyz says {answer.status} {text}".rstrip()
+    return None if answer.status == 200 else f"/readyz answers {answer.status} {text}".rstrip()
 
 
 def _from_environment(name: str, secret: Path) -> str | None:
-    """The service that the environment names, unless that is our own private one.
+    """The service that the environment names, unless it is our own private one.
 
-    A shell that has sourced `<data>/env` names the private services of that folder, which do not run yet.
+    A shell that sourced `<data>/env` names that folder's private services, which do not run yet.
     """
     url = os.environ.get(name) or None
     if url is None:

@@ -1,4 +1,4 @@
-"""Starting a part as a child that cannot outlive us, and ending it with everything that it started."""
+"""Starts a part as a child that cannot outlive this process, and ends it with everything that it started."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from inferq.producer.up.orphan_reaper import GENTLE, MARK, kill_all
 from inferq.producer.up.part import Part
 
 LOG_BYTES = 50 * 1024 * 1024
-"""A log that has grown beyond this is set aside."""
+"""A log larger than this many bytes is set aside."""
 
 LINE = 400
-"""Characters of a log's line that are shown; Erlang writes very long ones."""
+"""Characters of a log line that are shown; Erlang writes very long ones."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
-    """Start the part in a session of its own, its output appended to `log`, its environment marked.
+    """Start the part in a session of its own, with its output appended to `log` and its environment marked.
 
-    The kernel kills it (asks it to stop, where it is gentle) when the calling *thread* ends, however that
-    comes about: call it on a thread that lives as long as the part may. Raises OSError where the program
-    cannot be started.
+    When the calling *thread* ends, the kernel kills the part, or asks it to stop if it is gentle. So call it on a
+    thread that lives as long as the part may. Raises OSError if the program cannot be started.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     set_aside(log)
@@ -39,7 +38,7 @@ def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
     def die_with_parent() -> None:
         if _libc is not None:
             _libc.prctl(_PR_SET_PDEATHSIG, last_word, 0, 0, 0)
-            if os.getppid() != parent:  # it died before the kernel knew
+            if os.getppid() != parent:  # it ended before the kernel was told
                 os._exit(1)
 
     with log.open("ab") as output:
@@ -56,18 +55,18 @@ def spawn(part: Part, log: Path, *, mark: str = "") -> subprocess.Popen[bytes]:
 
 
 def set_aside(log: Path) -> None:
-    """Where a log has grown too large, copy it to `NAME.log.1` and empty it.
+    """If a log has grown too large, copy it to `NAME.log.1` and empty it.
 
-    A part may be writing to it: what comes between the two is lost.
+    Lines that a part writes between the two steps are lost.
     """
-    with suppress(OSError):  # not there yet, or no room for the copy: it stays as it is
+    with suppress(OSError):  # not there yet, or no room for the copy: leave it
         if log.stat().st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_name(log.name + ".1"))
-            os.truncate(log, 0)  # its part has it open to append, and goes on at its new end
+            os.truncate(log, 0)  # the part has it open for appending, and continues at its new end
 
 
 def stop(process: subprocess.Popen[bytes], part: Part) -> None:
-    """Ask the part to stop, wait for its grace, then kill it and whatever it left in its session."""
+    """Ask the part to stop, wait for its grace, then kill it and everything left in its session."""
     if process.poll() is None:
         process.send_signal(part.stop_signal)
         try:
@@ -79,7 +78,7 @@ def stop(process: subprocess.Popen[bytes], part: Part) -> None:
 
 
 def last_lines(log: Path, count: int = 8) -> list[str]:
-    """The last lines of a log, without the empty ones, and each cut to what can be read at a glance."""
+    """The last lines of a log without empty ones, each cut to a readable length."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 16384))

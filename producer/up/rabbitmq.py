@@ -33,7 +33,7 @@ class RabbitPorts:
 
 @dataclass(frozen=True)
 class RabbitNode:
-    """A node whose files stand under `folder`. Raises InstallationError where RabbitMQ is not installed."""
+    """A node with its files under `folder`. Raises InstallationError if RabbitMQ is not installed."""
 
     folder: Path
     ports: RabbitPorts
@@ -43,9 +43,9 @@ class RabbitNode:
 
     @classmethod
     def prepare(cls, folder: Path, ports: RabbitPorts) -> RabbitNode:
-        """Write the node's configuration under `folder`; what is there of an earlier run is kept.
+        """Write the node's configuration under `folder`; data of an earlier run is kept.
 
-        Raises InstallationError (`data_moved`) where that was made in another place.
+        Raises InstallationError (`data_moved`) if that data was made in another place.
         """
         server, epmd = find_server(), find_epmd()
         folder = folder.resolve()
@@ -55,7 +55,7 @@ class RabbitNode:
         folder.chmod(0o700)
         cookie = folder / "home" / ".erlang.cookie"
         if cookie.exists():
-            cookie.chmod(0o400)  # Erlang refuses one that a copy of the folder has opened to others
+            cookie.chmod(0o400)  # Erlang refuses a cookie that others may read, as after a copy of the folder
         node = cls(folder, ports, kept_secret(folder / "password"), server, epmd)
         private_text(folder / "rabbitmq.conf", node._configuration())
         private_text(folder / "enabled_plugins", "[rabbitmq_management,rabbitmq_prometheus].\n")
@@ -75,7 +75,7 @@ class RabbitNode:
         return f"http://{LOOPBACK}:{self.ports.management}"
 
     def parts(self) -> tuple[Part, Part]:
-        """The port mapper, which Erlang would else leave behind as a daemon, and the node itself."""
+        """The port mapper, which Erlang would otherwise leave behind as a daemon, and the node itself."""
         env = self._environment()
         epmd = Part(
             name="epmd",
@@ -97,8 +97,8 @@ class RabbitNode:
             grace=30,
             start_limit=120,
             folder=self.folder,
-            # RabbitMQ 3.10 brings the names of new quorum queues to disk about a second late: a node that
-            # is killed before never serves those queues again.
+            # RabbitMQ 3.10 writes the names of new quorum queues to disk about a second late: a node that
+            # is killed before that never serves those queues again.
             gentle=True,
         )
         return epmd, rabbitmq
@@ -109,7 +109,7 @@ class RabbitNode:
         return refused if refused is not None else handshake(self.url)
 
     def _environment(self) -> dict[str, str]:
-        # Settings of another node on this machine must not leak into this one.
+        # Keep the settings of another node on this machine out of this one.
         foreign = ("RABBITMQ_", "ERL_", "EPMD_", "NOTIFY_SOCKET", "LC_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         return inherited | {
@@ -152,21 +152,21 @@ log.console.level = warning
 
 
 def _check_place(folder: Path) -> None:
-    # Quorum queues keep the absolute path of their data: in a moved folder they are not served, and in a
-    # copied one they are written to the original.
+    # Quorum queues keep the absolute path of their data: in a moved folder they are not served, and a copied
+    # folder would write to the original.
     note = folder / "place"
     if not (folder / "mnesia").exists():
         private_text(note, f"{folder}\n")
     elif note.exists() and (place := note.read_text(encoding="utf-8").strip()) != str(folder):
         raise InstallationError(
             f"RabbitMQ's data in {folder} was made in {place} and only works there; move it back, or remove "
-            f"{folder} to begin anew (tasks that are still queued in it are lost)",
+            f"{folder} to start afresh (tasks that are still queued in it are lost)",
             code="data_moved",
         )
 
 
 def handshake(url: str, *, seconds: float = 5.0) -> str | None:
-    """Why an AMQP connection to `url` does not open within `seconds`; None where it does."""
+    """Why an AMQP connection to `url` does not open within `seconds`; None if it does."""
     parameters = pika.URLParameters(url)
     parameters.socket_timeout = seconds
     parameters.stack_timeout = seconds
@@ -183,7 +183,7 @@ def handshake(url: str, *, seconds: float = 5.0) -> str | None:
 
 
 def find_server() -> Path:
-    """RabbitMQ's own start script, not the distribution's wrapper, which insists on another user."""
+    """RabbitMQ's own start script, not the distribution's wrapper, which requires another user."""
     folders = [
         Path("/usr/lib/rabbitmq/bin"),
         *sorted(Path("/usr/lib/rabbitmq/lib").glob("*/sbin"), reverse=True),
@@ -193,7 +193,7 @@ def find_server() -> Path:
     if home := os.environ.get("RABBITMQ_HOME"):
         folders.insert(0, Path(home) / "sbin")
     found = find_program("rabbitmq-server", folders)
-    # /usr/sbin and the like hold only wrappers, which need root or the user rabbitmq.
+    # Folders like /usr/sbin hold only wrappers, which need root or the user rabbitmq.
     if found is None or found.parent in {Path("/usr/sbin"), Path("/sbin")}:
         raise InstallationError(
             "rabbitmq-server is not installed (looked in /usr/lib/rabbitmq, $RABBITMQ_HOME and PATH); install"
@@ -205,7 +205,7 @@ def find_server() -> Path:
 
 
 def find_epmd() -> Path:
-    """Erlang's port mapper, which lies outside PATH in some of Erlang's packages."""
+    """Erlang's port mapper, which some packages of Erlang install outside PATH."""
     folders = [
         folder
         for root in ("/usr/lib/erlang", "/usr/local/lib/erlang")

@@ -14,7 +14,7 @@ from inferq.schemas import InstallationError
 
 @dataclass(frozen=True)
 class RedisServer:
-    """A server whose files stand under `folder`. Raises InstallationError where Redis is not installed."""
+    """A server with its files under `folder`. Raises InstallationError if Redis is not installed."""
 
     folder: Path
     port: int
@@ -23,7 +23,7 @@ class RedisServer:
 
     @classmethod
     def prepare(cls, folder: Path, port: int) -> RedisServer:
-        """Write the server's configuration under `folder`; what is there of an earlier run is kept."""
+        """Write the server's configuration under `folder`; data of an earlier run is kept."""
         server = find_server()
         folder = folder.resolve()
         (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ class RedisServer:
     def part(self) -> Part:
         return Part(
             name="redis",
-            # The configuration names its folder relatively: Redis cannot quote every path.
+            # The configuration uses a relative folder: Redis cannot quote every path.
             argv=(str(self.server), "redis.conf"),
             env=dict(os.environ),
             probe=self._probe,
@@ -55,7 +55,7 @@ class RedisServer:
         return refused if refused is not None else ping(self.url)
 
     def _configuration(self) -> str:
-        # Status is an index, not the truth: a second of it may be lost with the machine.
+        # The status is only an index: a second of it may be lost if the machine stops.
         return f"""\
 bind {LOOPBACK}
 port {self.port}
@@ -84,7 +84,7 @@ def ping(url: str, *, seconds: float = 3.0) -> str | None:
 
 
 def find_server() -> Path:
-    """The redis-server program (or Valkey's, which is the same)."""
+    """The redis-server program, or Valkey's equivalent."""
     found = find_program("redis-server") or find_program("valkey-server")
     if found is None:
         raise InstallationError(

@@ -1,4 +1,4 @@
-"""Starts the parts, keeps them running, and ends them: one task per part, on one event loop."""
+"""Starts the parts, restarts those that end, and stops them: one task per part on one event loop."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class _Running:
 
 
 class Supervisor:
-    """Runs `parts` until it is told to stop; nothing that they started outlives it.
+    """Runs `parts` until `request_stop`; nothing that they started outlives it.
 
-    `request_stop` stops in good order; called again, at once. Both it and `run` belong to the main thread.
-    `mark` tells this supervisor's processes from all others, see `inferq.producer.up.orphan_reaper`; `held` is a
-    descriptor that stays open until the last of them is gone.
+    `request_stop` stops the parts in order; a second call stops them at once. Call it and `run` on the main
+    thread. `mark` marks this supervisor's processes, see `inferq.producer.up.orphan_reaper`. `held` is a
+    descriptor that stays open until the last of them has ended.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Supervisor:
     async def run(self, when_ready: Callable[[], None]) -> None:
         """Start everything, call `when_ready`, and return once all has been stopped.
 
-        Raises PartFailed, everything stopped, where a part does not become ready; `when_ready` is not
-        called where a stop was requested before.
+        Raises PartFailed if a part does not become ready; everything has stopped then. `when_ready` is not called
+        if a stop was requested first.
         """
-        self._guard = _start_guard(self._mark, self._held)
+        self._reaper = _start_reaper(self._mark, self._held)
         self._ready = {name: asyncio.Event() for name in self._parts}
         keepers = [asyncio.create_task(self._keep(part)) for part in self._parts.values()]
         stop = asyncio.create_task(self._stop.wait())
@@ -129,7 +129,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._end_all()
-            await asyncio.to_thread(_end_guard, self._guard)
+            await asyncio.to_thread(_end_reaper, self._reaper)
 
     async def _all_ready(self) -> None:
         for event in self._ready.values():
@@ -139,7 +139,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(LOG_LOOK_SECONDS)
             for part in self._parts.values():
-                set_aside(self._log(part))  # on this thread, so that no start of the part comes between
+                set_aside(self._log(part))  # on this thread, so that the part cannot start meanwhile
 
     async def _keep(self, part: Part) -> None:
         for name in part.needs:
@@ -163,7 +163,7 @@ class Supervisor:
             await asyncio.sleep(delay)
 
     async def _live(self, part: Part) -> str:
-        """One life of a part, until its process has ended or did not become ready: why it is over."""
+        """Run a part once, until its process ends or does not become ready; gives the reason."""
         try:
             running = self._start(part)
         except OSError as error:
@@ -187,7 +187,7 @@ class Supervisor:
         process = spawn(part, self._log(part), mark=self._mark)
         running = _Running(part, process, asyncio.Event())
         self._running[part.name] = running
-        self._tell_guard(f"{'~' if part.gentle else '+'}{process.pid}\n")
+        self._tell_reaper(f"{'~' if part.gentle else '+'}{process.pid}\n")
         loop = asyncio.get_running_loop()
 
         def wait() -> None:
@@ -205,7 +205,7 @@ class Supervisor:
             await asyncio.gather(*(self._end(name) for name in names))
 
     async def _end(self, name: str) -> None:
-        """End a part's process, and then whatever is left in its session."""
+        """End a part's process, and then everything left in its session."""
         running = self._running[name]
         if not running.ended.is_set():
             self._report(Report(name, "stopping"))
@@ -213,11 +213,11 @@ class Supervisor:
             running.process.kill()
             await running.ended.wait()
         await asyncio.to_thread(orphan_reaper.kill_all, {running.process.pid})
-        self._tell_guard(f"-{running.process.pid}\n")
+        self._tell_reaper(f"-{running.process.pid}\n")
         del self._running[name]
 
     async def _ask_to_stop(self, running: _Running) -> None:
-        # A program that is still starting may lose a signal (Erlang's does): those are asked again.
+        # A program that is still starting may lose a signal (Erlang's does): ask it again.
         again = None if self._ready[running.part.name].is_set() else 1.0
         waits = [asyncio.create_task(event.wait()) for event in (running.ended, self._hurry)]
         end = time.monotonic() + running.part.grace
@@ -231,12 +231,12 @@ class Supervisor:
         for wait in waits:
             wait.cancel()
 
-    def _tell_guard(self, line: str) -> None:
-        # Without its guard, the supervisor still ends everything; only its own violent death would not.
+    def _tell_reaper(self, line: str) -> None:
+        # Without its orphan reaper the supervisor still ends everything, unless it is killed itself.
         with contextlib.suppress(OSError, ValueError):
-            if self._guard.stdin is not None:
-                self._guard.stdin.write(line.encode())
-                self._guard.stdin.flush()
+            if self._reaper.stdin is not None:
+                self._reaper.stdin.write(line.encode())
+                self._reaper.stdin.flush()
 
     def _log(self, part: Part) -> Path:
         return self._logs / f"{part.name}.log"
@@ -251,11 +251,11 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
     return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
-def _start_guard(mark: str, held: int | None) -> subprocess.Popen[bytes]:
+def _start_reaper(mark: str, held: int | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(orphan_reaper.__file__)), mark],
         stdin=subprocess.PIPE,
-        # Whoever reads our output must not have to wait for it.
+        # It must not hold our output open.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -264,8 +264,8 @@ def _start_guard(mark: str, held: int | None) -> subprocess.Popen[bytes]:
     )
 
 
-def _end_guard(process: subprocess.Popen[bytes]) -> None:
-    # Its input ends, it sweeps once more, and it ends too.
+def _end_reaper(process: subprocess.Popen[bytes]) -> None:
+    # Its input ends; it checks once more, and ends.
     try:
         process.communicate(timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -321,7 +321,7 @@ def test_unready_server_says_why() -> None:
         with server.accept()[0] as connection:
             connection.recv(1000)
             connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 7\r\n\r\nloading")
-        assert client_side.communicate()[0] == "/readyz says 503 loading\n"
+        assert client_side.communicate()[0] == "/readyz answers 503 loading\n"
 
 
 def test_down_insists_on_a_supervisor_that_hangs(
