@@ -47,7 +47,7 @@ lint: .make/lint ## check style, types, the walls between the rooms, and the pub
 	$(BIN)/mypy examples/sentiment/inferq_sentiment
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.packaging.wheel
-	$(BIN)/hadolint */*/Dockerfile
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -P -m inferq.schemas.publish --check docs/schemas
 
 bench: .make/bench | system ## measure what the queue itself costs

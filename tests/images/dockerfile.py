@@ -1,68 +1,105 @@
-"""What a Dockerfile of ours installs and starts."""
+"""What the images of the Dockerfile hold and start, read without building them."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "Dockerfile"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: the stage or registry image that it starts from, and its instructions as (keyword, arguments)."""
+
+    name: str
+    parent: str
+    instructions: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image's variant for the CPU: the arguments of each `pip install`, and the command that it starts.
+    """A target's finished image.
 
-    Of the command, `arguments` are what others may be given in the place of.
+    `history` holds the instructions of its stage and of those below it, the lowest first. `installs` holds the
+    arguments of each `pip install` in the build stage whose environment it copies.
     """
 
-    path: Path
+    target: str
+    history: tuple[tuple[str, str], ...]
     installs: tuple[tuple[str, ...], ...]
-    entry_point: tuple[str, ...]
-    arguments: tuple[str, ...]
-    environment: dict[str, str]
+
+    def last(self, keyword: str) -> str:
+        """The arguments of the instruction that counts; empty if the image has none."""
+        return next((arguments for word, arguments in reversed(self.history) if word == keyword), "")
+
+    def values(self, keyword: str) -> list[str]:
+        """The members of all JSON lists that follow the keyword."""
+        return [
+            value for word, arguments in self.history if word == keyword for value in json.loads(arguments)
+        ]
 
     @property
-    def command(self) -> tuple[str, ...]:
-        return self.entry_point + self.arguments
+    def entry_point(self) -> tuple[str, ...]:
+        return tuple(json.loads(self.last("ENTRYPOINT")))
 
     @property
-    def name(self) -> str:
-        return self.path.parent.name
+    def arguments(self) -> tuple[str, ...]:
+        """What follows the entry point, unless the container is started with arguments of its own."""
+        return tuple(json.loads(self.last("CMD") or "[]"))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        pairs = (part for word, arguments in self.history if word == "ENV" for part in shlex.split(arguments))
+        return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def dockerfiles() -> list[Path]:
-    return sorted(ROOT.glob("*/*/Dockerfile"))
+def stages() -> dict[str, Stage]:
+    """The stages by name, in the file's order."""
+    found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    for word, arguments in _instructions():
+        if word == "FROM":
+            parent, _, name = arguments.partition(" AS ")
+            found[name] = (parent, current := [])
+        else:
+            current.append((word, arguments))
+    return {name: Stage(name, parent, tuple(steps)) for name, (parent, steps) in found.items()}
 
 
-def read(path: Path) -> Image:
-    """The image that a Dockerfile makes. Raises ValueError where it is not of our form."""
-    text = path.read_text("utf-8").replace("\\\n", " ")
-    stages = {
-        match[1]: match[2]
-        for match in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S)
-    }
-    build = stages.get("build-cpu", stages.get("build", ""))
-    installs = tuple(tuple(shlex.split(found)) for found in re.findall(r"pip install ([^\n&]+)", build))
-    entry = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.M)
-    arguments = re.findall(r"^CMD (\[.*\])$", text, re.M)
-    if not installs or len(entry) != 1 or len(arguments) > 1:
-        raise ValueError(
-            f"{path}: a `pip install` for the CPU, one ENTRYPOINT and at most one CMD are expected"
-        )
-    final = text.rpartition("\nFROM python")[2]
-    environment = {
-        name: value
-        for line in re.findall(r"^ENV (.*)$", final.partition("FROM base AS gpu")[0], re.M)
-        for name, _, value in (part.partition("=") for part in shlex.split(line))
-        if name.startswith("INFERQ_")
-    }
-    return Image(
-        path,
-        installs,
-        entry_point=tuple(json.loads(entry[0])),
-        arguments=tuple(json.loads(arguments[0])) if arguments else (),
-        environment=environment,
+def images() -> list[Image]:
+    """Every target that starts something, by name."""
+    known = stages()
+    finished = (
+        name for name, stage in known.items() if any(w == "ENTRYPOINT" for w, _ in stage.instructions)
     )
+    return [_image(name, known) for name in sorted(finished)]
+
+
+def _image(target: str, known: dict[str, Stage]) -> Image:
+    history = _history(target, known)
+    sources = re.findall(
+        r"--from=(\S+)", " ".join(arguments for word, arguments in history if word == "COPY")
+    )
+    runs = [arguments for source in sources for word, arguments in _history(source, known) if word == "RUN"]
+    installs = re.findall(r"pip install ([^&]+)", " && ".join(runs))
+    return Image(target, tuple(history), tuple(tuple(shlex.split(install)) for install in installs))
+
+
+def _history(name: str, known: dict[str, Stage]) -> list[tuple[str, str]]:
+    if name not in known:
+        return []
+    stage = known[name]
+    return [*_history(stage.parent, known), *stage.instructions]
+
+
+def _instructions() -> Iterator[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text("utf-8"), flags=re.M)
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.strip():
+            word, _, arguments = line.partition(" ")
+            yield word, " ".join(arguments.split()) if word == "FROM" else arguments.strip()

@@ -1,0 +1,109 @@
+"""The Dockerfile has a target for each part that runs in a container, all with the same precautions."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import entry_points
+
+import pytest
+
+from tests.images.dockerfile import ROOT, Image, images, stages
+
+IMAGES = {image.target: image for image in images()}
+GPU = {name for name in IMAGES if name.endswith("-gpu")}
+PARTS = {"gateway", "callbacks"}
+
+each_image = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+
+
+def test_every_task_type_and_each_other_part_has_a_target() -> None:
+    engines = entry_points(group="inferq.engines")
+    own = {engine.name for engine in engines if engine.value.startswith("inferq.consumers.")}
+    assert {"ocr", "echo"} <= own
+    assert IMAGES.keys() - GPU == own | PARTS
+    assert {name.removesuffix("-gpu") for name in GPU} == {"ocr", "ner", "acestep"}
+
+
+@each_image
+def test_a_target_starts_what_it_is_named_after(image: Image) -> None:
+    name = image.target.removesuffix("-gpu")
+    started = (name,) if name in PARTS else ("worker", name)
+    assert (*image.entry_point, *image.arguments) == ("inferq", *started)
+
+
+@each_image
+def test_a_target_copies_one_environment_whose_packages_are_constrained(image: Image) -> None:
+    copied = [arguments for word, arguments in image.history if word == "COPY"]
+    assert copied == [f"--from=build-{image.target} /opt/inferq /opt/inferq"]
+    assert image.installs
+    for install in image.installs:
+        assert re.search(r"^-c constraints(-engines)?\.txt ", " ".join(install))
+
+
+def test_every_stage_starts_from_another_or_from_a_pinned_image() -> None:
+    known = stages()
+    outside = {stage.parent for stage in known.values()} - known.keys()
+    assert outside
+    for image in outside:
+        assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", image)
+
+
+@each_image
+def test_an_image_runs_unprivileged_without_build_tools(image: Image) -> None:
+    assert image.last("USER") == "65532:65532"
+    assert image.last("STOPSIGNAL") == "SIGTERM"
+    assert image.environment["PYTHONDONTWRITEBYTECODE"] == "1"
+    for word, arguments in image.history:
+        assert word != "RUN" or arguments.startswith("mkdir ")
+
+
+@each_image
+def test_the_health_check_of_an_image_asks_its_own_port(image: Image) -> None:
+    part = "GATEWAY" if image.target == "gateway" else "PROBE"
+    port = image.last("EXPOSE")
+    assert image.environment[f"INFERQ_{part}_PORT"] == port
+    assert image.environment[f"INFERQ_{part}_HOST"] == "0.0.0.0"
+    assert f"http://127.0.0.1:{port}/healthz" in image.last("HEALTHCHECK")
+
+
+@each_image
+def test_the_folders_that_an_image_writes_to_are_volumes_of_its_user(image: Image) -> None:
+    made = image.last("RUN").split()
+    volumes = image.values("VOLUME")
+    for volume in volumes:
+        assert volume in made[: made.index("&&")]
+        assert volume in made[made.index("65532:65532") :]
+    settings = ("TMPDIR", "INFERQ_SCRATCH_DIR", "INFERQ_WEIGHTS_CACHE")
+    written = {name: image.environment[name] for name in settings if name in image.environment}
+    assert set(written.values()) == set(volumes)
+    # The jobs use the temporary directory, the workers a folder of their own.
+    expected = {"gateway": set(), "callbacks": {"TMPDIR"}}.get(image.target, {"INFERQ_SCRATCH_DIR"})
+    assert written.keys() - {"INFERQ_WEIGHTS_CACHE"} == expected
+
+
+@pytest.mark.parametrize("name", sorted(GPU))
+def test_a_gpu_image_differs_from_the_one_for_the_cpu_in_engine_and_packages_only(name: str) -> None:
+    gpu, cpu = IMAGES[name], IMAGES[name.removesuffix("-gpu")]
+    own = dict(gpu.environment.items() - cpu.environment.items())
+    assert cpu.environment.items() <= gpu.environment.items()
+    assert own.pop("INFERQ_DEVICE") == "cuda"
+    assert own.pop(f"INFERQ_{cpu.target.upper()}_BACKEND")
+    # The others are the folders where the engine's library keeps its weights.
+    assert [value for value in own.values() if not value.startswith("/weights/")] == []
+    assert gpu.installs != cpu.installs
+
+
+def test_callbacks_can_be_replaced_by_beat() -> None:
+    assert (IMAGES["callbacks"].entry_point, IMAGES["callbacks"].arguments) == (("inferq",), ("callbacks",))
+
+
+def test_a_build_without_a_target_makes_the_gateway() -> None:
+    assert list(stages())[-1] == "gateway"
+
+
+def test_the_build_context_holds_what_the_build_needs() -> None:
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert ignored[0] == "*"
+    rooms = {"inferq", "schemas", "broker", "storage", "producer", "consumers"}
+    pins = {"constraints.txt", "constraints-engines.txt"}
+    assert {f"!{needed}" for needed in rooms | pins | {"pyproject.toml", "setup.cfg"}} <= set(ignored)
