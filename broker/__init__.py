@@ -1,4 +1,14 @@
-"""How it travels: topology, connection, publisher, consumer, retry levels, dead letters."""
+"""How messages travel: RabbitMQ's topology, connections, publishing and consuming.
+
+topology          exchanges and queues, and how they differ from the broker's
+connection        a connection on a thread of its own, which reconnects
+publisher         publishing with confirms
+consumer          consuming with prefetch=1 from the lanes of one task type
+messages          tasks, retries and dead letters as AMQP messages
+retry             the retry levels
+dead              listing, redriving and purging dead letters
+jobs, celery_app  light jobs: callbacks, batches, nightly runs
+"""
 
 from inferq.broker.connection import connect
 from inferq.broker.consumer import Consumer

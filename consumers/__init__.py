@@ -1,4 +1,18 @@
-"""Who works: the worker, its engine process, and the engines."""
+"""Everything that consumes a queue: the worker with its engines, and the jobs beside it.
+
+worker             takes tasks, has them computed, and records how each ended
+runtime            engine processes
+engine             the engine protocol (public as inferq.engine)
+ocr, ner, facefusion, acestep, echo
+                   the task types that inferq brings, each a folder that nothing imports
+media, weights     what engines share: reading pictures, and model weights
+testing            the tests that every engine has to pass (public as inferq.testing)
+callbacks          delivers callbacks
+batches            feeds batches and assembles their results
+nightly            starts nightly runs and reports their nights
+jobs               the Celery worker that runs the three above
+probes             /healthz, /readyz and /metrics
+"""
 
 if __name__ != "inferq.consumers":
     raise ImportError(f"import inferq.consumers instead of {__name__}, which would be a second copy of it")

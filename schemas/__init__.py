@@ -1,4 +1,13 @@
-"""What travels: the task, its result, its status and events, and the installed task types."""
+"""What travels: tasks, results, events, batches and callbacks, and the installed task types.
+
+task, types      a task, and what a task type says of its own
+result, status   how a task ended, and where it stands
+batch, night     batches and nightly runs; batch_source, schedule, cron, window
+callback         callbacks in the form of Standard Webhooks
+errors           why something fails, in classes that say what happens next
+encoding         JSON that holds any text
+publish          JSON Schema and AsyncAPI documents
+"""
 
 from inferq.schemas.batch import (
     BATCH_END_STATES,

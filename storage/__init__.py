@@ -1,4 +1,14 @@
-"""Where it rests: objects, results, status, and the inputs that are fetched."""
+"""Where data rests: results in the object store, status in Redis, inputs on their way to a worker.
+
+objects          objects in S3 or a folder, and results, which are written once
+status           the status index in Redis, which may be lost
+batches          a batch's records, source and counts
+fetch            fetching inputs by URL
+runs             which runs a nightly schedule had
+callbacks        the records of callbacks
+webhook_secrets  the secrets that callbacks are signed with
+json_file        a private JSON file that many processes change
+"""
 
 from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Stall, Standing, Step
 from inferq.storage.batches.store import (
