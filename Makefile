@@ -11,7 +11,7 @@ ENGINES := ocr,ner,facefusion,acestep
 ENGINE_TESTS := tests/acestep tests/ocr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up test coverage test-engines chaos chaos-quick lint bench schemas image-check clean system
+.PHONY: help setup demo up test coverage test-engines chaos chaos-quick lint bench generate image-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,7 +40,7 @@ chaos: .make/test | system ## break everything that can break, count what was lo
 chaos-quick: .make/test | system ## the same in a few minutes, and nothing is written
 	@exec $(BIN)/python -m tests.chaos --quick $(ARGS)
 
-lint: .make/lint ## check style, types, the walls between the rooms, and the published schemas
+lint: .make/lint ## check style, types, the walls between the rooms, and what is generated
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -49,6 +49,7 @@ lint: .make/lint ## check style, types, the walls between the rooms, and the pub
 	$(BIN)/python -m tests.packaging.wheel
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -P -m inferq.schemas.publish --check docs/schemas
+	$(BIN)/python -m tests.packaging.sync_client --check
 
 bench: .make/bench | system ## measure what the queue itself costs
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -56,8 +57,9 @@ bench: .make/bench | system ## measure what the queue itself costs
 image-check: .make/test ## install what each container image installs, and start it; writes docs/images.md
 	@$(BIN)/python -m tests.images $(ARGS)
 
-schemas: .make/run ## write the published schemas anew
+generate: .make/lint ## write the generated files: the published schemas and the synchronous client
 	@$(BIN)/python -P -m inferq.schemas.publish docs/schemas
+	$(BIN)/python -m tests.packaging.sync_client
 
 clean: ## remove what was built and measured; .venv and the data of `inferq up` stay
 	@rm -rf .make build dist inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \

@@ -1,27 +1,28 @@
-"""inferq: a RabbitMQ-backed distributed task queue for AI inference.
+"""inferq: a distributed task queue for AI inference on RabbitMQ.
 
     from inferq import Client
 
     with Client() as client:
         task = client.submit("ner", text="张伟在北京大学工作。")
-        print(client.result(task.task_id).output)
+        print(client.result(task.task_id, wait=30).output)
 
-Errors, all of which derive from InferqError:
+`AsyncClient` has the same methods for asyncio and trio. `inferq.engine` is for task types of your own, and
+`inferq.testing` for their tests.
+
+Every error that inferq raises on purpose derives from InferqError:
 
 InferqError
-├── InvalidTask            the task can never work: it is not retried
-├── TransientFailure       another attempt may work: it is retried
+├── InvalidTask            the task cannot succeed; it is not retried
+├── TransientFailure       this attempt failed; the task is retried
 ├── Outage                 a service that inferq depends on is unavailable
-├── InstallationError      this machine's packages or settings cannot work
-└── ApiError               the gateway's answer is an error
+├── InstallationError      the packages or settings of this machine are wrong
+└── ApiError               the gateway answered with an error
     ├── InvalidRequest     the request is wrong; `errors` names the fields
-    ├── Unauthorized       the API key is unknown, or belongs to another tenant
-    ├── NotFound           no such task, batch, artifact or file
-    ├── Conflict           the id belongs to a task with other content, or the task has ended
-    │   └── NotEnded       the task has not ended yet
-    └── Unavailable        the gateway cannot be reached, or cannot answer now
-
-`inferq.engine` is for task types of your own, `inferq.testing` for their tests.
+    ├── Unauthorized       the API key is missing or unknown, or belongs to another tenant
+    ├── NotFound           there is no such task, batch, callback, artifact or file
+    ├── Conflict           the id belongs to other content, or the task's state does not allow the call
+    │   └── NotEnded       the task or batch has not ended yet
+    └── Unavailable        the gateway is unreachable, or cannot answer now
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inferq.producer.client import (
+    from inferq.producer.client.async_client import AsyncClient
+    from inferq.producer.client.errors import (
         ApiError,
-        AsyncClient,
-        Client,
         Conflict,
         InvalidRequest,
         NotEnded,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Unauthorized,
         Unavailable,
     )
+    from inferq.producer.client.sync_client import Client
     from inferq.schemas import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 
 __all__ = [
@@ -62,10 +63,10 @@ __all__ = [
 
 # Loaded on first use: every part of inferq imports this package, and most need no HTTP client.
 _MODULES = {
-    "inferq.producer.client": (
+    "inferq.producer.client.async_client": ("AsyncClient",),
+    "inferq.producer.client.sync_client": ("Client",),
+    "inferq.producer.client.errors": (
         "ApiError",
-        "AsyncClient",
-        "Client",
         "Conflict",
         "InvalidRequest",
         "NotEnded",

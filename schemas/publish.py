@@ -162,7 +162,7 @@ def main() -> None:
     if given.check:
         stale = sorted(n for n in wanted.keys() | present.keys() if wanted.get(n) != present.get(n))
         if stale:
-            sys.exit(f"stale in {folder}: {', '.join(stale)}; run: make schemas")
+            sys.exit(f"stale in {folder}: {', '.join(stale)}; run: make generate")
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in present.keys() - wanted.keys():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, JsonValue
 
-from inferq.producer.client.client import Client
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import INPUT_SCHEMES, InvalidTask, TaskType, input_fields
 
 

@@ -19,7 +19,8 @@ from inferq.producer.batch.checks import check_files, check_lines
 from inferq.producer.cli.arguments import parse_assignments
 from inferq.producer.cli.files import files_of, uploaded
 from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from inferq.producer.client.client import Client, NotEnded, NotFound, Unavailable
+from inferq.producer.client.errors import NotEnded, NotFound, Unavailable
+from inferq.producer.client.sync_client import Client
 from inferq.producer.client.transfers import is_batch_url
 from inferq.schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 from inferq.schemas.batch_source import JSONL_ENDINGS, input_field, is_prefix, line_of

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inferq.producer.cli.output import JsonFlag, complain, print_json, print_records, print_table
-from inferq.producer.client.client import Client
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import CallbackRecord, InvalidTask, SubjectKind
 from inferq.storage.fetch.urls import redacted
 

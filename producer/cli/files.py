@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from inferq.producer.cli.output import errors
-from inferq.producer.client.client import ApiError, Client, InvalidRequest, Unauthorized
+from inferq.producer.client.errors import ApiError, InvalidRequest, Unauthorized
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import InferqError, InvalidTask
 
 _UPLOADS = 8

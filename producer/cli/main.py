@@ -11,6 +11,7 @@ import typer
 
 from inferq.producer.cli.output import complain
 from inferq.producer.cli.parts import LazyGroup
+from inferq.producer.client.errors import Unauthorized
 from inferq.schemas import InferqError
 
 app = typer.Typer(
@@ -44,10 +45,6 @@ def main() -> None:
     try:
         app()
     except InferqError as error:
-        from inferq.producer.client.requests import (
-            Unauthorized,  # which takes longer to load than many commands need
-        )
-
         refused = isinstance(error, Unauthorized)
         complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)
         sys.exit(1)

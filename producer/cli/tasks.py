@@ -15,7 +15,7 @@ from rich.text import Text
 
 from inferq.producer.cli.arguments import bundle, parse_assignments
 from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
-from inferq.producer.client.client import Client
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type
 
 app = typer.Typer()

@@ -1,29 +1,15 @@
 """The Python client of the HTTP gateway.
 
-client     Client and AsyncClient
-requests   what to send, when to send it again, and what the answers mean; no network
-transfers  files to upload and to download
+async_client  `AsyncClient`
+sync_client   `Client`, generated from async_client.py
+requests      the calls of the API as requests and replies, without a network
+events        the event stream of a task, across connections
+async_io      pauses and file access of `AsyncClient`; sync_io has the same for `Client`
+transfers     files to upload and to download
+connection    the gateway's address and the API key, as arguments of httpx
+settings      INFERQ_API_URL and INFERQ_API_KEY
+errors        `ApiError` and what derives from it
+
+Applications import the clients and the errors from `inferq`. Nothing is imported here, so that a command loads
+only what it uses.
 """
-
-from inferq.producer.client.client import AsyncClient, Client
-from inferq.producer.client.requests import (
-    ApiError,
-    Conflict,
-    InvalidRequest,
-    NotEnded,
-    NotFound,
-    Unauthorized,
-    Unavailable,
-)
-
-__all__ = [
-    "ApiError",
-    "AsyncClient",
-    "Client",
-    "Conflict",
-    "InvalidRequest",
-    "NotEnded",
-    "NotFound",
-    "Unauthorized",
-    "Unavailable",
-]

@@ -1,6 +1,7 @@
-"""The gateway's API without the network: what to send, when to send it again, and what the answers mean.
+"""The calls of the gateway's API, without a network.
 
-A flow is a generator that yields what it wants done and is sent what came of it; the clients run it.
+Each call is a flow: a generator that yields a `Request` or a `Sleep` and receives the `Reply`. Its return value is
+the call's. A client runs it (`_run`), and a test can drive it with replies of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,98 +20,62 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from inferq.schemas import (
-    END_STATES,
-    BatchStatus,
-    CallbackEvent,
-    CallbackRecord,
-    Event,
-    InferqError,
-    Priority,
-    Result,
-    SubjectKind,
-    TaskStatus,
+from inferq.producer.client.errors import (
+    ApiError,
+    Conflict,
+    InvalidRequest,
+    NotEnded,
+    NotFound,
+    Unauthorized,
+    Unavailable,
 )
+from inferq.schemas import BatchStatus, CallbackRecord, Result, SubjectKind, TaskStatus
 
-_MAX_WAIT = 25
-"""Seconds that one request waits: well below the 60 after which most proxies give up on an answer."""
-_SHORTEST_WAIT = 0.5
-_FIRST_DELAY = 0.25
-_LONGEST_DELAY = 30.0
-_STREAM_SILENCE = 60.0
-_BATCH_LOOK = 1.0
-_BUSY = (429, 502, 503, 504)
-"""Answers of a gateway that may do it soon, or of a proxy before one that is away."""
+MIN_POLL_SECONDS = 0.5
+"""A gateway that is shutting down answers a wait at once, and one of less than a second does not wait."""
+_MAX_WAIT_SECONDS = 25
+"""The longest wait of one request: most proxies drop a request after 60 seconds."""
+_BATCH_POLL_SECONDS = 1.0
+_FIRST_DELAY_SECONDS = 0.25
+_MAX_DELAY_SECONDS = 30.0
+_ERRORS: Mapping[int, type[ApiError]] = {
+    400: InvalidRequest,
+    401: Unauthorized,
+    403: Unauthorized,
+    404: NotFound,
+    409: Conflict,
+    413: InvalidRequest,
+    422: InvalidRequest,
+    429: Unavailable,
+    502: Unavailable,
+    503: Unavailable,
+    504: Unavailable,
+}
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
-class ApiError(InferqError):
-    """The gateway answered with a problem; `status` is None where nothing answered."""
-
-    code = "api_error"
-
-    def __init__(
-        self,
-        detail: str,
-        *,
-        code: str,
-        status: int | None = None,
-        title: str = "",
-        errors: Sequence[Mapping[str, str]] = (),
-    ) -> None:
-        super().__init__(detail, code=code)
-        self.detail = detail
-        self.status = status
-        self.title = title
-        self.errors = tuple(errors)
-
-
-class InvalidRequest(ApiError):
-    """What was sent is wrong, and stays wrong; `errors` names the fields."""
-
-
-class Unauthorized(ApiError):
-    """The gateway does not know the API key, or it belongs to another tenant."""
-
-
-class NotFound(ApiError):
-    """There is no such task, artifact or file."""
-
-
-class Conflict(ApiError):
-    """The id belongs to a task with another content, or the task is past what was asked."""
-
-
-class NotEnded(Conflict):
-    """The task has not ended yet."""
-
-
-class Unavailable(ApiError):
-    """The gateway cannot be reached, or cannot do it at the moment."""
-
-
 @dataclass(frozen=True)
-class Send:
-    """A request to be made. `patience` is in seconds, on top of the client's timeout."""
+class Request:
+    """An HTTP request. Its reply may take `extra_timeout` seconds longer than the client's timeout."""
 
     method: str
     path: str
     params: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    patience: float = 0.0
+    extra_timeout: float = 0.0
 
     def arguments(self, timeout: float) -> dict[str, Any]:
-        """The arguments of httpx's `request`."""
+        """The arguments of httpx's `request`. `timeout` is the client's, in seconds."""
         return {
             "method": self.method,
             "url": self.path,
             "params": dict(self.params),
             "content": self.body,
             "headers": dict(self.headers),
-            "timeout": httpx.Timeout(timeout, read=timeout + self.patience),
+            "timeout": httpx.Timeout(timeout, read=timeout + self.extra_timeout),
         }
 
 
@@ -119,103 +84,88 @@ class Sleep:
     seconds: float
 
 
-Outcome = httpx.Response | httpx.TransportError | None
-Flow = Generator[Send | Sleep, Outcome, T]
+Reply = httpx.Response | httpx.TransportError
+Flow = Generator[Request | Sleep, Any, T]
+"""A call of the API. It receives a `Reply` for each `Request`, and None after a `Sleep`."""
 
 
-class Page(BaseModel):
-    """Some tasks; `cursor` leads to the next ones."""
-
+class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class TaskPage(_Answer):
+    """One page of the list of tasks. `cursor` leads to the next page; it is None on the last one."""
 
     items: tuple[TaskStatus, ...]
     cursor: str | None
 
 
-class BatchPage(BaseModel):
-    """Some batches; `cursor` leads to the next ones."""
-
-    model_config = ConfigDict(frozen=True)
+class BatchPage(_Answer):
+    """One page of the list of batches. `cursor` leads to the next page; it is None on the last one."""
 
     items: tuple[BatchStatus, ...]
     cursor: str | None
 
 
-class Callbacks(BaseModel):
-    """What became of callbacks."""
-
-    model_config = ConfigDict(frozen=True)
+class CallbackList(_Answer):
+    """Records of callbacks."""
 
     items: tuple[CallbackRecord, ...]
 
 
-class Uploaded(BaseModel):
-    """What an upload answers."""
-
-    model_config = ConfigDict(frozen=True)
+class UploadedFile(_Answer):
+    """The `inferq:` URL of an uploaded file, and the SHA-256 of its content in hexadecimal."""
 
     url: str
     sha256: str | None = None
 
 
-class Flows:
-    """Every call of the API. A failed one is tried `retries` times more where that may help."""
+class Api:
+    """Every call of the API, as a flow. A request that fails is repeated up to `retries` times if that can help.
 
-    def __init__(self, retries: int) -> None:
+    `clock` gives seconds and never goes back.
+    """
+
+    def __init__(self, retries: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.retries = retries
+        self._clock = clock
 
-    def request(self, send: Send, *, repeatable: bool = True) -> Flow[httpx.Response]:
-        """One request, made until it is answered. Raises an ApiError for an answer that is a problem."""
-        tried = 0
+    def request(self, request: Request, *, repeatable: bool = True) -> Flow[httpx.Response]:
+        """Send a request until it succeeds. Raises an ApiError for an error answer."""
+        failures = 0
         while True:
-            outcome = yield send
-            if isinstance(outcome, httpx.Response) and outcome.status_code not in _BUSY:
-                if outcome.is_success:
-                    return outcome
-                raise error_of(outcome)
-            if not repeatable or tried >= self.retries:
-                cause = outcome if isinstance(outcome, httpx.TransportError) else None
-                raise error_of(outcome) from cause
-            yield Sleep(delay(outcome, tried))
-            tried += 1
+            reply: Reply = yield request
+            if isinstance(reply, httpx.Response) and reply.is_success:
+                return reply
+            if not is_retriable(reply) or not repeatable or failures >= self.retries:
+                raise error_of(reply) from (reply if isinstance(reply, httpx.TransportError) else None)
+            yield Sleep(retry_delay(reply, failures))
+            failures += 1
 
-    def submit(self, task: Mapping[str, JsonValue], wait: float | None) -> Flow[TaskStatus]:
-        task_id = str(task["task_id"])
-        begun = time.monotonic()
-        headers, patience = _prefer(wait)
-        body = json.dumps(task, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
+    def submit(
+        self, fields: Mapping[str, object], inputs: Mapping[str, JsonValue], wait: float | None
+    ) -> Flow[TaskStatus]:
+        """`fields` are the task's own; those that are None are left out. `inputs` are those of its type."""
+        task_id = str(fields["task_id"])
+        start = self._clock()
+        headers, extra_timeout = _prefer_wait(wait)
         headers["Content-Type"] = "application/json"
-        send = Send("PUT", task_path(task_id), body=body, headers=headers, patience=patience)
-        status = parsed(TaskStatus, (yield from self.request(send)))
-        left = (wait or 0) - (time.monotonic() - begun)
+        body = _json({**_given(fields), **inputs})
+        request = Request("PUT", task_path(task_id), body=body, headers=headers, extra_timeout=extra_timeout)
+        status = _parse(TaskStatus, (yield from self.request(request)))
+        left = (wait or 0) - (self._clock() - start)
         if status.ended or left <= 0:
             return status
         try:
-            return (yield from self.waiting(task_id, left))
+            return (yield from self._poll(task_id, left))
         except (NotFound, Unavailable):
-            return status  # it is accepted, whoever is away: an error would have it submitted again
+            return status  # The task is accepted. An error would make the caller submit it again.
 
     def status(self, task_id: str) -> Flow[TaskStatus]:
-        return parsed(TaskStatus, (yield from self.request(Send("GET", task_path(task_id)))))
-
-    def waiting(self, task_id: str, seconds: float | None) -> Flow[TaskStatus]:
-        """Where the task stands once it has ended, or after `seconds`."""
-        end = None if seconds is None else time.monotonic() + seconds
-        while True:
-            begun = time.monotonic()
-            headers, patience = _prefer(_MAX_WAIT if end is None else max(0.0, end - begun))
-            send = Send("GET", task_path(task_id), headers=headers, patience=patience)
-            status = parsed(TaskStatus, (yield from self.request(send)))
-            now = time.monotonic()
-            if status.ended or (end is not None and now >= end):
-                return status
-            if (
-                now - begun < _SHORTEST_WAIT
-            ):  # a gateway that stops lets nobody wait, nor does a part of a second
-                yield Sleep(_SHORTEST_WAIT if end is None else min(_SHORTEST_WAIT, end - now))
+        return _parse(TaskStatus, (yield from self.request(Request("GET", task_path(task_id)))))
 
     def wait(self, task_id: str, timeout: float | None) -> Flow[TaskStatus]:
-        status = yield from self.waiting(task_id, timeout)
+        status = yield from self._poll(task_id, timeout)
         if not status.ended:
             detail = f"task {task_id!r} is {status.state} after {timeout:g} s"
             raise NotEnded(detail, code="not_ended", status=409)
@@ -223,235 +173,190 @@ class Flows:
 
     def result(self, task_id: str, wait: float | None) -> Flow[Result]:
         if wait:
-            yield from self.waiting(task_id, wait)
-        return parsed(Result, (yield from self.request(Send("GET", f"{task_path(task_id)}/result"))))
+            yield from self._poll(task_id, wait)
+        return _parse(Result, (yield from self.request(Request("GET", f"{task_path(task_id)}/result"))))
 
     def cancel(self, task_id: str) -> Flow[TaskStatus]:
-        return parsed(TaskStatus, (yield from self.request(Send("POST", f"{task_path(task_id)}/cancel"))))
+        return _parse(TaskStatus, (yield from self.request(Request("POST", f"{task_path(task_id)}/cancel"))))
 
-    def submit_batch(self, batch: Mapping[str, JsonValue]) -> Flow[BatchStatus]:
-        body = json.dumps(batch, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
-        send = Send("POST", "/v1/batches", body=body, headers={"Content-Type": "application/json"})
-        return parsed(BatchStatus, (yield from self.request(send)))
+    def tasks(self, filters: Mapping[str, object], cursor: str | None) -> Flow[TaskPage]:
+        params = {name: str(value) for name, value in _given({**filters, "cursor": cursor}).items()}
+        return _parse(TaskPage, (yield from self.request(Request("GET", "/v1/tasks", params))))
+
+    def submit_batch(self, fields: Mapping[str, object]) -> Flow[BatchStatus]:
+        """`fields` are the batch's own; those that are None are left out."""
+        headers = {"Content-Type": "application/json"}
+        request = Request("POST", "/v1/batches", body=_json(_given(fields)), headers=headers)
+        return _parse(BatchStatus, (yield from self.request(request)))
 
     def batch(self, batch_id: str) -> Flow[BatchStatus]:
-        return parsed(BatchStatus, (yield from self.request(Send("GET", batch_path(batch_id)))))
-
-    def cancel_batch(self, batch_id: str) -> Flow[BatchStatus]:
-        send = Send("POST", f"{batch_path(batch_id)}/cancel")
-        return parsed(BatchStatus, (yield from self.request(send)))
-
-    def batch_page(self, limit: int, cursor: str | None) -> Flow[BatchPage]:
-        params = {"limit": str(limit), **({"cursor": cursor} if cursor is not None else {})}
-        return parsed(BatchPage, (yield from self.request(Send("GET", "/v1/batches", params=params))))
+        return _parse(BatchStatus, (yield from self.request(Request("GET", batch_path(batch_id)))))
 
     def wait_batch(self, batch_id: str, timeout: float | None) -> Flow[BatchStatus]:
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else self._clock() + timeout
         while True:
             status = yield from self.batch(batch_id)
             if status.ended:
                 return status
-            left = _BATCH_LOOK if end is None else end - time.monotonic()
+            left = _BATCH_POLL_SECONDS if end is None else end - self._clock()
             if left <= 0:
                 detail = f"batch {batch_id!r} is {status.state} after {timeout:g} s"
                 raise NotEnded(detail, code="not_ended", status=409)
-            yield Sleep(min(_BATCH_LOOK, left))
+            yield Sleep(min(_BATCH_POLL_SECONDS, left))
 
-    def callbacks(self, subject_id: str, kind: SubjectKind) -> Flow[Callbacks]:
-        path = callbacks_path(subject_id, kind)
-        return parsed(Callbacks, (yield from self.request(Send("GET", path))))
+    def cancel_batch(self, batch_id: str) -> Flow[BatchStatus]:
+        request = Request("POST", f"{batch_path(batch_id)}/cancel")
+        return _parse(BatchStatus, (yield from self.request(request)))
 
-    def resend(self, subject_id: str, callback_id: str | None, kind: SubjectKind) -> Flow[Callbacks]:
-        path = callbacks_path(subject_id, kind)
+    def batches(self, page_size: int, cursor: str | None) -> Flow[BatchPage]:
+        params = {name: str(value) for name, value in _given({"limit": page_size, "cursor": cursor}).items()}
+        return _parse(BatchPage, (yield from self.request(Request("GET", "/v1/batches", params))))
+
+    def callbacks(self, subject_id: str, kind: SubjectKind) -> Flow[Sequence[CallbackRecord]]:
+        request = Request("GET", _callbacks_path(subject_id, kind))
+        return _parse(CallbackList, (yield from self.request(request))).items
+
+    def resend(
+        self, subject_id: str, callback_id: str | None, kind: SubjectKind
+    ) -> Flow[Sequence[CallbackRecord]]:
+        path = _callbacks_path(subject_id, kind)
         path += f"/{quote(callback_id, safe='')}/resend" if callback_id else "/resend"
-        return parsed(Callbacks, (yield from self.request(Send("POST", path))))
+        return _parse(CallbackList, (yield from self.request(Request("POST", path)))).items
 
-    def failed_callbacks(self, limit: int) -> Flow[Callbacks]:
-        params = {"status": "failed", "limit": str(limit)}
-        return parsed(Callbacks, (yield from self.request(Send("GET", "/v1/callbacks", params=params))))
+    def failed_callbacks(self, limit: int) -> Flow[Sequence[CallbackRecord]]:
+        request = Request("GET", "/v1/callbacks", {"status": "failed", "limit": str(limit)})
+        return _parse(CallbackList, (yield from self.request(request))).items
 
-    def page(self, filters: Mapping[str, object], cursor: str | None) -> Flow[Page]:
-        params = {
-            name: str(value) for name, value in {**filters, "cursor": cursor}.items() if value is not None
-        }
-        return parsed(Page, (yield from self.request(Send("GET", "/v1/tasks", params=params))))
+    def upload(self, *, repeatable: bool) -> Flow[UploadedFile]:
+        """The client adds the file itself."""
+        request = Request("POST", "/v1/files")
+        return _parse(UploadedFile, (yield from self.request(request, repeatable=repeatable)))
+
+    def _poll(self, task_id: str, seconds: float | None) -> Flow[TaskStatus]:
+        """The task's status after its end, or after `seconds`."""
+        end = None if seconds is None else self._clock() + seconds
+        while True:
+            start = self._clock()
+            headers, extra_timeout = _prefer_wait(_MAX_WAIT_SECONDS if end is None else max(0.0, end - start))
+            request = Request("GET", task_path(task_id), headers=headers, extra_timeout=extra_timeout)
+            status = _parse(TaskStatus, (yield from self.request(request)))
+            now = self._clock()
+            if status.ended or (end is not None and now >= end):
+                return status
+            if now - start < MIN_POLL_SECONDS:
+                yield Sleep(MIN_POLL_SECONDS if end is None else min(MIN_POLL_SECONDS, end - now))
 
 
-def task_body(
-    task_id: str,
-    task_type: str,
-    inputs: Mapping[str, JsonValue],
-    *,
-    options: Mapping[str, JsonValue] | None,
-    priority: Priority,
-    callback_url: str | None,
-    callback_events: Sequence[CallbackEvent] | None,
-    expires_at: datetime | str | None,
-    time_limit: float | None,
-    batch_id: str | None,
-    metadata: Mapping[str, JsonValue] | None,
-) -> dict[str, JsonValue]:
-    """The task as it is sent: only what was said of it."""
-    # What is of another type, as from a command line, is left as it is: the gateway tells what is wrong.
-    said: dict[str, JsonValue] = {
-        "options": dict(options) if options is not None else None,
-        "callback_url": callback_url,
-        "callback_events": list(callback_events)
-        if isinstance(callback_events, Sequence)
-        else callback_events,
-        "expires_at": expires_at.astimezone().isoformat() if isinstance(expires_at, datetime) else expires_at,
-        "time_limit": time_limit,
-        "batch_id": batch_id,
-        "metadata": dict(metadata) if isinstance(metadata, Mapping) else metadata,
-    }
-    kept = {name: value for name, value in said.items() if value is not None}
-    return {"task_id": task_id, "task_type": task_type, "priority": priority, **kept, **inputs}
+def is_retriable(reply: Reply) -> bool:
+    """Whether the same request may succeed later: there is no connection, or the gateway or a proxy is busy."""
+    return not isinstance(reply, httpx.Response) or _ERRORS.get(reply.status_code) is Unavailable
+
+
+def retry_delay(reply: Reply, failures: int) -> float:
+    """Seconds before the next try: the reply's `Retry-After`, or else a delay that doubles, with jitter.
+
+    At most 30 seconds. `failures` is the number of failed tries before this one.
+    """
+    if isinstance(reply, httpx.Response):
+        with suppress(ValueError):
+            seconds = float(reply.headers.get("retry-after", ""))
+            if seconds >= 0:
+                return min(seconds, _MAX_DELAY_SECONDS)
+    longest = min(_FIRST_DELAY_SECONDS * math.exp2(min(failures, 30)), _MAX_DELAY_SECONDS)
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+
+
+def error_of(reply: Reply) -> ApiError:
+    """The error that a reply without success stands for."""
+    if not isinstance(reply, httpx.Response):
+        return Unavailable(
+            f"the gateway{_origin_of(reply)} cannot be reached ({reply or type(reply).__name__}); "
+            "check that it is running and that INFERQ_API_URL is right",
+            code="unreachable",
+        )
+    status = reply.status_code
+    try:
+        problem = reply.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
+        problem = {"detail": f"{reply.request.url} answered {status} {reply.reason_phrase}"}
+    code = str(problem.get("code", "api_error"))
+    error = NotEnded if status == 409 and code == "not_ended" else _ERRORS.get(status, ApiError)
+    return error(
+        str(problem.get("detail", "")),
+        code=code,
+        status=status,
+        title=str(problem.get("title", reply.reason_phrase)),
+        errors=problem.get("errors") or (),
+    )
+
+
+def _origin_of(error: httpx.TransportError) -> str:
+    try:
+        url = error.request.url
+    except RuntimeError:  # the error was raised before there was a request
+        return ""
+    return f" at {url.scheme}://{url.netloc.decode()}"
+
+
+def _parse(model: type[M], response: httpx.Response) -> M:
+    """The response's body as a model. Raises ApiError if it is not one: then it is not the gateway's."""
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as error:
+        raise ApiError(
+            f"{response.request.url} did not answer with a {model.__name__}; check that INFERQ_API_URL is the gateway",
+            code="unexpected_answer",
+            status=response.status_code,
+        ) from error
+
+
+def _prefer_wait(seconds: float | None) -> tuple[dict[str, str], float]:
+    """The header that asks the gateway to wait for the task's end, and by how many seconds the reply may be later.
+
+    https://www.rfc-editor.org/rfc/rfc7240#section-4.3
+    """
+    whole = min(int(seconds or 0), _MAX_WAIT_SECONDS)
+    return ({"Prefer": f"wait={whole}"}, float(whole)) if whole > 0 else ({}, 0.0)
+
+
+def _given(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, default=_plain)
+    # The gateway says which field holds a surrogate; here it would be an error without a name.
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.astimezone().isoformat()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
 
 
 def task_path(task_id: str) -> str:
-    # `.` and `..` are ids too, and a URL must not take them for folders.
-    return f"/v1/tasks/{'%2E' * len(task_id) if task_id in ('.', '..') else quote(task_id, safe=':')}"
+    return f"/v1/tasks/{_segment(task_id)}"
 
 
 def batch_path(batch_id: str) -> str:
-    return f"/v1/batches/{'%2E' * len(batch_id) if batch_id in ('.', '..') else quote(batch_id, safe=':')}"
-
-
-def callbacks_path(subject_id: str, kind: SubjectKind) -> str:
-    return f"{task_path(subject_id) if kind == 'task' else batch_path(subject_id)}/callbacks"
-
-
-def batch_body(source: Uploaded | str, batch_id: str, said: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """The batch as it is sent: only what was said of it."""
-    body: dict[str, JsonValue] = {"batch_id": batch_id}
-    if isinstance(source, Uploaded):
-        body |= {"source": source.url, "source_sha256": source.sha256}
-    else:
-        body["source"] = source
-    return body | {name: value for name, value in said.items() if value is not None}
+    return f"/v1/batches/{_segment(batch_id)}"
 
 
 def artifact_path(task_id: str, name: str) -> str:
     return f"{task_path(task_id)}/artifacts/{quote(name, safe='')}"
 
 
-def parsed(model: type[M], response: httpx.Response) -> M:
-    """The answer as a model. Raises ApiError where something else than the gateway must have answered."""
-    try:
-        return model.model_validate_json(response.content)
-    except ValidationError as error:
-        raise ApiError(
-            f"{response.request.url} answered no {model.__name__}; is INFERQ_API_URL right?",
-            code="unexpected_answer",
-            status=response.status_code,
-        ) from error
+def _callbacks_path(subject_id: str, kind: SubjectKind) -> str:
+    return f"{task_path(subject_id) if kind == 'task' else batch_path(subject_id)}/callbacks"
 
 
-def _whereabouts(outcome: object) -> str:
-    request = getattr(outcome, "_request", None)  # its property raises where there is none
-    if not isinstance(request, httpx.Request):
-        return ""
-    return f" at {request.url.scheme}://{request.url.netloc.decode()}"
-
-
-def error_of(outcome: Outcome) -> ApiError:
-    """The error that an answer, or the want of one, amounts to."""
-    if not isinstance(outcome, httpx.Response):
-        return Unavailable(
-            f"the gateway{_whereabouts(outcome)} cannot be reached ({outcome or type(outcome).__name__}); "
-            "is it up, and is INFERQ_API_URL right?",
-            code="unreachable",
-        )
-    status = outcome.status_code
-    try:
-        problem = outcome.json()
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict):
-        problem = {"detail": f"{outcome.request.url} answered {status} {outcome.reason_phrase}"}
-    code = str(problem.get("code", "api_error"))
-    kinds: dict[int, type[ApiError]] = {
-        400: InvalidRequest,
-        401: Unauthorized,
-        403: Unauthorized,
-        404: NotFound,
-        409: NotEnded if code == "not_ended" else Conflict,
-        413: InvalidRequest,
-        422: InvalidRequest,
-        429: Unavailable,
-        502: Unavailable,
-        503: Unavailable,
-        504: Unavailable,
-    }
-    return kinds.get(status, ApiError)(
-        str(problem.get("detail", "")),
-        code=code,
-        status=status,
-        title=str(problem.get("title", outcome.reason_phrase)),
-        errors=problem.get("errors") or (),
-    )
-
-
-def delay(outcome: Outcome, tried: int) -> float:
-    """Seconds to wait before the next try: what the gateway says, else longer each time, with jitter."""
-    if isinstance(outcome, httpx.Response):
-        with suppress(ValueError):
-            said = float(outcome.headers.get("retry-after", ""))
-            if said >= 0:
-                return min(said, _LONGEST_DELAY)
-    longest = min(_FIRST_DELAY * math.exp2(min(tried, 30)), _LONGEST_DELAY)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-
-
-def _prefer(wait: float | None) -> tuple[dict[str, str], float]:
-    """The header that asks the gateway to wait, and how long its answer may take for that."""
-    seconds = min(int(wait or 0), _MAX_WAIT)
-    return ({"Prefer": f"wait={seconds}"}, float(seconds)) if seconds > 0 else ({}, 0.0)
-
-
-class Following:
-    """The events of a task over one connection after the other: what is news, when it is over."""
-
-    def __init__(self, task_id: str, retries: int) -> None:
-        self.ended = False
-        self._path = f"{task_path(task_id)}/events"
-        self._retries = retries
-        self._failures = 0
-        self._pause = 0.0
-        self._last: Event | None = None
-        self._line = b""
-
-    def arguments(self, timeout: float) -> dict[str, Any]:
-        """The arguments of httpx's `stream` for the next connection."""
-        self._line = b""
-        self._pause = _SHORTEST_WAIT
-        headers = {"Accept": "text/event-stream"}
-        return Send("GET", self._path, headers=headers, patience=_STREAM_SILENCE).arguments(timeout)
-
-    def news(self, chunk: bytes) -> list[Event]:
-        """The events that this piece of the stream completes, without those that were told before."""
-        # Lines end in LF here; httpx's own would also be cut at U+2028, which JSON may hold.
-        *lines, self._line = (self._line + chunk).split(b"\n")
-        found = []
-        for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            event = Event.model_validate_json(line[5:].strip())
-            self._failures = 0
-            if self._last is None or event.data != self._last.data:
-                found.append(event)
-            self._last = event
-            self.ended = event.data.state in END_STATES
-        return found
-
-    def failed(self, outcome: httpx.Response | httpx.TransportError) -> None:
-        """The connection was refused or lost. Raises an ApiError where trying again is no use any more."""
-        final = isinstance(outcome, httpx.Response) and outcome.status_code not in _BUSY
-        if final or self._failures >= self._retries:
-            raise error_of(outcome) from (outcome if isinstance(outcome, httpx.TransportError) else None)
-        self._pause = delay(outcome, self._failures)
-        self._failures += 1
-
-    def pause(self) -> float:
-        """Seconds to wait before the next connection."""
-        return self._pause
+def _segment(identifier: str) -> str:
+    # `.` and `..` are valid ids, but in a URL they would be folders.
+    return "%2E" * len(identifier) if identifier in (".", "..") else quote(identifier, safe=":")

@@ -1,4 +1,4 @@
-"""Files on their way to the gateway and from it."""
+"""Files to upload to the gateway and to download from it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ CHUNK_BYTES = 1 << 20
 _SHA256 = re.compile(r'"([0-9a-f]{64})"')
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
+"""What can be uploaded: a path, the content itself, or an open binary file."""
 
 
 def is_batch_url(source: Source) -> TypeGuard[str]:
-    """Whether the source of a batch is named by its URL, and not a file here."""
+    """Whether the source of a batch is a URL that the gateway can read itself."""
     return isinstance(source, str) and source.partition(":")[0] in SOURCE_SCHEMES
 
 
 class Upload:
-    """Something to upload, read in pieces, and from its start again where it can be."""
+    """A file to upload, read in chunks. `repeatable` tells whether it can be read again from its start."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
@@ -37,12 +38,12 @@ class Upload:
         self.repeatable = file.seekable()
         self._start = file.tell() if self.repeatable else 0
 
-    def described(self, filename: str | None, content_type: str | None) -> dict[str, Any]:
-        """The arguments of httpx's `post` that tell of the file: its name, type and, if known, length."""
+    def arguments(self, filename: str | None, content_type: str | None) -> dict[str, Any]:
+        """The arguments of httpx's `post` for the file's name, its type and, if known, its length."""
         headers = {"Content-Type": content_type or "application/octet-stream"}
         if self.repeatable:
             headers["Content-Length"] = str(self._file.seek(0, io.SEEK_END) - self._start)
-        # Linux lets a file's name be any bytes; those that are no text would not go into a URL.
+        # A file name on Linux can be any bytes. A URL needs text.
         name = (filename or self._name).encode("utf-8", "replace").decode()
         return {"params": {"filename": name}, "headers": headers}
 
@@ -51,12 +52,13 @@ class Upload:
             self._file.seek(self._start)
 
     def read(self) -> bytes:
+        """The next chunk, at most `CHUNK_BYTES`; empty at the end."""
         return self._file.read(CHUNK_BYTES)
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[Upload]:
-    """The source as an upload. A file that was open stays open."""
+def open_upload(source: Source) -> Iterator[Upload]:
+    """Open the source for the block. A file that is open already stays open afterwards."""
     if isinstance(source, bytes):
         yield Upload(io.BytesIO(source), "")
     elif isinstance(source, str | os.PathLike):
@@ -68,7 +70,7 @@ def opened(source: Source) -> Iterator[Upload]:
 
 
 class PartialFile:
-    """A download on its way into a file."""
+    """A download that is being written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -79,21 +81,23 @@ class PartialFile:
         self._file.write(chunk)
 
     def check(self, response: httpx.Response) -> None:
-        """Raises httpx.RemoteProtocolError where what came is not what was sent."""
+        """Compare the content with the response's ETag. Raises httpx.RemoteProtocolError if they differ."""
         expected = _SHA256.fullmatch(response.headers.get("etag", ""))
         if expected and expected[1] != self._hash.hexdigest():
-            raise httpx.RemoteProtocolError("the file that came has another SHA-256 than the gateway says")
+            raise httpx.RemoteProtocolError(
+                "the downloaded file is damaged: its SHA-256 is not the one that the gateway sent"
+            )
 
 
-def target(path: str | os.PathLike[str], name: str) -> Path:
-    """Where a download goes: the path itself, or under its own name into it where that is a folder."""
+def target_path(path: str | os.PathLike[str], name: str) -> Path:
+    """The file to download to: `path` itself, or `name` within it if `path` is a folder."""
     given = Path(path)
     return given / Path(name).name if given.is_dir() else given
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[PartialFile]:
-    """A file that appears under `path` when the block ends well, and never in part."""
+def new_file(path: Path) -> Iterator[PartialFile]:
+    """Write a file that appears at `path` when the block ends without an error, and not before."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as file:

@@ -20,7 +20,8 @@ import pytest
 import redis
 
 from inferq.broker import BrokerSettings, Message, Publisher, assemble_message, topology_for
-from inferq.producer.client.client import Client, Conflict, NotFound
+from inferq.producer.client.errors import Conflict, NotFound
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import BatchStatus, CountsNow
 from inferq.storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
 from tests.callbacks.conftest import Receiver, say

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from inferq.producer.cli.arguments import Given, bundle, parse_assignments
 from inferq.producer.cli.batch import _looks
 from inferq.producer.cli.files import files_of
-from inferq.producer.client.client import Client, Unavailable
+from inferq.producer.client.errors import Unavailable
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import BatchStatus, InputUrl, InvalidTask, Options, Task, TaskType, get_type
 
 

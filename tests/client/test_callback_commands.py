@@ -11,7 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from inferq.producer.cli import app, output
-from inferq.producer.client.client import AsyncClient, Client
+from inferq.producer.client.async_client import AsyncClient
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import InvalidTask
 from tests.gateway.conftest import FakePublisher, Gateway
 from tests.gateway.test_gateway_callbacks import ended, ended_batch, record, sent

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from inferq.producer.client.client import Client, Unavailable
+from inferq.producer.client.errors import Unavailable
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import Result
 from tests.gateway.conftest import FakePublisher, Gateway
 from tests.installation import inferq_here

@@ -17,7 +17,7 @@ import pytest
 from typer import Exit
 
 from inferq.producer.cli import up as commands
-from inferq.producer.client.client import Client
+from inferq.producer.client.sync_client import Client
 from inferq.producer.up.detached import while_up
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.foreground import Wish
