@@ -22,7 +22,7 @@ Submit = Callable[..., tuple[list[str], subprocess.CompletedProcess[str]]]
 
 @pytest.fixture
 def submit(lone_gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
-    """Submits from within `tmp_path`; gives the files that became lines, in their order."""
+    """Submits from `tmp_path`; returns the files that became lines, in order."""
     monkeypatch.chdir(tmp_path)
     env = {"INFERQ_API_URL": lone_gateway.url, "INFERQ_API_KEY": lone_gateway.key}
 
@@ -47,7 +47,7 @@ def make(*names: str) -> None:
     ["f/*", "f/*/*", "f/**", "f/**/*", "f/**/*.txt", "f/**/d/**/*.txt", "**/c.*", "f/.h*/*", "f/[ab].txt",
      "f/?.txt", "f/d/../a.txt*", "f/*/c.txt", "./f/*.txt", "f/b[[]1].txt"],
 )  # fmt: skip
-def test_a_glob_is_what_it_is_elsewhere(submit: Submit, pattern: str) -> None:
+def test_a_pattern_finds_what_pythons_glob_finds(submit: Submit, pattern: str) -> None:
     make("f/a.txt", "f/b.txt", "f/b[1].txt", "f/d/c.txt", "f/d/e/d/c.txt", "f/.hid/x.txt", "f/d/.y.txt")
     names = {Path(name) for name in glob.glob(pattern, recursive=True)}  # noqa: PTH207
     expected = sorted(name for name in names if name.is_file())
@@ -58,7 +58,7 @@ def test_a_glob_is_what_it_is_elsewhere(submit: Submit, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["f", "f/**/*.txt", "f/*/*.txt"])
-def test_a_folder_that_cannot_be_read_is_skipped_and_named(
+def test_an_unreadable_folder_is_skipped_and_named(
     submit: Submit, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("f/deep/a.txt", "f/locked/b.txt")
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_read_is_skipped_and_named(
         (["f/sub", "f", "f/*.txt", "f/a.txt"], ["f/sub/b.txt", "f/a.txt"]),
     ],
 )
-def test_a_file_is_taken_once(submit: Submit, sources: list[str], expected: list[str]) -> None:
+def test_each_file_becomes_one_line(submit: Submit, sources: list[str], expected: list[str]) -> None:
     make("f/a.txt", "f/sub/b.txt")
     Path("f/loop").symlink_to(".")
     Path("f/sub/up").symlink_to("..")

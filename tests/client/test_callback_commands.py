@@ -25,7 +25,7 @@ def command(lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda *arguments: CliRunner().invoke(app, ["callback", *arguments])
 
 
-def test_callbacks_are_listed_shown_and_sent_again(
+def test_callbacks_can_be_listed_shown_and_resent(
     lone_gateway: Gateway, publisher: FakePublisher, command: Any
 ) -> None:
     assert command("list").output.strip() == "none"
@@ -48,7 +48,7 @@ def test_callbacks_are_listed_shown_and_sent_again(
     assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
 
 
-def test_show_needs_a_callbacks_id_only_where_there_are_several(lone_gateway: Gateway, command: Any) -> None:
+def test_show_needs_a_callback_id_only_if_there_are_several(lone_gateway: Gateway, command: Any) -> None:
     _, callback, records = ended(lone_gateway, "t1")
     assert "task 't1' has no callbacks" in str(command("show", "t1").exception)
     records.note(record(callback, "delivered"))
@@ -61,7 +61,7 @@ def test_show_needs_a_callbacks_id_only_where_there_are_several(lone_gateway: Ga
     assert f"msg_{'0' * 32} (task.started)" in several
 
 
-def test_resend_says_how_to_repeat_what_was_delivered(
+def test_resend_without_an_id_says_how_to_resend_a_delivered_callback(
     lone_gateway: Gateway, publisher: FakePublisher, command: Any
 ) -> None:
     _, callback, records = ended(lone_gateway, "t1")
@@ -96,7 +96,7 @@ def test_the_ids_can_be_read_at_80_columns(
         assert {callback.callback_id, "t" * 36, "attempts", "task.succeeded"} <= set(words)
 
 
-def test_a_batchs_callbacks_are_found_by_the_batchs_id(
+def test_callbacks_of_a_batch_are_found_by_its_id(
     lone_gateway: Gateway, publisher: FakePublisher, command: Any
 ) -> None:
     callback, records = ended_batch(lone_gateway, "b1")
@@ -115,7 +115,9 @@ def test_a_batchs_callbacks_are_found_by_the_batchs_id(
     assert [job["callback"] for job in sent(publisher)] == [callback.model_dump()] * 2
 
 
-async def test_both_clients_say_the_same(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+async def test_both_clients_list_and_resend_callbacks(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
     _, callback, records = ended(lone_gateway, "t1")
     failed = record(callback, "failed", reason="gone")
     records.note(failed)

@@ -1,4 +1,4 @@
-"""`inferq submit` where something goes wrong on the way, against a running gateway."""
+"""Failures of `inferq submit`, against a running gateway."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lines(run: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("more", ["--wait", "--json"])
-def test_what_was_accepted_before_a_refusal_is_told(
+def test_a_failure_names_the_tasks_accepted_before_it(
     submit: Command, publisher: FakePublisher, more: str
 ) -> None:
     run = submit("echo", "1", "2", "x" * 70_000, more)
@@ -41,14 +41,16 @@ def test_what_was_accepted_before_a_refusal_is_told(
     assert error.startswith("error:")
 
 
-def test_what_was_printed_already_is_not_told_again(submit: Command, publisher: FakePublisher) -> None:
+def test_ids_on_standard_output_are_not_repeated_on_failure(
+    submit: Command, publisher: FakePublisher
+) -> None:
     run = submit("echo", "1", "x" * 70_000)
     assert run.returncode == 1
     assert run.stdout.split() == publisher.ids()
     assert len(lines(run)) == 1
 
 
-def test_a_task_that_fails_is_no_reason_to_tell_what_was_accepted(
+def test_a_failed_task_prints_its_error_alone(
     submit: Command, lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Client, "events", lambda self, task_id: iter(()))
@@ -64,7 +66,7 @@ def test_a_task_that_fails_is_no_reason_to_tell_what_was_accepted(
     ("fault", "status"), [(Unavailable("away", code="unreachable"), 1), (KeyboardInterrupt(), 130)]
 )
 @pytest.mark.parametrize("as_json", [True, False])
-def test_what_was_fetched_is_shown_where_the_rest_cannot_be(
+def test_results_are_shown_even_if_later_ones_cannot_be_fetched(
     submit: Command,
     publisher: FakePublisher,
     lone_gateway: Gateway,
@@ -101,7 +103,7 @@ def test_what_was_fetched_is_shown_where_the_rest_cannot_be(
         ("task_type=ocr", "TYPE"),
     ],
 )
-def test_a_field_with_an_option_of_its_own_is_set_by_that(
+def test_a_field_with_its_own_option_cannot_be_set_otherwise(
     submit: Command, publisher: FakePublisher, assignment: str, instead: str
 ) -> None:
     run = submit("echo", "1", "--set", assignment)
@@ -118,7 +120,7 @@ def test_a_time_is_set_as_text(submit: Command, publisher: FakePublisher) -> Non
 
 
 @pytest.mark.parametrize("assignment", ["expires_at=soon", "metadata=5", "metadata=x", "callback_events=5"])
-def test_a_value_of_the_wrong_kind_is_refused_by_the_gateway(
+def test_a_value_of_the_wrong_type_is_refused_by_the_gateway(
     submit: Command, publisher: FakePublisher, assignment: str
 ) -> None:
     run = submit("echo", "1", "--set", assignment)
@@ -128,7 +130,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_the_gateway(
     assert publisher.ids() == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_anything_is_submitted(
+def test_an_unusable_output_folder_is_an_error_before_submission(
     submit: Command, publisher: FakePublisher, tmp_path: Path
 ) -> None:
     file = tmp_path / "file"
@@ -140,14 +142,14 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_submitted(
         assert str(out) in line
     assert publisher.ids() == []
     (tmp_path / "batch.jsonl").write_text("{}\n")
-    nobody = {"INFERQ_API_URL": "ftp://x"}  # what is told first shows that the folder is looked at first
-    run = inferq_here(nobody, "batch", "submit", str(tmp_path / "batch.jsonl"), "--out", str(file))
+    invalid = {"INFERQ_API_URL": "ftp://x"}  # its error would come first if the folder were checked later
+    run = inferq_here(invalid, "batch", "submit", str(tmp_path / "batch.jsonl"), "--out", str(file))
     assert lines(run) == [f"error: {file}: File exists"]
-    run = inferq_here(nobody, "batch", "status", "b", "--out", str(file))
+    run = inferq_here(invalid, "batch", "status", "b", "--out", str(file))
     assert lines(run) == [f"error: {file}: File exists"]
 
 
-def test_a_file_that_cannot_be_read_is_one_line(submit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_one_line(submit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Client, file: Path) -> str:
         raise PermissionError(13, "Permission denied", str(file))
 
