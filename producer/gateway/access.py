@@ -1,4 +1,4 @@
-"""Around every request: one line in the log, its metrics, and the headers that every answer carries."""
+"""Around every request: a line in the access log, metrics, and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("inferq.access")
 
 
 class Access:
-    """ASGI middleware. Paths are logged without their query, which may hold a signature."""
+    """ASGI middleware. It logs paths without their query, which may hold a signature."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -34,7 +34,7 @@ class Access:
         begun = time.perf_counter()
         status = 500
 
-        async def send_noting(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -44,10 +44,10 @@ class Access:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_noting)
+            await self._app(scope, receive, send_with_headers)
         finally:
             seconds = time.perf_counter() - begun
-            # Neither a made-up method nor a made-up path may make a new series.
+            # An unknown method or path must not create a new time series.
             method = scope["method"] if scope["method"] in _METHODS else "other"
             route = getattr(scope.get("route"), "path", None) or "unmatched"
             self._metrics.requests.labels(method, route, status).inc()

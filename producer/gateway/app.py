@@ -17,6 +17,7 @@ from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import topology_for
 from inferq.producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
 from inferq.producer.gateway.access import Access
+from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.health import ReadinessProbe
 from inferq.producer.gateway.keys import KeyFile
@@ -42,12 +43,14 @@ def create_app(
     storage: StorageSettings | None = None,
     broker: BrokerSettings | None = None,
     publisher: TaskPublisher | None = None,
+    store_breaker: StoreBreaker | None = None,
 ) -> FastAPI:
     """The gateway. Settings that are not given come from the environment.
 
-    It connects to nothing before it is started, and starts whatever is away. `app.state.services.closing`,
-    once set, ends event streams and waiting requests; the server sets it when it stops.
-    Raises InstallationError for settings that cannot work.
+    It connects when it starts, and starts even if a service is unavailable. `app.state.services.closing`, once
+    set, ends event streams and waiting requests; the server sets it when it stops. `store_breaker` bounds the
+    object store reads that submissions can do without.
+    Raises InstallationError for invalid settings.
     """
     settings = settings or GatewaySettings.load()
     storage = storage or StorageSettings.load()
@@ -56,7 +59,7 @@ def create_app(
         publisher = Publisher(broker or BrokerSettings.load(), name="gateway", topology=topology)
     store = open_store(storage)
     keys = KeyFile(settings.api_keys_file)
-    keys.list()  # a file that cannot be read is an error of the start, not of the first request
+    keys.list()  # an unreadable file fails the start, not the first request
     metrics = Metrics()
     status = StatusIndex.from_settings(storage)
     services = Services(
@@ -73,6 +76,7 @@ def create_app(
         closing=asyncio.Event(),
         batches=BatchStore(store),
         batch_index=BatchIndex(status),
+        store_breaker=store_breaker or StoreBreaker(),
     )
     app = FastAPI(
         title="inferq",
@@ -90,7 +94,7 @@ def create_app(
     app.add_middleware(Access, metrics=metrics)
     for part in (tasks, batches, callbacks, events, files, health):
         app.include_router(part.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend it
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # the way FastAPI documents
     return app
 
 
@@ -105,7 +109,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.publisher.start()
     services.event_bus.start()
-    gc.freeze()  # what is loaded stays: to look through all of it for garbage would hold up every answer
+    gc.freeze()  # loaded modules stay: collections that scan them would delay answers
     try:
         yield
     finally:

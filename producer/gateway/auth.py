@@ -1,4 +1,4 @@
-"""Who asks: the tenant of the API key in `Authorization: Bearer <key>` (RFC 6750)."""
+"""The tenant of a request: that of the API key in `Authorization: Bearer <key>` (RFC 6750)."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import Annotated
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 
-from inferq.producer.gateway.problems import Refused
-from inferq.producer.gateway.services import Here
+from inferq.producer.gateway.problems import ProblemError
+from inferq.producer.gateway.services import ServicesDep
 
-# Only for the OpenAPI document: its own answer to a missing key would not be a problem document.
+# For the OpenAPI document only: its own answer to a missing key is not a problem document.
 _scheme = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer iq_...`")
 
 
 async def tenant_of(
-    request: Request, services: Here, _described: Annotated[object, Security(_scheme)]
+    request: Request, services: ServicesDep, _documented: Annotated[object, Security(_scheme)]
 ) -> str:
-    """The tenant whose key the request carries. Raises Refused (401)."""
+    """The tenant whose key the request carries. Raises ProblemError (401)."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        raise Refused(
+        raise ProblemError(
             401,
             "no_api_key",
-            "the request carries no API key: send the header Authorization: Bearer <key>",
+            "the request has no API key; send the header Authorization: Bearer <key>",
             headers={"WWW-Authenticate": 'Bearer realm="inferq"'},
         )
     tenant = services.keys.tenant_of(key.strip())
     if tenant is None:
-        raise Refused(
+        raise ProblemError(
             401,
             "unknown_api_key",
-            "the API key is not known here",
+            "the API key is unknown; it may have been removed",
             headers={"WWW-Authenticate": 'Bearer realm="inferq", error="invalid_token"'},
         )
     request.state.tenant = tenant
     return tenant
 
 
-Tenant = Annotated[str, Depends(tenant_of)]
+CurrentTenant = Annotated[str, Depends(tenant_of)]

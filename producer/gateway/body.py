@@ -1,4 +1,4 @@
-"""Request bodies, read under hard limits however the client sends them."""
+"""Reading request bodies within limits of size and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyio import from_thread
 from starlette.requests import ClientDisconnect, Request
 from typing_extensions import Buffer
 
-from inferq.producer.gateway.problems import Refused
+from inferq.producer.gateway.problems import ProblemError
 from inferq.schemas import InvalidTask
 
 _DRAIN_SECONDS = 2.0
@@ -22,23 +22,25 @@ _DRAIN_BYTES = 8 * 1024 * 1024
 _BUFFER_BYTES = 1 << 20
 
 
-async def pieces(request: Request, *, limit: int, seconds: float) -> AsyncGenerator[bytes, None]:
-    """The body, piece by piece. Raises Refused
+async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncGenerator[bytes, None]:
+    """The body, chunk by chunk. Raises ProblemError
 
-    - 413 once it has more than `limit` bytes, or at once where its length is declared,
-    - 408 where the client sends nothing for `seconds`,
-    - 415 where it is compressed.
+    - 413 if it has more than `limit` bytes; at once if its Content-Length says so,
+    - 408 if the client sends nothing for `seconds`,
+    - 415 if it is compressed.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
-        raise Refused(
-            415, "unsupported_encoding", f"Content-Encoding {encoding!r} is not taken: send it plain"
+        raise ProblemError(
+            415,
+            "unsupported_encoding",
+            f"Content-Encoding {encoding!r} is not supported; send the body uncompressed",
         )
     declared = request.headers.get("content-length", "")
-    too_large = Refused(
+    too_large = ProblemError(
         413,
         "too_large",
-        f"the body has more than {limit} bytes, which is the limit",
+        f"the body is larger than the limit of {limit} bytes",
         headers={"Connection": "close"},
     )
     stream = request.stream()
@@ -50,39 +52,39 @@ async def pieces(request: Request, *, limit: int, seconds: float) -> AsyncGenera
     while True:
         try:
             async with asyncio.timeout(seconds):
-                piece = await anext(stream, None)
+                chunk = await anext(stream, None)
         except TimeoutError as error:
-            message = f"nothing came for {seconds:g} s"
-            raise Refused(408, "request_timeout", message, headers={"Connection": "close"}) from error
-        if piece is None:
+            message = f"the client sent nothing for {seconds:g} s; send the request again"
+            raise ProblemError(408, "request_timeout", message, headers={"Connection": "close"}) from error
+        if chunk is None:
             return
-        taken += len(piece)
+        taken += len(chunk)
         if taken > limit:
             await _drain(stream)
             raise too_large
-        if piece:
-            yield piece
+        if chunk:
+            yield chunk
 
 
 async def _drain(stream: AsyncIterator[bytes]) -> None:
-    # A client that is still sending when we close the connection gets a reset and may never see the answer.
+    # Closing the connection while the client still sends would reset it, and the client might miss the answer.
     left = _DRAIN_BYTES
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(_DRAIN_SECONDS):
-            async for piece in stream:
-                left -= len(piece)
+            async for chunk in stream:
+                left -= len(chunk)
                 if left < 0:
                     return
 
 
-async def read_object(request: Request, *, limit: int, seconds: float) -> dict[str, Any]:
-    """The body as a JSON object. Raises what `pieces` does, and InvalidTask (`not_json`)."""
-    async with aclosing(pieces(request, limit=limit, seconds=seconds)) as stream:
-        return decode_object(b"".join([piece async for piece in stream]))
+async def read_json(request: Request, *, limit: int, seconds: float) -> dict[str, Any]:
+    """The body as a JSON object. Raises like `body_chunks`, and InvalidTask (`not_json`)."""
+    async with aclosing(body_chunks(request, limit=limit, seconds=seconds)) as stream:
+        return decode_json(b"".join([chunk async for chunk in stream]))
 
 
-def decode_object(body: bytes, *, what: str = "the body") -> dict[str, Any]:
-    """The JSON object (RFC 8259, UTF-8) in `what`. Raises InvalidTask (`not_json`)."""
+def decode_json(body: bytes, *, what: str = "the body") -> dict[str, Any]:
+    """The JSON object (RFC 8259, UTF-8) in `body`, which errors call `what`. Raises InvalidTask (`not_json`)."""
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -97,10 +99,10 @@ def _refuse_constant(name: str) -> None:
 
 
 class BodyFile(io.RawIOBase):
-    """An asynchronous stream of pieces as a file, for a thread that anyio runs for the stream's event loop.
+    """An asynchronous stream as a file, for a thread that anyio started from the stream's event loop.
 
-    `bytes` and `sha256` tell of what was read so far. What the stream raises, `read` raises, and `error`
-    keeps, in case the reader wraps it.
+    `bytes` and `sha256` cover what was read so far. `read` raises what the stream raises; `error` keeps it, as
+    the reader may wrap it.
     """
 
     def __init__(self, stream: AsyncIterator[bytes]) -> None:
@@ -115,7 +117,7 @@ class BodyFile(io.RawIOBase):
         return self._hash.hexdigest()
 
     def buffered(self) -> io.BufferedReader:
-        """This file, whose `read(n)` gives less than `n` bytes only at the end."""
+        """This file, buffered: `read(n)` returns fewer than `n` bytes only at the end."""
         return io.BufferedReader(self, _BUFFER_BYTES)
 
     def readable(self) -> bool:

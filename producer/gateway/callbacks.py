@@ -1,4 +1,4 @@
-"""The routes of callbacks: what became of them, and sending one again."""
+"""The routes of callbacks: their status, and sending them again."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict
 
 from inferq.broker import callback_message
-from inferq.producer.gateway.auth import Tenant
-from inferq.producer.gateway.batches import checked_batch_id, require_batch
-from inferq.producer.gateway.lookup import checked_id, find_result, require_status
-from inferq.producer.gateway.problems import Refused, not_found
-from inferq.producer.gateway.services import Here, Services
+from inferq.producer.gateway.auth import CurrentTenant
+from inferq.producer.gateway.batch_lookup import checked_batch_id, require_batch
+from inferq.producer.gateway.problems import ProblemError, not_found
+from inferq.producer.gateway.services import Services, ServicesDep
+from inferq.producer.gateway.task_lookup import checked_task_id, find_result, require_status
 from inferq.schemas import (
     EVENT_OF_STATE,
     Callback,
@@ -40,40 +40,42 @@ class CallbackList(BaseModel):
     items: tuple[CallbackRecord, ...]
 
 
-@router.get("/tasks/{task_id}/callbacks", summary="What became of a task's callbacks")
-async def task_callbacks(task_id: str, tenant: Tenant, services: Here) -> CallbackList:
-    """Each callback with its attempts: as the index has it, and what was given up from the object store."""
-    return await _listed(services, tenant, "task", checked_id(task_id))
+@router.get("/tasks/{task_id}/callbacks", summary="List a task's callbacks")
+async def task_callbacks(task_id: str, tenant: CurrentTenant, services: ServicesDep) -> CallbackList:
+    """Each callback with its attempts. Failed callbacks are kept in the object store, all others in Redis."""
+    return await _listed(services, tenant, "task", checked_task_id(task_id))
 
 
-@router.get("/batches/{batch_id}/callbacks", summary="What became of a batch's callbacks")
-async def batch_callbacks(batch_id: str, tenant: Tenant, services: Here) -> CallbackList:
-    """As for a task; those of a nightly run's nights are its batch's."""
+@router.get("/batches/{batch_id}/callbacks", summary="List a batch's callbacks")
+async def batch_callbacks(batch_id: str, tenant: CurrentTenant, services: ServicesDep) -> CallbackList:
+    """Each callback with its attempts. A nightly run's callbacks are those of its batch."""
     return await _listed(services, tenant, "batch", checked_batch_id(batch_id))
 
 
 @router.post(
     "/tasks/{task_id}/callbacks/resend", status_code=202, summary="Send a task's failed callbacks again"
 )
-async def resend_failed(task_id: str, tenant: Tenant, services: Here) -> CallbackList:
-    """All that were given up, each under the `webhook-id` that it had."""
-    return await _resent(services, tenant, "task", checked_id(task_id))
+async def resend_failed(task_id: str, tenant: CurrentTenant, services: ServicesDep) -> CallbackList:
+    """Every failed callback is sent again. Its `webhook-id` stays the same."""
+    return await _resent(services, tenant, "task", checked_task_id(task_id))
 
 
 @router.post(
     "/batches/{batch_id}/callbacks/resend", status_code=202, summary="Send a batch's failed callbacks again"
 )
-async def resend_failed_of_batch(batch_id: str, tenant: Tenant, services: Here) -> CallbackList:
-    """All that were given up, each under the `webhook-id` that it had."""
+async def resend_failed_of_batch(batch_id: str, tenant: CurrentTenant, services: ServicesDep) -> CallbackList:
+    """Every failed callback is sent again. Its `webhook-id` stays the same."""
     return await _resent(services, tenant, "batch", checked_batch_id(batch_id))
 
 
 @router.post(
     "/tasks/{task_id}/callbacks/{callback_id}/resend", status_code=202, summary="Send a callback again"
 )
-async def resend_one(task_id: str, callback_id: str, tenant: Tenant, services: Here) -> CallbackList:
-    """Whatever became of it before; the `webhook-id` stays, so that a receiver knows what it has already."""
-    return await _resent(services, tenant, "task", checked_id(task_id), callback_id)
+async def resend_one(
+    task_id: str, callback_id: str, tenant: CurrentTenant, services: ServicesDep
+) -> CallbackList:
+    """In any state. Its `webhook-id` stays the same, so that a receiver can tell it is a duplicate."""
+    return await _resent(services, tenant, "task", checked_task_id(task_id), callback_id)
 
 
 @router.post(
@@ -82,25 +84,25 @@ async def resend_one(task_id: str, callback_id: str, tenant: Tenant, services: H
     summary="Send a batch's callback again",
 )
 async def resend_one_of_batch(
-    batch_id: str, callback_id: str, tenant: Tenant, services: Here
+    batch_id: str, callback_id: str, tenant: CurrentTenant, services: ServicesDep
 ) -> CallbackList:
-    """Whatever became of it before; the `webhook-id` stays, so that a receiver knows what it has already."""
+    """In any state. Its `webhook-id` stays the same, so that a receiver can tell it is a duplicate."""
     return await _resent(services, tenant, "batch", checked_batch_id(batch_id), callback_id)
 
 
-@router.get("/callbacks", summary="Callbacks that were given up, the newest first")
+@router.get("/callbacks", summary="List failed callbacks, newest first")
 async def failed_callbacks(
-    tenant: Tenant,
-    services: Here,
-    status: Annotated[Literal["failed"], Query()] = "failed",  # noqa: ARG001 - the only one that is listed
+    tenant: CurrentTenant,
+    services: ServicesDep,
+    status: Annotated[Literal["failed"], Query()] = "failed",  # noqa: ARG001 - the only value
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> CallbackList:
-    """Of tasks and batches, as far as the index keeps them."""
+    """Failed callbacks of tasks and batches that the status index still holds."""
     return CallbackList(items=await services.on_redis(services.callbacks.failures, tenant, limit=limit))
 
 
 async def _listed(services: Services, tenant: str, kind: SubjectKind, subject_id: str) -> CallbackList:
-    found = await _known(services, tenant, kind, subject_id)
+    found = await _load(services, tenant, kind, subject_id)
     if not found:
         await _require(services, tenant, kind, subject_id)
     return CallbackList(items=tuple(record.model_copy(update={"body": None}) for record in found))
@@ -109,8 +111,8 @@ async def _listed(services: Services, tenant: str, kind: SubjectKind, subject_id
 async def _resent(
     services: Services, tenant: str, kind: SubjectKind, subject_id: str, callback_id: str | None = None
 ) -> CallbackList:
-    """Send one callback again, or all that were given up. Raises Refused."""
-    known = await _known(services, tenant, kind, subject_id)
+    """Send one callback again, or all failed ones. Raises ProblemError."""
+    known = await _load(services, tenant, kind, subject_id)
     if callback_id is None:
         chosen = [record for record in known if record.state == "failed"]
         if not chosen:
@@ -123,19 +125,19 @@ async def _resent(
 
 
 async def _require(services: Services, tenant: str, kind: SubjectKind, subject_id: str) -> None:
-    """Raises Refused (404) where there is no such task or batch."""
+    """Raise ProblemError (404) if there is no such task or batch."""
     if kind == "task":
         await require_status(services, tenant, subject_id)
     else:
         await require_batch(services, tenant, subject_id)
 
 
-async def _known(
+async def _load(
     services: Services, tenant: str, kind: SubjectKind, subject_id: str
 ) -> tuple[CallbackRecord, ...]:
-    """The callbacks of a task or batch, the oldest first.
+    """The callbacks of a task or batch, oldest first.
 
-    Raises an Outage where neither place can be asked.
+    Raises Outage if both Redis and the object store are unavailable.
     """
     outage: Outage | None = None
     known: dict[str, CallbackRecord] = {}
@@ -146,11 +148,11 @@ async def _known(
         outage = error
     try:
         for record in await services.on_redis(services.callbacks.indexed, tenant, kind, subject_id):
-            given_up = known.get(record.callback_id)
-            if given_up is None:
+            failed = known.get(record.callback_id)
+            if failed is None:
                 known[record.callback_id] = record
-            elif record.updated_at >= given_up.updated_at:  # the index may have missed that
-                known[record.callback_id] = record.model_copy(update={"body": given_up.body})
+            elif record.updated_at >= failed.updated_at:  # else the index missed the failure
+                known[record.callback_id] = record.model_copy(update={"body": failed.body})
     except StatusOutage as error:
         if outage is not None:
             raise outage from error
@@ -158,7 +160,7 @@ async def _known(
 
 
 async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
-    callback = await _made_again(services, record)
+    callback = await _rebuilt(services, record)
     now = datetime.now(UTC)
     again = record.model_copy(
         update={
@@ -171,7 +173,7 @@ async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
             "body": None,
         }
     )
-    # Before, or this would stand over what becomes of it.
+    # Before publishing, or it could overwrite the record of the delivery.
     await _note(services, again)
     try:
         await services.publisher.confirm(
@@ -185,15 +187,20 @@ async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
 
 async def _note(services: Services, record: CallbackRecord) -> None:
     try:
-        # Or whoever asks for all that failed again would start another chain of attempts.
+        # Else a second "resend all failed" would start another chain of attempts.
         await services.on_redis(services.callbacks.note, record)
     except StatusOutage as error:
-        _log.warning("callback %s is to be sent again, but not on record: %s", record.callback_id, error)
+        _log.warning(
+            "callback %s: sent again without a record, as Redis is unavailable: %s", record.callback_id, error
+        )
 
 
-async def _made_again(services: Services, record: CallbackRecord) -> Callback:
-    """The callback that a record is of: as it was kept, or made anew of the end's record. Raises Refused."""
-    about = {
+async def _rebuilt(services: Services, record: CallbackRecord) -> Callback:
+    """The record's callback: as it was kept, or rebuilt from the task's result or the batch's summary.
+
+    Raises ProblemError (409) if it is neither.
+    """
+    fields = {
         "callback_id": record.callback_id,
         "tenant": record.tenant,
         "subject_kind": record.subject_kind,
@@ -202,21 +209,21 @@ async def _made_again(services: Services, record: CallbackRecord) -> Callback:
         "url": record.url,
     }
     if record.body is not None:
-        return Callback.model_validate({**about, "body": record.body})
-    made: Callback | None = None
+        return Callback.model_validate({**fields, "body": record.body})
+    rebuilt: Callback | None = None
     if record.subject_kind == "task":
         result = await find_result(services, record.tenant, record.subject_id)
         if result is not None and record.event == EVENT_OF_STATE[result.status]:
-            made = end_callback(result, record.url)
+            rebuilt = end_callback(result, record.url)
     else:
         summary = await services.on_store(services.batches.summary, record.tenant, record.subject_id)
         if summary is not None:
-            made = batch_callback(summary, record.url)
-    if made is not None and made.callback_id == record.callback_id:
-        return made
-    raise Refused(
+            rebuilt = batch_callback(summary, record.url)
+    if rebuilt is not None and rebuilt.callback_id == record.callback_id:
+        return rebuilt
+    raise ProblemError(
         409,
         "callback_not_kept",
-        f"callback {record.callback_id} ({record.event}) is kept no longer: ends, and what was given up, "
-        "can be sent again",
+        f"callback {record.callback_id} ({record.event}) is no longer kept; only callbacks that failed, or that "
+        "tell an end, can be sent again",
     )

@@ -1,4 +1,4 @@
-"""Live events: one Redis subscription connection shared by every event stream and every waiting request."""
+"""Live events: one Redis subscription connection, shared by all event streams and waiting requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from inferq.schemas import Event
 
-_QUEUED_EVENTS = 256
+_MAX_QUEUED_EVENTS = 256
 _ACK_SECONDS = 1.0
 _POLL_SECONDS = 1.0
 _READ_SECONDS = 15.0
@@ -33,15 +33,15 @@ class Subscription:
     def __init__(self, event_bus: EventBus, channel: str) -> None:
         self._bus = event_bus
         self._channel = channel
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue(_QUEUED_EVENTS)
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue(_MAX_QUEUED_EVENTS)
 
     async def next(self, seconds: float) -> Event | None:
-        """The next event; None when it is time to look for oneself.
+        """The next event, or None if the caller has to poll.
 
-        That is after `seconds` (after at most one, while Redis is away), and whenever events may have
-        been missed.
+        None comes after `seconds` (after at most one second while Redis is unavailable), and whenever events
+        may have been lost.
         """
-        if not self._bus.hears(self._channel):
+        if not self._bus.is_subscribed(self._channel):
             seconds = min(seconds, _POLL_SECONDS)
         try:
             async with asyncio.timeout(seconds):
@@ -51,7 +51,7 @@ class Subscription:
 
     def put(self, event: Event | None) -> None:
         if self._events.full():
-            # A reader this far behind is better served by where the task stands now.
+            # A reader this far behind polls instead.
             while not self._events.empty():
                 self._events.get_nowait()
             event = None
@@ -59,9 +59,9 @@ class Subscription:
 
 
 class EventBus:
-    """Hands the events of Redis' channels to the subscriptions of this process.
+    """Passes events from Redis' channels to the subscriptions of this process.
 
-    Redis' publish/subscribe is lossy: after a lost connection each subscription is told to look for itself.
+    Redis' publish/subscribe is lossy: after a lost connection every subscription has to poll.
     """
 
     def __init__(self, redis_url: str, *, timeout: float) -> None:
@@ -74,8 +74,8 @@ class EventBus:
         self._subscriptions: defaultdict[str, set[Subscription]] = defaultdict(set)
         self._acked: dict[str, asyncio.Event] = {}
         self._pubsub: PubSub | None = None
-        self._away = False
-        self._wanted = asyncio.Event()
+        self._disconnected = False
+        self._needed = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -89,69 +89,69 @@ class EventBus:
         await self._redis.aclose()
 
     def wake(self) -> None:
-        """Have every subscription look for itself now."""
+        """Make every subscription poll now."""
         for subscriptions in self._subscriptions.values():
             for subscription in subscriptions:
                 subscription.put(None)
 
-    def hears(self, channel: str) -> bool:
+    def is_subscribed(self, channel: str) -> bool:
         """Whether Redis has acknowledged the subscription of `channel`."""
         acked = self._acked.get(channel)
         return acked is not None and acked.is_set()
 
     @asynccontextmanager
     async def subscribe(self, channel: str) -> AsyncIterator[Subscription]:
-        """Events of `channel` from now on; where Redis is away, from when it is back."""
+        """Events of `channel` from now on; if Redis is unavailable, from when it is back."""
         subscription = Subscription(self, channel)
         self._subscriptions[channel].add(subscription)
         try:
-            await self._listen_to(channel)
+            await self._subscribe(channel)
             yield subscription
         finally:
             self._subscriptions[channel].discard(subscription)
             if not self._subscriptions[channel]:
                 del self._subscriptions[channel]
-                # Whoever leaves is often being cancelled, and Redis has to be told all the same.
+                # Often the caller is being cancelled; Redis has to be unsubscribed nevertheless.
                 with anyio.move_on_after(_ACK_SECONDS, shield=True):
-                    await self._forget(channel)
+                    await self._unsubscribe(channel)
 
-    async def _listen_to(self, channel: str) -> None:
+    async def _subscribe(self, channel: str) -> None:
         acked = self._acked.get(channel)
         if acked is None:
             acked = self._acked[channel] = asyncio.Event()
             if self._pubsub is not None:
-                with suppress(RedisError, OSError):  # the reader meets the same error and mends it
+                with suppress(RedisError, OSError):  # the reader gets the same error and reconnects
                     await self._pubsub.subscribe(channel)
-            self._wanted.set()
-        if not self._away:
+            self._needed.set()
+        if not self._disconnected:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ACK_SECONDS):
                     await acked.wait()
 
-    async def _forget(self, channel: str) -> None:
+    async def _unsubscribe(self, channel: str) -> None:
         self._acked.pop(channel, None)
         if not self._subscriptions:
-            self._wanted.clear()
+            self._needed.clear()
         if self._pubsub is not None:
             with suppress(RedisError, OSError):
                 await self._pubsub.unsubscribe(channel)
 
     async def _run(self) -> None:
         while True:
-            await self._wanted.wait()
+            await self._needed.wait()
             try:
                 await self._listen()
             except (RedisError, OSError) as error:
-                level = logging.DEBUG if self._away else logging.WARNING
-                _log.log(level, "live events are away, the object store is asked instead: %s", error)
-                self._away = True
+                level = logging.DEBUG if self._disconnected else logging.WARNING
+                _log.log(level, "live events are unavailable, polling the object store instead: %s", error)
+                self._disconnected = True
             except Exception:
-                _log.exception("live events met an error")
+                _log.exception("live events failed")
             self.wake()
             await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _listen(self) -> None:
-        """One connection's life, from its first subscription to its end."""
+        """Open a connection and read from it until it fails or is no longer needed."""
         async with self._redis.pubsub() as pubsub:
             try:
                 if self._acked:
@@ -159,13 +159,13 @@ class EventBus:
                     self._pubsub = pubsub
                     await self._read(pubsub)
             finally:
-                # Before it is closed nobody must use it any more: redis-py would connect it again.
+                # Before it is closed, as redis-py would reconnect it on use.
                 self._pubsub = None
                 for acked in self._acked.values():
                     acked.clear()
 
     async def _read(self, pubsub: PubSub) -> None:
-        # Channels that were wanted while the connection was being made have missed the first subscribe.
+        # Channels added while the connection was being made are not in the first subscribe.
         missed = [channel for channel in self._acked if channel.encode() not in pubsub.channels]
         if missed:
             await pubsub.subscribe(*missed)
@@ -181,19 +181,19 @@ class EventBus:
             silent = False
             match message["type"]:
                 case "subscribe":
-                    if self._away:
-                        self._away = False
+                    if self._disconnected:
+                        self._disconnected = False
                         self.wake()
                     if (acked := self._acked.get(message["channel"].decode())) is not None:
                         acked.set()
                 case "message":
-                    self._hand_out(message["channel"].decode(), message["data"])
+                    self._dispatch(message["channel"].decode(), message["data"])
 
-    def _hand_out(self, channel: str, data: bytes) -> None:
+    def _dispatch(self, channel: str, data: bytes) -> None:
         try:
             event = Event.model_validate_json(data)
         except ValidationError as error:
-            _log.error("channel %s carries something that is no event: %s", channel, error)
+            _log.error("channel %s: a message is not an event: %s", channel, error)
             return
         for subscription in self._subscriptions.get(channel, ()):
             subscription.put(event)

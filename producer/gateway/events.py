@@ -1,4 +1,4 @@
-"""Following a task to its end, for event streams and for requests that wait."""
+"""Following a task to its end: event streams, and requests that wait."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import anyio
 from fastapi import APIRouter
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from inferq.producer.gateway.auth import Tenant
-from inferq.producer.gateway.lookup import (
-    checked_id,
+from inferq.producer.gateway.auth import CurrentTenant
+from inferq.producer.gateway.services import Services, ServicesDep
+from inferq.producer.gateway.task_lookup import (
+    checked_task_id,
     event_of_status,
     find_result,
     find_status,
     require_status,
 )
-from inferq.producer.gateway.services import Here, Services
 from inferq.schemas import END_STATES, Event, Outage, State, TaskStatus
 from inferq.storage.status.index import StatusIndex
 
@@ -30,14 +30,14 @@ router = APIRouter(prefix="/v1", tags=["tasks"])
 
 @router.get(
     "/tasks/{task_id}/events",
-    summary="Live progress",
+    summary="Follow a task's events",
     response_class=EventSourceResponse,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"}},
 )
-async def task_events(task_id: str, tenant: Tenant, services: Here) -> EventSourceResponse:
-    """Server-sent events, each named by its type and carrying an Event as JSON.
+async def task_events(task_id: str, tenant: CurrentTenant, services: ServicesDep) -> EventSourceResponse:
+    """Server-sent events; each has the event's type as its name and an Event as JSON data.
 
-    The first tells where the task stands now, the last how it ended. A client that is cut off connects again.
+    The first event is the task's current status, the last one its end. After a lost connection, connect again.
     """
     await require_status(services, tenant, task_id)
     return EventSourceResponse(
@@ -58,7 +58,7 @@ async def _stream(services: Services, tenant: str, task_id: str) -> AsyncGenerat
 
 
 async def wait_for_end(services: Services, tenant: str, task_id: str, seconds: float) -> TaskStatus | None:
-    """Where the task stands once it has ended, or after `seconds`. Raises what `find_status` does."""
+    """The task's status once it has ended, or after `seconds`. Raises like `find_status`."""
     with anyio.move_on_after(seconds):
         async with aclosing(follow(services, tenant, task_id)) as events:
             async for _ in events:
@@ -67,35 +67,35 @@ async def wait_for_end(services: Services, tenant: str, task_id: str, seconds: f
 
 
 async def follow(services: Services, tenant: str, task_id: str) -> AsyncGenerator[Event, None]:
-    """Where the task stands, then every event until its end; ends early when the gateway closes.
+    """The task's current status as an event, then its events until its end, or until the gateway stops.
 
-    It listens first and looks then, so that no end falls between the two. As what it hears may be lost on
-    the way, it looks again at every heartbeat, in the object store too.
+    Subscribes before it polls, so that no event falls between the two. Events may be lost, so it polls again
+    at every heartbeat, and asks the object store too.
     """
-    checked_id(task_id)
-    shown = _Shown()
+    checked_task_id(task_id)
+    seen = EventFilter()
     channel = StatusIndex.channel(tenant, task_id)
     async with services.event_bus.subscribe(channel) as subscription:
-        doubt = False
+        recheck = False
         while not services.closing.is_set():
             try:
-                status = await find_status(services, tenant, task_id, doubt=doubt)
+                status = await find_status(services, tenant, task_id, recheck=recheck)
             except Outage:
-                pass  # neither Redis nor the store can tell: ask again
+                pass  # Redis and the object store are unavailable: poll again
             else:
                 if status is None:
-                    if shown.nothing:
+                    if seen.empty:
                         return
-                    # Redis was emptied: a worker, or the end in the store, will tell.
+                    # Redis lost its records: a worker's next event, or the result, shows the state again.
                 else:
-                    if shown.advances(status.state, status.attempt, status.progress, looked=True):
+                    if seen.is_news(status.state, status.attempt, status.progress, polled=True):
                         yield await _current(services, status)
                     if status.ended:
                         return
-            doubt = True
+            recheck = True
             while event := await subscription.next(services.settings.events_heartbeat):
                 data = event.data
-                if shown.advances(data.state, data.attempt, data.progress, looked=False):
+                if seen.is_news(data.state, data.attempt, data.progress, polled=False):
                     yield event
                 if data.state in END_STATES:
                     return
@@ -113,27 +113,28 @@ async def _current(services: Services, status: TaskStatus) -> Event:
 
 
 @dataclass
-class _Shown:
-    """What a reader has been told, so that what was overtaken on the way never takes it back."""
+class EventFilter:
+    """Drops events that are older than what a reader has received."""
 
     mark: tuple[int, int, int] = (-1, 0, 0)
     progress: float | None = None
-    looked: bool = False
+    polled: bool = False
 
     @property
-    def nothing(self) -> bool:
+    def empty(self) -> bool:
+        """Whether the reader has received nothing."""
         return self.mark < (0, 0, 0)
 
-    def advances(self, state: State, attempt: int, progress: float | None, *, looked: bool) -> bool:
-        """Whether this is news, and if so remember it; `looked` tells a look from an event heard."""
+    def is_news(self, state: State, attempt: int, progress: float | None, *, polled: bool) -> bool:
+        """Whether this is news to the reader, and remember it if so. `polled`: from a poll, not an event."""
         mark = (1, 0, 0) if state in END_STATES else (0, attempt, _RANK[state])
         if mark < self.mark:
             return False
         if mark == self.mark:
             if progress is None or progress == self.progress:
                 return False
-            # Just after a look, what is heard may be older than what was seen.
-            if self.looked and not looked and self.progress is not None and progress < self.progress:
+            # An event that arrives just after a poll may be older than what the poll saw.
+            if self.polled and not polled and self.progress is not None and progress < self.progress:
                 return False
-        self.mark, self.progress, self.looked = mark, progress, looked
+        self.mark, self.progress, self.polled = mark, progress, polled
         return True

@@ -1,4 +1,4 @@
-"""The routes of files: uploads in, artifacts and signed objects out; all streamed, in constant memory."""
+"""The routes of files: uploads in, artifacts and signed objects out; streamed in constant memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from python_multipart.multipart import parse_options_header
 
-from inferq.producer.gateway.auth import Tenant
-from inferq.producer.gateway.body import BodyFile, pieces
-from inferq.producer.gateway.lookup import checked_id, find_result, find_status, unknown
+from inferq.producer.gateway.auth import CurrentTenant
+from inferq.producer.gateway.body import BodyFile, body_chunks
 from inferq.producer.gateway.multipart import FormFile
-from inferq.producer.gateway.problems import Refused, not_found
-from inferq.producer.gateway.services import Here, Services
+from inferq.producer.gateway.problems import ProblemError, not_found
+from inferq.producer.gateway.services import Services, ServicesDep
+from inferq.producer.gateway.task_lookup import checked_task_id, find_result, find_status, no_such_task
 from inferq.schemas import new_task_id
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.results import upload_key
@@ -29,7 +29,7 @@ from inferq.storage.objects.store import DEFAULT_TYPE, clean_type
 
 _FORM_OVERHEAD = 64 * 1024
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,10}")
-_SHOWN_INLINE = re.compile(
+_INLINE_TYPES = re.compile(
     r"(image/(png|jpeg|gif|webp|bmp|avif)|(audio|video)/[a-z0-9.+-]+|text/plain|application/json)\s*(;.*)?",
     re.IGNORECASE,
 )
@@ -39,7 +39,7 @@ router = APIRouter(prefix="/v1", tags=["files"])
 
 
 class UploadedFile(BaseModel):
-    """An upload. `url` is what to give as a task's input; it is good for this tenant only."""
+    """An uploaded file. Use `url` as a task's input; it is valid for this tenant only."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -75,29 +75,29 @@ _UPLOAD_BODY = {
 )
 async def post_file(
     request: Request,
-    tenant: Tenant,
-    services: Here,
+    tenant: CurrentTenant,
+    services: ServicesDep,
     filename: Annotated[str, Query(max_length=1024)] = "",
 ) -> Response:
     """The body is the file itself, of any content type, or a form (`multipart/form-data`) with one file.
 
-    `filename` only lends its extension, for engines that go by that.
+    The URL keeps the extension of `filename`, as some engines need it.
     """
     settings = services.settings
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     limit = settings.max_upload_bytes
     if content_type == b"multipart/form-data":
-        # The form around the file counts as well; the file's own limit is checked as it is taken out.
-        body = pieces(request, limit=limit + _FORM_OVERHEAD, seconds=settings.body_timeout)
-        async with aclosing(body) as stream:
+        # This limit includes the form around the file; FormFile checks the file's own.
+        chunks = body_chunks(request, limit=limit + _FORM_OVERHEAD, seconds=settings.body_timeout)
+        async with aclosing(chunks) as stream:
             form = FormFile(stream, options.get(b"boundary", b""), limit=limit)
             await form.begin()
             stored = await store_upload(
                 services, tenant, form.content(), form.content_type, form.filename or filename
             )
     else:
-        body = pieces(request, limit=limit, seconds=settings.body_timeout)
-        async with aclosing(body) as stream:
+        chunks = body_chunks(request, limit=limit, seconds=settings.body_timeout)
+        async with aclosing(chunks) as stream:
             stored = await store_upload(services, tenant, stream, content_type.decode("latin-1"), filename)
     return Response(stored.model_dump_json(), 201, {"Location": stored.url}, "application/json")
 
@@ -118,7 +118,7 @@ async def store_upload(
         )
     except Exception:
         if file.error is not None:
-            raise file.error  # noqa: B904 - the store's error is only what it made of this one
+            raise file.error  # noqa: B904 - the store only wraps this error
         raise
     services.metrics.uploaded_bytes.inc(file.bytes)
     return UploadedFile(
@@ -135,18 +135,20 @@ def _extension(filename: str, content_type: str) -> str:
 
 @router.get(
     "/tasks/{task_id}/artifacts/{name}",
-    summary="A file that a task produced",
+    summary="Download an artifact of a task",
     response_class=StreamingResponse,
     responses={200: {"content": {"*/*": {}}, "description": "The file"}},
 )
-async def get_artifact(task_id: str, name: str, request: Request, tenant: Tenant, services: Here) -> Response:
-    checked_id(task_id)
+async def get_artifact(
+    task_id: str, name: str, request: Request, tenant: CurrentTenant, services: ServicesDep
+) -> Response:
+    checked_task_id(task_id)
     result = await find_result(services, tenant, task_id)
     if result is None:
         status = await find_status(services, tenant, task_id)
         if status is None:
-            raise unknown(task_id)
-        raise not_found(f"artifact {name!r} of task {task_id!r}, which is {status.state},")
+            raise no_such_task(task_id)
+        raise not_found(f"artifact {name!r} of task {task_id!r} ({status.state})")
     artifact = next((found for found in result.artifacts if found.name == name), None)
     if artifact is None:
         raise not_found(f"artifact {name!r} of task {task_id!r}")
@@ -166,7 +168,7 @@ async def get_artifact(task_id: str, name: str, request: Request, tenant: Tenant
 )
 async def get_signed(
     key: str,
-    services: Here,
+    services: ServicesDep,
     expires: Annotated[int, Query(ge=0, le=1 << 53)],
     signature: Annotated[str, Query(max_length=128)],
 ) -> Response:
@@ -175,7 +177,7 @@ async def get_signed(
     if not isinstance(store, LocalStore):
         raise not_found("a signed object here, as the object store signs its own URLs,")
     if not await services.on_store(store.verify, key, expires=expires, signature=signature):
-        raise Refused(403, "bad_signature", "the signature does not fit this URL, or its time is over")
+        raise ProblemError(403, "bad_signature", "the signature does not fit this URL, or its time is over")
     info = await services.on_store(store.stat, key)
     headers = {"Content-Length": str(info.bytes), "ETag": f'"{info.etag}"'}
     return await _download(services, key, key.rpartition("/")[2], info.content_type, headers)
@@ -186,10 +188,10 @@ async def _download(
 ) -> Response:
     content_type = clean_type(content_type)
     chunks = await services.on_store(services.store.stream, key)
-    shown = "inline" if _SHOWN_INLINE.fullmatch(content_type) else "attachment"
+    disposition = "inline" if _INLINE_TYPES.fullmatch(content_type) else "attachment"
     headers |= {
-        "Content-Disposition": f"{shown}; filename*=UTF-8''{quote(name, safe='', errors='replace')}",
-        # What an engine made of a stranger's input must never run as a page of this site.
+        "Content-Disposition": f"{disposition}; filename*=UTF-8''{quote(name, safe='', errors='replace')}",
+        # An artifact made from untrusted input must not run as a page of this site.
         "Content-Security-Policy": _SANDBOX,
         "Content-Type": content_type,
         "Cache-Control": "private, max-age=3600",
@@ -198,7 +200,7 @@ async def _download(
 
 
 async def chunks_of(services: Services, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """An object's pieces, each read on a thread."""
+    """An object's chunks, each read on a thread."""
     try:
         while (chunk := await services.on_store(next, chunks, None)) is not None:
             yield chunk

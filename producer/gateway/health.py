@@ -1,4 +1,4 @@
-"""Whether the gateway lives, whether it can work, and what it counts; open without a key."""
+"""Liveness, readiness and metrics; open without an API key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
-from inferq.producer.gateway.services import Here, Services
+from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.schemas import Outage
 
-_KEPT_SECONDS = 1.0
+_CACHE_SECONDS = 1.0
 _CHECK_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ router = APIRouter(tags=["health"])
 
 
 class Check(BaseModel):
-    """One thing that the gateway depends on. `detail` says what is wrong."""
+    """The state of a service that the gateway depends on. `detail` says what is wrong."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,7 +34,7 @@ class Check(BaseModel):
 
 
 class Readiness(BaseModel):
-    """`degraded`: tasks are accepted and results given, but something is slower or missing."""
+    """`degraded`: the gateway accepts tasks and answers results, but a part is slow or missing."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,7 +43,7 @@ class Readiness(BaseModel):
 
 
 class ReadinessProbe:
-    """Looks at what the gateway depends on, at most once a second however often it is asked."""
+    """Checks the services that the gateway depends on, at most once a second."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -53,15 +53,15 @@ class ReadinessProbe:
     async def readiness(self) -> Readiness:
         async with self._lock:
             now = time.monotonic()
-            if self._known is None or now - self._known[0] > _KEPT_SECONDS:
-                self._known = now, await self._look()
+            if self._known is None or now - self._known[0] > _CACHE_SECONDS:
+                self._known = now, await self._check()
             return self._known[1]
 
-    async def _look(self) -> Readiness:
+    async def _check(self) -> Readiness:
         services = self._services
         store, redis = await asyncio.gather(
-            _checked(services.on_store(services.store.ping)),
-            _checked(services.on_redis(services.status.ping)),
+            _check_of(services.on_store(services.store.ping)),
+            _check_of(services.on_redis(services.status.ping)),
         )
         publisher = services.publisher
         blocked = publisher.blocked_reason
@@ -75,19 +75,19 @@ class ReadinessProbe:
         return Readiness(status="degraded" if degraded else "ready", checks=checks)
 
 
-async def _checked(looking: Awaitable[None]) -> Check:
+async def _check_of(ping: Awaitable[None]) -> Check:
     try:
         with anyio.fail_after(_CHECK_SECONDS):
-            await looking
+            await ping
     except Outage as error:
-        _log.warning("not ready: %s", error)  # the page is open to everybody, and the message names our hosts
-        return Check(ok=False, detail=f"cannot be used ({error.code}); the log says why")
+        _log.warning("not ready: %s", error)  # not in the answer: it is public, and the message names hosts
+        return Check(ok=False, detail=f"unavailable ({error.code}); see the gateway's log")
     except TimeoutError:
         return Check(ok=False, detail=f"no answer within {_CHECK_SECONDS:g} s")
     return Check(ok=True)
 
 
-@router.get("/healthz", summary="Whether the process lives")
+@router.get("/healthz", summary="Check that the process is alive")
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
@@ -95,17 +95,17 @@ async def healthz() -> dict[str, str]:
 @router.get(
     "/readyz",
     response_model=Readiness,
-    summary="Whether tasks can be taken",
-    responses={503: {"model": Readiness, "description": "They cannot"}},
+    summary="Check that the gateway can accept tasks",
+    responses={503: {"model": Readiness, "description": "The broker or the object store is unavailable"}},
 )
 async def readyz(request: Request) -> Response:
-    """Redis may be away: tasks are accepted and results given without it (`degraded`)."""
+    """Without Redis the gateway is `degraded`: it still accepts tasks and answers results."""
     probe: ReadinessProbe = request.app.state.readiness
     readiness = await probe.readiness()
     code = 503 if readiness.status == "unavailable" else 200
     return Response(readiness.model_dump_json(), code, media_type="application/json")
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-async def metrics(services: Here) -> Response:
+@router.get("/metrics", summary="Get metrics for Prometheus", response_class=Response)
+async def metrics(services: ServicesDep) -> Response:
     return Response(services.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,4 +1,4 @@
-"""The API keys: a JSON file that says which key belongs to which tenant."""
+"""API keys: a JSON file of keys and their tenants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY_ID_LENGTH = 12
 
 
 class KeyRecord(BaseModel):
-    """What is kept of a key: never the key itself. `key_id` is the start of its digest and no secret."""
+    """The record of a key, without the key itself. `key_id` is the start of its digest and not secret."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,10 +39,10 @@ _TENANT: TypeAdapter[str] = TypeAdapter(Tenant)
 
 
 class KeyFile:
-    """The keys in one file. Many processes may read and change it at once; a change shows at once.
+    """The keys in one file. Several processes may read and change it at once; changes apply at once.
 
-    A file that is not there holds no keys. Any method raises InstallationError for one that cannot be
-    read, `tenant_of` only the first time: later it keeps to the keys it has, and logs.
+    A file that does not exist holds no keys. Every method raises InstallationError if the file cannot be read;
+    `tenant_of` raises it only the first time, and later logs it and goes on with the keys it has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,15 +57,15 @@ class KeyFile:
         self._by_id: tuple[tuple[KeyRecord, ...], Mapping[str, KeyRecord]] = (), {}
 
     def add(self, tenant: str, *, name: str = "") -> str:
-        """Make a key for `tenant`. The answer is the only place where the key itself ever stands.
+        """Make a key for `tenant` and return it. It is stored nowhere.
 
-        Raises InferqError (`bad_tenant`) where the tenant's name is not one.
+        Raises InferqError (`bad_tenant`) if the tenant's name is invalid.
         """
         try:
             _TENANT.validate_python(tenant)
         except ValidationError as error:
             raise InferqError(
-                f"tenant {tenant!r} is not 1 to 64 of A-Z a-z 0-9 . _ -", code="bad_tenant"
+                f"tenant {tenant!r} is invalid; use 1 to 64 of A-Z a-z 0-9 . _ -", code="bad_tenant"
             ) from error
         key = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
         record = KeyRecord(sha256=_digest(key), tenant=tenant, name=name, created=datetime.now(UTC))
@@ -74,7 +74,7 @@ class KeyFile:
         return key
 
     def remove(self, key_id: str) -> KeyRecord:
-        """Take a key away. Raises InferqError (`unknown_key`) where no key has that id."""
+        """Remove a key. Raises InferqError (`unknown_key`) if no key has that id."""
         with self._file.changing() as records:
             for record in records:
                 if record.key_id == key_id:
@@ -83,11 +83,11 @@ class KeyFile:
         raise InferqError(f"no key in {self._file.path} has the id {key_id!r}", code="unknown_key")
 
     def list(self) -> tuple[KeyRecord, ...]:
-        """Every key's record, the oldest first."""
+        """Every key's record, oldest first."""
         return self._file.read()
 
     def tenant_of(self, key: str) -> str | None:
-        """Whose key that is; None where it is nobody's."""
+        """The key's tenant; None if the key is unknown."""
         digest = _digest(key)
         record = self._records_by_id().get(digest[:_KEY_ID_LENGTH])
         if record is None or not hmac.compare_digest(record.sha256, digest):
@@ -104,6 +104,6 @@ class KeyFile:
 
 
 def _digest(key: str) -> str:
-    # Slow hashes (bcrypt, Argon2) make up for secrets that can be guessed. A key here has 256 random bits,
-    # so there is nothing to guess from its digest however fast the hash is, and each request pays for it.
+    # Slow hashes (bcrypt, Argon2) protect secrets that can be guessed. A key has 256 random bits and cannot be
+    # guessed from its digest; a slow hash would only slow down every request.
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

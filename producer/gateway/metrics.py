@@ -1,4 +1,4 @@
-"""What the gateway counts, for Prometheus."""
+"""The gateway's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PUBLISH_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 
 
 class Metrics:
-    """The gateway's metrics, in a registry of their own, so that one process may hold two gateways."""
+    """One gateway's metrics, in a registry of their own: a process may run two gateways."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""A form with one file (RFC 7578), taken apart as it comes in: no part of it waits on disk or in memory."""
+"""A form with one file (RFC 7578), parsed as a stream: the file is never held in memory or on disk."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from inferq.producer.gateway.problems import Refused
+from inferq.producer.gateway.problems import ProblemError
 
 
 class FormFile:
-    """The one file of a form. Fields beside it are passed over.
+    """The one file of a form; other fields are ignored.
 
-    `begin` reads on to the file, whose `filename` and `content_type` stand then; `content` gives its bytes
-    and reads the form to its end. Both raise Refused: 400 for a malformed form, 422 unless there is exactly
-    one file, 413 for one of more than `limit` bytes.
+    `begin` reads up to the file and sets `filename` and `content_type`. `content` yields the file's bytes and
+    reads the form to its end. Both raise ProblemError: 400 for a malformed form, 422 unless it has exactly one
+    file, 413 if the file has more than `limit` bytes.
     """
 
     def __init__(self, stream: AsyncIterator[bytes], boundary: bytes, *, limit: int) -> None:
@@ -24,7 +24,7 @@ class FormFile:
         self.content_type = ""
         self._stream = stream
         self._limit = limit
-        self._taken = 0
+        self._bytes = 0
         self._files = 0
         self._in_file = False
         self._complete = False
@@ -48,12 +48,12 @@ class FormFile:
         except FormParserError as error:
             raise _malformed(str(error)) from error
         if not boundary:
-            raise _malformed("its Content-Type names no boundary")
+            raise _malformed("its Content-Type has no boundary")
 
     async def begin(self) -> None:
         while not self._files:
             if not await self._feed():
-                raise Refused(422, "no_file", "the form holds no file: give a part a filename")
+                raise ProblemError(422, "no_file", "the form has no file; give one part a filename")
 
     async def content(self) -> AsyncIterator[bytes]:
         while True:
@@ -63,14 +63,14 @@ class FormFile:
                 return
 
     async def _feed(self) -> bool:
-        """Read one piece more; False at the end."""
-        piece = await anext(self._stream, None)
-        if piece is None:
+        """Parse the next chunk; False at the end."""
+        chunk = await anext(self._stream, None)
+        if chunk is None:
             if not self._complete:
                 raise _malformed("it ends before its closing boundary")
             return False
         try:
-            self._parser.write(piece)
+            self._parser.write(chunk)
         except FormParserError as error:
             raise _malformed(str(error)) from error
         return True
@@ -96,7 +96,9 @@ class FormFile:
             return
         self._files += 1
         if self._files > 1:
-            raise Refused(422, "several_files", "the form holds more than one file: send them one by one")
+            raise ProblemError(
+                422, "several_files", "the form has more than one file; send one file per request"
+            )
         self._in_file = True
         self.filename = options[b"filename"].decode("utf-8", "replace")
         self.content_type = self._headers.get(b"content-type", b"").decode("latin-1")
@@ -104,14 +106,14 @@ class FormFile:
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if not self._in_file:
             return
-        self._taken += end - start
-        if self._taken > self._limit:
-            raise Refused(413, "too_large", f"the file has more than {self._limit} bytes, which is the limit")
+        self._bytes += end - start
+        if self._bytes > self._limit:
+            raise ProblemError(413, "too_large", f"the file is larger than the limit of {self._limit} bytes")
         self._ready.append(data[start:end])
 
     def _form_ends(self) -> None:
         self._complete = True
 
 
-def _malformed(what: str) -> Refused:
-    return Refused(400, "bad_form", f"the form cannot be read: {what}")
+def _malformed(detail: str) -> ProblemError:
+    return ProblemError(400, "bad_form", f"the form is malformed: {detail}")

@@ -1,4 +1,4 @@
-"""The OpenAPI document, with the schema of every installed task type as what a submission may be."""
+"""The OpenAPI document: a submission's body has the schema of any installed task type."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from inferq.producer.gateway.problems import MEDIA_TYPE, Problem
 from inferq.schemas import installed_types
 
 _REF = "#/components/schemas/{model}"
-_FILLED_IN = ("task_id",)
+_OPTIONAL_OVER_HTTP = ("task_id",)
 
 
 def build(app: FastAPI) -> dict[str, Any]:
-    """The document of `app`'s routes, its submissions spelled out by task type."""
+    """The document of `app`'s routes, with the schema of each task type."""
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
@@ -33,8 +33,8 @@ def build(app: FastAPI) -> dict[str, Any]:
         reference = references[task_type.task, "validation"]["$ref"]
         mapping[task_type.name] = reference
         schema = schemas[reference.rpartition("/")[2]]
-        # The gateway fills these in, though a task on the queue has them always.
-        schema["required"] = [name for name in schema.get("required", ()) if name not in _FILLED_IN]
+        # The gateway adds these; on the queue a task always has them.
+        schema["required"] = [name for name in schema.get("required", ()) if name not in _OPTIONAL_OVER_HTTP]
         schema["x-inferq-output"] = references[task_type.output, "serialization"]
     task = {
         "oneOf": [{"$ref": reference} for reference in mapping.values()],
@@ -48,7 +48,7 @@ def build(app: FastAPI) -> dict[str, Any]:
     document["paths"]["/v1/tasks"]["post"]["requestBody"] = body
     document["paths"]["/v1/tasks/{task_id}"]["put"]["requestBody"] = body
     problem = {
-        "description": "Anything else: a problem document (RFC 9457)",
+        "description": "Any error: a problem document (RFC 9457)",
         "content": {MEDIA_TYPE: {"schema": references[Problem, "serialization"]}},
     }
     for path in document["paths"].values():

@@ -1,4 +1,4 @@
-"""The `Prefer` header (RFC 7240), of which the gateway knows `wait`."""
+"""The `Prefer` header (RFC 7240); the gateway supports `wait`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:;.*)?", re.IGNORECASE)
 
 
 def wait_seconds(headers: list[str]) -> int | None:
-    """How long the client would wait for the task's end, in seconds, at most 60; None if it would not.
+    """Seconds that the client waits for the task's end, at most 60; None if it does not wait.
 
-    Of several the first counts; a malformed one counts as absent (RFC 7240, section 2).
+    The first of several counts; a malformed one is ignored (RFC 7240, section 2).
     """
     for preference in ",".join(headers).split(","):
         if found := _WAIT.fullmatch(preference):
@@ -20,6 +20,6 @@ def wait_seconds(headers: list[str]) -> int | None:
     return None
 
 
-def applied(seconds: int | None) -> dict[str, str]:
-    """The header that tells the client what was done about its preference."""
+def preference_applied(seconds: int | None) -> dict[str, str]:
+    """The headers that tell the client which preference was applied."""
     return {} if seconds is None else {"Preference-Applied": f"wait={seconds}", "Vary": "Prefer"}

@@ -1,4 +1,4 @@
-"""Every error as a problem document (RFC 9457): which exception gives which status, in one place."""
+"""Errors as problem documents (RFC 9457): which exception gives which status and text, in one place."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _DETAIL_LIMIT = 4000
 _ERRORS_LIMIT = 50
 _RETRY_AFTER = 5.0
 _OUTAGES = {
-    "broker_unavailable": "the queue is away, so that the task was not taken",
-    "publish_rejected": "the queue is full, so that the task was not taken",
-    "unroutable": "no queue takes tasks of this type yet",
-    "status_unavailable": "the status index is away",
-    "store_unavailable": "the object store is away",
+    "broker_unavailable": "the message broker is unavailable and the request was not accepted",
+    "publish_rejected": "the queue is full and the request was not accepted",
+    "unroutable": "no queue for tasks of this type exists yet",
+    "status_unavailable": "the status index (Redis) is unavailable",
+    "store_unavailable": "the object store is unavailable",
 }
 
 _log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ class Fault(BaseModel):
 
 
 class Problem(BaseModel):
-    """A problem document. `code` is the stable name of the problem; `errors` stands where a form is wrong.
+    """An error. `code` is its stable name; `errors` lists the fields that are wrong, if any.
 
-    A problem may say more: `task_id` and `state` of the task that it is about.
+    `task_id` or `batch_id`, and `state`, identify the task or batch concerned.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,8 +62,11 @@ class Problem(BaseModel):
     state: str | None = None
 
 
-class Refused(InferqError):
-    """The gateway answers a request with a problem; `about` are further members of the document."""
+class ProblemError(InferqError):
+    """The gateway answers the request with a problem document.
+
+    `extensions` are further members of the document, such as `task_id`.
+    """
 
     code = "refused"
 
@@ -74,70 +77,90 @@ class Refused(InferqError):
         message: str,
         *,
         headers: Mapping[str, str] | None = None,
-        about: Mapping[str, Any] | None = None,
+        extensions: Mapping[str, Any] | None = None,
         errors: tuple[Fault, ...] | None = None,
     ) -> None:
         super().__init__(message, code=code)
         self.status = status
         self.headers = dict(headers or {})
-        self.about = dict(about or {})
+        self.extensions = dict(extensions or {})
         self.errors = errors
 
 
-def not_found(what: str) -> Refused:
-    return Refused(404, "not_found", f"{what} does not exist")
+def not_found(name: str) -> ProblemError:
+    """The problem (404) of something that does not exist; `name` names it."""
+    return ProblemError(404, "not_found", f"{name} does not exist")
+
+
+def unknown_file(field: str, url: str) -> ProblemError:
+    """The problem (422) of a field that names an upload which does not exist."""
+    detail = f"the uploaded file {url!r} does not exist; upload it first (POST /v1/files)"
+    return invalid("unknown_file", Fault(field=field, detail=detail))
+
+
+def invalid(code: str, *faults: Fault) -> ProblemError:
+    """The problem (422) of fields that are wrong."""
+    message = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults)
+    return ProblemError(422, code, message, errors=faults)
+
+
+def faults_of(error: ValidationError) -> tuple[Fault, ...]:
+    """What is wrong with each field, in plain words."""
+    lines = [line.partition(": ") for line in describe_faults(error)]
+    return tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
 
 
 def register(app: FastAPI) -> None:
-    """Have `app` answer every error with a problem document."""
-    app.add_exception_handler(InferqError, _answer_ours)
+    """Make `app` answer every error with a problem document."""
+    app.add_exception_handler(InferqError, _answer_inferq_error)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_exception_handler(Exception, _answer_unexpected)
 
 
-def refusal_of(error: InferqError) -> Refused:
-    """What the gateway answers to an error of ours."""
+def problem_of(error: InferqError) -> ProblemError:
+    """The problem that the gateway answers an error with."""
     match error:
-        case Refused():
+        case ProblemError():
             return error
         case InvalidTask(code="not_json"):
-            return Refused(400, error.code, error.message)
+            return ProblemError(400, error.code, error.message)
         case InvalidTask(code="task_too_large"):
-            return Refused(413, error.code, error.message)
+            return ProblemError(413, error.code, error.message)
         case InvalidTask():
-            return Refused(422, error.code, error.message, errors=_faults(error))
+            cause = error.__cause__
+            errors = faults_of(cause) if isinstance(cause, ValidationError) else None
+            return ProblemError(422, error.code, error.message, errors=errors)
         case Outage() | InferqError(code="unroutable"):
-            # Its message names hosts of ours, which are the operator's business, not the tenant's.
+            # The message names internal hosts: it goes to the operator's log, not to the tenant.
             _log.warning("%s: %s", error.code, error.message)
             seconds = max(1, math.ceil(getattr(error, "retry_after", _RETRY_AFTER)))
-            what = _OUTAGES.get(error.code, "a service behind the gateway is away")
-            return Refused(
+            what = _OUTAGES.get(error.code, "a service that the gateway needs is unavailable")
+            return ProblemError(
                 503, error.code, f"{what}; try again in {seconds} s", headers={"Retry-After": str(seconds)}
             )
         case InferqError(code="object_not_found"):
-            return Refused(404, "not_found", "the object does not exist")
+            return ProblemError(404, "not_found", "the file does not exist")
         case _:
-            _log.error("unexpected: %s: %s", error.code, error.message, exc_info=error)
+            _log.error("unexpected error: %s: %s", error.code, error.message, exc_info=error)
             return _internal()
 
 
-def document(refused: Refused) -> Response:
-    """The refusal as an HTTP answer."""
-    problem = {
-        "type": f"urn:inferq:problem:{refused.code}",
-        "title": _title(refused.status),
-        "status": refused.status,
-        "detail": refused.message[:_DETAIL_LIMIT],
-        "code": refused.code,
-        **refused.about,
+def _response(problem: ProblemError) -> Response:
+    document = {
+        "type": f"urn:inferq:problem:{problem.code}",
+        "title": _title(problem.status),
+        "status": problem.status,
+        "detail": problem.message[:_DETAIL_LIMIT],
+        "code": problem.code,
+        **problem.extensions,
     }
-    if refused.errors is not None:
-        problem["errors"] = [fault.model_dump() for fault in refused.errors[:_ERRORS_LIMIT]]
-    # A message may echo a lone surrogate out of the request, which only \u escapes can carry.
-    body = json.dumps(problem, ensure_ascii=True).encode()
-    return Response(body, refused.status, refused.headers, MEDIA_TYPE)
+    if problem.errors is not None:
+        document["errors"] = [fault.model_dump() for fault in problem.errors[:_ERRORS_LIMIT]]
+    # A message may repeat a lone surrogate from the request, which JSON can carry only as a \u escape.
+    body = json.dumps(document, ensure_ascii=True).encode()
+    return Response(body, problem.status, problem.headers, MEDIA_TYPE)
 
 
 def _title(status: int) -> str:
@@ -147,46 +170,42 @@ def _title(status: int) -> str:
         return "Error"
 
 
-def _faults(error: InvalidTask) -> tuple[Fault, ...] | None:
-    if not isinstance(error.__cause__, ValidationError):
-        return None
-    lines = [line.partition(": ") for line in describe_faults(error.__cause__)]
-    return tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
+def _internal() -> ProblemError:
+    return ProblemError(500, "internal", "the gateway failed unexpectedly; see its log")
 
 
-def _internal() -> Refused:
-    return Refused(500, "internal", "something unexpected went wrong in the gateway; its log says what")
-
-
-async def _answer_ours(_request: Request, error: Exception) -> Response:
-    return document(refusal_of(cast(InferqError, error)))
+async def _answer_inferq_error(_request: Request, error: Exception) -> Response:
+    return _response(problem_of(cast(InferqError, error)))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     error = cast(HTTPException, error)
     code = _title(error.status_code).lower().replace(" ", "_").replace("-", "_")
     details = {
-        404: f"there is nothing at {request.url.path}",
-        405: f"{request.method} is not something that {request.url.path} does",
+        404: f"{request.url.path} does not exist",
+        405: f"{request.url.path} does not support {request.method}",
     }
     detail = details.get(error.status_code, str(error.detail))
-    return document(Refused(error.status_code, code, detail, headers=error.headers))
+    return _response(ProblemError(error.status_code, code, detail, headers=error.headers))
 
 
 async def _answer_invalid_request(_request: Request, error: Exception) -> Response:
     error = cast(RequestValidationError, error)
-    faults = tuple(
+    faults = (
         Fault(field=".".join(str(part) for part in fault["loc"][1:]), detail=fault["msg"])
         for fault in error.errors()
     )
-    message = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults)
-    return document(Refused(422, "invalid_request", message, errors=faults))
+    return _response(invalid("invalid_request", *faults))
 
 
-async def _answer_nobody(request: Request, _error: Exception) -> Response:
-    _log.info("%s %s: the client left before its request was complete", request.method, request.url.path)
-    return document(Refused(400, "client_left", "the request ended before it was complete"))
+async def _answer_disconnect(request: Request, _error: Exception) -> Response:
+    _log.info(
+        "%s %s: the client disconnected before its request was complete", request.method, request.url.path
+    )
+    return _response(
+        ProblemError(400, "client_left", "the client disconnected before the request was complete")
+    )
 
 
 async def _answer_unexpected(_request: Request, _error: Exception) -> Response:
-    return document(_internal())
+    return _response(_internal())

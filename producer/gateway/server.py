@@ -21,7 +21,7 @@ _KEEP_ALIVE_SECONDS = 30
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but whoever waits for long (event streams, `Prefer: wait`) is told when it stops."""
+    """uvicorn that ends event streams and waiting requests when it stops."""
 
     def __init__(self, app: FastAPI, *, grace: float) -> None:
         config = uvicorn.Config(
@@ -53,17 +53,17 @@ def serve(
     app: FastAPI | None = None,
     on_listening: Callable[[str], None] | None = None,
 ) -> None:
-    """Run the gateway until SIGTERM or SIGINT; requests in hand get `shutdown_grace` seconds to finish.
+    """Run the gateway until SIGTERM or SIGINT; requests in flight get `shutdown_grace` seconds to finish.
 
-    Port 0 takes a free one; `on_listening` is told the URL. Raises InstallationError where the address
-    cannot be had.
+    Port 0 takes a free port; `on_listening` is called with the URL. Raises InstallationError if the address is
+    in use or not allowed.
     """
     settings = settings or GatewaySettings.load()
     host = settings.gateway_host if host is None else host
     port = settings.gateway_port if port is None else port
     listener = listen(host, port)
     if threading.current_thread() is threading.main_thread():
-        # uvicorn raises the signal that stopped it once more when it is done; SIGTERM would end us with it.
+        # When it is done, uvicorn raises the signal that stopped it again; SIGTERM would kill the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
         server = Server(app or create_app(settings), grace=settings.shutdown_grace)
@@ -73,18 +73,18 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises InstallationError."""
+    """A socket that listens on the address. Raises InstallationError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        # Connections inherit it. Without it an answer's body, a packet of its own behind the head, waits for
-        # the client's acknowledgement, up to 40 ms; asyncio sees to that for its own sockets only.
+        # Connections inherit it. Without it an answer's body, sent as a packet of its own after the headers,
+        # waits up to 40 ms for the client's acknowledgement. asyncio sets it on its own sockets only.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
         raise InstallationError(
             f"the gateway cannot listen on {host}:{port}: {error.strerror or error}; "
-            "free it, or set INFERQ_GATEWAY_HOST and INFERQ_GATEWAY_PORT",
+            "free the port, or set INFERQ_GATEWAY_HOST and INFERQ_GATEWAY_PORT",
             code="cannot_listen",
         ) from error
 

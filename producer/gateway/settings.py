@@ -10,7 +10,7 @@ from inferq.schemas import Settings
 
 
 class GatewaySettings(Settings):
-    """The HTTP gateway's own settings; where the broker and the store are is said by theirs."""
+    """The HTTP gateway's own settings; the broker and the stores have theirs."""
 
     gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     gateway_port: int = Field(8000, ge=0, le=65535, description="Port of the gateway; 0 takes a free one.")

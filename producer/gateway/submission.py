@@ -1,259 +1,222 @@
-"""Taking a task on: recorded, published, confirmed; or refused with nothing left behind."""
+"""Submitting a task: gather the facts, decide by `admission`, publish, confirm.
+
+Calls of a submission, each line one after the other, the calls within a line at the same time:
+
+1. Redis: reserve the id. A record of an accepted task, or of another one, ends it here.
+2. The object store: one look-up per uploaded input. For an id that a client chose, also whether a task of
+   that id ended before and, if it has the form of a batch line's id, Redis: whether that line is queued.
+3. The broker: publish, and wait for the confirm.
+4. Redis: confirm the record.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import OrderedDict
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from typing import Any
-from uuid import UUID
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TypeVar
 
 from inferq.broker.messages import task_message
-from inferq.producer.gateway.lookup import queued_line
-from inferq.producer.gateway.problems import Fault, Refused, refusal_of
-from inferq.producer.gateway.services import Services
-from inferq.schemas import (
-    MAX_BODY_BYTES,
-    InferqError,
-    InvalidTask,
-    Outage,
-    Result,
-    Task,
-    TaskStatus,
-    new_task_id,
-    parse_task,
+from inferq.producer.gateway.admission import (
+    Facts,
+    Publish,
+    Refuse,
+    UnusableInput,
+    admit,
+    id_conflict,
+    may_be_in_use,
 )
+from inferq.producer.gateway.problems import problem_of
+from inferq.producer.gateway.services import Services
+from inferq.producer.gateway.task_lookup import queued_line
+from inferq.schemas import InferqError, InvalidTask, Outage, Result, Task, TaskStatus
 from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.store import ObjectNotFound
 from inferq.storage.status.index import StatusOutage, Submission
 
-_FRESH = timedelta(hours=1)
-_TELL_SECONDS = 1.0
-_MOST_UNTOLD = 10_000
-"""How many tasks are remembered of which Redis is still to be told; more are left to the workers."""
+T = TypeVar("T")
+
+_RETRY_SECONDS = 1.0
+_MAX_UNRECORDED = 10_000
+"""How many tasks are kept until Redis is back; the workers record the rest."""
 
 _log = logging.getLogger(__name__)
 
 
-def complete(document: dict[str, Any], *, tenant: str, task_id: str | None = None) -> Task:
-    """The task that a request's body asks for, with the id, tenant and time that it left out.
-
-    Raises Refused (403) for another tenant's name and (422) for an id other than the path's, InvalidTask for
-    everything that is wrong with the task itself.
-    """
-    if document.get("tenant", tenant) != tenant:
-        raise Refused(403, "tenant_mismatch", "the API key belongs to another tenant than the body names")
-    if document.get("batch_line") is not None:
-        raise Refused(422, "invalid_task", "batch_line: it is set by whoever feeds a batch; leave it out")
-    if task_id is not None and document.get("task_id", task_id) != task_id:
-        raise Refused(422, "id_mismatch", "the body's task_id is not the one in the path")
-    stamped = {
-        "task_id": task_id or new_task_id(),
-        "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        **document,
-        "tenant": tenant,
-    }
-    if stamped["created_at"] is None:
-        stamped["created_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-    try:
-        body = json.dumps(stamped, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidTask(f"the body is not JSON: {error}", code="not_json") from error
-    task = parse_task(body.encode("utf-8", "surrogatepass"))
-    size = len(task.body())
-    if size > MAX_BODY_BYTES:
-        raise InvalidTask(
-            f"the task has {size} bytes, the limit is {MAX_BODY_BYTES}; pass large inputs by URL",
-            code="task_too_large",
-        )
-    return task
-
-
 class Submitter:
-    """Submits tasks. Each submission is a task of its own, which a client that leaves does not cut short.
+    """Submits tasks. A submission runs to its end even if its client disconnects.
 
     Submissions of one id at the same time are one submission.
     """
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._in_hand: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
-        self._untold: OrderedDict[tuple[str, str], Task] = OrderedDict()
-        self._telling: asyncio.Task[None] | None = None
+        self._in_flight: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
+        self._unrecorded: OrderedDict[tuple[str, str], Task] = OrderedDict()
+        self._recording: asyncio.Task[None] | None = None
 
     async def submit(self, task: Task, *, own_id: bool, traceparent: str | None = None) -> TaskStatus:
-        """Where the task stands once the broker has it; `own_id` says that the client chose the id.
+        """The task's status once the broker has confirmed it; `own_id`: whether the client chose the id.
 
-        Raises Refused: 409 where the id belongs to another task, 422 where an uploaded input does not exist,
-        503 where the broker did not confirm.
+        Raises ProblemError: 409 if the id belongs to another task, 422 if an uploaded input does not exist,
+        503 if the broker did not confirm.
         """
         key = (task.tenant, task.task_id)
         digest = task.digest()
-        while (found := self._in_hand.get(key)) is not None:
+        while (found := self._in_flight.get(key)) is not None:
             if found[0] == digest:
                 return await asyncio.shield(found[1])
             await asyncio.wait([found[1]])
-        running = asyncio.create_task(self._submit(task, own_id, traceparent))
-        self._in_hand[key] = digest, running
-        running.add_done_callback(lambda _: self._in_hand.pop(key))
-        running.add_done_callback(_retrieved)
+        running = asyncio.create_task(self._submit(task, digest, own_id, traceparent))
+        self._in_flight[key] = digest, running
+        running.add_done_callback(lambda _: self._in_flight.pop(key))
+        running.add_done_callback(_retrieve_exception)
         return await asyncio.shield(running)
 
     async def finish(self) -> None:
-        """Wait for the submissions in hand; each has its own limit."""
-        if self._in_hand:
-            await asyncio.wait([running for _, running in self._in_hand.values()])
-        if self._telling is not None:
-            self._telling.cancel()
+        """Wait for the submissions in flight; each has its own time limit."""
+        if self._in_flight:
+            await asyncio.wait([running for _, running in self._in_flight.values()])
+        if self._recording is not None:
+            self._recording.cancel()
 
-    async def _submit(self, task: Task, own_id: bool, traceparent: str | None) -> TaskStatus:
-        submission = await self._record(task)
-        if submission is not None:
-            if submission.conflict:
-                raise _conflict(task)
-            if submission.confirmed and not submission.new:
-                return submission.status
-        try:
-            if own_id and not _just_made(task.task_id):
-                known = await self._known(task)
-                # A record without a digest is that of an unreadable message, which speaks for no task.
-                if known is not None and known.digest is not None:
-                    if known.digest != task.digest():
-                        raise _conflict(task)
-                    await self._forget(task)
-                    return TaskStatus.of_result(known)
-                if await self._is_line(task):
-                    raise _conflict(task)
-            await self._check_uploads(task)
+    async def _submit(self, task: Task, digest: str, own_id: bool, traceparent: str | None) -> TaskStatus:
+        facts = await self._gather(task, digest, own_id)
+        decision = admit(facts)
+        if isinstance(decision, Publish):
             await self._publish(task, traceparent)
-        except Exception:
-            await self._forget(task)
-            raise
-        try:
-            if not await self._services.on_redis(self._services.status.confirm, task):
-                raise _conflict(task)
-        except StatusOutage as error:
-            _log.warning("task %s: queued, though Redis does not know: %s", task.task_id, error)
-            self._tell_later(task)
-        return submission.status if submission is not None else _queued(task)
+            await self._confirm(task)
+        elif not facts.record_decides:
+            await self._withdraw(task)
+        if isinstance(decision, Refuse):
+            raise decision.problem
+        return decision.status
 
-    def _tell_later(self, task: Task) -> None:
-        """Tell Redis of a task once it is back: nobody else would before a worker begins it."""
-        self._untold[task.tenant, task.task_id] = task
-        if len(self._untold) > _MOST_UNTOLD:
-            self._untold.popitem(last=False)
-        if self._telling is None or self._telling.done():
-            self._telling = asyncio.create_task(self._tell())
+    async def _gather(self, task: Task, digest: str, own_id: bool) -> Facts:
+        facts = Facts(task, digest, record=await self._reserve(task))
+        if facts.record_decides:
+            return facts
+        look_up = own_id and may_be_in_use(task.task_id, datetime.now(UTC))
+        async with self._withdrawn_on_error(task):
+            result, is_queued_line, unusable_inputs = await asyncio.gather(
+                self._find_result(task) if look_up else _value(None),
+                self._is_queued_line(task) if look_up else _value(False),
+                self._find_unusable_inputs(task),
+            )
+        return replace(facts, result=result, is_queued_line=is_queued_line, unusable_inputs=unusable_inputs)
 
-    async def _tell(self) -> None:
-        while self._untold:
-            await asyncio.sleep(_TELL_SECONDS)
-            with suppress(StatusOutage):
-                while self._untold:
-                    key, task = next(iter(self._untold.items()))
-                    await self._services.on_redis(self._services.status.confirm, task)
-                    self._untold.pop(key, None)
-
-    async def _record(self, task: Task) -> Submission | None:
+    async def _reserve(self, task: Task) -> Submission | None:
         try:
             return await self._services.on_redis(self._services.status.submit, task)
         except StatusOutage as error:
             # Redis is an index: the task runs without it, and the worker makes the record.
-            _log.warning("task %s: submitted without Redis: %s", task.task_id, error)
+            _log.warning(
+                "task %s: submitted without a record, as Redis is unavailable: %s", task.task_id, error
+            )
             return None
 
-    async def _known(self, task: Task) -> Result | None:
+    async def _find_result(self, task: Task) -> Result | None:
         try:
-            return await self._services.glance(self._services.results.load, task.tenant, task.task_id)
+            return await self._services.try_store(self._services.results.load, task.tenant, task.task_id)
         except Outage as error:
-            # The worker looks again before it runs anything.
-            _log.warning("task %s: whether it has ended before is not known: %s", task.task_id, error)
+            # The worker checks again before it runs anything.
+            _log.warning("task %s: cannot check whether it ended before: %s", task.task_id, error)
             return None
 
-    async def _is_line(self, task: Task) -> bool:
+    async def _is_queued_line(self, task: Task) -> bool:
         try:
             return await queued_line(self._services, task.tenant, task.task_id) is not None
         except Outage as error:
-            # The worker looks again before it runs anything.
-            _log.warning("task %s: whether it is a batch's line is not known: %s", task.task_id, error)
+            # The worker checks again before it runs anything.
+            _log.warning("task %s: cannot check whether it is a batch's line: %s", task.task_id, error)
             return False
 
-    async def _check_uploads(self, task: Task) -> None:
-        for name, url in task.inputs().items():
-            if not url.startswith("inferq:"):
-                continue
-            try:
-                key = upload_key(task.tenant, url.removeprefix("inferq:"))
-                await self._services.glance(self._services.store.stat, key)
-            except ObjectNotFound as error:
-                detail = f"there is no uploaded file {url!r}; upload it first (POST /v1/files)"
-                raise Refused(
-                    422, "unknown_file", f"{name}: {detail}", errors=(Fault(field=name, detail=detail),)
-                ) from error
-            except Outage as error:
-                _log.warning("task %s: %s not looked at: %s", task.task_id, name, error)
+    async def _find_unusable_inputs(self, task: Task) -> tuple[UnusableInput, ...]:
+        uploads = [(field, url) for field, url in task.inputs().items() if url.startswith("inferq:")]
+        found = await asyncio.gather(*(self._check_upload(task, field, url) for field, url in uploads))
+        return tuple(unusable for unusable in found if unusable is not None)
+
+    async def _check_upload(self, task: Task, field: str, url: str) -> UnusableInput | None:
+        try:
+            key = upload_key(task.tenant, url.removeprefix("inferq:"))
+            await self._services.try_store(self._services.store.stat, key)
+        except (InvalidTask, ObjectNotFound) as error:
+            return UnusableInput(field, url, error)
+        except Outage as error:
+            _log.warning("task %s: cannot check whether %s exists: %s", task.task_id, field, error)
+        return None
 
     async def _publish(self, task: Task, traceparent: str | None) -> None:
         metrics = self._services.metrics
         begun = time.perf_counter()
-        try:
-            await self._services.publisher.confirm(
-                task_message(task, traceparent=traceparent), timeout=self._services.settings.submit_timeout
-            )
-        except InferqError as error:
-            refused = refusal_of(error)
-            # With its id the client can submit the same task again; the broker may even have it.
-            refused.about["task_id"] = task.task_id
-            raise refused from error
+        async with self._withdrawn_on_error(task):
+            try:
+                await self._services.publisher.confirm(
+                    task_message(task, traceparent=traceparent),
+                    timeout=self._services.settings.submit_timeout,
+                )
+            except InferqError as error:
+                problem = problem_of(error)
+                # The client needs the id to submit the same task again; the broker may even have it.
+                problem.extensions["task_id"] = task.task_id
+                raise problem from error
         metrics.publish_seconds.observe(time.perf_counter() - begun)
         metrics.tasks_submitted.labels(task.task_type).inc()
 
-    async def _forget(self, task: Task) -> None:
+    async def _confirm(self, task: Task) -> None:
+        try:
+            confirmed = await self._services.on_redis(self._services.status.confirm, task)
+        except StatusOutage as error:
+            _log.warning("task %s: queued without a record, as Redis is unavailable: %s", task.task_id, error)
+            self._record_later(task)
+        else:
+            if not confirmed:
+                raise id_conflict(task)
+
+    @asynccontextmanager
+    async def _withdrawn_on_error(self, task: Task) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception:
+            await self._withdraw(task)
+            raise
+
+    async def _withdraw(self, task: Task) -> None:
+        """Delete the record that `_reserve` made."""
         try:
             await self._services.on_redis(self._services.status.forget, task)
         except StatusOutage as error:
-            # What is left is unconfirmed, so that the next submission of this id publishes.
-            _log.warning("task %s: its record could not be taken back: %s", task.task_id, error)
+            # The record stays unconfirmed, so the next submission of this id publishes.
+            _log.warning("task %s: its unconfirmed record stays in Redis: %s", task.task_id, error)
+
+    def _record_later(self, task: Task) -> None:
+        """Record the task once Redis is back: until a worker begins it, nobody else would."""
+        self._unrecorded[task.tenant, task.task_id] = task
+        if len(self._unrecorded) > _MAX_UNRECORDED:
+            self._unrecorded.popitem(last=False)
+        if self._recording is None or self._recording.done():
+            self._recording = asyncio.create_task(self._record_all())
+
+    async def _record_all(self) -> None:
+        while self._unrecorded:
+            await asyncio.sleep(_RETRY_SECONDS)
+            with suppress(StatusOutage):
+                while self._unrecorded:
+                    key, task = next(iter(self._unrecorded.items()))
+                    await self._services.on_redis(self._services.status.confirm, task)
+                    self._unrecorded.pop(key, None)
 
 
-def _retrieved(running: asyncio.Task[TaskStatus]) -> None:
-    # Where every client has left nobody else asks, and asyncio would complain.
+async def _value(value: T) -> T:
+    return value
+
+
+def _retrieve_exception(running: asyncio.Task[TaskStatus]) -> None:
+    # If every client has disconnected, nobody else retrieves it, and asyncio would log an error.
     if not running.cancelled():
         running.exception()
-
-
-def _conflict(task: Task) -> Refused:
-    return Refused(
-        409,
-        "id_conflict",
-        f"task {task.task_id!r} was submitted before with another content; choose another id",
-        about={"task_id": task.task_id},
-    )
-
-
-def _just_made(task_id: str) -> bool:
-    """Whether the id was made (UUID version 7) so lately that no task of that id can have been forgotten."""
-    try:
-        made = UUID(task_id)
-    except ValueError:
-        return False
-    if made.version != 7:
-        return False
-    age = time.time() - (made.int >> 80) / 1000
-    return abs(age) < _FRESH.total_seconds()
-
-
-def _queued(task: Task) -> TaskStatus:
-    return TaskStatus(
-        task_id=task.task_id,
-        task_type=task.task_type,
-        tenant=task.tenant,
-        state="queued",
-        priority=task.priority,
-        batch_id=task.batch_id,
-        created_at=task.created_at,
-    )

@@ -1,30 +1,33 @@
-"""The routes of tasks: submit, look, list, cancel."""
+"""The routes of tasks: submit, status, result, list, cancel."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
-from inferq.producer.gateway.auth import Tenant
-from inferq.producer.gateway.body import read_object
+from inferq.producer.gateway.auth import CurrentTenant
+from inferq.producer.gateway.body import read_json
 from inferq.producer.gateway.events import wait_for_end
-from inferq.producer.gateway.lookup import (
-    checked_id,
+from inferq.producer.gateway.paths import task_path
+from inferq.producer.gateway.prefer import preference_applied, wait_seconds
+from inferq.producer.gateway.problems import ProblemError
+from inferq.producer.gateway.responses import json_response, page_path, page_response
+from inferq.producer.gateway.services import Services, ServicesDep
+from inferq.producer.gateway.submission import Submitter
+from inferq.producer.gateway.task_lookup import (
+    checked_task_id,
     find_result,
     find_status,
+    no_such_task,
     queued_line,
     require_status,
-    unknown,
 )
-from inferq.producer.gateway.prefer import applied, wait_seconds
-from inferq.producer.gateway.problems import Refused
-from inferq.producer.gateway.services import Here, Services, task_path
-from inferq.producer.gateway.submission import Submitter, complete
+from inferq.producer.gateway.task_request import requested_task
 from inferq.schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus
 from inferq.schemas.task import TypeName
 from inferq.storage.status.index import StatusOutage
@@ -35,7 +38,7 @@ router = APIRouter(prefix="/v1", tags=["tasks"])
 
 
 class Links(BaseModel):
-    """Where to go on from a task: paths on the same gateway."""
+    """Paths of the task on the same gateway."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,14 +49,14 @@ class Links(BaseModel):
 
 
 class TaskAnswer(TaskStatus):
-    """Where a task stands, and its links. `result` only where the request waited for the task's end."""
+    """A task's status and links. `result` is present only if the request waited and the task has ended."""
 
     links: Links
     result: Result | None = None
 
 
 class TaskPage(BaseModel):
-    """Some tasks, the newest first. `next` is the path of the page after, none on the last."""
+    """A page of tasks, newest first. `next` is the path of the next page, null on the last one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,11 +70,12 @@ class TaskPage(BaseModel):
     status_code=202,
     response_model=TaskAnswer,
     summary="Submit a task",
-    responses={200: {"model": TaskAnswer, "description": "The task has ended already"}},
+    responses={200: {"model": TaskAnswer, "description": "The task has ended"}},
 )
-async def post_task(request: Request, tenant: Tenant, services: Here) -> Response:
-    """Answers once the broker has confirmed the task. `Prefer: wait=20` waits up to that many seconds (at
-    most 60) for its end.
+async def post_task(request: Request, tenant: CurrentTenant, services: ServicesDep) -> Response:
+    """Answers once the broker has confirmed the task.
+
+    With `Prefer: wait=20` the answer waits up to 20 seconds (at most 60) for the task's end.
     """
     return await _submit(request, services, tenant, None)
 
@@ -80,17 +84,17 @@ async def post_task(request: Request, tenant: Tenant, services: Here) -> Respons
     "/tasks/{task_id}",
     status_code=202,
     response_model=TaskAnswer,
-    summary="Submit a task under an id of one's own",
-    responses={200: {"model": TaskAnswer, "description": "The task has ended already"}},
+    summary="Submit a task under an id of your choice",
+    responses={200: {"model": TaskAnswer, "description": "The task has ended"}},
 )
-async def put_task(task_id: str, request: Request, tenant: Tenant, services: Here) -> Response:
-    """The same id is the same task: putting it twice runs it once; with another content it is refused."""
+async def put_task(task_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep) -> Response:
+    """The same id is the same task: submitted twice, it runs once. Other content answers 409 (`id_conflict`)."""
     return await _submit(request, services, tenant, task_id)
 
 
 async def _submit(request: Request, services: Services, tenant: str, task_id: str | None) -> Response:
-    document = await read_object(request, limit=MAX_BODY_BYTES, seconds=services.settings.body_timeout)
-    task = complete(document, tenant=tenant, task_id=task_id)
+    document = await read_json(request, limit=MAX_BODY_BYTES, seconds=services.settings.body_timeout)
+    task = requested_task(document, tenant=tenant, task_id=task_id)
     submitter: Submitter = request.app.state.submitter
     traceparent = request.headers.get("traceparent", "")
     status = await submitter.submit(
@@ -100,17 +104,17 @@ async def _submit(request: Request, services: Services, tenant: str, task_id: st
     )
     seconds = wait_seconds(request.headers.getlist("prefer"))
     if seconds and not status.ended:
-        status = await _waited(services, status, seconds)
+        status = await _status_after_wait(services, status, seconds)
     result = await _result_if_known(services, status) if seconds is not None and status.ended else None
-    headers = {"Location": task_path(task.task_id), **applied(seconds)}
+    headers = {"Location": task_path(task.task_id), **preference_applied(seconds)}
     return _answer(status, code=200 if status.ended else 202, result=result, headers=headers)
 
 
-async def _waited(services: Services, status: TaskStatus, seconds: float) -> TaskStatus:
+async def _status_after_wait(services: Services, status: TaskStatus, seconds: float) -> TaskStatus:
     try:
         return await wait_for_end(services, status.tenant, status.task_id, seconds) or status
     except Outage:
-        return status  # it is accepted, whoever is away; the client asks again
+        return status  # the task is accepted; the client can ask again
 
 
 async def _result_if_known(services: Services, status: TaskStatus) -> Result | None:
@@ -121,25 +125,30 @@ async def _result_if_known(services: Services, status: TaskStatus) -> Result | N
     return None if result is None else with_public_urls(services, result)
 
 
-@router.get("/tasks/{task_id}", response_model=TaskAnswer, summary="Where a task stands")
-async def get_task(task_id: str, request: Request, tenant: Tenant, services: Here) -> Response:
-    """`Prefer: wait=20` waits up to that many seconds (at most 60) for its end."""
+@router.get("/tasks/{task_id}", response_model=TaskAnswer, summary="Get a task's status")
+async def get_task(task_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep) -> Response:
+    """With `Prefer: wait=20` the answer waits up to 20 seconds (at most 60) for the task's end."""
     status = await require_status(services, tenant, task_id)
     seconds = wait_seconds(request.headers.getlist("prefer"))
     if seconds and not status.ended:
-        status = await _waited(services, status, seconds)
-    return _answer(status, headers=applied(seconds))
+        status = await _status_after_wait(services, status, seconds)
+    return _answer(status, headers=preference_applied(seconds))
 
 
 @router.get(
     "/tasks/{task_id}/result",
     response_model=Result,
-    summary="How a task ended",
-    responses={409: {"description": "The task has not ended (`not_ended`)"}},
+    summary="Get a task's result",
+    responses={409: {"description": "The task has not ended yet (`not_ended`)"}},
 )
-async def get_result(task_id: str, request: Request, tenant: Tenant, services: Here) -> Response:
-    """Its output and artifacts, or the error that it ended with. `Prefer: wait=20` waits for its end."""
-    checked_id(task_id)
+async def get_result(
+    task_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep
+) -> Response:
+    """The task's output and artifacts, or its error.
+
+    With `Prefer: wait=20` the answer waits up to 20 seconds (at most 60) for the task's end.
+    """
+    checked_task_id(task_id)
     seconds = wait_seconds(request.headers.getlist("prefer"))
     result = await find_result(services, tenant, task_id)
     if result is None and seconds:
@@ -147,16 +156,16 @@ async def get_result(task_id: str, request: Request, tenant: Tenant, services: H
         result = await find_result(services, tenant, task_id)
     if result is not None:
         public = with_public_urls(services, result)
-        return Response(public.model_dump_json(), headers=applied(seconds), media_type="application/json")
+        return json_response(public, headers=preference_applied(seconds))
     status = await find_status(services, tenant, task_id)
     if status is None:
-        raise unknown(task_id)
-    raise Refused(
+        raise no_such_task(task_id)
+    raise ProblemError(
         409,
         "not_ended",
-        f"task {task_id!r} is {status.state}: it has no result yet",
-        headers={"Retry-After": "1", **applied(seconds)},
-        about={"task_id": task_id, "state": status.state},
+        f"task {task_id!r} is {status.state} and has no result yet",
+        headers={"Retry-After": "1", **preference_applied(seconds)},
+        extensions={"task_id": task_id, "state": status.state},
     )
 
 
@@ -166,13 +175,13 @@ async def get_result(task_id: str, request: Request, tenant: Tenant, services: H
     response_model=TaskAnswer,
     summary="Cancel a task",
     responses={
-        200: {"model": TaskAnswer, "description": "It is cancelled already"},
-        409: {"description": "It has ended otherwise (`already_ended`)"},
+        200: {"model": TaskAnswer, "description": "The task was cancelled before"},
+        409: {"description": "The task has succeeded or failed (`already_ended`)"},
     },
 )
-async def cancel_task(task_id: str, tenant: Tenant, services: Here) -> Response:
-    """A queued task never starts; a running one stops within a second or so."""
-    checked_id(task_id)
+async def cancel_task(task_id: str, tenant: CurrentTenant, services: ServicesDep) -> Response:
+    """A queued task does not start. A running task stops within about a second."""
+    checked_task_id(task_id)
     outage: StatusOutage | None = None
     status: TaskStatus | None = None
     try:
@@ -183,23 +192,23 @@ async def cancel_task(task_id: str, tenant: Tenant, services: Here) -> Response:
         result = await find_result(services, tenant, task_id)
         status = TaskStatus.of_result(result) if result is not None else None
         if status is None and outage is None:
-            status = await _cancelled_line(services, tenant, task_id)
+            status = await _cancel_queued_line(services, tenant, task_id)
         if status is None:
-            raise outage or unknown(task_id)
+            raise outage or no_such_task(task_id)
     if not status.ended:
         return _answer(status, code=202)
     if status.state == "cancelled":
         return _answer(status)
-    raise Refused(
+    raise ProblemError(
         409,
         "already_ended",
-        f"task {task_id!r} has {status.state}: there is nothing to cancel",
-        about={"task_id": task_id, "state": status.state},
+        f"task {task_id!r} has already {status.state}; it cannot be cancelled",
+        extensions={"task_id": task_id, "state": status.state},
     )
 
 
-async def _cancelled_line(services: Services, tenant: str, task_id: str) -> TaskStatus | None:
-    """Have a batch's line cancelled that waits in the queue; None where it is no such."""
+async def _cancel_queued_line(services: Services, tenant: str, task_id: str) -> TaskStatus | None:
+    """Cancel a queued line of a batch; None if the task is not one."""
     status = await queued_line(services, tenant, task_id)
     if status is None or status.batch_id is None:
         return None
@@ -208,20 +217,20 @@ async def _cancelled_line(services: Services, tenant: str, task_id: str) -> Task
     return status.model_copy(update={"cancel_requested": True})
 
 
-@router.get("/tasks", response_model=TaskPage, summary="List tasks, the newest first")
+@router.get("/tasks", response_model=TaskPage, summary="List tasks, newest first")
 async def list_tasks(
-    tenant: Tenant,
-    services: Here,
+    tenant: CurrentTenant,
+    services: ServicesDep,
     task_type: Annotated[TypeName | None, Query()] = None,
     status: Annotated[State | None, Query()] = None,
     batch_id: Annotated[TaskId | None, Query()] = None,
     cursor: Annotated[str | None, Query(max_length=512)] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Response:
-    """Tasks of the last days, as far as the status index keeps them.
+    """Recent tasks: those that the status index still holds.
 
-    Of a batch it keeps those that run or wait for a retry, and queued ones where lines name ids; what has
-    ended is in the batch's output and errors.
+    Of a batch it holds running and retrying tasks, and queued ones if the batch's lines name their ids. Ended
+    ones are in the batch's output and errors.
     """
     page = await services.on_redis(
         services.status.list,
@@ -239,15 +248,12 @@ async def list_tasks(
         "cursor": page.cursor,
         "limit": limit,
     }
-    given = urlencode({name: value for name, value in query.items() if value is not None})
-    following = f"/v1/tasks?{given}" if page.cursor else None
-    answer = TaskPage(items=page.items, cursor=page.cursor, next=following)
-    headers = {"Link": f'<{following}>; rel="next"'} if following else {}
-    return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
+    next_path = page_path("/v1/tasks", query)
+    return page_response(TaskPage(items=page.items, cursor=page.cursor, next=next_path), next_path)
 
 
 def with_public_urls(services: Services, result: Result) -> Result:
-    """The result, its artifacts' URLs such that the tenant can get them from the gateway."""
+    """The result, with URLs of its artifacts on the gateway."""
     base = f"{services.task_url(result.task_id)}/artifacts"
     artifacts = tuple(
         artifact.model_copy(update={"url": f"{base}/{quote(artifact.name, safe='')}"})
@@ -265,7 +271,7 @@ def _answer(
 ) -> Response:
     path = task_path(status.task_id)
     links = Links(self=path, result=f"{path}/result", events=f"{path}/events", cancel=f"{path}/cancel")
-    # Built without validation: a status has been validated where it was read.
+    # Without validation: the status was validated when it was read.
     answer = TaskAnswer.model_construct(**dict(status), links=links, result=result)
     body = answer.model_dump_json(exclude=None if result is not None else {"result"})
     return Response(body, code, headers, "application/json")

@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_uploaded_is_skipped_and_named(
     *named, summary = run.stderr.splitlines()
     assert named == [
         f"skipped {folder}/empty.txt: the file is empty",
-        f"skipped {folder}/large.txt: the body has more than {MAX_UPLOAD_BYTES} bytes, which is the limit",
+        f"skipped {folder}/large.txt: the body is larger than the limit of {MAX_UPLOAD_BYTES} bytes",
         f"skipped {folder}/locked.txt: Permission denied",
     ]
     assert "skipped 3 files" in summary

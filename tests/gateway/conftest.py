@@ -19,6 +19,7 @@ import pytest
 from inferq.broker.messages import Message
 from inferq.broker.settings import BrokerSettings
 from inferq.producer.gateway import Server, create_app, listen, url_of
+from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import EndState, ErrorInfo, InferqError, Result, Task, parse_task
@@ -128,6 +129,7 @@ def running(
     publisher: FakePublisher | None = None,
     amqp_url: str | None = None,
     storage: dict[str, Any] | None = None,
+    store_breaker: StoreBreaker | None = None,
     **settings: Any,
 ) -> Iterator[Gateway]:
     """A gateway with its own folder."""
@@ -139,7 +141,9 @@ def running(
         api_keys_file=folder / "keys.json", **{"shutdown_grace": 5, "events_heartbeat": 1.0, **settings}
     )
     broker = BrokerSettings(amqp_url=amqp_url) if amqp_url else None
-    app = create_app(gateway_settings, storage=stored, broker=broker, publisher=publisher)
+    app = create_app(
+        gateway_settings, storage=stored, broker=broker, publisher=publisher, store_breaker=store_breaker
+    )
     server = Server(app, grace=gateway_settings.shutdown_grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

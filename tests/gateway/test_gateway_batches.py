@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from inferq.producer.gateway.services import KnownBatches
+from inferq.producer.gateway.services import BatchCache
 from inferq.schemas import Batch, BatchCounts, BatchSummary, Outage
 from inferq.storage import BatchIndex, BatchStore, ObjectStore
 from tests.gateway.conftest import FakePublisher, Gateway, as_new_tenant, wait_until
@@ -280,7 +280,7 @@ def test_the_batches_asked_for_last_are_kept_and_no_more() -> None:
     def batch(batch_id: str, tenant: str = "a") -> Batch:
         return Batch(batch_id=batch_id, tenant=tenant, source="inferq:x", created_at=datetime.now(UTC))
 
-    known = KnownBatches(2)
+    known = BatchCache(2)
     known.keep(batch("1"))
     known.keep(batch("2"))
     assert known.get("other", "1") is None

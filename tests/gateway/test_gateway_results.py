@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,10 @@ def test_the_status_follows_the_task(gateway: Gateway) -> None:
 def test_waiting_for_the_status_ends_with_the_task(gateway: Gateway) -> None:
     task = gateway.began("s")
     threading.Timer(0.2, lambda: gateway.end(task)).start()
-    begun = time.monotonic()
-    response = gateway.http.get("/v1/tasks/s", headers={"Prefer": "wait=20"})
+    # Longer than the client's own time limit: an answer shows that the end is not merely found afterwards.
+    response = gateway.http.get("/v1/tasks/s", headers={"Prefer": "wait=60"})
     assert response.json()["state"] == "succeeded"
-    assert response.headers["preference-applied"] == "wait=20"
-    assert time.monotonic() - begun < 5
+    assert response.headers["preference-applied"] == "wait=60"
 
 
 def test_an_end_that_redis_missed_is_found_in_the_store(gateway: Gateway) -> None:

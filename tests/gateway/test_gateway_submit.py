@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from inferq.broker import Message
 from inferq.broker.errors import BrokerUnavailable, PublishRejected, Unroutable
+from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.services import Services
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import MAX_BODY_BYTES, parse_task
@@ -155,14 +157,16 @@ def test_a_long_body_is_refused_when_chunked(gateway: Gateway) -> None:
 
 
 def test_an_endless_body_is_cut_off(gateway: Gateway) -> None:
+    sent = itertools.count()
+
     def chunks() -> Iterator[bytes]:
         while True:
+            next(sent)
             yield b" " * (1 << 20)
 
-    begun = time.monotonic()
-    with suppress(httpx.TransportError):  # it may be cut off before it could read the answer
+    with suppress(httpx.TransportError):  # the connection may close before the client reads the answer
         problem(gateway.http.post("/v1/tasks", content=chunks()), 413, "too_large")
-    assert time.monotonic() - begun < 10
+    assert next(sent) < 64
 
 
 def test_a_body_that_only_fits_before_it_is_stamped_is_refused(gateway: Gateway) -> None:
@@ -420,10 +424,9 @@ def test_redis_learns_of_a_task_once_it_is_back(
         assert gateway.http.post("/v1/tasks/a/cancel").status_code == 202
 
 
-def test_a_store_that_hangs_delays_no_submission_for_long(
-    lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_hangs_delays_one_submission_only(
+    tmp_path: Path, redis_url: str, publisher: FakePublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    services: Services = lone_gateway.server.config.app.state.services  # type: ignore[union-attr]
     released = threading.Event()
     asked: list[str] = []
 
@@ -431,18 +434,14 @@ def test_a_store_that_hangs_delays_no_submission_for_long(
         asked.append(task_id)
         released.wait(20)
 
-    monkeypatch.setattr("inferq.producer.gateway.services._GLANCE_SECONDS", 0.2)
-    monkeypatch.setattr(services.results, "load", hang)
-    begun = time.monotonic()
-    for number in range(20):
-        assert lone_gateway.http.put(f"/v1/tasks/hung{number}", json=ECHO).status_code == 202
-    assert time.monotonic() - begun < 10
+    breaker = StoreBreaker(limit=0.2, pause=3600)
+    with running(tmp_path, redis_url=redis_url, publisher=publisher, store_breaker=breaker) as gateway:
+        services: Services = gateway.server.config.app.state.services  # type: ignore[union-attr]
+        monkeypatch.setattr(services.results, "load", hang)
+        for number in range(20):
+            assert gateway.http.put(f"/v1/tasks/hung{number}", json=ECHO).status_code == 202
+        released.set()
     assert asked == ["hung0"]
-    monkeypatch.setattr("inferq.producer.gateway.services._SLOW_SECONDS", 0.0)
-    services._slow.until = 0.01  # the while is over: one tries
-    released.set()
-    assert lone_gateway.http.put("/v1/tasks/hung20", json=ECHO).status_code == 202
-    assert (asked, services._slow.until) == (["hung0", "hung20"], 0.0)
 
 
 def test_a_submission_that_lost_its_id_to_a_task_in_a_workers_hands_is_a_conflict(
@@ -484,20 +483,19 @@ def test_prefer_wait_answers_with_the_result(lone_gateway: Gateway, publisher: F
 
     worker = threading.Thread(target=work)
     worker.start()
-    begun = time.monotonic()
-    response = lone_gateway.http.put("/v1/tasks/w", json=ECHO, headers={"Prefer": "respond-async, wait=10"})
+    # Longer than the client's own time limit: an answer shows that the end is not merely found afterwards.
+    response = lone_gateway.http.put("/v1/tasks/w", json=ECHO, headers={"Prefer": "respond-async, wait=60"})
     worker.join()
     assert response.status_code == 200
-    assert response.headers["preference-applied"] == "wait=10"
+    assert response.headers["preference-applied"] == "wait=60"
     assert response.json()["state"] == "succeeded"
     assert response.json()["result"]["output"] == {"payload": 1}
-    assert time.monotonic() - begun < 5
 
 
 def test_prefer_wait_answers_202_when_the_time_is_over(lone_gateway: Gateway) -> None:
     begun = time.monotonic()
     response = lone_gateway.http.post("/v1/tasks", json=ECHO, headers={"Prefer": "wait=1"})
-    assert 0.9 < time.monotonic() - begun < 5
+    assert time.monotonic() - begun > 0.9
     assert (response.status_code, response.json()["state"]) == (202, "queued")
     assert "result" not in response.json()
 
@@ -511,10 +509,9 @@ def test_a_gateway_that_stops_lets_waiting_requests_go(
                 gateway.http.put, "/v1/tasks/w", json=ECHO, headers={"Prefer": "wait=60"}
             )
             wait_until(lambda: publisher.messages)
-            begun = time.monotonic()
             gateway.server.should_exit = True
-            assert waiting.result(10).status_code == 202
-        assert time.monotonic() - begun < 4
+            # Past the grace period the connection would be closed without an answer.
+            assert waiting.result(20).status_code == 202
 
 
 def test_settings_name_what_is_wrong() -> None:

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferq.producer.gateway import create_app, listen, url_of
-from inferq.producer.gateway.body import decode_object
+from inferq.producer.gateway.body import decode_json
 from inferq.producer.gateway.prefer import wait_seconds
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import InstallationError, InvalidTask
@@ -145,7 +145,7 @@ def test_no_prefer_header_breaks_anything(headers: list[str]) -> None:
 @given(st.binary() | st.text().map(str.encode))
 def test_a_body_is_an_object_or_refused(body: bytes) -> None:
     try:
-        assert isinstance(decode_object(body), dict)
+        assert isinstance(decode_json(body), dict)
     except InvalidTask as error:
         assert error.code == "not_json"
 

@@ -1,4 +1,4 @@
-"""Where a task stands: asked of Redis first, and of the object store wherever Redis does not know."""
+"""A task's status: from Redis, and from the object store if Redis does not know or may be out of date."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 from pydantic import TypeAdapter, ValidationError
 
-from inferq.producer.gateway.problems import not_found
+from inferq.producer.gateway.problems import ProblemError, not_found
 from inferq.producer.gateway.services import Services
 from inferq.schemas import (
     EVENT_OF_STATE,
     Event,
     EventData,
-    InferqError,
     Outage,
     Result,
     TaskId,
@@ -22,38 +21,39 @@ from inferq.schemas import (
 )
 from inferq.storage.status.index import StatusOutage
 
-_LINE_DIGITS = 9
-_DOUBTED_AFTER = timedelta(seconds=60)
+_MAX_LINE_DIGITS = 9
+_STALE_AFTER = timedelta(seconds=60)
 _TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
 
 _log = logging.getLogger(__name__)
 
 
-def checked_id(task_id: str) -> str:
-    """`task_id` itself. Raises Refused (404) for one that no task can have."""
+def checked_task_id(task_id: str) -> str:
+    """`task_id` itself. Raises ProblemError (404) if it is not a valid id, so that no task can have it."""
     try:
         return _TASK_ID.validate_python(task_id)
     except ValidationError as error:
-        raise unknown(task_id) from error
+        raise no_such_task(task_id) from error
 
 
-def unknown(task_id: str) -> InferqError:
+def no_such_task(task_id: str) -> ProblemError:
+    """The problem (404) of a task that does not exist."""
     return not_found(f"task {task_id!r}")
 
 
 async def find_result(services: Services, tenant: str, task_id: str) -> Result | None:
-    """The record of how the task ended, None where it has not. Raises StoreOutage."""
+    """The task's result; None if it has not ended. Raises StoreOutage."""
     return await services.on_store(services.results.load, tenant, task_id)
 
 
 async def find_status(
-    services: Services, tenant: str, task_id: str, *, doubt: bool = False
+    services: Services, tenant: str, task_id: str, *, recheck: bool = False
 ) -> TaskStatus | None:
-    """Where the task stands; None where nobody knows it.
+    """The task's status; None if there is no such task.
 
-    Redis is an index that may have missed an end, so one that it has long called unfinished (or, with
-    `doubt`, that it calls unfinished at all) is looked for in the object store too. Raises an Outage where
-    whoever would know is away.
+    Redis is an index and may have missed the task's end. If it has called the task unfinished for a minute
+    (with `recheck`: if it calls it unfinished at all), the object store is asked too. Raises Outage if the
+    service that would know is unavailable.
     """
     outage: Outage | None = None
     status: TaskStatus | None = None
@@ -61,13 +61,13 @@ async def find_status(
         status = await services.on_redis(services.status.get, tenant, task_id)
     except StatusOutage as error:
         outage = error
-    if status is not None and (status.ended or not (doubt or _doubtful(status))):
+    if status is not None and (status.ended or not (recheck or _may_be_stale(status))):
         return status
     try:
         if status is None:
             result = await find_result(services, tenant, task_id)
         else:
-            result = await services.glance(services.results.load, tenant, task_id)
+            result = await services.try_store(services.results.load, tenant, task_id)
     except Outage:
         if status is None:
             raise
@@ -76,16 +76,16 @@ async def find_status(
         if status is None and outage is not None:
             raise outage
         return status or await queued_line(services, tenant, task_id)
-    return TaskStatus.of_result(result) if status is None else await _mended(services, status, result)
+    return TaskStatus.of_result(result) if status is None else await _repaired(services, status, result)
 
 
 async def queued_line(services: Services, tenant: str, task_id: str) -> TaskStatus | None:
-    """The status of a task that is a batch's line, and waits in the queue: of such there is no record.
+    """The status of a batch's line that waits in the queue: Redis has no record of it.
 
-    None for everything else. Where lines name ids, those that are queued have records.
+    None for any other task. Lines that name their own ids have records.
     """
     batch_id, dot, number = task_id.rpartition(".")
-    if not dot or not number.isdecimal() or len(number) > _LINE_DIGITS or number.startswith("0"):
+    if not dot or not number.isdecimal() or len(number) > _MAX_LINE_DIGITS or number.startswith("0"):
         return None
     line = int(number)
     if not await services.on_redis(services.batch_index.is_fed, tenant, batch_id, line):
@@ -106,15 +106,15 @@ async def queued_line(services: Services, tenant: str, task_id: str) -> TaskStat
 
 
 async def require_status(services: Services, tenant: str, task_id: str) -> TaskStatus:
-    """Where the task stands. Raises Refused (404) where there is no such task."""
-    status = await find_status(services, tenant, checked_id(task_id))
+    """The task's status. Raises ProblemError (404) if there is no such task."""
+    status = await find_status(services, tenant, checked_task_id(task_id))
     if status is None:
-        raise unknown(task_id)
+        raise no_such_task(task_id)
     return status
 
 
 def event_of_status(status: TaskStatus) -> Event:
-    """The event that tells a newcomer where the task stands."""
+    """The event that gives a new reader the task's status."""
     type_ = EVENT_OF_STATE[status.state]
     if status.state == "running" and status.progress is not None:
         type_ = "task.progress"
@@ -141,15 +141,15 @@ def event_of_status(status: TaskStatus) -> Event:
     )
 
 
-def _doubtful(status: TaskStatus) -> bool:
+def _may_be_stale(status: TaskStatus) -> bool:
     since = status.started_at or status.created_at
-    return since is None or datetime.now(UTC) - since > _DOUBTED_AFTER
+    return since is None or datetime.now(UTC) - since > _STALE_AFTER
 
 
-async def _mended(services: Services, status: TaskStatus, result: Result) -> TaskStatus:
-    """Tell Redis of an end that it missed, so that lists and waiting readers learn of it too.
+async def _repaired(services: Services, status: TaskStatus, result: Result) -> TaskStatus:
+    """The status after Redis was updated with an end that it missed, for lists and waiting readers too.
 
-    A failure changes nothing where the task has been redriven since: then Redis knows better.
+    Redis ignores a failure if the task was redriven since.
     """
     try:
         await services.on_redis(services.status.ended, result)
@@ -157,5 +157,5 @@ async def _mended(services: Services, status: TaskStatus, result: Result) -> Tas
             services.status.get, result.tenant, result.task_id
         ) or TaskStatus.of_result(result)
     except StatusOutage as error:
-        _log.warning("task %s: its end is not in Redis: %s", result.task_id, error)
+        _log.warning("task %s: its end could not be recorded in Redis: %s", result.task_id, error)
         return TaskStatus.of_result(result) if result.status == "succeeded" else status
