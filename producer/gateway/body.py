@@ -48,7 +48,7 @@ async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncG
         if "expect" not in request.headers:
             await _drain(stream)
         raise too_large
-    taken = 0
+    received = 0
     while True:
         try:
             async with asyncio.timeout(seconds):
@@ -58,8 +58,8 @@ async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncG
             raise ProblemError(408, "request_timeout", message, headers={"Connection": "close"}) from error
         if chunk is None:
             return
-        taken += len(chunk)
-        if taken > limit:
+        received += len(chunk)
+        if received > limit:
             await _drain(stream)
             raise too_large
         if chunk:

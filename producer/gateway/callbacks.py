@@ -224,6 +224,6 @@ async def _rebuilt(services: Services, record: CallbackRecord) -> Callback:
     raise ProblemError(
         409,
         "callback_not_kept",
-        f"callback {record.callback_id} ({record.event}) is no longer kept; only callbacks that failed, or that "
-        "tell an end, can be sent again",
+        f"callback {record.callback_id} ({record.event}) is no longer kept; only callbacks of an end, and "
+        "failed ones, can be sent again",
     )

@@ -15,19 +15,21 @@ class GatewaySettings(Settings):
     gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     gateway_port: int = Field(8000, ge=0, le=65535, description="Port of the gateway; 0 takes a free one.")
     api_keys_file: Path = Field(
-        Path(".inferq/api-keys.json"), description="The file of API keys (digests only) and their tenants."
+        Path(".inferq/api-keys.json"), description="File of API keys (digests only) and their tenants."
     )
-    max_upload_bytes: int = Field(512 * 1024 * 1024, gt=0, description="Largest file taken, in bytes.")
-    max_uploads: int = Field(32, gt=0, description="Uploads taken at once; more of them wait.")
+    max_upload_bytes: int = Field(
+        512 * 1024 * 1024, gt=0, description="Largest file that may be uploaded, in bytes."
+    )
+    max_uploads: int = Field(32, gt=0, description="Uploads at the same time; further ones wait.")
     submit_timeout: float = Field(
-        5.0, gt=0, description="Seconds to wait for the broker to confirm a task before answering 503."
+        5.0, gt=0, description="Seconds to wait for the broker's confirm before the gateway answers 503."
     )
     body_timeout: float = Field(
-        30.0, gt=0, description="Seconds that a client may leave between two pieces of a request's body."
+        30.0, gt=0, description="Seconds that a client may pause while it sends a request's body."
     )
     events_heartbeat: float = Field(
         15.0, gt=0, description="Seconds between two heartbeats of an event stream."
     )
     shutdown_grace: float = Field(
-        10.0, gt=0, description="Seconds that requests in hand get to finish when the gateway stops."
+        10.0, gt=0, description="Seconds that requests in flight get to finish when the gateway stops."
     )

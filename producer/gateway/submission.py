@@ -1,10 +1,10 @@
 """Submitting a task: gather the facts, decide by `admission`, publish, confirm.
 
-Calls of a submission, each line one after the other, the calls within a line at the same time:
+The calls of a submission, step by step; the calls of one step run at the same time:
 
-1. Redis: reserve the id. A record of an accepted task, or of another one, ends it here.
-2. The object store: one look-up per uploaded input. For an id that a client chose, also whether a task of
-   that id ended before and, if it has the form of a batch line's id, Redis: whether that line is queued.
+1. Redis: reserve the id. If the id has the record of an accepted task, the other steps are skipped.
+2. The object store: whether each uploaded input exists. If the client chose the id, also whether a task of
+   that id ended before, and whether the id belongs to a queued line of a batch (Redis).
 3. The broker: publish, and wait for the confirm.
 4. Redis: confirm the record.
 """
@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -99,14 +99,15 @@ class Submitter:
 
     async def _gather(self, task: Task, digest: str, own_id: bool) -> Facts:
         facts = Facts(task, digest, record=await self._reserve(task))
-        if facts.record_decides:
-            return facts
         look_up = own_id and may_be_in_use(task.task_id, datetime.now(UTC))
+        uploads = {field: url for field, url in task.inputs().items() if url.startswith("inferq:")}
+        if facts.record_decides or not (look_up or uploads):
+            return facts
         async with self._withdrawn_on_error(task):
             result, is_queued_line, unusable_inputs = await asyncio.gather(
                 self._find_result(task) if look_up else _value(None),
                 self._is_queued_line(task) if look_up else _value(False),
-                self._find_unusable_inputs(task),
+                self._find_unusable_inputs(task, uploads),
             )
         return replace(facts, result=result, is_queued_line=is_queued_line, unusable_inputs=unusable_inputs)
 
@@ -136,9 +137,11 @@ class Submitter:
             _log.warning("task %s: cannot check whether it is a batch's line: %s", task.task_id, error)
             return False
 
-    async def _find_unusable_inputs(self, task: Task) -> tuple[UnusableInput, ...]:
-        uploads = [(field, url) for field, url in task.inputs().items() if url.startswith("inferq:")]
-        found = await asyncio.gather(*(self._check_upload(task, field, url) for field, url in uploads))
+    async def _find_unusable_inputs(
+        self, task: Task, uploads: Mapping[str, str]
+    ) -> tuple[UnusableInput, ...]:
+        checks = (self._check_upload(task, field, url) for field, url in uploads.items())
+        found = await asyncio.gather(*checks)
         return tuple(unusable for unusable in found if unusable is not None)
 
     async def _check_upload(self, task: Task, field: str, url: str) -> UnusableInput | None:

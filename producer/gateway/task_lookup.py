@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from datetime import UTC, datetime, timedelta
 
@@ -90,8 +91,10 @@ async def queued_line(services: Services, tenant: str, task_id: str) -> TaskStat
     line = int(number)
     if not await services.on_redis(services.batch_index.is_fed, tenant, batch_id, line):
         return None
-    batch = await services.on_store(services.batches.load, tenant, batch_id)
-    source = await services.on_store(services.batches.source, tenant, batch_id)
+    batch, source = await asyncio.gather(
+        services.on_store(services.batches.load, tenant, batch_id),
+        services.on_store(services.batches.source, tenant, batch_id),
+    )
     if batch is None or source is None or source.own_ids:
         return None
     return TaskStatus(
