@@ -34,7 +34,7 @@ _tenants = (f"tenant-{n}" for n in itertools.count(1))
 
 
 class FakePublisher:
-    """Keeps what it is given; fails with `error` where one is set; waits for `gate` where one is set."""
+    """Keeps its messages. Confirms after `delay` seconds; fails with `error` if set."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -61,7 +61,7 @@ class FakePublisher:
 
 @dataclass
 class Gateway:
-    """A running gateway, what it works with, and a tenant of its own for the test."""
+    """A running gateway, its services, and a tenant for one test."""
 
     url: str
     server: Server
@@ -99,7 +99,7 @@ class Gateway:
         return task
 
     def end(self, task: Task, status: EndState = "succeeded", *, redis: bool = True, **more: Any) -> Result:
-        """What a worker does at the end of a task."""
+        """Record the end of a task, as a worker does."""
         fields: dict[str, Any] = {"output": {"payload": 1}} if status == "succeeded" else {}
         if status == "failed":
             fields["error"] = ErrorInfo(code="broken", message="it broke", retryable=False)
@@ -132,7 +132,7 @@ def running(
     store_breaker: StoreBreaker | None = None,
     **settings: Any,
 ) -> Iterator[Gateway]:
-    """A gateway with its own folder."""
+    """Run a gateway with a folder of its own."""
     listener = listen("127.0.0.1", 0)
     url = url_of(listener)
     given = {"store_url": (folder / "store").as_uri(), "store_fsync": False, "redis_timeout": 0.5}
@@ -177,7 +177,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 
 def published(gateway: Gateway) -> list[str | None]:
-    """The ids that the fake publisher of that gateway has got."""
+    """The ids of the messages that the gateway's fake publisher received."""
     fake: FakePublisher = gateway.server.config.app.state.services.publisher  # type: ignore[union-attr]
     return fake.ids()
 
@@ -198,7 +198,7 @@ def shared_gateway(
 
 @pytest.fixture
 def gateway(shared_gateway: Gateway) -> Iterator[Gateway]:
-    """The gateway with a real broker, Redis and folder store; the tenant is the test's own."""
+    """The gateway with a real broker, Redis and folder store, and a tenant for this test."""
     fresh = as_new_tenant(shared_gateway)
     with fresh.http:
         yield fresh
@@ -222,14 +222,14 @@ def shared_lone_gateway(
 
 @pytest.fixture
 def publisher(shared_publisher: FakePublisher) -> FakePublisher:
-    """The publisher of `lone_gateway`, or of a gateway that the test runs itself."""
+    """The fake publisher of `lone_gateway`, or of a gateway that the test runs itself."""
     FakePublisher.__init__(shared_publisher)
     return shared_publisher
 
 
 @pytest.fixture
 def lone_gateway(shared_lone_gateway: Gateway, publisher: FakePublisher) -> Iterator[Gateway]:
-    """A gateway whose publisher is a fake; the tenant is the test's own."""
+    """A gateway with a fake publisher, and a tenant for this test."""
     fresh = as_new_tenant(shared_lone_gateway)
     with fresh.http:
         yield fresh
@@ -237,6 +237,6 @@ def lone_gateway(shared_lone_gateway: Gateway, publisher: FakePublisher) -> Iter
 
 @pytest.fixture
 def own_gateway(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> Iterator[Gateway]:
-    """A gateway that the test may break."""
+    """A gateway for this test alone, which may break it."""
     with running(tmp_path, redis_url=redis_url, publisher=publisher) as gateway:
         yield gateway

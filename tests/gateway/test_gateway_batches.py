@@ -1,4 +1,4 @@
-"""Where batches stand, and what a look costs."""
+"""Submitting batches, their status, and how many object store reads a status costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def made(gateway: Gateway, *, tenant: str | None = None, source: str = "inferq:x
 
 
 def fed(gateway: Gateway, *, lease_seconds: int = 20) -> BatchIndex:
-    """What the feeder of that batch does: it has the lease, and lines 1 and 2 of 5 are fed."""
+    """Act as the feeder of batch b: lease it and feed lines 1 and 2 of 5."""
     index, name = BatchIndex(gateway.status, lease_seconds=lease_seconds), (gateway.tenant, "b")
     assert index.take(*name, chain="c", part=0, token="t") == "taken"
     index.open(*name, token="t", line=0, offset=0, total=5, cancelled=False)
@@ -33,7 +33,7 @@ def fed(gateway: Gateway, *, lease_seconds: int = 20) -> BatchIndex:
 
 
 def ended(gateway: Gateway) -> None:
-    """The end of that batch, of which Redis does not learn."""
+    """End batch b in the object store only."""
     now = datetime.now(UTC)
     BatchStore(gateway.store).finish(
         BatchSummary(
@@ -51,7 +51,7 @@ def state(gateway: Gateway) -> str:
 
 @pytest.fixture
 def asked(lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the gateway asks its object store for, and about whom: the calls go on to the store."""
+    """The gateway's object store calls and their keys, as they are made."""
     store: ObjectStore = lone_gateway.server.config.app.state.services.store  # type: ignore[union-attr]
     calls: list[str] = []
 
@@ -69,7 +69,7 @@ def asked(lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_a_batch_that_is_fed_costs_no_look_into_the_object_store(
+def test_the_status_of_a_batch_being_fed_costs_no_object_store_read(
     lone_gateway: Gateway, asked: list[str]
 ) -> None:
     made(lone_gateway)
@@ -87,7 +87,7 @@ def test_a_batch_that_is_fed_costs_no_look_into_the_object_store(
     assert second["source"] == "inferq:x"
 
 
-def test_a_batch_that_nobody_feeds_is_handed_over_to_be_cancelled(
+def test_cancelling_a_batch_without_a_feeder_publishes_its_feed_message(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
     made(lone_gateway)
@@ -100,7 +100,7 @@ def test_a_batch_that_nobody_feeds_is_handed_over_to_be_cancelled(
     assert (message.routing_key, json.loads(message.body)[1]["batch_id"]) == ("inference.batches", "b")
 
 
-def test_a_tenant_never_gets_what_is_kept_of_anothers_batch(lone_gateway: Gateway) -> None:
+def test_the_batch_cache_never_serves_another_tenant(lone_gateway: Gateway) -> None:
     made(lone_gateway)
     fed(lone_gateway)
     assert state(lone_gateway) == "feeding"
@@ -114,7 +114,7 @@ def test_a_tenant_never_gets_what_is_kept_of_anothers_batch(lone_gateway: Gatewa
             assert gateway.http.get(PATH).json()["source"] == source
 
 
-def test_an_end_that_redis_missed_is_told_once_no_feeder_has_the_batch(lone_gateway: Gateway) -> None:
+def test_an_end_that_redis_missed_shows_once_the_lease_is_released(lone_gateway: Gateway) -> None:
     made(lone_gateway)
     index = fed(lone_gateway)
     assert state(lone_gateway) == "feeding"
@@ -126,7 +126,7 @@ def test_an_end_that_redis_missed_is_told_once_no_feeder_has_the_batch(lone_gate
     assert (answer["state"], answer["counts"]["succeeded"]) == ("completed", 5)
 
 
-def test_a_lease_hides_no_end_once_it_has_run_out(lone_gateway: Gateway) -> None:
+def test_an_expired_lease_hides_no_end(lone_gateway: Gateway) -> None:
     made(lone_gateway)
     assert state(lone_gateway) == "preparing"
     index = fed(lone_gateway, lease_seconds=2)
@@ -138,7 +138,7 @@ def test_a_lease_hides_no_end_once_it_has_run_out(lone_gateway: Gateway) -> None
     assert (standing.state, standing.leased) == ("feeding", False)
 
 
-def test_a_feeder_that_comes_after_the_end_does_not_hide_it(lone_gateway: Gateway) -> None:
+def test_a_late_feeder_does_not_hide_the_end(lone_gateway: Gateway) -> None:
     made(lone_gateway)
     index = fed(lone_gateway)
     assert state(lone_gateway) == "feeding"
@@ -147,7 +147,7 @@ def test_a_feeder_that_comes_after_the_end_does_not_hide_it(lone_gateway: Gatewa
     assert state(lone_gateway) == "completed"
 
 
-def test_a_batch_that_was_deleted_is_not_there_whatever_was_kept(lone_gateway: Gateway) -> None:
+def test_a_deleted_batch_is_not_found_in_the_cache(lone_gateway: Gateway) -> None:
     made(lone_gateway)
     index = fed(lone_gateway)
     assert state(lone_gateway) == "feeding"
@@ -158,7 +158,7 @@ def test_a_batch_that_was_deleted_is_not_there_whatever_was_kept(lone_gateway: G
     assert lone_gateway.http.get(PATH).json()["source"] == "inferq:y"
 
 
-def test_a_batch_that_is_submitted_anew_is_told_as_it_is_now(lone_gateway: Gateway) -> None:
+def test_a_batch_submitted_again_after_its_deletion_replaces_the_cached_one(lone_gateway: Gateway) -> None:
     made(lone_gateway)
     fed(lone_gateway)
     assert lone_gateway.http.get(PATH).json()["source"] == "inferq:x"
@@ -247,7 +247,7 @@ def test_a_spec_that_cannot_be_read_is_named(lone_gateway: Gateway, spec: str, w
 @pytest.mark.parametrize(
     ("body", "status"), [('{"payload": 1}\n{"payload": 2}\n', 400), ('{"payload": 1}\n', 422)]
 )
-def test_a_jsonl_that_is_sent_as_something_else_is_told_what_it_should_be_sent_as(
+def test_a_jsonl_with_another_content_type_is_refused_with_the_right_one(
     lone_gateway: Gateway, body: str, status: int
 ) -> None:
     answer = post(lone_gateway, body, "application/x-www-form-urlencoded")
@@ -271,12 +271,12 @@ def post(gateway: Gateway, body: str, content_type: str, **query: str) -> httpx.
         {"source": "s3://scans/in.jsonl", "task_type": "ner", "defaults": {"options": {}}},
     ],
 )
-def test_what_the_lines_may_still_say_is_not_missed(lone_gateway: Gateway, said: dict[str, Any]) -> None:
+def test_fields_that_lines_may_add_are_not_required(lone_gateway: Gateway, said: dict[str, Any]) -> None:
     answer = lone_gateway.http.post("/v1/batches", json=said)
     assert answer.status_code == 202, answer.text
 
 
-def test_the_batches_asked_for_last_are_kept_and_no_more() -> None:
+def test_the_cache_keeps_the_most_recently_used_batches() -> None:
     def batch(batch_id: str, tenant: str = "a") -> Batch:
         return Batch(batch_id=batch_id, tenant=tenant, source="inferq:x", created_at=datetime.now(UTC))
 

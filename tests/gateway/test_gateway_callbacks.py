@@ -1,4 +1,4 @@
-"""What became of callbacks, over HTTP, and sending them again."""
+"""The status of callbacks over HTTP, and sending them again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_failed_is_sent_again_as_it_was_even_after_redis_was_lost(
         assert other.post("/v1/tasks/t2/callbacks/resend").status_code == 404
 
 
-def test_a_delivered_end_is_made_anew_of_the_result(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+def test_a_delivered_end_is_rebuilt_from_the_result(lone_gateway: Gateway, publisher: FakePublisher) -> None:
     _, callback, records = ended(lone_gateway, "t3")
     records.note(record(callback, "delivered"))
     assert lone_gateway.http.post("/v1/tasks/t3/callbacks/resend").json()["items"] == []
@@ -79,7 +79,7 @@ def test_a_delivered_end_is_made_anew_of_the_result(lone_gateway: Gateway, publi
     assert lone_gateway.http.post("/v1/tasks/t3/callbacks/msg_1/resend").status_code == 404
 
 
-def test_what_is_kept_no_longer_is_refused_with_the_reason(
+def test_a_callback_that_is_no_longer_kept_is_refused_with_the_reason(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
     _, callback, records = ended(lone_gateway, "t4")
@@ -144,7 +144,7 @@ def test_what_is_being_sent_again_is_not_sent_twice(lone_gateway: Gateway, publi
     assert len(publisher.messages) == 1
 
 
-def test_what_was_given_up_while_redis_was_away_is_shown_and_sent_again(
+def test_a_callback_that_failed_while_redis_was_unavailable_is_shown_and_sent_again(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
     _, callback, records = ended(lone_gateway, "t9")
@@ -158,7 +158,7 @@ def test_what_was_given_up_while_redis_was_away_is_shown_and_sent_again(
     assert shown["state"] == "waiting"
 
 
-def test_a_delivered_one_that_is_sent_again_is_shown_as_that_goes(
+def test_a_delivered_callback_that_is_sent_again_shows_its_new_state(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
     _, callback, records = ended(lone_gateway, "t10")

@@ -53,7 +53,7 @@ def types(gateway: Gateway, task_id: str) -> list[str]:
         return [event["type"] for event in Stream(response).events()]
 
 
-def test_a_stream_tells_where_the_task_stands_and_then_every_step(gateway: Gateway) -> None:
+def test_a_stream_starts_with_the_status_and_follows_every_step(gateway: Gateway) -> None:
     gateway.http.put("/v1/tasks/e", json=ECHO)
     with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -138,7 +138,7 @@ def test_a_reader_that_leaves_is_forgotten(gateway: Gateway) -> None:
     assert not event_bus._acked
 
 
-def test_redis_is_told_when_nobody_listens_any_more(gateway: Gateway, redis_url: str) -> None:
+def test_a_channel_without_readers_is_unsubscribed(gateway: Gateway, redis_url: str) -> None:
     for n in range(5):
         gateway.began(f"e{n}")
     with ThreadPoolExecutor(5) as threads:
@@ -157,7 +157,7 @@ def test_redis_is_told_when_nobody_listens_any_more(gateway: Gateway, redis_url:
 def streaming(
     tmp_path: Path, redis_node: Redis, publisher: FakePublisher, **settings: Any
 ) -> Iterator[tuple[Gateway, Task, Iterator[dict[str, Any]]]]:
-    """A gateway, a task that has begun, and the task's events from behind its start on."""
+    """A gateway, a running task, and the task's events after `task.started`."""
     with running(tmp_path, redis_url=redis_node.url, publisher=publisher, **settings) as gateway:
         task = gateway.began("e")
         with gateway.http.stream("GET", "/v1/tasks/e/events") as response:
@@ -166,7 +166,7 @@ def streaming(
             yield gateway, task, events
 
 
-def test_an_end_written_while_redis_was_away_still_ends_the_stream(
+def test_an_end_while_redis_is_unavailable_still_ends_the_stream(
     tmp_path: Path, redis_node: Redis, publisher: FakePublisher
 ) -> None:
     with streaming(tmp_path, redis_node, publisher) as (gateway, task, events):
@@ -182,7 +182,6 @@ def test_a_stream_goes_on_when_redis_is_back(
     with streaming(tmp_path, redis_node, publisher, events_heartbeat=60) as (gateway, task, events):
         redis_node.kill()
         redis_node.start()
-        # What the index has lost the worker tells again.
         event_bus = gateway.server.config.app.state.services.event_bus  # type: ignore[union-attr]
         wait_until(lambda: any(acked.is_set() for acked in event_bus._acked.values()))
         gateway.began("e")

@@ -161,7 +161,7 @@ def test_an_upload_far_over_the_limit_is_cut_off(lone_gateway: Gateway) -> None:
     assert everything(lone_gateway) == []
 
 
-def test_a_client_that_expects_100_continue_is_spared_the_sending(lone_gateway: Gateway) -> None:
+def test_a_client_that_expects_100_continue_is_refused_before_it_sends(lone_gateway: Gateway) -> None:
     with socket.create_connection(("127.0.0.1", httpx.URL(lone_gateway.url).port or 0), timeout=10) as line:
         head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {lone_gateway.key}\r\n"
         line.sendall(f"{head}Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n".encode())
@@ -186,7 +186,9 @@ def test_an_upload_that_stops_half_way_leaves_nothing(lone_gateway: Gateway, for
     assert lone_gateway.http.post("/v1/files", content=b"next").status_code == 201
 
 
-def test_uploads_that_dawdle_hold_up_nobody(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
+def test_slow_uploads_do_not_delay_submissions(
+    tmp_path: Path, redis_url: str, publisher: FakePublisher
+) -> None:
     with running(tmp_path, redis_url=redis_url, publisher=publisher, max_uploads=2) as gateway:
         release = threading.Event()
 

@@ -78,7 +78,7 @@ def test_an_end_that_redis_missed_is_found_in_the_store(gateway: Gateway) -> Non
     assert gateway.http.get("/v1/tasks/missed").json()["state"] == "running"
     gateway.end(task, redis=False)
     assert gateway.http.get("/v1/tasks/missed").json()["state"] == "succeeded"
-    # And Redis has learned of it, so that lists tell the same.
+    # The status repaired Redis, so lists agree.
     (listed,) = gateway.http.get("/v1/tasks").json()["items"]
     assert listed["state"] == "succeeded"
 
@@ -93,7 +93,7 @@ def test_a_redriven_task_is_not_called_failed_again(gateway: Gateway) -> None:
         chunks = response.iter_raw()
         text = next(chunks)
         assert b"task.started" in text
-        # Past a heartbeat, when the failure of before has been looked at too.
+        # Past a heartbeat, which polls the object store and finds the earlier failure.
         while b": ping" not in text:
             text += next(chunks)
         gateway.end(task, "succeeded", redrives=1)
@@ -193,7 +193,7 @@ def test_an_artifact_that_is_gone_is_not_found(gateway: Gateway, tmp_path: Path)
     problem(gateway.http.get(f"/v1/tasks/{task.task_id}/artifacts/a.txt"), 404, "not_found")
 
 
-def test_a_result_that_cannot_be_read_is_told_without_internals(gateway: Gateway) -> None:
+def test_an_unreadable_result_is_an_internal_problem_without_details(gateway: Gateway) -> None:
     place = f"tasks/{gateway.tenant}/mad/result.json"
     gateway.store.put(place, b"{}", content_type="application/json")
     response = gateway.http.get("/v1/tasks/mad/result")
@@ -219,7 +219,7 @@ def test_cancelling_what_has_ended(gateway: Gateway) -> None:
     problem(gateway.http.post("/v1/tasks/none/cancel"), 404, "not_found")
 
 
-def test_lists_come_in_pages_the_newest_first(gateway: Gateway) -> None:
+def test_lists_come_in_pages_newest_first(gateway: Gateway) -> None:
     ids = [
         gateway.http.post("/v1/tasks", json={**ECHO, "batch_id": f"b{n % 2}"}).json()["task_id"]
         for n in range(7)
@@ -283,7 +283,7 @@ def test_ended_tasks_are_answered_when_redis_has_forgotten(gateway: Gateway) -> 
     problem(gateway.http.post("/v1/tasks/old/cancel"), 409, "already_ended")
 
 
-def test_the_store_being_away_is_said_so(own_gateway: Gateway, tmp_path: Path) -> None:
+def test_an_unavailable_store_is_reported(own_gateway: Gateway, tmp_path: Path) -> None:
     task = own_gateway.began("a")
     own_gateway.end(task)
     store = tmp_path / "store"
@@ -296,14 +296,14 @@ def test_the_store_being_away_is_said_so(own_gateway: Gateway, tmp_path: Path) -
         response = own_gateway.http.post("/v1/files", content=b"x")
         problem(response, 503, "store_unavailable")
         assert response.headers["retry-after"] == "5"
-        # Submitting goes on: the worker looks again before it runs anything.
+        # Tasks are still accepted: the worker checks again before it runs anything.
         assert own_gateway.http.put("/v1/tasks/mine", json=ECHO).status_code == 202
     finally:
         store.unlink()
         (tmp_path / "away").rename(store)
 
 
-def test_batches_are_listed_the_newest_first_whatever_their_ids(gateway: Gateway) -> None:
+def test_batches_are_listed_newest_first_whatever_their_ids(gateway: Gateway) -> None:
     store = BatchStore(gateway.store)
     names = ["nightly-2026", "0198", "z", "a", "nightly-2025"]
     for name in names:

@@ -186,7 +186,7 @@ def test_a_compressed_body_is_refused(gateway: Gateway) -> None:
     problem(response, 415, "unsupported_encoding")
 
 
-def test_a_silent_client_is_let_go(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
+def test_a_silent_client_is_disconnected(tmp_path: Path, redis_url: str, publisher: FakePublisher) -> None:
     with running(tmp_path, redis_url=redis_url, publisher=publisher, body_timeout=0.2) as gateway:
         with socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port or 0), timeout=10) as line:
             head = f"POST /v1/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key}\r\n"
@@ -219,7 +219,7 @@ def test_a_client_that_leaves_before_the_answer_has_its_task_submitted(
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Basic abc", "Bearer iq_nonsense", "Bearer é"])
-def test_without_a_known_key_nothing_is_to_be_had(gateway: Gateway, header: str | None) -> None:
+def test_without_a_known_key_every_route_answers_401(gateway: Gateway, header: str | None) -> None:
     headers = {"Authorization": header.encode("latin-1")} if header is not None else {}
     with gateway.client(None) as stranger:
         for method, path in [
@@ -312,7 +312,7 @@ def test_fifty_submissions_of_one_id_at_once_are_one_task(
     assert len(lone_gateway.http.get("/v1/tasks").json()["items"]) == 1
 
 
-def test_of_two_contents_under_one_id_at_once_one_is_taken(
+def test_of_two_contents_under_one_id_at_once_one_is_accepted(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
     publisher.delay = 0.05
@@ -338,7 +338,7 @@ def test_fifty_submissions_through_the_real_broker(gateway: Gateway) -> None:
         (Unroutable("nowhere"), "unroutable"),
     ],
 )
-def test_a_task_that_the_broker_did_not_take_leaves_nothing(
+def test_a_task_that_the_broker_did_not_confirm_leaves_nothing(
     lone_gateway: Gateway, publisher: FakePublisher, error: Any, code: str
 ) -> None:
     publisher.error = error
@@ -349,7 +349,7 @@ def test_a_task_that_the_broker_did_not_take_leaves_nothing(
     assert lone_gateway.status.get(lone_gateway.tenant, "later") is None
     problem(lone_gateway.http.get("/v1/tasks/later"), 404, "not_found")
     publisher.error = None
-    # Nothing is left, so even another content is welcome.
+    # No record is left, so other content is accepted under the same id.
     assert lone_gateway.http.put("/v1/tasks/later", json={**ECHO, "payload": 2}).status_code == 202
     assert publisher.ids() == ["later"]
 
@@ -371,7 +371,7 @@ def test_a_broker_that_is_down_gives_503_within_the_limit(tmp_path: Path, redis_
         assert gateway.http.get("/healthz").status_code == 200
 
 
-def test_an_unexpected_error_leaves_nothing_and_tells_nothing(
+def test_an_unexpected_error_leaves_and_reveals_nothing(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
     publisher.error = RuntimeError("secret internals")  # type: ignore[assignment]
@@ -381,7 +381,7 @@ def test_an_unexpected_error_leaves_nothing_and_tells_nothing(
     assert lone_gateway.status.get(lone_gateway.tenant, "odd") is None
 
 
-def test_without_redis_a_task_is_published_all_the_same(
+def test_without_redis_a_task_is_published_nevertheless(
     tmp_path: Path, redis_node: Redis, publisher: FakePublisher
 ) -> None:
     with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
@@ -389,7 +389,7 @@ def test_without_redis_a_task_is_published_all_the_same(
         response = gateway.http.put("/v1/tasks/a", json=ECHO)
         assert (response.status_code, response.json()["state"]) == (202, "queued")
         assert publisher.ids() == ["a"]
-        # Whether it exists nobody can tell: that is not 404.
+        # Without Redis the gateway cannot say that a task does not exist: 503, not 404.
         problem(gateway.http.get("/v1/tasks/a"), 503, "status_unavailable")
         problem(gateway.http.get("/v1/tasks/a/events"), 503, "status_unavailable")
         problem(gateway.http.post("/v1/tasks/a/cancel"), 503, "status_unavailable")
@@ -398,7 +398,7 @@ def test_without_redis_a_task_is_published_all_the_same(
         ready = gateway.http.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
         assert not ready.json()["checks"]["redis"]["ok"]
-        # Once it has ended the object store tells everything.
+        # The end of a task is in the object store.
         gateway.end(gateway.task("a", payload="hello"), redis=False)
         assert gateway.http.get("/v1/tasks/a").json()["state"] == "succeeded"
         assert gateway.http.get("/v1/tasks/a/result").json()["output"] == {"payload": 1}
@@ -410,7 +410,7 @@ def test_without_redis_a_task_is_published_all_the_same(
         assert publisher.ids() == ["a"]
 
 
-def test_redis_learns_of_a_task_once_it_is_back(
+def test_a_task_is_recorded_once_redis_is_back(
     tmp_path: Path, redis_node: Redis, publisher: FakePublisher
 ) -> None:
     with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
@@ -444,10 +444,10 @@ def test_a_store_that_hangs_delays_one_submission_only(
     assert asked == ["hung0"]
 
 
-def test_a_submission_that_lost_its_id_to_a_task_in_a_workers_hands_is_a_conflict(
+def test_an_id_that_another_running_task_took_meanwhile_is_a_conflict(
     lone_gateway: Gateway, publisher: FakePublisher
 ) -> None:
-    """The other one is in the queue without a record, as one that came by AMQP."""
+    """The other task was published by AMQP, so it has no record until a worker begins it."""
     publish = publisher.confirm
 
     async def begun_meanwhile(message: Message, *, timeout: float | None = None) -> None:
@@ -500,7 +500,7 @@ def test_prefer_wait_answers_202_when_the_time_is_over(lone_gateway: Gateway) ->
     assert "result" not in response.json()
 
 
-def test_a_gateway_that_stops_lets_waiting_requests_go(
+def test_a_stopping_gateway_answers_waiting_requests(
     tmp_path: Path, redis_url: str, publisher: FakePublisher
 ) -> None:
     with running(tmp_path, redis_url=redis_url, publisher=publisher) as gateway:

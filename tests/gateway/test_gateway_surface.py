@@ -28,11 +28,11 @@ from tests.gateway.test_gateway_submit import ECHO, problem
 @pytest.mark.parametrize(
     "path", ["/", "/nothing", "/v1", "/v1/nothing", "/v1/tasks/", "/v1/tasks/a/b/c", "/docs", "//v1/tasks"]
 )
-def test_what_is_not_there_is_a_problem_document(gateway: Gateway, path: str) -> None:
+def test_an_unknown_path_is_a_problem_document(gateway: Gateway, path: str) -> None:
     problem(gateway.http.get(path), 404, "not_found")
 
 
-def test_what_is_not_done_there_is_a_problem_document(gateway: Gateway) -> None:
+def test_an_unsupported_method_is_a_problem_document(gateway: Gateway) -> None:
     response = gateway.http.delete("/v1/tasks/a")
     problem(response, 405, "method_not_allowed")
     assert {"GET", "PUT"} & {method.strip() for method in response.headers["allow"].split(",")}
@@ -55,14 +55,14 @@ def test_the_health_pages_are_open(gateway: Gateway) -> None:
     assert set(ready.json()["checks"]) == {"broker", "store", "redis"}
 
 
-def test_a_blocking_broker_is_told(lone_gateway: Gateway, publisher: FakePublisher) -> None:
+def test_a_blocking_broker_is_reported(lone_gateway: Gateway, publisher: FakePublisher) -> None:
     publisher.blocked_reason = "low on memory"
     ready = wait_until(lambda: (r := lone_gateway.http.get("/readyz")).json()["status"] == "degraded" and r)
     assert ready.status_code == 200
     assert "low on memory" in ready.json()["checks"]["broker"]["detail"]
 
 
-def test_metrics_count_by_template_and_never_by_what_strangers_send(own_gateway: Gateway) -> None:
+def test_metrics_have_the_route_template_and_never_the_path_or_unknown_methods(own_gateway: Gateway) -> None:
     own_gateway.http.put("/v1/tasks/a", json=ECHO)
     own_gateway.http.get("/v1/tasks/secret-id")
     own_gateway.http.get("/made/up/path")
@@ -151,7 +151,7 @@ def test_a_body_is_an_object_or_refused(body: bytes) -> None:
 
 
 def test_an_answer_does_not_wait_for_the_clients_acknowledgement() -> None:
-    """Head and body are packets of their own: with Nagle's algorithm the second one waits up to 40 ms."""
+    """Headers and body are separate packets: with Nagle's algorithm the second waits up to 40 ms."""
     with (
         listen("127.0.0.1", 0) as listener,
         socket.create_connection(listener.getsockname()),
@@ -175,7 +175,7 @@ def test_a_broken_key_file_is_an_error_of_the_start(tmp_path: Path, publisher: F
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_the_process_serves_until_it_is_told_to_stop(
+def test_the_process_serves_until_a_signal_stops_it(
     tmp_path: Path, redis_url: str, amqp_url: str, how: signal.Signals
 ) -> None:
     script = "from inferq.producer.gateway import serve; serve(port=0, on_listening=lambda url: print(url, flush=True))"

@@ -79,7 +79,7 @@ def test_a_broken_file_is_a_clear_error_and_is_not_overwritten(path: Path) -> No
     key = keys.add("alpha")
     assert keys.tenant_of(key) == "alpha"
     path.write_text("[{")
-    # Whoever runs goes on with what it has; whoever starts or writes is told.
+    # A running gateway goes on with the keys it has; starting and writing fail.
     assert keys.tenant_of(key) == "alpha"
     for call in (KeyFile(path).list, lambda: KeyFile(path).tenant_of(key), lambda: KeyFile(path).add("beta")):
         with pytest.raises(InstallationError, match="INFERQ_API_KEYS_FILE"):
