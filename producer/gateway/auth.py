@@ -31,7 +31,7 @@ async def tenant_of(
         raise ProblemError(
             401,
             "unknown_api_key",
-            "the API key is unknown; it may have been removed",
+            "the API key is unknown or was removed; ask the operator for a new one",
             headers={"WWW-Authenticate": 'Bearer realm="inferq", error="invalid_token"'},
         )
     request.state.tenant = tenant

@@ -22,7 +22,9 @@ SEND_JSONL_AS = "send a JSONL body with Content-Type: application/x-ndjson"
 def requested_batch(document: dict[str, Any], *, tenant: str, what: str = "the body") -> Batch:
     """The batch in a request's body or query; `what` names which. Raises ProblemError and InvalidTask."""
     if document.get("tenant", tenant) != tenant:
-        raise ProblemError(403, "tenant_mismatch", "the batch names another tenant than the API key's")
+        raise ProblemError(
+            403, "tenant_mismatch", "the batch names another tenant than the API key's; leave `tenant` out"
+        )
     if document.get("schedule") is not None:
         raise _invalid("schedule", "is set by nightly runs only; leave it out, or use `metadata`")
     completed = {

@@ -45,7 +45,9 @@ async def _check_upload(services: Services, batch: Batch) -> None:
     except ObjectNotFound as error:
         raise unknown_file("source", batch.source) from error
     if info.bytes == 0:
-        raise ProblemError(422, "empty_batch", f"source: the uploaded file {batch.source!r} is empty")
+        raise ProblemError(
+            422, "empty_batch", f"source: the uploaded file {batch.source!r} is empty; upload a JSONL"
+        )
 
 
 def _publisher(services: Services, loop: asyncio.AbstractEventLoop) -> Callable[[Message], None]:

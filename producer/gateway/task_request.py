@@ -17,11 +17,15 @@ def requested_task(document: dict[str, Any], *, tenant: str, task_id: str | None
     (422) if its id is not the path's; InvalidTask for anything wrong with the task itself.
     """
     if document.get("tenant", tenant) != tenant:
-        raise ProblemError(403, "tenant_mismatch", "the body names another tenant than the API key's")
+        raise ProblemError(
+            403, "tenant_mismatch", "the body names another tenant than the API key's; leave `tenant` out"
+        )
     if document.get("batch_line") is not None:
         raise ProblemError(422, "invalid_task", "batch_line: only a batch's feeder sets it; leave it out")
     if task_id is not None and document.get("task_id", task_id) != task_id:
-        raise ProblemError(422, "id_mismatch", "the body's task_id differs from the id in the path")
+        raise ProblemError(
+            422, "id_mismatch", "the body's task_id differs from the id in the path; leave it out"
+        )
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     completed = {"task_id": task_id or new_task_id(), "created_at": now, **document, "tenant": tenant}
     if completed["created_at"] is None:

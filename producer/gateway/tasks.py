@@ -163,7 +163,7 @@ async def get_result(
     raise ProblemError(
         409,
         "not_ended",
-        f"task {task_id!r} is {status.state} and has no result yet",
+        f"task {task_id!r} is {status.state} and has no result yet; ask again, or wait with Prefer: wait=20",
         headers={"Retry-After": "1", **preference_applied(seconds)},
         extensions={"task_id": task_id, "state": status.state},
     )
