@@ -114,7 +114,7 @@ def id_conflict(task: Task) -> ProblemError:
     return ProblemError(
         409,
         "id_conflict",
-        f"task {task.task_id!r} already exists with other content; choose another id",
+        f"task {task.task_id!r} already exists with different content; choose another id",
         extensions={"task_id": task.task_id},
     )
 
