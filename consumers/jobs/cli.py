@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from inferq.broker import JOB_QUEUES, BrokerSettings, JobQueue
-from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401 - `inferq settings` lists what is loaded
+
+# `inferq settings` lists the settings that the modules of commands have loaded.
+from inferq.consumers.batches.settings import BatchSettings  # noqa: F401
+from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
 
