@@ -18,7 +18,7 @@ from inferq.consumers.weights.manifest import WeightsRefused, describe, read_man
 
 app = typer.Typer()
 weights = typer.Typer(no_args_is_help=True)
-app.add_typer(weights, name="weights", help="The engines' weights: fetch, check and sign them.")
+app.add_typer(weights, name="weights", help="Fetch, check and sign the engines' weights.")
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which (default: all).")]
 

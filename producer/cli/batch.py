@@ -25,7 +25,9 @@ from inferq.producer.client.transfers import is_batch_url
 from inferq.schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
 from inferq.schemas.batch_source import JSONL_ENDINGS, input_field, is_prefix, line_of
 
-app = typer.Typer(name="batch", help="Many tasks from one source.", no_args_is_help=True)
+app = typer.Typer(
+    name="batch", help="Submit many tasks from one source, and follow them.", no_args_is_help=True
+)
 
 _LOOK_SECONDS = 1.0
 _LINE_SECONDS = 10.0

@@ -12,7 +12,7 @@ from inferq.producer.client.sync_client import Client
 from inferq.schemas import CallbackRecord, InvalidTask, SubjectKind
 from inferq.storage.fetch.urls import redacted
 
-app = typer.Typer(name="callback", help="What became of callbacks.", no_args_is_help=True)
+app = typer.Typer(name="callback", help="List callbacks and send them again.", no_args_is_help=True)
 
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="The task's id, or with --batch the batch's.")]
 BatchFlag = Annotated[bool, typer.Option("--batch", help="ID is a batch's, or a nightly run's.")]

@@ -11,7 +11,7 @@ from inferq.broker import BrokerSettings, DeadLetter, DeadLetters, Filter
 from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
 from inferq.schemas import InvalidTask, get_type
 
-app = typer.Typer(name="dead", help="Tasks that could not be done.", no_args_is_help=True)
+app = typer.Typer(name="dead", help="List, redrive and purge dead letters.", no_args_is_help=True)
 
 Type = Annotated[str, typer.Argument(metavar="TYPE", help="The task type.")]
 Reason = Annotated[str | None, typer.Option(help="Only those of this reason, e.g. not_an_image.")]

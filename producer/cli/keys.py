@@ -11,7 +11,7 @@ from inferq.producer.cli.output import JsonFlag, console, errors, print_json, pr
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.settings import GatewaySettings
 
-app = typer.Typer(name="keys", help="The gateway's API keys.", no_args_is_help=True)
+app = typer.Typer(name="keys", help="Add, list and remove API keys.", no_args_is_help=True)
 
 File = Annotated[Path | None, typer.Option("--file", help="The key file (default: INFERQ_API_KEYS_FILE).")]
 

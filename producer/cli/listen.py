@@ -33,7 +33,7 @@ def listen(
     status: Annotated[int, typer.Option(min=200, max=599, help="What those are answered.")] = 500,
     as_json: JsonFlag = False,
 ) -> None:
-    """Receive callbacks, verify their signatures and print a line for each, until Ctrl-C."""
+    """Receive callbacks and verify them, until Ctrl-C. Prints a line for each, and checks its signature."""
     try:
         from inferq.producer.cli.listener import Heard, Listener, check_secret
     except ImportError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 nightly = typer.Typer(no_args_is_help=True)
-app.add_typer(nightly, name="nightly", help="Batches that a schedule starts.")
+app.add_typer(nightly, name="nightly", help="Check, list and start nightly runs.")
 
 File = Annotated[Path | None, typer.Option("--file", help="The schedules (INFERQ_SCHEDULES_FILE).")]
 

@@ -12,7 +12,7 @@ from inferq.producer.cli.output import JsonFlag, console, print_json, print_tabl
 from inferq.schemas import InferqError
 from inferq.storage.webhook_secrets import KEEP_SECONDS, WebhookSecrets, WebhookSettings
 
-app = typer.Typer(name="secrets", help="What callbacks are signed with.", no_args_is_help=True)
+app = typer.Typer(name="secrets", help="Rotate the secrets that sign callbacks.", no_args_is_help=True)
 
 File = Annotated[
     Path | None, typer.Option("--file", help="The file of secrets (default: INFERQ_WEBHOOK_SECRETS_FILE).")

@@ -92,7 +92,7 @@ def settings(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the settings: environment variables, their defaults, and what is set here."""
+    """List the settings, their defaults, and their values here. They are environment variables."""
     # The page of the documentation is the same whatever else is installed beside inferq.
     found = variables(plugins=not markdown)
     if markdown:

@@ -53,7 +53,7 @@ def submit(
     out: Out = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Submit tasks: files are uploaded, URLs and texts are passed on. Exit status 1 if a task fails.
+    """Submit tasks; files among the inputs are uploaded. Exit status 1 if a task fails.
 
     --set takes a field of the task or, where there is no such field, one of its options; the value is read
     as JSON, else as text:  inferq submit ocr page.png --set annotated=true --wait
@@ -217,7 +217,7 @@ def result(
 
 @app.command()
 def cancel(task_id: TaskId, as_json: JsonFlag = False) -> None:
-    """Cancel a task: a queued one never starts, a running one stops within a second or so."""
+    """Cancel a task, queued or running. A queued one never starts; a running one stops in a second or so."""
     with Client() as client:
         found = client.cancel(task_id)
     if as_json:

@@ -14,7 +14,9 @@ from inferq.broker import BrokerSettings, BrokerUnavailable, Topology, connect, 
 from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
 from inferq.schemas import get_type, installed_types
 
-app = typer.Typer(name="topology", help="The exchanges and queues on the broker.", no_args_is_help=True)
+app = typer.Typer(
+    name="topology", help="Show, declare and check the exchanges and queues.", no_args_is_help=True
+)
 
 Part = TypeVar("Part")
 Types = Annotated[

@@ -46,7 +46,7 @@ def up(
         bool, typer.Option("--detach", help="Return once everything is ready; `inferq down` stops it.")
     ] = False,
 ) -> None:
-    """Start everything on this machine, a private RabbitMQ and Redis included."""
+    """Start everything here, with a private RabbitMQ and Redis."""
     # `inferq down` needs nothing of this.
     from inferq.producer.up.detached import start_detached
     from inferq.producer.up.foreground import Wish, keep_up
@@ -70,7 +70,7 @@ def up(
 
 @app.command()
 def down(data: Data = Path(".inferq")) -> None:
-    """Stop what `inferq up` started on a data folder, and wait until it is gone."""
+    """Stop `inferq up`, and wait for its end. The data folder names the one to stop."""
     console = Console(soft_wrap=True)
     folder = DataFolder(data)
     pid = folder.holder()
