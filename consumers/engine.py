@@ -1,7 +1,7 @@
-"""The engine protocol: what a task type's engine implements, and what a run may ask of its surroundings.
+"""The engine protocol: the class that an engine derives from, and the context of a run.
 
-An engine lives in a process of its own, which owns the GPU and the model. Its life is
-`load` → `warm_up` → `run` once per task → `close`, all on one thread.
+An engine lives in its own process, which owns the GPU and the model. The process calls
+`load` → `warm_up` → `run` for each task → `close`, all on one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TaskT = TypeVar("TaskT", bound=Task)
 
 
 class EngineSettings(Settings):
-    """What every engine may be told; an engine's own settings derive from this."""
+    """Settings that every engine has. Derive an engine's own settings from this class."""
 
     device: str = Field(
         "cpu",
@@ -30,12 +30,12 @@ class EngineSettings(Settings):
 
 
 class TaskAborted(Exception):
-    """The run stopped because it was asked to."""
+    """Raised by `Context.check_abort` to stop a run. Do not catch it."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A fetched input: where it lies, how large it is (bytes), and what its source said that it is."""
+    """A fetched input: its path, its size in bytes, and the content type that its source named."""
 
     path: Path
     bytes: int
@@ -44,7 +44,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class ArtifactFile:
-    """A file that the run leaves behind, to be uploaded under `name`."""
+    """A file of a run, uploaded as `name` and listed in the result. `Context.artifact` makes it."""
 
     name: str
     path: Path
@@ -53,9 +53,10 @@ class ArtifactFile:
 
 @dataclass(frozen=True)
 class Context:
-    """What one run may ask: its inputs, a scratch folder, and a way to report and to be stopped.
+    """One run: its inputs, a scratch folder, progress, and the request to stop.
 
-    `folder` is where the scratch folder is, or will be once somebody asks for it.
+    An engine uses `inputs` (a file for each input field) and the methods below. The worker sets the other fields:
+    `folder` is the path of `scratch`, `report` receives progress, `abort_requested` tells of a request to stop.
     """
 
     folder: Path
@@ -66,25 +67,28 @@ class Context:
 
     @property
     def scratch(self) -> Path:
-        """A folder of the run's own, for whatever it likes; gone after the run."""
+        """An empty folder for this run. It is made on first use, and deleted after the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder
 
     def progress(self, fraction: float, note: str = "") -> None:
-        """Say how far the run is, from 0 to 1, and what it is doing."""
+        """Report progress: a fraction from 0 to 1, and a short note for people."""
         self.report(min(max(fraction, 0.0), 1.0), note)
 
     def should_abort(self) -> bool:
-        """Whether the run was asked to stop; an engine that can stop early asks between its steps."""
+        """Whether the run should stop, for example on a cancel or at its time limit."""
         return self.abort_requested()
 
     def check_abort(self) -> None:
-        """Raise TaskAborted if the run was asked to stop; whoever runs the engine expects it."""
+        """Raise TaskAborted if the run should stop. Call this between steps shorter than a second."""
         if self.should_abort():
             raise TaskAborted
 
     def artifact(self, name: str, content_type: str) -> Path:
-        """Announce an artifact and get the path to write it to."""
+        """Announce an artifact, and return the path to write it to.
+
+        `name` is a plain file name, unique in the run. Raises ValueError for any other name.
+        """
         if not name or name in {".", ".."} or "/" in name or name in {a.name for a in self.artifacts}:
             raise ValueError(f"artifact name {name!r} is empty, taken, or not a plain file name")
         if name in {"result.json", "failure.json"}:
@@ -96,24 +100,27 @@ class Context:
 
 
 class Engine(ABC, Generic[TaskT]):
-    """Computes the tasks of one type.
+    """Computes the tasks of one type. Derive an engine from `Engine[YourTask]`.
 
-    Any method may raise inferq.schemas.InvalidTask (the input will never work) or inferq.schemas.TransientFailure
-    (another attempt may). Anything else counts as transient, and is logged with its stack.
+    A method may raise InvalidTask (the input will never work: no retry) or TransientFailure (another attempt may
+    work: a retry). Any other exception is retried too, and logged with its stack.
     """
 
     @abstractmethod
     def load(self) -> EngineInfo:
-        """Load the model. Raises inferq.schemas.InstallationError where what is installed cannot work."""
+        """Load the model, and describe it: each result carries the returned EngineInfo.
+
+        Raises InstallationError if a package, the weights or the device is missing; the worker then ends.
+        """
 
     def warm_up(self) -> None:
-        """Run once on made-up input, so that the first real task is no slower than the others."""
+        """Run once on made-up input, so that the first task is as fast as the others. Optional."""
         return
 
     @abstractmethod
     def run(self, task: TaskT, context: Context) -> BaseModel | Mapping[str, Any]:
-        """Compute one task. Gives the type's output."""
+        """Compute one task, and return the output of its type."""
 
     def close(self) -> None:
-        """Release what `load` took."""
+        """Release the model and the device. A second call does nothing. Optional."""
         return

@@ -1,9 +1,9 @@
-"""What every engine has to keep, as tests: hand in a few small tasks of your type, and have them.
+"""Tests that every engine must pass, made from a few small tasks of its type.
 
     test_contract = engine_contract(Subject(task_type, samples=[Sample({"text": "fine"})]))
 
-With that in a test module, pytest runs each of CHECKS on the engine, which is loaded once, in pytest's own
-process. It needs the extra `contract`. The checks are plain functions, for those who use no pytest.
+With this line in a test module, pytest runs each of CHECKS on the engine. The engine is loaded once, in pytest's
+own process. The checks are plain functions, so that other test runners can call them. Needs the extra `contract`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CHECKS", "Bench", "Check", "ContractBroken", "Run", "Sample", "Subje
 
 
 def engine_contract(*subjects: Subject) -> Callable[[Check, Bench], None]:
-    """A test function, for a name that begins with `test`: each check on each subject."""
+    """Return a pytest function that runs every check on every subject. Give it a name that begins with `test`."""
     import pytest
 
     cases = [

@@ -1,4 +1,4 @@
-"""What an engine is put through its paces with: a subject, its samples, and the bench that runs them."""
+"""A subject under test, its samples, and the bench that runs them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from inferq.schemas import EngineInfo, InvalidTask, Task, TaskType, describe_fau
 
 
 class ContractBroken(AssertionError):
-    """The engine does not do what the engine protocol asks for."""
+    """The engine breaks a rule of the engine protocol. The message says which, and how to repair it."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A small task. `fields` are inputs and options, as a producer sends them.
+    """A small task for the tests.
 
-    `files` has for an input the file, or the bytes, that the worker would have fetched. `deterministic` says
-    that a second run gives the same. `code` is, of a sample that is to be refused, the error's code.
+    `fields` are the inputs and options, as a producer sends them. `files` maps an input field to the file, or the
+    bytes, that the worker would fetch. `deterministic` says that a second run gives the same output. `code` is
+    the expected error code of a sample that must be refused.
     """
 
     fields: Mapping[str, JsonValue] = field(default_factory=dict)
@@ -42,10 +43,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Subject:
-    """A task type, the samples that its engine must compute, and those that must be refused.
+    """A task type under test: `samples` that its engine must compute, and samples that must be `refused`.
 
-    Samples are run dozens of times: keep them short. `polls` is whether a run looks for aborts; an engine
-    that cannot is killed by the worker instead, and has to load its model anew after each cancelled task.
+    Samples run dozens of times, so keep them short. `polls=False` is for an engine that cannot stop early: the
+    worker kills it on a cancel, and it loads its model again.
     """
 
     task_type: TaskType
@@ -56,7 +57,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run gave and did. Its files are there until the `with` block of `Bench.run` ends."""
+    """The output, artifacts and progress of one run. Its files exist inside the `with` block of `Bench.run`."""
 
     output: BaseModel | Mapping[str, Any]
     artifacts: Sequence[ArtifactFile]
@@ -68,14 +69,14 @@ class Run:
 
 @dataclass(frozen=True)
 class _Watched(Context):
-    """Does not put progress right, as the worker's context does."""
+    """Reports progress as it comes; the worker's context would clip it to 0 and 1."""
 
     def progress(self, fraction: float, note: str = "") -> None:
         self.report(fraction, note)
 
 
 class _Abort:
-    """Says from the `at`-th look on that the run is to stop."""
+    """Asks the run to stop, from the `at`-th look on."""
 
     def __init__(self, at: int | None) -> None:
         self.looks, self.told, self._at = 0, False, at
@@ -87,7 +88,7 @@ class _Abort:
 
 
 class Bench:
-    """Runs one engine, as a worker's engine process would. It is loaded at the first run."""
+    """Runs the engine of one subject as a worker's engine process does. The first run loads it."""
 
     def __init__(self, subject: Subject) -> None:
         if not subject.samples:
@@ -98,29 +99,27 @@ class Bench:
 
     @property
     def engine(self) -> Engine[Any]:
-        """The engine, loaded and warmed up. Raises ContractBroken where its path leads to none."""
+        """The engine, loaded and warmed up. Raises ContractBroken if its path leads to no engine."""
         if self._loaded is None:
             module, _, name = self.subject.task_type.engine.partition(":")
             made = getattr(importlib.import_module(module), name)()
             if not isinstance(made, Engine):
-                raise ContractBroken(
-                    f"{self.subject.task_type.engine} is not an inferq.consumers.engine.Engine"
-                )
+                raise ContractBroken(f"{self.subject.task_type.engine} is not an inferq.engine.Engine")
             info = made.load()
             if not isinstance(info, EngineInfo):
-                raise ContractBroken(f"load() gave {info!r} instead of an inferq.schemas.EngineInfo")
+                raise ContractBroken(f"load() gave {info!r} instead of an inferq.engine.EngineInfo")
             made.warm_up()
             self._loaded = made
         return self._loaded
 
     def close(self) -> None:
-        """Close the engine, if it is loaded; the next run loads another."""
+        """Close the engine. The next run loads a new one."""
         engine, self._loaded = self._loaded, None
         if engine is not None:
             engine.close()
 
     def read(self, sample: Sample) -> Task:
-        """The sample's task. Raises InvalidTask, as a gateway would, where its fields will not do."""
+        """Parse a sample as a gateway does. Raises InvalidTask for wrong fields."""
         urls = {name: f"https://example.com/{name}" for name in sample.files}
         task = {"task_id": "contract", "task_type": self.subject.task_type.name, **urls, **sample.fields}
         try:
@@ -130,9 +129,9 @@ class Bench:
 
     @contextmanager
     def run(self, sample: Sample, *, abort_at: int | None = None) -> Iterator[Run]:
-        """Run a sample; from its `abort_at`-th look for an abort on, it is told to stop.
+        """Run a sample. With `abort_at` the run is asked to stop from that look for an abort on.
 
-        Raises whatever the engine raises, and InvalidTask where the task itself will not do.
+        Raises any error of the engine, and InvalidTask for wrong fields.
         """
         engine, task = self.engine, self.read(sample)
         with tempfile.TemporaryDirectory(prefix="inferq-contract-", dir=self.folder) as folder:
@@ -149,7 +148,7 @@ class Bench:
             yield Run(output, tuple(context.artifacts), reported, abort.looks, abort.told, left)
 
     def text(self, run: Run) -> str:
-        """A run's output as the JSON that goes into the result. Raises ContractBroken where it is another."""
+        """A run's output as the JSON of the result. Raises ContractBroken if it is not the type's output."""
         model = self.subject.task_type.output
         try:
             output = run.output if isinstance(run.output, model) else model.model_validate(run.output)
@@ -159,7 +158,7 @@ class Bench:
         return output.model_dump_json()
 
     def check_it_goes_on(self, after: str) -> None:
-        """Raise ContractBroken where the first sample cannot be computed any more."""
+        """Raise ContractBroken if the first sample no longer runs, for example after an error."""
         try:
             with self.run(self.subject.samples[0]) as run:
                 self.text(run)
@@ -168,7 +167,7 @@ class Bench:
 
 
 def _lay_out(sample: Sample, scratch: Path) -> Iterator[tuple[str, InputFile]]:
-    """The inputs, where and as the worker leaves them: under the names of their fields."""
+    """The inputs as the worker lays them out: each file has the name of its field."""
     for name, source in sample.files.items():
         scratch.mkdir(exist_ok=True)
         content = source if isinstance(source, bytes) else source.read_bytes()

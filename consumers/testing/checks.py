@@ -1,4 +1,4 @@
-"""The checks: each is a thing that the worker, or whoever runs it, relies on."""
+"""The checks of the engine contract. The worker relies on each of them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from inferq.consumers.testing.memory import resident_bytes, traced_bytes
 from inferq.schemas import InvalidTask
 
 Check = Callable[[Bench], None]
+"""A function that puts the engine of a bench to one test, and raises ContractBroken if it fails."""
 
 _BLOCKS = 4
 """Memory counts as growing if it grows in each of so many blocks of rounds, twice over."""
@@ -39,7 +40,7 @@ _ALLOWED_RESIDENT = 128 * 1024
 
 
 def describes_itself_without_its_engine(bench: Bench) -> None:
-    """The gateway and the command line import what describes the type, and must not load a framework."""
+    """Importing the description does not import the engine: gateway and command line load no framework."""
     task_type = bench.subject.task_type
     unknown = [name for name in task_type.arguments if name not in task_type.task.model_fields]
     if unknown:
@@ -62,7 +63,7 @@ def describes_itself_without_its_engine(bench: Bench) -> None:
 
 
 def output_fits_the_schema(bench: Bench) -> None:
-    """What goes into the result keeps the JSON Schema that is published for the type's output."""
+    """The output of each sample fits the published JSON Schema of the type."""
     validator = jsonschema.Draft202012Validator(bench.subject.task_type.output.model_json_schema())
     for sample in bench.subject.samples:
         with bench.run(sample) as run:
@@ -132,7 +133,7 @@ def bad_input_is_refused(bench: Bench) -> None:
         pass
     else:
         raise ContractBroken(
-            "an unknown option is let through: derive the options from inferq.schemas.Options"
+            "an unknown option is let through: derive the options from inferq.engine.Options"
         )
     for sample in bench.subject.refused:
         try:
@@ -147,7 +148,7 @@ def bad_input_is_refused(bench: Bench) -> None:
                 raise ContractBroken(f"{sample}: refused without a message") from error
         except Exception as error:
             raise ContractBroken(
-                f"{sample}: raised {error!r}, which is tried again; raise inferq.schemas.InvalidTask"
+                f"{sample}: raised {error!r}, which is tried again; raise inferq.engine.InvalidTask"
             ) from error
         else:
             raise ContractBroken(f"{sample}: accepted, though it is to be refused")
@@ -285,4 +286,4 @@ CHECKS: tuple[Check, ...] = (
     runs_leave_no_memory,
     it_can_be_closed,
 )
-"""Each raises ContractBroken, saying what is wrong and what to do, or whatever the engine raised."""
+"""Every check, in the order of a test run. A check raises ContractBroken, or the error of the engine."""

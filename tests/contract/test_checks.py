@@ -37,7 +37,7 @@ test_a_sound_engine = engine_contract(subject_of(broken.Sound, arguments=("steps
 @pytest.mark.parametrize(
     ("check", "engine", "complaint"),
     [
-        (checks.output_fits_the_schema, broken.NoEngine, "is not an inferq.consumers.engine.Engine"),
+        (checks.output_fits_the_schema, broken.NoEngine, "is not an inferq.engine.Engine"),
         (checks.output_fits_the_schema, broken.LoadsNothing, "load() gave None"),
         (checks.output_fits_the_schema, broken.AnotherShape, "not a CountOutput: share: is missing"),
         (checks.output_fits_the_schema, broken.BeyondItsSchema, "at $.share: 1.5 is greater than"),
@@ -109,7 +109,7 @@ def test_a_broken_engine_is_caught(
         (
             subject_of(broken.Sound, task=LaxTask),
             checks.bad_input_is_refused,
-            "derive the options from inferq.schemas.Options",
+            "derive the options from inferq.engine.Options",
         ),
         (subject_of(broken.Sound, polls=False), checks.cancel_stops_it, "leave polls=False out"),
     ],
