@@ -11,7 +11,7 @@ ENGINES := ocr,ner,facefusion,acestep
 ENGINE_TESTS := tests/acestep tests/ocr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up test coverage test-engines chaos chaos-quick lint bench generate image-check clean system
+.PHONY: help setup demo up test coverage test-engines chaos chaos-quick lint docs bench generate image-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,7 +40,7 @@ chaos: .make/test | system ## break everything that can break, count what was lo
 chaos-quick: .make/test | system ## the same in a few minutes, and nothing is written
 	@exec $(BIN)/python -m tests.chaos --quick $(ARGS)
 
-lint: .make/lint ## check style, types, the walls between the rooms, and what is generated
+lint: .make/lint ## check style, types, the walls between the rooms, what is generated, and the pages
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -50,6 +50,14 @@ lint: .make/lint ## check style, types, the walls between the rooms, and what is
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -P -m inferq.schemas.publish --check docs/schemas
 	$(BIN)/python -m tests.packaging.sync_client --check
+	site=$$(mktemp -d)
+	trap 'rm -rf "$$site"' EXIT
+	$(BIN)/python -P -m mkdocs build --strict --site-dir "$$site"
+
+# Not --quiet: --strict then counts no warnings.
+docs: .make/docs ## build the pages and the Python reference into site/; a broken link is an error
+	@$(BIN)/python -P -m mkdocs build --strict
+	echo "Built. Now open site/index.html"
 
 bench: .make/bench | system ## measure what the queue itself costs
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -62,7 +70,7 @@ generate: .make/lint ## write the generated files: the published schemas and the
 	$(BIN)/python -m tests.packaging.sync_client
 
 clean: ## remove what was built and measured; .venv and the data of `inferq up` stay
-	@rm -rf .make build dist inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \
+	@rm -rf .make build dist site inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
@@ -70,11 +78,12 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 .make/run: EXTRAS := up,$(ENGINES)
 .make/test: EXTRAS := up,$(ENGINES),test
 .make/test: HOLDS := .make/run
-.make/lint: EXTRAS := up,$(ENGINES),test,lint
-.make/lint: HOLDS := .make/run .make/test
+.make/lint: EXTRAS := up,$(ENGINES),test,lint,docs
+.make/lint: HOLDS := .make/run .make/test .make/docs
+.make/docs: EXTRAS := docs
 .make/bench: EXTRAS := up,$(ENGINES),bench
 .make/bench: HOLDS := .make/run
-.make/run .make/test .make/lint .make/bench: $(DECLARED) .venv/pyvenv.cfg
+.make/run .make/test .make/lint .make/docs .make/bench: $(DECLARED) .venv/pyvenv.cfg
 	@mkdir -p .make
 	echo "Installing inferq[$(EXTRAS)] into .venv (the first time takes a minute or two)"
 	$(BIN)/python -P -m pip install -qq --no-input -c constraints.txt -e '.[$(EXTRAS)]'

@@ -57,7 +57,7 @@ def in_wheel(wheel: Path) -> set[str]:
 
 def in_tree(root: Path = ROOT) -> set[str]:
     """The files of the tree that belong into site-packages, by their names there."""
-    own = {f"inferq/{path.name}" for path in (root / "inferq").iterdir() if path.is_file()}
+    own = {f"inferq/{path.name}" for path in (root / "inferq").iterdir() if path.suffix in _SHIPPED}
     return own | {
         f"inferq/{path.relative_to(root)}"
         for room in ROOMS
