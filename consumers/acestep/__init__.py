@@ -1,4 +1,4 @@
-"""acestep: makes music from a description, and sings lyrics where the model can."""
+"""acestep: generates music from a description, and sings lyrics if the model can."""
 
 from __future__ import annotations
 
@@ -16,63 +16,62 @@ Lyrics = Annotated[str, StringConstraints(strip_whitespace=True, max_length=4096
 
 
 class AceStepOptions(Options):
-    """How to compute it, and what file to leave."""
+    """The model's parameters and the audio file's format."""
 
     steps: int | None = Field(
         None,
         ge=1,
         le=100,
-        description="Denoising steps of the model; the default is the model's: 8 for turbo weights, else 50. "
-        "The preview has none.",
+        description="The number of the model's denoising steps; the default is 8 for turbo weights, else 50. The "
+        "preview ignores it.",
     )
     guidance: float | None = Field(
         None,
         ge=1,
         le=20,
-        description="How closely the model follows the prompt; 1 is none, the default 7. Turbo weights have "
-        "it built in and, like the preview, pass over it.",
+        description="Guidance scale: how closely the model follows the prompt. 1 turns guidance off; the default "
+        "is 7. Turbo weights have guidance built in and ignore this, as does the preview.",
     )
     format: AudioFormat = Field(
-        "wav", description="The audio file: `wav` or `flac` with 16 bits, or `mp3` of the best quality."
+        "wav", description="The audio format: `wav` or `flac` with 16 bits, or `mp3` in its highest quality."
     )
 
 
 class AceStepTask(Task):
-    """Makes a piece of music of a given length."""
+    """Generates a piece of music of a given length."""
 
     task_type: Literal["acestep"]
     prompt: Prompt = Field(
-        description="What it should sound like: style, mood, instruments, tempo, key.",
+        description="A description of the music: style, mood, instruments, tempo, key.",
         examples=["calm piano and strings, slow, in A minor"],
     )
-    duration: float = Field(30.0, ge=1, le=600, description="Seconds; the file has exactly so many.")
+    duration: float = Field(30.0, ge=1, le=600, description="The exact length of the music in seconds.")
     lyrics: Lyrics | None = Field(
-        None, description="What is sung, with tags such as `[verse]` and `[chorus]`. The preview cannot sing."
+        None, description="The lyrics, with tags such as `[verse]` and `[chorus]`. The preview does not sing."
     )
     seed: int | None = Field(
         None,
         ge=0,
         le=2**32 - 1,
-        description="The same seed gives the same music. Where none is given one is drawn, and the output "
-        "tells which.",
+        description="The same seed gives the same music. Without one, a random seed is drawn; the output holds it.",
     )
     options: AceStepOptions = AceStepOptions()
 
 
 class AceStepOutput(BaseModel):
-    """What was made. The music is the artifact `audio.wav`, `.flac` or `.mp3`; `waveform.png` shows it."""
+    """Facts about the music. The artifacts are `audio.wav`, `.flac` or `.mp3`, and `waveform.png`."""
 
     model_config = ConfigDict(frozen=True)
 
-    duration: float = Field(gt=0, description="Seconds: samples divided by `sample_rate`.")
-    sample_rate: int = Field(description="Samples a second and channel.")
+    duration: float = Field(gt=0, description="Seconds: samples per channel divided by `sample_rate`.")
+    sample_rate: int = Field(description="Samples per second and channel.")
     channels: int
     peak_dbfs: float = Field(
         lt=0, description="The loudest sample, in decibels below full scale, before MP3 encoding."
     )
-    seed: int = Field(description="The seed that it was made with: given again, it makes the same.")
-    preview: bool = Field(description="Whether a simple synthesizer stood in for the model.")
-    ai: bool = Field(description="Whether a model made the music.")
+    seed: int = Field(description="The seed. A task with this seed generates the same music again.")
+    preview: bool = Field(description="Whether the preview, a simple synthesizer, made the music.")
+    ai: bool = Field(description="Whether an AI model made the music.")
 
 
 task_type = TaskType(
@@ -81,10 +80,10 @@ task_type = TaskType(
     output=AceStepOutput,
     engine="inferq.consumers.acestep.engine:AceStepEngine",
     arguments=("prompt",),
-    # Ten minutes of music take a GPU well under a minute, a CPU far longer than anybody waits.
+    # A GPU generates ten minutes of music in well under a minute. A CPU is too slow to be useful.
     time_limit=1800.0,
-    # Where no seed is given each run draws one.
+    # Without a seed, each run draws one, so its output differs.
     cacheable=lambda task: isinstance(task, AceStepTask) and task.seed is not None,
-    summary="makes music from a description",
+    summary="generates music from a description",
     settings=AceStepSettings,
 )

@@ -1,4 +1,4 @@
-"""Sound files: written block by block, their peak measured on the way."""
+"""Writes audio files block by block, and measures their peak."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _ENCODING: MappingProxyType[AudioFormat, dict[str, Any]] = MappingProxyType(
 )
 
 _LOUDEST = 10 ** (-1 / 20)
-"""The highest sample that is written: -1 dBFS, so that players which resample do not clip."""
+"""The highest sample in a file: -1 dBFS, so that players that resample do not clip."""
 _MP3_GAIN = 10 ** (-3 / 20)
-"""What is decoded from an MP3 overshoots what went in, by some 2 dB where drums are loud."""
+"""Decoded MP3 overshoots its source by some 2 dB at loud drums, so the source is made 3 dB softer."""
 _SILENCE_DBFS = -120.0
-"""Stands for the peak of silence, since JSON has no -inf."""
+"""The peak that silence reports, because JSON has no -inf."""
 
 
 class AudioFile:
-    """A file of 48 kHz stereo sound, open for writing."""
+    """A file of 48 kHz stereo audio, open for writing."""
 
     def __init__(self, path: Path, suffix: AudioFormat) -> None:
         self.frames = 0
@@ -49,12 +49,14 @@ class AudioFile:
         )
 
     def write(self, block: Audio) -> Audio:
-        """Append a block, and give it back as it was written: limited to -1 dBFS, for MP3 3 dB softer.
+        """Append a block, limited to -1 dBFS, for MP3 also 3 dB softer. Gives the block as written.
 
         Raises TransientFailure (`bad_audio`) for samples that are not numbers.
         """
         if not np.isfinite(block).all():
-            raise TransientFailure("the music holds samples that are not numbers", code="bad_audio")
+            raise TransientFailure(
+                "the generated audio has samples that are not finite numbers", code="bad_audio"
+            )
         block = np.clip(block, -_LOUDEST, _LOUDEST) * self._gain
         self._file.write(block)
         self.frames += len(block)
@@ -67,7 +69,7 @@ class AudioFile:
         return max(round(20 * math.log10(self._peak), 2), _SILENCE_DBFS) if self._peak else _SILENCE_DBFS
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

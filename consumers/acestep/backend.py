@@ -1,4 +1,4 @@
-"""What makes the music must do this for us, whatever it is."""
+"""The protocol that music backends implement."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from inferq.engine import Context
 from inferq.schemas import EngineInfo
 
 SAMPLE_RATE = 48_000
-"""Frames a second. A frame is one sample of each channel."""
+"""Frames per second. A frame is one sample of each channel."""
 
 CHANNELS = 2
 
 Audio = NDArray[np.float32]
-"""Stereo sound: `(frames, 2) float32`, full scale is -1 to 1."""
+"""Stereo audio: `(frames, 2) float32`, full scale is -1 to 1."""
 
 
 class Backend(Protocol):
-    """Something that makes music, ready to."""
+    """A loaded music backend."""
 
     info: EngineInfo
     ai: bool
-    """Whether a model makes the music."""
+    """Whether an AI model makes the music."""
 
     def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
         """The music in blocks of any size, `frames_of(task.duration)` frames in all, below full scale.
 
-        The same task and seed give the same sound. Reports progress, and stops where it is asked to.
-        Raises inferq.schemas.TransientFailure where what was computed is no sound.
+        The same task and seed give the same audio. Reports progress. Raises inferq.engine.TaskAborted if the
+        run has to stop, and inferq.schemas.TransientFailure if the model's output is not valid audio.
         """
 
 
 def frames_of(duration: float) -> int:
-    """The frames in `duration` seconds, to the nearest."""
+    """The number of frames in `duration` seconds, rounded."""
     return round(duration * SAMPLE_RATE)

@@ -1,4 +1,4 @@
-"""The music engine: a description in, sound and its picture out, whichever backend composes."""
+"""The music engine: a description in, audio and its waveform out, with any of the backends."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 
 class AceStepEngine(Engine[AceStepTask]):
-    """Writes the music to its file as it comes, so that no length of it fills the memory."""
+    """Writes the music to its file block by block, so that memory use does not grow with its length."""
 
     def __init__(self) -> None:
         self._settings = AceStepSettings.load()
         self._loaded: Backend | None = None
 
     def load(self) -> EngineInfo:
-        """Make the backend ready that INFERQ_ACESTEP_BACKEND names."""
+        """Load the backend that INFERQ_ACESTEP_BACKEND names."""
         self._loaded = load_backend(self._settings)
         return self._loaded.info
 
     def warm_up(self) -> None:
-        """Make one second: libraries choose kernels and grow their memory on the first run."""
+        """Generate one second: libraries choose kernels and allocate memory on the first run."""
         task = AceStepTask(task_id="warm-up", task_type="acestep", prompt="a second to warm up", duration=1.0)
         nobody = Context(Path(), {}, report=lambda *_: None, abort_requested=lambda: False)
         for _ in self._backend.compose(task, 0, nobody):
             pass
 
     def run(self, task: AceStepTask, context: Context) -> AceStepOutput:
-        """Make the music, its file and its picture."""
+        """Generate the music, its file and its waveform picture."""
         seed = task.seed if task.seed is not None else secrets.randbelow(2**32)
         frames = frames_of(task.duration)
         suffix = task.options.format
@@ -47,7 +47,7 @@ class AceStepEngine(Engine[AceStepTask]):
                 waveform.add(file.write(block))
         if file.frames != frames:
             raise TransientFailure(
-                f"{file.frames} frames were made where {frames} were asked for", code="bad_audio"
+                f"the backend made {file.frames} frames instead of {frames}", code="bad_audio"
             )
         waveform.draw(context.artifact("waveform.png", "image/png"))
         context.progress(1.0, "made")
@@ -67,15 +67,15 @@ class AceStepEngine(Engine[AceStepTask]):
     @property
     def _backend(self) -> Backend:
         if self._loaded is None:
-            raise RuntimeError("the music engine is used before load()")
+            raise RuntimeError("the music engine is not loaded: call load() first")
         return self._loaded
 
 
 def load_backend(settings: AceStepSettings) -> Backend:
-    """The backend that the settings ask for.
+    """The backend that the settings name.
 
-    Raises InstallationError where the library, the weights or the device is not there: never another in
-    its place.
+    Raises InstallationError if the library, the weights or the device is missing; it never falls back to
+    another one.
     """
     if settings.acestep_backend == "diffusers":
         from inferq.consumers.acestep.pipeline import DiffusersBackend

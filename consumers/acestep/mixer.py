@@ -1,4 +1,4 @@
-"""Turns notes into stereo sound, block by block; what sounds on is carried from one to the next."""
+"""Renders notes as stereo audio, block by block. Notes and echo continue from one block into the next."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from inferq.consumers.acestep.backend import SAMPLE_RATE, Audio
 from inferq.consumers.acestep.voices import Wave, render
 
 BLOCK = 1 << 16
-"""Frames in a block: 1.4 s. With the room's echo it fills a Fourier transform of 2^17."""
+"""Frames in a block: 1.4 s. With the room's echo it fits a Fourier transform of size 2^17."""
 
 _ECHO = BLOCK + 1
-"""Frames of echo."""
+"""The length of the echo in frames."""
 _CEILING = 10 ** (-1 / 20)
-"""No sample reaches -1 dBFS."""
+"""All samples stay below this: -1 dBFS."""
 _KEPT_WAVES = 64
-"""Notes recur: so many of their waves are kept, tens of megabytes at the most."""
+"""Notes recur, so this many rendered notes are cached, tens of megabytes at most."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """A note or a stroke: when it begins and how long it is held (frames), and how it stands in the room.
+    """A note or a drum stroke: its start and its length in frames, its voice, pitch, gain and place in the room.
 
-    `pan` is from -1 (left) to 1, `echo` how much of it the room gives back, from 0 to 1.
+    `pan` ranges from -1 (left) to 1 (right). `echo` is the share of it that the room echoes, from 0 to 1.
     """
 
     start: int
@@ -41,10 +41,9 @@ class Note:
 
 
 def mix(notes: Iterable[Note], frames: int, *, block: int = BLOCK) -> Iterator[Audio]:
-    """`frames` frames of the notes' sound, in blocks of `block` frames; a smaller one ends it.
+    """`frames` frames of the notes' audio, in blocks of `block` frames; the last one may be smaller.
 
-    The size of the blocks does not change the sound but for rounding. Sound that would be too loud is bent,
-    not cut.
+    The block size changes the audio by rounding only. Loud audio is compressed softly, not clipped.
     """
     waves = lru_cache(_KEPT_WAVES)(render)
     room = _Room(block)
@@ -61,7 +60,7 @@ def mix(notes: Iterable[Note], frames: int, *, block: int = BLOCK) -> Iterator[A
             first, last = max(note.start, begin), min(note.start + len(wave), end)
             piece = wave[first - note.start : last - note.start] * np.float32(note.gain)
             here = slice(first - begin, last - begin)
-            # Equal power: a note is as loud at the side as in the middle.
+            # Equal power panning: a note is as loud at a side as in the middle.
             angle = (note.pan + 1) * np.pi / 4
             direct[0, here] += np.float32(np.cos(angle)) * piece
             direct[1, here] += np.float32(np.sin(angle)) * piece
@@ -72,7 +71,7 @@ def mix(notes: Iterable[Note], frames: int, *, block: int = BLOCK) -> Iterator[A
 
 
 class _Room:
-    """A hall: noise that dies away, another at each ear, by overlap-add convolution."""
+    """A hall's reverb: convolution with decaying noise, different per channel, by overlap-add."""
 
     def __init__(self, block: int) -> None:
         self._size = 1 << (block + _ECHO - 2).bit_length()
@@ -80,7 +79,7 @@ class _Room:
         self._tail = np.zeros((2, _ECHO - 1), np.float64)
 
     def answer(self, sound: Wave) -> NDArray[np.float32]:
-        """What comes back while `sound`, `(frames,)`, goes out: `(2, frames)`."""
+        """The echo, `(2, frames)`, during the block `sound`, `(frames,)`, including that of earlier blocks."""
         frames = len(sound)
         spectrum = np.fft.rfft(sound, self._size) * self._spectrum
         back = np.fft.irfft(spectrum, self._size)[:, : frames + _ECHO - 1]
@@ -91,10 +90,10 @@ class _Room:
 
 
 def _echo() -> NDArray[np.float64]:
-    """The hall's answer to a click, `(2, frames)`: begins after 12 ms, 60 dB softer after 1.3 s."""
+    """The hall's impulse response, `(2, frames)`: starts after 12 ms, decays by 60 dB in 1.3 s."""
     time = np.arange(_ECHO) / SAMPLE_RATE
     noise = np.random.default_rng(0).standard_normal((2, _ECHO))
-    # Walls swallow what is high: a mean over neighbours.
+    # Walls absorb high frequencies: take a moving average.
     noise = (noise + np.roll(noise, 1, axis=1) + np.roll(noise, 2, axis=1)) / 3
     shape = np.exp(-6.9 / 1.3 * time) * np.clip((time - 0.012) / 0.01, 0, 1)
     shape *= np.clip((time[-1] - time) / 0.1, 0, 1)

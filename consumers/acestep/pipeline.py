@@ -1,4 +1,4 @@
-"""ACE-Step itself, through diffusers.AceStepPipeline.
+"""The ACE-Step model, through diffusers.AceStepPipeline.
 
 https://huggingface.co/docs/diffusers/api/pipelines/ace_step
 """
@@ -23,11 +23,11 @@ from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 _TURBO_STEPS, _STEPS = 8, 50
 _GUIDANCE = 7.0
 _MOST_TOKENS = 8192
-"""Longer texts the pipeline cuts off without a word; nothing that a task may hold is so long."""
+"""The pipeline silently truncates longer texts. The limits of a task keep its texts shorter than this."""
 _BLOCK = 1 << 20
-"""Frames that are handed on at a time."""
+"""Frames per yielded block."""
 _DENOISED = 0.9
-"""How far a run is once the last step is done; decoding takes the rest."""
+"""The progress of a run after its last denoising step; decoding is the rest."""
 
 
 class DiffusersBackend:
@@ -45,14 +45,14 @@ class DiffusersBackend:
     ) -> None:
         """Loads the weights in `model_dir` onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`).
 
-        Raises InstallationError where the packages, the weights or the device are not there.
+        Raises InstallationError if the packages, the weights or the device is missing.
         """
         folder = _check_folder(model_dir)
         self._torch, pipeline = _import()
         place = _check_device(self._torch, device)
         if cpu_offload and place == "cpu":
             raise InstallationError(
-                "INFERQ_ACESTEP_CPU_OFFLOAD needs a GPU to offload from: set INFERQ_DEVICE, or leave it off",
+                "INFERQ_ACESTEP_CPU_OFFLOAD needs a GPU: set INFERQ_DEVICE to one, or turn the offload off",
                 code="bad_settings",
             )
         numbers = dtype or ("float32" if place == "cpu" else "bfloat16")
@@ -63,10 +63,10 @@ class DiffusersBackend:
             self._pipeline.to(place)
         if self._pipeline.sample_rate != SAMPLE_RATE:
             raise InstallationError(
-                f"the weights in {folder} make sound of {self._pipeline.sample_rate} Hz, not {SAMPLE_RATE}",
+                f"the weights in {folder} generate audio at {self._pipeline.sample_rate} Hz, not {SAMPLE_RATE}",
                 code="bad_model_dir",
             )
-        # Ten minutes decoded at once take more memory than the model; tiles of 20 s do not.
+        # Decoding ten minutes at once takes more memory than the model; tiles of 20 s take less.
         self._pipeline.vae.enable_tiling()
         self._pipeline.set_progress_bar_config(disable=True)
         self.info = EngineInfo(
@@ -77,20 +77,20 @@ class DiffusersBackend:
         )
 
     def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
-        """The model's music, cut to the frame.
+        """The model's music, cut to the exact number of frames.
 
-        A seed's noise is drawn on the CPU, so that it is the same whatever the device.
+        The seed's noise is drawn on the CPU, so that it is the same on every device.
         """
         turbo = self._pipeline.is_turbo
         steps = task.options.steps or (_TURBO_STEPS if turbo else _STEPS)
-        # Turbo weights have guidance distilled into them; the pipeline would warn of any.
+        # Turbo weights have guidance distilled into them; the pipeline warns about any other value.
         guidance = 1.0 if turbo else task.options.guidance or _GUIDANCE
         context.check_abort()
         context.progress(0.0, "reading the prompt")
 
         def after_step(_: Any, step: int, __: float, ___: dict[str, Any]) -> dict[str, Any]:
             context.progress(_DENOISED * (step + 1) / steps, f"step {step + 1} of {steps}")
-            # The pipeline's own way to stop, `_interrupt`, would still decode what there is.
+            # The pipeline's own flag, `_interrupt`, would still decode the unfinished result.
             context.check_abort()
             return {}
 
@@ -108,7 +108,7 @@ class DiffusersBackend:
                 output_type="np",
             ).audios
         finally:
-            # Left early, the pipeline does not see to it itself; done twice, it does no harm.
+            # After an abort, the pipeline does not free its hooks itself; freeing them twice is harmless.
             self._pipeline.maybe_free_model_hooks()
         frames = frames_of(task.duration)
         audio = _check_audio(made, frames)
@@ -117,7 +117,7 @@ class DiffusersBackend:
 
 
 def _check_folder(folder: Path | None) -> Path:
-    """The folder, if it looks like a pipeline's: every part that its index names is there."""
+    """The folder. Raises InstallationError unless it holds every part that its model_index.json names."""
     advice = "it must hold ACE-Step's weights in the layout of diffusers"
     if folder is None:
         raise InstallationError(
@@ -143,18 +143,18 @@ def _check_folder(folder: Path | None) -> Path:
         )
     if missing:
         raise InstallationError(
-            f"INFERQ_ACESTEP_MODEL_DIR {folder} is incomplete, it lacks {', '.join(missing)}: {advice}",
+            f"INFERQ_ACESTEP_MODEL_DIR {folder} is incomplete: {', '.join(missing)} is missing; {advice}",
             code="bad_model_dir",
         )
     return folder
 
 
 def _import() -> tuple[Any, Any]:
-    """torch, and the pipeline's class."""
-    # Everything lies in a folder; nobody needs asking whether there is something newer.
+    """torch and the pipeline's class."""
+    # All weights are in a folder: do not ask the hub for newer ones.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import accelerate  # noqa: F401 - diffusers needs it to load large weights, and says so late
+        import accelerate  # noqa: F401 - diffusers needs it to load large weights, and fails late without it
 
         return import_module("torch"), import_module("diffusers").AceStepPipeline
     except (ImportError, AttributeError, RuntimeError) as error:
@@ -166,7 +166,7 @@ def _import() -> tuple[Any, Any]:
 
 
 def _check_device(torch: Any, device: str) -> str:
-    """The device as torch names it. Raises InstallationError where it is not there."""
+    """The device's name in torch. Raises InstallationError if it is missing."""
     if device == "cpu":
         return device
     number = int(device.partition(":")[2] or 0)
@@ -183,7 +183,7 @@ def _check_device(torch: Any, device: str) -> str:
 
 def _load(pipeline: Any, folder: Path, dtype: Any) -> Any:
     try:
-        # Weights in safetensors only: others may hold code.
+        # Load safetensors only: other formats may contain code.
         return pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InstallationError(
@@ -193,11 +193,14 @@ def _load(pipeline: Any, folder: Path, dtype: Any) -> Any:
 
 
 def _check_audio(made: Any, frames: int) -> Audio:
-    """What the pipeline gave, `(1, 2, n) float32`, as `(2, n)` with n at least `frames`."""
+    """The pipeline's audio, `(1, 2, n) float32`, as `(2, n)` with n at least `frames`.
+
+    Raises TransientFailure (`bad_audio`) for another shape.
+    """
     audio = np.asarray(made, np.float32)
     if audio.ndim != 3 or audio.shape[:2] != (1, CHANNELS) or audio.shape[2] < frames:
         raise TransientFailure(
-            f"ACE-Step gave sound of shape {audio.shape} where (1, {CHANNELS}, {frames}) was asked for",
+            f"ACE-Step returned audio of shape {audio.shape} instead of (1, {CHANNELS}, {frames})",
             code="bad_audio",
         )
     return np.asarray(audio[0])

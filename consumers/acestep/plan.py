@@ -1,4 +1,4 @@
-"""Reads out of a prompt what the preview can do about it: tempo, key, mood, instruments."""
+"""Derives from a prompt what the preview can play: tempo, key, mood, instruments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Drums = Literal["none", "soft", "straight", "rock", "four on the floor"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a piece is to sound.
+    """The plan of a piece.
 
-    `tonic` is a pitch class (0 is C), `swing` how late every second eighth comes, in beats; `sevenths` says
-    whether chords have four notes, `melody` is None where nothing should stand out.
+    `tonic` is a pitch class (0 is C). `swing` is the delay of every second eighth, in beats. `sevenths`: whether
+    chords have four notes. `melody` is None if the piece has no melody.
     """
 
     bpm: float
@@ -44,7 +44,7 @@ class _Style(NamedTuple):
 
 _PLAIN = _Style(100, "straight", "piano", "flute")
 
-# The first that a prompt names counts, so the more specific stand first.
+# The first style that a prompt names wins, so the more specific styles are first.
 _STYLES: tuple[tuple[str, _Style], ...] = (
     ("lofi", _Style(78, "soft", "electric piano", "piano", True, 0.12, True)),
     ("ambient|meditation|drone|soundscape", _Style(60, "none", "pad", "bells")),
@@ -76,7 +76,7 @@ _VOICES: tuple[tuple[str, Voice], ...] = (
     ("pads?|choir", "pad"),
 )
 _LEADING: tuple[Voice, ...] = ("flute", "bells", "strings", "synth", "guitar", "piano")
-"""Who plays the melody where two instruments are named: those further ahead."""
+"""Of two named instruments, the earlier one in this order plays the melody."""
 
 _FAST = "fast|quick|uptempo|upbeat|energetic|driving|lively|allegro|presto|running|workout"
 _SLOW = "slow|calm|relaxed|relaxing|gentle|quiet|peaceful|sleepy|soothing|adagio|largo|chill|soft"
@@ -94,13 +94,13 @@ _SLOWEST, _FASTEST = 40.0, 220.0
 
 
 def read_prompt(prompt: str, rng: np.random.Generator) -> Plan:
-    """What the words of `prompt` ask for; what they leave open, `rng` decides."""
+    """The plan that the words of `prompt` describe; `rng` decides the rest."""
     text = re.sub(r"\blo[ -]?fi\b", "lofi", prompt.lower())
     text = re.sub(r"\bhip[ -]hop\b", "hiphop", text)
     unwanted = " ".join(word for match in _WITHOUT.finditer(text) for word in match.groups() if word)
     text = _WITHOUT.sub(" ", text)
     style = next((style for words, style in _STYLES if _names(text, words)), _PLAIN)
-    # Always drawn, so that one word more or less does not turn everything else around.
+    # Always draw both, so that an additional word does not change all later draws.
     tonic, minor = int(rng.integers(12)), bool(rng.random() < 0.4)
     tonic, minor = _key(text, tonic, _mode(text, style, minor))
     drums = style.drums
@@ -130,7 +130,7 @@ def _names(text: str, words: str) -> bool:
 
 
 def _tempo(text: str, usual: float) -> float:
-    """Beats a minute: as the prompt says in numbers, else the style's, moved by its words."""
+    """Beats per minute: the prompt's number, else the style's, adjusted by words such as slow and fast."""
     if said := _BPM.search(text):
         return min(max(float(said[1]), _SLOWEST), _FASTEST)
     if _names(text, _FAST):
@@ -141,14 +141,14 @@ def _tempo(text: str, usual: float) -> float:
 
 
 def _mode(text: str, style: _Style, drawn: bool) -> bool:
-    """Whether it is in minor."""
+    """Whether the piece is in minor."""
     if _names(text, _SAD) != _names(text, _HAPPY):
         return _names(text, _SAD)
     return drawn if style.minor is None else style.minor
 
 
 def _key(text: str, tonic: int, minor: bool) -> tuple[int, bool]:
-    """The tonic and whether it is minor: as the prompt says, such as `F# minor`, else as given."""
+    """The tonic and whether it is minor: the key in the prompt, such as `F# minor`, else the arguments."""
     if said := _KEY.search(text):
         shift = {"#": 1, "♯": 1, "sharp": 1, "♭": -1, "b": -1, "flat": -1}.get(said[2], 0)
         return (_PITCH_CLASSES[said[1]] + shift) % 12, said[3].startswith("min")
@@ -158,7 +158,7 @@ def _key(text: str, tonic: int, minor: bool) -> tuple[int, bool]:
 
 
 def _cast(text: str, unwanted: str, style: _Style) -> tuple[Voice, Voice | None]:
-    """Who plays the chords, and who the melody."""
+    """The instruments of the chords and of the melody."""
     named: list[Voice] = []
     for words, voice in _VOICES:
         if _names(text, words):

@@ -1,4 +1,4 @@
-"""The preview: a small synthesizer that plays something in the mood of the prompt. Not AI, and no weights."""
+"""The preview: a small synthesizer that plays a piece in the mood of the prompt, without AI and weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from inferq.engine import Context
 from inferq.schemas import EngineInfo
 
 _LONGEST_FADE = 4.0
-"""Seconds in which the end dies away."""
+"""The length of the fade-out at the end, in seconds."""
 
 
 class PreviewBackend:
-    """Reads the prompt, writes a score and plays it, in a fiftieth of the time that it lasts."""
+    """Plans a piece from the prompt, writes its score and plays it, in 1/50 of the piece's duration."""
 
     ai = False
 
@@ -28,7 +28,7 @@ class PreviewBackend:
         self.info = EngineInfo(name="preview", version="1", model="none", device="cpu")
 
     def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
-        """The piece for a prompt and a seed; lyrics, steps and guidance mean nothing to it."""
+        """The piece for a prompt and a seed. It ignores lyrics, steps and guidance."""
         frames = frames_of(task.duration)
         rng = np.random.default_rng([seed, *hashlib.sha256(task.prompt.encode()).digest()])
         score = write_score(read_prompt(task.prompt, rng), frames, rng)
@@ -42,7 +42,7 @@ class PreviewBackend:
 
 
 def _fade(block: Audio, begin: int, frames: int) -> None:
-    """Let the last seconds of the piece die away; `block` begins at frame `begin` of `frames`."""
+    """Fade out the last seconds of the piece; `block` starts at frame `begin` of `frames`."""
     fade = round(min(_LONGEST_FADE * SAMPLE_RATE, 0.3 * frames))
     position = np.arange(begin, begin + len(block)) - (frames - 1 - fade)
     if position[-1] > 0:

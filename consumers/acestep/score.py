@@ -15,7 +15,7 @@ _MAJOR, _MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
 _PHRASE = 4
 """Bars in a phrase: one run through the chords."""
 
-# Chords as degrees of the scale, a bar each; 0 is the tonic's.
+# Chords as degrees of the scale, one per bar; 0 is the tonic.
 _PROGRESSIONS = {
     (False, False): ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 0, 4), (0, 2, 3, 4), (5, 3, 0, 4)),
     (True, False): ((0, 5, 2, 6), (0, 3, 5, 6), (0, 6, 5, 6), (0, 2, 6, 3)),
@@ -33,10 +33,10 @@ _RHYTHMS = {
         ((0, 3),),
     ),
 }
-"""Rhythms of a bar of melody: where its notes begin and how long they are, in beats."""
+"""Rhythms of a bar of melody: start and length of its notes, in beats."""
 
 _MOVES = (-2, -2, -1, -1, -1, -1, 0, 1, 1, 1, 2, 3)
-"""By how many steps of the scale a melody moves on, each as likely as the others."""
+"""The steps of the scale between two notes of a melody; each entry has the same probability."""
 
 _GAINS = {
     "piano": 0.3,
@@ -49,16 +49,16 @@ _GAINS = {
     "flute": 0.2,
     "bells": 0.3,
 }
-"""How loud each instrument plays a note of a chord."""
+"""The gain of each instrument for a note of a chord."""
 _LEAD = {"strings": 1.5, "pad": 1.5, "organ": 1.5, "flute": 1.0, "bells": 1.2}
-"""How much louder it plays a melody; others 1.4."""
+"""The additional gain of each instrument for a melody; 1.4 for all others."""
 _HELD = {"strings", "pad", "organ"}
-"""Instruments that hold a chord rather than strike it again."""
+"""Instruments that sustain a chord instead of repeating it."""
 
 
 @dataclass(frozen=True)
 class _Section:
-    """What plays in a phrase, and the melody's theme."""
+    """The parts that play in a phrase, and the melody's theme."""
 
     drums: bool
     bass: bool
@@ -68,7 +68,7 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Tone:
-    """A note of a theme: where in its phrase (bar, beat), how long (beats), how many steps up or down."""
+    """A note of a theme: its position in the phrase (bar, beat), its length (beats), its degree of the scale."""
 
     bar: int
     beat: float
@@ -77,7 +77,7 @@ class _Tone:
 
 
 def write_score(plan: Plan, frames: int, rng: np.random.Generator) -> list[Note]:
-    """The notes of a piece of `frames` frames; each begins and none is held beyond its end."""
+    """The notes of a piece of `frames` frames. All start and end within the piece."""
     return list(_Writer(plan, frames, rng).notes())
 
 
@@ -95,7 +95,7 @@ class _Writer:
         self._themes = [self._write_theme(), self._write_theme()]
 
     def notes(self) -> Iterator[Note]:
-        # The last chord gets one bar at least, and dies away.
+        # The last chord gets at least one bar, and decays.
         bars = max(0, int(self._frames / self._bar) - 1)
         phrases = -(-bars // _PHRASE)
         previous: Sequence[int] = ()
@@ -118,12 +118,12 @@ class _Writer:
         return 12 * octave + self._plan.tonic + self._scale[degree % 7] + 12 * (degree // 7)
 
     def _low(self, degree: int) -> int:
-        """The degree where a bass plays it: from G sharp 1 to G 2 (52 to 98 Hz)."""
+        """The degree's pitch in the bass's range: from G sharp 1 to G 2 (52 to 98 Hz)."""
         pitch = self._pitch(degree, 3)
         return pitch - 12 * max(0, -(-(pitch - 43) // 12))
 
     def _voice_chord(self, degree: int, previous: Sequence[int]) -> tuple[int, ...]:
-        """The chord's pitches about middle C, as near to the previous chord as they can lie."""
+        """The chord's pitches around middle C, as near to the previous chord as possible."""
         size = 4 if self._plan.sevenths else 3
         around = float(np.mean(previous)) if previous else 60.0
         pitches = []
@@ -135,7 +135,7 @@ class _Writer:
     def _note(
         self, bar: int, beat: float, beats: float, voice: str, pitch: float, gain: float, **room: float
     ) -> Iterator[Note]:
-        """A note, if it falls into the piece; as late and as loud as a player's hand would have it."""
+        """A note, if it is within the piece. Its start and its gain vary at random, as a human player's do."""
         swing = self._plan.swing if beat % 1 == 0.5 else 0.0
         start = bar * self._bar + (beat + swing) * self._beat + self._rng.normal(0, 0.003) * SAMPLE_RATE
         start = max(0, round(start))
@@ -149,7 +149,7 @@ class _Writer:
         if voice in _HELD:
             for place, pitch in enumerate(chord):
                 pan = (place - (len(chord) - 1) / 2) * 0.3
-                # Two players who are not quite together fill the room.
+                # Two slightly detuned copies sound wider.
                 for side, cents in ((-0.4, -4), (0.4, 4)):
                     yield from self._note(
                         bar, 0, beats, voice, pitch + cents / 100, 0.7 * gain, pan=pan + side, echo=0.35
@@ -202,7 +202,7 @@ class _Writer:
         for bar, rhythm in enumerate((motif, motif, answer, (*close[:2], (self._plan.beats - 1, 1)))):
             for beat, beats in rhythm:
                 if bar == 1 and beat in walk:
-                    step += walk[beat]  # the motif moves as it did before
+                    step += walk[beat]  # the motif repeats its steps
                 else:
                     move = int(self._rng.choice(_MOVES))
                     move = -abs(move) if step > 9 else abs(move) if step < 1 else move
@@ -223,7 +223,7 @@ class _Writer:
                 continue
             step = tone.step
             if tone.beat == 0 or tone.beats >= 1.5:
-                # What is stressed or long belongs to the chord; the rest may pass between.
+                # Stressed and long notes belong to the chord; others may be passing notes.
                 step = min(
                     (near for near in range(step - 3, step + 4) if near % 7 in chord),
                     key=lambda near: abs(near - tone.step),
@@ -238,7 +238,7 @@ class _Writer:
             yield from self._note(bar, beat, 0.25, voice, 0, gain, pan=pan, echo=echo)
 
     def _end(self, bars: int, chord: Sequence[int]) -> Iterator[Note]:
-        """The tonic's chord, rolled upwards and left to die away."""
+        """The tonic's chord, played as an upward arpeggio, then decaying."""
         voice, left = self._plan.chords, (self._frames - bars * self._bar) / self._beat
         root = self._pitch(0, 3)
         pitches = (root - 12 if root > 57 else root, *chord, chord[0] + 12)
@@ -253,7 +253,7 @@ class _Writer:
 
 
 def _section(phrase: int, phrases: int) -> _Section:
-    """An introduction, verses and choruses in turn, now and then a breath without drums."""
+    """The parts of a phrase: an introduction, then verses and choruses in turn, some without drums."""
     if phrases < 3:
         return _Section(drums=True, bass=True, melody=True, theme=phrase % 2)
     if phrase == 0:
@@ -264,7 +264,7 @@ def _section(phrase: int, phrases: int) -> _Section:
 
 
 def _pattern(plan: Plan, *, fill: bool) -> list[tuple[float, str, float]]:
-    """One bar of drums: on which beat, what, how loud. With a fill, the snare leads into the next phrase."""
+    """One bar of drums as (beat, drum, gain). With a fill, the snare leads into the next phrase."""
     beats = range(plan.beats)
     if plan.drums == "none":
         return []

@@ -1,4 +1,4 @@
-"""The preview's instruments: the sound of one note or one stroke."""
+"""The preview's instruments: each renders one note or one drum stroke."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Wave = NDArray[np.float32]
 """One channel: `(frames,) float32`."""
 
 _HIGHEST = 0.45 * SAMPLE_RATE
-"""Hz. Partials above would fold back."""
+"""The highest partial, in Hz. Partials above the Nyquist frequency would alias."""
 _RELEASE = {
     "piano": 0.25,
     "electric piano": 0.2,
@@ -26,13 +26,13 @@ _RELEASE = {
     "bells": 1.6,
     "bass": 0.08,
 }
-"""Seconds that a note sounds on after its end."""
+"""The release of each instrument: how long a note sounds after its end, in seconds."""
 
 
 def render(voice: str, pitch: float, frames: int) -> Wave:
-    """A note of `frames` frames and what sounds on after it; peaks at about 1.
+    """A note of `frames` frames plus its release; its peak is about 1.
 
-    `pitch` is a MIDI note number (69 is 440 Hz), whole or not. Strokes of drums ignore both.
+    `pitch` is a MIDI note number (69 is 440 Hz) and may be fractional. Drums ignore both arguments.
     """
     if voice in _STROKES:
         return _STROKES[voice]()
@@ -40,7 +40,7 @@ def render(voice: str, pitch: float, frames: int) -> Wave:
     time = _time(frames + release)
     hertz = 440.0 * 2.0 ** ((pitch - 69) / 12)
     wave = _NOTES[voice](time, hertz)
-    # A square of a cosine has no corner at either end, so a note ends without a click.
+    # A squared cosine is smooth at both ends, so a note ends without a click.
     wave[frames:] *= np.cos(np.linspace(0, np.pi / 2, release, dtype=np.float32)) ** 2
     return wave
 
@@ -52,10 +52,10 @@ def _time(frames: int) -> NDArray[np.float64]:
 def _partials(
     phase: NDArray[np.float64], weights: Sequence[float], hertz: float, fading: Wave | None = None
 ) -> Wave:
-    """A sum of sines at whole multiples of `phase`, those out of hearing left out.
+    """A sum of sines at integer multiples of `phase`, without those above the highest partial.
 
-    With `fading`, multiple k is multiplied by its k-th power, so that high ones die sooner. The sines come
-    from sin(k x) = 2 cos(x) sin((k-1) x) - sin((k-2) x), which costs a tenth of computing each.
+    With `fading`, multiple k is multiplied by the k-th power of `fading`, so that high multiples decay faster.
+    sin(k x) = 2 cos(x) sin((k-1) x) - sin((k-2) x) gives each sine at a tenth of the cost of computing it.
     """
     sine = np.sin(phase).astype(np.float32)
     twice = (2 * np.cos(phase)).astype(np.float32)
@@ -73,7 +73,7 @@ def _partials(
 
 
 def _attack(time: NDArray[np.float64], seconds: float) -> Wave:
-    """Rises from 0 to 1 in so many seconds, with neither end a corner."""
+    """An envelope that rises from 0 to 1 in `seconds`, smooth at both ends."""
     return np.asarray(0.5 - 0.5 * np.cos(np.pi * np.minimum(time / seconds, 1.0)), np.float32)
 
 
@@ -82,14 +82,14 @@ def _decay(time: NDArray[np.float64], rate: float) -> Wave:
 
 
 def _vibrato(time: NDArray[np.float64], hertz: float, depth: float) -> NDArray[np.float64]:
-    """The phase of a tone that comes to sway by `depth` (radians), five times a second."""
+    """The phase of a tone with a 5 Hz vibrato that grows to `depth` radians."""
     sway = np.sin(2 * np.pi * 5.2 * time) * np.minimum(time / 0.5, 1.0)
     phase: NDArray[np.float64] = 2 * np.pi * hertz * time + depth * sway
     return phase
 
 
 def _piano(time: NDArray[np.float64], hertz: float) -> Wave:
-    speed = (hertz / 260.0) ** 0.5  # high strings die sooner
+    speed = (hertz / 260.0) ** 0.5  # high strings decay faster
     weights = (0.72, 0.4, 0.2, 0.13, 0.07, 0.05, 0.03, 0.02)
     tone = _partials(2 * np.pi * hertz * time, weights, hertz, _decay(time, 0.7 * speed))
     return tone * _decay(time, 0.5 * speed) * _attack(time, 0.004)
@@ -178,9 +178,9 @@ def _shaker() -> Wave:
 
 
 def _hiss(frames: int, number: int, *, above: int) -> NDArray[np.float64]:
-    """Noise between a low and a high limit, always the same for a number.
+    """Band-limited noise, always the same for the same `number`.
 
-    A mean over `above` samples, taken off, leaves what is faster; a mean over three dulls the very top.
+    Subtracting a mean over `above` samples removes low frequencies; a mean over three damps the highest.
     """
     noise = np.random.default_rng(number).uniform(-1, 1, frames)
     noise = noise - np.convolve(noise, np.full(above, 1 / above), "same")

@@ -1,4 +1,4 @@
-"""Draws the picture of a piece: both channels over time."""
+"""Draws the waveform of a piece: both channels over time."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio
 
 _COLUMNS = 1200
 _LANE = 180
-"""Pixels of height that a channel gets."""
+"""The height of one channel in pixels."""
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 64, 28, 16, 44, 24
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120)
-"""Seconds between two marks of the time axis, to choose from."""
+"""The possible distances between two marks of the time axis, in seconds."""
 _MOST_MARKS = 12
 _BACKGROUND, _INK, _GRID = (255, 255, 255), (60, 66, 74), (222, 226, 231)
 _PEAK, _AVERAGE = (142, 184, 229), (31, 99, 173)
 
 
 class Waveform:
-    """Collects what the picture needs while the blocks of a piece pass by.
+    """Collects the picture's data from the blocks of a piece.
 
-    Of each column of pixels it keeps the lowest and the highest sample, and the mean square.
+    For each column of pixels it keeps the lowest and the highest sample, and the mean square.
     """
 
     def __init__(self, frames: int) -> None:
@@ -37,7 +37,7 @@ class Waveform:
         self._counts = np.zeros((self._columns, 1))
 
     def add(self, block: Audio) -> None:
-        """Take in the next block; what lies beyond the announced length is passed over."""
+        """Add the next block. Frames beyond the length of the piece are ignored."""
         block = block[: self._frames - self._seen]
         if not len(block):
             return
@@ -51,9 +51,9 @@ class Waveform:
         self._seen += len(block)
 
     def draw(self, path: Path) -> None:
-        """Write the picture as a PNG: the left channel above, the right below, marks in minutes and seconds.
+        """Write the picture as a PNG: the left channel above the right one, marks in minutes and seconds.
 
-        Light is how far the samples reach, dark their root mean square.
+        The light area is the range of the samples, the dark area their root mean square.
         """
         height = _TOP + CHANNELS * _LANE + (CHANNELS - 1) * _GAP + _BOTTOM
         picture = Image.new("RGB", (_LEFT + self._columns + _RIGHT, height), _BACKGROUND)
@@ -95,13 +95,13 @@ class Waveform:
 
 
 def _marks(duration: float) -> list[float]:
-    """Where the time axis has its marks, in seconds."""
+    """The positions of the time axis's marks, in seconds."""
     step = next((step for step in _STEPS if duration / step <= _MOST_MARKS), _STEPS[-1])
     return [round(number * step, 1) for number in range(int(duration / step + 1e-9) + 1)]
 
 
 def _clock(seconds: float, duration: float) -> str:
-    """A time as people write it: in a piece of a minute or more with minutes."""
+    """The label of a mark: minutes and seconds in a piece of a minute or more, else seconds."""
     if duration < 60:
         return f"{seconds:g} s"
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,4 +1,4 @@
-"""echo: returns its payload. Checks a deployment, and shows what the queue itself costs."""
+"""echo: returns its payload. Use it to check a deployment and to measure the queue's overhead."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from inferq.schemas import Task, TaskType
 
 
 class EchoTask(Task):
-    """Sends `payload` back after `delay` seconds."""
+    """Returns `payload` after `delay` seconds."""
 
     task_type: Literal["echo"]
     payload: JsonValue = None
-    delay: float = Field(0.0, ge=0, le=3600, description="Seconds to wait before answering.")
+    delay: float = Field(0.0, ge=0, le=3600, description="Seconds to wait before the result.")
 
 
 class EchoOutput(BaseModel):
-    """The payload, as it came."""
+    """The unchanged payload."""
 
     payload: JsonValue
 

@@ -9,11 +9,11 @@ from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo
 
 _STEP = 0.05
-"""Seconds between two looks at whether to stop."""
+"""How often the run checks whether it has to stop, in seconds."""
 
 
 class EchoEngine(Engine[EchoTask]):
-    """Waits for the task's delay, reporting progress, and gives its payload back."""
+    """Waits for the task's delay, reports progress, and returns the payload."""
 
     def load(self) -> EngineInfo:
         return EngineInfo(name="echo", version="1", model="none", device="cpu")

@@ -1,4 +1,4 @@
-"""facefusion: puts the face of one picture onto another."""
+"""facefusion: replaces faces on one picture with the face of another."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ PictureFormat = Literal["png", "jpeg", "webp"]
 
 
 class FacefusionOptions(Options):
-    """Which of the target's faces are replaced, and what becomes of the picture."""
+    """Which of the target's faces to replace, and the file format of the new picture."""
 
     face: FaceChoice = Field(
         "largest",
-        description="Which faces of the target are replaced: the `largest`, `all`, or one by its number: "
-        "they count from 0, the largest first, as in `target_faces`.",
+        description="Which faces of the target to replace: the `largest`, `all`, or a face's number. Numbers "
+        "start at 0 for the largest face, as in `target_faces`.",
         examples=["largest", "all", 1],
     )
-    format: PictureFormat = Field("png", description="What kind of file the picture becomes.")
-    quality: int = Field(92, ge=1, le=100, description="How closely a `jpeg` or `webp` keeps to the pixels.")
+    format: PictureFormat = Field("png", description="The file format of the new picture.")
+    quality: int = Field(92, ge=1, le=100, description="Compression quality of a `jpeg` or `webp`.")
 
 
 class FacefusionTask(Task):
-    """Puts the face on the source onto the target. Of several faces on the source, the largest is taken.
+    """Replaces faces on the target with the largest face on the source.
 
-    Both are pictures (PNG, JPEG, TIFF, WebP, GIF, BMP, JPEG 2000, AVIF, PPM), turned upright as they say;
-    what is transparent becomes white, and of several pages or frames the first counts.
+    Both are pictures (PNG, JPEG, TIFF, WebP, GIF, BMP, JPEG 2000, AVIF, PPM). Their orientation is applied,
+    transparent pixels become white, and only the first page or frame is used.
     """
 
     task_type: Literal["facefusion"]
@@ -40,39 +40,37 @@ class FacefusionTask(Task):
 
 
 class FoundFace(BaseModel):
-    """A face, and where it is."""
+    """A face and its position."""
 
     model_config = ConfigDict(frozen=True)
 
     box: tuple[int, int, int, int] = Field(
-        description="Left, top, right, bottom in pixels of the upright picture; the latter two just outside."
+        description="Left, top, right, bottom in pixels of the upright picture; right and bottom are exclusive."
     )
-    score: float = Field(ge=0, le=1, description="How certain it is that this is a face.")
+    score: float = Field(ge=0, le=1, description="Confidence that this is a face.")
 
 
 class FacefusionOutput(BaseModel):
-    """What was found and done. The picture itself is the artifact `image`.
+    """The faces that were found and replaced. The new picture is the artifact `image`.
 
-    FaceFusion does not say which faces it found: with it, `source_faces`, `target_faces` and `swapped` are
-    null.
+    FaceFusion does not report the faces that it finds: with it, `source_faces`, `target_faces` and `swapped`
+    are null.
     """
 
     model_config = ConfigDict(frozen=True)
 
     image: str = Field(description="The name of the artifact: output.png, output.jpg or output.webp.")
-    width: int = Field(ge=1, description="Pixels of the picture made, which stands upright.")
+    width: int = Field(ge=1, description="Pixels of the new picture, which is upright.")
     height: int = Field(ge=1, description="Pixels.")
     preview: bool = Field(
-        description="Whether this is the preview, which warps and blends, and no face-swapping model's work."
+        description="Whether the preview made this picture: it warps and blends, without a face-swapping model."
     )
     source_faces: tuple[FoundFace, ...] | None = Field(
-        description="The faces on the source, the largest first: that one was used."
+        description="The faces on the source, largest first. The first one was used."
     )
-    target_faces: tuple[FoundFace, ...] | None = Field(
-        description="The faces on the target, the largest first."
-    )
+    target_faces: tuple[FoundFace, ...] | None = Field(description="The faces on the target, largest first.")
     swapped: tuple[int, ...] | None = Field(
-        description="Which of the target's faces were replaced, by number."
+        description="The numbers of the target's faces that were replaced."
     )
 
 
@@ -83,7 +81,7 @@ task_type = TaskType(
     engine="inferq.consumers.facefusion.engine:FacefusionEngine",
     arguments=("source_url", "target_url"),
     time_limit=600,
-    summary="puts the face of one picture onto another",
+    summary="replaces faces on a picture with the face of another",
     cacheable=always,
     settings=FacefusionSettings,
 )

@@ -1,4 +1,4 @@
-"""What a face swapper must do for the engine."""
+"""The protocol that face swappers implement."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from inferq.schemas import EngineInfo, InvalidTask
 
 @dataclass(frozen=True)
 class Swap:
-    """A picture with a face, or several, replaced; what a swapper cannot know is None.
+    """A picture on which one or more faces are replaced.
 
-    Faces are listed the largest first, and `swapped` are numbers in `target_faces`.
+    Faces are listed largest first, and `swapped` holds indices into `target_faces`. The lists are None if the
+    swapper does not report its faces.
     """
 
     picture: RgbImage
@@ -26,39 +27,39 @@ class Swap:
 
 
 class Backend(Protocol):
-    """A face swapper, ready to work. `preview` says that no face-swapping model is behind it."""
+    """A loaded face swapper. `preview`: whether it works without a face-swapping model."""
 
     info: EngineInfo
     preview: bool
 
     def warm_up(self) -> None:
-        """Make the first swap no slower than the others."""
+        """Prepare, so that the first swap is as fast as later ones."""
 
     def swap(self, source: RgbImage, target: RgbImage, face: FaceChoice, context: Context) -> Swap:
-        """The target with the source's largest face in place of those chosen.
+        """The target, with the faces that `face` selects replaced by the source's largest face.
 
-        Raises inferq.schemas.InvalidTask (`no_face_found`, and `refused` by a content filter),
-        inferq.schemas.TransientFailure, and inferq.consumers.engine.TaskAborted once the run is to stop.
+        Raises inferq.schemas.InvalidTask (`no_face_found`, or `refused` by a content filter),
+        inferq.schemas.TransientFailure, and inferq.engine.TaskAborted if the run has to stop.
         """
 
     def close(self) -> None:
-        """Release what was loaded."""
+        """Release the loaded models."""
 
 
 _ROLES: Mapping[str, str] = {"source": "source_url", "target": "target_url"}
 
 
 def no_face_found(where: str, found: int = 0, wanted: FaceChoice | None = None) -> InvalidTask:
-    """The error to raise where the `source` or the `target` lacks the face that is wanted."""
+    """The error to raise if `where` (`source` or `target`) lacks the wanted face."""
     if found:
         counted = "1 face" if found == 1 else f"{found} faces"
         message = (
-            f"{_ROLES[where]}: the {where} has {counted}, counted from 0: there is no face {wanted}; "
-            "name another in options.face, or say `largest` or `all`"
+            f"{_ROLES[where]}: the {where} has {counted}, numbered from 0, but no face {wanted}; "
+            "set options.face to another number, `largest` or `all`"
         )
     else:
         message = (
-            f"{_ROLES[where]}: no face was found on the {where}: send a picture on which a face looks at the "
-            "camera, at least 40 pixels wide and not much turned aside"
+            f"{_ROLES[where]}: no face was found on the {where}: send a picture with a face that looks at the "
+            "camera, is at least 40 pixels wide and is not turned far aside"
         )
     return InvalidTask(message, code="no_face_found")

@@ -1,4 +1,4 @@
-"""Fits a warped face into its new surroundings: in their light, and without an edge."""
+"""Blends a warped face into a picture: it matches the picture's light and fades at its edge."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ OUTLINE = (
     *(151, 337, 299, 333, 298, 301, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377),
     *(152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 71, 68, 104, 69, 108),
 )
-"""The landmarks around what is taken over of a face: chin, cheeks and half the brow, without a fringe."""
+"""The landmarks around the part of a face that is copied: chin, cheeks and half the brow, no fringe."""
 
 _LIGHT = 0.18
-"""How coarse light and shade are, as a part of the face's size: what is finer counts as the face's own."""
+"""The scale of light and shade, as a fraction of the face's size. Finer structure is the face's detail."""
 _EDGE = 0.12
-"""Over what part of the face's size it fades into its surroundings."""
+"""The width of the fade at the face's edge, as a fraction of the face's size."""
 _LIPS = 0.01
-"""The same around an open mouth, whose lips are narrow."""
+"""The same around an open mouth; smaller, because lips are narrow."""
 _LEAST_CONTRAST, _MOST_CONTRAST = np.array([0.6, 0.0, 0.0], np.float32), 1.2
-"""How much weaker and stronger the face's details may become: its colours vanish on a grey target."""
+"""The bounds of the factor on the face's detail, for L, a and b: on a grey target its colours vanish."""
 
 
 def blend(
     face: RgbImage, onto: RgbImage, points: Points, covered: NDArray[np.bool_], size: float
 ) -> tuple[RgbImage, NDArray[np.float32]]:
-    """`face` in the light of `onto`, and how much of it is to be seen at each pixel, from 0 to 1.
+    """`face` in the light of `onto`, and its opacity at each pixel, from 0 to 1.
 
-    Both are `(height, width, 3)`; the face is there where it is `covered`, and seen within the outline of
-    `points`. `size` is its size in pixels. It takes over the light, shade and complexion of what it replaces:
-    its coarse Lab colours give way to those beneath, its details stay. Where seamless cloning burns out a
-    bright target, this is no brighter than the target was.
+    Both images are `(height, width, 3)`. The face has pixels at `covered`, and is visible within the outline
+    of `points`. `size` is its size in pixels. Its coarse Lab colours are replaced by those of `onto`, which
+    carry light, shade and complexion; its detail stays. The result is never brighter than the target, while
+    seamless cloning overexposes bright targets.
     """
     relit = _relit(face, onto, covered.astype(np.float32), max(_LIGHT * size, 1.0))
     return relit, _fade(points, covered, size)
 
 
 def _fade(points: Points, covered: NDArray[np.bool_], size: float) -> NDArray[np.float32]:
-    """How much of the face is seen at each pixel, from 0 to 1."""
+    """The opacity of the face at each pixel, from 0 to 1."""
     inside = np.zeros(covered.shape, np.uint8)
     cv2.fillPoly(inside, [np.round(points[list(OUTLINE), :2]).astype(np.int32)], [1])
     fade = cv2.distanceTransform(inside, cv2.DIST_L2, 5) / max(_EDGE * size, 1.0)
@@ -57,7 +57,7 @@ def _relit(face: RgbImage, onto: RgbImage, weight: NDArray[np.float32], sigma: f
     own_light = _coarse(own * weight[:, :, None], sigma) / total
     light = _coarse(beneath * weight[:, :, None], sigma) / total
     seen = weight > 0
-    # What is black on the face stays black, whatever the complexion around it.
+    # Black parts of the face stay black, independent of the complexion around them.
     dim = np.ones_like(own)
     dim[:, :, 1:] = np.clip(own[:, :, :1] / np.maximum(own_light[:, :, :1], 1.0), 0, 1)
     detail = own - own_light * dim
@@ -69,14 +69,14 @@ def _relit(face: RgbImage, onto: RgbImage, weight: NDArray[np.float32], sigma: f
 
 
 def _bounded(lightness: NDArray[np.float32], usual: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Lightness that approaches the brightest of what was there, and does not exceed it."""
+    """Lightness compressed towards the brightest of `usual`, without exceeding it."""
     knee, most = (float(value) for value in np.percentile(usual, (90, 99.5)))
     room = max(most - knee, 1.0)
     return np.where(lightness > knee, knee + room * np.tanh((lightness - knee) / room), lightness)
 
 
 def _coarse(values: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
-    """Blurred, by way of a small copy: at `sigma` pixels nothing of it is lost."""
+    """The values blurred by `sigma` pixels. A scaled-down copy is blurred, which loses nothing at this scale."""
     shrink = min(1.0, 6 / sigma)
     height, width = values.shape[:2]
     small = cv2.resize(

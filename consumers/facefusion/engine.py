@@ -1,4 +1,4 @@
-"""The face-swapping engine: two pictures in, one out, whichever backend does the swapping."""
+"""The face-swapping engine: two pictures in, one out, with any of the backends."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FILES: dict[PictureFormat, tuple[str, str]] = {
     "webp": ("output.webp", "image/webp"),
 }
 _WEBP_SIDE = 16_383
-"""The most pixels of a side that WebP has bits for."""
+"""The longest side that the WebP format can store, in pixels."""
 _FULL_COLOUR = 90
-"""From this quality on a JPEG keeps its colours as finely as its lightness."""
+"""From this quality on, a JPEG is written without chroma subsampling."""
 
 
 class FacefusionEngine(Engine[FacefusionTask]):
-    """Puts the face of one picture onto another. A source and a target are in memory at a time."""
+    """Replaces faces on one picture with another's. Only one source and one target are in memory."""
 
     def __init__(self) -> None:
         self._settings = FacefusionSettings.load()
@@ -42,15 +42,15 @@ class FacefusionEngine(Engine[FacefusionTask]):
         return self._loaded.info
 
     def warm_up(self) -> None:
-        """Let the backend choose its kernels and build its tables."""
+        """Let the backend choose kernels and build tables."""
         self._backend.warm_up()
 
     def run(self, task: FacefusionTask, context: Context) -> FacefusionOutput:
-        """Swap the faces that the task asks for."""
+        """Replace the faces that the task selects."""
         context.check_abort()
         context.progress(0.0, "reading the pictures")
         with ExitStack() as stack:
-            # Both are opened, and their sizes checked, before either is decoded.
+            # Open both and check their sizes before decoding either.
             source_file = self._open("source_url", context, stack)
             target_file = self._open("target_url", context, stack)
             with _named("source_url"):
@@ -84,7 +84,7 @@ class FacefusionEngine(Engine[FacefusionTask]):
     @property
     def _backend(self) -> Backend:
         if self._loaded is None:
-            raise RuntimeError("the face-swapping engine is used before load()")
+            raise RuntimeError("the face-swapping engine is not loaded: call load() first")
         return self._loaded
 
     def _open(self, name: str, context: Context, stack: ExitStack) -> Picture:
@@ -94,9 +94,10 @@ class FacefusionEngine(Engine[FacefusionTask]):
 
 
 def load_backend(settings: FacefusionSettings) -> Backend:
-    """The backend that the settings ask for, ready to work.
+    """The backend that the settings name, loaded.
 
-    Raises InstallationError where what it needs is not there: never another in its place.
+    Raises InstallationError if a library, a model or the device is missing; it never falls back to another
+    one.
     """
     if settings.facefusion_backend == "facefusion":
         from inferq.consumers.facefusion.headless import HeadlessBackend
@@ -123,7 +124,7 @@ def load_backend(settings: FacefusionSettings) -> Backend:
 def _not_installed(error: ImportError) -> InstallationError:
     remedy = "pip install 'inferq[facefusion]'"
     if re.search(r"lib(GL|gthread|SM|Xext|Xrender)\b", str(error)):
-        # mediapipe brings an OpenCV that draws windows, into the folder of the one that does not.
+        # mediapipe installs the OpenCV with windows into the same folder as the headless one.
         remedy = (
             "pip install --force-reinstall --no-deps opencv-python-headless==4.10.0.84, or "
             "apt-get install libgl1 libglib2.0-0"
@@ -135,7 +136,7 @@ def _not_installed(error: ImportError) -> InstallationError:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Says in an InvalidTask which of the inputs it is about."""
+    """Adds the name of the input to an InvalidTask."""
     try:
         yield
     except InvalidTask as error:
@@ -146,8 +147,8 @@ def _check_format(chosen: PictureFormat, target: RgbImage) -> None:
     height, width = target.shape[:2]
     if chosen == "webp" and max(width, height) > _WEBP_SIDE:
         raise InvalidTask(
-            f"the image has {width}×{height} pixels, a WebP file at most {_WEBP_SIDE} a side: scale it down, "
-            "or choose another options.format",
+            f"the image has {width}×{height} pixels, but a WebP file has at most {_WEBP_SIDE} a side: scale the "
+            "target down, or choose another options.format",
             code="image_too_large",
         )
 

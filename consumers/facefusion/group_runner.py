@@ -1,8 +1,8 @@
-"""Runs a command in a process group of its own, and ends that group when whoever asked for it is gone.
+"""Runs a command in a process group of its own, and kills that group when its caller ends.
 
-It is started by its path, with a pipe as standard input that nobody writes to: the pipe ends when its other
-end is closed, by the engine or with the engine's process, however that ends. Standard library only, so that
-it starts at once.
+The caller starts this file by its path and passes a pipe as standard input, to which it writes nothing. The pipe
+closes when the engine closes it or when the engine's process ends. This file imports only the standard library, so
+that it starts fast.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Run the command line's command. Exits with its status, or 128 and the signal that ended it."""
+    """Run the command of the command line. Exits with its status, or 128 plus the signal that killed it."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     runner = os.getpid()
 
-    def die_with_the_warden() -> None:
-        # For the case that the runner itself is killed; no thread has been started when this runs.
+    def die_with_the_runner() -> None:
+        # This covers a kill of the runner itself. It runs before any thread is started.
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != runner:
                 os._exit(1)
 
     process = subprocess.Popen(
-        sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_the_warden
+        sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_the_runner
     )
 
     def end_the_group() -> None:
@@ -44,8 +44,8 @@ def main() -> None:
         end_the_group()
 
     threading.Thread(target=watch, daemon=True).start()
-    # The command is left as a zombie until what it started is gone too: so its group's number is not taken
-    # by another in between.
+    # Kill the group before reaping the command: as a zombie it keeps the group's number, so no other process
+    # can get it.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     end_the_group()
     code = process.wait()

@@ -1,4 +1,4 @@
-"""FaceFusion, which lives in a folder and an environment of its own: one headless run of it per task."""
+"""FaceFusion, installed in a folder and an environment of its own: one headless run per task."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from inferq.engine import Context
 from inferq.schemas import EngineInfo, InferqError, InstallationError, InvalidTask, TransientFailure
 
 _LOOK_SECONDS = 0.1
-"""How often a run is asked whether to stop."""
+"""How often a run checks whether it has to stop, in seconds."""
 _START_SECONDS = 180
-"""Seconds that FaceFusion may take to say its version; it imports its frameworks for that."""
+"""Seconds that FaceFusion may take to print its version; it imports its frameworks first."""
 _KEPT_LINES = 40
-"""How many of the last lines of its output are kept, and quoted where it fails."""
+"""The number of output lines that are kept, the last ones; errors quote them."""
 _LONGEST_LINE = 2000
 _SAME = 2
-"""By how much, of 255, a picture may differ that went through FaceFusion untouched."""
+"""The most by which an unchanged picture may differ after FaceFusion, of 255."""
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A line of its output that tells how far it is; a percentage in it goes from `begin` to `end`."""
+    """An output line that shows progress; a percentage in it maps to the range from `begin` to `end`."""
 
     pattern: re.Pattern[str]
     begin: float
@@ -51,8 +51,8 @@ def _stage(pattern: str, begin: float, end: float, note: str) -> _Stage:
 
 _STAGES = (
     _stage(r"downloading", 0.05, 0.15, "downloading weights"),
-    _stage(r"processing step", 0.15, 0.15, "looking at the pictures"),
-    _stage(r"analysing", 0.15, 0.3, "looking at the pictures"),
+    _stage(r"processing step", 0.15, 0.15, "checking the pictures"),
+    _stage(r"analysing", 0.15, 0.3, "checking the pictures"),
     _stage(r"copying image", 0.3, 0.3, "preparing the target"),
     _stage(r"finali[sz]ing image", 0.85, 0.85, "finishing the picture"),
     _stage(r"processing to image suc", 0.9, 0.9, "finishing the picture"),
@@ -70,14 +70,14 @@ _OUT_OF_MEMORY = re.compile(
 
 
 class HeadlessBackend:
-    """Runs `facefusion.py headless-run`. Its content filter stays as it is: nothing here turns it off."""
+    """Runs `facefusion.py headless-run`. Its content filter stays on."""
 
     preview = False
 
     def __init__(self, *, home: Path | None, python: str | None, providers: Sequence[str]) -> None:
-        """Finds FaceFusion below `home` and asks for its version, run by `python`.
+        """Locates FaceFusion in `home` and runs it with `python` to get its version.
 
-        `providers` are what it computes with. Raises InstallationError where it is not there or cannot run.
+        `providers` are its execution providers. Raises InstallationError if it is missing or cannot run.
         """
         self._home = _checked_home(home)
         self._python = _find_python(self._home, python)
@@ -90,17 +90,17 @@ class HeadlessBackend:
         )
 
     def warm_up(self) -> None:
-        """Nothing: each run starts anew."""
+        """Does nothing: each run starts a new process."""
 
     def close(self) -> None:
-        """Nothing is kept between runs."""
+        """Does nothing: no state is kept between runs."""
 
     def swap(self, source: RgbImage, target: RgbImage, face: FaceChoice, context: Context) -> Swap:
-        """The target with the source's face in place of those chosen; which they were is not known."""
+        """The target with the selected faces replaced. FaceFusion does not report which ones it found."""
         folder = context.scratch / "facefusion"
         folder.mkdir()
         try:
-            # Upright and lossless, whatever came in; the output must be of the target's kind.
+            # Pass both as upright, lossless PNG; FaceFusion needs an output of the target's format.
             for name, picture in (("source", source), ("target", target)):
                 Image.fromarray(picture).save(folder / f"{name}.png", compress_level=1)
             output = folder / "output.png"
@@ -118,7 +118,7 @@ class HeadlessBackend:
         elif face == "largest":
             chosen = ["one"]
         else:
-            # 0.05 is the least distance that it takes: no other face is as near to the one meant.
+            # 0.05 is the smallest distance that FaceFusion accepts: only the selected face is this near.
             chosen = [
                 "reference",
                 "--reference-face-position",
@@ -126,7 +126,7 @@ class HeadlessBackend:
                 "--reference-face-distance",
                 "0.05",
             ]
-        # Each run has jobs of its own: two that share a folder of them take each other's.
+        # Each run has its own folder of jobs: runs that share one take each other's jobs.
         return [
             *(self._python, "facefusion.py", "headless-run"),
             *("-s", str(folder / "source.png"), "-t", str(folder / "target.png")),
@@ -139,7 +139,7 @@ class HeadlessBackend:
         ]
 
     def _run(self, command: Sequence[str], folder: Path, context: Context) -> tuple[int, list[str]]:
-        """The exit status of a command, and the last lines that it said."""
+        """The exit status of a command, and the last lines of its output."""
         (folder / "temp").mkdir()
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         process = subprocess.Popen(
@@ -149,10 +149,10 @@ class HeadlessBackend:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            process_group=0,  # it has to outlive the engine's group, to end FaceFusion's
+            process_group=0,  # the runner outlives the engine's group, to kill FaceFusion's
         )
         try:
-            for line in _said(process, context):
+            for line in _output_lines(process, context):
                 lines.append(line)
                 if (progress := read_progress(line)) is not None:
                     context.progress(*progress)
@@ -162,10 +162,10 @@ class HeadlessBackend:
 
 
 def judge(code: int, has_output: bool, lines: Sequence[str]) -> InferqError | None:
-    """What to raise for a run that ended with this exit status, having said these lines; None is success.
+    """The error to raise for a run with this exit status and these last output lines; None for success.
 
-    FaceFusion exits with 0 when it is interrupted, with 2 for arguments that it does not take, and with 1 for
-    all else, which may be its content filter: that says nothing at all.
+    FaceFusion exits with 0 when it is interrupted, with 2 for bad arguments, and with 1 for everything else. That
+    includes its content filter, which prints nothing.
     """
     said = "\n".join(lines)
     last = " | ".join(line for line in lines[-5:] if line)[-800:] or "nothing"
@@ -175,37 +175,37 @@ def judge(code: int, has_output: bool, lines: Sequence[str]) -> InferqError | No
         return no_face_found("source")
     if _OUT_OF_MEMORY.search(said):
         return TransientFailure(
-            f"the GPU has too little free memory for FaceFusion; it said: {last}", code="out_of_memory"
+            f"the GPU has too little free memory for FaceFusion; its output: {last}", code="out_of_memory"
         )
     if code == 0:
         return TransientFailure(
-            f"FaceFusion ended without a picture, as it does when it is interrupted; it said: {last}",
+            f"FaceFusion ended without a picture, probably because it was interrupted; its output: {last}",
             code="engine_error",
         )
     if code == 2:
         return TransientFailure(
-            "FaceFusion refuses its arguments or its surroundings: check INFERQ_FACEFUSION_PROVIDERS, its "
-            f"version (3.8 is known to work), and that curl and ffmpeg are there; it said: {last}",
+            "FaceFusion refused its arguments or its environment: check INFERQ_FACEFUSION_PROVIDERS, its "
+            f"version (3.8 is known to work), and that curl and ffmpeg are installed; its output: {last}",
             code="engine_misconfigured",
         )
     if code > 128:
         return TransientFailure(
             f"FaceFusion was killed by signal {code - 128}"
-            + (", most likely for its memory" if code == 128 + 9 else "")
-            + f"; it said: {last}",
+            + (", most likely because memory ran out" if code == 128 + 9 else "")
+            + f"; its output: {last}",
             code="engine_died",
         )
     if code == 1 and "processing step" in said.lower() and not _COMPLAINT.search(said):
         return InvalidTask(
-            "FaceFusion refuses these pictures without saying why: most likely its content filter takes one "
-            "of them for unfit; send others",
+            "FaceFusion refused these pictures without a reason: most likely its content filter rejected one "
+            "of them; send other pictures",
             code="content_refused",
         )
-    return TransientFailure(f"FaceFusion failed with status {code}; it said: {last}", code="engine_error")
+    return TransientFailure(f"FaceFusion failed with status {code}; its output: {last}", code="engine_error")
 
 
 def read_progress(line: str) -> tuple[float, str] | None:
-    """How far FaceFusion is, from 0 to 1, and what it does, if a line of its output tells."""
+    """The progress from 0 to 1 and the current step, if a line of FaceFusion's output shows them; else None."""
     for stage in _STAGES:
         if stage.pattern.search(line):
             found = _PERCENTAGE.search(line)
@@ -214,8 +214,8 @@ def read_progress(line: str) -> tuple[float, str] | None:
     return None
 
 
-def _said(process: subprocess.Popen[bytes], context: Context) -> Iterator[str]:
-    """The lines of its output as they come, until it ends. Raises TaskAborted once the run is to stop."""
+def _output_lines(process: subprocess.Popen[bytes], context: Context) -> Iterator[str]:
+    """Yield the lines of its output until it ends. Raises TaskAborted if the run has to stop."""
     if process.stdout is None:
         raise RuntimeError("the process was started without a pipe")
     descriptor = process.stdout.fileno()
@@ -228,7 +228,7 @@ def _said(process: subprocess.Popen[bytes], context: Context) -> Iterator[str]:
         if not poller.poll(_LOOK_SECONDS * 1000):
             continue
         data = os.read(descriptor, 65536)
-        # Progress bars return to the beginning of their line instead of ending it.
+        # Progress bars end with a carriage return instead of a newline.
         *whole, rest = re.split(r"[\r\n]+", rest + decoder.decode(data, final=not data))
         rest = rest[-_LONGEST_LINE:]
         yield from (line.strip()[:_LONGEST_LINE] for line in whole if line.strip())
@@ -239,7 +239,7 @@ def _said(process: subprocess.Popen[bytes], context: Context) -> Iterator[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """See to it that nothing of the run is left: the warden ends the whole group when its pipe closes."""
+    """End all processes of the run: the group runner kills the whole group when its pipe closes."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):
@@ -252,14 +252,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _swapped(output: Path, target: RgbImage) -> RgbImage:
-    """The picture that FaceFusion wrote. Raises InvalidTask where it is the target, untouched."""
+    """The picture that FaceFusion wrote. Raises InvalidTask if it is the unchanged target."""
     height, width = target.shape[:2]
     try:
         with open_picture(output, PixelLimit(4 * width * height, "nothing")) as picture:
             swapped = picture.decode()
     except InvalidTask as error:
         raise TransientFailure(
-            f"FaceFusion wrote no proper picture: {error.message}", code="engine_error"
+            f"FaceFusion wrote a picture that cannot be read: {error.message}", code="engine_error"
         ) from error
     if swapped.shape == target.shape and _differs_by(swapped, target) <= _SAME:
         raise no_face_found("target")
@@ -271,7 +271,7 @@ def _differs_by(one: RgbImage, other: RgbImage) -> int:
 
 
 def _environment(temporary: Path) -> dict[str, str]:
-    """Ours without our settings, among which are passwords; temporary files go where they are swept up."""
+    """This process's environment without inferq's settings, which include passwords. TMPDIR is `temporary`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
     return {**kept, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
@@ -287,12 +287,12 @@ def _checked_home(home: Path | None) -> Path:
     home = home.expanduser().absolute()
     if not home.is_dir():
         raise InstallationError(
-            f"INFERQ_FACEFUSION_HOME {home} is not a folder: set it to FaceFusion's",
+            f"INFERQ_FACEFUSION_HOME {home} is not a folder: set it to FaceFusion's folder",
             code="engine_not_installed",
         )
     if not (home / "facefusion.py").is_file():
         raise InstallationError(
-            f"INFERQ_FACEFUSION_HOME {home} has no facefusion.py: set it to the folder that has",
+            f"INFERQ_FACEFUSION_HOME {home} has no facefusion.py: set it to FaceFusion's folder",
             code="engine_not_installed",
         )
     return home
@@ -304,15 +304,15 @@ def _find_python(home: Path, setting: str | None) -> str:
     found = shutil.which(Path(wanted).expanduser())
     if found is None:
         raise InstallationError(
-            f"FaceFusion's Python {wanted} is not there or cannot be run: set INFERQ_FACEFUSION_PYTHON to "
-            "the one of its environment",
+            f"FaceFusion's Python {wanted} is missing or cannot be run: set INFERQ_FACEFUSION_PYTHON to "
+            "the Python of its environment",
             code="engine_not_installed",
         )
     return str(Path(found).absolute())
 
 
 def _version(home: Path, python: str) -> str:
-    """FaceFusion's version by its own word, for which it must import all that it needs."""
+    """The version that FaceFusion prints. To print it, it imports everything that it needs."""
     asked = [python, "facefusion.py", "--version"]
     try:
         answer = subprocess.run(
@@ -327,20 +327,20 @@ def _version(home: Path, python: str) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise InstallationError(
-            f"{' '.join(asked)} in {home} did not answer within {_START_SECONDS} s: run it by hand",
+            f"{' '.join(asked)} in {home} did not answer within {_START_SECONDS} s: run it by hand to see why",
             code="engine_not_loadable",
         ) from error
     except OSError as error:
         raise InstallationError(
-            f"{python} cannot be run: {error.strerror}; set INFERQ_FACEFUSION_PYTHON",
+            f"{python} cannot be run: {error.strerror}; set INFERQ_FACEFUSION_PYTHON to a Python that can",
             code="engine_not_loadable",
         ) from error
     if answer.returncode != 0:
         said = " | ".join((answer.stderr + answer.stdout).strip().splitlines()[-3:])[-600:]
         raise InstallationError(
             f"FaceFusion in {home} does not start under {python} (status {answer.returncode}: "
-            f"{said or 'no word'}): install it by its install.py, set INFERQ_FACEFUSION_PYTHON to the Python "
-            "(3.12 or later) of its environment, and see that curl and ffmpeg are there",
+            f"{said or 'no output'}): install it with its install.py, set INFERQ_FACEFUSION_PYTHON to the Python "
+            "(3.12 or later) of its environment, and install curl and ffmpeg",
             code="engine_not_loadable",
         )
     words = answer.stdout.split()

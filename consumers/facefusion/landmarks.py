@@ -1,4 +1,4 @@
-"""Finds faces on a picture, with 468 landmarks each, by mediapipe's models, which come in its wheel."""
+"""Finds faces with 468 landmarks each on a picture, with the models in mediapipe's wheel."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from inferq.schemas import InstallationError
 Points = NDArray[np.float32]
 
 _SEARCH_SIDE = 1024
-"""Pixels to which a picture's longer side is scaled down before faces are looked for."""
+"""A picture's longer side is scaled down to this many pixels for the search."""
 _PASSES = ((0, 512), (0, 256), (2, 512), (1, 512), (3, 512))
-"""How faces are looked for, until some are found: by how many quarters the picture is turned to the left, and
-in windows of how many pixels. The detector sees each window at 192 × 192, and a face needs 15 of those."""
+"""The passes of the search, which ends with the first one that finds a face: quarter turns of the picture to the
+left, and the windows' side in pixels. The detector sees a window at 192 × 192 pixels; a face needs 15 of them."""
 _CROP = 256
-"""Pixels of the square in which the landmarks of one face are looked for; the model sees it at 192 × 192."""
+"""The side in pixels of the square that the landmark model gets per face; it scales it to 192 × 192."""
 _CROP_REACH = 2.2
-"""How much wider than the detector's box that square is: brow to chin, with hair and neck."""
+"""The ratio of that square's side to the detector's box: the square includes hair and neck."""
 _SAME_FACE = 0.4
-"""Two boxes that share more than this part of their union are one face, found twice."""
+"""Two boxes whose overlap is a larger share of their union are the same face."""
 _MOST_YAW = 30.0
-"""Degrees that a face may be turned aside by what its landmarks say, who see 45 of them as 30. Beyond, half
-of it is hidden, and there is nothing to warp."""
+"""The most degrees that a face may be turned aside, measured by its landmarks, which show 45 degrees as 30.
+Beyond this, half of the face is hidden, and cannot be warped."""
 _MOST_ROLL = 15.0
-"""Degrees by which a face in its straightened square may still lean; the landmarks suffer beyond."""
+"""The most degrees that a face may lean in its straightened square; beyond, landmarks are inaccurate."""
 _SMALLEST = 16.0
-"""Pixels that a face is wide at least: of a smaller one no feature can be told."""
+"""The minimum width of a face in pixels: a smaller face shows no features."""
 
 _RIGHT_EYE, _LEFT_EYE = (33, 133), (362, 263)
-"""The corners of the eyes: of the person's right one, which is on the picture's left."""
+"""The corners of the eyes. The person's right eye is on the picture's left."""
 _RIGHT_CHEEK, _LEFT_CHEEK = 234, 454
 
 
@@ -46,8 +46,8 @@ _RIGHT_CHEEK, _LEFT_CHEEK = 234, 454
 class Face:
     """A face that was found.
 
-    `points` are its landmarks, `(468, 3) float32`: x and y in pixels of the picture, z as deep, nearer ones
-    smaller. `score` says how certain the detector is, from 0 to 1.
+    `points` are its landmarks, `(468, 3) float32`: x and y in pixels of the picture, z in the
+    same unit, smaller if nearer. `score` is the detector's confidence, from 0 to 1.
     """
 
     points: Points
@@ -55,21 +55,21 @@ class Face:
 
     @cached_property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom in pixels; it may reach beyond the picture."""
+        """Left, top, right, bottom in pixels. It may extend beyond the picture."""
         left, top = (float(value) for value in self.points[:, :2].min(axis=0))
         right, bottom = (float(value) for value in self.points[:, :2].max(axis=0))
         return left, top, right, bottom
 
     @property
     def area(self) -> float:
-        """Square pixels of the box."""
+        """The area of the box in square pixels."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What the detector says of a face: the centre and side of its box, the eyes, in pixels."""
+    """A face from the detector: the centre and side of its box, and the eyes, in pixels."""
 
     centre: Points
     side: float
@@ -79,15 +79,15 @@ class _Found:
 
 
 class FaceFinder:
-    """The detector and the landmark model, loaded. To be used from one thread."""
+    """The loaded detector and landmark model. Use it from one thread only."""
 
     def __init__(self) -> None:
-        """Raises ImportError where mediapipe is not there, InstallationError where it is another version."""
-        # Otherwise every start prints a page about delegates and missing GPUs.
+        """Raises ImportError if mediapipe is not installed, InstallationError for an unsupported version."""
+        # Otherwise every start logs many lines about delegates and missing GPUs.
         os.environ.setdefault("GLOG_minloglevel", "2")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         solutions = _mediapipe()
-        # Model 1 is the one for small and distant faces.
+        # Model 1 is for small and distant faces.
         self._detector = solutions.face_detection.FaceDetection(
             model_selection=1, min_detection_confidence=0.5
         )
@@ -101,11 +101,12 @@ class FaceFinder:
         self._mesh.close()
 
     def find(self, image: RgbImage, checkpoint: Callable[[], None] = lambda: None) -> list[Face]:
-        """The faces of an upright `(height, width, 3)` picture, the largest first.
+        """The faces of an upright `(height, width, 3)` picture, largest first.
 
-        A face may lean, or lie on its side or its head where no other stands upright. One that is turned
-        aside by more than about 45 degrees is left out. Found are those as wide as 40 pixels and as a
-        25th of the picture's longer side. `checkpoint` is called between steps, and may raise to stop.
+        A face may lean. Faces that are sideways or upside down are found only if no face is upright. A face
+        that is turned aside by more than about 45 degrees is left out. A face must be at least 40 pixels
+        wide, and at least 1/25 of the picture's longer side. `checkpoint` is called between steps and may
+        raise to stop the search.
         """
         scale = min(1.0, _SEARCH_SIDE / max(image.shape[:2]))
         small = image
@@ -122,14 +123,14 @@ class FaceFinder:
                 if face is not None and not any(_overlap(face, other) > _SAME_FACE for other in faces):
                     faces.append(face)
             if faces:
-                # To look on where all are turned aside would find faces that are none.
+                # If all faces are turned aside, further passes would only find false ones.
                 faces = [face for face in faces if abs(yaw(face.points)) <= _MOST_YAW]
-                # The position decides between equals, so that the order never changes.
+                # The position breaks ties, so that the order is deterministic.
                 return sorted(faces, key=lambda face: (-face.area, face.box))
         return []
 
     def _search(self, image: RgbImage, window: int) -> list[_Found]:
-        """What the detector finds on the whole picture and in windows of it, the most certain first."""
+        """The detector's faces on the whole picture and in its windows, highest score first."""
         found = list(self._detect(image, 0, 0))
         for top in _starts(image.shape[0], window):
             for left in _starts(image.shape[1], window):
@@ -162,7 +163,7 @@ class FaceFinder:
 
     def _landmarks(self, image: RgbImage, small: RgbImage, scale: float, found: _Found) -> Face | None:
         """The landmarks of one face that was found on `small`, in pixels of `image`."""
-        # A large face is cut from the small picture, since to shrink it by much would alias.
+        # Cut a large face from the small picture: shrinking the original that much would alias.
         source = small if found.side * _CROP_REACH >= _CROP else image
         to_source = np.float32(1.0 if source is small else 1 / scale)
         centre, side = found.centre * to_source, found.side * float(to_source)
@@ -174,7 +175,7 @@ class FaceFinder:
             leaning, across = across, _between(points, _LEFT_EYE) - _between(points, _RIGHT_EYE)
             if abs(_angle(across, leaning)) <= _MOST_ROLL:
                 break
-            # It leans otherwise than the detector saw: once more, straightened by what the landmarks say.
+            # The detector's angle was wrong: try again, straightened by the landmarks' angle.
         else:
             return None
         face = Face(points / np.float32(scale) if source is small else points, found.score)
@@ -192,7 +193,7 @@ class FaceFinder:
         best, nearest = None, 0.5 / _CROP_REACH
         for mesh in meshes:
             inside = np.array([(p.x, p.y, p.z) for p in mesh.landmark], np.float32) * _CROP
-            # Another face beside this one may be seen as well; it has a square of its own.
+            # The square may show a neighbouring face as well; that face has a square of its own.
             off = float(np.linalg.norm(inside[:, :2].mean(axis=0) - _CROP / 2)) / _CROP
             if off <= nearest:
                 best, nearest = inside, off
@@ -209,7 +210,7 @@ def mesh_edges() -> list[tuple[int, int]]:
 
 
 def yaw(points: Points) -> float:
-    """Degrees that a face with these landmarks (`(468, 3)`) is turned aside; 0 faces the camera."""
+    """The degrees that a face with these landmarks (`(468, 3)`) is turned aside; 0 faces the camera."""
     cheeks = points[_LEFT_CHEEK] - points[_RIGHT_CHEEK]
     return float(np.degrees(np.arctan2(cheeks[2], np.hypot(cheeks[0], cheeks[1]))))
 
@@ -219,7 +220,7 @@ def _mediapipe() -> Any:
 
     if not hasattr(mediapipe, "solutions"):
         raise InstallationError(
-            f"mediapipe {mediapipe.__version__} brings no face models: pip install mediapipe==0.10.21",
+            f"mediapipe {mediapipe.__version__} has no face models: pip install mediapipe==0.10.21",
             code="engine_not_installed",
         )
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -227,7 +228,7 @@ def _mediapipe() -> Any:
 
 
 def _starts(side: int, window: int) -> list[int]:
-    """Where the windows of a side begin: they overlap by half, and the last one ends with the picture."""
+    """The start of each window along a side. Windows overlap by half, and the last ends with the picture."""
     if side <= window:
         return [0]
     count = -(-(side - window) // (window // 2)) + 1
@@ -235,7 +236,7 @@ def _starts(side: int, window: int) -> list[int]:
 
 
 def _unturned(found: _Found, shape: tuple[int, ...], quarters: int) -> _Found:
-    """What was found on a picture turned by `quarters` to the left, in pixels of the picture as it was."""
+    """A face found on a picture turned by `quarters` to the left, in pixels of the unturned picture."""
     height, width = shape[:2]
 
     def back(point: Points) -> Points:
@@ -247,7 +248,7 @@ def _unturned(found: _Found, shape: tuple[int, ...], quarters: int) -> _Found:
 
 
 def _straightening(centre: Points, side: float, across: Points) -> NDArray[np.float64]:
-    """The `(2, 3)` transform that brings a face into the middle of its square, upright."""
+    """The `(2, 3)` transform that moves a face to the centre of its square, upright."""
     scale = _CROP / (side * _CROP_REACH)
     angle = -float(np.arctan2(across[1], across[0]))
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
@@ -260,13 +261,13 @@ def _between(points: Points, pair: tuple[int, int]) -> Points:
 
 
 def _angle(one: Points, other: Points) -> float:
-    """Degrees from one direction to another, -180 to 180."""
+    """The angle from one direction to another in degrees, -180 to 180."""
     cross = float(other[0] * one[1] - other[1] * one[0])
     return float(np.degrees(np.arctan2(cross, float(one @ other))))
 
 
 def _overlap(one: Face, other: Face) -> float:
-    """Which part of their union two faces' boxes share."""
+    """The overlap of two faces' boxes as a share of their union."""
     left, top = max(one.box[0], other.box[0]), max(one.box[1], other.box[1])
     right, bottom = min(one.box[2], other.box[2]), min(one.box[3], other.box[3])
     shared = max(0.0, right - left) * max(0.0, bottom - top)

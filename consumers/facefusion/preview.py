@@ -18,9 +18,9 @@ from inferq.engine import Context
 from inferq.schemas import EngineInfo
 
 _MARGIN = 0.1
-"""How far beyond a face's box its surroundings are looked at, as a part of its size."""
+"""The margin around a face's box that is processed with it, as a fraction of the face's size."""
 _LARGEST_PATCH = 512
-"""Pixels to which a larger face is scaled down while it is worked on."""
+"""Larger faces are scaled down to this many pixels for warping and blending."""
 
 
 class PreviewBackend:
@@ -29,7 +29,7 @@ class PreviewBackend:
     preview = True
 
     def __init__(self) -> None:
-        """Raises ImportError where mediapipe is not there, InstallationError where it is another version."""
+        """Raises ImportError if mediapipe is not installed, InstallationError for an unsupported version."""
         self._finder = FaceFinder()
         self._triangles = triangulate(mesh_edges())
         self.info = EngineInfo(
@@ -37,7 +37,7 @@ class PreviewBackend:
         )
 
     def warm_up(self) -> None:
-        """Search a made-up picture, and warp and blend a made-up face: tables are built on first use."""
+        """Search a generated picture, warp and blend a generated face: the first use builds tables."""
         sample = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3))
         self._finder.find(sample)
         flat = np.random.default_rng(0).uniform(64, 192, (468, 3)).astype(np.float32)
@@ -48,12 +48,12 @@ class PreviewBackend:
         self._finder.close()
 
     def swap(self, source: RgbImage, target: RgbImage, face: FaceChoice, context: Context) -> Swap:
-        """The target with the source's largest face in place of those chosen; `target` is written on."""
-        context.progress(0.1, "looking for faces on the source")
+        """The target, with the selected faces replaced by the source's largest. It changes `target` in place."""
+        context.progress(0.1, "searching the source for faces")
         on_source = self._finder.find(source, context.check_abort)
         if not on_source:
             raise no_face_found("source")
-        context.progress(0.3, "looking for faces on the target")
+        context.progress(0.3, "searching the target for faces")
         on_target = self._finder.find(target, context.check_abort)
         chosen = choose_faces(face, len(on_target))
         for done, number in enumerate(chosen):
@@ -68,7 +68,7 @@ class PreviewBackend:
         )
 
     def _replace(self, source: RgbImage, own: Face, target: RgbImage, other: Face) -> None:
-        """Put one face onto the target. Nothing but the face's own region is touched, or computed."""
+        """Replace one face on the target. It computes and changes only the region of that face."""
         left, top, right, bottom = _region(other, target)
         onto = target[top:bottom, left:right]
         scale = min(1.0, _LARGEST_PATCH / max(onto.shape[:2]))
@@ -86,9 +86,9 @@ class PreviewBackend:
 
 
 def choose_faces(face: FaceChoice, count: int) -> tuple[int, ...]:
-    """The numbers of the faces meant, out of `count` on the target.
+    """The numbers of the selected faces, out of `count` on the target.
 
-    Raises InvalidTask (`no_face_found`) where there is none, or none of that number.
+    Raises InvalidTask (`no_face_found`) if there is no face, or no face with that number.
     """
     if count == 0:
         raise no_face_found("target")
@@ -102,7 +102,7 @@ def choose_faces(face: FaceChoice, count: int) -> tuple[int, ...]:
 
 
 def _region(face: Face, image: RgbImage) -> tuple[int, int, int, int]:
-    """The part of the image that a face's replacement touches."""
+    """The region of the image that a face's replacement changes: left, top, right, bottom."""
     left, top, right, bottom = face.box
     margin = _MARGIN * float(np.sqrt(face.area))
     height, width = image.shape[:2]
@@ -115,7 +115,7 @@ def _region(face: Face, image: RgbImage) -> tuple[int, int, int, int]:
 
 
 def _lay(patch: RgbImage, fade: np.ndarray[tuple[int, ...], np.dtype[np.float32]], onto: RgbImage) -> None:
-    """Lay a patch onto its region, `fade` from 0 to 1, both scaled up to it where it is larger."""
+    """Blend a patch into its region with opacity `fade`, from 0 to 1. Both are scaled up to a larger region."""
     size = (onto.shape[1], onto.shape[0])
     if patch.shape != onto.shape:
         patch = np.asarray(cv2.resize(patch, size, interpolation=cv2.INTER_CUBIC), np.uint8)

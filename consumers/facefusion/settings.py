@@ -11,12 +11,12 @@ from inferq.engine import EngineSettings
 
 
 class FacefusionSettings(EngineSettings):
-    """What swaps faces, on what, and how large a picture may be."""
+    """The face swapper, its device, and the largest picture."""
 
     facefusion_backend: Literal["preview", "facefusion"] = Field(
         "preview",
-        description="What swaps faces: `preview` (landmarks, warp and blend on the CPU; labelled as a "
-        "preview) or `facefusion` (FaceFusion, installed apart).",
+        description="The face swapper: `preview` (landmarks, warp and blend on the CPU; its output is marked as a "
+        "preview) or `facefusion` (FaceFusion, which you install separately).",
     )
     facefusion_home: Path | None = Field(
         None, description="FaceFusion's folder, with `facefusion.py` and its weights in `.assets/models`."
@@ -29,11 +29,11 @@ class FacefusionSettings(EngineSettings):
     facefusion_providers: str = Field(
         "cuda",
         pattern=r"^[a-z][a-z0-9]*(,[a-z][a-z0-9]*)*$",
-        description="What FaceFusion computes with, the preferred first, separated by commas: `cuda`, "
+        description="FaceFusion's execution providers in order of preference, separated by commas: `cuda`, "
         "`tensorrt`, `rocm`, `openvino`, `cpu` …",
     )
     facefusion_max_pixels: int = Field(
         50_000_000,
         ge=1,
-        description="The largest source or target that is decoded, in pixels; larger ones are refused.",
+        description="The most pixels of a source or target; tasks with larger pictures are refused.",
     )

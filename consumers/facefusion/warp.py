@@ -1,4 +1,4 @@
-"""Brings one face into the shape of another, triangle by triangle of the landmarks' mesh."""
+"""Warps one face into the shape of another, triangle by triangle of the landmarks' mesh."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from inferq.consumers.media.pictures import RgbImage
 Triangles = NDArray[np.int32]
 
 _SUBPIXEL_BITS = 4
-"""OpenCV draws polygons in fixed point: with this many bits behind the point."""
+"""The number of fractional bits of the fixed-point coordinates in which OpenCV draws polygons."""
 
 
 def triangulate(edges: Iterable[tuple[int, int]]) -> Triangles:
     """The triangles of a face's mesh with these edges, `(n, 3) int32`.
 
-    mediapipe publishes its mesh as edges, and leaves the eyes and the mouth open. The eyes are filled here,
-    the mouth is not: what is between open lips would have to be made up where the other's are closed.
+    mediapipe publishes its mesh as edges, with holes at the eyes and the mouth. This fills the eyes. The mouth
+    stays open: if the source's mouth is closed, it has no pixels for the inside of an open one.
     """
     neighbours: dict[int, set[int]] = {}
     for one, other in edges:
@@ -35,13 +35,13 @@ def triangulate(edges: Iterable[tuple[int, int]]) -> Triangles:
         for b in neighbours[a]
         for c in neighbours[a] & neighbours[b]
     }
-    # Three edges around a vertex of three neighbours close a triangle as well: the inner ones fill it.
+    # The three neighbours of a vertex of degree three form a triangle too; the inner triangles cover it.
     for ring in neighbours.values():
         if len(ring) == 3:
             corners.discard(tuple(sorted(ring)))
     uses = Counter(edge for triangle in corners for edge in combinations(triangle, 2))
     borders = _loops(edge for edge, count in uses.items() if count == 1)
-    # The outer border is the longest, the mouth the next.
+    # The outer border is the longest loop, the mouth the second longest.
     for hole in sorted(borders, key=len)[:-2]:
         corners.update((hole[0], hole[i], hole[i + 1]) for i in range(1, len(hole) - 1))
     return np.array(sorted(corners), np.int32)
@@ -56,10 +56,10 @@ def warp(
 ) -> tuple[RgbImage, NDArray[np.bool_]]:
     """The source's face in the shape of the target's, on a canvas of `size` (width, height).
 
-    Points are `(n, 3)` in pixels of the source and of the canvas; where the mesh folds over itself, the
-    nearer part is seen. Gives the canvas and which of its pixels the face covers.
+    Points are `(n, 3)` in pixels of the source and of the canvas. If the mesh folds over itself, the nearer
+    part is visible. Gives the canvas and a mask of the pixels that the face covers.
     """
-    source, source_points = _no_larger_than_needed(source, source_points, target_points)
+    source, source_points = _cut_and_shrink(source, source_points, target_points)
     width, height = size
     nearest_last = np.argsort(-target_points[triangles, 2].mean(axis=1), kind="stable")
     drawn = np.full((height, width), -1, np.int32)
@@ -70,7 +70,7 @@ def warp(
         )
     rows, columns = np.nonzero(drawn >= 0)
     where = np.full((height, width, 2), -1, np.float32)
-    where[rows, columns] = _carried(
+    where[rows, columns] = _map_positions(
         np.stack([columns, rows], axis=1).astype(np.float32),
         drawn[rows, columns],
         target_points[:, :2][triangles],
@@ -82,16 +82,16 @@ def warp(
     return np.asarray(canvas, np.uint8), drawn >= 0
 
 
-def _carried(
+def _map_positions(
     places: NDArray[np.float32], within: NDArray[np.int32], before: Points, after: Points
 ) -> NDArray[np.float32]:
-    """Where places `(m, 2)` go that lie within the numbered triangles `before`, as these become `after`.
+    """Map positions `(m, 2)` within the numbered triangles `before` to the triangles `after`.
 
-    A triangle's border pixels stand half outside: they are held on its edge, since a sliver would carry them
-    far away.
+    A triangle's border pixels lie half outside it. They are clamped to its edge, because a thin triangle would
+    map them far away.
     """
     corners = np.concatenate([before, np.ones_like(before[:, :, :1])], axis=2).astype(np.float64)
-    # A triangle seen from its edge has no inverse; the pseudo-inverse gives some point of it.
+    # A degenerate triangle has no inverse; the pseudo-inverse gives a point within it.
     weigh = np.linalg.pinv(np.swapaxes(corners, 1, 2)).astype(np.float32)[within]
     shares = weigh[:, :, 0] * places[:, :1] + weigh[:, :, 1] * places[:, 1:] + weigh[:, :, 2]
     shares = np.clip(shares, 0, 1)
@@ -99,12 +99,12 @@ def _carried(
     return np.asarray(np.einsum("nk,nkd->nd", shares, after[within]), np.float32)
 
 
-def _no_larger_than_needed(
+def _cut_and_shrink(
     source: RgbImage, source_points: Points, target_points: Points
 ) -> tuple[RgbImage, Points]:
-    """The face cut out of the source, and hardly larger than it is to become: else its detail would alias."""
+    """The face cut from the source and scaled down to about its final size, so that its detail does not alias."""
     low, high = source_points[:, :2].min(axis=0), source_points[:, :2].max(axis=0)
-    # A face may reach beyond the picture's edge.
+    # A face may extend beyond the picture's edge.
     last = np.array(source.shape[1::-1]) - 1
     left, top = np.clip(low.astype(int) - 2, 0, last)
     right, bottom = np.clip(high.astype(int) + 2, 0, last)
@@ -121,7 +121,7 @@ def _no_larger_than_needed(
 
 
 def _loops(edges: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """The closed lines that these edges form, each as its vertices in order, beginning with the lowest."""
+    """The closed loops that these edges form, each as its vertices in order from the lowest number on."""
     following: dict[int, list[int]] = {}
     for one, other in edges:
         following.setdefault(one, []).append(other)

@@ -1,1 +1,1 @@
-"""What engines share to read input files: the kind of a file by its first bytes, and pictures as arrays."""
+"""Input files for engines: detects a file's kind by its first bytes, and decodes pictures to arrays."""

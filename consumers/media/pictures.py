@@ -1,6 +1,6 @@
-"""Opens a picture of any kind as upright RGB pixels.
+"""Opens pictures as upright RGB pixels.
 
-What a file is, its content says: names and content types are not looked at.
+A file's content decides its kind; its name and content type are ignored.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RgbImage = NDArray[np.uint8]
 """An upright picture: `(height, width, 3) uint8`, RGB."""
 
 LONGEST_SIDE = 65_500
-"""Pixels that no side of a picture may exceed; the libraries' own limits are not much beyond."""
+"""The most pixels of a side of a picture. The libraries' own limits are slightly higher."""
 _MOST_ELONGATED = 200
-"""A picture longer than this many times its width shows nothing that can be made out."""
+"""The highest ratio of a picture's sides. Beyond it, no content is recognizable."""
 _MOST_FRAMES = 10_000
-"""Pillow looks through all frames before one for each that it finds: counting on would take minutes."""
+"""The most frames that are counted. Pillow rereads all earlier frames for each, so more take minutes."""
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -44,7 +44,7 @@ _DAMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's decoders raise on damaged files."""
+"""The exceptions that Pillow's decoders raise on damaged files."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,43 +55,43 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture of each EXIF orientation upright; one of orientation 1 is."""
+"""EXIF orientation → the transformation that turns a picture upright; with orientation 1 it is upright."""
 
 
 @dataclass(frozen=True)
 class PixelLimit:
-    """The most pixels that a picture may have, and the setting that says so."""
+    """The most pixels that a picture may have, and the setting that defines this."""
 
     pixels: int
     setting: str
 
     def check(self, width: int, height: int, *, what: str = "the image") -> None:
-        """Raises InvalidTask (`image_too_large`) for more pixels, and for absurd shapes."""
+        """Raises InvalidTask (`image_too_large`) for more pixels, a side that is too long or an extreme ratio."""
         if width * height > self.pixels:
             raise self.exceeded(width, height, what)
         if max(width, height) > LONGEST_SIDE:
             raise InvalidTask(
-                f"{what} has {width}×{height} pixels: no side may be longer than {LONGEST_SIDE}",
+                f"{what} has {width}×{height} pixels: a side may have at most {LONGEST_SIDE}",
                 code="image_too_large",
             )
         if max(width, height) > _MOST_ELONGATED * min(width, height):
             raise InvalidTask(
-                f"{what} has {width}×{height} pixels: nothing can be made out where one side is more than "
-                f"{_MOST_ELONGATED} times the other",
+                f"{what} has {width}×{height} pixels: its longer side may be at most "
+                f"{_MOST_ELONGATED} times its shorter side",
                 code="image_too_large",
             )
 
     def exceeded(self, width: int, height: int, what: str) -> InvalidTask:
         """The error to raise for more pixels than the limit."""
         return InvalidTask(
-            f"{what} has {width}×{height} pixels, the limit is {self.pixels / 1e6:g} million: scale it down "
+            f"{what} has {width}×{height} pixels; the limit is {self.pixels / 1e6:g} million: scale it down "
             f"(or raise {self.setting})",
             code="image_too_large",
         )
 
 
 class Picture:
-    """An open picture: one frame, or several. Its header has been read, its pixels have not."""
+    """An open picture of one or more frames. Only its header is read so far."""
 
     def __init__(self, path: Path, kind: Kind, limit: PixelLimit, *, name: str = "the image") -> None:
         """Raises InvalidTask: `truncated_image` for a damaged header, `image_too_large` beyond the limit."""
@@ -101,7 +101,7 @@ class Picture:
             try:
                 self._image = Image.open(path, formats=kind.formats)
             except (UnidentifiedImageError, MemoryError) as error:
-                # No pixels are asked for yet: too much memory can only be what a damaged length asks for.
+                # No pixels are read yet, so only a damaged length field can cause a request for too much memory.
                 raise InvalidTask(
                     f"the {kind.value} file is damaged: its header cannot be read", code="truncated_image"
                 ) from error
@@ -114,8 +114,8 @@ class Picture:
     def pages(self) -> list[int]:
         """The frames that are pages.
 
-        Of a TIFF all are but thumbnails and masks (tag NewSubfileType of TIFF 6.0); of an animation only
-        the first one is. Raises InvalidTask: `truncated_image`, `too_many_pages`.
+        In a TIFF, these are all frames except thumbnails and masks (tag NewSubfileType of TIFF 6.0). In an
+        animation, it is the first one only. Raises InvalidTask: `truncated_image`, `too_many_pages`.
         """
         if self.kind is not Kind.TIFF:
             return [0]
@@ -139,10 +139,10 @@ class Picture:
         return pages or [0]
 
     def decode(self, frame: int = 0, *, name: str = "the image") -> RgbImage:
-        """The pixels of a frame, upright; what is transparent is white.
+        """The pixels of a frame, upright. Transparent pixels become white.
 
-        Raises InvalidTask: `truncated_image` for damaged data, `image_too_large` before anything too large
-        is decoded.
+        Raises InvalidTask: `truncated_image` for damaged data, `image_too_large` before a frame that is too
+        large is decoded.
         """
         with _explained(self.kind), _own_pixel_limit():
             self._image.seek(frame)
@@ -152,12 +152,12 @@ class Picture:
 
     @property
     def colour_profile(self) -> bytes | None:
-        """The ICC profile that the pixels of `decode` still follow, if the file has one."""
+        """The ICC profile of the pixels that `decode` gives, or None if the file has none."""
         profile = self._image.info.get("icc_profile")
         return profile if isinstance(profile, bytes) and self._image.mode in {"RGB", "RGBA", "P"} else None
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         self._image.close()
 
     def __enter__(self) -> Self:
@@ -168,7 +168,7 @@ class Picture:
 
 
 def open_picture(path: Path, limit: PixelLimit) -> Picture:
-    """The picture in a file.
+    """Open the picture in a file.
 
     Raises InvalidTask: `empty_file`, `not_an_image`, `truncated_image`, `image_too_large`.
     """
@@ -177,22 +177,22 @@ def open_picture(path: Path, limit: PixelLimit) -> Picture:
 
 @contextmanager
 def _explained(kind: Kind) -> Iterator[None]:
-    """Turns what Pillow's decoders raise on damaged data into an InvalidTask."""
+    """Turns the exceptions of Pillow's decoders on damaged data into InvalidTask."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which say nothing about the pixels
+            warnings.simplefilter("ignore")  # they concern metadata, not the pixels
             yield
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk, not the file
+            raise  # the disk failed; the file is not damaged
         raise InvalidTask(
-            f"the {kind.value} file is damaged or cut short: {error}", code="truncated_image"
+            f"the {kind.value} file is damaged or truncated: {error}", code="truncated_image"
         ) from error
 
 
 @contextmanager
 def _own_pixel_limit() -> Iterator[None]:
-    """Lifts Pillow's own limit, since ours has been checked by then."""
+    """Disables Pillow's own limit, because ours is checked already."""
     kept = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -205,7 +205,7 @@ def _rgb(image: Image.Image) -> RgbImage:
     """A decoded picture as upright RGB."""
     turn = _turn(image)
     if image.mode == "CMYK" and image.format in {"JPEG", "MPO"} and "adobe" not in image.info:
-        # Pillow takes every CMYK JPEG for one of Adobe's, which hold inverted ink; others do not.
+        # Pillow treats every CMYK JPEG as one of Adobe's, which are inverted; others are not.
         image = ImageChops.invert(image)
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_stretched(np.asarray(image)))
@@ -222,18 +222,18 @@ def _rgb(image: Image.Image) -> RgbImage:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns a decoded picture upright, by its EXIF block; None where that says nothing that can be read.
+    """The transformation that turns a decoded picture upright, by its EXIF block; None if there is none.
 
-    Pillow's own `exif_transpose` writes the whole block anew, which fails where a tag has an unusual type.
+    Pillow's `exif_transpose` rewrites the whole block, which fails if a tag has an unusual type.
     """
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's parser raises nearly anything; the pixels are sound
+    except Exception:  # Pillow's parser raises many kinds of exceptions; the pixels are intact
         return None
 
 
 def _stretched(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> RgbImage:
-    """Grey values of any depth and range (16-bit scans often use 12 bits) as 0 to 255."""
+    """Grey values of any depth and range (16-bit scans often use 12 bits), scaled to 0 to 255."""
     grey = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     darkest, lightest = float(grey.min()), float(grey.max())
     if lightest <= darkest:

@@ -1,4 +1,4 @@
-"""What kind of picture or document a file is, by its first bytes."""
+"""Detects the kind of a picture or document by its first bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from inferq.schemas import InvalidTask
 
 _HEAD = 1024
-"""Bytes that are looked at. A PDF's header may come this late (ISO 32000-1, annex H.3.4.1)."""
+"""The number of bytes that are read. A PDF's header may start this late (ISO 32000-1, annex H.3.4.1)."""
 
 
 class Kind(Enum):
-    """A kind of file that can be read."""
+    """A supported kind of file."""
 
     PNG = "PNG"
     JPEG = "JPEG"
@@ -28,7 +28,7 @@ class Kind(Enum):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The names of Pillow's decoders for it; no other is let near the file."""
+        """The names of the only Pillow decoders that may open such a file."""
         return ("JPEG", "MPO") if self is Kind.JPEG else (self.name,)
 
 
@@ -64,10 +64,10 @@ _MARKUP: tuple[tuple[bytes, str], ...] = (
 
 
 def sniff(path: Path, *, documents: bool = False) -> Kind:
-    """The kind of the file at `path`; a PDF is refused unless `documents` are welcome.
+    """The kind of the file at `path`. `documents`: whether a PDF is allowed.
 
-    Raises InvalidTask: `empty_file`, `truncated_image` where it breaks off within its signature, or
-    `not_an_image`, with what it is instead where that shows.
+    Raises InvalidTask: `empty_file`, `truncated_image` if the file ends within its signature, or `not_an_image`.
+    The message names the actual kind if it can be recognized.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD)
@@ -94,11 +94,11 @@ def _describe(head: bytes, documents: bool) -> str:
         if re.match(pattern, text):
             return what
     if not head.strip(b"\0"):
-        return "a run of zero bytes"
+        return "only zero bytes"
     try:
-        # Cut within a character, the last bytes may be incomplete.
+        # Leave out the last bytes: they may be an incomplete character.
         head.decode("utf-8") if len(head) < _HEAD else head[:-4].decode("utf-8", "strict")
     except UnicodeDecodeError:
         known = [kind.value for kind in Kind if documents or kind is not Kind.PDF]
-        return f"of an unknown kind; known are {', '.join(known[:-1])} and {known[-1]}"
+        return f"of an unknown kind; supported are {', '.join(known[:-1])} and {known[-1]}"
     return "text"

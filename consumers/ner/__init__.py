@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from inferq.consumers.ner.folding import fold, says_something
+from inferq.consumers.ner.folding import fold, has_visible_text
 from inferq.consumers.ner.settings import NerSettings
 from inferq.schemas import InputUrl, Options, Task, TaskType, always
 
@@ -29,8 +29,8 @@ MAX_TERM = 64
 
 
 def _check_term(term: str) -> str:
-    if not says_something(term) or term != term.strip():
-        raise ValueError("a term must begin and end with something that can be seen")
+    if not has_visible_text(term) or term != term.strip():
+        raise ValueError("a term must begin and end with a visible character")
     return term
 
 
@@ -39,15 +39,14 @@ TypeOfTerms = Annotated[str, StringConstraints(pattern=r"^[^\W\d_][\w-]{0,31}$")
 
 
 class NerOptions(Options):
-    """What else to look for."""
+    """Terms to find in addition to the model's entities."""
 
     dictionary: dict[TypeOfTerms, tuple[Term, ...]] = Field(
         {},
         max_length=MAX_TYPES,
-        description=f"Terms of your own, by type: at most {MAX_TERMS} of them, each of at most {MAX_TERM} "
-        "characters. They are found wherever they stand, in full or half width, the case as given; Latin "
-        "terms as whole words only. Where matches overlap the longest holds, and a match always holds "
-        "against what the model found there.",
+        description=f"Your own terms, by type: at most {MAX_TERMS} terms of at most {MAX_TERM} characters. "
+        "A term matches in full and half width, case-sensitively; Latin terms match whole words only. Of "
+        "overlapping matches the longest wins, and a match replaces the model's entities that it overlaps.",
         examples=[{"DISEASE": ["2型糖尿病", "高血压"], "DRUG": ["二甲双胍"]}],
     )
 
@@ -56,12 +55,14 @@ class NerOptions(Options):
     def _unambiguous(cls, dictionary: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         count = sum(len(terms) for terms in dictionary.values())
         if count > MAX_TERMS:
-            raise ValueError(f"it has {count} terms, at most {MAX_TERMS} are taken")
+            raise ValueError(f"it has {count} terms; at most {MAX_TERMS} are allowed")
         seen: dict[str, str] = {}
         for kind, terms in dictionary.items():
             for term in terms:
                 if seen.setdefault(fold(term), kind) != kind:
-                    raise ValueError(f"the term {term!r} stands under {seen[fold(term)]} and under {kind}")
+                    raise ValueError(
+                        f"the term {term!r} has two types, {seen[fold(term)]} and {kind}: keep one"
+                    )
         return dictionary
 
 
@@ -69,7 +70,7 @@ class NerTask(Task):
     """Finds the entities in `text`, in the file at `text_url`, or in each of `texts`: exactly one of them."""
 
     task_type: Literal["ner"]
-    text: str | None = Field(None, description="The text itself.")
+    text: str | None = Field(None, description="The text.")
     text_url: InputUrl | None = Field(
         None,
         description="A file of UTF-8 text: `https:`, `http:`, `s3:`, `data:`, or `inferq:` (an uploaded "
@@ -82,17 +83,17 @@ class NerTask(Task):
 
     @field_validator("text")
     @classmethod
-    def _text_says_something(cls, text: str | None) -> str | None:
-        if text is not None and not says_something(text):
-            raise ValueError("the text is empty, or nothing but white space")
+    def _text_has_visible_text(cls, text: str | None) -> str | None:
+        if text is not None and not has_visible_text(text):
+            raise ValueError("the text is empty or only white space")
         return text
 
     @field_validator("texts")
     @classmethod
     def _texts_say_something(cls, texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for number, text in enumerate(texts or ()):
-            if not says_something(text):
-                raise ValueError(f"texts[{number}] is empty, or nothing but white space")
+            if not has_visible_text(text):
+                raise ValueError(f"texts[{number}] is empty or only white space")
         return texts
 
     @model_validator(mode="after")
@@ -106,38 +107,44 @@ class NerTask(Task):
 
 
 class Entity(BaseModel):
-    """A name in a text: `text[start:end]` is `Entity.text`, always."""
+    """A name in a text. `text[start:end]` always equals `Entity.text`."""
 
     model_config = ConfigDict(frozen=True)
 
     type: str = Field(
-        description="PER, LOC, ORG, TIME, WORK (a title), MISC (another name); a type of the model's own, "
-        "or of the dictionary."
+        description="PER, LOC, ORG, TIME, WORK (a title), MISC (another name), another type of the model, or a "
+        "type of the dictionary."
     )
     text: str
-    start: int = Field(ge=0, description="Where it begins: the number of characters (code points) before it.")
-    end: int = Field(ge=1, description="Where it ends: the number of characters up to and with its last.")
-    score: float | None = Field(None, ge=0, le=1, description="How certain it is, where the model says so.")
-    label: str | None = Field(None, description="What the model itself calls it; none from the dictionary.")
+    start: int = Field(
+        ge=0, description="The start offset: the number of characters (code points) before the entity."
+    )
+    end: int = Field(
+        ge=1, description="The end offset: the number of characters up to and including the entity's last."
+    )
+    score: float | None = Field(
+        None, ge=0, le=1, description="The model's confidence, if the model gives one."
+    )
+    label: str | None = Field(None, description="The model's own label; null for a dictionary term.")
     source: Literal["model", "dictionary"] = "model"
 
 
 class TextEntities(BaseModel):
-    """One text's entities, in the order of their starts; no two overlap."""
+    """One text's entities, sorted by start. No two overlap."""
 
     model_config = ConfigDict(frozen=True)
 
-    characters: int = Field(ge=1, description="How many characters (code points) the text has.")
+    characters: int = Field(ge=1, description="The number of characters (code points) of the text.")
     entities: tuple[Entity, ...]
 
 
 class NerOutput(BaseModel):
-    """What was found, whichever backend looked. A lone text is a batch of one."""
+    """The entities that were found, in the same form for all backends. A single text is a batch of one."""
 
     model_config = ConfigDict(frozen=True)
 
-    model: str = Field(description="The model that looked.")
-    texts: tuple[TextEntities, ...] = Field(description="One for each text, in the order of the task.")
+    model: str = Field(description="The model that found the entities.")
+    texts: tuple[TextEntities, ...] = Field(description="One entry per text, in the order of the task.")
 
 
 task_type = TaskType(

@@ -1,4 +1,4 @@
-"""What a model must do for us, and what its labels mean."""
+"""The protocol of NER models, and the types of their labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inferq.schemas import EngineInfo
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of text with a type; `start` and `end` count characters."""
+    """A typed span of a text; `start` and `end` are offsets in characters."""
 
     start: int
     end: int
@@ -22,11 +22,11 @@ class Span:
 
 
 class Backend(Protocol):
-    """A model, loaded."""
+    """A loaded model."""
 
     info: EngineInfo
     window: int
-    """The most characters in one piece of text."""
+    """The maximum length of one piece of text, in characters."""
 
     def read(self, pieces: Sequence[str]) -> list[list[Span]]:
         """The entities of each piece, computed together.
@@ -47,4 +47,4 @@ LAC_TYPES = {
     "nw": "WORK",
     "nz": "MISC",
 }
-"""LAC's labels for names → types. It has two for the common ones, the second from its parts of speech."""
+"""LAC's labels for names → types. Common types have two labels, the second from its parts of speech."""

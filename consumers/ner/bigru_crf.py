@@ -16,8 +16,8 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 _CLOSE_CALL = 0.002
-"""Up to this lead over the second best path a path may be owed to rounding. Computed in another batch, a
-path's score differs by less than a hundredth of it."""
+"""Up to this lead over the second best path, rounding may decide which path wins. In another batch, a path's
+score differs by less than a hundredth of this."""
 
 _HALF = np.float32(0.5)
 
@@ -56,10 +56,10 @@ class BiGruCrf:
     crf: Crf
 
     def tag(self, sequences: Sequence[Ids]) -> list[Ids]:
-        """The best tags of each sequence of ids (none of them empty), computed together.
+        """The best tags of each sequence of ids, computed together. No sequence may be empty.
 
-        Exactly what each gives on its own. A matrix product of another shape may round its last bit
-        otherwise, so a path that leads by next to nothing is computed again, alone.
+        The tags equal those of each sequence alone. A matrix product of another shape may round its last
+        bit differently, so a path with a lead of at most _CLOSE_CALL is computed again, alone.
         """
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         packing = _Packing([len(sequences[index]) for index in order])
@@ -72,7 +72,7 @@ class BiGruCrf:
         return result
 
     def _emissions(self, ids: Ids, packing: _Packing) -> Floats:
-        """The scores `(n, k)` of each tag at each place, packed."""
+        """The scores `(n, k)` of each tag at each position, packed."""
         states = self.embedding[ids]
         for layer in self.layers:
             states = _run(layer, states, packing)
@@ -81,10 +81,10 @@ class BiGruCrf:
 
 
 class _Packing:
-    """Where the items of sequences stand when they are packed: `starts[t]` and the `active[t]` after it."""
+    """The positions of packed items: step `t` has the `active[t]` items from `starts[t]` on."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        """`lengths` must fall, or stay the same, from one to the next."""
+        """`lengths` must not increase from one to the next."""
         self.lengths = np.asarray(lengths)
         steps = np.arange(lengths[0])
         present = steps[:, None] < self.lengths
@@ -93,7 +93,7 @@ class _Packing:
         step, sequence = np.nonzero(present)
         backwards = self.lengths[sequence] - 1 - step
         self.reversal = np.asarray(self.starts)[backwards] + sequence
-        """What stands in each place when each sequence is reversed. It is its own inverse."""
+        """The index of each position's item when every sequence is reversed. It is its own inverse."""
         self._step, self._sequence = step, sequence
 
     def pack(self, sequences: Sequence[Ids]) -> Ids:
@@ -107,8 +107,11 @@ class _Packing:
 
 
 def _run(layer: BiGru, states: Floats, packing: _Packing) -> Floats:
-    """The layer's states `(n, 2h)` for states `(n, d)`, packed. Cho et al., arXiv:1406.1078, as Paddle has
-    it: a gate `u` near 1 takes the new candidate, not the old state."""
+    """The layer's states `(n, 2h)` for states `(n, d)`, packed.
+
+    Cho et al., arXiv:1406.1078, in Paddle's variant: a gate `u` near 1 takes the new candidate, not the old
+    state.
+    """
     projected = np.matmul(states, layer.inputs) + layer.bias
     projected[1] = projected[1][packing.reversal]
     size = layer.candidate.shape[1]
@@ -129,7 +132,7 @@ def _run(layer: BiGru, states: Floats, packing: _Packing) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    """In place, by way of tanh, which does not overflow."""
+    """Computes in place, with tanh, which does not overflow."""
     x *= _HALF
     np.tanh(x, out=x)
     x *= _HALF
@@ -138,17 +141,17 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 def _best_paths(emissions: Floats, crf: Crf, packing: _Packing) -> tuple[list[Ids], list[float]]:
-    """Viterbi's best path of each sequence, and by how much it leads over the second best.
+    """Viterbi's best path of each sequence, and a lower bound of its lead over the second best path.
 
-    The second best path leaves the best one somewhere, so it trails by at least the least of the leads over
-    the alternatives along it.
+    The second best path leaves the best one at some step. So it trails by at least the smallest lead over an
+    alternative along the best path.
     """
     best = np.empty_like(emissions)
     best[: packing.active[0]] = emissions[: packing.active[0]] + crf.begin
     for before, start, count in zip(packing.starts, packing.starts[1:], packing.active[1:], strict=False):
         arriving = best[before : before + count, :, None] + crf.moves
         now = arriving.max(axis=1) + emissions[start : start + count]
-        # Only differences matter, and small numbers keep more of them.
+        # Only differences matter, and float32 is more precise near zero.
         best[start : start + count] = now - now.max(axis=1, keepdims=True)
     paths = np.empty(len(emissions), np.int64)
     leads = np.full(packing.active[0], np.inf, np.float32)

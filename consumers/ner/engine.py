@@ -1,4 +1,4 @@
-"""The NER engine: texts in, entities out, whichever model looks."""
+"""The NER engine: texts in, entities out, with any of the models."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InstallationError
 
 _BATCH_CHARACTERS = 8192
-"""The most characters in one batch: memory grows with it, and a run can be stopped between two batches."""
+"""The most characters in one batch. It bounds memory, and a run can stop only between two batches."""
 
 _PARTS_OF_ONE = {"LOC", "TIME"}
-"""Types whose spans are joined where they touch: models cut addresses and dates in pieces, now and then."""
+"""Types whose adjacent spans are joined: models sometimes split addresses and dates."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece of a text: `text` is its number."""
+    """A piece of a text; `text` is the text's number."""
 
     text: int
     start: int
@@ -45,7 +45,7 @@ class NerEngine(Engine[NerTask]):
         return self._loaded.info
 
     def warm_up(self) -> None:
-        """Read made-up sentences: libraries choose kernels and grow their memory on the first ones."""
+        """Read generated sentences: libraries choose kernels and allocate memory on the first ones."""
         sentence = "王小明今天上午在北京大学参加了会议。"
         self._backend.read([sentence])
         self._backend.read([sentence] * min(self._settings.ner_batch_size, 8))
@@ -69,7 +69,7 @@ class NerEngine(Engine[NerTask]):
     @property
     def _backend(self) -> Backend:
         if self._loaded is None:
-            raise RuntimeError("the NER engine is used before load()")
+            raise RuntimeError("the NER engine is not loaded: call load() first")
         return self._loaded
 
     def _texts(self, task: NerTask, context: Context) -> Sequence[str]:
@@ -87,7 +87,7 @@ class NerEngine(Engine[NerTask]):
         return texts
 
     def _read(self, texts: Sequence[str], context: Context) -> list[list[Span]]:
-        """What the model finds in each text, in order, without what cannot be seen at its edges."""
+        """The model's spans in each text, in order, without invisible characters at their edges."""
         pieces = [
             _Piece(number, start, end)
             for number, text in enumerate(texts)
@@ -110,10 +110,10 @@ class NerEngine(Engine[NerTask]):
 
 
 def load_backend(settings: NerSettings) -> Backend:
-    """The backend that the settings ask for, with its model loaded.
+    """The backend that the settings name, with its model loaded.
 
-    Raises InstallationError where the library, its weights or the device is not there: never another in its
-    place.
+    Raises InstallationError if the library, its weights or the device is missing; it never falls back to
+    another one.
     """
     device = settings.device
     if settings.ner_device == "cpu" or (settings.ner_device == "gpu" and device == "cpu"):
@@ -130,7 +130,7 @@ def load_backend(settings: NerSettings) -> Backend:
         )
     if device != "cpu":
         raise InstallationError(
-            f"NER is to run on {device}, but the backend lac computes on the CPU only: set "
+            f"NER is set to run on {device}, but the backend lac computes on the CPU only: set "
             "INFERQ_NER_BACKEND=paddlenlp, or INFERQ_NER_DEVICE=cpu",
             code="device_unavailable",
         )
@@ -140,7 +140,7 @@ def load_backend(settings: NerSettings) -> Backend:
 
 
 def _batches(pieces: list[_Piece], most: int) -> Iterator[list[_Piece]]:
-    """Pieces of like length together: then little is computed for the sake of the longest alone."""
+    """Batches of pieces of similar length, so that padding to the longest one costs little."""
     batch: list[_Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.start - piece.end):
         longest = batch[0].end - batch[0].start if batch else 0
@@ -153,7 +153,7 @@ def _batches(pieces: list[_Piece], most: int) -> Iterator[list[_Piece]]:
 
 
 def _trim(text: str, span: Span) -> Span | None:
-    """The span without white space at its edges; none where it then holds no letter and no digit."""
+    """The span without invisible characters at its edges; None if it then has no letter and no digit."""
     start, end = span.start, span.end
     while start < end and not _visible(text[start]):
         start += 1
@@ -180,7 +180,7 @@ def _join(spans: Sequence[Span]) -> list[Span]:
 
 
 def _prefer(first: Sequence[Span], second: Sequence[Span]) -> list[Span]:
-    """All of `first`, and those of `second` that overlap none of them; both are in order."""
+    """All of `first`, and the spans of `second` that overlap none of them; both are sorted."""
     kept = list(first)
     index = 0
     for span in second:

@@ -1,4 +1,4 @@
-"""Characters that mean the same: full and half width, Chinese and Latin punctuation."""
+"""Maps equivalent characters to one form: full and half width, Chinese and Latin punctuation."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FOLDS = str.maketrans({chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0
 
 
 def fold(text: str) -> str:
-    """The text in half width, character by character, so that every offset stays what it was."""
+    """The text in half width. Each character maps to one character, so offsets stay valid."""
     return text.translate(FOLDS)
 
 
-def says_something(text: str) -> bool:
-    """Whether there is a character that can be seen: neither white space nor a control or format one."""
+def has_visible_text(text: str) -> bool:
+    """Whether the text has a visible character: no white space, control or format character."""
     return any(character.isprintable() and not character.isspace() for character in text)

@@ -1,4 +1,4 @@
-"""LAC (lexical analysis of Chinese, Baidu) with the small model that jieba's package carries."""
+"""LAC (lexical analysis of Chinese, Baidu) with the small model in jieba's package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inferq.consumers.ner.folding import FOLDS, fold
 from inferq.schemas import EngineInfo, InstallationError
 
 _SHA256 = "009d57bdbd84a46349a179cebbafcf434f84135229dbc21fa855e94a87a9f7dd"
-"""Of the model's files in jieba 0.42.1: each one's name, a zero byte, its content, in the names' order."""
+"""Over the model's files in jieba 0.42.1, sorted by name: each file's name, a zero byte, its content."""
 
 _UNITS = 128
 _LAYERS = 2
@@ -34,16 +34,16 @@ class LacBackend:
     def __init__(self, folder: Path | None = None) -> None:
         """Loads the model from `folder`, by default from the installed jieba.
 
-        Raises InstallationError where it is not there, or not the one that is known to work.
+        Raises InstallationError if the model is missing, or is not the version that is known to work.
         """
         files = _read(folder or _installed_folder())
-        # The matrices are small: threads would wait for each other longer than they compute.
+        # The matrices are small: several threads would spend more time on waiting than on computing.
         threadpool_limits(1, user_api="blas")
         self._network = _network(files)
         self._id_of, tags = _vocabulary(files["word.dic"]), _table(files["tag.dic"])
         names = [name for _, name in sorted((number, name) for name, number in tags.items())]
         self._labels = [name.partition("-")[0] for name in names]
-        # A word begins with a tag of its own, or where one outside all words follows one inside.
+        # A word begins at a "-B" tag, or at an "O" tag that follows another tag.
         self._begins = np.array([name.endswith("-B") for name in names])
         self._outside = np.array([name == "O" for name in names])
         self.info = EngineInfo(name="lac", version=_version(), model="lac_small", device="cpu")
@@ -71,7 +71,7 @@ class LacBackend:
 
 
 def _installed_folder() -> Path:
-    # Found without being imported: jieba's own code is not needed, and warns of its age.
+    # Locate jieba without importing it: its code is not needed, and prints deprecation warnings.
     package = find_spec("jieba")
     if package is None or not package.submodule_search_locations:
         raise InstallationError(
@@ -84,12 +84,12 @@ def _installed_folder() -> Path:
 def _version() -> str:
     try:
         return version("jieba")
-    except PackageNotFoundError:  # only its folder lies there
+    except PackageNotFoundError:  # only its folder is installed
         return "unknown"
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """The model's files by name. Raises InstallationError where they are not those of jieba 0.42.1."""
+    """The model's files by name. Raises InstallationError if they are not those of jieba 0.42.1."""
     paths = [*folder.glob("*.dic"), *folder.glob("model_baseline/*")]
     files = {path.name: path.read_bytes() for path in sorted(paths, key=lambda path: path.name)}
     digest = hashlib.sha256()
@@ -106,7 +106,7 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 def _network(files: dict[str, bytes]) -> BiGruCrf:
     def numbers(name: str, *shape: int) -> Floats:
-        # Paddle's header in front of them says what the checksum has said already.
+        # Skip Paddle's header: the checksum has verified the file already.
         size = 4 * int(np.prod(shape))
         return np.frombuffer(files[name][-size:], "<f4").reshape(shape).astype(np.float32)
 
@@ -114,7 +114,7 @@ def _network(files: dict[str, bytes]) -> BiGruCrf:
         units = [_DIRECTIONS * number + direction for direction in range(_DIRECTIONS)]
         depth = _UNITS if number == 0 else _DIRECTIONS * _UNITS
         recurrent = [numbers(f"gru_{unit}.w_0", 3 * _UNITS * _UNITS) for unit in units]
-        # Paddle keeps the two gates' matrix and the candidate's one after the other.
+        # Paddle stores the matrix of the two gates first, then the candidate's.
         border = 2 * _UNITS * _UNITS
         return BiGru(
             inputs=np.stack([numbers(f"fc_{unit}.w_0", depth, 3 * _UNITS) for unit in units]),
@@ -146,10 +146,10 @@ def _table(content: bytes) -> dict[str, int]:
 
 
 def _vocabulary(content: bytes) -> NDArray[np.int64]:
-    """Code point → the embedding's row, `(65537,)`; the last stands for all others.
+    """Code point → row of the embedding, `(65537,)`; the last entry is for all other code points.
 
-    The model was trained on half width and lower case: its rows of other forms are still as they were
-    drawn, so these are read as the forms that it knows.
+    The model was trained on half width and lower case: its rows for other forms still have their random
+    initial values. So other forms map to the rows of the trained forms.
     """
     words = _table(content)
     rows = np.full(_BASIC_PLANE + 1, words["OOV"])

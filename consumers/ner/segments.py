@@ -1,4 +1,4 @@
-"""Cuts a text into pieces that a model can take: at the ends of sentences, else at the next best place."""
+"""Splits a text into pieces that fit a model's window: at ends of sentences, else at the next best place."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import unicodedata
 from collections.abc import Iterator
 
 _SENTENCE = re.compile(
-    # Up to an end of sentence with its closing quotes and brackets, or to the end of the line.
+    # Up to the end of a sentence, including its closing quotes and brackets, or to the end of the line.
     r"[^。！？!?…\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*"
     r"(?:[。！？!?…]+[”’」』）)】〕》]*|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+|\Z)"
 )
 
 _PLACES = ("；;", "，,：:", "、/|")
-"""Where to cut a sentence that is too long: after one of the first of these that occur, the last of them."""
+"""Where to cut a sentence that is too long: after the last mark of the first of these groups that occurs."""
 
 _ZERO_WIDTH_JOINER = "\u200d"
 
@@ -21,7 +21,7 @@ _ZERO_WIDTH_JOINER = "\u200d"
 def segments(text: str, window: int) -> Iterator[tuple[int, int]]:
     """The pieces of a text, as `(start, end)`, in order, none longer than `window` characters.
 
-    What lies between two pieces is white space; no piece begins or ends with any.
+    Only white space lies between two pieces; no piece begins or ends with white space.
     """
     for sentence in _SENTENCE.finditer(text):
         start, end = _strip(text, sentence.start(), sentence.end())
@@ -43,8 +43,10 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _cut(text: str, start: int, limit: int) -> int:
-    """Where to cut a sentence that begins at `start` and goes on beyond `limit`: in the window's later half,
-    lest the pieces become too small to be read in their context."""
+    """Where to cut a sentence that begins at `start` and extends beyond `limit`.
+
+    The cut is in the window's second half, because smaller pieces would give the model too little context.
+    """
     earliest = (start + limit + 1) // 2
     for marks in _PLACES:
         if (cut := max(text.rfind(mark, earliest, limit) for mark in marks) + 1) > 0:

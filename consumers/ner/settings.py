@@ -11,26 +11,30 @@ from inferq.engine import EngineSettings
 
 
 class NerSettings(EngineSettings):
-    """Which model looks, on what, and how much one input may ask of it."""
+    """The NER model, its device, and the limits for one input."""
 
     ner_backend: Literal["lac", "paddlenlp"] = Field(
-        "lac", description="What finds entities: `lac` (weights in jieba's package, CPU) or `paddlenlp`."
+        "lac", description="The NER library: `lac` (weights in jieba's package, CPU only) or `paddlenlp`."
     )
     ner_device: Literal["cpu", "gpu"] | None = Field(
-        None, description="What NER computes on, where it differs from INFERQ_DEVICE: the `cpu` or the `gpu`."
+        None, description="The device for NER, if it differs from INFERQ_DEVICE: `cpu` or `gpu`."
     )
     ner_mode: Literal["fast", "accurate"] = Field(
         "accurate", description="PaddleNLP's model: `fast` (LAC) or `accurate` (WordTag)."
     )
     ner_model_dir: Path | None = Field(
         None,
-        description="The folder of weights of PaddleNLP's mode, or `weights:NAME` of the weights' manifest. "
-        "Without it, PaddleNLP uses its own cache, "
-        "and downloads.",
+        description="The folder with the weights for PaddleNLP's mode, or `weights:NAME` for an entry of the "
+        "weights' manifest. Without this setting, PaddleNLP uses its own cache and downloads missing models.",
     )
     ner_batch_size: int = Field(
-        64, ge=1, le=4096, description="Sentences that NER computes together; more cost memory in proportion."
+        64,
+        ge=1,
+        le=4096,
+        description="The number of sentences that NER computes together; memory grows in proportion.",
     )
     ner_max_characters: int = Field(
-        100_000, ge=1, description="The longest text that NER takes, in characters; longer ones are refused."
+        100_000,
+        ge=1,
+        description="The longest text of an NER task, in characters; tasks with longer texts are refused.",
     )

@@ -23,26 +23,26 @@ _WORDTAG_TYPES = {
     "品牌名": "BRAND",
     "事件类": "EVENT",
 }
-"""What WordTag's labels begin with → types."""
+"""Beginning of a WordTag label → type."""
 
 _GENERAL = "概念"
-"""What the labels of general terms end with: a doctor, a city, a novel."""
+"""The ending of the labels of general terms: a doctor, a city, a novel."""
 
 _NO_NAMES = (
     "w", "介词", "助词", "代词", "连词", "副词", "疑问词", "肯定词", "否定词", "数量词", "叹词", "拟声词",
     "修饰词", "外语单词", "英语单词", "汉语拼音", "词汇用语", "场景事件", "个性特征", "感官特征", "信息资料",
     "位置方位",
 )  # fmt: skip
-"""The labels of words that are no names, by what they begin with."""
+"""The beginnings of the labels of words that are not names."""
 
 _MODELS = {"fast": "lac", "accurate": "wordtag"}
 
 
 class TaskflowBackend:
-    """`Taskflow("ner")`. It gives words and their labels, and no scores."""
+    """`Taskflow("ner")`. It gives words with labels, without scores."""
 
     window = 500
-    """The models take 512 tokens, three of which may be their own; longer pieces would be cut blindly."""
+    """The models take 512 tokens, of which up to three are special tokens. They truncate longer pieces."""
 
     def __init__(
         self,
@@ -53,10 +53,10 @@ class TaskflowBackend:
         threads: int,
         model_dir: Path | None,
     ) -> None:
-        """Loads the model of `mode` onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`), from `model_dir` or
-        PaddleNLP's cache.
+        """Loads the model of `mode` onto `device`, from `model_dir` or PaddleNLP's cache.
 
-        Raises InstallationError where a library, the weights or the device is not there.
+        `device` is `cpu`, `gpu`, `cuda` or `cuda:N`. Raises InstallationError if a library, the weights or
+        the device is missing.
         """
         number = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
         _check_device(number)
@@ -80,7 +80,7 @@ class TaskflowBackend:
     def read(self, pieces: Sequence[str]) -> list[list[Span]]:
         """The names among the words of each piece."""
         words = self._flow(list(pieces))
-        if len(pieces) == 1:  # then there is no list around it
+        if len(pieces) == 1:  # for one piece, Taskflow gives no list around its words
             words = [words]
         return [self._names(piece, labelled) for piece, labelled in zip(pieces, words, strict=True)]
 
@@ -89,7 +89,7 @@ class TaskflowBackend:
         start = 0
         for word, label in labelled:
             if not piece.startswith(word, start):
-                raise RuntimeError(f"Taskflow's word {word!r} does not stand at {start} in {piece!r}")
+                raise RuntimeError(f"Taskflow's word {word!r} is not at offset {start} of {piece!r}")
             end = start + len(word)
             kind = LAC_TYPES.get(label) if self._mode == "fast" else _wordtag_type(label)
             if kind is not None:
@@ -99,7 +99,7 @@ class TaskflowBackend:
 
 
 def _wordtag_type(label: str) -> str | None:
-    """The type of a WordTag label; one that has none of ours is its own. None for words that are no names."""
+    """The type of a WordTag label: ours, or the label's own group. None for words that are not names."""
     group = label.partition("_")[0]
     if group in _NO_NAMES or label.endswith(_GENERAL):
         return None
@@ -114,7 +114,7 @@ def _version() -> str:
 
 
 def _check_device(number: int) -> None:
-    """Raises InstallationError where paddlepaddle or the GPU is missing, before Taskflow falls back."""
+    """Raises InstallationError if paddlepaddle or the GPU is missing, before Taskflow can fall back."""
     try:
         paddle = import_module("paddle")
     except ImportError as error:
@@ -127,7 +127,7 @@ def _check_device(number: int) -> None:
         paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > number
     ):
         raise InstallationError(
-            f"NER is to run on gpu:{number}, but paddlepaddle {paddle.__version__} finds no such GPU: "
+            f"NER is set to run on gpu:{number}, but paddlepaddle {paddle.__version__} finds no such GPU: "
             "install paddlepaddle-gpu and the driver, or set INFERQ_NER_DEVICE=cpu",
             code="device_unavailable",
         )
@@ -147,6 +147,6 @@ def _load(parameters: dict[str, Any]) -> Any:
     except Exception as error:
         raise InstallationError(
             f"PaddleNLP's model cannot be loaded: {type(error).__name__}: {error}; set INFERQ_NER_MODEL_DIR "
-            "to a folder that has it (PaddleNLP 2.8 works with paddlepaddle 2.6, not with 3)",
+            "to a folder that holds the model (PaddleNLP 2.8 works with paddlepaddle 2.6, not with 3)",
             code="engine_not_loadable",
         ) from error

@@ -9,7 +9,7 @@ from inferq.consumers.ner.folding import fold
 
 
 class Dictionary:
-    """Terms by type, ready to be looked for."""
+    """Terms by type, indexed for search."""
 
     def __init__(self, terms: Mapping[str, Sequence[str]]) -> None:
         by_length: dict[int, dict[str, str]] = {}
@@ -22,10 +22,10 @@ class Dictionary:
         ]
 
     def find(self, text: str, check_abort: Callable[[], None] = lambda: None) -> list[Span]:
-        """The terms in a text, in order. Where matches overlap the longest holds, then the first.
+        """The terms in a text, in order. Of overlapping matches the longest wins, then the first.
 
-        Takes time in proportion to the text's length and to how many lengths the terms have; `check_abort`
-        is called for each of these.
+        The time grows with the text's length times the number of different term lengths. It calls
+        `check_abort` once per term length.
         """
         folded = fold(text)
         taken = bytearray(len(text))
@@ -45,7 +45,7 @@ class Dictionary:
 
 
 def _whole(text: str, start: int, end: int) -> bool:
-    """Whether a match is no part of a longer Latin word or number."""
+    """Whether a match is not part of a longer Latin word or number."""
     return not (start > 0 and _in_word(text[start - 1], text[start])) and not (
         end < len(text) and _in_word(text[end - 1], text[end])
     )

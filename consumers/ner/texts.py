@@ -1,4 +1,4 @@
-"""Reads the text of a file, or says what the file is instead."""
+"""Reads the text of a file, or reports the file's actual format."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import codecs
 import re
 from pathlib import Path
 
-from inferq.consumers.ner.folding import says_something
+from inferq.consumers.ner.folding import has_visible_text
 from inferq.schemas import InvalidTask
 
 _MOST_BYTES = 4
-"""That UTF-8 needs for a character."""
+"""The most bytes of a character in UTF-8."""
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (rb"%PDF-", "a PDF: send its text, or read it with the type ocr"),
@@ -26,40 +26,40 @@ _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _FEW_CONTROLS = 0.1
-"""The share of control characters up to which a file still counts as text."""
+"""A file with a larger share of control characters does not count as text."""
 
 
 def read_text(path: Path, max_characters: int) -> str:
-    """The text in a file of UTF-8, character for character: byte order mark and line ends are kept.
+    """The text of a UTF-8 file, unchanged, including its byte order mark and line ends.
 
-    Raises InvalidTask: `empty_text`, `text_too_long`, `binary_file`, or `not_utf8`, with what it is instead
-    where that shows.
+    Raises InvalidTask: `empty_text`, `text_too_long`, `binary_file` or `not_utf8`. The message names the actual
+    format if it can be recognized.
     """
     size = path.stat().st_size
     if size == 0:
         raise InvalidTask("the file at text_url is empty", code="empty_text")
     if size > _MOST_BYTES * max_characters:
         raise InvalidTask(
-            f"the file at text_url has {size} bytes, a text may have {max_characters} characters: split it "
+            f"the file at text_url has {size} bytes, but a text may have at most {max_characters} characters: split it "
             "(or raise INFERQ_NER_MAX_CHARACTERS)",
             code="text_too_long",
         )
     content = path.read_bytes()
     for pattern, what in _SIGNATURES:
         if re.match(pattern, content, re.DOTALL):
-            raise InvalidTask(f"the file at text_url is no text but {what}", code="binary_file")
+            raise InvalidTask(f"the file at text_url is not text but {what}", code="binary_file")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _explain(content, error) from error
     if len(_CONTROLS.findall(text)) > _FEW_CONTROLS * len(text):
         raise InvalidTask(
-            "the file at text_url is no text: much of it is control characters"
+            "the file at text_url is not text: it has too many control characters"
             + (" (is it UTF-16? convert it to UTF-8)" if "\0" in text else ""),
             code="binary_file",
         )
-    if not says_something(text):
-        raise InvalidTask("the file at text_url holds nothing but white space", code="empty_text")
+    if not has_visible_text(text):
+        raise InvalidTask("the file at text_url holds only white space", code="empty_text")
     return text
 
 
@@ -67,7 +67,7 @@ def check_length(text: str, max_characters: int, name: str) -> None:
     """Raises InvalidTask (`text_too_long`) for a text, called `name`, that is too long."""
     if len(text) > max_characters:
         raise InvalidTask(
-            f"{name} has {len(text)} characters, a text may have {max_characters}: split it (or raise "
+            f"{name} has {len(text)} characters, but a text may have at most {max_characters}: split it (or raise "
             "INFERQ_NER_MAX_CHARACTERS)",
             code="text_too_long",
         )
@@ -89,5 +89,5 @@ def _explain(content: bytes, error: UnicodeDecodeError) -> InvalidTask:
             f"{said}; it looks like GBK or GB18030: convert it (iconv -f GB18030 -t UTF-8)", code="not_utf8"
         )
     if b"\0" in content or len(re.findall(rb"[\0-\x08\x0e-\x1a]", content)) > _FEW_CONTROLS * len(content):
-        return InvalidTask("the file at text_url is no text but binary data", code="binary_file")
-    return InvalidTask(f"{said}; convert it", code="not_utf8")
+        return InvalidTask("the file at text_url is not text but binary data", code="binary_file")
+    return InvalidTask(f"{said}; convert the file to UTF-8", code="not_utf8")

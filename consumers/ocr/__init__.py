@@ -18,16 +18,17 @@ PageSelection = Annotated[
 
 
 class OcrOptions(Options):
-    """What to read, and what to leave behind."""
+    """Which pages and lines to read, and whether to draw their boxes."""
 
     annotated: bool = Field(
-        False, description="Also draw the boxes: annotated.png, for further pages annotated-2.png and so on."
+        False,
+        description="Also write each page with its boxes drawn: annotated.png, annotated-2.png and so on.",
     )
-    min_score: float = Field(0.5, ge=0, le=1, description="Lines less certain than this are left out.")
+    min_score: float = Field(0.5, ge=0, le=1, description="The output leaves out lines with a lower score.")
     pages: PageSelection | None = Field(
         None,
-        description="Which pages of a document to read, such as `1-3,7` or `5-`; the default is all of them. "
-        "What lies beyond the document's end is passed over, as long as at least one page is left.",
+        description="Which pages of a document to read, such as `1-3,7` or `5-`; the default is all pages. "
+        "Pages beyond the document's end are ignored, but at least one page must remain.",
         examples=["1-3,7"],
     )
 
@@ -45,23 +46,23 @@ Box = tuple[Point, Point, Point, Point]
 
 
 class Line(BaseModel):
-    """A line of text, and where it stands."""
+    """A line of text and its position."""
 
     model_config = ConfigDict(frozen=True)
 
     text: str
-    score: float = Field(ge=0, le=1, description="How certain the reading is.")
+    score: float = Field(ge=0, le=1, description="Confidence of the recognition.")
     box: Box = Field(
-        description="Its corners [x, y] in pixels of the upright page, clockwise from the text's top left."
+        description="The corners [x, y] in pixels of the upright page, clockwise from the text's top left."
     )
 
 
 class Page(BaseModel):
-    """One page, turned upright as its file says, with its lines in reading order."""
+    """One page with its lines in reading order. Its file's orientation is applied, so it is upright."""
 
     model_config = ConfigDict(frozen=True)
 
-    page: int = Field(ge=1, description="Its number in the document.")
+    page: int = Field(ge=1, description="The page's number in the document.")
     width: int = Field(description="Pixels.")
     height: int = Field(description="Pixels.")
     text: str = Field(description="The lines, one per row.")
@@ -69,12 +70,14 @@ class Page(BaseModel):
 
 
 class OcrOutput(BaseModel):
-    """What was read. A plain picture is a document of one page."""
+    """The text that was read. A picture is a document of one page."""
 
     model_config = ConfigDict(frozen=True)
 
-    text: str = Field(description="All pages' text, an empty row between two pages.")
-    page_count: int = Field(ge=1, description="How many pages the document has, read or not.")
+    text: str = Field(description="The text of all pages, with an empty row between two pages.")
+    page_count: int = Field(
+        ge=1, description="The number of pages in the document, including pages that were not read."
+    )
     pages: tuple[Page, ...] = Field(description="The pages that were read.")
 
 

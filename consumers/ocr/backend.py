@@ -1,4 +1,4 @@
-"""What an OCR library must do for us, and the geometry that the libraries share."""
+"""The protocol that OCR libraries implement here, and the geometry that they share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RgbPage = RgbImage
 """An upright page."""
 
 TALL = 1.5
-"""From this ratio of height to width on, PP-OCR takes a box for a line that runs up or down the page."""
+"""From this ratio of height to width, PP-OCR treats a box as a line that runs up or down the page."""
 
 _MARGIN = 16
-"""Pixels of border that a page gets: detectors miss text that touches the edge."""
+"""The border added to a page, in pixels: detectors miss text that touches the edge."""
 _SHORTEST_SIDE = 320
-"""Pixels that a page is at least padded to: on smaller ones detectors find nothing."""
+"""Pages are padded to at least this many pixels a side: detectors find nothing on smaller ones."""
 
 
 _OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "resourceexhausted", "alloc_failed")
@@ -36,17 +36,17 @@ class Backend(Protocol):
     def read(self, page: RgbPage) -> list[Line]:
         """The lines on a page, in any order; boxes in pixels of `page`.
 
-        Raises inferq.schemas.TransientFailure (`out_of_memory`) where the GPU's memory does not suffice now.
+        Raises inferq.schemas.TransientFailure (`out_of_memory`) if the GPU has too little free memory now.
         """
 
 
 def detection_scale(height: int, width: int, megapixels: float) -> float:
-    """By what factor (at most 1) a page is scaled down before its lines are looked for."""
+    """The factor (at most 1) by which a page is scaled before detection."""
     return min(1.0, float(np.sqrt(megapixels * 1e6 / (height * width))))
 
 
 def pad(page: RgbPage) -> tuple[RgbPage, int, int]:
-    """The page within a border of its own edge colours, and the border's width at the left and the top."""
+    """The page with a border in the colour of its edges, and the border's pixels at the left and at the top."""
     height, width = page.shape[:2]
     across = max(_MARGIN, -(-(_SHORTEST_SIDE - width) // 2))
     down = max(_MARGIN, -(-(_SHORTEST_SIDE - height) // 2))
@@ -57,7 +57,7 @@ def pad(page: RgbPage) -> tuple[RgbPage, int, int]:
 
 
 def cut(page: RgbPage, corners: NDArray[np.float32]) -> RgbPage:
-    """What stands within `corners` (`(4, 2)`, clockwise), straightened: the first corner is its top left."""
+    """The straightened cutout within `corners` (`(4, 2)`, clockwise), which start at its top left."""
     top, right, bottom, left = (float(np.linalg.norm(corners[i] - corners[(i + 1) % 4])) for i in range(4))
     width, height = max(1, round(max(top, bottom))), max(1, round(max(left, right)))
     flat = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
@@ -69,12 +69,12 @@ def cut(page: RgbPage, corners: NDArray[np.float32]) -> RgbPage:
 
 
 def turn(corners: NDArray[np.float32], quarters: int) -> NDArray[np.float32]:
-    """The same corners, beginning `quarters` corners further on, clockwise."""
+    """The same corners, starting `quarters` corners later, clockwise."""
     return np.roll(corners, -quarters, axis=0)
 
 
 def as_box(corners: Sequence[Sequence[float]] | NDArray[np.float32], height: int, width: int) -> Box:
-    """Corners as they go into the output: within the page, to a tenth of a pixel."""
+    """Corners for the output: clipped to the page, rounded to a tenth of a pixel."""
     points = [
         (round(min(max(float(x), 0.0), width), 1), round(min(max(float(y), 0.0), height), 1))
         for x, y in corners
@@ -83,7 +83,7 @@ def as_box(corners: Sequence[Sequence[float]] | NDArray[np.float32], height: int
 
 
 def ratio(corners: NDArray[np.float32]) -> float:
-    """How much higher than wide a box is."""
+    """The ratio of a box's height to its width."""
     across = float(np.linalg.norm(corners[0] - corners[1]) + np.linalg.norm(corners[2] - corners[3]))
     down = float(np.linalg.norm(corners[1] - corners[2]) + np.linalg.norm(corners[3] - corners[0]))
     return down / max(across, 1e-6)
@@ -95,17 +95,17 @@ def is_tall(corners: NDArray[np.float32]) -> bool:
 
 
 def bgr(image: RgbPage) -> RgbPage:
-    """The channel order of OpenCV, which both libraries expect."""
+    """The image in OpenCV's channel order, which both libraries expect."""
     return np.ascontiguousarray(image[:, :, ::-1])
 
 
 def gpu_number(device: str) -> int:
-    """Which GPU a device setting (`gpu`, `cuda`, `cuda:N`) means."""
+    """The number of the GPU that a device setting (`gpu`, `cuda`, `cuda:N`) names."""
     return int(device.partition(":")[2] or 0)
 
 
 def out_of_memory(error: BaseException, height: int, width: int) -> TransientFailure | None:
-    """What to raise for a library's error on a page, if it says that the GPU's memory ran out."""
+    """The failure to raise if a library's error on a page says that the GPU ran out of memory; else None."""
     cause: BaseException | None = error
     while cause is not None:
         said = f"{type(cause).__name__} {cause}".lower()

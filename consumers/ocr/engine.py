@@ -1,4 +1,4 @@
-"""The OCR engine: pages in, lines out, whichever library does the reading."""
+"""The OCR engine: pages in, lines out, with any of the OCR libraries."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class OcrEngine(Engine[OcrTask]):
         return self._loaded.info
 
     def warm_up(self) -> None:
-        """Read a made-up page: libraries choose kernels and grow their memory on the first one."""
+        """Read a generated page: libraries choose kernels and allocate memory on their first page."""
         self._backend.read(_sample_page())
 
     def run(self, task: OcrTask, context: Context) -> OcrOutput:
-        """Read the pages that the task asks for."""
+        """Read the pages that the task selects."""
         limits = Limits(max_pixels=self._settings.ocr_max_pixels, dpi=self._settings.ocr_dpi)
         with open_document(context.inputs["image_url"].path, limits) as document:
             numbers = self._choose_pages(task.options.pages, document)
@@ -58,15 +58,15 @@ class OcrEngine(Engine[OcrTask]):
     @property
     def _backend(self) -> Backend:
         if self._loaded is None:
-            raise RuntimeError("the OCR engine is used before load()")
+            raise RuntimeError("the OCR engine is not loaded: call load() first")
         return self._loaded
 
     def _choose_pages(self, selection: str | None, document: Document) -> list[int]:
         numbers = select_pages(selection, document.page_count)
         if len(numbers) > self._settings.ocr_max_pages:
             raise InvalidTask(
-                f"{len(numbers)} pages were asked for, one task may read {self._settings.ocr_max_pages}: "
-                f"name fewer in options.pages (or raise INFERQ_OCR_MAX_PAGES)",
+                f"the task selects {len(numbers)} pages, but a task may read at most {self._settings.ocr_max_pages}: "
+                f"select fewer in options.pages (or raise INFERQ_OCR_MAX_PAGES)",
                 code="too_many_pages",
             )
         return numbers
@@ -85,9 +85,9 @@ class OcrEngine(Engine[OcrTask]):
 
 
 def load_backend(settings: OcrSettings) -> Backend:
-    """The backend that the settings ask for, with its models loaded.
+    """The backend that the settings name, with its models loaded.
 
-    Raises InstallationError where the library or the device is not there: never another in its place.
+    Raises InstallationError if the library or the device is missing; it never falls back to another one.
     """
     threads = settings.ocr_threads or len(os.sched_getaffinity(0))
     if settings.ocr_backend == "paddleocr":

@@ -1,4 +1,4 @@
-"""Opens a picture or document of any kind as upright RGB pages, one page at a time."""
+"""Opens pictures and documents as upright RGB pages, one page at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PDF_UNITS_PER_INCH = 72
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a document is decoded: pixels per page, and the resolution (dots per inch) of a PDF."""
+    """Limits for decoding: pixels per page, and the resolution of PDF pages in dots per inch."""
 
     max_pixels: int = 100_000_000
     dpi: int = 200
@@ -38,15 +38,15 @@ class Document(ABC):
 
     @abstractmethod
     def page(self, number: int) -> RgbPage:
-        """Page `number` (from 1), upright, `(height, width, 3) uint8` RGB; what is transparent is white.
+        """Page `number` (from 1), upright, `(height, width, 3) uint8` RGB. Transparent pixels become white.
 
-        Raises InvalidTask: `truncated_image` for damaged data, `image_too_large` before anything too large
-        is decoded.
+        Raises InvalidTask: `truncated_image` for damaged data, `image_too_large` before a page that is too
+        large is decoded.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +56,7 @@ class Document(ABC):
 
 
 def open_document(path: Path, limits: Limits = Limits()) -> Document:
-    """The document in a file. Its header is read here, its pages later.
+    """Open the document in a file. This reads the header only; `page` reads the pages.
 
     Raises InvalidTask: `empty_file`, `not_an_image`, `truncated_image`, `image_too_large`, `too_many_pages`,
     `encrypted_pdf`.
@@ -66,7 +66,7 @@ def open_document(path: Path, limits: Limits = Limits()) -> Document:
 
 
 class _Picture(Document):
-    """What Pillow reads: one page, but for TIFF. Of an animation it is the first frame."""
+    """A file that Pillow reads: one page, or several for TIFF. Of an animation, the first frame."""
 
     def __init__(self, path: Path, kind: Kind, limits: Limits) -> None:
         self._picture = Picture(path, kind, limits.per_page, name="page 1")
@@ -85,7 +85,7 @@ class _Picture(Document):
 
 
 class _Pdf(Document):
-    """What PDFium draws; filled-in form fields included."""
+    """A PDF that PDFium renders, including filled-in form fields."""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self._limits = limits
@@ -94,7 +94,7 @@ class _Pdf(Document):
         except pdfium.PdfiumError as error:
             if error.err_code == pdfium_c.FPDF_ERR_PASSWORD:
                 raise InvalidTask(
-                    "the PDF is encrypted and opens only with a password: send it without one",
+                    "the PDF is encrypted and needs a password: send it without encryption",
                     code="encrypted_pdf",
                 ) from error
             raise InvalidTask(
@@ -126,14 +126,14 @@ class _Pdf(Document):
                 raise self._limits.per_page.exceeded(width, height, f"a picture on page {number}")
         scale = self._limits.dpi / _PDF_UNITS_PER_INCH
         width, height = (max(side * scale, 1.0) for side in page.get_size())
-        # A poster is drawn more coarsely rather than refused: its print is larger too.
+        # A poster is rendered at a lower resolution instead of being refused: its print is larger too.
         scale *= min(1.0, (self._limits.max_pixels / (width * height)) ** 0.5 * 0.999)
         scale *= min(1.0, LONGEST_SIDE / max(width, height))
         width, height = (max(side * scale, 1.0) for side in page.get_size())
         self._limits.per_page.check(round(width), round(height), what=f"page {number}")
         bitmap = page.render(scale=scale, rev_byteorder=True, prefer_bgrx=False)
         try:
-            # A copy, since the bitmap's memory goes; without what may be a fourth channel.
+            # Copy, because closing the bitmap frees its memory; drop a possible fourth channel.
             return np.array(bitmap.to_numpy()[:, :, :3], np.uint8, order="C")
         finally:
             bitmap.close()

@@ -1,8 +1,8 @@
-"""In which order a page's lines are read.
+"""The reading order of a page's lines.
 
-Rows run from top to bottom and are read from left to right, as in a form or a table, except where the
-text stands in columns of prose: there each column is read to its end. Up and down are taken from the way
-most of the text runs, so that a page on its side or slightly askew is read like an upright one.
+Rows are read from top to bottom, each from left to right, as in a form or a table. Columns of prose are read one
+after another, each to its end. The direction of most of the text defines up and down, so a page that is rotated or
+slightly skewed is read like an upright one.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _SPANNING = 0.55
 """A line wider than this share of the text is not part of a column."""
 _COLUMN_LINES = 3
 _COLUMN_WIDTH = 6.0
-"""How wide a column of prose is at least, in line heights: the columns of a table are often narrower."""
+"""The minimum width of a column of prose, in line heights: a table's columns are often narrower."""
 _COLUMN_FILL = 0.6
-"""How much of its column's width the middle one of its lines fills at least: a table's cells fill less."""
+"""The minimum share of a prose column's width that its median line fills: a table's cells fill less."""
 _GUTTER = 0.7
-"""How wide the gap between two columns is at least, in line heights."""
+"""The minimum gap between two columns, in line heights."""
 
 
 @dataclass(frozen=True, order=True)
 class _Placed:
-    """A line in the page's own frame, in which text runs along x and rows follow along y."""
+    """A line in the page's own coordinates: text runs along x, rows follow along y."""
 
     y: float
     left: float
@@ -41,7 +41,7 @@ class _Placed:
 
 
 def reading_order(lines: Sequence[Line]) -> list[Line]:
-    """The same lines, each once, as a person would read them. Their order of arrival has no influence."""
+    """The same lines in reading order, each once. The order of `lines` has no influence."""
     if not lines:
         return []
     angle = _text_direction(lines)
@@ -84,7 +84,7 @@ def _place(index: int, line: Line, angle: float) -> _Placed:
 
 
 def _sections(placed: Sequence[_Placed]) -> list[list[_Placed]]:
-    """The page cut into pieces that are read one after another; `placed` is sorted."""
+    """The page's sections, which are read one after another; `placed` is sorted."""
     extent = max(item.right for item in placed) - min(item.left for item in placed)
     spanning = [item for item in placed if item.width > _SPANNING * extent]
     bands: list[list[_Placed]] = [[] for _ in range(len(spanning) + 1)]
@@ -111,7 +111,7 @@ def _sections(placed: Sequence[_Placed]) -> list[list[_Placed]]:
 
 
 def _columns(band: Sequence[_Placed]) -> list[list[_Placed]]:
-    """The columns of prose, left to right, that a band consists of; none where it is anything else."""
+    """The columns of prose in a band, from left to right; empty if the band has none."""
     if len(band) < 2 * _COLUMN_LINES:
         return []
     height = sorted(item.height for item in band)[len(band) // 2]
@@ -144,5 +144,5 @@ def _rows(items: Iterable[_Placed]) -> list[list[_Placed]]:
 
 
 def _same_row(row: Sequence[_Placed], item: _Placed) -> bool:
-    # Against the row's latest member as well, so that one tall line does not swallow two rows.
+    # Compare with the row's last member as well, so that one tall line does not merge two rows.
     return all(abs(item.y - other.y) <= 0.5 * min(item.height, other.height) for other in (row[0], row[-1]))

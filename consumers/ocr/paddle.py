@@ -29,7 +29,7 @@ from inferq.consumers.ocr.backend import (
 from inferq.schemas import EngineInfo, InstallationError
 
 _ROLES = {"_det": "text_detection", "_rec": "text_recognition", "_textline_ori": "textline_orientation"}
-"""How the names of PaddleOCR's models end → what its parameters call them."""
+"""Ending of a PaddleOCR model's name → name of its role in PaddleOCR's parameters."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Model:
 
 
 class PaddleBackend:
-    """Detection and recognition, with the orientation of lines where a model for it is there."""
+    """Detection and recognition, and line orientation if its model is installed."""
 
     def __init__(
         self,
@@ -52,9 +52,8 @@ class PaddleBackend:
     ) -> None:
         """Loads the models.
 
-        `device` is `cpu`, `gpu`, `cuda` or `cuda:N`; `computes_with` overrides it (`cpu`, `gpu`) or says
-        that onnxruntime computes on it. Raises InstallationError where a library, a model or the device is
-        not there.
+        `device` is `cpu`, `gpu`, `cuda` or `cuda:N`. `computes_with` overrides it (`cpu`, `gpu`) or selects
+        onnxruntime on that device. Raises InstallationError if a library, a model or the device is missing.
         """
         self._detect_megapixels = detect_megapixels
         on_onnxruntime = computes_with == "onnxruntime"
@@ -62,7 +61,7 @@ class PaddleBackend:
         place = f"gpu:{gpu_number(device)}" if on_gpu else "cpu"
         models = _find_models(model_dir) if model_dir is not None else {}
         if models:
-            # Nothing is missing, so nobody needs asking where it could be downloaded.
+            # All models are in a folder, so PaddleOCR need not check its download hosts.
             os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
         self._ocr = _load(
             {
@@ -102,7 +101,7 @@ class PaddleBackend:
                 raise
             raise failure from error
         polygons = found["rec_polys"]
-        # Without a model for it, the orientation is -1 throughout, and the key absent on an empty page.
+        # Without its model, all orientations are -1; on an empty page the key is absent.
         flips = list(found.get("textline_orientation_angles", [])) or [-1] * len(polygons)
         lines = []
         for polygon, text, score, flip in zip(
@@ -111,7 +110,7 @@ class PaddleBackend:
             if not text.strip():
                 continue
             corners = np.asarray(polygon, np.float32) - np.array([left, top], np.float32)
-            # PaddleOCR turns a tall line to the left, and one that stands on its head by half a turn.
+            # PaddleOCR rotates a tall line to the left, and an upside-down line by half a turn.
             corners = turn(corners, (1 if is_tall(corners) else 0) + (2 if flip == 1 else 0))
             certainty = min(max(float(score), 0.0), 1.0)
             lines.append(Line(text=text, score=certainty, box=as_box(corners, height, width)))
@@ -146,14 +145,14 @@ def _engine(models: dict[str, _Model], *, on_onnxruntime: bool, on_gpu: bool, th
         return {"engine": "paddle"}
     static: dict[str, Any] = {"cpu_threads": threads, "run_mode": "mkldnn"}
     if models and all((model.folder / "inference.pdmodel").exists() for model in models.values()):
-        # Paddle 3.3 cannot run these older programs on oneDNN through its new representation
+        # Paddle 3.3 cannot run these older programs on oneDNN through its new program representation
         # (ConvertPirAttribute2RuntimeAttribute is not supported).
         static["enable_new_ir"] = False
     return {"engine": "paddle", "engine_config": {"paddle_static": static}}
 
 
 def _check_device(place: str, models: dict[str, _Model], *, on_onnxruntime: bool) -> None:
-    """Raises InstallationError where a framework or the GPU is missing, before any of them falls back."""
+    """Raises InstallationError if a framework or the GPU is missing, before a framework can fall back."""
     on_gpu = place != "cpu"
     number = gpu_number(place)
     if on_onnxruntime:
@@ -169,7 +168,7 @@ def _check_device(place: str, models: dict[str, _Model], *, on_onnxruntime: bool
         ) from error
     if on_gpu and not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > number):
         raise InstallationError(
-            f"OCR is to run on {place}, but paddlepaddle {paddle.__version__} finds no such GPU: install "
+            f"OCR is set to run on {place}, but paddlepaddle {paddle.__version__} finds no such GPU: install "
             "paddlepaddle-gpu and the driver, or set INFERQ_DEVICE=cpu",
             code="device_unavailable",
         )
@@ -186,7 +185,7 @@ def _check_onnxruntime(number: int | None, models: dict[str, _Model]) -> None:
         return
     offered = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" in offered and "text_detection" in models:
-        # That it is offered does not mean that it starts: it falls back to the CPU without an error.
+        # A provider in this list may still fail to start; onnxruntime then uses the CPU without an error.
         session = onnxruntime.InferenceSession(
             str(models["text_detection"].folder / "inference.onnx"),
             providers=[("CUDAExecutionProvider", {"device_id": number})],
@@ -194,14 +193,14 @@ def _check_onnxruntime(number: int | None, models: dict[str, _Model]) -> None:
         offered = session.get_providers()
     if "CUDAExecutionProvider" not in offered:
         raise InstallationError(
-            f"OCR is to run on gpu:{number}, but onnxruntime cannot start CUDA (it offers "
+            f"OCR is set to run on gpu:{number}, but onnxruntime cannot start CUDA (it offers "
             f"{', '.join(offered)}): install onnxruntime-gpu and the driver, or set INFERQ_DEVICE=cpu",
             code="device_unavailable",
         )
 
 
 def _find_models(folder: Path) -> dict[str, _Model]:
-    """The models below a folder, by the role that their names say."""
+    """The models below a folder, by role. The ending of a model's name gives its role."""
     found: dict[str, _Model] = {}
     for description in sorted(folder.glob("*/inference.yml")):
         name = str(yaml.safe_load(description.read_text(encoding="utf-8"))["Global"]["model_name"])
@@ -210,7 +209,7 @@ def _find_models(folder: Path) -> dict[str, _Model]:
                 if role in found:
                     raise InstallationError(
                         f"INFERQ_OCR_MODEL_DIR {folder} has two {role} models, {found[role].name} and "
-                        f"{name}: leave one",
+                        f"{name}: remove one",
                         code="bad_model_dir",
                     )
                 found[role] = _Model(name, description.parent)

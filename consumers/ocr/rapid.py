@@ -1,4 +1,4 @@
-"""RapidOCR: PP-OCR on onnxruntime, with the weights that come in its wheel."""
+"""RapidOCR: PP-OCR on onnxruntime, with the weights in its wheel."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from inferq.consumers.ocr.backend import (
 from inferq.schemas import EngineInfo, InstallationError
 
 _SINGLE_CHARACTER = 3.0
-"""Up to this ratio a tall box may as well be one narrow character that stands upright."""
+"""Up to this ratio of height to width, a tall box may be a single narrow, upright character."""
 _CERTAIN = 0.9
-"""How certain the orientation classifier must be to count."""
+"""The minimum score at which the orientation classifier's answer counts."""
 _WIDEST_LINE = 60
-"""Recognition's time and memory grow with a line's ratio of width to height: wider ones are squeezed."""
+"""Recognition's time and memory grow with a line's ratio of width to height: wider ones are compressed."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class RapidBackend:
     def __init__(self, *, device: str, threads: int, detect_megapixels: float) -> None:
         """Loads the models onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`).
 
-        Raises InstallationError where RapidOCR, its weights or the device are not there.
+        Raises InstallationError if RapidOCR, its weights or the device is missing.
         """
         self._detect_megapixels = detect_megapixels
         on_gpu = device != "cpu"
-        # Lines of different lengths in one batch are padded to the longest, which costs a CPU more than
-        # batching saves (0.59 against 0.50 s a page); a GPU needs the batch.
+        # A batch pads its lines to the longest one. On a CPU that costs more than batching saves (0.59 s
+        # a page with batches, 0.50 s without); a GPU needs the batch.
         parameters: dict[str, Any] = {
             "Global.log_level": "critical",
             "Global.use_preprocess_img": False,
-            # Scaling is done here: the library's own would shrink the page for recognition too.
+            # This backend scales pages itself: the library would shrink the page for recognition too.
             "Det.limit_type": "max",
             "Det.limit_side_len": 1_000_000,
             "Rec.rec_batch_num": 16 if on_gpu else 1,
@@ -83,7 +83,7 @@ class RapidBackend:
         )
 
     def read(self, page: RgbPage) -> list[Line]:
-        """The lines on the page, whichever way up each of them stands."""
+        """The lines on the page, in any of the four orientations."""
         height, width = page.shape[:2]
         try:
             boxes = self._detect(page)
@@ -115,10 +115,10 @@ class RapidBackend:
     def _recognize(
         self, page: RgbPage, boxes: NDArray[np.float32]
     ) -> list[tuple[NDArray[np.float32], _Reading]]:
-        """Each line with the corners as the text runs.
+        """Each line with its corners in the direction of its text.
 
-        A classifier says which lines stand on their heads. It errs on short ones, so where it disagrees
-        with most of the page a line is read both ways, and the more certain reading holds.
+        A classifier finds upside-down lines. It often errs on short lines, so a line on which it disagrees
+        with most of the page is read both ways; the reading with the higher score wins.
         """
         upright = [turn(corners, 1) if is_tall(corners) else corners for corners in boxes]
         candidates: list[tuple[int, NDArray[np.float32]]] = []
@@ -144,7 +144,7 @@ class RapidBackend:
         return [best[index] for index in sorted(best)]
 
     def _flips(self, lines: Sequence[RgbPage]) -> list[bool | None]:
-        """For each line whether it stands on its head; None where that is not certain."""
+        """Whether each line is upside down; None if the classifier is not certain."""
         if not lines:
             return []
         answers = self._ocr.text_cls([bgr(line) for line in lines]).cls_res
@@ -172,7 +172,7 @@ def _load(parameters: dict[str, Any]) -> Any:
     logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
     try:
         ocr = RapidOCR(params=parameters)
-        # The models are loaded at their first use: detection by this, the other two by a lone line.
+        # RapidOCR loads models on first use: detection with the first call, the other two with the second.
         blank = np.full((64, 320, 3), 255, np.uint8)
         ocr(blank, use_det=True, use_cls=False, use_rec=False)
         ocr(blank, use_det=False, use_cls=True, use_rec=True)

@@ -11,39 +11,39 @@ from inferq.engine import EngineSettings
 
 
 class OcrSettings(EngineSettings):
-    """Which OCR runs, on what, and how much one input may ask of it."""
+    """The OCR library, its device and models, and the limits for one input."""
 
     ocr_backend: Literal["rapidocr", "paddleocr"] = Field(
-        "rapidocr", description="What reads the text: `rapidocr` (weights in its wheel) or `paddleocr`."
+        "rapidocr", description="The OCR library: `rapidocr` (weights in its wheel) or `paddleocr`."
     )
     ocr_device: Literal["cpu", "gpu", "onnxruntime"] | None = Field(
         None,
-        description="What OCR computes with, where it differs from INFERQ_DEVICE: the `cpu`, the `gpu`, or "
-        "(PaddleOCR) `onnxruntime` on that device, which needs no paddlepaddle.",
+        description="The device for OCR, if it differs from INFERQ_DEVICE: `cpu` or `gpu`. With PaddleOCR also "
+        "`onnxruntime`, which computes on INFERQ_DEVICE and needs no paddlepaddle.",
     )
     ocr_threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads that OCR computes with; the default is one per core."
+        None, ge=1, le=1024, description="Number of CPU threads for OCR; the default is one per core."
     )
     ocr_model_dir: Path | None = Field(
         None,
-        description="PaddleOCR's weights: a folder with one model folder for detection and one for "
-        "recognition (`…_det`, `…_rec`); with one for orientation too (`…_textline_ori`), lines that stand "
-        "on their heads are read. It may also be `weights:NAME` of the weights' manifest. Without a folder, "
-        "PaddleOCR uses its own cache, and downloads.",
+        description="PaddleOCR's weights: a folder with one model folder for detection (`…_det`) and one for "
+        "recognition (`…_rec`). A third one for orientation (`…_textline_ori`) makes upside-down lines "
+        "readable. `weights:NAME` names an entry of the weights' manifest. Without this setting, PaddleOCR "
+        "uses its own cache and downloads missing models.",
     )
     ocr_max_pixels: int = Field(
-        100_000_000, ge=1, description="The largest page that is decoded, in pixels; larger ones are refused."
+        100_000_000, ge=1, description="The most pixels of a page; tasks with larger pages are refused."
     )
     ocr_max_pages: int = Field(
-        500, ge=1, description="How many pages one OCR task may read; more are refused."
+        500, ge=1, description="The most pages that one OCR task may read; tasks with more are refused."
     )
     ocr_dpi: int = Field(
-        200, ge=36, le=1200, description="Dots per inch at which the pages of a PDF are drawn."
+        200, ge=36, le=1200, description="Resolution at which PDF pages are rendered, in dots per inch."
     )
     ocr_detect_megapixels: float = Field(
         5.0,
         ge=0.25,
         le=200,
-        description="Larger pages are scaled down to this many megapixels to find their lines, which are "
-        "then read at full size. More finds smaller print, and costs time and memory in proportion.",
+        description="Larger pages are scaled down to this many megapixels for detection. Recognition uses the "
+        "full size. A higher value finds smaller print; time and memory grow in proportion.",
     )

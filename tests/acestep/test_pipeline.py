@@ -202,7 +202,7 @@ def test_missing_weights_are_said(tmp_path: Path) -> None:
         (None, "needs INFERQ_ACESTEP_MODEL_DIR"),
         (tmp_path / "nowhere", r"nowhere has no readable model_index\.json"),
         (tmp_path / "list", r"list has no readable model_index\.json"),
-        (weights(tmp_path, name="partial", without="vae"), "partial is incomplete, it lacks vae"),
+        (weights(tmp_path, name="partial", without="vae"), "partial is incomplete: vae is missing"),
         (weights(tmp_path, name="picture", kind="FluxPipeline"), "holds the weights of a FluxPipeline"),
     ):
         with pytest.raises(InstallationError, match=complaint) as caught:

@@ -72,7 +72,7 @@ def test_texts_and_files_of_text_are_searched_for_names(installation: dict[str, 
     ]
     refused = inferq(installation, "submit", "ner", " ")
     assert refused.returncode != 0
-    assert "nothing but white space" in refused.stdout + refused.stderr
+    assert "only white space" in refused.stdout + refused.stderr
 
 
 def test_several_texts_make_several_tasks(installation: dict[str, str]) -> None:

@@ -114,7 +114,7 @@ def test_the_faces_are_chosen_as_the_task_says(
         ("weights", TransientFailure, "engine_error", "inswapper_128_fp16 failed"),
         ("out of memory", TransientFailure, "out_of_memory", "memory"),
         ("killed", TransientFailure, "engine_died", "signal 9"),
-        ("garbage", TransientFailure, "engine_error", "no proper picture"),
+        ("garbage", TransientFailure, "engine_error", "a picture that cannot be read"),
         ("broken", TransientFailure, "engine_misconfigured", "FFMpeg is not installed"),
     ],
 )
@@ -275,7 +275,7 @@ def test_a_run_is_judged_by_its_status_its_output_and_its_words(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("[FACEFUSION.CORE] Processing step 1 of 1", (0.15, "looking at the pictures")),
+        ("[FACEFUSION.CORE] Processing step 1 of 1", (0.15, "checking the pictures")),
         ("downloading:  50%|=====     | 10.0M/20.0M", (0.1, "downloading weights")),
         ("processing: 100%|==========| 1/1", (0.85, "swapping")),
         ("[FACEFUSION.PROCESSORS.FACE_SWAPPER] Processing", (0.4, "swapping")),

@@ -109,8 +109,8 @@ def png_claiming(width: int, height: int) -> bytes:
         (b"%PDF-1.7\n", "not_an_image", "a PDF"),
         (b"PK\x03\x04" + bytes(40), "not_an_image", "Office document"),
         (b"\x00\x01\x02\xff" * 20, "not_an_image", "AVIF and PPM"),
-        (HOPPER.read_bytes()[:9000], "truncated_image", "JPEG file is damaged or cut short"),
-        (COLLINS.read_bytes()[:200_000], "truncated_image", "PNG file is damaged or cut short"),
+        (HOPPER.read_bytes()[:9000], "truncated_image", "JPEG file is damaged or truncated"),
+        (COLLINS.read_bytes()[:200_000], "truncated_image", "PNG file is damaged or truncated"),
         (png_claiming(30_000, 30_000), "image_too_large", "30000×30000.*INFERQ_FACEFUSION_MAX_PIXELS"),
         (png_claiming(10_000, 3), "image_too_large", "10000×3"),
     ],
@@ -144,7 +144,7 @@ def test_the_limit_is_a_setting(
 ) -> None:
     monkeypatch.setattr(preview, "_settings", FacefusionSettings(facefusion_max_pixels=300_000))
     runner(preview, COLLINS, COLLINS)
-    with pytest.raises(InvalidTask, match=r"512×600 pixels, the limit is 0\.3 million"):
+    with pytest.raises(InvalidTask, match=r"512×600 pixels; the limit is 0\.3 million"):
         runner(preview, COLLINS, HOPPER)
 
 

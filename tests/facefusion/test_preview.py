@@ -317,7 +317,7 @@ def test_the_engine_says_what_it_is() -> None:
     info = engine.load()
     assert (info.name, info.version, info.device) == ("preview", "0.10.21", "cpu")
     engine.close()
-    with pytest.raises(RuntimeError, match=r"before load"):
+    with pytest.raises(RuntimeError, match=r"call load\(\) first"):
         engine.warm_up()
 
 

@@ -227,7 +227,7 @@ def test_an_engine_is_loaded_warmed_up_and_closed() -> None:
     assert (info.name, info.version, info.model, info.device) == ("lac", "0.42.1", "lac_small", "cpu")
     engine.warm_up()
     engine.close()
-    with pytest.raises(RuntimeError, match=r"before load"):
+    with pytest.raises(RuntimeError, match=r"call load\(\) first"):
         engine.warm_up()
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferq.consumers.ner.folding import fold, says_something
+from inferq.consumers.ner.folding import fold, has_visible_text
 from inferq.consumers.ner.segments import segments
 
 ANYTHING = st.text(
@@ -110,5 +110,5 @@ def test_folding_maps_full_width_to_half_width() -> None:
         ("😀", True),
     ],
 )
-def test_what_says_something(text: str, expected: bool) -> None:
-    assert says_something(text) is expected
+def test_what_has_visible_text(text: str, expected: bool) -> None:
+    assert has_visible_text(text) is expected

@@ -38,7 +38,7 @@ def test_the_bare_message_of_any_producer_is_a_whole_task() -> None:
         ({"text_url": "data:,x", "texts": ["乙"]}, "got text_url and texts"),
         ({"text": "甲", "text_url": "data:,x", "texts": ["乙"]}, "got text and text_url and texts"),
         ({"text": ""}, "text: .*empty"),
-        ({"text": " \n\t\u3000\ufeff\0"}, "text: .*nothing but white space"),
+        ({"text": " \n\t\u3000\ufeff\0"}, "text: .*only white space"),
         ({"texts": []}, "texts: .*at least 1"),
         ({"texts": ["甲", "  "]}, r"texts\[1\] is empty"),
         ({"texts": ["甲"] * (MAX_TEXTS + 1)}, f"texts: .*at most {MAX_TEXTS}"),
@@ -64,10 +64,10 @@ def test_a_wrong_task_is_refused_with_what_is_wrong(fields: dict[str, Any], said
         ({"A": "甲"}, "dictionary.A"),
         ({"A": [""]}, "at least 1 character"),
         ({"A": ["甲" * 65]}, "at most 64 characters"),
-        ({"A": [" 甲"]}, "begin and end with something that can be seen"),
-        ({"A": ["\u200b"]}, "can be seen"),
-        ({"A": ["甲"], "B": ["甲"]}, "stands under A and under B"),
-        ({"A": ["Ａ１"], "B": ["A1"]}, "stands under A and under B"),
+        ({"A": [" 甲"]}, "begin and end with a visible character"),
+        ({"A": ["\u200b"]}, "a visible character"),
+        ({"A": ["甲"], "B": ["甲"]}, "has two types, A and B"),
+        ({"A": ["Ａ１"], "B": ["A1"]}, "has two types, A and B"),
         ({f"A{n}": ["甲"] for n in range(51)}, "at most 50"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_dictionary_has_a_limited_size() -> None:
         )
 
     assert len(task(MAX_TERMS).options.dictionary["A"]) == MAX_TERMS
-    with pytest.raises(ValueError, match=f"has {MAX_TERMS + 1} terms, at most {MAX_TERMS}"):
+    with pytest.raises(ValueError, match=f"has {MAX_TERMS + 1} terms; at most {MAX_TERMS} are"):
         task(MAX_TERMS + 1)
 
 

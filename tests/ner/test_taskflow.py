@@ -186,7 +186,7 @@ def test_words_that_do_not_stand_in_the_text_are_an_error_and_no_wrong_offset(
     engine: NerEngine, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StandIn, "_words", lambda self, text: iter([("李娜", "人物类_实体")]))
-    with pytest.raises(RuntimeError, match=r"李娜.* does not stand at 0"):
+    with pytest.raises(RuntimeError, match=r"李娜.* is not at offset 0"):
         engine.run(ner_task(text="张伟"), make_context())
 
 

@@ -23,9 +23,9 @@ CHINESE = "患者张伟因糖尿病入院。" * 20
     ("content", "code", "said"),
     [
         (b"", "empty_text", "is empty"),
-        (b" \r\n\t\n", "empty_text", "nothing but white space"),
-        (b"\xef\xbb\xbf", "empty_text", "nothing but white space"),
-        ("\u3000\u200b\n".encode(), "empty_text", "nothing but white space"),
+        (b" \r\n\t\n", "empty_text", "only white space"),
+        (b"\xef\xbb\xbf", "empty_text", "only white space"),
+        ("\u3000\u200b\n".encode(), "empty_text", "only white space"),
         (CHINESE.encode("gbk"), "not_utf8", "looks like GBK or GB18030.*iconv"),
         (CHINESE.encode("utf-16"), "not_utf8", "is UTF-16, not UTF-8"),
         ("plain".encode("utf-16-le"), "binary_file", "is it UTF-16"),
@@ -40,8 +40,8 @@ CHINESE = "患者张伟因糖尿病入院。" * 20
         (b"\x1f\x8b\x08" + bytes(40), "binary_file", "gzip"),
         (bytes(3000), "binary_file", "control characters"),
         (bytes(range(256)) * 10, "binary_file", "binary data"),
-        (("甲" * 100_001).encode(), "text_too_long", "100001 characters, a text may have 100000"),
-        (b"a" * 400_001, "text_too_long", "400001 bytes, a text may have 100000 characters"),
+        (("甲" * 100_001).encode(), "text_too_long", "100001 characters, but a text may have at most 100000"),
+        (b"a" * 400_001, "text_too_long", "400001 bytes, but a text may have at most 100000 characters"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused_for_what_it_is(
@@ -65,7 +65,9 @@ def test_longer_texts_may_be_allowed_and_shorter_ones_asked_for(
 ) -> None:
     monkeypatch.setattr(engine, "_settings", NerSettings(ner_max_characters=10))
     for fields, name in (({"text": "甲" * 11}, "text"), ({"texts": ["甲", "乙" * 11]}, r"texts\[1\]")):
-        with pytest.raises(InvalidTask, match=rf"^{name} has 11 characters, a text may have 10") as caught:
+        with pytest.raises(
+            InvalidTask, match=rf"^{name} has 11 characters, but a text may have at most 10"
+        ) as caught:
             read(**fields)
         assert caught.value.code == "text_too_long"
     assert read(text="甲" * 10).texts[0].characters == 10

@@ -221,7 +221,7 @@ def test_the_engine_says_what_it_is_and_warms_up() -> None:
     assert info.version[0].isdigit()
     engine.warm_up()
     engine.close()
-    with pytest.raises(RuntimeError, match=r"before load"):
+    with pytest.raises(RuntimeError, match=r"call load\(\) first"):
         engine.warm_up()
 
 
