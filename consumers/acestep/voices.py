@@ -55,7 +55,7 @@ def _partials(
     """A sum of sines at integer multiples of `phase`, without those above the highest partial.
 
     With `fading`, multiple k is multiplied by the k-th power of `fading`, so that high multiples decay faster.
-    sin(k x) = 2 cos(x) sin((k-1) x) - sin((k-2) x) gives each sine at a tenth of the cost of computing it.
+    Each sine costs a tenth of computing it directly: sin(k x) = 2 cos(x) sin((k-1) x) - sin((k-2) x).
     """
     sine = np.sin(phase).astype(np.float32)
     twice = (2 * np.cos(phase)).astype(np.float32)

@@ -102,7 +102,7 @@ def _map_positions(
 def _cut_and_shrink(
     source: RgbImage, source_points: Points, target_points: Points
 ) -> tuple[RgbImage, Points]:
-    """The face cut from the source and scaled down to about its final size, so that its detail does not alias."""
+    """The face cut from the source and scaled down to about its final size, to avoid aliasing."""
     low, high = source_points[:, :2].min(axis=0), source_points[:, :2].max(axis=0)
     # A face may extend beyond the picture's edge.
     last = np.array(source.shape[1::-1]) - 1

@@ -59,7 +59,7 @@ class BiGruCrf:
         """The best tags of each sequence of ids, computed together. No sequence may be empty.
 
         The tags equal those of each sequence alone. A matrix product of another shape may round its last
-        bit differently, so a path with a lead of at most _CLOSE_CALL is computed again, alone.
+        bit differently. So a path with a lead of at most _CLOSE_CALL is computed again, alone.
         """
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         packing = _Packing([len(sequences[index]) for index in order])

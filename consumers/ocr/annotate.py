@@ -15,7 +15,7 @@ _START = (20, 120, 220)
 
 
 def draw_boxes(page: RgbPage, lines: Iterable[Line], path: Path) -> None:
-    """Write the page as a PNG with a frame around each line and a dot at the start of its text."""
+    """Write the page as a PNG. Each line has a frame, and a dot at the start of its text."""
     picture = Image.fromarray(page)
     pen = ImageDraw.Draw(picture)
     width = max(2, round(max(picture.size) / 800))

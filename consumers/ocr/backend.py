@@ -17,7 +17,7 @@ RgbPage = RgbImage
 """An upright page."""
 
 TALL = 1.5
-"""From this ratio of height to width, PP-OCR treats a box as a line that runs up or down the page."""
+"""The ratio of height to width from which PP-OCR treats a box as a vertical line."""
 
 _MARGIN = 16
 """The border added to a page, in pixels: detectors miss text that touches the edge."""
@@ -46,7 +46,7 @@ def detection_scale(height: int, width: int, megapixels: float) -> float:
 
 
 def pad(page: RgbPage) -> tuple[RgbPage, int, int]:
-    """The page with a border in the colour of its edges, and the border's pixels at the left and at the top."""
+    """The page with a border in the colour of its edges, and the border's left and top width in pixels."""
     height, width = page.shape[:2]
     across = max(_MARGIN, -(-(_SHORTEST_SIDE - width) // 2))
     down = max(_MARGIN, -(-(_SHORTEST_SIDE - height) // 2))
@@ -90,7 +90,7 @@ def ratio(corners: NDArray[np.float32]) -> float:
 
 
 def is_tall(corners: NDArray[np.float32]) -> bool:
-    """Whether a box counts as a line that runs up or down the page."""
+    """Whether a box counts as a vertical line."""
     return ratio(corners) >= TALL
 
 

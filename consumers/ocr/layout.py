@@ -1,8 +1,8 @@
 """The reading order of a page's lines.
 
 Rows are read from top to bottom, each from left to right, as in a form or a table. Columns of prose are read one
-after another, each to its end. The direction of most of the text defines up and down, so a page that is rotated or
-slightly skewed is read like an upright one.
+after another, each to its end. The direction of most of the text defines up and down. So a rotated or slightly
+skewed page is read like an upright one.
 """
 
 from __future__ import annotations

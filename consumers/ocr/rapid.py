@@ -117,8 +117,8 @@ class RapidBackend:
     ) -> list[tuple[NDArray[np.float32], _Reading]]:
         """Each line with its corners in the direction of its text.
 
-        A classifier finds upside-down lines. It often errs on short lines, so a line on which it disagrees
-        with most of the page is read both ways; the reading with the higher score wins.
+        A classifier finds upside-down lines. It often errs on short lines, so it may disagree with most of
+        the page. Such a line is read both ways, and the reading with the higher score wins.
         """
         upright = [turn(corners, 1) if is_tall(corners) else corners for corners in boxes]
         candidates: list[tuple[int, NDArray[np.float32]]] = []

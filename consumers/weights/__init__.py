@@ -1,1 +1,1 @@
-"""Model weights: named in a manifest, fetched once, and checked before they are loaded."""
+"""Model weights: listed in a manifest, fetched once, and verified before each load."""

@@ -1,12 +1,12 @@
-"""Weights: fetched once into a cache that processes share, checked before every load.
+"""The cache of model weights: processes share it, and verify its files before each load.
 
-The manifest (inferq.consumers.weights.manifest) says what there is and what each file has to be.
+The manifest (inferq.consumers.weights.manifest) lists all weights, with the size and the SHA-256 of each file.
 
     <cache>/<name>/<version>/           the files, complete
-    <cache>/<name>/<version>.partial/   what has been fetched so far
-    <cache>/<name>/<version>.lock       held for writing while it is fetched, for reading while it is used
+    <cache>/<name>/<version>.partial/   the files and parts that are fetched so far
+    <cache>/<name>/<version>.lock       locked exclusively during a fetch, shared during use
 
-The locks are the kernel's: they are gone with their process, however that ends.
+The kernel releases these locks when their process ends, also after a crash.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ _PARTIAL = ".partial"
 
 
 class WeightsSettings(Settings):
-    """Where weights come from, and where they are kept."""
+    """The manifest of the weights, its public key, and the cache."""
 
     weights_manifest: str | None = Field(
         None,
         description="The manifest of all weights, `weights.toml`: a path, or a URL (`s3://`, `file://`, "
-        "`https://`). Engines whose weights come in a package need none.",
+        "`https://`). Engines with weights in a package need no manifest.",
     )
     weights_cache: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "inferq" / "weights",
-        description="Where weights are kept; workers of one machine share it.",
+        description="The folder of the weights' cache. Workers on one machine can share it.",
     )
     weights_public_key: Path | None = Field(
         None,
-        description="The ed25519 public key (a PEM file) that the manifest must be signed with "
-        "(default: signatures are not looked at).",
+        description="The ed25519 public key (a PEM file) that verifies the manifest's signature. Without it, "
+        "signatures are not checked.",
     )
 
 
 class WeightsUnavailable(TransientFailure):
-    """A source does not give what the manifest names, or the cache has no room for it."""
+    """A source cannot be read, or the cache cannot be written, for example because its disk is full."""
 
     code = "weights_unavailable"
 
 
 @dataclass
 class LoadedWeights:
-    """A version in use: it stays in the cache until `close`, or the end of this process."""
+    """A version in use. The cache keeps it until `close` or the end of this process."""
 
     name: str
     folder: Path
@@ -84,9 +84,9 @@ class LoadedWeights:
 
 
 def use_weights(name: str) -> LoadedWeights:
-    """The current version of some weights, for an engine to load: fetched where need be, and checked.
+    """The current version of named weights, verified. They are fetched if the cache lacks them.
 
-    Raises WeightsRefused and WeightsUnavailable.
+    Raises WeightsRefused if a file or the manifest is wrong, WeightsUnavailable if a source or the cache is.
     """
     weights = WeightsCache(WeightsSettings.load()).use(name)
     _in_use.append(weights)
@@ -102,9 +102,9 @@ def weights_in_use() -> tuple[str, ...]:
 
 
 def model_folder(where: Path) -> Path:
-    """The folder that an engine's setting names: a path, or `weights:NAME` for what the manifest names.
+    """The folder that an engine's setting names: a path, or `weights:NAME` for an entry of the manifest.
 
-    Named weights stay in the cache until this process ends. Raises WeightsRefused and WeightsUnavailable.
+    The cache keeps named weights until this process ends. Raises WeightsRefused and WeightsUnavailable.
     """
     scheme, _, name = str(where).partition(":")
     if scheme != "weights":
@@ -113,18 +113,18 @@ def model_folder(where: Path) -> Path:
 
 
 class WeightsCache:
-    """The weights that the manifest names, on this machine. Safe to use from many processes at once."""
+    """This machine's cache of the manifest's weights. Many processes can use it at once."""
 
     def __init__(self, settings: WeightsSettings) -> None:
         self._settings = settings
         self._root = settings.weights_cache.expanduser()
 
     def manifest(self) -> Manifest:
-        """The manifest as it stands now, its signature checked where a public key is set."""
+        """The current manifest. Its signature is checked if a public key is set."""
         where = self._settings.weights_manifest
         if where is None:
             raise WeightsRefused(
-                "no manifest names any weights: set INFERQ_WEIGHTS_MANIFEST to a weights.toml"
+                "there is no manifest of weights: set INFERQ_WEIGHTS_MANIFEST to a weights.toml"
             )
         data = self._read(where)
         if self._settings.weights_public_key is not None:
@@ -132,7 +132,7 @@ class WeightsCache:
         return read_manifest(data, where)
 
     def use(self, name: str) -> LoadedWeights:
-        """The current version, locked against removal and checked; older ones that nobody uses go."""
+        """The current version, verified and locked against removal. Removes older versions that are not in use."""
         weights = self._current(name)
         while True:
             lock = self._lock(name, weights.version)
@@ -150,9 +150,10 @@ class WeightsCache:
         return LoadedWeights(name, folder, weights.version, lock)
 
     def pull(self, name: str, progress: Callable[[int], None] = lambda _count: None) -> Path:
-        """Fetch the current version unless it is there and whole. `progress` hears of every piece's bytes.
+        """Fetch the current version unless the cache holds it and all its files match. Gives its folder.
 
-        Files that do not match are fetched anew, unless somebody uses them.
+        `progress` gets the number of bytes of each piece. Files that do not match are fetched again; if a
+        process uses them, this raises WeightsRefused.
         """
         weights = self._current(name)
         folder = self._folder(name, weights.version)
@@ -175,17 +176,17 @@ class WeightsCache:
         return folder
 
     def verify(self, name: str) -> None:
-        """Read all files of the current version in the cache. Raises WeightsRefused for the first bad one."""
+        """Read and check all cached files of the current version. Raises WeightsRefused for the first bad one."""
         weights = self._current(name)
         folder = self._folder(name, weights.version)
         if not folder.is_dir():
             raise WeightsRefused(
-                f"weights {name} {weights.version} are not in {self._root}: inferq weights pull {name}"
+                f"weights {name} {weights.version} are not in {self._root}: run inferq weights pull {name}"
             )
         self._check(folder, name, weights)
 
     def prune(self, name: str) -> list[str]:
-        """Remove the versions that are neither current nor in use; gives those that went."""
+        """Remove the versions that are neither current nor in use. Gives the removed ones."""
         current = self._current(name).version
         gone = []
         for version in self.versions(name):
@@ -202,7 +203,7 @@ class WeightsCache:
         return gone
 
     def versions(self, name: str) -> list[str]:
-        """The versions that the cache holds, whole or in part."""
+        """The versions in the cache, complete or partial."""
         with suppress(FileNotFoundError):
             return sorted(
                 {p.name.removesuffix(_PARTIAL) for p in (self._root / name).iterdir() if p.is_dir()}
@@ -210,15 +211,15 @@ class WeightsCache:
         return []
 
     def held(self, name: str) -> bool:
-        """Whether the cache holds the current version as a whole; its files are not read."""
+        """Whether the cache holds the complete current version. This does not read its files."""
         return self._folder(name, self._current(name).version).is_dir()
 
     def _current(self, name: str) -> Weights:
         manifest = self.manifest()
         if name not in manifest:
-            known = ", ".join(sorted(manifest)) or "nothing"
+            known = ", ".join(sorted(manifest)) or "none"
             raise WeightsRefused(
-                f"{self._settings.weights_manifest} does not name weights {name!r}; it names {known}"
+                f"{self._settings.weights_manifest} has no weights {name!r}; it has: {known}"
             )
         return manifest[name]
 
@@ -229,7 +230,7 @@ class WeightsCache:
         path = self._root / name / f"{version}.lock"
         with _disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Lock files stay: one that was removed while another process opened it would lock nothing.
+            # Never remove lock files: another process may have opened the file, and would then lock a deleted one.
             return path.open("ab")
 
     def _check(self, folder: Path, name: str, weights: Weights) -> None:
@@ -238,16 +239,16 @@ class WeightsCache:
             if fault:
                 raise WeightsRefused(
                     f"weights {name} {weights.version}: {folder / path} {fault}; "
-                    f"fetch it anew: inferq weights pull {name}"
+                    f"fetch it again: inferq weights pull {name}"
                 )
 
     def _set_aside(self, lock: BinaryIO, folder: Path) -> None:
-        """Make a folder whose files are not all good one that is fetched to its end again."""
+        """Make a complete version with bad files a partial one, so that the next fetch repairs it."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WeightsRefused(
-                f"a file in {folder} does not match the manifest, and a worker has it in use: "
+                f"a file in {folder} does not match the manifest, and a worker uses it: "
                 "stop the workers, then pull again"
             ) from None
         partial = folder.with_name(folder.name + _PARTIAL)
@@ -272,8 +273,8 @@ class WeightsCache:
         fault = _fault(path, wanted)
         if fault:
             if path.stat().st_size >= wanted.size:
-                path.unlink()  # what is short can be gone on with; what is wrong cannot
-            raise WeightsRefused(f"{url} {fault}: the source and the manifest do not belong together")
+                path.unlink()  # a short file can be continued; a wrong one cannot
+            raise WeightsRefused(f"{url} {fault}: correct the source or the manifest")
 
     def _append(
         self, url: str, file: IO[bytes], have: int, size: int, progress: Callable[[int], None]
@@ -282,12 +283,12 @@ class WeightsCache:
             if have:
                 try:
                     source.seek(have)
-                except io.UnsupportedOperation:  # a server that knows no ranges: from the start, then
+                except io.UnsupportedOperation:  # the server does not support ranges: start again
                     file.truncate(0)
                     self._append(url, file, 0, size, progress)
                     return
                 progress(have)
-            left = size + 1 - have  # one byte more shows a file that is too long, without fetching all of it
+            left = size + 1 - have  # one byte more reveals a file that is too long, without fetching it all
             while left > 0 and (piece := source.read(min(_CHUNK_BYTES, left))):
                 with _disk(Path(file.name)):
                     file.write(piece)
@@ -302,7 +303,7 @@ class WeightsCache:
 
     @contextmanager
     def _open(self, url: str) -> Iterator[IO[bytes]]:
-        """A source, open to be read. Raises WeightsUnavailable, also for what goes wrong while it is read."""
+        """Open a source for reading. Raises WeightsUnavailable, also for errors during the read."""
         scheme = urlsplit(url).scheme
         parameters: dict[str, Any] = {}
         errors: tuple[type[Exception], ...] = (OSError, ValueError)  # requests' errors are OSErrors
@@ -321,11 +322,11 @@ class WeightsCache:
                 with Path(unquote(urlsplit(url).path)).open("rb") as file:
                     yield file
             else:
-                import smart_open  # brings requests along: only who fetches from afar pays
+                import smart_open  # it imports requests, which is slow; local files do not need it
 
                 with smart_open.open(url, "rb", compression="disable", transport_params=parameters) as far:
                     yield far
-        except io.UnsupportedOperation:  # no fault of the source: it cannot be read from the middle
+        except io.UnsupportedOperation:  # the source is fine, but cannot seek
             raise
         except errors as error:
             raise WeightsUnavailable(f"{url} cannot be read: {error}") from error
@@ -338,28 +339,28 @@ def _disk(path: Path) -> Iterator[None]:
     except OSError as error:
         raise WeightsUnavailable(
             f"the weights cache cannot be used: {path}: {error.strerror}; "
-            "make room, or set INFERQ_WEIGHTS_CACHE to another folder"
+            "free disk space, or set INFERQ_WEIGHTS_CACHE to another folder"
         ) from error
 
 
 def _fault(path: Path, wanted: WeightsFile) -> str | None:
-    """What is wrong with a file; None if nothing is."""
+    """The fault of a file; None if it matches."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         return "is missing"
     if size != wanted.size:
         more = " or more" if size > wanted.size else ""
-        return f"has {size}{more} bytes, and should have {wanted.size}"
+        return f"has {size}{more} bytes instead of {wanted.size}"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wanted.sha256:
-        return f"has the SHA-256 {found}, and should have {wanted.sha256}"
+        return f"has the SHA-256 {found} instead of {wanted.sha256}"
     return None
 
 
 def _join(source: str, path: str) -> str:
-    quoted = path if source.startswith("s3:") else quote(path)  # an S3 key is taken as it is
+    quoted = path if source.startswith("s3:") else quote(path)  # an S3 key is not quoted
     return f"{source.rstrip('/')}/{quoted}"
 
 

@@ -1,4 +1,4 @@
-"""inferq weights: what the manifest names, and what of it lies in this machine's cache."""
+"""inferq weights: lists, fetches, verifies and signs the weights of the manifest."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ app = typer.Typer()
 weights = typer.Typer(no_args_is_help=True)
 app.add_typer(weights, name="weights", help="Fetch, check and sign the engines' weights.")
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which (default: all).")]
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Names of weights (default: all).")
+]
 
 _PIPE_WIDTH = 10_000
-"""Columns of a table that no person looks at: nothing is folded there."""
+"""The width of a table that is not printed to a terminal: nothing wraps."""
 
 _console = Console(highlight=False, markup=False)
 
 
 @weights.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False) -> None:
-    """List what the manifest names, and which versions the cache holds."""
+    """List the manifest's weights, and the versions in the cache."""
     cache = WeightsCache(WeightsSettings.load())
     manifest = cache.manifest()
     others = {name: [v for v in cache.versions(name) if v != manifest[name].version] for name in manifest}
@@ -68,7 +70,7 @@ def _say(text: str) -> None:
 
 @weights.command()
 def pull(names: Names = None) -> None:
-    """Fetch the current versions into the cache, and remove older ones that nobody uses."""
+    """Fetch the current versions into the cache, and remove older versions that are not in use."""
     cache = WeightsCache(WeightsSettings.load())
     manifest = cache.manifest()
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
@@ -79,12 +81,12 @@ def pull(names: Names = None) -> None:
             folder = cache.pull(name, lambda count: bar.advance(task, count))  # noqa: B023
         _say(f"{name}: {folder}")
         for version in cache.prune(name):
-            _say(f"{name}: version {version} is not used any more, removed")
+            _say(f"{name}: removed version {version}, which is not in use")
 
 
 @weights.command()
 def verify(names: Names = None) -> None:
-    """Compare every file of the current versions with the manifest. Status 1 where one differs."""
+    """Compare every file of the current versions with the manifest. Exits with 1 if one differs."""
     cache = WeightsCache(WeightsSettings.load())
     faults = []
     for name in names or sorted(cache.manifest()):
@@ -93,7 +95,7 @@ def verify(names: Names = None) -> None:
         except WeightsRefused as error:
             faults.append(str(error))
         else:
-            _say(f"{name}: every file is what the manifest says")
+            _say(f"{name}: all files match the manifest")
     if faults:
         raise WeightsRefused("\n".join(faults))
 
@@ -103,7 +105,7 @@ def sign_(
     manifest: Annotated[Path, typer.Argument(help="The weights.toml to sign.")],
     key: Annotated[Path, typer.Option(help="The ed25519 private key, a PEM file.")],
 ) -> None:
-    """Write the manifest's signature beside it, as MANIFEST.sig."""
+    """Sign the manifest. Writes the signature beside it, as MANIFEST.sig."""
     try:
         data = manifest.read_bytes()
     except OSError as error:
@@ -116,10 +118,12 @@ def sign_(
 
 @weights.command("describe")
 def describe_(
-    name: Annotated[str, typer.Argument(help="What engines call the weights.")],
-    version: Annotated[str, typer.Argument(help="The version that the folder holds.")],
-    source: Annotated[str, typer.Argument(help="Where its files are, or will be: s3://, file://, https://.")],
+    name: Annotated[str, typer.Argument(help="The name of the weights in the manifest.")],
+    version: Annotated[str, typer.Argument(help="The version in the folder.")],
+    source: Annotated[
+        str, typer.Argument(help="The URL that will hold the files: s3://, file:// or https://.")
+    ],
     folder: Annotated[Path, typer.Argument(help="The folder with the files.", file_okay=False, exists=True)],
 ) -> None:
-    """Print the manifest's table for a folder of weights: sizes and SHA-256 of its files."""
+    """Print the manifest's table for a folder of weights, with the sizes and SHA-256 of its files."""
     sys.stdout.write(describe(name, version, source, folder))

@@ -1,6 +1,6 @@
-"""The manifest of weights: names, versions, sources, and what each file has to be; and its signature.
+"""The manifest of weights: names, versions, sources, sizes and checksums of files; and its signature.
 
-It is a TOML file, `weights.toml`, with a table for each name:
+It is a TOML file, `weights.toml`, with a table per name:
 
     [ace-step]
     version = "1.5"
@@ -10,7 +10,7 @@ It is a TOML file, `weights.toml`, with a table for each name:
     size = 337455132
     sha256 = "6d25..."
 
-The file `weights.toml.sig` beside it holds its ed25519 signature (base64), where it is signed.
+A signed manifest has its ed25519 signature (base64) in the file `weights.toml.sig` beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WeightsName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.
 
 def _relative(path: str) -> str:
     try:
-        return check_key(path)  # what an object may be called stays below its folder, too
+        return check_key(path)  # a valid object key also stays below its folder
     except BadObjectKey as error:
         raise ValueError(error.message) from error
 
@@ -50,13 +50,13 @@ RelativePath = Annotated[str, AfterValidator(_relative)]
 
 
 class WeightsRefused(InstallationError):
-    """The manifest, its signature, or a file is not what it has to be."""
+    """The manifest or its signature is invalid, or a file does not match the manifest."""
 
     code = "weights_refused"
 
 
 class WeightsFile(BaseModel):
-    """What a file has to be: its size in bytes, and its SHA-256 (hex)."""
+    """The required size (bytes) and SHA-256 (hex) of a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,7 +65,7 @@ class WeightsFile(BaseModel):
 
 
 class Weights(BaseModel):
-    """The current version of one name; `files` by their paths below `source`."""
+    """The current version of named weights. `files` maps paths below `source` to their checksums."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,7 +75,7 @@ class Weights(BaseModel):
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """The total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
@@ -84,20 +84,23 @@ _manifest: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
 def read_manifest(data: bytes, where: str) -> Manifest:
-    """The weights that a manifest names. Raises WeightsRefused, with every fault named."""
+    """Parse a manifest. Raises WeightsRefused with a list of all its faults."""
     try:
         return _manifest.validate_python(tomllib.loads(data.decode()))
     except ValidationError as error:
         raise WeightsRefused(f"{where}: {'; '.join(describe_faults(error))}") from error
-    except ValueError as error:  # no TOML, or no UTF-8
+    except ValueError as error:  # invalid TOML, or not UTF-8
         raise WeightsRefused(f"{where} is not TOML: {error}") from error
 
 
 def describe(name: str, version: str, source: str, folder: Path) -> str:
-    """The manifest's table for the files in a folder, which are, or will be, at `source`."""
+    """The manifest's table for the files in a folder, to be served at `source`.
+
+    Raises WeightsRefused if the folder has no files, or if the table would be invalid.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
-        raise WeightsRefused(f"{folder} holds no files")
+        raise WeightsRefused(f"{folder} has no files")
     lines = [f'["{name}"]', f'version = "{version}"', f'source = "{source}"']
     for path in files:
         with path.open("rb") as file:
@@ -111,7 +114,10 @@ def describe(name: str, version: str, source: str, folder: Path) -> str:
 
 
 def sign(data: bytes, private_key: Path) -> bytes:
-    """The signature (base64) of a manifest with an ed25519 private key (a PEM file)."""
+    """The signature (base64) of a manifest with an ed25519 private key (a PEM file).
+
+    Raises WeightsRefused if the key cannot be read or is of another kind.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -121,14 +127,14 @@ def sign(data: bytes, private_key: Path) -> bytes:
         raise WeightsRefused(f"the private key {private_key} cannot be read: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise WeightsRefused(
-            f"{private_key} is no ed25519 key; make one with: "
+            f"{private_key} is not an ed25519 key; create one with: "
             "openssl genpkey -algorithm ed25519 -out private.pem"
         )
     return base64.b64encode(key.sign(data)) + b"\n"
 
 
 def check_signature(data: bytes, signature: bytes, public_key: Path, where: str) -> None:
-    """Raises WeightsRefused unless `signature` (base64) is that of `data` by the key's owner."""
+    """Raises WeightsRefused unless `signature` (base64) is a valid signature of `data` by the key."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -138,10 +144,10 @@ def check_signature(data: bytes, signature: bytes, public_key: Path, where: str)
     except (OSError, ValueError) as error:
         raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} cannot be read: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} is no ed25519 key")
+        raise WeightsRefused(f"INFERQ_WEIGHTS_PUBLIC_KEY: {public_key} is not an ed25519 key")
     try:
         key.verify(base64.b64decode(signature.strip(), validate=True), data)
     except (InvalidSignature, binascii.Error) as error:
         raise WeightsRefused(
-            f"{where} is not signed with the key {public_key}: it was changed, or signed by somebody else"
+            f"{where} has no valid signature by the key {public_key}: it was changed, or signed with another key"
         ) from error

@@ -165,7 +165,7 @@ def test_more_pages_than_one_task_may_read_are_refused(
 ) -> None:
     make_document(tmp_path / "a.pdf")
     monkeypatch.setattr(engine, "_settings", OcrSettings(ocr_max_pages=2))
-    with pytest.raises(InvalidTask, match=r"4 pages.*may read 2.*options\.pages") as caught:
+    with pytest.raises(InvalidTask, match=r"4 pages.*may read at most 2.*options\.pages") as caught:
         read(tmp_path / "a.pdf")
     assert caught.value.code == "too_many_pages"
     assert len(read(tmp_path / "a.pdf", pages="1-2").pages) == 2
