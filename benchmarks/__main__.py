@@ -1,4 +1,4 @@
-"""`make bench`: measures, prints both sides of each comparison, and writes RESULTS.md."""
+"""`make bench`: measures both sides of each comparison, prints them, and writes RESULTS.md."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="a tenth of the work, and nothing is written")
-    arguments.add_argument("--only", choices=list(PARTS), action="append", help="only this part")
+    arguments.add_argument("--quick", action="store_true", help="do a tenth of the work, and write no file")
+    arguments.add_argument("--only", choices=list(PARTS), action="append", help="run only this part")
     given = arguments.parse_args()
     parts = given.only or PARTS
     share = 10 if given.quick else 1
@@ -38,8 +38,8 @@ def main() -> None:
     say("# Benchmarks")
     say("")
     say("Made by `make bench`: both sides of each comparison in one run, on one broker and one machine.")
-    say("What counts is the ratios; machines differ and are noisy.")
-    say("What takes longer is in [MORE.md](MORE.md).")
+    say("Compare the ratios: machines differ and are noisy.")
+    say("Longer measurements are in [MORE.md](MORE.md).")
     with site() as ground:
         os.environ.update(ground.environment())
         for part in parts:
@@ -87,7 +87,7 @@ def _drain(ground: Site, share: int, say: Say) -> None:
     say(
         "inferq: quorum queue, prefetch=1, engine in a process of its own, status in Redis, result as a file:"
     )
-    say("with fsync, as by default, and without, since the Redis of the others does not wait for the disk.")
+    say("with fsync (the default), and without, because the others' Redis does not wait for the disk.")
     say("Celery: quorum queue, late acks, prefork, result in Redis. Dramatiq: classic queue, one thread.")
     say("")
     _table(say, "tasks/s", rates, reference=celery.name)
@@ -120,24 +120,24 @@ def _ocr(ground: Site, share: int, say: Say) -> None:
     from benchmarks.engines import ocr_pages, units_per_second
 
     rates = units_per_second(ground, "ocr", ocr_pages(4), rounds=16 if share == 1 else 1)
-    _beside_bare(say, "OCR", "pages", "Rounds of four pages on either side", rates)
+    _beside_bare(say, "OCR", "pages", "Rounds of four pages per side", rates)
 
 
 def _ner(ground: Site, share: int, say: Say) -> None:
     from benchmarks.engines import ner_batches, units_per_second
 
     rates = units_per_second(ground, "ner", ner_batches(20), rounds=16 if share == 1 else 2)
-    _beside_bare(say, "NER", "texts", "Rounds of 20 tasks with 64 texts each on either side", rates)
+    _beside_bare(say, "NER", "texts", "Rounds of 20 tasks with 64 texts each per side", rates)
 
 
 def _warmup(ground: Site, share: int, say: Say) -> None:
     from benchmarks.starts import WORK, starts
 
-    say("## The first task after a start, from its delivery to its result, beside those after it")
+    say("## The first task after a start, from its delivery to its result, compared with later ones")
     say("")
-    say("Medians and the worst of several starts; each start has a median of its own.")
+    say("Medians and worst case of several starts; each start has its own median of later tasks.")
     say("")
-    say("| | first, ms | later, ms | first, times later | worst |")
+    say("| | first, ms | later, ms | first / later | worst |")
     say("| --- | ---: | ---: | ---: | ---: |")
     for name in WORK:
         found = starts(ground, name, rounds=5 if share == 1 else 2, later=5 if share == 1 else 3)
@@ -161,9 +161,11 @@ def _feed(ground: Site, share: int, say: Say) -> None:
     fed = [feed(ground, 100_000 // share), feed(ground, 1_000_000 // share)]
     say("## Feeding a batch of echo lines, each task confirmed by the broker, from the file to the queue")
     say("")
-    say("One feeder process, no worker: its peak memory, what Redis holds")
-    say("of the batch, and the status of the batch over HTTP, asked five times a second meanwhile.")
-    say("Late: how late the machine at worst woke the thread that asks; an answer takes several such turns.")
+    say("One feeder process, no worker. The table shows its peak memory, the batch's memory in Redis,")
+    say("and the latency of the batch's status over HTTP, requested five times a second meanwhile.")
+    say(
+        "Late: the longest delay of the machine in waking the requesting thread; a reply takes several wake-ups."
+    )
     say("")
     say("| lines | lines/s | times Celery | feeder, MB | Redis, MB | status p50, ms | p99 | max | late, ms |")
     say("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -180,7 +182,7 @@ def _feed(ground: Site, share: int, say: Say) -> None:
 def _beside_bare(say: Say, what: str, unit: str, how: str, rates: Rates) -> None:
     say(f"## {what}, {unit} per second: the whole system against the bare engine in a loop")
     say("")
-    say(f"{how}, one after the other; the median of each round's own ratio.")
+    say(f"{how}, alternating; the ratio is the median of the rounds' ratios.")
     say("")
     say(f"| | {unit}/s | of the bare engine |")
     say("| --- | ---: | ---: |")

@@ -1,4 +1,4 @@
-"""Celery as a careful user would set it up: quorum queue, confirms, late acks, a Redis result backend."""
+"""Celery with careful settings: quorum queue, confirms, late acks, a Redis result backend."""
 
 from __future__ import annotations
 

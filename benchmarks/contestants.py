@@ -1,4 +1,4 @@
-"""The three queues behind one form: publish, run a worker, read back when each task's engine started."""
+"""The three queues behind one interface: publish, run a worker, read when each task's body started."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ PAYLOAD = "x" * 100
 
 
 class Contestant(ABC):
-    """One queue. `publish` returns once the broker has confirmed all; `started` waits for a task's end."""
+    """A queue to compare. `publish` returns when all tasks are confirmed; `started` waits for a task's result."""
 
     name: str
 
     @abstractmethod
     def publish(self, count: int) -> Sequence[Any]:
-        """Publish so many tasks, each confirmed; gives what `started` takes."""
+        """Publish `count` tasks, each confirmed. Gives the handles that `started` takes."""
 
     @abstractmethod
     def started(self, task: Any) -> float:
-        """When the task's body began (Unix time), once its result is recorded."""
+        """Wait for the task's result. Gives the start of the task's body (Unix seconds)."""
 
     @abstractmethod
     def worker(self) -> AbstractContextManager[object]:
-        """One worker that takes one task at a time."""
+        """A worker that takes one task at a time."""
 
     def close(self) -> None:
         return
 
 
 class Inferq(Contestant):
-    """Ours. `lanes` are the priorities that the worker serves; `fsync`: whether results wait for the disk.
+    """inferq. `lanes` are the worker's priorities; `fsync`: whether results wait for the disk.
 
-    `ahead`: whether the worker takes a second task while the first one is computed.
+    `ahead`: whether the worker prefetches a second task during a run.
     """
 
     def __init__(self, site: Site, *, lanes: str = "normal", fsync: bool = True, ahead: bool = False) -> None:
@@ -131,7 +131,7 @@ class Dramatiq(Contestant):
     def started(self, task: Any) -> float:
         from dramatiq.results import ResultMissing
 
-        while True:  # its blocking wait ends with the Redis client's own socket timeout
+        while True:  # its blocking wait is limited by the Redis client's socket timeout
             try:
                 return float(task.get_result()["started"])
             except ResultMissing:

@@ -1,4 +1,4 @@
-"""An engine's work per second: through the whole system, and by the bare engine in a loop."""
+"""An engine's throughput: through the whole system, and in a plain loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Work:
-    """A task: its fields, the files of its inputs, and how many units (pages, texts) it is."""
+    """A task: its fields, the files of its inputs, and its number of units (pages, texts)."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Units per second, medians of the rounds; `ratio` is the median of each round's own ratio."""
+    """Units per second as medians of the rounds; `ratio` is the median of the rounds' ratios."""
 
     whole: float
     bare: float
@@ -57,10 +57,10 @@ def ner_batches(count: int, texts: int = 64) -> list[Work]:
 
 
 def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds: int) -> Rates:
-    """The whole system beside the bare engine, in short rounds that alternate.
+    """Compare the whole system with the bare engine, in short alternating rounds.
 
-    Both run the same engine in one process at a time; the other is idle, but for its memory. A round's two
-    sides follow each other within seconds: a slow spell of the machine hits both, and their ratio little.
+    Both sides run the same engine in a process each; while one computes, the other is idle in memory. The two
+    sides of a round run within seconds of each other, so a slow phase hardly changes the ratio.
     """
     whole, bare = [], []
     units = sum(item.units for item in work)
@@ -69,7 +69,7 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
     publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
     publisher.start()
     with bare_engine(type_name) as run, site.inferq_worker(type_name, INFERQ_LANES="normal"):
-        for round_number in range(-1, rounds):  # the first warms both up
+        for round_number in range(-1, rounds):  # the first round is a warm-up
             ids = [new_task_id() for _ in work]
             sent = [
                 publisher.publish(task_message(task_of(type_name, task_id, item)))
@@ -99,7 +99,7 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
 
 
 def stored_inputs(site: Site, work: Sequence[Work]) -> None:
-    """Upload the inputs of tasks."""
+    """Upload the inputs of the tasks."""
     store = site.store()
     for path in {path for item in work for path in item.files.values()}:
         kind = mimetypes.guess_type(path.name)[0] or ""
@@ -107,14 +107,14 @@ def stored_inputs(site: Site, work: Sequence[Work]) -> None:
 
 
 def task_of(type_name: str, task_id: str, item: Work) -> Task:
-    """The task of that id which is this work."""
+    """The work as a task with this id."""
     urls = {name: f"inferq:{path.name}" for name, path in item.files.items()}
     return parse_task({"task_id": task_id, "task_type": type_name, **urls, **item.fields})
 
 
 @contextmanager
 def bare_engine(type_name: str) -> Iterator[Callable[[Work], None]]:
-    """The engine itself, as a program of its own would call it: one call per piece of work."""
+    """The loaded engine in this process, without a queue: a function that computes one piece of work."""
     engine = engine_class(get_type(type_name))()
     engine.load()
     engine.warm_up()

@@ -1,7 +1,7 @@
-"""What the preview of facefusion costs: `taskset -c 0 python -m benchmarks.faces` measures it on one core.
+"""The cost of facefusion's preview: `taskset -c 0 python -m benchmarks.faces` measures it on one core.
 
-The sample portraits are swapped at several sizes of the target. Times are CPU time, so that what else the
-machine does counts little; the first swap is left out.
+It swaps the faces of the sample portraits at several sizes of the target. Times are CPU times, so other load on
+the machine has little influence. The first swap is not counted.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ROUNDS = 15
 
 
 def main() -> None:
-    """Measure, and print a row of a table for each size."""
+    """Measure, and print a table with a row per size."""
     engine = FacefusionEngine()
     engine.load()
     engine.warm_up()
     source, portrait = _SAMPLES / "portrait_collins.png", _SAMPLES / "portrait_hopper.jpg"
-    print("| target | swap alone, ms | with decoding and encoding (JPEG), ms | most memory so far, MB |")
+    print("| target | swap alone, ms | with decoding and encoding (JPEG), ms | peak memory so far, MB |")
     print("| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for size in _SIZES:

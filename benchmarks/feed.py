@@ -1,4 +1,4 @@
-"""Feeding a batch of echo lines: lines per second, what it takes of memory, and how quick its status is."""
+"""Feeding a batch of echo lines: lines per second, memory, and the latency of its status."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _QUEUE = "inference.echo.normal"
 
 @dataclass(frozen=True)
 class Fed:
-    """What feeding a batch took: memory in bytes, latencies of its status over HTTP in seconds.
+    """The cost of feeding a batch: memory in bytes, latencies of its status over HTTP in seconds.
 
-    `late_max` is how late, in seconds, the machine at worst woke the thread that asked for the status: what
-    one of the request's several turns between threads may take on it, whatever the gateway does.
+    `late_max` is the longest delay, in seconds, of the machine in waking the requesting thread. A request needs
+    several such wake-ups, independent of the gateway.
     """
 
     lines: int
@@ -48,8 +48,8 @@ class Fed:
 
 
 def feed(ground: Site, lines: int) -> Fed:
-    """Feed a batch of so many lines, with no worker, by a feeder of its own."""
-    gc.freeze()  # a collection of all that is loaded here would be counted as the gateway's
+    """Feed a batch of `lines` lines with a feeder process and no worker."""
+    gc.freeze()  # a garbage collection of this process would count as latency of the gateway
     store = ground.store()
     name = f"{new_task_id()}.jsonl"
     source = ground.folder / name
@@ -119,7 +119,7 @@ def feed(ground: Site, lines: int) -> Fed:
 
 
 def _peak(pid: int) -> int:
-    """The largest resident memory that a process has had, in bytes."""
+    """The peak resident memory of a process in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,11 +1,11 @@
-"""A night's run over page images in S3, with everything that can die dying once on the way.
+"""A nightly run over page images in S3, during which each part is killed or restarted once.
 
     python -m benchmarks.nightly --pages 2000 --rows 24 --workers 1
 
-The pages are made, so that their text is known; each is an object under one prefix, which a schedule names
-and `inferq nightly run` starts. Every now and then the workers are held still and a bare engine reads some of
-the pages: the machine changes its speed, and so both sides see the same of it. Prints pages per second beside
-as many bare engines, and what was lost, read wrongly or put out twice.
+The pages are generated, so their text is known. Each is an object under one prefix, which a schedule names;
+`inferq nightly run` starts the run. From time to time the workers are suspended, and a bare engine reads some
+pages: the machine's speed varies, and this way both sides see the same variation. Prints the pages per second,
+compared with as many bare engines, and the pages that were lost, misread or duplicated.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "h
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15
 _BUCKET = "pages"
 _TURN, _BETWEEN = 3, 20
-"""How many pages the bare engine reads in a turn, and how many the night reads from one turn to the next."""
+"""Pages that the bare engine reads per turn, and pages that the nightly run reads between two turns."""
 _SCHEDULES = f"""
 [scans]
 cron = "30 1 * * *"
@@ -65,7 +65,7 @@ task_type = "ocr"
 max_in_flight = 200
 """
 _FAULTS = ((20, "feeder"), (40, "worker-0"), (60, "redis"), (80, "rabbitmq"))
-"""After how many per cent of the pages what ends."""
+"""The faults: percentage of the pages after which a part ends, and the part."""
 _MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -77,7 +77,7 @@ sys.stdin.read()
 
 
 def page_text(number: int, rows: int) -> list[str]:
-    """The lines of a page; no two pages have the same."""
+    """The lines of a page. All pages differ."""
     digits = f"{number:04d}"
     lines = [f"Page {digits}"]
     for row in range(1, rows):
@@ -104,7 +104,7 @@ def plain(text: str) -> str:
 
 @dataclass
 class Ground:
-    """Everything that runs, each to be killed and started again by its name."""
+    """All running parts. Each can be killed and started again by its name."""
 
     folder: Path
     env: dict[str, str]
@@ -125,11 +125,11 @@ class Ground:
                     env=os.environ | self.env,
                     stdout=out,
                     stderr=out,
-                    start_new_session=True,  # so that it can be held with its engine
+                    start_new_session=True,  # so that it can be suspended with its engine
                 )
 
     def command(self, *arguments: str) -> str:
-        """What one command says."""
+        """Run a command. Gives its output."""
         done = subprocess.run(
             self._inferq(*arguments), env=os.environ | self.env, stdout=subprocess.PIPE, text=True, check=True
         )
@@ -140,7 +140,7 @@ class Ground:
 
     @contextmanager
     def held(self, kind: str) -> Iterator[None]:
-        """All commands of a kind and their children stand still meanwhile."""
+        """Suspend all commands of a kind, with their children, during the block."""
         sessions = {process.pid for name, process in self.running.items() if name.startswith(kind)}
         held = orphan_reaper.members(sessions, mark="")  # an engine has a process group of its own
         for process in held:
@@ -226,7 +226,7 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=3, help="lines of text on a page")
     arguments.add_argument("--workers", type=int, default=1)
     arguments.add_argument("--take-ahead", action="store_true", help="run workers with INFERQ_TAKE_AHEAD")
-    arguments.add_argument("--no-faults", action="store_true", help="kill nothing")
+    arguments.add_argument("--no-faults", action="store_true", help="kill and restart no part")
     given = arguments.parse_args()
     ground = _ground(given.workers, take_ahead=given.take_ahead)
     right = night(given.pages, given.rows, ground, faults=not given.no_faults, say=print)
@@ -234,7 +234,7 @@ def main() -> None:
 
 
 class Turns:
-    """A bare engine's turns at the pages, while the workers are held."""
+    """The turns of a bare engine, which reads pages while the workers are suspended."""
 
     def __init__(self, ground: Ground, run: Callable[[Work], None], files: Sequence[Path]) -> None:
         self._ground = ground
@@ -261,7 +261,7 @@ class Turns:
         return self._pages / self._seconds
 
     def within(self, since: datetime, until: datetime) -> float:
-        """For how many seconds of that time the workers were held."""
+        """The seconds of that time during which the workers were suspended."""
         overlaps = ((min(until, end) - max(since, begin)).total_seconds() for begin, end in self._held)
         return sum(seconds for seconds in overlaps if seconds > 0)
 
@@ -274,7 +274,7 @@ def night(
     faults: bool,
     say: Callable[[str], None],
 ) -> bool:
-    """Run one night and say what came of it; whether nothing was lost, and nothing had twice."""
+    """Do one nightly run and report on it. Gives whether no page was lost, duplicated or misread."""
     with ExitStack() as stack:
         run = stack.enter_context(bare_engine("ocr"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -313,14 +313,16 @@ def night(
         output = [json.loads(line) for line in store.get(output_key("default", run_id)).splitlines()]
         log = RunLog(store, "default", "scans")
         wait_until(lambda: bool(log.nights(run_id, Night)), 60, pause=0.5)
-        (told,) = log.nights(run_id, Night)
+        (summary,) = log.nights(run_id, Night)
         kept = [r for e in output if (r := ResultStore(store).load("default", e["task_id"])) is not None]
-    say(f"the night's own summary: {told.succeeded} of {told.total}, {told.pages_per_second} pages/s")
-    return _reckoned(output, pages, rows, kept, turns, ground.workers, say)
+    say(
+        f"the night's own summary: {summary.succeeded} of {summary.total}, {summary.pages_per_second} pages/s"
+    )
+    return _report(output, pages, rows, kept, turns, ground.workers, say)
 
 
 def _end(ground: Ground, name: str, say: Callable[[str], None]) -> None:
-    """Kill a part, or stop it if it is the broker, and start it again."""
+    """Kill a part, or stop it if it is the broker; then start it again."""
     if name == "rabbitmq":
         ground.stop(name)
     else:
@@ -335,7 +337,7 @@ def _page_file(folder: Path, number: int, rows: int) -> Path:
     return path
 
 
-def _reckoned(
+def _report(
     output: list[dict[str, Any]],
     pages: int,
     rows: int,
@@ -357,7 +359,7 @@ def _reckoned(
     for since, until, inference in spans:
         held = turns.within(since, until)
         spent += (until - since).total_seconds() - held
-        # Nearly all of a page's time is inference, and so nearly all holding falls into it.
+        # Nearly all of a page's time is inference, so nearly all suspensions fall into it.
         computed += inference - held if inference > held else inference
     whole, bare = pages / seconds, turns.rate * workers
     say(
@@ -366,9 +368,9 @@ def _reckoned(
         f"{1000 * (workers * seconds - spent) / pages:.0f} between two pages"
     )
     once = len(set(lines))
-    say(f"pages {pages}, in the output {len(output)}: lost {pages - once}, twice {len(lines) - once}")
-    say(f"in line order: {lines == sorted(lines)}; not read as drawn: {len(wrong)} {wrong[:10]}")
-    say(f"pages/s: {whole:.2f} whole, {bare:.2f} as many bare engines, ratio {whole / bare:.3f}")
+    say(f"pages {pages}, in the output {len(output)}: lost {pages - once}, duplicated {len(lines) - once}")
+    say(f"in line order: {lines == sorted(lines)}; misread: {len(wrong)} {wrong[:10]}")
+    say(f"pages/s: {whole:.2f} whole, {bare:.2f} with as many bare engines, ratio {whole / bare:.3f}")
     return sorted(lines) == list(range(1, pages + 1)) and not wrong
 
 

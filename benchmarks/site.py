@@ -1,4 +1,4 @@
-"""The ground that all contestants share: one private RabbitMQ, one private Redis, one folder."""
+"""The services that all contestants share: a private RabbitMQ, a private Redis, a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Site:
-    """Where everything is."""
+    """The addresses of the shared services."""
 
     folder: Path
     amqp_url: str
@@ -59,7 +59,7 @@ class Site:
 
     @contextmanager
     def process(self, *argv: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A contestant's process, ended in good order."""
+        """A contestant's process during the block; it is stopped gracefully."""
         log = self.folder / f"{Path(argv[0]).name}-{time.monotonic_ns()}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(argv, env=self.environment(**environment), stdout=out, stderr=out)
@@ -84,7 +84,7 @@ class Site:
 
 @contextmanager
 def site() -> Iterator[Site]:
-    """A site of its own, gone afterwards."""
+    """A site that exists during the block."""
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
         folder = Path(name)
         node = RabbitNode.prepare(folder / "rabbitmq", RabbitPorts(*free_ports(5)))
@@ -101,9 +101,9 @@ def site() -> Iterator[Site]:
 
 
 def wait_until(condition: Callable[[], bool], limit: float = 120.0, *, pause: float = 0.02) -> None:
-    """Wait for a condition, `limit` seconds at most."""
+    """Wait for a condition. Raises TimeoutError after `limit` seconds."""
     end = time.monotonic() + limit
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"waited {limit:g} s in vain")
+            raise TimeoutError(f"the condition was not met within {limit:g} s")
         time.sleep(pause)

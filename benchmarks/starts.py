@@ -1,4 +1,4 @@
-"""How slow the first task after a start is, beside those that follow it."""
+"""The duration of the first task after a start, compared with later ones."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ WORK = {
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds from a delivery to its result: of the first task, and the median of those after it."""
+    """Seconds from delivery to result: of the first task, and the median of later ones."""
 
     first: float
     later: float
 
 
 def starts(site: Site, type_name: str, *, rounds: int, later: int) -> Sequence[Start]:
-    """Starts a worker `rounds` times, and sends it one task at a time as soon as it says that it is ready."""
+    """Start a worker `rounds` times. Once it is ready, send it one task at a time, `later` after the first."""
     work, results, found = WORK[type_name], site.results(), []
     stored_inputs(site, [work])
     publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))

@@ -1,4 +1,4 @@
-"""A task type whose output is when its engine started: what the queue itself costs."""
+"""A task type whose output is its start time, to measure the queue's overhead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine that tells the time."""
+"""The engine, which returns the current time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task type that fails on demand: a distribution of its own, put on the path by tests."""
+"""A task type that fails on demand: a separate distribution that tests add to the path."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Fault = Literal[
 
 class FaultyOptions(Options):
     times: int = 10_000
-    """How many attempts, by the marker file, the fault befalls."""
+    """The number of attempts that fail, counted by the marker file."""
     marker: str | None = None
     megabytes: int = 0
-    """How much a run with the fault `swell` or `grow` takes; the engine keeps it after `grow`."""
+    """The memory that a run with the fault `swell` or `grow` allocates; after `grow` the engine keeps it."""
     gate: str | None = None
     """The file that a run with the fault `gate` waits for."""
     helpers: str | None = None
-    """The file for the pids of what the run starts and leaves behind: a fork of the engine, and a program."""
+    """The file for the pids of the processes that the run leaves: a fork of the engine, and a program."""
 
 
 class FaultyTask(Task):

@@ -1,4 +1,4 @@
-"""The engine that fails on demand; it notes each start in the task's marker file."""
+"""The engine that fails on demand. It records each start in the task's marker file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inferq.schemas import EngineInfo, InstallationError, InvalidTask, Transient
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch has it."""
+    """Has the name of torch's exception."""
 
 
 class FaultyEngine(Engine[FaultyTask]):
@@ -130,7 +130,7 @@ class FaultyEngine(Engine[FaultyTask]):
 
 
 def _forked() -> int:
-    """The pid of a fork that holds all that the engine has open, and does nothing."""
+    """Fork a process that keeps the engine's files and pipes open. Gives its pid."""
     pid = os.fork()
     if not pid:
         time.sleep(3600)
@@ -139,6 +139,6 @@ def _forked() -> int:
 
 
 def _processes() -> int:
-    """How many engine processes the worker has at this moment."""
+    """The current number of the worker's engine processes."""
     tasks = Path(f"/proc/{os.getppid()}/task").glob("*/children")
     return sum(len(file.read_text().split()) for file in tasks)
