@@ -1,4 +1,4 @@
-"""The routes of files: uploads in, artifacts and signed objects out; streamed in constant memory."""
+"""The routes of files: uploads in, artifacts out; streamed in constant memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from python_multipart.multipart import parse_options_header
 from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.body import BodyFile, body_chunks
 from inferq.producer.gateway.multipart import FormFile
-from inferq.producer.gateway.problems import ProblemError, not_found
+from inferq.producer.gateway.problems import not_found
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.producer.gateway.task_lookup import checked_task_id, find_result, find_status, no_such_task
 from inferq.schemas import new_task_id
-from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.store import DEFAULT_TYPE, clean_type
 
@@ -158,29 +157,6 @@ async def get_artifact(
     key = services.results.artifact_key(tenant, task_id, name, result=result)
     headers = {"Content-Length": str(artifact.bytes), "ETag": etag}
     return await _download(services, key, name, artifact.content_type, headers)
-
-
-@router.get(
-    "/objects/{key:path}",
-    summary="An object by a signed URL of the local-folder store",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"*/*": {}}, "description": "The object"}},
-)
-async def get_signed(
-    key: str,
-    services: ServicesDep,
-    expires: Annotated[int, Query(ge=0, le=1 << 53)],
-    signature: Annotated[str, Query(max_length=128)],
-) -> Response:
-    """Open without an API key: the signature is the right to it."""
-    store = services.store
-    if not isinstance(store, LocalStore):
-        raise not_found("a signed object here, as the object store signs its own URLs,")
-    if not await services.on_store(store.verify, key, expires=expires, signature=signature):
-        raise ProblemError(403, "bad_signature", "the signature does not fit this URL, or its time is over")
-    info = await services.on_store(store.stat, key)
-    headers = {"Content-Length": str(info.bytes), "ETag": f'"{info.etag}"'}
-    return await _download(services, key, key.rpartition("/")[2], info.content_type, headers)
 
 
 async def _download(

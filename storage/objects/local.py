@@ -1,4 +1,4 @@
-"""The object store in a local folder: for a laptop, and for a network file system that workers share."""
+"""The object store in a local folder, or on a network file system that workers share."""
 
 # Paths are strings here: a Path costs more than the file operation itself.
 # ruff: noqa: PTH100, PTH102, PTH103, PTH106, PTH108, PTH112, PTH116, PTH120, PTH123
@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
 import os
 import secrets
 import stat
@@ -15,17 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote
 
-from inferq.schemas import InstallationError
 from inferq.storage.objects.store import (
     CHUNK_BYTES,
     DEFAULT_TYPE,
-    MAX_SIGNED_SECONDS,
     RESERVED_FOLDER,
     BadObjectKey,
     ObjectInfo,
@@ -50,26 +44,17 @@ _PLACE_TRIES = 500  # each takes microseconds
 class LocalStore(ObjectStore):
     """Objects as files below `root`, each under its key.
 
-    A write goes to a temporary file of the same file system and is moved into place whole; with `fsync`
-    it is on the disk, with its folder's entry, before the call returns. What is not implied by the key
-    is kept in an extended attribute; where the file system has none, the content type is lost.
+    A write goes to a temporary file on the same file system and is then moved into place. With `fsync`, the file
+    and its folder's entry are on the disk before the call returns. A content type that the key does not imply is
+    kept in an extended attribute; on a file system without those it is lost.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        api_url: str = "http://127.0.0.1:8000",
-        fsync: bool = True,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, root: Path, *, fsync: bool = True) -> None:
         self._root = os.path.abspath(root)
         self._base = self._root.rstrip("/") + "/"
         self._own = self._base + RESERVED_FOLDER
         self._scratch = self._own + "/partial"
-        self._api_url = api_url.rstrip("/")
         self._fsync = fsync
-        self._clock = clock
         self._serial = count()
         self._token = secrets.token_hex(6)
         self._swept = False
@@ -95,8 +80,8 @@ class LocalStore(ObjectStore):
 
     def create(self, key: str, data: bytes, *, content_type: str) -> bool:
         path = self._base + check_key(key)
-        # Most often the key is the first of its folder. Made before the file is synced, the folder stands in
-        # the file system's journal before the file does, and its own entry needs no sync of its own.
+        # Usually the key is the first in its folder. A folder made before the file is synced is in the file
+        # system's journal before the file, so its own entry needs no sync.
         with suppress(OSError):
             os.mkdir(os.path.dirname(path))
         with self._temporary(key, data, clean_type(content_type)) as (temporary, _):
@@ -113,7 +98,7 @@ class LocalStore(ObjectStore):
 
     def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
         chunks = self._chunks(key, self._base + check_key(key), chunk_bytes, start)
-        next(chunks)  # opens the file, so that the call itself says if there is none
+        next(chunks)  # opens the file, so that the call itself raises ObjectNotFound
         return chunks
 
     def _chunks(self, key: str, path: str, chunk_bytes: int, start: int) -> Pieces:
@@ -144,7 +129,7 @@ class LocalStore(ObjectStore):
             with os.scandir(self._base + folder) as entries:
                 for entry in entries:
                     is_folder = entry.is_dir()
-                    # A folder sorts by what its keys begin with, which includes the slash.
+                    # A folder sorts by the prefix of its keys, including the slash.
                     name = entry.name + "/" if is_folder else entry.name
                     key = folder + name
                     if not (key.startswith(prefix) or (is_folder and prefix.startswith(key))):
@@ -164,7 +149,7 @@ class LocalStore(ObjectStore):
             try:
                 yield _info(check_key(key), os.stat(self._base + key), "")
             except (OSError, BadObjectKey):
-                continue  # deleted since, or a file that no key of ours can name
+                continue  # deleted meanwhile, or a name that is not a valid key
 
     def delete(self, key: str) -> None:
         path = self._base + check_key(key)
@@ -183,28 +168,11 @@ class LocalStore(ObjectStore):
     def location(self, key: str) -> str:
         return Path(self._base + check_key(key)).as_uri()
 
-    def signed_url(self, key: str, *, seconds: int) -> str:
-        expires = int(self._clock()) + min(max(seconds, 0), MAX_SIGNED_SECONDS)
-        signature = self._sign(check_key(key), expires)
-        return f"{self._api_url}/v1/objects/{quote(key)}?expires={expires}&signature={signature}"
-
-    def verify(self, key: str, *, expires: int, signature: str) -> bool:
-        """Whether `signed_url` gave out exactly this, and its time is not over."""
-        try:
-            expected = self._sign(check_key(key), expires)
-        except BadObjectKey:
-            return False
-        matches = hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace"))
-        return matches and self._clock() <= expires
-
-    def _sign(self, key: str, expires: int) -> str:
-        return hmac.new(self._secret, f"{expires}\n{key}".encode(), hashlib.sha256).hexdigest()
-
     def ping(self) -> None:
         with self._temporary("ping", b"inferq", "") as (temporary, _):
             if self._linked:
                 return
-            # Once: no result should have to be made to learn that `create` cannot keep it.
+            # Checked once: without it, the first result would show that `create` fails here.
             link = temporary + "-link"
             try:
                 self._place("ping", self._link, temporary, link)
@@ -213,40 +181,19 @@ class LocalStore(ObjectStore):
                     os.unlink(link)
             self._linked = True
 
-    @cached_property
-    def _secret(self) -> bytes:
-        path = self._own + "/secret"
-        for _ in range(2):
-            with suppress(ObjectNotFound), self._reading(path), open(path, "rb") as file:
-                secret = file.read()
-                if len(secret) < 32:
-                    raise InstallationError(f"{path} is too short to sign with: delete it, and one is made")
-                return secret
-            fresh = secrets.token_hex(32).encode()
-            with self._temporary(path, fresh, "", mode=0o600, fsync=True) as (temporary, _info):
-                with suppress(FileExistsError):
-                    self._place(path, self._link, temporary, path)
-        raise StoreOutage(f"{path} could neither be read nor made")
-
     @contextmanager
     def _temporary(
-        self,
-        key: str,
-        data: bytes | BinaryIO,
-        content_type: str,
-        *,
-        mode: int = 0o666,
-        fsync: bool = False,
+        self, key: str, data: bytes | BinaryIO, content_type: str
     ) -> Iterator[tuple[str, ObjectInfo]]:
-        """A file beside the objects that holds `data` until the block ends."""
+        """A temporary file with `data`, beside the objects; deleted when the block ends."""
         temporary = f"{self._scratch}/{self._token}-{os.getpid()}-{next(self._serial)}"
-        descriptor = self._open(temporary, mode)
+        descriptor = self._open(temporary)
         try:
             try:
                 chunks = [data] if isinstance(data, bytes) else iter(lambda: data.read(CHUNK_BYTES), b"")
-                for chunk in chunks:  # what reading raises is the caller's, what writing raises is ours
+                for chunk in chunks:  # an error of reading is the caller's, an error of writing an outage
                     self._write(descriptor, chunk)
-                info = self._finish(descriptor, key, content_type, fsync=fsync or self._fsync)
+                info = self._finish(descriptor, key, content_type)
             finally:
                 os.close(descriptor)
             yield temporary, info
@@ -254,23 +201,23 @@ class LocalStore(ObjectStore):
             with suppress(OSError):
                 os.unlink(temporary)
 
-    def _open(self, temporary: str, mode: int) -> int:
+    def _open(self, temporary: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             if not self._swept:
                 self._sweep()
             try:
-                return os.open(temporary, flags, mode)
+                return os.open(temporary, flags, 0o666)
             except FileNotFoundError:
                 if not os.path.isdir(self._root):
-                    raise  # an unmounted disk, perhaps: nothing must be written in its place
-                self._sweep()  # somebody has emptied the store
-                return os.open(temporary, flags, mode)
+                    raise  # perhaps an unmounted disk: write nothing into its mount point
+                self._sweep()  # the store was emptied
+                return os.open(temporary, flags, 0o666)
         except OSError as error:
             raise self._outage(error) from error
 
     def _sweep(self) -> None:
-        """Make the folder of temporary files, and remove those that a killed process left long ago."""
+        """Create the folder of temporary files, and delete old files of killed processes."""
         os.makedirs(self._scratch, exist_ok=True)
         limit = time.time() - _STALE_SECONDS
         with os.scandir(self._scratch) as entries:
@@ -288,18 +235,18 @@ class LocalStore(ObjectStore):
         except OSError as error:
             raise self._outage(error) from error
 
-    def _finish(self, descriptor: int, key: str, content_type: str, *, fsync: bool) -> ObjectInfo:
+    def _finish(self, descriptor: int, key: str, content_type: str) -> ObjectInfo:
         try:
             if content_type and content_type != _implied_type(key):
                 _keep_type(descriptor, content_type)
-            if fsync:
+            if self._fsync:
                 os.fsync(descriptor)
             return _info(key, os.fstat(descriptor), content_type)
         except OSError as error:
             raise self._outage(error) from error
 
     def _place(self, key: str, move: Callable[[str, str], None], temporary: str, path: str) -> None:
-        """Move a temporary file to its place. Raises FileExistsError where `move` does."""
+        """Move a temporary file into place. Raises FileExistsError if `move` does."""
         folder = os.path.dirname(path)
         changed = [folder]
         try:
@@ -308,11 +255,11 @@ class LocalStore(ObjectStore):
                     move(temporary, path)
                     break
                 except FileNotFoundError:
-                    changed += self._make_folder(folder)  # again and again: delete() takes empty ones away
+                    changed += self._make_folder(folder)  # may repeat: delete() removes empty folders
             else:
-                raise StoreOutage(f"the local store cannot write {path}: its folder keeps vanishing")
+                raise StoreOutage(f"the local store cannot write {path}: its folder keeps disappearing")
             if self._fsync:
-                # All at the end: most file systems commit them together, so that only the first one waits.
+                # At the end: most file systems commit them together, so only the first sync waits.
                 for entry in changed:
                     _sync_folder(entry)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -325,20 +272,20 @@ class LocalStore(ObjectStore):
             raise self._outage(error) from error
 
     def _link(self, temporary: str, path: str) -> None:
-        # A rename that refuses to replace is no substitute: SMB, for one, checks that on the client alone.
+        # A rename without replacing is no substitute: SMB, for example, checks that only on the client.
         try:
             os.link(temporary, path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             raise StoreOutage(
-                f"the local store {self._root} cannot be used: no hard links can be made there "
+                f"the local store {self._root} cannot be used: its file system has no hard links "
                 f"({error.strerror}), and without them results could overwrite each other; "
-                "set INFERQ_STORE_URL to a folder of a file system that has them, or to S3"
+                "set INFERQ_STORE_URL to a folder on a file system with hard links, or to S3"
             ) from error
 
     def _make_folder(self, folder: str) -> Sequence[str]:
-        """Make a folder, and give the folders that got a new entry by that."""
+        """Create a folder; return the folders that got a new entry."""
         missing = []
         while not os.path.isdir(folder):
             missing.append(folder)
@@ -349,7 +296,7 @@ class LocalStore(ObjectStore):
             except FileNotFoundError:
                 break
             except FileExistsError:
-                with suppress(FileNotFoundError):  # made and taken away by others meanwhile
+                with suppress(FileNotFoundError):  # created and removed by others meanwhile
                     if not stat.S_ISDIR(os.stat(new).st_mode):
                         raise
         return [os.path.dirname(new) for new in missing]

@@ -1,4 +1,4 @@
-"""The object store that the settings name."""
+"""Opens the object store that the settings name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inferq.storage.settings import StorageSettings
 
 
 def open_store(settings: StorageSettings) -> ObjectStore:
-    """The store that `INFERQ_STORE_URL` names. Raises InstallationError where it names none."""
+    """The store that `INFERQ_STORE_URL` names. Raises InstallationError if it names none."""
     url = urlsplit(settings.store_url)
     if url.scheme == "file":
         if url.netloc not in {"", "localhost"} or not url.path.startswith("/"):
@@ -20,9 +20,9 @@ def open_store(settings: StorageSettings) -> ObjectStore:
                 f"INFERQ_STORE_URL {settings.store_url!r} has no absolute path: write file:///folder",
                 code="bad_store_url",
             )
-        return LocalStore(Path(unquote(url.path)), api_url=settings.api_url, fsync=settings.store_fsync)
+        return LocalStore(Path(unquote(url.path)), fsync=settings.store_fsync)
     if url.scheme == "s3" and url.netloc and not (url.query or url.fragment or "@" in url.netloc):
-        from inferq.storage.objects.s3 import S3Store  # boto3 takes long to import: only who uses it pays
+        from inferq.storage.objects.s3 import S3Store  # boto3 is slow to import
 
         return S3Store(url.netloc, unquote(url.path), endpoint_url=settings.s3_endpoint_url)
     raise InstallationError(

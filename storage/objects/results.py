@@ -1,14 +1,14 @@
-"""Results: how a task ended, written once, with its artifacts beside it.
+"""Results: how a task ended, written once, with its artifacts.
 
     tasks/<tenant>/<task_id>/result.json                  a success: the first writer wins
-    tasks/<tenant>/<task_id>/failure.json                 a failure, until a success stands beside it
+    tasks/<tenant>/<task_id>/failure.json                 a failure, superseded by a success
     tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
-    tasks/<tenant>/<task_id>/callbacks/<id>.json          a callback that was given up (inferq.storage.callbacks)
+    tasks/<tenant>/<task_id>/callbacks/<id>.json          a failed callback (inferq.storage.callbacks)
     files/<tenant>/<file_id>                              an uploaded input
-    cache/<tenant>/<key>.json                             which task has the result of work done before
+    cache/<tenant>/<key>.json                             the task whose result is reused
 
-Each attempt has a folder of artifacts of its own. Two runs of one task therefore never write to the same
-key, and whichever result is kept names files that nobody else has touched.
+Each attempt has its own folder of artifacts. Two runs of one task never write to the same key, and the result that
+is kept names files that no other run has written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 class UnreadableResult(InferqError):
-    """What stands where a result should be is not one."""
+    """A result or failure record cannot be read."""
 
     code = "result_unreadable"
 
@@ -54,7 +54,7 @@ class ResultStore:
     def load(self, tenant: str, task_id: str) -> Result | None:
         """How the task ended: its success, else its failure, else None.
 
-        One round trip where neither exists. Raises UnreadableResult.
+        One round trip if neither exists. Raises UnreadableResult.
         """
         place = folder(tenant, task_id)
         listing = self._store.list(place, start_after=place + _BEFORE_RECORDS)
@@ -65,13 +65,12 @@ class ResultStore:
         return None
 
     def save(self, result: Result, output: bytes | None = None) -> Result:
-        """Record how a task ended, and give the record that is kept, which may be another's.
+        """Record how a task ended; return the record that is kept, perhaps an earlier one.
 
-        `output` is the output as JSON text, where the result leaves it out; what is given back does, too.
+        `output` is the output as JSON text, if the result leaves it out; the returned result then lacks it, too.
 
-        A success stands for ever. A failure or a cancellation stands until a success comes, or another
-        one that was redriven more often; that of an unreadable message, which has no digest, until the task
-        itself ends.
+        Nothing supersedes a success. A success supersedes a failure or a cancellation, and so does one of a later
+        redrive. The failure of an unreadable message has no digest; any end of the task itself supersedes it.
         """
         place = folder(result.tenant, result.task_id)
         data = result_json(result, output)
@@ -90,21 +89,19 @@ class ResultStore:
                 return kept
             else:
                 self._store.put(place + _FAILURE, data, content_type="application/json")
-                # Another one may have replaced it at the same moment: what stands now is what counts.
+                # Another run may have replaced it at the same moment: the current record counts.
                 return self.load(result.tenant, result.task_id) or result
-        raise UnreadableResult(
-            f"{place}{_FAILURE} comes and goes: something else deletes it while it is saved"
-        )
+        raise UnreadableResult(f"{place}{_FAILURE} cannot be saved: another program deletes it meanwhile")
 
     def load_success(self, tenant: str, task_id: str) -> Result | None:
-        """As `load`, and faster where the task has succeeded, as most have: one round trip."""
+        """Like `load`, but a success, the usual case, needs only one round trip."""
         try:
             return self._read(folder(tenant, task_id) + _RESULT)
         except ObjectNotFound:
             return self.load(tenant, task_id)
 
     def endings(self, tenant: str, prefix: str) -> Iterator[tuple[str, bool]]:
-        """The ids, beginning with `prefix`, of tasks that have ended, and whether each has succeeded."""
+        """The ids of ended tasks that begin with `prefix`, and whether each succeeded."""
         base = f"tasks/{segment(tenant)}/"
         failed = ""
         for info in self._store.list(base + segment(prefix)):
@@ -118,9 +115,9 @@ class ResultStore:
             yield unquote(failed), False
 
     def artifact_key(self, tenant: str, task_id: str, name: str, *, result: Result | None = None) -> str:
-        """The key of an artifact that the kept result names; `result` spares loading it.
+        """The key of an artifact of the kept result. `result` avoids loading it.
 
-        Raises ObjectNotFound where there is no result, or none of its artifacts has that name.
+        Raises ObjectNotFound if there is no result, or no artifact of that name.
         """
         kept = result or self.load(tenant, task_id)
         for artifact in kept.artifacts if kept else ():
@@ -129,14 +126,16 @@ class ResultStore:
         raise ObjectNotFound(f"task {task_id!r} has no artifact {name!r}")
 
     def output(self, result: Result) -> JsonValue:
-        """The output of a success, which is an artifact where it is large. Raises UnreadableResult."""
+        """The output of a success; a large one is an artifact. Raises UnreadableResult."""
         if all(artifact.name != OUTPUT_ARTIFACT for artifact in result.artifacts):
             return result.output
         key = self.artifact_key(result.tenant, result.task_id, OUTPUT_ARTIFACT, result=result)
         try:
             output: JsonValue = json.loads(self._store.get(key))
         except (ObjectNotFound, ValueError) as error:
-            raise UnreadableResult(f"{self._store.location(key)} is not the output that it was") from error
+            raise UnreadableResult(
+                f"the output {self._store.location(key)} is missing or not JSON"
+            ) from error
         return output
 
     def save_artifact(
@@ -149,7 +148,7 @@ class ResultStore:
         *,
         attempt_token: str,
     ) -> Artifact:
-        """Upload one file of an attempt. `attempt_token` is the attempt's own: no two runs share one."""
+        """Upload one file of an attempt. Each run has its own `attempt_token`."""
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         key = _key(tenant, task_id, attempt_token, name)
@@ -163,7 +162,7 @@ class ResultStore:
         )
 
     def discard(self, tenant: str, task_id: str, *, attempt_token: str) -> None:
-        """Delete the artifacts of an attempt that lost; those that the kept result names stay."""
+        """Delete the artifacts of an attempt, except those that the kept result names."""
         kept = self.load(tenant, task_id)
         named = {_key(tenant, task_id, _attempt_of(a), a.name) for a in kept.artifacts} if kept else set()
         for info in self._store.list(_key(tenant, task_id, attempt_token, "")):
@@ -178,20 +177,20 @@ class ResultStore:
             return Result.model_validate_json(self._store.get(key))
         except ValidationError as error:
             raise UnreadableResult(
-                f"{self._store.location(key)} is not a result that this version can read: {error}"
+                f"this version cannot read the result {self._store.location(key)}: {error}"
             ) from error
 
 
 def folder(tenant: str, task_id: str) -> str:
-    """The folder of a task in the store, with its closing slash; no name leads out of it."""
+    """The folder of a task in the store, with a trailing slash. No id can leave it."""
     return f"tasks/{segment(tenant)}/{segment(task_id)}/"
 
 
 def upload_key(tenant: str, file_id: str) -> str:
-    """The key of an uploaded file. Raises InvalidTask where `file_id` is not 1-200 of `A-Za-z0-9._-`."""
+    """The key of an uploaded file. Raises InvalidTask unless `file_id` is 1-200 of `A-Za-z0-9._-`."""
     if not _FILE_ID.fullmatch(file_id):
         raise InvalidTask(
-            f"{file_id[:200]!r} is not the id of an uploaded file: use the URL that the upload answered",
+            f"{file_id[:200]!r} is not the id of an uploaded file: use the URL that the upload returned",
             code="bad_input_url",
         )
     return f"files/{segment(tenant)}/{segment(file_id)}"
@@ -209,13 +208,13 @@ def _key(tenant: str, task_id: str, attempt_token: str, name: str) -> str:
 
 
 def _attempt_of(artifact: Artifact) -> str:
-    # The folder's name is the only part that the URL alone knows; a store may have moved since.
+    # Only the URL has the token. The rest of it may be outdated if the store has moved.
     return artifact.url.rsplit("/", 2)[-2]
 
 
 @lru_cache(4096)
 def segment(name: str) -> str:
-    """A tenant or an id as one segment of a key; no name leads out of its folder."""
+    """A tenant or an id as one segment of a key. No name can leave its folder."""
     if name in {".", ".."}:
         return name.replace(".", "%2E")
     return quote(name, safe=":", errors="surrogatepass")

@@ -1,4 +1,4 @@
-"""The object store in S3, or in anything that speaks it (MinIO, Ceph, ...)."""
+"""The object store in S3 or a compatible service (MinIO, Ceph, ...)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from inferq.storage.objects.store import (
     CHUNK_BYTES,
     DEFAULT_TYPE,
-    MAX_SIGNED_SECONDS,
     BadObjectKey,
     ObjectInfo,
     ObjectNotFound,
@@ -39,15 +38,15 @@ if TYPE_CHECKING:
 
 _PART_BYTES = 8 << 20
 _FILE = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4)
-# Threads would read ahead of the network, and keep up to ten parts of a stream in memory.
+# With threads, boto3 reads ahead of the network and keeps up to ten parts of a stream in memory.
 _STREAM = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
 _CONFLICT_TRIES = 6
 _ABSENT = {"NoSuchKey", "404", "NotFound"}
 
 
 def s3_client(endpoint_url: str | None = None) -> S3Client:
-    """A client with small retries and short timeouts; credentials and region come as boto3 finds them."""
-    session = boto3.Session()  # one's own, as the default session is not safe between threads
+    """A client with few retries and short timeouts. boto3 finds the credentials and the region."""
+    session = boto3.Session()  # the default session is not thread-safe
     return session.client(
         "s3",
         endpoint_url=endpoint_url,
@@ -59,7 +58,7 @@ def s3_client(endpoint_url: str | None = None) -> S3Client:
             max_pool_connections=64,
             retries={"mode": "standard", "total_max_attempts": 3},
             s3={"addressing_style": "path" if endpoint_url else "auto"},
-            # Many services that speak S3 know none of the newer checksums.
+            # Many compatible services do not support the newer checksums.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),
@@ -67,7 +66,7 @@ def s3_client(endpoint_url: str | None = None) -> S3Client:
 
 
 class S3Refused(StoreOutage):
-    """S3 does not let these credentials, or there is no such bucket."""
+    """S3 refuses these credentials, or the bucket does not exist."""
 
 
 class S3Store(ObjectStore):
@@ -92,7 +91,7 @@ class S3Store(ObjectStore):
 
     @property
     def _client(self) -> S3Client:
-        # Made at the first use: it reads files, and must not be made by two threads at once.
+        # Created on first use, since that reads files, and by one thread only.
         if self._given is None:
             with self._lock:
                 if self._given is None:
@@ -155,13 +154,13 @@ class S3Store(ObjectStore):
                 if code in {"PreconditionFailed", "412"}:
                     return self._is_mine(error, name, writer)
                 tries += 1
-                # S3 answers a conflict while another conditional write of the key is under way.
+                # S3 reports a conflict during another conditional write of the key.
                 if code not in {"ConditionalRequestConflict", "409"} or tries == _CONFLICT_TRIES:
                     raise
             time.sleep(random.uniform(0.02, 0.2))  # noqa: S311
 
     def _is_mine(self, error: ClientError, name: str, writer: str) -> bool:
-        """Whether what stands there was written by an earlier try of this call whose answer was lost."""
+        """Whether an earlier try of this call, whose response was lost, wrote the object."""
         if not error.response["ResponseMetadata"].get("RetryAttempts"):
             return False
         found = self._client.head_object(Bucket=self.bucket, Key=name)
@@ -202,7 +201,7 @@ class S3Store(ObjectStore):
                     try:
                         check_key(key)
                     except BadObjectKey:
-                        continue  # another program's: no key of ours can name it
+                        continue  # another program's object: not a valid key
                     yield ObjectInfo(key, found["Size"], "", found["LastModified"], found["ETag"].strip('"'))
 
     def delete(self, key: str) -> None:
@@ -214,14 +213,6 @@ class S3Store(ObjectStore):
 
     def location(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._name(key)}"
-
-    def signed_url(self, key: str, *, seconds: int) -> str:
-        with self._calling(key):
-            return self._client.generate_presigned_url(
-                "get_object",
-                Params={"Bucket": self.bucket, "Key": self._name(key)},
-                ExpiresIn=min(max(seconds, 1), MAX_SIGNED_SECONDS),
-            )
 
     def ping(self) -> None:
         try:
@@ -240,7 +231,7 @@ class S3Store(ObjectStore):
 
 
 def open_object(endpoint_url: str | None, bucket: str, key: str) -> tuple[ObjectInfo, Pieces]:
-    """An object of any bucket, and its pieces. Raises ObjectNotFound, S3Refused and StoreOutage."""
+    """An object of any bucket and its pieces. Raises ObjectNotFound, S3Refused and StoreOutage."""
     return _opened(_shared_client(endpoint_url), bucket, key, CHUNK_BYTES)
 
 
@@ -279,7 +270,7 @@ def _opened(
         etag=found["ETag"].strip('"'),
     )
     chunks = _pieces(found["Body"], bucket, name, chunk_bytes)
-    next(chunks)  # from here on the connection is given back even if nothing more is read
+    next(chunks)  # from here on, closing the generator releases the connection
     return info, chunks
 
 
@@ -291,7 +282,7 @@ def _pieces(body: Any, bucket: str, name: str, chunk_bytes: int) -> Pieces:
 
 @contextmanager
 def s3_errors(bucket: str, key: str) -> Iterator[None]:
-    """Turns what boto3 raises into ObjectNotFound where the key is missing, and else into StoreOutage."""
+    """Turns boto3's errors into ObjectNotFound for a missing key, else into StoreOutage."""
     try:
         yield
     except ClientError as error:
@@ -323,9 +314,9 @@ def _no_bucket(bucket: str) -> str:
 
 
 class _Filled:
-    """A stream with `read` alone, which gives fewer bytes than asked for only at the end.
+    """A stream with only `read`, which returns fewer bytes than requested only at the end.
 
-    boto3 takes a short read for the end of a part, and rewinds whatever claims that it can seek.
+    boto3 takes a short read for the end of a part, and rewinds a stream that can seek.
     """
 
     def __init__(self, source: BinaryIO) -> None:

@@ -1,10 +1,10 @@
-"""Objects: named, immutable-at-once blobs in S3 or in a local folder, behind one interface.
+"""The interface of the object stores: S3 or a local folder.
 
 InferqError
-├── ObjectNotFound   nothing stands under that key
-├── BadObjectKey     the key itself is impossible
+├── ObjectNotFound   no object has that key
+├── BadObjectKey     no store can hold that key
 └── Outage
-    └── StoreOutage  the store cannot be reached or does not let us
+    └── StoreOutage  the store is unavailable, full, or refuses access
 """
 
 from __future__ import annotations
@@ -21,36 +21,34 @@ from inferq.schemas import InferqError, Outage
 CHUNK_BYTES = 1 << 20
 Pieces = Generator[bytes, None, None]
 DEFAULT_TYPE = "application/octet-stream"
-MAX_SIGNED_SECONDS = 7 * 86400
-"""The longest that S3 lets a signed URL live (Signature Version 4)."""
 RESERVED_FOLDER = ".inferq"
-"""The first segment of keys that a store keeps for itself."""
+"""The first segment of keys that a store reserves for itself."""
 
-_MAX_KEY_BYTES = 900  # S3 allows 1024, which has to hold the store's prefix as well.
-_MAX_SEGMENT_BYTES = 255  # The longest file name of every common file system.
+_MAX_KEY_BYTES = 900  # S3 allows 1024, including the store's prefix.
+_MAX_SEGMENT_BYTES = 255  # The longest file name in common file systems.
 
 
 class ObjectNotFound(InferqError):
-    """Nothing stands under that key."""
+    """No object has that key."""
 
     code = "object_not_found"
 
 
 class BadObjectKey(InferqError):
-    """The key is not one that every store can hold."""
+    """Not every store can hold that key."""
 
     code = "bad_object_key"
 
 
 class StoreOutage(Outage):
-    """The object store is away, full, or does not let us."""
+    """The object store is unavailable, full, or refuses access."""
 
     code = "store_unavailable"
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What is known of an object. `content_type` is empty in a listing, as S3's listings do not tell it."""
+    """An object's properties. `content_type` is empty in a listing, since S3 does not list it."""
 
     key: str
     bytes: int
@@ -60,10 +58,10 @@ class ObjectInfo:
 
 
 class ObjectStore(ABC):
-    """Objects by key. A key is `/`-separated segments of printable Unicode, the same for every store.
+    """Objects by key. A key consists of segments of printable Unicode, separated by `/`, in every store.
 
-    Every method may raise StoreOutage, and BadObjectKey for a key that `check_key` refuses. An instance is
-    safe to use from many threads, and making one touches neither disk nor network.
+    Every method may raise StoreOutage, and BadObjectKey for a key that `check_key` refuses. Safe from many
+    threads. Creating an instance touches neither disk nor network.
     """
 
     @abstractmethod
@@ -74,15 +72,15 @@ class ObjectStore(ABC):
         *,
         content_type: str = DEFAULT_TYPE,
     ) -> ObjectInfo:
-        """Store an object, replacing what stands there. Readers see the old one or the new, never a part.
+        """Store or replace an object. Readers see the old one or the new one, never a part.
 
-        A stream needs only `read(n)`; streams and files are stored in constant memory. What the stream's
-        `read` raises passes through, and leaves what stood there.
+        A stream needs only `read(n)`; streams and files are stored in constant memory. An error that the stream's
+        `read` raises passes through, and the old object stays.
         """
 
     @abstractmethod
     def create(self, key: str, data: bytes, *, content_type: str) -> bool:
-        """Store an object unless one stands there. Of any number of racing callers one gets True."""
+        """Store an object unless the key exists. Of several concurrent callers, exactly one gets True."""
 
     @abstractmethod
     def get(self, key: str) -> bytes:
@@ -90,11 +88,9 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
-        """The object from byte `start` on, in pieces of at most `chunk_bytes`; none where it is no longer.
+        """The object from byte `start`, in pieces of at most `chunk_bytes`; none if it is not longer than `start`.
 
-        Raises ObjectNotFound at the call itself.
-
-        Whoever leaves it before its end closes it.
+        The call itself raises ObjectNotFound. Close the generator if you do not read it to its end.
         """
 
     @abstractmethod
@@ -103,31 +99,27 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
-        """The objects whose keys begin with `prefix`, by the UTF-8 order of their keys."""
+        """The objects whose keys begin with `prefix`, in the UTF-8 order of their keys."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Delete an object; that none stands there is no error."""
+        """Delete an object, if it exists."""
 
     @abstractmethod
     def location(self, key: str) -> str:
-        """Where the object is, as a URL for people and tools: `s3://bucket/...` or `file:///...`."""
+        """The object's URL for people and tools: `s3://bucket/...` or `file:///...`."""
 
     def holds(self, url: str) -> bool:
-        """Whether the URL, of the form that `location` gives, leads into this store."""
+        """Whether a URL like those of `location` points into this store."""
         return url.startswith(self.location("x").removesuffix("x"))
 
     @abstractmethod
-    def signed_url(self, key: str, *, seconds: int) -> str:
-        """An HTTP URL that gives the object to whoever holds it, for that long (at most 7 days)."""
-
-    @abstractmethod
     def ping(self) -> None:
-        """Raises StoreOutage, saying what is wrong and what to do, where the store could not be used."""
+        """Raises StoreOutage if the store cannot be used; the message says why and what to do."""
 
 
 def check_key(key: str) -> str:
-    """The key itself. Raises BadObjectKey where a store could not hold it, or it would leave its folder."""
+    """Return the key. Raises BadObjectKey if a store could not hold it, or it would leave its folder."""
     fault = _fault(key)
     if fault:
         raise BadObjectKey(f"object key {key[:200]!r} {fault}")
@@ -135,7 +127,7 @@ def check_key(key: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix of a listing; only its whole segments have to be good ones."""
+    """Return the prefix of a listing; only its complete segments are checked."""
     head, slash, _ = prefix.rpartition("/")
     if slash:
         check_key(head)
@@ -143,7 +135,7 @@ def check_prefix(prefix: str) -> str:
 
 
 def clean_type(content_type: str) -> str:
-    """The content type, or the default where it could not stand in an HTTP header."""
+    """The content type, or the default if it is invalid in an HTTP header."""
     plain = content_type.isascii() and content_type.isprintable() and 0 < len(content_type) <= 255
     return content_type if plain else DEFAULT_TYPE
 
@@ -164,10 +156,10 @@ def _fault(key: str) -> str | None:
         return "holds a control character"
     segments = key.split("/")
     if segments[0] == RESERVED_FOLDER:
-        return f"begins with {RESERVED_FOLDER}/, which the store keeps for itself"
+        return f"begins with {RESERVED_FOLDER}/, which the store reserves"
     for segment in segments:
         if segment in {"", ".", ".."}:
-            return f"has {segment!r} for a segment"
+            return f"has the segment {segment!r}"
         if len(raw) > _MAX_SEGMENT_BYTES and len(segment.encode()) > _MAX_SEGMENT_BYTES:
             return f"has a segment longer than {_MAX_SEGMENT_BYTES} bytes"
     return None

@@ -1,4 +1,4 @@
-"""What only the local-folder store promises: signed links, durability, and what a bad disk does."""
+"""What only the local-folder store promises: durability, and what a bad disk does."""
 
 from __future__ import annotations
 
@@ -11,76 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from inferq.schemas import InstallationError
 from inferq.storage import BadObjectKey, StoreOutage
 from inferq.storage.objects.local import LocalStore
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def parts(url: str) -> tuple[str, int, str]:
-    split = urlsplit(url)
-    query = parse_qs(split.query)
-    key = unquote(split.path.removeprefix("/v1/objects/"))
-    return key, int(query["expires"][0]), query["signature"][0]
-
-
-@pytest.mark.parametrize("key", ["a/b.png", "a b+c&d=e?f#g%20h", "日本語/é.bin"])
-def test_a_signed_link_holds_until_it_expires_and_for_its_object_alone(tmp_path: Path, key: str) -> None:
-    clock = Clock()
-    store = LocalStore(tmp_path, api_url="https://api.example/base/", clock=clock)
-    url = store.signed_url(key, seconds=60)
-    assert url.startswith("https://api.example/base/v1/objects/")
-    assert url.isascii()
-    split = urlsplit(url.replace("/base", ""))
-    shown, expires, signature = parts(split.geturl())
-    assert shown == key
-    assert expires == 1_800_000_060
-    assert store.verify(key, expires=expires, signature=signature)
-    for forged in (signature[:-1], signature[:-1] + "é", "", signature.upper(), signature[::-1], "\ud800"):
-        assert not store.verify(key, expires=expires, signature=forged)
-    assert not store.verify(key, expires=expires + 1, signature=signature)
-    assert not store.verify(key + "x", expires=expires, signature=signature)
-    assert not store.verify("../" + key, expires=expires, signature=signature)
-    clock.now = expires + 0.5
-    assert not store.verify(key, expires=expires, signature=signature)
-
-
-def test_links_are_good_in_every_process_and_for_this_store_only(tmp_path: Path, race: Race) -> None:
-    stores = [LocalStore(tmp_path / "one") for _ in range(8)]
-    urls = race(8, lambda n: stores[n].signed_url("k", seconds=600))
-    assert all(isinstance(url, str) for url in urls), urls
-    _, expires, signature = parts(str(urls[0]))
-    assert all(store.verify("k", expires=expires, signature=signature) for store in stores)
-    assert not LocalStore(tmp_path / "two").verify("k", expires=expires, signature=signature)
-    secret = tmp_path / "one/.inferq/secret"
-    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-    assert signature not in secret.read_text()
-
-
-def test_a_damaged_secret_is_said_to_be_so(tmp_path: Path) -> None:
-    (tmp_path / ".inferq").mkdir()
-    (tmp_path / ".inferq/secret").write_text("short")
-    with pytest.raises(InstallationError, match="delete it"):
-        LocalStore(tmp_path).signed_url("k", seconds=5)
-
-
-def test_a_link_lives_at_most_a_week(tmp_path: Path) -> None:
-    clock = Clock()
-    url = LocalStore(tmp_path, clock=clock).signed_url("k", seconds=10**9)
-    assert parts(url)[1] == clock.now + 7 * 86400
 
 
 def test_making_a_store_touches_nothing(tmp_path: Path) -> None:
@@ -206,8 +143,6 @@ def test_without_hard_links_ping_says_so_before_a_result_is_made(
                 store.ping()
         with pytest.raises(StoreOutage, match="hard links"):
             store.create("k", b"data", content_type="text/plain")
-        with pytest.raises(StoreOutage, match="hard links"):
-            store.signed_url("k", seconds=60)
     assert list(store.list()) == []
     store.ping()
     monkeypatch.setattr(os, "link", unsupported)
