@@ -1,4 +1,4 @@
-"""What the status index keeps of a task, as Redis holds it: short fields, microseconds, cursors."""
+"""A task's fields as Redis keeps them: short names, microseconds, cursors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _CURSOR = re.compile(r"(-?\d{1,20}):([A-Za-z0-9._:-]{1,128})")
 
 
 def task_fields(task: Task, digest: str | None = None) -> list[Any]:
-    """What a script needs to put a task on record; `digest` spares computing it."""
+    """The arguments with which a script records a task. `digest` avoids computing it again."""
     digest = digest or task.digest()
     place = batch_place(task.batch_id, task.batch_line)
     return [task.task_type, task.priority, place, digest, micros(task.created_at)]
 
 
 def batch_place(batch_id: str | None, line: int | None) -> str:
-    """A task's batch as the scripts read it, with the line where it has one; a batch's id holds no slash."""
+    """A task's batch for the scripts: `<batch_id>` or `<batch_id>/<line>`. A batch id has no slash."""
     if batch_id is None:
         return ""
     return batch_id if line is None else f"{batch_id}/{line}"
@@ -49,7 +49,7 @@ def event_json(
     at: datetime | None = None,
     error: ErrorInfo | None = None,
 ) -> str:
-    """The JSON of an event of a task that has not ended."""
+    """The JSON of an event of an unfinished task."""
     data = EventData(
         task_id=task.task_id,
         task_type=task.task_type,
@@ -65,7 +65,7 @@ def event_json(
 
 
 def read_status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
-    """The status that a hash amounts to; `fields` are its names and values in turn."""
+    """The status in a hash; `fields` are its names and values, alternating."""
     record = dict(zip(fields[::2], fields[1::2], strict=True))
     error = record.get("e")
     return TaskStatus(
@@ -89,7 +89,7 @@ def read_status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
 
 
 def as_text(value: Any) -> Any:
-    """A script's reply with its bytes decoded, lists included."""
+    """A script's reply with its bytes decoded, also in lists."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, list):
@@ -107,12 +107,12 @@ def _time(micros: str | None) -> datetime | None:
 
 
 def write_cursor(score: str, task_id: str) -> str:
-    """The cursor of a page that ended with this entry."""
+    """The cursor of a page whose last entry this is."""
     return base64.urlsafe_b64encode(f"{score}:{task_id}".encode()).decode().rstrip("=")
 
 
 def read_cursor(cursor: str) -> tuple[str, str]:
-    """The entry that a page ended with. Raises InvalidTask."""
+    """The last entry of a page. Raises InvalidTask."""
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
     except (ValueError, binascii.Error) as error:
@@ -125,6 +125,6 @@ def read_cursor(cursor: str) -> tuple[str, str]:
 
 def _bad_cursor(cursor: str) -> InvalidTask:
     return InvalidTask(
-        f"{cursor[:100]!r} is not a cursor of a listing: pass the one that the page before gave",
+        f"{cursor[:100]!r} is not a cursor of a listing: pass the cursor of the previous page",
         code="bad_cursor",
     )

@@ -1,4 +1,4 @@
-"""The keys of tasks and batches in Redis. A tenant holds no colon, so that no two of them share a key."""
+"""The keys of tasks and batches in Redis. A tenant has no colon, so keys are unique."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""The Lua scripts of the status index, and the shape of what it keeps in Redis.
+"""The Lua scripts of the status index, and its data in Redis.
 
 A task is a hash under `inferq:t:<tenant>:<task_id>` with short field names:
     ty type  p priority  b batch  d digest  c created  s state  o order  a attempt  r redrives
     w worker  st started  f finished  g progress  n note  e error (JSON)  x cancel flag
-    k the call that created or ended it, so that the repeat of a call whose answer was lost gets the same
-    l how many runs of the attempt on record began in a row without an orderly end, and the last one's token
+    k the call that created or ended it, so that a repeated call gets the same reply
+    l the number of consecutive orphaned runs of the recorded attempt, and the last run's token
 Times are microseconds since 1970. Sorted sets, scored by creation time, index the tasks of a tenant
-(`inferq:l:<tenant>`), of a batch (`inferq:b:<tenant>:<batch>`), and of each state but `succeeded`
-(`inferq:s:<tenant>:<state>`), which is most of the whole and is found by looking through it.
+(`inferq:l:<tenant>`), of a batch (`inferq:b:<tenant>:<batch>`), and of each state (`inferq:s:<tenant>:<state>`)
+except `succeeded`: most tasks succeed, so a listing of those filters the tenant's tasks.
 
-The order number is redrives * 1e6 + attempt * 10 + rank; an end counts as past every attempt of its redrive,
-a success as past everything.
+The order number is redrives * 1e6 + attempt * 10 + rank. An end comes after every attempt of its redrive, a success
+after everything.
 
-A task that says its line in a batch has a hash only while it runs or waits for a retry: queued it is one of
-the batch's fed lines, ended one of the succeeded, failed or cancelled ones (see inferq.storage.batches.scripts).
+A task with a line in a batch has a hash only while it runs or waits for a retry. Otherwise the batch's bitmaps have
+its line as fed, succeeded, failed or cancelled (see inferq.storage.batches.scripts).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from inferq.storage.lua import read_lua
 
 _HERE = Path(__file__).parent
 BATCH_LINES = _HERE / "batch_lines"
-"""Functions over the lines of a batch; they need `tenant` and `retention`."""
+"""Lua functions for the lines of a batch; they need `tenant` and `retention`."""
 
 _RECORD = (_HERE / "head", BATCH_LINES, _HERE / "record")
 _TASK = _HERE / "task"

@@ -24,6 +24,7 @@ from inferq.schemas import Batch, BatchSummary, InvalidTask, Result, installed_t
 from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key, upload_key
 from inferq.storage.batches.sources import Cursor
 from tests.conftest import RabbitMQ
+from tests.runs import begin_run
 
 START = Cursor()
 
@@ -122,12 +123,7 @@ class QuickWorker(threading.Thread):
         results, now = self._site.services.results, datetime.now(UTC)
         kept = results.load(task.tenant, task.task_id)
         if kept is None:
-            cancel = (
-                self.tells_redis
-                and self.status.begin(
-                    task, attempt=1, redrives=0, worker="quick", started_at=now
-                ).cancel_requested
-            )
+            cancel = self.tells_redis and begin_run(self.status, task).cancel_requested
             payload = task.payload  # type: ignore[attr-defined]
             if cancel or payload == "fail":
                 error = InvalidTask("as you wish", code="cancelled" if cancel else "wished")

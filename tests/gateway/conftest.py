@@ -29,6 +29,7 @@ from inferq.storage.objects.store import ObjectStore
 from inferq.storage.settings import StorageSettings
 from inferq.storage.status.index import StatusIndex
 from tests.conftest import RabbitMQ
+from tests.runs import begin_run
 
 _tenants = (f"tenant-{n}" for n in itertools.count(1))
 
@@ -95,7 +96,7 @@ class Gateway:
 
     def began(self, task_id: str, **content: Any) -> Task:
         task = self.task(task_id, **content)
-        self.status.begin(task, attempt=1, redrives=0, worker="w1", started_at=datetime.now(UTC))
+        begin_run(self.status, task)
         return task
 
     def end(self, task: Task, status: EndState = "succeeded", *, redis: bool = True, **more: Any) -> Result:

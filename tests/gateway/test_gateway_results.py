@@ -14,6 +14,7 @@ from inferq.schemas import Artifact, Batch, Task
 from inferq.storage import BatchStore
 from tests.gateway.conftest import Gateway, wait_until
 from tests.gateway.test_gateway_submit import ECHO, problem
+from tests.runs import begin_run
 
 PATHS = ["", "/result", "/events", "/artifacts/a.txt"]
 
@@ -74,7 +75,7 @@ def test_waiting_for_the_status_ends_with_the_task(gateway: Gateway) -> None:
 def test_an_end_that_redis_missed_is_found_in_the_store(gateway: Gateway) -> None:
     long_ago = datetime.now(UTC) - timedelta(minutes=10)
     task = gateway.task("missed")
-    gateway.status.begin(task, attempt=1, redrives=0, worker="w1", started_at=long_ago)
+    begin_run(gateway.status, task, started_at=long_ago)
     assert gateway.http.get("/v1/tasks/missed").json()["state"] == "running"
     gateway.end(task, redis=False)
     assert gateway.http.get("/v1/tasks/missed").json()["state"] == "succeeded"
@@ -87,7 +88,7 @@ def test_a_redriven_task_is_not_called_failed_again(gateway: Gateway) -> None:
     task = gateway.began("redriven")
     gateway.end(task, "failed")
     long_ago = datetime.now(UTC) - timedelta(minutes=10)
-    gateway.status.begin(task, attempt=1, redrives=1, worker="w2", started_at=long_ago)
+    begin_run(gateway.status, task, redrives=1, worker="w2", started_at=long_ago)
     assert gateway.http.get("/v1/tasks/redriven").json()["state"] == "running"
     with gateway.http.stream("GET", "/v1/tasks/redriven/events") as response:
         chunks = response.iter_raw()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from inferq.schemas import EndState, ErrorInfo, Result, Task, parse_task
 from inferq.storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
+from tests.runs import begin_run
 from tests.storage.conftest import wait_until
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -52,8 +53,7 @@ def line(number: int) -> Task:
 
 
 def begin(status: StatusIndex, number: int, redrives: int = 0) -> bool:
-    begun = status.begin(line(number), attempt=1, redrives=redrives, worker="w", started_at=NOW)
-    return begun.cancel_requested
+    return begin_run(status, line(number), redrives=redrives, started_at=NOW).cancel_requested
 
 
 def end(status: StatusIndex, number: int, state: EndState, redrives: int = 0) -> None:

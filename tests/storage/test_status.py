@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from inferq.schemas import END_STATES, ErrorInfo, Event, InvalidTask, Result, Task, TaskStatus
 from inferq.storage import StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.status.keys import record_key
+from tests.runs import begin_run
 from tests.storage.conftest import RedisServer, wait_until
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
@@ -54,9 +55,7 @@ def begin(
     worker: str = "w1",
     run: str | None = None,
 ) -> Any:
-    return index.begin(
-        task, attempt=attempt, redrives=redrives, worker=worker, started_at=datetime.now(UTC), run=run
-    )
+    return begin_run(index, task, attempt=attempt, redrives=redrives, worker=worker, run=run)
 
 
 def known(index: StatusIndex, task: Task) -> TaskStatus:
@@ -303,7 +302,7 @@ def test_late_copies_and_other_tasks_of_the_same_id_are_not_counted(index: Statu
 
 def test_what_does_not_say_when_it_was_created_was_so_before_it_began(index: StatusIndex) -> None:
     started = datetime.now(UTC) - timedelta(seconds=5)
-    index.begin(job(), attempt=1, redrives=0, worker="w1", started_at=started)
+    begin_run(index, job(), started_at=started)
     assert known(index, job()).created_at == known(index, job()).started_at
 
 
@@ -900,7 +899,7 @@ def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIn
 
 
 def test_an_answer_is_fetched_on_any_thread(index: StatusIndex) -> None:
-    index.begin(job(), attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC))
+    begin(index, job())
     ending = index.ended_pipelined(end(job()))
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(ending()))

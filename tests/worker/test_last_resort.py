@@ -32,6 +32,7 @@ from inferq.storage import (
     StorageSettings,
     StoreOutage,
 )
+from tests.runs import begin_run
 
 TASK = {"task_id": "b.7", "task_type": "echo", "payload": 1, "batch_id": "b", "batch_line": 7}
 
@@ -226,7 +227,7 @@ def test_a_line_whose_id_a_running_task_has_leaves_that_alone(
     services: WorkerServices, index: BatchIndex
 ) -> None:
     other = parse_task({"task_id": "b.7", "task_type": "echo", "payload": "another"})
-    services.status.begin(other, attempt=1, redrives=0, worker="w", started_at=datetime.now(UTC))
+    begin_run(services.status, other)
     before = services.status.get("default", "b.7")
     assert settled(services, DELIVERY, prepare=lambda _body: None) == ["ack"]
     assert services.status.get("default", "b.7") == before

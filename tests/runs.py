@@ -1,0 +1,31 @@
+"""Runs on record, as a worker begins them."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+
+from inferq.schemas import Task
+from inferq.storage import Begun, StatusIndex
+
+
+def begin_run(
+    status: StatusIndex,
+    task: Task,
+    *,
+    attempt: int = 1,
+    redrives: int = 0,
+    worker: str = "w1",
+    started_at: datetime | None = None,
+    run: str | None = None,
+) -> Begun:
+    """Record that a run of the task begins."""
+    return status.begin_pipelined(
+        task,
+        attempt=attempt,
+        redrives=redrives,
+        worker=worker,
+        started_at=started_at or datetime.now(UTC),
+        digest=task.digest(),
+        run=run or secrets.token_hex(6),
+    )()
