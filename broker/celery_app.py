@@ -1,8 +1,7 @@
-"""The Celery application: callbacks, the feeding of batches, nightly starts.
+"""The Celery application that runs the light jobs: callbacks, feeding of batches, nightly starts.
 
-It runs on the same broker as the tasks: quorum queues, confirmed publishes, late acks, and delays by Celery's
-native delayed delivery, whose messages rest in quorum queues of the broker and not in anybody's memory.
-What is rejected, such as a job that nobody knows here, the broker keeps in `inference.unroutable`.
+It uses the same broker as the tasks, with quorum queues and late acks. Delayed jobs wait in the quorum queues of
+Celery's native delayed delivery, not in a worker's memory. RabbitMQ keeps rejected jobs in `inference.unroutable`.
 https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
 """
 
@@ -34,54 +33,49 @@ _TLS_SCHEME = "inferq-amqps"
 
 
 def celery_app(settings: BrokerSettings) -> Celery:
-    """An application without jobs; those are added by the functions in entry-point group `inferq.jobs`."""
+    """An application without jobs. The functions in entry-point group `inferq.jobs` add them."""
     app = Celery("inferq", set_as_current=False)
     exchange = Exchange(JOBS, type="topic")
+    # Only what differs from Celery's defaults. Celery consumes and never publishes: jobs are sent by our own
+    # Publisher, so nothing here concerns publishing.
     app.conf.update(
         broker_url=[_url(settings, number) for number in range(len(settings.connections("jobs")))],
         broker_use_ssl=_tls(settings),
         broker_heartbeat=settings.amqp_heartbeat,
         broker_connection_timeout=settings.amqp_connect_timeout,
+        # Unset, Celery 5 warns at every start that its default will change.
         broker_connection_retry_on_startup=True,
+        # By default Celery ends after 100 attempts, in an outage of less than an hour.
         broker_connection_max_retries=None,
-        # RabbitMQ closes the channel on which a job lasts longer than its consumer_timeout: Celery would end.
+        # RabbitMQ closes the channel if a job outlasts consumer_timeout. By default Celery then ends.
         broker_channel_error_retry=True,
-        broker_transport_options={"confirm_publish": True},
+        # Quorum queues, declared with the arguments of our topology: others would be refused.
         task_queues=[
             Queue(name, exchange, routing_key=name, queue_arguments=job_queue_arguments())
             for name in JOB_QUEUES
         ],
-        task_default_queue=JOB_QUEUES[0],
-        task_default_queue_type="quorum",
-        task_default_exchange=JOBS,
-        task_default_exchange_type="topic",
-        task_create_missing_queues=False,
+        # A job is acknowledged once it is done, so a killed process loses none.
         task_acks_late=True,
-        # What a job itself did not foresee (arguments of another version, say) is kept, not thrown away.
+        # An unforeseen error rejects the job: the broker keeps it in inference.unroutable.
         task_acks_on_failure_or_timeout=False,
-        task_reject_on_worker_lost=True,
-        task_ignore_result=True,
-        task_publish_retry=True,
-        worker_prefetch_multiplier=1,
         worker_consumer="inferq.broker.celery_app:KeepingConsumer",
-        # They would need queues that are neither durable nor quorum, which RabbitMQ is about to give up.
+        # Remote control needs queues that are neither durable nor quorum; RabbitMQ deprecates those.
         worker_enable_remote_control=False,
-        worker_send_task_events=False,
+        # The process sets up its own log format.
         worker_hijack_root_logger=False,
-        accept_content=["json"],
-        timezone="UTC",
     )
     return app
 
 
 class UnreadableJob(Exception):
-    """The message is no job that this process knows."""
+    """The message is not a job of this process."""
 
 
 class KeepingConsumer(Consumer):  # type: ignore[misc]
-    """Celery's consumer, except that it rejects whatever is no job of its own: the broker keeps that.
+    """Rejects a message that is not a job of this process, so RabbitMQ keeps it.
 
-    Celery's acknowledges what it cannot decode, and ends on a message that is not as its own would be.
+    Celery's own consumer acknowledges messages that it cannot decode, and some malformed messages end it
+    (tests/jobs/test_unreadable.py).
     """
 
     def create_task_handler(self, *args: Any, **more: Any) -> Callable[[Any], None]:
@@ -96,44 +90,46 @@ class KeepingConsumer(Consumer):  # type: ignore[misc]
             try:
                 message.headers = read_job(message, arguments).model_dump()
             except UnreadableJob as error:
-                self._put_aside(message, error)
+                self._reject(message, error)
             else:
                 handle(message)
 
         return on_message
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        self._put_aside(message, exc)
+        self._reject(message, exc)
 
-    def _put_aside(self, message: Any, error: Exception) -> None:
-        _log.error("message %r is no job, the broker keeps it: %s", message.headers.get("id"), error)
+    def _reject(self, message: Any, error: Exception) -> None:
+        _log.error(
+            "rejected message %r, which is not a job of this process: %s", message.headers.get("id"), error
+        )
         message.reject_log_error(_log, self.connection_errors)
 
 
 def read_job(message: Any, arguments: dict[str, type[BaseModel]]) -> JobHeaders:
-    """The headers of kombu's message, if it is one of these jobs with its arguments.
+    """Check a kombu message against the jobs and their arguments; return its headers.
 
-    Raises UnreadableJob, which names what is wrong, and not what stands there: it may be somebody's.
+    Raises UnreadableJob. The error names the wrong fields, never their values, which may be private.
     """
     try:
         headers = JobHeaders.model_validate(message.headers)
     except ValidationError as error:
-        raise UnreadableJob(f"wrong in its headers: {_places(error)}") from None
+        raise UnreadableJob(f"invalid headers: {_places(error)}") from None
     if headers.task not in arguments:
-        raise UnreadableJob(f"the job {headers.task!r} is not known here")
+        raise UnreadableJob(f"job {headers.task!r} is unknown")
     try:
         body = message.decode()
-    except Exception as error:  # whatever the decoder of a content type that anybody may name raises
-        raise UnreadableJob(f"its body cannot be decoded: {type(error).__name__}") from None
+    except Exception as error:  # each content type has its own decoder, which may raise anything
+        raise UnreadableJob(f"cannot decode the body: {type(error).__name__}") from None
     match body:
         case [[], dict(given), dict(embedded)] if not any(embedded.values()):
             pass
         case _:
-            raise UnreadableJob("its body is not [[], {argument: value}, {}]")
+            raise UnreadableJob("the body is not [[], {argument: value}, {}]")
     try:
         arguments[headers.task].model_validate(given)
     except ValidationError as error:
-        raise UnreadableJob(f"wrong in the arguments of {headers.task}: {_places(error)}") from None
+        raise UnreadableJob(f"invalid arguments of {headers.task}: {_places(error)}") from None
     return headers
 
 
@@ -142,7 +138,7 @@ def _places(error: ValidationError) -> str:
 
 
 def _arguments_model(task: Task) -> type[BaseModel]:
-    """A model of a job's keyword arguments, by its signature: what it takes has the types that it says."""
+    """A pydantic model of a job's keyword arguments, from its signature."""
     parameters = inspect.signature(task.run).parameters.values()
     hints = get_type_hints(task.run, include_extras=True)
     named = [one for one in parameters if one.kind is not one.VAR_KEYWORD]
@@ -155,9 +151,9 @@ def _arguments_model(task: Task) -> type[BaseModel]:
 
 
 class CheckingTransport(SSLTransport):
-    """Kombu's TLS, except that each node of the broker has to show a certificate for its own name.
+    """Kombu's TLS transport that checks the certificate of each node against the node's own host name.
 
-    Kombu checks no name unless it is told one, and then the first node's for all of them.
+    Kombu checks no name by default. With `server_hostname` it checks the first node's name for all nodes.
     """
 
     def establish_connection(self) -> Any:
@@ -167,19 +163,19 @@ class CheckingTransport(SSLTransport):
         try:
             return super().establish_connection()  # type: ignore[no-untyped-call]
         finally:
-            client.hostname = hostname  # kombu makes an address of localhost, which is another name
+            client.hostname = hostname  # kombu replaces localhost by an address
 
 
-# The scheme is all that kombu goes by when it moves on to the next node.
+# Kombu chooses the transport of the next node by the URL's scheme alone.
 TRANSPORT_ALIASES[_TLS_SCHEME] = f"{__name__}:{CheckingTransport.__name__}"
 
 
 def _url(settings: BrokerSettings, number: int) -> str:
-    """The URL as Celery reads it: without the query, which means other things there."""
+    """The node's URL for Celery, without the query: pika and Celery read it differently."""
     parameters = settings.connections("jobs")[number]
     credentials = parameters.credentials
     if not isinstance(credentials, PlainCredentials):
-        raise InstallationError("INFERQ_AMQP_URL names no user and password, which Celery needs")
+        raise InstallationError("INFERQ_AMQP_URL has no user and password, and Celery needs them")
     user = quote(credentials.username, safe="")
     password = quote(credentials.password, safe="")
     host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host

@@ -1,8 +1,8 @@
 """Feeds batches and assembles their results.
 
 feeder    feeding a batch, slice by slice, with a bounded number of tasks in flight
-recount   how the lines of a batch stand, looked up in the object store
+recount   the state of a batch, recounted from the object store
 assembly  output.jsonl and errors.jsonl, once all lines have ended
 jobs      the jobs `batches.feed` and `batches.assemble`
-retry     how a job that cannot go on is sent again
+retry     how a failed job is published again
 """

@@ -1,8 +1,7 @@
-"""Putting a batch's results together: the source is read once more, and each line's result beside it.
+"""Assembles the results of a batch: reads the source again, and each line's result beside it.
 
-May be repeated: the two files come out the same, and the summary is written once, after them. Results are
-read some at a time, and no more are held than are being waited for; of a large output, which is an artifact,
-only how many pages it has.
+It may be repeated: the two files come out identical, and the summary is written once, after them. Memory is
+bounded by the number of results read ahead. Of a large output, which is an artifact, only the page count is kept.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from inferq.storage import BatchSource, ResultStore, UnreadableResult, errors_ke
 from inferq.storage.batches.lines import Line, LineParser, SourceUnusable, named_id
 
 _AHEAD = 4
-"""Results asked for ahead of the one that is written, for each reader."""
+"""Results read ahead of the one being written, per reader."""
 _JSONL = "application/x-ndjson"
 
 _log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class _Tally:
 
 
 class _Read(NamedTuple):
-    """How a task has ended, if it has, and how many pages its output has."""
+    """A task's result, if it has one, and the number of pages in its output."""
 
     result: Result | None
     pages: int | None = None
@@ -76,18 +75,18 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line: the task in it, with its result on the way, or why there is none."""
+    """A line with its task and pending result, or with the reason why it is invalid."""
 
     line: Line
     found: tuple[Task, Future[_Read]] | InvalidTask
 
 
 class Unfinished(Exception):
-    """A line has not ended, so that it is too early."""
+    """A task of the batch has not ended yet."""
 
 
 def end(services: BatchServices, batch: Batch, error: str | None = None) -> BatchSummary:
-    """End a batch, as `Assembly.run` does, and too where its source has gone since it was fed."""
+    """Finish a batch like `Assembly.run`, even if its source has disappeared since feeding."""
     assembly = Assembly(services, batch)
     try:
         return assembly.run(error)
@@ -96,7 +95,7 @@ def end(services: BatchServices, batch: Batch, error: str | None = None) -> Batc
 
 
 class Assembly:
-    """Ends one batch. `run` may raise any Outage: it is then to be repeated."""
+    """Finishes one batch. `run` may raise any Outage; call it again then."""
 
     def __init__(self, services: BatchServices, batch: Batch) -> None:
         self._services = services
@@ -105,9 +104,9 @@ class Assembly:
         self._cancelled = services.batches.cancel_requested(*self._name)
 
     def run(self, error: str | None = None) -> BatchSummary:
-        """Write `output.jsonl`, `errors.jsonl` and the summary, then tell whoever wants to know.
+        """Write `output.jsonl`, `errors.jsonl` and the summary, then publish the callback.
 
-        `error` says why the batch could not be fed, or not to its end. Raises Unfinished and SourceUnusable.
+        `error` says why feeding failed. Raises Unfinished and SourceUnusable.
         """
         services, batch = self._services, self._batch
         summary = services.batches.summary(*self._name)
@@ -138,7 +137,7 @@ class Assembly:
         return tally
 
     def _entries(self, source: BatchSource) -> Iterator[_Entry]:
-        """The lines with their results, in order, as many ahead as are read at a time."""
+        """The lines with their results, in order, read ahead."""
         readers = self._services.settings.batch_readers
         parser = LineParser(self._batch)
         waiting: deque[_Entry] = deque()
@@ -170,9 +169,9 @@ class Assembly:
         return _Read(result, pages_of(results, result))
 
     def _count(self, source: BatchSource, tally: _Tally) -> None:
-        """What has ended, without a look at the lines."""
+        """Count the ends without reading the lines."""
         tally.total = source.total
-        # A listing does not find tasks that have ids of their own; Redis, where it knows them, does.
+        # A listing cannot find tasks with ids of their own; Redis may know them.
         standing = self._services.index.look(*self._name) if source.own_ids else None
         if standing is not None and standing.known:
             counts = standing.counts
@@ -208,7 +207,7 @@ class Assembly:
         return result.status, result.error.code if result.error is not None else "unknown"
 
     def _document(self, entry: _Entry, tally: _Tally) -> tuple[dict[str, Any], bool]:
-        """What is written of a line, and whether to the output."""
+        """The JSON document of a line, and whether it belongs into `output.jsonl`."""
         tally.total += 1
         number = entry.line.number
         if isinstance(entry.found, InvalidTask):
@@ -222,13 +221,13 @@ class Assembly:
         try:
             result, pages = coming.result()
         except UnreadableResult as unreadable:
-            # It is nobody's to overwrite, and the batch would wait for its mending for ever.
+            # Nothing may overwrite it; waiting for a repair would block the batch forever.
             tally.failed += 1
             tally.failures[unreadable.code] += 1
             return {**about, "status": "failed", "error": _error(ErrorInfo.of(unreadable))}, False
         if result is not None and not belongs(result, self._batch, number):
             taken = InvalidTask(
-                f"task {task.task_id!r} was submitted before, and not by this line; choose another id",
+                f"task id {task.task_id!r} belongs to another task, submitted before this line; choose another id",
                 code="id_conflict",
             )
             tally.failed += 1
@@ -294,12 +293,12 @@ class Assembly:
         try:
             self._services.index.set_state(*self._name, state, error)
         except Outage as outage:
-            # The summary in the object store says it as well.
-            _log.warning("batch %s: its state is not in Redis: %s", self._batch.batch_id, outage)
+            # The summary in the object store has the state, too.
+            _log.warning("batch %s: cannot write its state to Redis: %s", self._batch.batch_id, outage)
 
 
 def pages_of(results: ResultStore, result: Result) -> int | None:
-    """How many pages an output has, where it has pages. Raises StoreOutage."""
+    """The number of pages of an output; None for an output without pages. Raises StoreOutage."""
     try:
         output = results.output(result)
     except UnreadableResult:

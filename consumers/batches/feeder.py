@@ -1,9 +1,8 @@
-"""Feeding a batch, slice by slice: its lines go out as tasks for as long as there is room in flight.
+"""Feeds a batch, slice by slice: publishes its lines as tasks while fewer than `max_in_flight` are in flight.
 
-A slice begins where the message that started it says, and ends with what is to be done next: go on (from a
-cursor, after a while), put the results together, or nothing. Killed anywhere, it is begun again from the same
-message: lines that are marked as fed are passed over, and one that was fed and not yet marked goes out twice
-under the same id, which is one task.
+A slice starts at the cursor in its message and returns the next step: another slice, assembly, or nothing. A
+killed slice runs again from the same message and skips the lines marked as fed. A line that was published but not
+yet marked is published twice under the same id, which is one task.
 """
 
 from __future__ import annotations
@@ -28,36 +27,36 @@ from inferq.storage.batches.lines import Line, LineParser, SourceUnusable
 from inferq.storage.batches.sources import Cursor, DuplicateIds
 
 _CHUNK = 500
-"""Lines that are published, confirmed and marked together."""
+"""Lines published, confirmed and marked together."""
 _CHUNK_BYTES = 4 << 20
-"""A chunk of large lines ends before it has so many."""
-_CHUNKS_ON_THEIR_WAY = 4
+"""A chunk ends once its lines exceed this size."""
+_MAX_UNCONFIRMED_CHUNKS = 4
 _LOOK_SECONDS = 0.1
 _SELDOM_SECONDS = 0.5
-"""How often a batch is looked at, and how often where little moves in the meantime."""
+"""Seconds between two looks at a batch, and the longest interval while little changes."""
 _IDLE_DELAY = 2
-"""Seconds that a slice in which nothing moves makes room for those of other batches."""
+"""Seconds that a stalled batch yields to the slices of other batches."""
 _HELD_DELAY = 3
 _REJECTED_PAUSE = 1.0
 _PAUSE_DELAY = 30
-"""Seconds, at most, between two looks at a batch outside its window: somebody may cancel it."""
+"""The longest time between two looks at a batch outside its window, in seconds; it may be cancelled."""
 _RECHECK_SECONDS = 600
-"""At what intervals, at most, the object store is asked about tasks of which none ends: that takes a request
-for each, and they may stand in the queue for days."""
+"""The longest interval between two recounts of a stalled batch, in seconds. A recount takes a request per task,
+and tasks may stay queued for days."""
 AGAIN = "again-"
-"""Begins the name of a chain in the place of one that is over: as nobody else would feed the batch, it waits
-for a lease that was left behind."""
+"""Prefix of a chain that replaces an ended one. It waits for a stale lease, since no other chain feeds the
+batch."""
 _CANCEL_LOOK_SECONDS = 2.0
-"""How often it is asked, while a source is read for the first time, whether the batch was cancelled."""
+"""Seconds between two checks for a cancel while the source is read for the first time."""
 _CANCEL_SECONDS = 2.0
-"""What runs gets this long to stop by itself before a cancelled batch records the end of whatever is left."""
+"""Seconds that running tasks get to stop before a cancelled batch records all others as cancelled."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GoOn:
-    """Another slice, from this cursor, in so many seconds."""
+    """Run another slice from this cursor, after `seconds`."""
 
     cursor: Cursor
     seconds: int = 0
@@ -65,21 +64,21 @@ class GoOn:
 
 @dataclass(frozen=True)
 class Assemble:
-    """Everything has ended: the results are to be put together. `error` says why nothing could be fed."""
+    """All tasks have ended: assemble the results. `error` says why feeding failed."""
 
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Nothing:
-    """The batch has ended, or another feeding of it goes on."""
+    """The batch has ended, or another chain feeds it."""
 
 
 Next = GoOn | Assemble | Nothing
 
 
 class _CancelledEarly(Exception):
-    """The batch was cancelled while its source was read for the first time: nothing was fed."""
+    """The batch was cancelled before its first line was fed."""
 
 
 @dataclass
@@ -93,7 +92,7 @@ class _Chunk:
 
 
 class Slice:
-    """One slice of feeding one batch. `run` may raise any Outage: it is then to be begun again."""
+    """One slice of one batch. `run` may raise any Outage; run the slice again then."""
 
     def __init__(
         self, services: BatchServices, tenant: str, batch_id: str, *, chain: str, part: int, cursor: Cursor
@@ -112,11 +111,11 @@ class Slice:
         self._asked = time.monotonic()
 
     def run(self) -> Next:
-        """Feed, until the slice is over."""
+        """Feed until the slice ends."""
         services = self._services
         batch = services.batches.load(*self._name)
         if batch is None:
-            _log.error("batch %s: there is no record of it, so that nothing can be fed", self._name)
+            _log.error("batch %s: its record is missing, so it cannot be fed", self._name)
             return Nothing()
         if services.batches.summary(*self._name) is not None:
             return Nothing()
@@ -132,7 +131,7 @@ class Slice:
         except LeaseLost:
             return GoOn(self._cursor, _HELD_DELAY)
         except IndexLost:
-            _log.warning("batch %s: Redis has forgotten it: it is counted anew", batch.batch_id)
+            _log.warning("batch %s: Redis has lost its state, recounting", batch.batch_id)
             return GoOn(self._cursor)
         finally:
             with suppress(Outage):
@@ -155,7 +154,7 @@ class Slice:
             return Assemble(error.message)
 
     def _open(self, batch: Batch, source: BatchSource, *, cancelled: bool) -> None:
-        """See to it that the index is right up to our cursor, which may have to be moved on."""
+        """Make the index correct up to the cursor, and advance the cursor if the index is ahead."""
         index = self._services.index
         standing = index.look(*self._name)
         if standing is not None and standing.known:
@@ -196,12 +195,12 @@ class Slice:
                     return self._go_on(feeding)
                 if not feeding.done and opens_in <= 0:
                     self._set_state("feeding")
-                    room = batch.max_in_flight - step.in_flight - feeding.on_their_way
-                    # Some at a time: line by line would cost a confirm and a mark each.
+                    room = batch.max_in_flight - step.in_flight - feeding.unmarked
+                    # In chunks: a single line would cost a confirm and a mark of its own.
                     if room >= _worthwhile(batch) and feeding.feed(min(room, _CHUNK)):
                         self._stall = None
                         continue
-                    if feeding.on_their_way:
+                    if feeding.unmarked:
                         step = feeding.settle(wait=True)
                         continue
                 elif not feeding.done:
@@ -220,7 +219,7 @@ class Slice:
                 services.stopping.wait(pause)
 
     def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
-        # What is on its way and not marked would go out again with the next slice.
+        # Otherwise the next slice publishes the unmarked lines again.
         with suppress(PublishRejected):
             feeding.drain()
         if self._stall is not None:
@@ -228,17 +227,17 @@ class Slice:
         return GoOn(self._cursor, seconds)
 
     def _stall_at(self, step: Step) -> Stall:
-        """For how long no task has ended, which may be longer than this slice takes."""
+        """Since when no task has ended, across slices."""
         now = time.time()
         if self._stall is None or self._stall.ended != step.ended or self._stall.since > now:
             self._stall = Stall(step.ended, now)
         return self._stall
 
     def _cancelled(self, batch: Batch, source: BatchSource) -> Next:
-        """Nothing more is fed; what was fed ends, whether a worker gets to it or not."""
+        """Stop feeding, let running tasks stop, and record the others as cancelled."""
         end = time.monotonic() + _CANCEL_SECONDS
         while (step := self.step()).in_flight > 0 and time.monotonic() < end:
-            time.sleep(_LOOK_SECONDS)  # no end of the process cuts this short
+            time.sleep(_LOOK_SECONDS)  # a shutdown must not cut this short
         if step.in_flight > 0:
             recount = Recount(self._services, batch, source, self._renew)
             recount.in_flight()
@@ -250,15 +249,15 @@ class Slice:
             self.step()
 
     def _go_on_settling(self) -> None:
-        """Renew the lease, and see whether the batch was cancelled, where that is due."""
+        """Renew the lease and check for a cancel, if due."""
         now = time.monotonic()
         if now - self._asked >= _CANCEL_LOOK_SECONDS:
             self._asked = now
-            # The object store: Redis does not hold the batch before its lines are counted.
+            # From the object store: Redis has no record of the batch before its lines are counted.
             with suppress(Outage):
                 if self._services.batches.cancel_requested(*self._name):
                     raise _CancelledEarly
-        # Where Redis is away nobody else can take the lease, either.
+        # While Redis is unavailable, no other slice can take the lease.
         if now - self._kept > self._services.settings.batch_lease / 4:
             self._kept = now
             with suppress(Outage):
@@ -299,15 +298,15 @@ class Slice:
 
     @property
     def reached(self) -> int:
-        """No line beyond this one had been fed when the slice began."""
+        """The highest line that may have been fed before this slice."""
         return self._reached
 
     def publish(self, chunk: _Chunk) -> None:
-        """Send a chunk; a full queue is waited for, for as long as the slice lasts."""
+        """Publish a chunk; `wait` waits for its confirms."""
         chunk.confirmed = self._services.publisher.publish_all(chunk.messages)
 
     def record(self, chunk: _Chunk) -> None:
-        """Put tasks on record before they are sent: afterwards a worker may be done with them."""
+        """Record tasks before they are published: afterwards a worker may already have finished them."""
         self._services.status.confirm_all(chunk.recorded)
 
     def wait(self, chunk: _Chunk) -> None:
@@ -318,12 +317,12 @@ class Slice:
             return
         except PublishRejected as error:
             rejected = error
-        # Which of them were refused is told by one future for each alone; later on only those go out.
+        # Publish each message alone to learn which ones are rejected, then retry only those.
         messages = chunk.messages
         while messages:
             if self._services.stopping.is_set() or time.monotonic() > self._ends:
                 raise rejected
-            _log.info("batch %s: a queue is full, and waited for: %s", self._name[1], rejected)
+            _log.info("batch %s: a queue is full, waiting: %s", self._name[1], rejected)
             self._services.stopping.wait(_REJECTED_PAUSE)
             sent = [(message, self._services.publisher.publish(message)) for message in messages]
             messages = []
@@ -336,7 +335,7 @@ class Slice:
 
 
 class _Feeding:
-    """The chunks of one slice: read, sent, and marked once they are confirmed."""
+    """The chunks of one slice: read, published, and marked after their confirms."""
 
     def __init__(
         self,
@@ -354,28 +353,28 @@ class _Feeding:
         self._chunks: deque[_Chunk] = deque()
         self._read = slice_.cursor
         self._high_water = 0
-        # An id that does not tell its line could not be found while its task is queued, nor be kept for it.
+        # A queued task with an id of its own is known only by a record; a generated id names its batch and line.
         self._recording = source.own_ids
-        # A closed window must not keep an end from being seen.
+        # Decided without reading, so that a closed window does not hide the end.
         self._exhausted = self._read.line >= source.lines
 
     @property
     def done(self) -> bool:
-        """Whether every line has been sent and marked."""
+        """Whether every line is published and marked."""
         return self._exhausted and not self._chunks
 
     @property
-    def on_their_way(self) -> int:
-        """How many tasks are sent and not yet marked as fed."""
+    def unmarked(self) -> int:
+        """The number of tasks published and not yet marked as fed."""
         return sum(len(chunk.fed) for chunk in self._chunks)
 
     def feed(self, count: int) -> bool:
-        """Send the next lines, `count` at most; False where all have been read before."""
+        """Publish the next lines, up to `count`. Returns False once all lines are read."""
         if self._exhausted:
             return False
         last = self._read.line
         if self._high_water < last + 2 * _CHUNK:
-            # A worker may be done with a line before it is marked: it must be known to be the batch's.
+            # A worker may finish a line before it is marked; the index must accept its end.
             self._high_water = last + 8 * _CHUNK
             self._slice.reach(self._high_water)
         processed: frozenset[int] = frozenset()
@@ -412,17 +411,17 @@ class _Feeding:
         return True
 
     def drain(self) -> None:
-        """Wait for whatever is on its way, and mark it."""
+        """Wait for all confirms and mark the chunks."""
         while self._chunks:
             self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> Step:
-        """Mark the chunks that are confirmed; waits for the oldest where many are on their way."""
+        """Mark the confirmed chunks. Waits for the oldest if too many are unconfirmed."""
         step = None
         while self._chunks:
             oldest = self._chunks[0]
             confirmed = oldest.confirmed
-            full = len(self._chunks) >= _CHUNKS_ON_THEIR_WAY or self._exhausted
+            full = len(self._chunks) >= _MAX_UNCONFIRMED_CHUNKS or self._exhausted
             if not (wait or full or confirmed is None or confirmed.done()):
                 break
             self._slice.wait(oldest)
@@ -433,7 +432,7 @@ class _Feeding:
 
 
 def _recheck_due(stall: Stall, after: float) -> bool:
-    """Whether to ask the object store for ends: after so many seconds, then each time it has doubled."""
+    """Whether a recount is due: after `after` seconds, then at doubling intervals."""
     still = time.time() - stall.since
     return still > after and still - stall.asked > min(stall.asked, _RECHECK_SECONDS)
 

@@ -1,4 +1,4 @@
-"""The jobs of batches, on Celery: feeding, slice by slice, and putting the results together."""
+"""The Celery jobs of batches: feeding, slice by slice, and assembling the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from celery import Celery, Task
 from pydantic import NonNegativeInt
 
-from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, feed_message
+from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, delayed, feed_message
 from inferq.consumers.batches.assembly import Unfinished, end
 from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from inferq.consumers.batches.retry import load_services, resend_unless_done
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
-    """Add the jobs of batches to an application; `around` defaults to what the environment says.
+    """Add the jobs of batches to an application. `services` defaults to those of the environment.
 
     Raises InstallationError for bad settings.
     """
@@ -40,19 +40,11 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
             cursor = Cursor(line, offset)
             match Slice(here, tenant, batch_id, chain=chain, part=part, cursor=cursor).run():
                 case GoOn(cursor, seconds):
-                    if seconds:
-                        arguments = {
-                            "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part + 1,
-                            "line": cursor.line, "offset": cursor.offset,
-                        }  # fmt: skip
-                        self.apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
-                    else:
-                        here.confirm(
-                            feed_message(
-                                tenant, batch_id, chain=chain, part=part + 1,
-                                line=cursor.line, offset=cursor.offset,
-                            )
-                        )  # fmt: skip
+                    message = feed_message(
+                        tenant, batch_id, chain=chain, part=part + 1,
+                        line=cursor.line, offset=cursor.offset,
+                    )  # fmt: skip
+                    here.confirm(delayed(message, seconds) if seconds else message)
                 case Assemble(error):
                     here.confirm(assemble_message(tenant, batch_id, error=error))
                 case Nothing():
@@ -65,13 +57,13 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
         def once() -> None:
             batch = here.batches.load(tenant, batch_id)
             if batch is None:
-                _log.error("batch %s: there is no record of it, so that it cannot be ended", batch_id)
+                _log.error("batch %s: its record is missing, so it cannot be finished", batch_id)
                 return
             try:
                 end(here, batch, error)
             except Unfinished:
-                # Redis said that all had ended, the object store does not: it is the one to be believed.
-                _log.warning("batch %s: not all of it has ended: it is looked at again", batch_id)
+                # Redis counted more ends than the object store has. The object store is right.
+                _log.warning("batch %s: some tasks have not ended, recounting", batch_id)
                 standing = here.index.look(tenant, batch_id)
                 line, offset = (standing.line, standing.offset) if standing else (0, 0)
                 here.index.forget(tenant, batch_id, high_water=line)

@@ -1,4 +1,4 @@
-"""How the lines of a batch stand in truth: looked up in the object store, where Redis does not know."""
+"""Recounts a batch from the object store, if Redis has lost or missed its state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Ends = dict[EndState, list[int]]
 
 
 class Recount:
-    """Makes the index of one batch right. `renew` is called every now and then, to keep the lease."""
+    """Corrects the index of one batch. Calls `renew` regularly to keep the lease."""
 
     def __init__(
         self, services: BatchServices, batch: Batch, source: BatchSource, renew: Callable[[], None]
@@ -38,7 +38,7 @@ class Recount:
         self._name = (batch.tenant, batch.batch_id)
 
     def all(self, cursor: Cursor) -> None:
-        """Mark every line up to the cursor anew: as fed or invalid, and as ended where it is."""
+        """Mark every line up to the cursor again: fed or invalid, and ended if it has a result."""
         index = self._services.index
         for part in in_parts(self._tasks(cursor), _MARKED_AT_ONCE):
             fed = [(line, task) for line, task in part if task is not None]
@@ -51,16 +51,16 @@ class Recount:
             self._list(cursor)
 
     def in_flight(self) -> None:
-        """Mark those lines as ended whose end Redis has missed."""
+        """Mark the lines whose end Redis has missed."""
         with self._ids() as ids_of:
             for lines in self._unended():
                 self._mark(self._look_up(ids_of(lines)))
                 self._renew()
                 if self._services.stopping.is_set():
-                    return  # somebody else goes on
+                    return  # the next slice continues
 
     def cancel_in_flight(self) -> None:
-        """Record the end of whatever has not ended: its message finds that, and nothing is run."""
+        """Record all unfinished tasks as cancelled; a worker that gets their messages skips them."""
         error = InvalidTask("the batch was cancelled before the task ended", code="cancelled")
         parser = LineParser(self._batch)
         with self._picked() as pick, self._sources.taken(self._source) as taken:
@@ -79,7 +79,7 @@ class Recount:
                 self._renew()
 
     def _unended(self) -> Iterator[list[int]]:
-        """The lines that are fed and have not ended, as Redis has it, some at a time."""
+        """The fed lines without an end, according to Redis, in chunks."""
         after = 0
         while lines := self._services.index.unended(*self._name, after=after, limit=_LOOKED_UP_AT_ONCE):
             yield lines
@@ -94,11 +94,11 @@ class Recount:
         if kept.batch_line != task.batch_line:
             return ended
         if self._source.own_ids:
-            self._services.status.ended(kept)  # while it was queued it had a record
+            self._services.status.ended(kept)  # a queued task with an id of its own has a record
         return kept
 
     def _tasks(self, cursor: Cursor) -> Iterator[tuple[int, Task | None]]:
-        """The lines up to the cursor and their tasks, None where a line is invalid."""
+        """The lines up to the cursor with their tasks; None for an invalid line."""
         parser = LineParser(self._batch)
         with self._sources.lines(self._source) as lines, self._sources.taken(self._source) as taken:
             for line in lines:
@@ -113,7 +113,7 @@ class Recount:
 
     @contextmanager
     def _picked(self) -> Iterator[Callable[[list[int]], Iterator[Line]]]:
-        """What gives the lines of these numbers. Called on and on, with ever higher ones, it reads once."""
+        """A function from line numbers to lines. With ascending numbers it reads the source once."""
         with self._sources.lines(self._source) as lines:
 
             def pick(numbers: list[int]) -> Iterator[Line]:
@@ -129,7 +129,7 @@ class Recount:
 
     @contextmanager
     def _ids(self) -> Iterator[Callable[[list[int]], Iterator[tuple[int, str]]]]:
-        """What gives lines with the ids of their tasks, as `_picked` gives the lines."""
+        """A function from line numbers to (line, task id), like `_picked`."""
         own_id = self._batch.task_id
         if not self._source.own_ids:
             yield lambda numbers: ((number, own_id(number)) for number in numbers)
@@ -140,14 +140,14 @@ class Recount:
             )
 
     def _look_up(self, ids: Iterable[tuple[int, str]]) -> Ends:
-        """Which of these lines have ended, by their results."""
+        """The lines that have ended, by state, from their results."""
 
         def state(pair: tuple[int, str]) -> tuple[int, EndState | None]:
             line, task_id = pair
             try:
                 result = self._services.results.load(self._batch.tenant, task_id)
             except UnreadableResult:
-                return line, "failed"  # the worker has put the task aside, too
+                return line, "failed"  # the worker dead-letters the task, too
             if result is None:
                 return line, None
             return line, result.status if belongs(result, self._batch, line) else "failed"
@@ -160,7 +160,7 @@ class Recount:
         return ends
 
     def _list(self, cursor: Cursor) -> None:
-        """Mark what a listing of the results finds: a request for a thousand of them, not one for each."""
+        """Mark the ends that a listing of results finds: one request per thousand results."""
         prefix = f"{self._batch.batch_id}."
         found = self._services.results.endings(self._batch.tenant, prefix)
         for part in in_parts(found, _MARKED_AT_ONCE):
@@ -185,12 +185,12 @@ class Recount:
 
 
 def belongs(result: Result, batch: Batch, line: int) -> bool:
-    """Whether the result is that of this line, and not of another task that has the same id."""
+    """Whether the result is of this line, not of another task with the same id."""
     return result.batch_id == batch.batch_id and result.batch_line == line
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items, some at a time."""
+    """The items in lists of up to `size`."""
     rest = iter(items)
     while part := list(islice(rest, size)):
         yield part

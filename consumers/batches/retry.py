@@ -1,8 +1,11 @@
-"""What all jobs share: their surroundings, and how one that cannot go on is done again.
+"""Retries of batch and nightly jobs, and the services that they share.
 
-A job sends what comes next first (confirmed), and is acknowledged then. Whatever goes wrong, that is the job
-itself, after a while: a batch waits for what is away, however long, and is never dropped. It waits in the
-broker: on a thread, a few broken batches would hold up all others.
+A job publishes its successor (confirmed) and is then acknowledged. If it fails, it publishes itself again with a
+delay: a batch waits out any outage and is never dropped. It waits in the broker: waiting on a thread, a few broken
+batches would block all others.
+
+Celery's own `Task.retry` would not do: if it cannot publish, it rejects the job without requeueing it
+(tests/jobs/test_retry.py).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from functools import cache
 
 from celery import Task
 from celery.exceptions import Reject
@@ -20,55 +24,53 @@ from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import InferqError, Outage
 
 _AGAIN_SECONDS = 3.0
-"""Seconds until a job is done again that failed for the first time; each further time it is twice as long."""
+"""Seconds until the first retry; the pause doubles with each further failure."""
 _OUTAGE_SECONDS = 30.0
-"""Seconds at most where something is away: all goes on soon after it is back."""
+"""The longest pause during an outage, in seconds: work resumes soon after it ends."""
 _FAULT_SECONDS = 600.0
-"""Seconds at most for any other fault, which mostly lasts until a person sees to it."""
+"""The longest pause after any other error, in seconds: most need a person to fix them."""
 
 _log = logging.getLogger(__name__)
 
 
+@cache
 def load_services() -> BatchServices:
-    """Those that the environment names; their waits end as the process is to end. Raises InstallationError.
+    """The process's services, from the environment. Raises InstallationError for a bad setting.
 
-    They are loaded before a job comes: with a setting that cannot be read, none could be done.
+    Loaded before the first job arrives, so that a bad setting ends the process at its start.
     """
-    here = BatchServices.load()
-    here.index, here.store  # noqa: B018 - a URL that cannot be read is to be named now
-    worker_shutting_down.connect(lambda **_: here.stopping.set(), weak=False)
-    return here
+    services = BatchServices.load()
+    services.index, services.store  # noqa: B018 - reports a bad URL now
+    worker_shutting_down.connect(lambda **_: services.stopping.set(), weak=False)
+    return services
 
 
-def resend_unless_done(task: Task, here: BatchServices, what: str, call: Callable[[], object]) -> None:
-    """Do it; where it fails, the job is sent again, to arrive after a while. `what` is for the log."""
+def resend_unless_done(task: Task, services: BatchServices, what: str, call: Callable[[], object]) -> None:
+    """Call `call`; if it fails, publish the job again with a delay. `what` names it in the log."""
     failures = task.request.retries
     try:
         call()
         return
     except Outage as error:
         pause = _pause(failures, _OUTAGE_SECONDS)
-        _log.warning("%s: waits, and goes on then: %s", what, error)
+        _log.warning("%s: a service is unavailable, retrying in %.0f s: %s", what, pause, error)
     except InferqError as error:
         pause = _pause(failures, _FAULT_SECONDS)
-        _log.error("%s: cannot go on, and tries again in %.0f s: %s", what, pause, error)
+        _log.error("%s: failed, retrying in %.0f s: %s", what, pause, error)
     except Exception as error:
         pause = _pause(failures, _FAULT_SECONDS)
-        # The same stack again, hour after hour, would bury the rest.
-        _log.error(
-            "%s: cannot go on, and tries again in %.0f s: %r", what, pause, error, exc_info=failures == 0
-        )
+        # Only the first failure logs its stack.
+        _log.error("%s: failed, retrying in %.0f s: %r", what, pause, error, exc_info=failures == 0)
     try:
-        here.confirm(delayed(_resent(task), pause))
+        services.confirm(delayed(_resent(task), pause))
     except Exception as error:
-        # Nobody could go on now: the broker hands it out again.
-        _log.warning("%s: cannot be sent again, and is given back: %s", what, error)
-        here.stopping.wait(_AGAIN_SECONDS)
-        raise Reject(f"{what} is to go on", requeue=True) from error
+        _log.warning("%s: the retry cannot be published, requeued: %s", what, error)
+        services.stopping.wait(_AGAIN_SECONDS)
+        raise Reject(f"{what} failed and is requeued", requeue=True) from error
 
 
 def _pause(failures: int, most: float) -> float:
-    """Seconds to wait after so many failures before this one, with some jitter."""
+    """The pause in seconds after `failures` earlier failures, with jitter."""
     return min(most, _AGAIN_SECONDS * 2.0 ** min(failures, 10)) * random.uniform(0.8, 1.0)  # noqa: S311
 
 

@@ -1,4 +1,4 @@
-"""What the jobs of batches share in one process: the stores, the index, the publisher."""
+"""The services that batch jobs of one process share: stores, index, publisher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from inferq.storage.batches.sources import Sources
 
 @dataclass(frozen=True)
 class BatchServices:
-    """The services of all batches. Safe from many threads; `stopping` is set when the process is to end."""
+    """Safe from many threads. `stopping` is set when the process shuts down."""
 
     settings: BatchSettings
     storage: StorageSettings
@@ -33,7 +33,7 @@ class BatchServices:
 
     @classmethod
     def load(cls) -> BatchServices:
-        """From the environment. Raises InstallationError; connects to nothing yet."""
+        """From the environment; does not connect. Raises InstallationError."""
         return cls(BatchSettings.load(), StorageSettings.load(), BrokerSettings.load())
 
     @cached_property
@@ -62,7 +62,7 @@ class BatchServices:
 
     @property
     def publisher(self) -> Publisher:
-        """The publisher, which begins to connect with the first use."""
+        """The publisher; its first use starts connecting."""
         with self._lock:
             return self._publisher
 

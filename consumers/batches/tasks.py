@@ -1,4 +1,4 @@
-"""The task in a line, as whoever feeds a batch and whoever puts it together both see it."""
+"""The task in a line, the same for feeding and for assembly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inferq.storage.batches.sources import DuplicateIds
 
 
 def task_of(parser: LineParser, taken: DuplicateIds, line: Line) -> Task:
-    """The task in a line. Raises InvalidTask, too where another line has taken its id."""
+    """The task in a line. Raises InvalidTask, also if an earlier line has the same id."""
     first = taken.by(line.number)
     if first is not None:
         raise InvalidTask(f"the same task_id as line {first}: each task needs its own", code="duplicate_id")

@@ -1,4 +1,4 @@
-"""What follows an attempt to deliver a callback: a pure function from what came of it to a decision."""
+"""Decides what follows an attempt to deliver a callback. Pure: no clock, no network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from email.utils import parsedate_to_datetime
 from inferq.schemas import CallbackAttempt
 
 MAX_RETRY_AFTER = 86400.0
-"""Seconds that a receiver may ask us to stay away, at most; longer than that is taken for this."""
+"""The longest `Retry-After` that is honoured, in seconds; a longer one counts as this."""
 
 JITTER = 0.1
-"""A pause is longer than the schedule says by up to this part of it, so that repeats do not come in waves."""
+"""A pause is up to this share longer than the schedule says, so that retries spread out."""
 
 _GONE = 410
 
 
 @dataclass(frozen=True)
 class Delivered:
-    """The receiver has it."""
+    """The receiver accepted the callback."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Again:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """It is not tried again, because of `reason`."""
+    """No further attempt, because of `reason`."""
 
     reason: str
 
@@ -47,22 +47,22 @@ def after_attempt(
     retry_after: float | None = None,
     chance: float = 0.0,
 ) -> Decision:
-    """What to do after the last of these attempts.
+    """The decision after the last of these attempts.
 
-    `schedule` has the seconds before each attempt, `retry_after` those that the receiver asked for, and
-    `chance`, from 0 to 1, spreads the pause.
+    `schedule` has the seconds before each attempt. `retry_after` is the receiver's `Retry-After`, in seconds.
+    `chance`, from 0 to 1, sets the jitter.
     """
     last = attempts[-1]
     if last.status is not None and 200 <= last.status < 300:
         return Delivered()
     if last.status == _GONE:
-        return GivenUp("the receiver answered 410: it wants no more of them")
+        return GivenUp("the receiver answered 410 Gone: it accepts no more callbacks")
     if len(attempts) >= len(schedule):
         what = f"status {last.status}" if last.status is not None else last.error
         return GivenUp(f"{len(attempts)} attempts failed, the last with: {what}")
     pause = schedule[len(attempts)] * (1 + JITTER * chance)
     if retry_after is not None:
-        # Asking for less than the schedule changes nothing, or a broken receiver would use it up.
+        # A shorter Retry-After is ignored: a broken receiver would use up the schedule.
         pause = max(pause, min(retry_after, MAX_RETRY_AFTER) * (1 + JITTER * chance))
     return Again(pause)
 

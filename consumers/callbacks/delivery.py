@@ -1,4 +1,4 @@
-"""A callback from its arrival in the queue to its delivery, its next attempt, or its end."""
+"""Delivers callbacks: one attempt, then its record, the next attempt or the failure."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from inferq.storage import CallbackRecords, WebhookSecrets
 _log = logging.getLogger(__name__)
 
 _CARRIED_RESPONSE = 200
-"""Characters of each answer that travel with a callback; there may be dozens of them."""
+"""Characters of each response that travel with a callback, which may have dozens of attempts."""
 
 _LATER_SECONDS = 30.0
-"""How long a callback rests whose failure could not be kept, as the object store is away."""
+"""Seconds until the next try to record a failure while the object store is unavailable."""
 
 _AFTER_FAULT_SECONDS = 60.0
 
 _HUNG_SECONDS = 6 * 3600.0
-"""For how long a target has to time out, with nothing else between, until what is overdue is given up."""
+"""How long every attempt at a target must have timed out before its overdue callbacks fail."""
 
 
 class Job(BaseModel):
-    """What the job `callbacks.deliver` is given. `since`: when it was seen here for the first time."""
+    """The arguments of the job `callbacks.deliver`. `since`: when this process group first saw the callback."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ class Job(BaseModel):
 
 @dataclass(frozen=True)
 class Delivery:
-    """Makes one attempt of a callback at a time. `publish` returns once the broker has the message."""
+    """Makes single attempts. `publish` returns once the broker has confirmed the message."""
 
     settings: CallbackSettings
     secrets: WebhookSecrets
@@ -71,34 +71,34 @@ class Delivery:
     publish: Callable[[Message], None]
 
     def attempt(self, job: Job) -> Sent | None:
-        """Make an attempt and see to what follows; the job is done with when this returns.
+        """Make one attempt and record or schedule what follows. The job can be acknowledged afterwards.
 
-        Gives what came of it, None where nothing was sent. Raises Outage where the broker does not take the
-        next attempt's message.
+        Returns the attempt, or None if nothing was sent. Raises Outage if the broker did not confirm the next
+        attempt's message.
         """
         schedule = self.settings.callback_schedule
         if job.attempts:
             if self._is_delivered(job):
                 return None
             decision = after_attempt(job.attempts, schedule)
-            if isinstance(decision, GivenUp):  # before, when that could not be kept
+            if isinstance(decision, GivenUp):  # decided before, but the failure could not be recorded
                 self._follow(job, decision)
                 return None
         sent = self._send(job)
-        # What was learnt travels with the callback: the index may be lost.
+        # The attempts travel with the callback, since Redis may lose them.
         job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
         chance = random.random()  # noqa: S311 - jitter, not a secret
         self._follow(job, after_attempt(job.attempts, schedule, retry_after=sent.retry_after, chance=chance))
         return sent
 
     def overdue(self, since: datetime | None) -> bool:
-        """Whether the schedule is over for a callback seen then, and what a receiver may ask for on top."""
+        """Whether a callback first seen at `since` is past its schedule and the longest `Retry-After`."""
         return since is not None and datetime.now(UTC) - since > timedelta(seconds=self._patience)
 
     def hopeless(self, since: datetime | None, hung: float) -> bool:
-        """Whether to give up a callback that is overdue, as its target has hung for so many seconds.
+        """Whether to fail an overdue callback whose target has timed out for `hung` seconds.
 
-        After a standstill of our own all are overdue, and the target is given time to take them.
+        After an outage on our side all callbacks are overdue; the target then gets time to accept them.
         """
         return hung > min(self._patience, _HUNG_SECONDS) and self.overdue(since)
 
@@ -107,17 +107,17 @@ class Delivery:
         return sum(self.settings.callback_schedule) * (1 + JITTER) + MAX_RETRY_AFTER
 
     def expire(self, job: Job) -> None:
-        """Give up a callback that is hopeless. Raises Outage, as `attempt`."""
+        """Record a hopeless callback as failed. Raises Outage, like `attempt`."""
         seen = f" since {job.since:%Y-%m-%d %H:%M} UTC" if job.since is not None else ""
         self._give_up(
             job,
-            f"its target goes on timing out, and others wait for it too: {len(job.attempts)} attempts{seen}",
+            f"its target keeps timing out, and other callbacks wait for it: {len(job.attempts)} attempts{seen}",
         )
 
     def put_off(self, job: Job, error: Exception) -> None:
-        """Try again later after a fault of our own; it counts as an attempt, so that it ends by the schedule.
+        """Retry later after an internal error. It counts as an attempt, so the schedule still ends.
 
-        Raises Outage where the broker does not take the next attempt's message.
+        Raises Outage if the broker did not confirm the next attempt's message.
         """
         why = _internal(error)
         if len(job.attempts) < len(self.settings.callback_schedule):
@@ -126,14 +126,14 @@ class Delivery:
         due = datetime.now(UTC) + timedelta(seconds=_AFTER_FAULT_SECONDS)
         try:
             self._note(_record(job, "waiting", next_at=due, reason=why))
-        except Exception:  # it may be what failed before, and the next attempt is on its way
-            _log.exception("%s: not on record", job.callback.callback_id)
+        except Exception:  # it may be the same error, and the next attempt is already published
+            _log.exception("%s: the retry is not recorded", job.callback.callback_id)
 
     def _send(self, job: Job) -> Sent:
         try:
             return self._signed(job.callback)
         except Exception as error:
-            _log.exception("%s: the attempt itself failed", job.callback.callback_id)
+            _log.exception("%s: internal error during an attempt", job.callback.callback_id)
             return _unsent(_internal(error))
 
     def _signed(self, callback: Callback) -> Sent:
@@ -143,8 +143,8 @@ class Delivery:
             return _unsent(error.message)
         if not secrets:
             return _unsent(
-                f"no_secret: tenant {callback.tenant!r} has no webhook secret, and nothing is sent unsigned; "
-                f"make one: inferq secrets rotate {callback.tenant}"
+                f"no_secret: tenant {callback.tenant!r} has no webhook secret, and callbacks are never sent unsigned; "
+                f"create one: inferq secrets rotate {callback.tenant}"
             )
         sent = self.sender.send(callback, secrets)
         self.metrics.seconds.observe(sent.attempt.seconds)
@@ -156,11 +156,11 @@ class Delivery:
                 self._note(_record(job, "delivered"))
                 last = len(job.attempts) >= len(self.settings.callback_schedule)
                 if job.resent_at is not None or last or self.overdue(job.since):
-                    # It may have been given up before: a crash came between that and the ack.
+                    # A crash between recording a failure and the ack leaves a failure record.
                     self._drop(job)
                 self.metrics.outcomes.labels("delivered").inc()
             case Again(seconds):
-                # First the next attempt, then the ack: a crash between the two sends it twice, with one id.
+                # Publish the next attempt, then ack. A crash in between sends it twice with the same id.
                 self.publish(delayed(job.message(), seconds))
                 due = datetime.now(UTC) + timedelta(seconds=seconds)
                 self._note(_record(job, "waiting", next_at=due, reason=job.attempts[-1].error))
@@ -169,7 +169,7 @@ class Delivery:
                 self._give_up(job, reason)
 
     def _is_delivered(self, job: Job) -> bool:
-        """Whether another copy of the job, or one that was sent again, has been delivered meanwhile."""
+        """Whether another copy of the job, or a resent one, was delivered meanwhile."""
         try:
             known = self.records.known(job.callback)
         except Outage:
@@ -186,11 +186,11 @@ class Delivery:
         try:
             self.records.keep(record)
         except Outage as error:
-            _log.warning("%s waits: its failure cannot be kept: %s", callback.callback_id, error)
+            _log.warning("%s: the failure cannot be recorded, retrying: %s", callback.callback_id, error)
             self.publish(delayed(job.message(), _LATER_SECONDS))
             return
         _log.warning(
-            "callback %s of %s %r (%s) is given up: %s",
+            "callback %s of %s %r (%s) failed: %s",
             callback.callback_id, callback.subject_kind, callback.subject_id, callback.event, reason,
         )  # fmt: skip
         self._note(record)
@@ -199,18 +199,22 @@ class Delivery:
     def _note(self, record: CallbackRecord) -> None:
         try:
             self.records.note(record)
-        except Outage as error:  # an index, and no more
-            _log.debug("not on record: %s", error)
+        except Outage as error:  # only an index
+            _log.debug("not recorded in Redis: %s", error)
 
     def _drop(self, job: Job) -> None:
         try:
             self.records.drop(_record(job, "delivered"))
         except Outage as error:
-            _log.warning("%s is delivered, but stays among the failures: %s", job.callback.callback_id, error)
+            _log.warning(
+                "%s was delivered, but its failure record could not be deleted: %s",
+                job.callback.callback_id,
+                error,
+            )
 
 
 def _internal(error: Exception) -> str:
-    """No more than the kind: the owner of the task is to see it, and the message may name what is ours."""
+    """Only the error's type: the task's owner sees it, and the message may name internals."""
     return f"internal: {type(error).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""The job `callbacks.deliver`, and how it is kept from the threads while its target has enough to do."""
+"""The job `callbacks.deliver`. It gets a thread only while its target is under the limit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 _BROKER_PATIENCE_SECONDS = 120.0
 _ENDINGS = 4
-"""Threads that give up callbacks to targets that hang; those of the pool are for sending."""
+"""Threads that record hopeless callbacks as failed; the pool's threads send."""
 
 
 def add_jobs(app: Celery) -> None:
@@ -64,7 +64,7 @@ def add_jobs(app: Celery) -> None:
 
 
 class CallbackJobs:
-    """What the jobs of one process share, made when the first one comes."""
+    """The services that the jobs of one process share, created with the first job."""
 
     def __init__(
         self,
@@ -84,16 +84,16 @@ class CallbackJobs:
         self._endings = ThreadPoolExecutor(_ENDINGS, thread_name_prefix="endings")
 
     def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
-        """Celery's way from a message to a thread, with a look at the target first.
+        """Celery's strategy (message to pool), preceded by a check of the target.
 
-        It runs on the thread that reads from the broker, before the message takes up a place in the pool: a
-        thousand callbacks for a dead target are put aside there as fast as the broker confirms.
+        It runs on Celery's consuming thread, before a pool thread is taken. A thousand callbacks for a dead
+        target are deferred as fast as the broker confirms (tests/callbacks/test_delivery.py).
         """
         targets = self._targets
         targets.threads = consumer.pool.limit
         deferred = self._metrics.deferred
         if "inference.callbacks" in app.amqp.queues.consume_from:
-            self._delivery  # noqa: B018 - made before the first callback waits for it
+            self._delivery  # noqa: B018 - created before the first callback needs it
             self._publisher.wait_connected(_BROKER_PATIENCE_SECONDS)
         to_pool = celery_strategy(task, app, consumer)
 
@@ -104,26 +104,26 @@ class CallbackJobs:
                 if error is None:
                     ack(_log, consumer.connection_errors)
                 elif isinstance(error, InvalidTask):
-                    _log.error("job %r cannot be sent on: %s", message.headers.get("id"), error)
+                    _log.error("job %r cannot be published again: %s", message.headers.get("id"), error)
                     reject(_log, consumer.connection_errors)
                 else:
-                    _log.warning("a callback could not be put aside or ended, it is taken again: %s", error)
+                    _log.warning("a callback could not be deferred or failed, requeued: %s", error)
                     reject(_log, consumer.connection_errors, True)
 
             try:
-                # No more than is needed: what is put aside is put aside as it came.
+                # Read only the URL: a deferred message is published again unchanged.
                 document = json.loads(message.body)
                 target = _target(document[1]["callback"]["url"])
             except (ValueError, TypeError, LookupError, RecursionError):
                 document, target = None, _NO_TARGET
             delay = targets.enter(target)
-            # A backlog for a target that hangs would have one attempt at a time, for months.
+            # Otherwise the backlog of a hanging target gets one attempt at a time, for months.
             hopeless = delay is not None and self._delivery.hopeless(_since(document), targets.hung(target))
             if delay is None or hopeless:
                 try:
                     job = _read(message.body)
                 except (ValueError, TypeError, LookupError, RecursionError) as error:
-                    _log.error("job %r is no callback and is put aside: %s", message.headers.get("id"), error)
+                    _log.error("job %r is not a callback, rejected: %s", message.headers.get("id"), error)
                     if delay is None:
                         targets.leave(target, None)
                     reject(_log, consumer.connection_errors)
@@ -149,19 +149,19 @@ class CallbackJobs:
             return failed
 
     def deliver(self, job: Job) -> None:
-        """Make one attempt, on a thread of the pool; its place at the target has been taken."""
+        """Make one attempt on a pool thread; the target's slot is already reserved."""
         sent = None
         try:
             sent = self._delivery.attempt(job)
         except Outage as error:
-            # Neither done nor lost: the broker hands it out again, to whoever can reach it.
-            _log.warning("%s goes back to the queue: %s", job.callback.callback_id, error)
+            # The broker redelivers it, perhaps to a process that can reach the service.
+            _log.warning("%s requeued: %s", job.callback.callback_id, error)
             raise Reject(error, requeue=True) from error
         except Exception as error:
-            _log.exception("%s: the delivery itself failed", job.callback.callback_id)
+            _log.exception("%s: internal error during delivery", job.callback.callback_id)
             self._put_off(job, error)
         finally:
-            # The rest of the time was ours: a target is not slow because our store is.
+            # Only the attempt's own time counts: a slow store does not make the target slow.
             tried = sent if sent is not None and sent.tried else None
             self._targets.leave(
                 _target(job.callback.url),
@@ -175,7 +175,7 @@ class CallbackJobs:
         except Outage:
             raise
         except Exception as error:
-            _log.exception("%s: it could not be given up", job.callback.callback_id)
+            _log.exception("%s: internal error while recording the failure", job.callback.callback_id)
             self._delivery.put_off(job, error)
 
     def _put_off(self, job: Job, error: Exception) -> None:
@@ -185,7 +185,7 @@ class CallbackJobs:
             raise Reject(error, requeue=True) from error
 
     def _publish(self, message: Message) -> None:
-        """Raises Outage where RabbitMQ has not taken the message within some minutes."""
+        """Publish, and retry for two minutes. Raises Outage if RabbitMQ stays unavailable."""
         ends = time.monotonic() + _BROKER_PATIENCE_SECONDS
         failures = 0
         while True:
@@ -232,13 +232,13 @@ def _read(body: bytes | str) -> Job:
     try:
         return Job.model_validate(json.loads(body)[1])
     except ValidationError as error:
-        # Its own words would repeat what the task holds.
+        # Pydantic's message would quote the task's values.
         places = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
         raise ValueError(f"wrong in {places}") from None
 
 
 def _since(document: Any) -> datetime | None:
-    """When the callback of a job's message was seen here for the first time, where it says so."""
+    """When the callback was first seen, from the job's message; None if it does not say."""
     try:
         since = datetime.fromisoformat(document[1]["since"])
     except (ValueError, TypeError, LookupError):
@@ -247,7 +247,7 @@ def _since(document: Any) -> datetime | None:
 
 
 def _seen(document: Any) -> bytes | None:
-    """The body of a job's message with the word that it was seen now; None where it says when, or cannot."""
+    """The message body with `since` set to now; None if it is set already or cannot be."""
     if document is None or _since(document) is not None:
         return None
     document[1]["since"] = datetime.now(UTC).isoformat()
@@ -255,7 +255,7 @@ def _seen(document: Any) -> bytes | None:
 
 
 _NO_TARGET: Target = ("", "", 0)
-"""That of a URL which leads nowhere; it is refused when it is sent, and nothing is opened for it."""
+"""The target of an invalid URL. Sending refuses it without opening a connection."""
 
 
 @lru_cache(4096)

@@ -1,4 +1,4 @@
-"""One attempt to deliver a callback: signed over the exact bytes, sent, and what came of it."""
+"""Makes one attempt to deliver a callback: signs the exact bytes, sends them, reports the result."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ERROR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Sent:
-    """What came of an attempt. `retry_after`: the seconds that the receiver asked us to stay away.
+    """The result of an attempt. `retry_after`: the receiver's `Retry-After`, in seconds.
 
-    `tried`: the receiver had a part in it.
+    `tried`: whether a connection to the receiver was attempted.
     """
 
     attempt: CallbackAttempt
@@ -37,7 +37,7 @@ class Sent:
 
 
 class Sender:
-    """Sends callbacks, from many threads. `resolver` and `ssl_context` stand for the outside world."""
+    """Sends callbacks; safe from many threads. Tests replace `resolver` and `ssl_context`."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Sender:
             resolver=resolver,
             ssl_context=ssl_context,
             agent=agent,
-            patience=self._timeout,  # the deadline of the whole attempt is the one that counts
-            connections=None,  # each thread has one at most: waiting for one would be the target's fault
+            patience=self._timeout,  # the deadline of the whole attempt applies
+            connections=None,  # a thread uses one at a time; a wait here would count as the target's delay
         )
 
     def send(self, callback: Callback, secrets: Sequence[str]) -> Sent:
-        """Make one attempt, signed with each of the secrets, of which there has to be at least one."""
+        """Make one attempt, signed with each of the secrets (at least one)."""
         now = datetime.now(UTC)
         began = time.monotonic()
         status = error = response = retry_after = None
@@ -78,21 +78,21 @@ class Sender:
         except httpcore.TimeoutException:
             timed_out = True
             if status is None:
-                error = f"no answer within {self._timeout:g} s"
+                error = f"no response within {self._timeout:g} s"
             else:
-                # Whoever never comes to the end of an answer may not have taken it, and holds up the others.
-                error = f"status {status}, but the answer did not end within {self._timeout:g} s"
+                # An endless response may mean that the callback was not accepted, and it blocks others.
+                error = f"status {status}, but the response did not end within {self._timeout:g} s"
                 status = None
         except InvalidTask as refused:
             error = f"{refused.code}: {refused.message}"
         except httpcore.ConnectError as failed:
             cause = failed.__cause__ or failed.__context__
             if isinstance(cause, ssl.SSLCertVerificationError):
-                error = f"certificate_refused: the server's certificate does not hold: {cause.verify_message}"
+                error = f"certificate_refused: the server's certificate is invalid: {cause.verify_message}"
             else:
                 error = f"the connection failed: {failed}"
         except (httpcore.NetworkError, httpcore.ProtocolError) as failed:
-            error = f"the connection broke off: {failed}"
+            error = f"the connection was lost: {failed}"
         attempt = CallbackAttempt(
             at=now,
             seconds=round(time.monotonic() - began, 3),
@@ -104,7 +104,7 @@ class Sender:
 
 
 def signatures(callback: Callback, secrets: Sequence[str], moment: datetime) -> str:
-    """A signature by each secret, separated by spaces; `moment` is in UTC, and counts in whole seconds."""
+    """One signature per secret, separated by spaces. `moment` is in UTC; whole seconds count."""
     return " ".join(Webhook(secret).sign(callback.callback_id, moment, callback.body) for secret in secrets)
 
 
@@ -122,7 +122,7 @@ def _headers(callback: Callback, secrets: Sequence[str], url: HttpUrl, now: date
 
 
 def _beginning(answer: httpcore.Response) -> str | None:
-    """How the answer's body begins. A short one is read to its end, so that the connection can be kept."""
+    """The beginning of the response body. A short body is read to its end to reuse the connection."""
     body = b""
     for chunk in answer.iter_stream():
         body += chunk[: _RESPONSE_BYTES + 1 - len(body)]

@@ -11,7 +11,7 @@ from inferq.schemas import Settings
 from inferq.storage.settings import Network
 
 SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 36000.0)
-"""Seconds from one attempt to the next, as the Standard Webhooks propose; the first is made at once."""
+"""Seconds before each attempt, as Standard Webhooks proposes; the first is immediate."""
 
 
 class CallbackSettings(Settings):

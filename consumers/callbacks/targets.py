@@ -1,7 +1,7 @@
-"""Who may send to which target at a time, so that a dead or slow one never holds up another's callbacks.
+"""Limits callbacks in flight per target, so that a dead or slow target never delays another's callbacks.
 
-A target is a scheme, host and port. What is over its limit does not wait here: it is told to come back later,
-at a time of its own, and rests in the broker until then.
+A target is a scheme, host and port. A callback over the limit is deferred: it waits in the broker for its own
+delay.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Target = tuple[str, str, int]
 
 SHORTEST_DELAY = 1.0
 LONGEST_DELAY = 300.0
-"""Seconds that something over the limit is put aside for. No longer, as a dead target may be back by then."""
+"""Bounds of the delay over the limit, in seconds. A dead target may recover soon, hence the upper bound."""
 
 _NEW_LIMIT = 2
-"""Places of a target that has not yet answered: enough to learn how it is, too few to do harm."""
+"""The limit of a target that has not answered yet: enough to learn its state, too few to block others."""
 
 _MOST_TARGETS = 10_000
 
@@ -31,8 +31,8 @@ _Standing = Literal["trusted", "new", "suspect"]
 
 @dataclass
 class _State:
-    """What is known of a target: since when every sending has timed out, the seconds that one takes, and when
-    the last one put aside is due."""
+    """A target's state. `hangs_since`: since when every attempt has timed out. `seconds`: a moving average per
+    attempt. `next_at`: when the last deferred callback is due."""
 
     standing: _Standing = "new"
     hangs_since: float | None = None
@@ -43,12 +43,13 @@ class _State:
 
 @dataclass
 class Targets:
-    """The places of one process, `threads` in all. Safe from many threads.
+    """Shares the `threads` of one process among the targets. Safe from many threads.
 
-    A target that answers has up to `limit` of them, and at most half of those that the others leave, so that
-    the next one finds some; one that was never heard of has two; one that timed out the last time, or took
-    longer than `slow` seconds, a single one. Suspects together have at most half of all places, and together
-    with the new ones three quarters.
+    - A trusted target, which answers, gets up to `limit`, and at most half of the threads that others leave.
+    - A new target gets two.
+    - A suspect, whose last attempt timed out or took longer than `slow` seconds, gets one.
+
+    All suspects together get at most half of the threads; suspects and new targets at most three quarters.
     """
 
     threads: int
@@ -61,7 +62,7 @@ class Targets:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, target: Target) -> float | None:
-        """Take a place, to be given back by `leave`: None. Else the seconds after which to come again."""
+        """Reserve a slot and return None; `leave` frees it. At the limit, return the delay in seconds."""
         with self._lock:
             state = self._states.get(target) or self._add(target)
             most = self._most(state)
@@ -72,7 +73,7 @@ class Targets:
             return self._delay(state)
 
     def hung(self, target: Target) -> float:
-        """For how many seconds every sending to the target has timed out; 0 where the last one did not."""
+        """For how many seconds every attempt at the target has timed out; 0 if the last one did not."""
         with self._lock:
             state = self._states.get(target)
             if state is None or state.hangs_since is None:
@@ -80,7 +81,7 @@ class Targets:
             return self.clock() - state.hangs_since
 
     def leave(self, target: Target, seconds: float | None, *, timed_out: bool = False) -> None:
-        """Give a place back after a sending that took so many seconds; None where nothing was sent."""
+        """Free a slot after an attempt that took `seconds`; None if nothing was sent."""
         with self._lock:
             state = self._states[target]
             if seconds is None:
@@ -90,7 +91,7 @@ class Targets:
             suspect = timed_out or seconds > self.slow
             self._busy[state.standing] -= state.busy
             if state.standing == "suspect" and not suspect:
-                # It is back: nobody needs to queue up behind what it was.
+                # It has recovered: the delays computed before no longer apply.
                 state.next_at, state.seconds = 0.0, seconds
             state.standing = "suspect" if suspect else "trusted"
             if not timed_out:
@@ -102,7 +103,7 @@ class Targets:
             self._busy[state.standing] += state.busy
 
     def _most(self, state: _State) -> int:
-        """How many places the target may have now."""
+        """The target's limit at this moment."""
         free = self.threads - self._busy.total()
         suspects = self._busy["suspect"]
         match state.standing:
@@ -119,19 +120,19 @@ class Targets:
         return self._busy.total()
 
     def _delay(self, state: _State) -> float:
-        """A time of its own for each: as many seconds apart as the target needs for one."""
+        """A distinct delay per callback, spaced by the time that the target needs for one."""
         now = self.clock()
         limit = {"trusted": self.limit, "new": _NEW_LIMIT, "suspect": 1}[state.standing]
         state.next_at = max(state.next_at, now + SHORTEST_DELAY) + state.seconds / limit
         if state.next_at - now > LONGEST_DELAY:
-            # More than fit into the longest delay: those that follow are spread over its second half.
+            # More callbacks than fit: spread the rest over the second half of the longest delay.
             state.next_at = now + LONGEST_DELAY
             return LONGEST_DELAY * (0.5 + self.chance() / 2)
         return state.next_at - now
 
     def _add(self, target: Target) -> _State:
         if len(self._states) >= _MOST_TARGETS:
-            # The oldest that have nothing on their way; what is forgotten is only learnt anew.
+            # Forget the oldest idle targets; their state is learnt again.
             idle = [key for key, state in self._states.items() if not state.busy]
             for key in idle[: _MOST_TARGETS // 10]:
                 del self._states[key]

@@ -1,4 +1,4 @@
-"""The command that works on the light jobs."""
+"""The command that runs the light jobs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ app = typer.Typer()
 
 _PREFIX = "inference."
 _LOW_PRIORITY = 5
-"""By how much a process that only feeds batches lowers its priority: feeding takes all it can get, and for
-the broker, the gateway and the workers beside it somebody waits."""
+"""The nice value of a process that only feeds batches. Feeding uses all the CPU time it gets; the broker,
+the gateway and the workers on the same machine go first."""
 
 
 @app.command()
@@ -31,7 +31,7 @@ def callbacks(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=1000, help="Jobs at a time.")] = 64,
     check: Annotated[
-        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+        bool, typer.Option("--check", help="Check settings and installation, then exit.")
     ] = False,
 ) -> None:
     """Deliver callbacks and feed batches, until SIGTERM."""
@@ -46,7 +46,7 @@ def callbacks(
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # Celery's own lines would tell of each job that it comes and goes, arguments included.
+    # At INFO, Celery logs every job with its arguments.
     logging.getLogger("celery").setLevel(logging.WARNING)
     if chosen == ("inference.batches",):
         os.nice(_LOW_PRIORITY)

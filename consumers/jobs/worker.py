@@ -1,4 +1,4 @@
-"""Works on the light jobs: a Celery worker whose jobs come from entry points, on threads of one process."""
+"""Runs the light jobs: a Celery worker with threads. The jobs come from entry points."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _CALLBACKS_PER_THREAD = 8
 
 
 def application(settings: BrokerSettings) -> Celery:
-    """The Celery application with every installed job. Raises InstallationError."""
+    """The Celery application with all installed jobs. Raises InstallationError."""
     app = celery_app(settings)
     for point in sorted(entry_points(group=JOB_ENTRY_POINTS), key=lambda point: point.name):
         try:
             add: Callable[[Celery], None] = point.load()
         except ImportError as error:
             raise InstallationError(
-                f"the jobs {point.name!r} cannot be imported: {error}; install their packages: "
+                f"cannot import the jobs {point.name!r}: {error}; install their packages: "
                 "pip install 'inferq[jobs]'"
             ) from error
         add(app)
@@ -51,15 +51,16 @@ def application(settings: BrokerSettings) -> Celery:
 
 
 def check_jobs(app: Celery, queues: Sequence[JobQueue]) -> None:
-    """Raises InstallationError where a job that comes by these queues is missing, or cannot be done here.
+    """Raises InstallationError if this process cannot run every job of these queues.
 
-    Celery would reject what others could do, and try a batch for ever that cannot write its files.
+    Otherwise it would reject jobs that other processes could run, and retry batches forever without a
+    writable temporary folder.
     """
     missing = [name for queue in queues for name in QUEUE_JOBS[queue] if name not in app.tasks]
     if missing:
         raise InstallationError(
-            f"jobs that come by {', '.join(queues)} are not installed: {', '.join(missing)}; "
-            f"entry-point group {JOB_ENTRY_POINTS!r} lacks them; install inferq: pip install 'inferq[jobs]'"
+            f"jobs of {', '.join(queues)} are not installed: {', '.join(missing)}; "
+            f"entry-point group {JOB_ENTRY_POINTS!r} lacks them; install them: pip install 'inferq[jobs]'"
         )
     if "inference.batches" in queues:
         try:
@@ -67,7 +68,7 @@ def check_jobs(app: Celery, queues: Sequence[JobQueue]) -> None:
         except OSError as error:
             raise InstallationError(
                 f"batches need temporary files, and none can be written: {error.strerror}; set TMPDIR to a "
-                "writable folder, or leave batches to others (--queues callbacks)"
+                "writable folder, or run without batches (--queues callbacks)"
             ) from error
 
 
@@ -79,7 +80,7 @@ def work(
     broker: BrokerSettings,
     probes: ProbeSettings,
 ) -> int:
-    """Work on the jobs of these queues until SIGTERM; jobs in hand are finished. Gives the exit status.
+    """Run the jobs of these queues until SIGTERM, then finish the running ones. Returns the exit status.
 
     Raises InstallationError and TopologyMismatch.
     """
@@ -95,7 +96,7 @@ def work(
             registry=REGISTRY,
         )
         server.start()
-    declare_patiently(broker)
+    declare(broker)
     worker = app.Worker(
         queues=list(queues),
         pool="threads",
@@ -105,23 +106,23 @@ def work(
         without_heartbeat=True,
         quiet=True,
         loglevel=None,
-        # Callbacks never wait for a thread, as they are put aside where they may not run: so many may come
-        # at once. A job of another kind may last, and must not be held from other processes meanwhile.
+        # A callback over its target's limit is deferred without a thread, so many can be prefetched. Other
+        # jobs may take long: prefetched ones would be kept from idle processes.
         prefetch_multiplier=_CALLBACKS_PER_THREAD if set(queues) == {"inference.callbacks"} else 1,
     )
     consuming.watch(worker)
-    _log.info("works on %s", ", ".join(queues))
-    gc.freeze()  # what is loaded stays: looking through all of it for garbage takes a tenth of a second
+    _log.info("consuming %s", ", ".join(queues))
+    gc.freeze()  # a full collection of what is loaded takes 0.1 s, and callbacks would wait for it
     worker.start()
     if server is not None:
         server.close()
     return int(worker.exitcode or 0)
 
 
-def declare_patiently(settings: BrokerSettings) -> None:
-    """Declare what the jobs need, as soon as the broker is there. Raises TopologyMismatch.
+def declare(settings: BrokerSettings) -> None:
+    """Declare the jobs' exchanges and queues; waits until RabbitMQ is available. Raises TopologyMismatch.
 
-    Celery would go on without delayed delivery where its own declaring failed a few times as it started.
+    Celery declares delayed delivery too, but gives up after a few failures and starts without it.
     """
     failures = 0
     while True:
@@ -131,14 +132,14 @@ def declare_patiently(settings: BrokerSettings) -> None:
         except (BrokerUnavailable, AMQPConnectionError) as error:
             failures += 1
             pause = backoff(failures)
-            _log.warning("waits for RabbitMQ, next try in %.1f s: %s", pause, error)
+            _log.warning("waiting for RabbitMQ, next attempt in %.1f s: %s", pause, error)
             time.sleep(pause)
         else:
             return
 
 
 class _Consuming:
-    """Whether the Celery worker consumes at this moment."""
+    """Whether the Celery worker is consuming."""
 
     def __init__(self) -> None:
         self._worker: Any = None
@@ -148,7 +149,7 @@ class _Consuming:
             if sender.controller is worker:
                 self._worker = worker
 
-        self._ready = ready  # Celery keeps no more than a weak reference
+        self._ready = ready  # Celery keeps only a weak reference
         signals.worker_ready.connect(ready)
 
     def readiness(self) -> Readiness:

@@ -1,15 +1,17 @@
-"""The jobs of nightly runs, on Celery: starting one, and watching over its nights."""
+"""The Celery jobs of nightly runs: starting a run, and reporting its nights."""
 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery, Task
+from pydantic import JsonValue
 
-from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message
+from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message, delayed, job_message
 from inferq.consumers.batches.retry import load_services, resend_unless_done
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.nightly.night import (
@@ -29,9 +31,9 @@ from inferq.storage.batches.lines import SourceUnusable
 from inferq.storage.runs import Run, RunLog
 
 _WATCH_SECONDS = 15
-"""Seconds, at most, from the end of a run to its summary."""
+"""The longest time from the end of a run to its summary, in seconds."""
 _SETTLING_SECONDS = 2.0
-"""What was stored by the end of a night is listed so long after it."""
+"""Seconds after a night until a listing has everything stored in it."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,15 +41,17 @@ _log = logging.getLogger(__name__)
 def add_jobs(
     app: Celery, services: BatchServices | None = None, *, watch_seconds: int = _WATCH_SECONDS
 ) -> None:
-    """Add the jobs of nightly runs to an application; `around` defaults to what the environment says.
+    """Add the jobs of nightly runs to an application. `services` defaults to those of the environment.
 
     Raises InstallationError for bad settings.
     """
     here = services or load_services()
 
     def watch_on(run: Run, since: datetime, seconds: int) -> None:
-        arguments = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
-        app.tasks[NIGHT_WATCH_JOB].apply_async(kwargs=arguments, countdown=seconds, queue="inference.batches")
+        job_id = f"watch-{run.run_id}-{secrets.token_hex(6)}"
+        arguments: dict[str, JsonValue] = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
+        message = job_message(NIGHT_WATCH_JOB, "inference.batches", arguments, job_id=job_id)
+        here.confirm(delayed(message, seconds))
 
     @app.task(name=NIGHT_START_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def start(self: Task, schedule: dict[str, Any], scheduled_at: str) -> None:
@@ -77,7 +81,7 @@ def add_jobs(
 
 
 class Watcher:
-    """Tells of the nights of a run. May raise any Outage: it is then to be asked again."""
+    """Reports the nights of a run. May raise any Outage; call it again then."""
 
     def __init__(self, services: BatchServices, run: Run) -> None:
         self._services = services
@@ -86,13 +90,13 @@ class Watcher:
 
     @property
     def over(self) -> bool:
-        """Whether the run's last night is on record: whoever put it there tells of it."""
+        """Whether the run's last night is recorded, and so reported."""
         return any(night.state != "paused" for night in self._nights())
 
     def look(self, since: datetime, now: datetime) -> datetime | None:
-        """Tell of the nights that have ended between `since` and `now`.
+        """Report the nights that ended between `since` and `now`.
 
-        Gives from when on to look the next time; None where the run has ended and all is told.
+        Returns the next `since`, or None once the run has ended and all its nights are reported.
         """
         services, run = self._services, self._run
         tenant = run.schedule.tenant
@@ -101,7 +105,7 @@ class Watcher:
             before = [night for night in self._nights() if night.state == "paused"]
             day = day_of(run, summary.finished_at)
             if before and before[-1].night == day.isoformat():
-                # What was in flight as the window closed has ended by day: that is told by a name of its own.
+                # Tasks in flight when the window closed ended during the day: reported under a name of their own.
                 self._set_state(last_night(run, day, summary, before), f"{day.isoformat()}-end")
             else:
                 self._set_state(last_night(run, day, summary, before), day.isoformat())
@@ -114,7 +118,7 @@ class Watcher:
         return closes
 
     def fail(self, error: str | None, now: datetime) -> None:
-        """Tell that the run has failed without a batch that could say so."""
+        """Report a run that failed before it had a batch."""
         if not self.over:
             _log.error("run %s: %s", self._run.run_id, error)
         night = failed_night(self._run, now, error)
@@ -139,17 +143,17 @@ class Watcher:
         began = night_began(run, since, closes)
         try:
             night = paused_night(run, day_of(run, closes), began, closes, total, ended(since))
-            # One in which nothing ended, as all workers were down, is the one that an owner must hear of; but
-            # not one that closed as the run was due, by a clock that is behind that of beat.
+            # Report a night without ended tasks, too: all workers may be down. The exception is a window that
+            # closed when the run was due, which a clock behind beat's may show.
             to_tell = night.ended > 0 or (closes > run.scheduled_at and self._has_left(total, ended))
         except SourceUnusable as error:
-            _log.warning("run %s: a night cannot be told: %s", run.run_id, error)
+            _log.warning("run %s: a night cannot be reported: %s", run.run_id, error)
             return
         if to_tell:
             self._set_state(night, night.night)
 
     def _has_left(self, total: int | None, ended: Callable[[], Iterable[Ended]]) -> bool:
-        """Whether tasks of the run are left, or may be; `ended` reads the results of those that are not."""
+        """Whether the run may have unfinished tasks; `ended` reads the results of the others."""
         if total is None or sum(night.ended for night in self._nights()) < total:
             return True
         # The nights count twice what was redriven.

@@ -1,4 +1,4 @@
-"""What is new in a listing, against the one before: both are read in a stream, in the order of their keys."""
+"""Compares a listing with the previous one. Both are streamed in the order of their keys."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from inferq.storage.batches.lines import SourceUnusable
 
 
 class Seen(NamedTuple):
-    """An object as it was when it was listed."""
+    """An object in a listing."""
 
     key: str
     etag: str
 
 
 def with_news(listing: Iterable[Seen], before: Iterable[Seen]) -> Iterator[tuple[Seen, bool]]:
-    """The listing's objects, each with whether it is new: of a key or an ETag that was not there before.
+    """The listing's objects, each with whether its key or ETag is new.
 
-    Both are in the order of their keys; what is there no longer is passed over. In constant memory. Raises
-    SourceUnusable where the listing is out of order, as in S3's directory buckets.
+    Uses constant memory: both listings must be in key order. Raises SourceUnusable if the listing is not, as in
+    S3's directory buckets.
     """
     known = iter(before)
     old = next(known, None)
@@ -27,8 +27,8 @@ def with_news(listing: Iterable[Seen], before: Iterable[Seen]) -> Iterator[tuple
     for seen in listing:
         if last is not None and seen.key <= last:
             raise SourceUnusable(
-                f"the bucket lists {seen.key!r} behind {last!r}: what is new can only be told where keys "
-                "come in order; set only_new = false"
+                f"the bucket lists {seen.key!r} after {last!r}, but only_new needs keys in order; "
+                "set only_new = false"
             )
         last = seen.key
         while old is not None and old.key < seen.key:

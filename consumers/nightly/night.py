@@ -1,8 +1,8 @@
-"""What a night came to: told at the end of a run, and whenever its window closes before that.
+"""The summary of a night: reported at the end of a run, and whenever its window closes before that.
 
-The numbers are the object store's. A night is what ended behind the end of the night before; the last one is
-what the run as a whole came to, less the nights before. So the nights of a run add up, unless what failed in
-one of them was redriven and ended in another; each is told once.
+The numbers come from the object store. A night counts the tasks that ended after the previous night; the last one
+is the run's total less the previous nights. So the nights of a run add up, except for a task that failed in one
+night and was redriven in another. Each night is reported once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from inferq.storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResul
 from inferq.storage.runs import Run
 
 _RECORDS = ("failure.json", "result.json")
-"""In the order in which a task's are listed: the last one stands."""
+"""In listing order; the last one counts."""
 _AT_A_TIME = 256
 _MOST_CODES = 50
 _ERROR_CHARACTERS = 1000
 
 
 class Ended(NamedTuple):
-    """How one task ended: `code` says why it failed, `pages` how many its output has."""
+    """How one task ended. `code`: why it failed. `pages`: the pages of its output."""
 
     status: EndState
     code: str | None = None
@@ -41,7 +41,7 @@ class Ended(NamedTuple):
 def paused_night(
     run: Run, day: date, began: datetime, until: datetime, total: int | None, ends: Iterable[Ended]
 ) -> Night:
-    """The night of a run that its window ended; `ends` are those of the tasks that ended in it."""
+    """A night that ended with its window; `ends` are its ended tasks."""
     states: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     pages: int | None = None
@@ -80,7 +80,7 @@ def last_night(run: Run, day: date, summary: BatchSummary, before: list[Night]) 
 
 
 def failed_night(run: Run, now: datetime, error: str | None) -> Night:
-    """The night of a run that could not begin; whenever that is found, it has the same name."""
+    """The night of a run that could not start. Its name does not depend on `now`."""
     return _night(
         run, day_of(run, run.scheduled_at), "failed", now, now, total=None, failures=Counter(), pages=None,
         succeeded=0, failed=0, cancelled=0, error=error,
@@ -118,9 +118,9 @@ def _night(
 
 
 def day_of(run: Run, moment: datetime) -> date:
-    """The day after which the night is named that `moment` lies in, or is the end of.
+    """The day that names the night which `moment` lies in or ends.
 
-    Before the first opening of its window, and without one, a run's night is that of the day it is due.
+    Without a window, or before it first opens, that is the day the run is due.
     """
     window = run.schedule.feeding_window
     if window is not None and (opened := window.opened_at(moment)) is not None:
@@ -131,9 +131,9 @@ def day_of(run: Run, moment: datetime) -> date:
 
 
 def night_began(run: Run, since: datetime, until: datetime) -> datetime:
-    """When the night began that goes until `until`: the hours of the day before it are none of it.
+    """When the night that ends at `until` began; the hours while the window was closed do not count.
 
-    `since` is the end of the night before, or the run's own beginning.
+    `since` is the end of the previous night, or the start of the run.
     """
     window = run.schedule.feeding_window
     opened = window.opened_at(until) if window is not None else None
@@ -141,7 +141,7 @@ def night_began(run: Run, since: datetime, until: datetime) -> datetime:
 
 
 def night_callback(night: Night, url: str) -> Callback:
-    """The callback that tells of a night: for one record always the same, to the byte."""
+    """The callback that reports a night; the same record gives the same bytes."""
     event = NightEvent(type="nightly.summary", timestamp=night.until, data=night)
     return Callback(
         callback_id=callback_id(night.tenant, "batch", night.run_id, event.type, night.night),
@@ -163,15 +163,15 @@ def ended_between(
     readers: int,
     own_ids: Iterable[str] = (),
 ) -> Iterator[Ended]:
-    """How the tasks of a batch ended behind `after` and not behind `until`, in constant memory.
+    """The tasks of a batch that ended after `after` and up to `until`, in constant memory.
 
-    `own_ids` are those that the lines name. Every result is read. One that succeeded after a failure, as a
-    redriven one does, ended when it succeeded.
+    `own_ids` are the task ids that the lines name. Every result is read. A redriven task that succeeded ended
+    when it succeeded.
     """
     results = ResultStore(store)
 
     def last_of(records: Iterable[ObjectInfo]) -> str | None:
-        """The key of the record that a task ended with, where that was then."""
+        """The key of a task's last record, if it was written in that time."""
         last = None
         for info in records:
             if info.key.rpartition("/")[2] in _RECORDS:
@@ -183,7 +183,7 @@ def ended_between(
 
     def own_end(task_id: str) -> Ended | None:
         place = folder(batch.tenant, task_id)
-        # What lies deeper are its artifacts and callbacks.
+        # Deeper keys are artifacts and callbacks.
         key = last_of(info for info in store.list(place) if "/" not in info.key.removeprefix(place))
         return end_of(key) if key is not None else None
 
@@ -198,13 +198,13 @@ def ended_between(
 
 
 def _end(results: ResultStore, record: bytes, batch_id: str) -> Ended | None:
-    """How a task ended; None where it is another batch's."""
+    """How a task ended; None for a task of another batch."""
     try:
         result = Result.model_validate_json(record)
     except ValidationError:
         return Ended("failed", UnreadableResult.code)
     if result.batch_id != batch_id:
         return None
-    # As in a run's summary, where the cancelled are no failures.
+    # Like a run's summary, which does not count cancelled tasks as failures.
     code = result.error.code if result.error and result.status == "failed" else None
     return Ended(result.status, code, pages_of(results, result))

@@ -1,4 +1,4 @@
-"""Starting a run: what it takes is settled, once, and its batch is started."""
+"""Starts a nightly run: decides once which objects it takes, then starts its batch."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 
 
 class Started(NamedTuple):
-    """A run as it is on record, which a later start may not have asked for, and its batch.
+    """The recorded run, which may differ from a later start's request, and its batch.
 
-    Where its id belongs to a batch of somebody else it has none: only `error` tells of that.
+    `batch` is None if another batch has the run's id; `error` says so.
     """
 
     run: Run
@@ -60,10 +60,9 @@ class Starter:
     publish: Callable[[Message], object]
 
     def start(self, schedule: Schedule, scheduled_at: datetime) -> Started:
-        """Start the schedule's run of that time, or what is left to do of an earlier start.
+        """Start the schedule's run of that time, or complete an earlier start.
 
-        Any number of starts of one run make one batch. Raises StoreOutage and BrokerUnavailable; it is then
-        to be called again.
+        Starting a run twice makes one batch. Raises StoreOutage and BrokerUnavailable; call it again then.
         """
         log = RunLog(self.store, schedule.tenant, schedule.name)
         run_id = run_id_of(schedule.name, scheduled_at)
@@ -87,13 +86,13 @@ class Starter:
             if taken.error is None:
                 self.publish(feed_message(tenant, run_id, chain=secrets.token_hex(6)))
             else:
-                # Feeding it would take what the next run takes.
+                # Not fed: the next run takes the same objects.
                 _log.error("run %s: %s", run_id, taken.error)
                 self.publish(assemble_message(tenant, run_id, error=taken.error))
         return Started(run, batch)
 
     def _settled(self, log: RunLog, place: int) -> Snapshot:
-        """What the run in a place takes; those in the places before it are settled first."""
+        """Which objects the run at `place` takes. Earlier runs are decided first."""
         run = log.at(place)
         behind: list[Run] = []
         before = log.taken(run.run_id)
@@ -119,22 +118,24 @@ class Starter:
                 objects = self._list(log, run, token, base)
                 made = Snapshot(token=token, objects=objects, seen=token, seen_source=schedule.source)
         except (SourceUnusable, InvalidTask) as error:
-            # Whatever is wrong with it, the run has its place: unsettled, it would hold up all that follow.
+            # Record the failure: an undecided run would block all later ones.
             made = unchanged.model_copy(update={"error": error.message})
-        # A run makes its batch once it is settled: one that is there now is another's, and what this run took
-        # would never be fed. Looked at last, as the listing may take long.
+        # The run's own batch does not exist yet, so one with its id belongs to another client, and this run's
+        # objects would never be fed. Checked last, since the listing may take long.
         if self.batches.load(schedule.tenant, run.run_id) is not None:
             made = unchanged.model_copy(update={"error": _id_taken(run.run_id)})
         kept = log.settle(run.run_id, made)
-        if kept.token != token or kept.error is not None:  # another starter was faster, or nothing is taken
+        if (
+            kept.token != token or kept.error is not None
+        ):  # another start was faster, or the run takes nothing
             self.store.delete(input_key(schedule.tenant, run.run_id, token))
             self.store.delete(log.seen_key(token))
         elif kept.seen == token and seen is not None:
-            self.store.delete(log.seen_key(seen))  # nothing goes by it any more
+            self.store.delete(log.seen_key(seen))  # no longer needed
         return kept
 
     def _list(self, log: RunLog, run: Run, token: str, base: str | None) -> int:
-        """Write the run's JSONL of new objects, and its list of all; gives how many are new."""
+        """Write the JSONL of new objects and the listing of all objects; return the number of new ones."""
         schedule = run.schedule
         batch = schedule.batch(run.scheduled_at)
         bucket, _ = split_s3_prefix(schedule.source)
@@ -161,14 +162,14 @@ class Starter:
         return count
 
     def _seen(self, log: RunLog, token: str | None) -> Generator[Seen, None, None]:
-        """What the list of an earlier run says; an empty one where there was no run."""
+        """The listing of an earlier run; empty if there was none."""
         if token is None:
             return
         try:
             pieces = self.store.stream(log.seen_key(token))
         except ObjectNotFound as error:
-            # Deleted by a starter that has settled this run: the next try finds that.
-            raise StoreOutage(f"{self.store.location(log.seen_key(token))} is gone") from error
+            # Another start has decided this run and deleted it; a retry finds the decision.
+            raise StoreOutage(f"{self.store.location(log.seen_key(token))} was deleted") from error
         with closing(pieces):
             for line in read_lines(unpacked(pieces)):
                 if line.content:
@@ -177,6 +178,6 @@ class Starter:
 
 def _id_taken(run_id: str) -> str:
     return (
-        f"batch {run_id!r} was submitted by somebody else, so that this run could not start: the next run "
-        "takes what this one would have; inferq nightly run starts one now"
+        f"the run could not start: batch {run_id!r} was submitted by another client; the next run takes its "
+        "objects; to start one now: inferq nightly run"
     )

@@ -1,6 +1,6 @@
-"""/healthz, /readyz and /metrics of a part that serves no HTTP otherwise.
+"""/healthz, /readyz and /metrics of a process that serves no other HTTP.
 
 server    the thread that answers
 settings  where it listens
-registry  the metrics of the process that works on light jobs
+registry  the metrics of the process that runs the light jobs
 """

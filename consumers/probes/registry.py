@@ -1,4 +1,4 @@
-"""What the jobs of one process share with the process itself."""
+"""The metrics registry that the jobs share with their process."""
 
 from __future__ import annotations
 

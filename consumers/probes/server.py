@@ -1,4 +1,4 @@
-"""/healthz, /readyz and /metrics of a worker, on a thread of their own."""
+"""Serves /healthz, /readyz and /metrics on a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from inferq.schemas import InstallationError
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether the worker takes tasks at this moment, and if not, what it waits for."""
+    """Whether the process is ready, and if not, what it waits for."""
 
     ready: bool
     waiting_for: tuple[str, ...] = ()
 
 
 class ProbeServer:
-    """Serves the probes at `host`:`port`; port 0 takes a free one, `port` says which."""
+    """Serves the probes at `host`:`port`. Port 0 chooses a free one; see the attribute `port`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ProbeServer:
             self._server = make_server(host, port, answer, WSGIServer, _QuietHandler)
         except OSError as error:
             raise InstallationError(
-                f"the probes cannot be served at {host}:{port} ({error.strerror}); set INFERQ_PROBE_PORT"
+                f"cannot serve the probes at {host}:{port} ({error.strerror}); set INFERQ_PROBE_PORT"
             ) from error
         self.port: int = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
@@ -71,10 +71,10 @@ class ProbeServer:
 
 
 class _QuietHandler(WSGIRequestHandler):
-    timeout = 5  # a caller that says nothing must not hold up the next one
+    timeout = 5  # a silent client must not block the next one
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:  # noqa: ARG002
-        return  # a probe every few seconds is not news
+        return  # probes come every few seconds
 
 
 def _json(start_response: StartResponse, good: bool, content: object) -> Iterable[bytes]:

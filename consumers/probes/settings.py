@@ -1,4 +1,4 @@
-"""Where a part's probes are served."""
+"""Where a process serves its probes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inferq.schemas import Settings
 
 
 class ProbeSettings(Settings):
-    """Where a part says how it is."""
+    """Where a process serves its probes."""
 
     probe_host: str = Field(
         "127.0.0.1", description="Address of /healthz, /readyz and /metrics; 0.0.0.0 in a container."

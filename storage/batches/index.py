@@ -1,6 +1,6 @@
-"""Where the lines of each batch stand, in Redis: a bitmap per state. Fast, but not the truth: it may be lost.
+"""The state of each batch's lines, in Redis: one bitmap per state. Redis may lose it.
 
-Whoever feeds a batch makes it anew from the object store where it was lost; until then `look` gives None.
+The feeder then rebuilds it from the object store; until then `look` returns None.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from inferq.storage.status.index import StatusIndex
 from inferq.storage.status.keys import batch_key
 
 Taking = Literal["taken", "held", "outdated", "another"]
-"""What became of an attempt to take a batch's lease: `held` by somebody, perhaps a dead one; `outdated`, as a
-later slice of the same feeding has begun; or `another` feeding of it is alive."""
+"""The result of taking a batch's lease. `held`: another slice has it and may be dead. `outdated`: a later slice of
+the same chain has begun. `another`: another chain feeds the batch."""
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Since when no task of a batch has ended, in POSIX seconds; `ended` tasks had by then.
+    """When the batch last made progress (Unix seconds), and how many tasks had ended.
 
-    `asked`: how many seconds it had lasted when the object store was last asked for ends.
+    `asked`: how many seconds the stall had lasted at the last recount.
     """
 
     ended: int
@@ -38,10 +38,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Standing:
-    """A batch as the index has it. `line` and `offset` (bytes) say how far its source has been dealt with.
+    """A batch in the index. `line` and `offset` (bytes) are the end of the processed part of its source.
 
-    No line beyond `reaches` is fed. `known`: whether the counts are right. `leased`: a feeder has it at this
-    moment. `rate` is in tasks per second. `lull` is what a feeder noted last.
+    No line after `high_water` is fed. `known`: whether the counts are correct. `leased`: whether a feeder has the
+    lease. `rate` is in tasks per second. `stall` is the feeder's last note.
     """
 
     known: bool
@@ -59,7 +59,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Step:
-    """What a feeder learns with each step: how many lines are where, and whether to stop."""
+    """The reply to a feeder's step: the counts of lines, and whether to stop."""
 
     cancel_requested: bool
     fed: int
@@ -72,17 +72,17 @@ class Step:
 
 
 class IndexLost(Exception):
-    """Redis has forgotten the batch, so that the index has to be made anew."""
+    """Redis has lost the batch; rebuild the index."""
 
 
 class LeaseLost(Exception):
-    """Another feeder has taken the batch over."""
+    """Another feeder has the batch's lease."""
 
 
 class BatchIndex:
-    """The lines of batches. Safe to use from many threads; any method may raise StatusOutage.
+    """The lines of batches. Safe from many threads; any method may raise StatusOutage.
 
-    `lease_seconds`: how long a feeder that says nothing more keeps its batch.
+    `lease_seconds`: how long a silent feeder keeps its lease.
     """
 
     def __init__(self, status: StatusIndex, *, lease_seconds: int = 20) -> None:
@@ -91,9 +91,9 @@ class BatchIndex:
         self._scripts = {name: status.script(source) for name, source in scripts.SOURCES.items()}
 
     def take(self, tenant: str, batch_id: str, *, chain: str, part: int, token: str) -> Taking:
-        """Take the lease on feeding a batch, for some seconds; each `step` renews it.
+        """Take the lease of a batch; each `step` renews it.
 
-        `chain` names a feeding from its start to its end, `part` counts its slices.
+        `chain` names a feeding from start to end; `part` numbers its slices.
         """
         taking: Taking = self._run("take", tenant, batch_id, [chain, part, token, self._lease])
         return taking
@@ -104,7 +104,7 @@ class BatchIndex:
     def open(
         self, tenant: str, batch_id: str, *, token: str, line: int, offset: int, total: int, cancelled: bool
     ) -> None:
-        """The bitmaps are right, up to `line`. Raises LeaseLost, and then has changed nothing."""
+        """Declare the bitmaps correct up to `line`. Raises LeaseLost without changing anything."""
         if self._run("open", tenant, batch_id, [line, offset, total, int(cancelled), token]) < 0:
             raise LeaseLost
 
@@ -120,10 +120,10 @@ class BatchIndex:
         fed: Iterable[int] = (),
         invalid: Iterable[int] = (),
     ) -> Step:
-        """Mark lines as fed and as invalid, all up to `line` being dealt with. What comes next is no line
-        beyond `reaches`.
+        """Mark lines as fed and as invalid, and all lines up to `line` as processed. Announce that lines up to
+        `high_water` may be fed next.
 
-        Raises IndexLost (the lease is renewed all the same) and LeaseLost, and then has marked nothing.
+        Raises IndexLost (the lease is still renewed) and LeaseLost, without marking anything.
         """
         new = _runs(fed)
         reply = self._run(
@@ -139,22 +139,22 @@ class BatchIndex:
         return Step(bool(cancel), all_fed, succeeded + failed + cancelled, all_invalid)
 
     def ends(self, tenant: str, batch_id: str, state: EndState, lines: Sequence[int]) -> None:
-        """These lines have ended, as the object store says."""
+        """Mark lines as ended, as found in the object store."""
         self._run("ends", tenant, batch_id, [state, *lines])
 
     def processed(self, tenant: str, batch_id: str, first: int, last: int) -> frozenset[int]:
-        """Which lines, from `first` to `last`, are fed or invalid already."""
+        """The lines from `first` to `last` that are already fed or invalid."""
         return frozenset(self._run("processed", tenant, batch_id, [first, last]))
 
     def unended(self, tenant: str, batch_id: str, *, after: int = 0, limit: int = 1000) -> list[int]:
-        """Lines behind `after` that are fed and have not ended: about `limit` at most, in order."""
+        """Fed lines after `after` that have not ended, in order; about `limit` of them."""
         found: list[int] = self._run("unended", tenant, batch_id, [after, limit])
         return found
 
     def forget(self, tenant: str, batch_id: str, *, high_water: int, token: str = "") -> None:
-        """Throw the bitmaps away, to make them anew; ends of lines up to `reaches` are marked from now on.
+        """Delete the bitmaps to rebuild them. Ends of lines up to `high_water` are marked from now on.
 
-        With a `token`, raises LeaseLost where another feeder has the batch, and then has changed nothing.
+        With a `token`, raises LeaseLost without changing anything if another feeder has the lease.
         """
         if self._run("forget", tenant, batch_id, [high_water, token]) < 0:
             raise LeaseLost
@@ -162,25 +162,25 @@ class BatchIndex:
     def mark(
         self, tenant: str, batch_id: str, state: Literal["fed", "invalid"], lines: Iterable[int]
     ) -> None:
-        """Mark lines, before the index is open."""
+        """Mark lines before `open`."""
         self._run("mark", tenant, batch_id, [state, *_runs(lines)])
 
     def set_state(self, tenant: str, batch_id: str, state: BatchState, error: str | None = None) -> None:
         self._set(tenant, batch_id, {"s": state, "e": clean(error or "")})
 
     def request_cancel(self, tenant: str, batch_id: str, *, line: int | None = None) -> None:
-        """Have the batch, or one line of it, cancelled: nothing of it starts, and what runs stops."""
+        """Cancel the batch or one line: queued tasks never start, running ones stop."""
         self._set(tenant, batch_id, {"x" if line is None else f"x:{line}": "1"})
 
     def note_stall(self, tenant: str, batch_id: str, stall: Stall) -> None:
-        """Keep for the next slice how long nothing has ended."""
+        """Record a stall for the next slice."""
         self._set(tenant, batch_id, {"q": f"{stall.ended} {stall.since} {stall.asked}"})
 
     def is_fed(self, tenant: str, batch_id: str, line: int) -> bool:
         return line in self.processed(tenant, batch_id, line, line)
 
     def look(self, tenant: str, batch_id: str) -> Standing | None:
-        """Where a batch stands; None where nothing is known of it."""
+        """The batch in the index; None if it is unknown."""
         record, leased, *numbers = self._run("look", tenant, batch_id, [])
         if not record:
             return None
@@ -242,7 +242,7 @@ def _read_stall(noted: str | None) -> Stall | None:
 
 
 def _runs(lines: Iterable[int]) -> list[int]:
-    """The first and last of each run of lines that follow each other."""
+    """The first and last line of each run of consecutive lines."""
     ends: list[int] = []
     for line in lines:
         if ends and line == ends[-1] + 1:

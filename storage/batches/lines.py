@@ -1,6 +1,6 @@
-"""The lines of a JSONL source, read in constant memory however long they are, and the tasks in them.
+"""The lines of a JSONL source, read in constant memory, and the tasks in them.
 
-SourceUnusable   the source as a whole cannot be read; what is wrong with one line is InvalidTask
+SourceUnusable   the whole source cannot be read; a bad line raises InvalidTask
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from inferq.schemas import MAX_BODY_BYTES, SET_BY_FEEDER, Batch, InferqError, In
 from inferq.schemas.batch_source import defaults_of
 
 MAX_LINES = 100_000_000
-"""The most lines of one source: each costs some bits in Redis."""
+"""The most lines of one source: each needs some bits in Redis."""
 
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
@@ -26,15 +26,15 @@ _PLACE = re.compile(r" at line 1 column \d+$")
 
 
 class SourceUnusable(InferqError):
-    """The batch cannot be fed from its source, today or ever."""
+    """The batch can never be fed from this source."""
 
     code = "source_unusable"
 
 
 class Line(NamedTuple):
-    """A line with its number, from 1; `content` is without its end, and None where it is too long.
+    """A line with its number, from 1. `content` excludes the line end, and is None if the line is too long.
 
-    `end` is where the next one begins, in bytes of the (unpacked) source; `length` counts the content.
+    `end`: where the next line begins, in bytes of the unpacked source. `length`: bytes of the content.
     """
 
     number: int
@@ -61,7 +61,7 @@ def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
             rest = piece
             while rest:
                 if inflate.eof:
-                    rest = rest.lstrip(b"\0")  # padding behind a member
+                    rest = rest.lstrip(b"\0")  # padding after a member
                     if not rest:
                         break
                     inflate = zlib.decompressobj(_GZIP_WINDOW)
@@ -72,20 +72,20 @@ def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
                     yield data
                 rest = inflate.unconsumed_tail or inflate.unused_data
     except zlib.error as error:
-        raise SourceUnusable(f"the source is no intact gzip file: {error}") from error
+        raise SourceUnusable(f"the source is not an intact gzip file: {error}") from error
     if begun and not inflate.eof:
-        raise SourceUnusable("the source is a gzip file that breaks off: upload it anew")
+        raise SourceUnusable("the source is a truncated gzip file: upload it again")
 
 
 def read_lines(pieces: Iterable[bytes], *, line: int = 0, offset: int = 0) -> Iterator[Line]:
-    """The lines in `pieces`, which begin behind `line`, at `offset` bytes of the source.
+    """The lines in `pieces`, which begin after `line`, at `offset` bytes of the source.
 
-    They end with LF or CRLF, the last one perhaps with nothing. A byte order mark at the beginning is passed
-    over. A line of nothing but white space is blank. At most MAX_BODY_BYTES of a line are held.
+    Lines end with LF or CRLF; the last one may have no end. A byte order mark at the beginning is skipped. A line
+    of white space is blank. At most MAX_BODY_BYTES of a line are kept in memory.
     """
     number, end = line, offset
     rest = b""
-    dropped = 0  # bytes of a line that is too long, and no longer held
+    dropped = 0  # bytes of a line that is too long
     for piece in pieces:
         whole = piece.split(b"\n")
         for part in whole[:-1]:
@@ -110,7 +110,7 @@ def _line(number: int, end: int, content: bytes, dropped: int) -> Line:
     if number == 1 and content.startswith(_BOM):
         content = content[len(_BOM) :]
     length = dropped + len(content.removesuffix(b"\r"))
-    # With its white space: whether a line is too long must not depend on where the pieces are cut.
+    # Including white space: the result must not depend on where the pieces are cut.
     if length > MAX_BODY_BYTES:
         return Line(number, end, None, length)
     content = content.strip(b" \t\r")
@@ -118,7 +118,7 @@ def _line(number: int, end: int, content: bytes, dropped: int) -> Line:
 
 
 class LineParser:
-    """Makes the tasks of one batch out of its lines; the same line always makes the same task."""
+    """Parses the lines of one batch into tasks; the same line always gives the same task."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -132,7 +132,7 @@ class LineParser:
         self._merges = any(isinstance(self._defaults.get(name), dict) for name in _MERGED)
 
     def parse(self, line: Line) -> Task:
-        """The task in a line. Raises InvalidTask, saying what is wrong with it."""
+        """The task in a line. Raises InvalidTask; the message says what is wrong."""
         content = line.content
         if content is None:
             raise InvalidTask(
@@ -141,38 +141,38 @@ class LineParser:
                 code="task_too_large",
             )
         own_id = self._batch.task_id(line.number)
-        # Anything that may need a look; most lines do not.
+        # Only such a line may need merging; most do not.
         if b'"batch_' in content or b'"tenant"' in content or b"\\u" in content or self._merges:
             content = self._merged(content)
         try:
             task = parse_task(self._spliced(content, own_id, line.number), expected=self._type)
         except InvalidTask as error:
             if error.code == "not_json":
-                _object(content)  # names the place in the line as it is
-                # Only the validating parser refuses it: its place is behind the defaults.
+                _object(content)  # raises with the place in the original line
+                # Only the validating parser refuses it; its column counts the defaults, too.
                 raise InvalidTask(_PLACE.sub("", error.message), code=error.code) from error
             raise
         if task.task_id != own_id and task.task_id.startswith(self._reserved):
             raise InvalidTask(
-                f"task_id {task.task_id!r} is kept for the lines without one: choose ids that do not begin "
+                f"task_id {task.task_id!r} is reserved for lines without a task_id: choose ids that do not begin "
                 f"with {self._reserved!r}"
             )
         return task
 
     def _spliced(self, content: bytes, own_id: str, number: int) -> bytes:
-        """The line's object with the defaults before its own fields and the batch's behind: the last counts.
+        """The line's object with the defaults before its fields and the batch's fields after: the last one counts.
 
-        Whatever is not one whole object does not become one by this.
+        A line that is not one complete object stays invalid.
         """
         if not (content.startswith(b"{") and content.endswith(b"}")):
-            _object(content)  # says what is wrong
+            _object(content)  # raises
         inner = content[1:-1].strip()
         return b'%b"task_id":"%b",%b%b%b,"batch_line":%d}' % (
             self._head, own_id.encode(), inner, b"," if inner else b"", self._tail, number,
         )  # fmt: skip
 
     def _merged(self, content: bytes) -> bytes:
-        """The line's object where it has to be looked at: it may not say what the batch says."""
+        """The line's object with merged options. It must not contradict the batch. Raises InvalidTask."""
         fields = _object(content)
         for name in SET_BY_FEEDER:
             if name not in fields:
@@ -194,7 +194,7 @@ class LineParser:
 
 
 def named_id(content: bytes | None) -> str | None:
-    """The task id that a line names, as far as it can be read."""
+    """The task id that a line names; None if it names none or cannot be read."""
     if content is None or (b'"task_id"' not in content and b"\\u" not in content):
         return None
     try:
@@ -208,7 +208,7 @@ def _object(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
     except json.JSONDecodeError as error:
-        # Without its line number, which is always 1, and none of the source's.
+        # Without the parser's line number, which is always 1.
         raise InvalidTask(
             f"the line is not JSON: {error.msg}: column {error.colno}", code="not_json"
         ) from error

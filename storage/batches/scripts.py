@@ -1,14 +1,14 @@
-"""The Lua scripts of the batches, and the shape of what Redis keeps of each: kilobytes for a million tasks.
+"""The Lua scripts of batches, and their data in Redis: kilobytes for a million tasks.
 
 A batch is a hash under `inferq:batch:<tenant>:<batch>`:
-    open whether its bitmaps are right; whoever feeds it sets this, once it has made them so
-    n no line beyond this one is fed    l o the last line that was dealt with, and where it ends (bytes)
+    open whether its bitmaps are correct; the feeder sets it
+    n no line after this one is fed    l o the last processed line, and where it ends (bytes)
     t total lines    s state    e why it failed    x cancel flag    x:<line> cancel flag of one line
-    q `<ended> <since> <asked>`, for how long no task has ended
-    chain slice which feeding of it is the present one
+    q `<ended> <since> <asked>`, a stall: since when no task has ended
+    chain slice the current feeding
     then before the two latest samples of `<microseconds> <ended>`, for the rate
 and a bitmap per state, `inferq:bits:<state>:<tenant>:<batch>` with the states fed, succeeded, failed,
-cancelled and invalid; a line's bit is its number less one. `inferq:lease:<tenant>:<batch>` names its feeder.
+cancelled and invalid; a line's bit is its number minus one. `inferq:lease:<tenant>:<batch>` names its feeder.
 """
 
 from __future__ import annotations

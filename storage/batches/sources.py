@@ -1,7 +1,6 @@
-"""From what a batch names as its source to the JSONL that it is fed from, settled once.
+"""Turns the source that a batch names into the JSONL to feed, once.
 
-An upload is fed as it is. What stands in S3 is copied or listed first, so that a batch is what stood there
-when it began, however long it takes.
+An upload is fed unchanged. An S3 source is copied or listed first, so later changes in S3 do not affect the batch.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from inferq.storage.settings import StorageSettings
 
 _JSONL = "application/x-ndjson"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""How a file begins that Windows PowerShell's `>` has written."""
+"""The beginning of a file written by `>` in Windows PowerShell."""
 _COMMIT_LINES = 50_000
 _TASK_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Cursor(NamedTuple):
-    """How far a source has been dealt with: the last line, and the bytes where it ends."""
+    """The processed part of a source: its last line, and the byte where that ends."""
 
     line: int = 0
     offset: int = 0
@@ -49,10 +48,10 @@ class Sources:
         self._settings = settings
 
     def settle(self, batch: Batch, alive: Callable[[], None] = lambda: None) -> BatchSource:
-        """Which JSONL the batch is fed from: what was settled before, or what is made now.
+        """The JSONL to feed: recorded earlier, or made now.
 
-        `alive` is called very often, as this may take long. Raises SourceUnusable where there is nothing to
-        feed, or no right to it.
+        Making it may take long; `alive` is called very often meanwhile. Raises SourceUnusable if the source is
+        empty or not allowed.
         """
         known = self._batches.source(batch.tenant, batch.batch_id)
         if known is not None:
@@ -63,12 +62,12 @@ class Sources:
 
     @contextmanager
     def lines(self, source: BatchSource, cursor: Cursor = Cursor()) -> Iterator[Iterator[Line]]:  # noqa: B008
-        """The source's lines behind the cursor."""
+        """The source's lines after the cursor."""
         with self._pieces(source.key, packed=source.gzip, start=cursor.offset) as pieces:
             yield read_lines(pieces, line=cursor.line, offset=cursor.offset)
 
     def own_ids(self, source: BatchSource) -> Iterator[str]:
-        """The task ids that the lines name, each once. Raises SourceUnusable."""
+        """The distinct task ids that the lines name. Raises SourceUnusable."""
         if not source.own_ids:
             return
         with self.lines(source) as lines, self.taken(source) as taken:
@@ -79,7 +78,7 @@ class Sources:
 
     @contextmanager
     def taken(self, source: BatchSource, *, after: int = 0) -> Iterator[DuplicateIds]:
-        """Which lines behind `after` name a task id that another line has taken."""
+        """The lines after `after` whose task id an earlier line has."""
         if source.taken is None:
             yield DuplicateIds(iter(()))
             return
@@ -92,14 +91,16 @@ class Sources:
         try:
             chunks = self._store.stream(key, start=0 if packed else start)
         except ObjectNotFound as error:
-            raise SourceUnusable("the source is gone from the object store: submit the batch anew") from error
+            raise SourceUnusable(
+                "the source is missing from the object store: submit the batch again"
+            ) from error
         with closing(chunks):
             yield _behind(unpacked(chunks), start) if packed else chunks
 
     def objects(self, source: str) -> Iterator[ObjectInfo]:
-        """The objects below an `s3://bucket/prefix` that are inputs, by their keys; perhaps none.
+        """The inputs below an `s3://bucket/prefix`, in key order; perhaps none.
 
-        Raises SourceUnusable where we may not list it.
+        Raises SourceUnusable if listing is not allowed.
         """
         try:
             bucket, prefix = split_s3_prefix(source)
@@ -132,13 +133,11 @@ class Sources:
     def _check_bucket(self, bucket: str, name: str) -> None:
         if bucket not in self._settings.fetch_s3_buckets:
             raise SourceUnusable(
-                f"bucket {bucket!r} is not one that inputs may come from; an operator can allow it by "
+                f"inputs from bucket {bucket!r} are not allowed; an operator can allow it with "
                 "INFERQ_FETCH_S3_BUCKETS"
             )
         if self._store.holds(f"s3://{bucket}/{name}"):
-            raise SourceUnusable(
-                "results and uploads of inferq itself cannot be a source: copy them elsewhere"
-            )
+            raise SourceUnusable("results and uploads of inferq cannot be a source: copy them elsewhere")
 
     def _copy(self, bucket: str, name: str, key: str, alive: Callable[[], None]) -> None:
         from inferq.storage.objects.s3 import S3Refused, open_object
@@ -171,14 +170,14 @@ class Sources:
         found = list_bucket(self._settings.s3_endpoint_url, bucket, prefix)
         try:
             for each in found:
-                # A prefix that holds the store's own would have its results for inputs, the next time.
+                # Skip the store's own objects: the next run would take results as inputs.
                 if _is_input(each) and not self._store.holds(f"s3://{bucket}/{each.key}"):
                     yield each
         except S3Refused as error:
             raise _refused(bucket) from error
 
     def _survey(self, batch: Batch, key: str, alive: Callable[[], None]) -> BatchSource:
-        """Read the source once: how many lines it has, and which ids of their own occur twice."""
+        """Read the source once to count its lines and to find duplicate task ids."""
         with closing(self._store.stream(key)) as chunks:
             head = next((chunk for chunk in chunks if chunk), b"")
         packed = is_gzip(head)
@@ -191,16 +190,14 @@ class Sources:
             for line in read_lines(_each(pieces, alive)):
                 lines = line.number
                 if lines == 1 and line.content and line.content.startswith(_UTF_16):
-                    raise SourceUnusable(
-                        "the source is UTF-16, and not UTF-8: save it as UTF-8, and submit that"
-                    )
+                    raise SourceUnusable("the source is UTF-16: save it as UTF-8 and submit that")
                 if line.blank:
                     blank += 1
                 elif (task_id := named_id(line.content)) is not None and _TASK_ID.fullmatch(task_id):
-                    # Others make the line invalid, whoever has them; some (a lone surrogate) SQLite refuses.
+                    # Other ids make the line invalid anyway, and SQLite refuses some (a lone surrogate).
                     ids.add(task_id, line.number)
             if lines == blank:
-                raise SourceUnusable("the source holds no line with a task in it: the batch is empty")
+                raise SourceUnusable("the source has no line with a task: the batch is empty")
             taken = None
             duplicates = ids.duplicates()
             if duplicates is not None:
@@ -211,21 +208,21 @@ class Sources:
 
 
 class DuplicateIds:
-    """Lines whose own task id another line has taken; asked about in their order."""
+    """Lines whose task id an earlier line has. Ask in line order."""
 
     def __init__(self, pairs: Iterator[tuple[int, int]]) -> None:
         self._pairs = pairs
         self._next = next(pairs, None)
 
     def by(self, line: int) -> int | None:
-        """The line that has taken the id of `line`; None where that has an id of its own."""
+        """The earlier line with the same id as `line`; None if its id is unique."""
         while self._next is not None and self._next[0] < line:
             self._next = next(self._pairs, None)
         return self._next[1] if self._next is not None and self._next[0] == line else None
 
 
 class _Ids:
-    """Task ids on disk, so that millions of them take no memory. The first line that names an id has it."""
+    """Task ids on disk, since there may be millions. An id belongs to the first line that names it."""
 
     def __init__(self, folder: Path) -> None:
         self._list = folder / "taken.jsonl"
@@ -256,7 +253,7 @@ class _Ids:
             self._database.execute("BEGIN")
 
     def duplicates(self) -> Path | None:
-        """A file of `[line, first line]`, in order; None where there are none."""
+        """A file of `[line, first line]`, in line order; None without duplicates."""
         self._file.close()
         return self._list if self._found else None
 
@@ -267,7 +264,7 @@ class _Ids:
 
 
 class _File:
-    """Pieces as something that can be read."""
+    """A file object over pieces."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -300,13 +297,13 @@ def _is_input(found: ObjectInfo) -> bool:
 
 def _refused(bucket: str) -> SourceUnusable:
     return SourceUnusable(
-        f"bucket {bucket!r} does not exist, or does not let us read: the credentials need s3:ListBucket and "
+        f"bucket {bucket!r} does not exist or cannot be read: the credentials need s3:ListBucket and "
         "s3:GetObject"
     )
 
 
 def _each(pieces: Iterator[bytes], then: Callable[[], None]) -> Iterator[bytes]:
-    """The pieces, with a call behind each."""
+    """The pieces; calls `then` after each."""
     for piece in pieces:
         yield piece
         then()

@@ -1,11 +1,11 @@
-"""Batches in the object store, which is the truth about them.
+"""The records of batches in the object store, which is the truth about them.
 
-batches/<tenant>/<batch_id>/batch.json      what is to be done, written once
-batches/<tenant>/<batch_id>/source.json     which JSONL is fed, and how many lines it has; written once
+batches/<tenant>/<batch_id>/batch.json      the request, written once
+batches/<tenant>/<batch_id>/source.json     the JSONL to feed and its number of lines, written once
 batches/<tenant>/<batch_id>/input/<token>   a source that was listed or copied
-batches/<tenant>/<batch_id>/cancel.json     somebody wants it cancelled
-batches/<tenant>/<batch_id>/output.jsonl    the results of what succeeded, in line order
-batches/<tenant>/<batch_id>/errors.jsonl    what failed, was cancelled or was invalid, in line order
+batches/<tenant>/<batch_id>/cancel.json     a request to cancel it
+batches/<tenant>/<batch_id>/output.jsonl    the results of tasks that succeeded, in line order
+batches/<tenant>/<batch_id>/errors.jsonl    failed, cancelled and invalid lines, in line order
 batches/<tenant>/<batch_id>/summary.json    how it ended, written once, after the two
 """
 
@@ -36,16 +36,16 @@ class BatchConflict(InferqError):
 
 
 class UnreadableBatch(InferqError):
-    """What stands where a record of a batch should be is not one."""
+    """A batch's record cannot be read."""
 
     code = "batch_unreadable"
 
 
 class BatchSource(BaseModel):
-    """The JSONL that a batch is fed from. `lines` counts all of them, `blank` those without content.
+    """The JSONL that a batch is fed from. `lines` counts all lines, `blank` those without content.
 
-    `own_ids`: some lines name task ids. `taken` is the key of a list of those that name one which another
-    line has taken, each with that line.
+    `own_ids`: whether some lines name task ids. `taken` is the key of a list of lines whose id an earlier line has,
+    each with that line.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,9 +73,9 @@ class BatchStore:
         self._store = store
 
     def create(self, batch: Batch) -> Batch:
-        """Put a batch on record, and give what is: the same batch, made earlier, is no error.
+        """Record a batch and return the record, which may be that of the same batch, recorded earlier.
 
-        Raises BatchConflict where the id belongs to another.
+        Raises BatchConflict if the id belongs to another batch.
         """
         kept = self._once(_place(batch.tenant, batch.batch_id) + _BATCH, batch)
         if not kept.same_as(batch):
@@ -94,7 +94,7 @@ class BatchStore:
                 yield found
 
     def made(self, tenant: str) -> Iterator[tuple[datetime, str]]:
-        """When each of the tenant's batches was put on record, and its id, without reading them."""
+        """The creation time and the id of each of the tenant's batches, without reading them."""
         base = f"batches/{segment(tenant)}/"
         for info in self._store.list(base):
             if info.key.endswith(f"/{_BATCH}"):
@@ -104,7 +104,7 @@ class BatchStore:
         return self._load(_place(tenant, batch_id) + "source.json", BatchSource)
 
     def keep_source(self, tenant: str, batch_id: str, source: BatchSource) -> BatchSource:
-        """Settle which JSONL is fed; of several that were made at once the first one stands."""
+        """Record the JSONL to feed. The first record counts; returns it."""
         return self._once(_place(tenant, batch_id) + "source.json", source)
 
     def request_cancel(self, tenant: str, batch_id: str) -> None:
@@ -114,11 +114,11 @@ class BatchStore:
         return self._load(_place(tenant, batch_id) + "cancel.json", _Cancelled) is not None
 
     def summary(self, tenant: str, batch_id: str) -> BatchSummary | None:
-        """How the batch ended; None where it has not."""
+        """How the batch ended; None before."""
         return self._load(_place(tenant, batch_id) + "summary.json", BatchSummary)
 
     def finish(self, summary: BatchSummary) -> BatchSummary:
-        """Record how a batch ended, and give the record that is kept."""
+        """Record how a batch ended. The first record counts; returns it."""
         return self._once(_place(summary.tenant, summary.batch_id) + "summary.json", summary)
 
     def _once(self, key: str, model: M) -> M:
@@ -133,22 +133,22 @@ class BatchStore:
             return None
         except ValidationError as error:
             raise UnreadableBatch(
-                f"{self._store.location(key)} is not a record that this version can read: {error}"
+                f"this version cannot read the record {self._store.location(key)}: {error}"
             ) from error
 
 
 def output_key(tenant: str, batch_id: str) -> str:
-    """The key of the results of what succeeded."""
+    """The key of `output.jsonl`."""
     return _place(tenant, batch_id) + "output.jsonl"
 
 
 def errors_key(tenant: str, batch_id: str) -> str:
-    """The key of what failed, was cancelled or was invalid."""
+    """The key of `errors.jsonl`."""
     return _place(tenant, batch_id) + "errors.jsonl"
 
 
 def input_key(tenant: str, batch_id: str, token: str) -> str:
-    """The key of a source that was listed or copied, or of what was found out about it."""
+    """The key of a listed or copied source, or of the list of its duplicate ids."""
     return f"{_place(tenant, batch_id)}input/{token}"
 
 

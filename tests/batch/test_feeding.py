@@ -86,7 +86,7 @@ def test_bad_lines_are_counted_and_named_and_stop_nothing(site: BatchSite, worke
     for line, words in {
         3: "not JSON", 4: "not a JSON object", 5: "colour: is unknown", 6: "delay", 7: "another tenant",
         8: "1000015 bytes", 10: "same task_id as line 9", 11: "not known",
-        12: "kept for the lines without one", 13: "not a JSON number", 14: "JSON", 15: "as you wish",
+        12: "reserved for lines without a task_id", 13: "not a JSON number", 14: "JSON", 15: "as you wish",
     }.items():  # fmt: skip
         assert words in told[line][1], told[line]
     assert summary.failures["wished"] == 1
@@ -118,9 +118,9 @@ def test_a_gzipped_source_of_two_members_is_read_and_resumed(site: BatchSite, wo
     [
         (b"", "empty"),
         (b"\n  \r\n\n", "empty"),
-        (gzip.compress(lines(5000), mtime=0)[:-200], "breaks off"),
+        (gzip.compress(lines(5000), mtime=0)[:-200], "truncated gzip"),
         (gzip.compress(b"", mtime=0), "empty"),
-        (b"\x1f\x8b\x08 this is no gzip", "no intact gzip"),
+        (b"\x1f\x8b\x08 this is no gzip", "not an intact gzip"),
         (lines(2).decode().encode("utf-16"), "save it as UTF-8"),
         (b"\xfe\xff" + lines(2).decode().encode("utf-16-be"), "save it as UTF-8"),
         (gzip.compress(lines(2).decode().encode("utf-16"), mtime=0), "save it as UTF-8"),
@@ -153,7 +153,7 @@ def test_a_source_that_goes_after_it_was_fed_ends_the_batch_with_what_has_ended(
     site.services.store.delete(upload_key("default", batch.source.removeprefix("inferq:")))
     summary = end(site.services, batch)
     assert summary.state == "failed"
-    assert "submit the batch anew" in (summary.error or "")
+    assert "submit the batch again" in (summary.error or "")
     counts = summary.counts
     assert (counts.total, counts.succeeded, counts.failed) == (21, 20, 1)
     assert summary.failures == ({} if own_ids else {"wished": 1})

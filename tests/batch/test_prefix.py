@@ -59,7 +59,7 @@ def test_what_the_store_itself_has_under_a_prefix_is_no_input(
     assert [found.key for found in sources.objects(f"s3://{pages}/own")] == ["own-scans/a.png"]
     everything = [found.key for found in sources.objects(f"s3://{pages}")]
     assert everything == ["in/a 1.png", "in/b.png", "own-scans/a.png", "x.png"]
-    with pytest.raises(SourceUnusable, match="inferq itself"):
+    with pytest.raises(SourceUnusable, match="uploads of inferq"):
         sources.objects(f"s3://{pages}/own/tasks")
 
 
@@ -92,7 +92,7 @@ def test_a_prefix_that_cannot_be_used_says_why(
 def test_a_bucket_that_does_not_let_us_says_why(site: BatchSite, pages: str) -> None:
     object.__setattr__(site.services.storage, "fetch_s3_buckets", ("not-there",))
     batch = site.batch_of("s3://not-there/in/", task_type="ocr")
-    with pytest.raises(SourceUnusable, match="does not exist, or does not let us read"):
+    with pytest.raises(SourceUnusable, match="does not exist or cannot be read"):
         site.services.sources.settle(batch)
 
 

@@ -19,7 +19,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from inferq.broker import Publisher, callback_message, connect, job_topology, topology_for
-from inferq.consumers.jobs.worker import declare_patiently
+from inferq.consumers.jobs.worker import declare
 from inferq.producer.up.part import free_ports
 from inferq.schemas import Callback, Event, Result, task_callback
 from inferq.storage import CallbackRecords, WebhookSecrets
@@ -219,7 +219,7 @@ def shared_place(
     """What all tests here share, as it takes a while to declare the queues of delayed delivery."""
     url = shared_rabbitmq.add_vhost("callbacks")
     with site_at(url, shared_rabbitmq, redis_url, tmp_path_factory.mktemp("callbacks")) as place:
-        declare_patiently(place.broker)
+        declare(place.broker)
         yield place
     shared_rabbitmq.remove_vhost("callbacks")
 

@@ -241,7 +241,7 @@ def test_a_backlog_for_a_target_that_hangs_ends_by_the_schedule(
     assert line.settled == ["ack"] * 4
     assert not around.queue
     assert not around.sent
-    assert "goes on timing out" in str(around.kept[late.callback.callback_id].reason)
+    assert "keeps timing out" in str(around.kept[late.callback.callback_id].reason)
     around.answers = [200]
     around.delivery.attempt(late)  # it was not acknowledged, and the target is back
     assert not around.kept

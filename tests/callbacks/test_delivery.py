@@ -93,14 +93,14 @@ def test_each_kind_of_receiver_gets_what_it_deserves(caller: Caller, tmp_path: P
     assert [a.status for a in failed["refuses"].attempts] == [400, 400, 400]
     assert [a.status for a in failed["redirects"].attempts] == [302, 302, 302]
     for name, words in {
-        "hangs": "no answer within 1 s",
+        "hangs": "no response within 1 s",
         "drips": "did not end within 1 s",
         "private": "INFERQ_CALLBACK_ALLOWED_NETWORKS",
         "no name": "cannot be resolved",
         "no url": "bad_input_url",
         "closed": "the connection failed",
-        "self-signed": "certificate_refused: the server's certificate does not hold: self-signed",
-        "another's name": "certificate_refused: the server's certificate does not hold: IP address mismatch",
+        "self-signed": "certificate_refused: the server's certificate is invalid: self-signed",
+        "another's name": "certificate_refused: the server's certificate is invalid: IP address mismatch",
         "no secret": "inferq secrets rotate unknown",
     }.items():
         assert words in failed[name].attempts[-1].error, name

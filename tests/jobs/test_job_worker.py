@@ -80,24 +80,6 @@ def test_a_job_of_our_publisher_reaches_celery(settings: BrokerSettings, publish
     assert got == [("Grüße 你好", "job-1", 2)]
 
 
-def test_a_retry_rests_in_the_broker_and_comes_back(settings: BrokerSettings, publisher: Publisher) -> None:
-    app = celery_app(settings)
-    began: list[float] = []
-    done = threading.Event()
-
-    @app.task(name="test.retry", bind=True, max_retries=None, shared=False)
-    def again(self: Task) -> None:
-        began.append(time.monotonic())
-        if len(began) < 2:
-            raise self.retry(countdown=2)
-        done.set()
-
-    publisher.publish(job_message("test.retry", "inference.batches", {}, job_id="job-2")).result()
-    with working(app):
-        assert done.wait(20)
-    assert 1.0 <= began[1] - began[0] <= 6.0
-
-
 def test_what_cannot_be_done_is_kept_where_an_operator_sees_it(
     settings: BrokerSettings, publisher: Publisher
 ) -> None:

@@ -278,7 +278,7 @@ def test_a_run_whose_id_is_anothers_fails_with_words_and_is_told_and_logged_once
         assert site.callback() == (told, body)
         data = body["data"]
         assert (data["run_id"], data["night"], data["state"]) == (run_id, "2026-11-24", "failed")
-        assert f"batch '{run_id}' was submitted by somebody else" in data["error"]
+        assert f"batch '{run_id}' was submitted by another client" in data["error"]
         second = site.start(site.schedule(), moment + timedelta(days=1))
         site.work(1)
         assert site.summary(second).counts.succeeded == 1

@@ -152,7 +152,7 @@ def test_a_run_whose_id_is_anothers_fails_and_leaves_its_objects_to_the_next(
     for _ in range(2):
         run, batch, error = site.starter.start(site.schedule(only_new=only_new), SECOND)
         assert (run.run_id, batch) == (theirs, None)
-        assert f"batch '{theirs}' was submitted by somebody else" in (error or "")
+        assert f"batch '{theirs}' was submitted by another client" in (error or "")
     assert site.sent == []
     assert site.batches.source("default", theirs) is None
     assert list(site.store.list(f"batches/default/{theirs}/input/")) == []
