@@ -12,7 +12,7 @@ jobs, celery_app  light jobs: callbacks, batches, nightly runs
 
 from inferq.broker.connection import connect
 from inferq.broker.consumer import Consumer
-from inferq.broker.dead import DeadLetter, DeadLetters, Filter, NoDeadLetters
+from inferq.broker.dead import DeadLetter, DeadLetters, Filter
 from inferq.broker.errors import BrokerUnavailable, PublishRejected, TopologyMismatch, Unroutable
 from inferq.broker.jobs import (
     ASSEMBLE_JOB,
@@ -34,7 +34,6 @@ from inferq.broker.messages import (
     Message,
     dead_message,
     named_id,
-    redriven_message,
     retry_message,
     task_message,
 )
@@ -43,7 +42,6 @@ from inferq.broker.retry import RETRY_LEVELS, backoff, retry_level
 from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import (
     JOB_QUEUES,
-    Difference,
     JobQueue,
     Topology,
     dead_queue,
@@ -69,11 +67,9 @@ __all__ = [
     "DeadLetter",
     "DeadLetters",
     "Delivery",
-    "Difference",
     "Filter",
     "JobQueue",
     "Message",
-    "NoDeadLetters",
     "PublishRejected",
     "Publisher",
     "Topology",
@@ -91,7 +87,6 @@ __all__ = [
     "job_message",
     "job_topology",
     "named_id",
-    "redriven_message",
     "retry_level",
     "retry_message",
     "routing_key",

@@ -1,9 +1,9 @@
-"""Consuming with prefetch=1 from the lanes of one task type, the most urgent first.
+"""Consumes with prefetch=1 from the lanes of one task type, the most urgent first.
 
-An idle consumer is subscribed to all its lanes. The first delivery ends the subscriptions of the other
-lanes; once it is settled, the lanes above its own are asked whether they hold a message (a round trip each)
-before the acknowledgement lets the next one of the same lane in. A message that arrives although one is in
-hand is given back at once. With one lane none of this happens: prefetch does it all.
+An idle consumer subscribes to all its lanes. The first delivery cancels the subscriptions of the other lanes. When
+it is settled, the consumer asks each higher lane for its message count (a round trip each); only then does the ack
+admit the next delivery of the same lane. A delivery that arrives while another is in hand is requeued at once.
+With one lane, prefetch does all this.
 """
 
 from __future__ import annotations
@@ -29,23 +29,22 @@ from inferq.broker.topology import Topology
 _log = logging.getLogger(__name__)
 
 HOLD_SECONDS = 3 * 86_400
-"""How long a delivery may be in hand: the longest time limit, twice where it was taken ahead of another that
-takes as long, and a day's outage. RabbitMQ heeds it from 4.3 on; an older one knows `consumer_timeout` in its
-configuration only, by default half an hour."""
+"""How long a delivery may stay unacknowledged: twice the longest time limit, for a task taken ahead, and a day's
+outage. RabbitMQ supports this from 4.3; older versions have only `consumer_timeout` in their configuration, by
+default 30 minutes."""
 
 _LOW_PRIORITY = -1
-"""The consumer priority of one that gives way; that of all others is 0."""
+"""The consumer priority of a `low_priority` consumer; that of all others is 0."""
 
 _SETTLE_SECONDS = 0.02
-"""How long a lane that may hold more is waited for before the other lanes are subscribed to again."""
+"""Seconds to wait for the next delivery of the same lane before subscribing to the others."""
 
 
 class Consumer(BrokerThread):
-    """Hands out one delivery at a time from `queues`, given with the most urgent lane first.
+    """Gives one delivery at a time from `queues`, which lists the most urgent lane first.
 
-    `next` and the settling calls belong to one working thread; nothing they do waits for the network.
-    One that `gives_way`, for good or until it is told otherwise, gets a delivery only where no consumer that
-    does not would take it: its subscriptions have a lower consumer priority.
+    `next` and the settling calls belong to one working thread; none of them waits for the network. With
+    `low_priority`, RabbitMQ delivers here only if no normal consumer is free.
     """
 
     def __init__(
@@ -77,9 +76,9 @@ class Consumer(BrokerThread):
     # The working thread's side.
 
     def next(self, timeout: float, *, low_priority: bool = False) -> Delivery | None:
-        """The next delivery, or None if none came within `timeout` seconds.
+        """The next delivery, or None after `timeout` seconds.
 
-        Asking is what makes a lane deliver: a consumer that is not asked holds no message back from others.
+        This call subscribes: a consumer that nobody calls keeps no message from others.
         """
         end = time.monotonic() + timeout
         self._low_priority = low_priority or self._always_low_priority
@@ -94,26 +93,26 @@ class Consumer(BrokerThread):
             if self._borrow(left):
                 self._turn(limit=left)
         if len(self._lanes) > 1 and self._borrow_again():
-            self._turn(limit=0)  # what ended the other lanes' subscriptions must not wait for the task
+            self._turn(limit=0)  # send the cancels of the other lanes before the task runs
         return self._inbox.popleft()
 
     def holds(self, delivery: Delivery) -> bool:
-        """Whether the delivery is still ours; with its channel lost, the broker hands it out again."""
+        """Whether the delivery can still be settled. Once its channel is lost, the broker redelivers it."""
         return self._channel is not None and delivery.epoch == self._epoch
 
     def ack(self, delivery: Delivery, *, more: bool = True, low_priority: bool = False) -> None:
-        """Done with it. `more` says that the next delivery is wanted at once."""
+        """Acknowledge. `more`: whether to let the next delivery in at once."""
         self._low_priority = low_priority or self._always_low_priority
         self._settle(delivery, more=more, finish=lambda channel: channel.basic_ack(delivery.tag))
 
     def requeue(self, delivery: Delivery) -> None:
-        """Let another worker have it, as it was."""
+        """Requeue the delivery unchanged."""
         self._settle(
             delivery, more=False, finish=lambda channel: channel.basic_nack(delivery.tag, requeue=True)
         )
 
     def pause(self) -> None:
-        """Hold nothing back from others until `next` is called again; what has come since goes back."""
+        """Unsubscribe until the next call of `next`, and requeue what has arrived."""
         self._wanted = False
 
         def on_thread() -> None:
@@ -128,13 +127,13 @@ class Consumer(BrokerThread):
         self._perform(on_thread)
 
     def stop(self) -> None:
-        """Take no more deliveries; the one in hand can still be settled."""
+        """Accept no more deliveries; the current one can still be settled."""
         self._stopped.set()
         self._wanted = False
         self._call(self._unsubscribe)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Settle what is being settled, give back the rest, and end."""
+        """Finish settling, requeue the rest, and close."""
         self._stopped.set()
         self._settled.wait(timeout)
         super().close(timeout)
@@ -150,7 +149,7 @@ class Consumer(BrokerThread):
         def on_thread() -> None:
             channel = self._channel
             if channel is None or not channel.is_open or delivery.epoch != self._epoch:
-                # Its channel is gone, and the broker hands the message out again.
+                # The channel is lost, so the broker redelivers the message.
                 self._settled.set()
                 self._subscribe_all()
                 return
@@ -160,20 +159,20 @@ class Consumer(BrokerThread):
                 settled(channel)
                 return
             if self._subscribed_low_priority != self._low_priority:
-                self._unsubscribe()  # before this delivery makes room for the next one
+                self._unsubscribe()  # before the ack admits the next delivery
             self._look_above(channel, 0, settled)
 
         if not self._perform(on_thread):
             self._settled.set()
 
     def _perform(self, function: Callable[[], None]) -> bool:
-        """Run `function` as on the connection's thread, on this one where it has borrowed the loop."""
+        """Run `function` here if this thread has borrowed the loop, else on the connection's thread."""
         if self._borrow_again():
             self._turn(function, limit=0)
             return True
         return self._call(function)
 
-    # The connection's thread.
+    # On the connection's thread.
 
     def _opened(self, channel: Channel) -> None:
         self._epoch += 1
@@ -192,7 +191,7 @@ class Consumer(BrokerThread):
         self._current = None
 
     def _subscribe_all(self) -> None:
-        """Subscribe to every lane, from the most urgent down, until one of them delivers."""
+        """Subscribe to the lanes, the most urgent first, until one delivers."""
         channel = self._channel
         if channel is None or not channel.is_open or not self._wanted or self._current is not None:
             return
@@ -205,10 +204,9 @@ class Consumer(BrokerThread):
                 return
 
     def _subscribe(self, channel: Channel, lane: int) -> None:
-        """Subscribe to a lane, and to the next one only after this one had its say.
+        """Subscribe to a lane, and to the next one only if this one delivers nothing.
 
-        What the lane holds follows the broker's answer to the subscription. The question after that is a
-        barrier: its answer comes behind the delivery, if there is one.
+        The passive declaration is a barrier: its reply comes after a delivery, if the lane holds one.
         """
         name = self._lanes[lane]
         epoch = self._epoch
@@ -221,7 +219,7 @@ class Consumer(BrokerThread):
             body: bytes,
         ) -> None:
             if self._current is not None or not self._wanted:
-                # A race: another lane was faster, or the subscription was about to end.
+                # A race: another lane was faster, or this subscription is being cancelled.
                 channel.basic_nack(_tag(method), requeue=True)
                 return
             self._take(channel, lane, delivery_from(name, epoch, method, properties, body))
@@ -236,7 +234,7 @@ class Consumer(BrokerThread):
         self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed, arguments=arguments)
 
     def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:
-        """`function`, which does nothing once a delivery has come that had not come now."""
+        """`function`, made to do nothing if a delivery arrives before it is called."""
         taken = self._taken
         return lambda: function() if taken == self._taken else None
 
@@ -262,10 +260,10 @@ class Consumer(BrokerThread):
             self._cancel(channel, name)
 
     def _look_above(self, channel: Channel, lane: int, finish: Callable[[Channel], None]) -> None:
-        """Ask the lanes from `lane` up to the current one for a message; then `finish` the one in hand.
+        """Ask the lanes from `lane` to the current one for messages, then `finish` the current delivery.
 
-        The question is a passive declaration, which the queue's leader answers from memory; `basic.get`
-        would be a command in the queue's log each time, whether there is a message or not.
+        It uses a passive declaration, which the queue's leader answers from memory. `basic.get` would write a
+        command to the queue's log each time.
         """
         current = self._current
         if current is None or lane >= current:
@@ -282,7 +280,7 @@ class Consumer(BrokerThread):
         channel.queue_declare(name, passive=True, callback=counted)
 
     def _get(self, channel: Channel, lane: int, finish: Callable[[Channel], None]) -> None:
-        """Take a message from a more urgent lane, unless another worker was faster."""
+        """Take a message from a higher lane, unless another worker was faster."""
         name, epoch, current = self._lanes[lane], self._epoch, self._current
 
         def got(
@@ -291,7 +289,7 @@ class Consumer(BrokerThread):
             properties: pika.BasicProperties,
             body: bytes,
         ) -> None:
-            # The old lane must not deliver once its message is settled: first the cancel, then the ack.
+            # Cancel before the ack, so that the old lane delivers nothing more.
             if current is not None:
                 self._cancel(channel, self._lanes[current])
             finish(channel)
@@ -313,15 +311,15 @@ class Consumer(BrokerThread):
         lane, self._current = self._current, None
         finish(channel)
         if len(self._lanes) > 1 and lane is not None and self._lanes[lane] in self._tags:
-            # More of the same lane is probably on its way; subscribing to all would cost it the time.
+            # Usually the same lane delivers next; subscribing to all lanes first would delay that.
             self._later(_SETTLE_SECONDS, self._unless_taken(self._subscribe_all))
         else:
             self._subscribe_all()
 
     def _cancelled(self, frame: pika.frame.Method[Any]) -> None:
-        # The queue was deleted or its node went away: a fresh channel declares and subscribes anew.
+        # The queue was deleted or lost its node: reconnect, which declares and subscribes again.
         queue = next((q for q, tag in self._tags.items() if tag == frame.method.consumer_tag), "a queue")
-        _log.warning("%s: RabbitMQ ended the subscription to %s; subscribing anew", self.name, queue)
+        _log.warning("%s: RabbitMQ cancelled the subscription to %s; subscribing again", self.name, queue)
         if self._connection is not None:
             with suppress(Exception):
                 self._connection.close(320, "consumer cancelled")
@@ -334,7 +332,7 @@ def delivery_from(
     properties: pika.BasicProperties,
     body: bytes,
 ) -> Delivery:
-    """A delivery as pika hands it over, in our own terms."""
+    """A Delivery from what pika gives."""
     timestamp = None
     with suppress(TypeError, ValueError, OverflowError, OSError):
         timestamp = datetime.fromtimestamp(properties.timestamp, UTC) if properties.timestamp else None

@@ -1,4 +1,4 @@
-"""Publishing with confirms, pipelined: many messages on their way at once, each with its own answer."""
+"""Publishes with pipelined confirms: many messages in flight, each with its own result."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ from inferq.broker.topology import Topology
 from inferq.schemas import InvalidTask
 
 _WINDOW_LOOK_SECONDS = 0.002
-"""How often an asyncio task looks for a place in a full window."""
-
+"""Seconds between two tries of an asyncio task while the window is full."""
 
 _MAX_HEADER_BYTES = 64 * 1024
-"""The largest properties that are sent: they have to fit into one frame, of 128 KiB by default."""
-
+"""The largest properties: they must fit into one frame, 128 KiB by default."""
 
 _FRAME = struct.Struct(">BHI")
 _CONTENT = struct.Struct(">HxxQ")
@@ -40,12 +38,12 @@ _END = bytes([spec.FRAME_END])
 _KEPT_METHODS = 1000
 
 _BURST_BYTES = 256 * 1024
-"""How much is handed to the connection at a time."""
+"""Bytes given to the connection at a time."""
 
 
 @dataclass(eq=False)
 class _Answer:
-    """What a caller waits for: the confirms of `left` messages, or the first error among them."""
+    """A caller's result: the confirms of `left` messages, or the first error among them."""
 
     left: int
     error: Exception | None = None
@@ -64,14 +62,14 @@ class _Pending:
 
 
 class _Window:
-    """Places for messages on their way."""
+    """Limits the messages in flight."""
 
     def __init__(self, places: int) -> None:
         self._free = places
         self._changed = threading.Condition()
 
-    def take(self, most: int, timeout: float = 0.0) -> int:
-        """Take up to `most` places; how many there were, once there is one; 0 after `timeout` seconds."""
+    def acquire(self, most: int, timeout: float = 0.0) -> int:
+        """Reserve up to `most` slots and return their number; 0 if none is free within `timeout` seconds."""
         with self._changed:
             if not self._free:
                 self._changed.wait_for(lambda: self._free, timeout)
@@ -79,7 +77,7 @@ class _Window:
             self._free -= taken
             return taken
 
-    def requeue(self, count: int) -> None:
+    def release(self, count: int) -> None:
         with self._changed:
             self._free += count
             self._changed.notify(count)
@@ -89,10 +87,10 @@ class Publisher(BrokerThread):
     """Publishes persistent, mandatory messages and waits for the broker's confirm of each.
 
     Safe from many threads and from asyncio. At most `publish_window` messages are unconfirmed at a time.
-    What a lost connection leaves unconfirmed is sent again on the next, so a message may arrive twice but
-    is never dropped: its future either succeeds, once the broker has confirmed it, or raises
+    Unconfirmed messages of a lost connection are sent again on the next one. A message may arrive twice, but is
+    never dropped: its future succeeds once the broker has confirmed it, or raises
 
-    - BrokerUnavailable: no confirm within the limit. Where the message had been sent, the broker may have it.
+    - BrokerUnavailable: no confirm within the limit. If the message was sent, the broker may have it.
     - PublishRejected: the broker refused it.
     - Unroutable: no queue is bound for its routing key.
     """
@@ -112,17 +110,17 @@ class Publisher(BrokerThread):
     def publish(self, message: Message, *, timeout: float | None = None) -> Future[None]:
         """Send a message; the future resolves once the broker has confirmed it.
 
-        Blocks while the window is full. `timeout` bounds, in seconds, the wait for a place and for the
-        confirm together; the default is the setting `publish_timeout`.
+        Blocks while the window is full. `timeout` limits, in seconds, the wait for the window and the confirm
+        together; the default is the setting `publish_timeout`.
         """
         return self.publish_all([message], timeout=timeout)
 
     def publish_all(self, messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
         """Send messages; the future resolves once the broker has confirmed them all.
 
-        It is as `publish` for each, but for less: one wake-up of the connection, one future. Where some are
-        not confirmed it raises the first error, once all are answered; the others have been confirmed.
-        Blocks while the window is full. Raises InvalidTask, with nothing sent, for what cannot be.
+        Cheaper than `publish` for each: one wake-up of the connection, one future. If some messages fail, the
+        future raises the first error once all are answered; the others are confirmed. Blocks while the window
+        is full. Raises InvalidTask for a message that cannot be sent, and then sends none.
         """
         answer = _Answer(len(messages))
         deadline = self._deadline(timeout)
@@ -130,12 +128,12 @@ class Publisher(BrokerThread):
         if not burst:
             answer.future.set_result(None)
             return answer.future
-        # From here on the answer is ours to give: a caller's cancel cannot take the messages back.
+        # From here on a caller cannot cancel the future: the messages cannot be taken back.
         answer.future.set_running_or_notify_cancel()
         begun = 0
         while begun < len(burst):
-            # What has a place goes out before this waits for more: it is what will make room.
-            places = self._window.take(len(burst) - begun, max(0.0, deadline - time.monotonic()))
+            # Send what has a slot before waiting for more slots: its confirms free them.
+            places = self._window.acquire(len(burst) - begun, max(0.0, deadline - time.monotonic()))
             if not places:
                 late = self._late("the publish window stayed full")
                 if begun == 0:
@@ -149,8 +147,8 @@ class Publisher(BrokerThread):
     async def confirm(self, message: Message, *, timeout: float | None = None) -> None:
         """Send a message and wait for its confirm, from asyncio. Raises what `publish` gives."""
         pending = _Pending(message, self._deadline(timeout), _sendable(message), _Answer(1))
-        # A thread that waited for a place would take it even for a caller that has been cancelled.
-        while not self._window.take(1):
+        # Not on a thread: it would take the slot even after the caller is cancelled.
+        while not self._window.acquire(1):
             if time.monotonic() >= pending.deadline:
                 raise self._late("the publish window stayed full")
             await asyncio.sleep(_WINDOW_LOOK_SECONDS)
@@ -159,7 +157,7 @@ class Publisher(BrokerThread):
         await asyncio.wrap_future(pending.answer.future)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Wait up to `timeout` seconds for what is unconfirmed, then close; the rest raises."""
+        """Wait up to `timeout` seconds for confirms, then close. Unconfirmed messages raise."""
         deadline = time.monotonic() + timeout
         while self._busy() and self.connected and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -177,10 +175,10 @@ class Publisher(BrokerThread):
         return time.monotonic() + (self._settings.publish_timeout if timeout is None else timeout)
 
     def _send(self, burst: Sequence[_Pending]) -> None:
-        """Have messages sent that have their places in the window."""
+        """Queue messages that have slots in the window for sending."""
         with self._gate:
             if self._closed:
-                self._window.requeue(len(burst))
+                self._window.release(len(burst))
                 raise BrokerUnavailable("the publisher is closed")
             self._waiting.extend(burst)
         if not self._wake_due:
@@ -248,7 +246,7 @@ class Publisher(BrokerThread):
         connection.send_frames(frames)
 
     def _framed(self, channel: Channel, pending: _Pending) -> bytes:
-        """What pika's basic_publish would send, from parts that were encoded before; for one body frame."""
+        """The frames of pika's basic_publish, from parts encoded in advance; for one body frame."""
         number, message = channel.channel_number, pending.message
         where = (number, message.exchange, message.routing_key)
         method = self._methods.get(where)
@@ -273,7 +271,7 @@ class Publisher(BrokerThread):
         properties: pika.BasicProperties,
         _body: bytes,
     ) -> None:
-        # A return carries no delivery tag; it precedes the confirm of the message that it concerns.
+        # A return has no delivery tag; it precedes the confirm of its message.
         for pending in self._unconfirmed.values():
             message = pending.message
             if pending.returned is None and (message.exchange, message.routing_key, message.message_id) == (
@@ -329,7 +327,7 @@ class Publisher(BrokerThread):
                 self._waiting.append(pending)
         now = time.monotonic()
         for tag, pending in list(self._unconfirmed.items()):
-            # Sent and unanswered: its tag goes with it, so that a late answer finds nobody.
+            # Forget the tag, too, so that a late confirm is ignored.
             if pending.deadline <= now:
                 del self._unconfirmed[tag]
                 self._resolve([pending], self._late("the broker did not confirm the message in time"))
@@ -340,11 +338,11 @@ class Publisher(BrokerThread):
         self._unconfirmed.clear()
 
     def _resolve(self, burst: Sequence[_Pending], error: Exception | None) -> None:
-        """Answer for messages that had places in the window."""
-        self._window.requeue(self._settle(burst, error))
+        """Resolve messages that have slots in the window."""
+        self._window.release(self._settle(burst, error))
 
     def _settle(self, burst: Sequence[_Pending], error: Exception | None) -> int:
-        """Answer for messages, once for each; how many it was: closing may have been faster."""
+        """Resolve each message once; return how many were still open, since closing may have been faster."""
         settled = 0
         answered: list[_Answer] = []
         with self._gate:

@@ -1,6 +1,6 @@
-"""The exchanges and queues, as data; applied idempotently, and checked against what a broker has.
+"""The exchanges and queues as data, applied idempotently and compared with the broker.
 
-All load-bearing properties are queue arguments, not policies, so that a bare broker is safe.
+All essential properties are queue arguments, not policies, so a broker without policies is safe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TASKS = "inference.tasks"
 DEAD = "inference.dead"
 UNROUTABLE = "inference.unroutable"
 JOBS = "inference.jobs"
-"""The topic exchange of the light jobs that Celery works on; a job queue's name is its routing key."""
+"""The topic exchange of the light jobs, which Celery runs. A job queue's name is its routing key."""
 
 JobQueue = Literal["inference.callbacks", "inference.batches"]
 JOB_QUEUES: tuple[JobQueue, ...] = get_args(JobQueue)
@@ -32,15 +32,15 @@ DELAY_LEVELS = 28
 """The queues of Celery's native delayed delivery: one for each bit of a delay in whole seconds."""
 
 DELAYED = "celery_delayed_delivery"
-"""The topic exchange at which a delayed job arrives when its time has come."""
+"""The topic exchange that a delayed job reaches after its delay."""
 
 DELIVERY_LIMIT = 100
-"""Deliveries of one message before the broker itself gives it up. It is the last net, far above our own
-count of attempts: before RabbitMQ 4.3 a delivery that is merely given back counts too."""
+"""Deliveries of one message before RabbitMQ dead-letters it: a safety net far above our own attempts. Before
+RabbitMQ 4.3, a requeued delivery counts, too."""
 
 NO_DELIVERY_LIMIT = 1_000_000_000
-"""RabbitMQ 4 limits quorum queues to 20 deliveries by default; where people look at messages and put them
-back, that would drop them. 3.x refuses -1, its later name for no limit."""
+"""RabbitMQ 4 limits quorum queues to 20 deliveries by default. In queues whose messages are inspected and requeued,
+that would drop them. RabbitMQ 3 does not accept -1, which later means no limit."""
 
 
 @lru_cache(1024)
@@ -57,7 +57,7 @@ def dead_queue(type_name: str) -> str:
 
 
 def retry_exchange(seconds: int) -> str:
-    """The name of a retry level: of its fanout exchange, and of its queue."""
+    """The name of a retry level's fanout exchange and queue."""
     return f"inference.retry.{seconds}s"
 
 
@@ -91,7 +91,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Binding:
-    """What `exchange` has for the routing key goes to `queue`; `to_exchange`: that is an exchange's name."""
+    """Routes from `exchange` to `queue` by routing key. `to_exchange`: `queue` names an exchange."""
 
     exchange: str
     queue: str
@@ -114,7 +114,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class Difference:
-    """One way in which a broker differs from the topology."""
+    """One difference between a broker and the topology."""
 
     kind: str
     name: str
@@ -126,19 +126,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Topology:
-    """Exchanges, queues and bindings, in an order in which they can be declared."""
+    """Exchanges, queues and bindings, in the order of their declaration."""
 
     exchanges: tuple[Exchange, ...]
     queues: tuple[Queue, ...]
     bindings: tuple[Binding, ...]
 
     def declarations(self) -> list[tuple[str, dict[str, Any]]]:
-        """Each AMQP declaration as the name of pika's channel method and its arguments."""
+        """The AMQP declarations, each as a method name of pika's channel and its arguments."""
         parts: list[Exchange | Queue | Binding] = [*self.exchanges, *self.queues, *self.bindings]
         return [part.declaration() for part in parts]
 
     def apply(self, channel: BlockingChannel) -> None:
-        """Declare everything that is missing. Raises TopologyMismatch at the first thing that differs."""
+        """Declare what is missing. Raises TopologyMismatch at the first difference."""
         for method, arguments in self.declarations():
             try:
                 getattr(channel, method)(**arguments)
@@ -146,9 +146,9 @@ class Topology:
                 raise mismatch(error) from error
 
     def declare(self, channel: Channel, done: Callable[[], None]) -> None:
-        """Declare everything on an asynchronous channel, pipelined, and then call `done`.
+        """Declare everything on an asynchronous channel, pipelined, then call `done`.
 
-        Where something differs the broker closes the channel; `mismatch` explains the closing.
+        At a difference the broker closes the channel; `mismatch` explains the error.
         """
         declarations = self.declarations()
         for method, arguments in declarations[:-1]:
@@ -157,16 +157,16 @@ class Topology:
         getattr(channel, method)(**arguments, callback=lambda _frame: done())
 
     def differences(self, connection: BlockingConnection) -> list[Difference]:
-        """What a broker lacks or has otherwise; changes nothing there.
+        """What is missing on the broker or differs. Changes nothing.
 
-        AMQP cannot be asked for bindings, so those are not compared; `apply` makes them.
+        AMQP cannot list bindings, so they are not compared; `apply` creates them.
         """
         found = []
         parts: list[Exchange | Queue] = [*self.exchanges, *self.queues]
         for part in parts:
             kind = "exchange" if isinstance(part, Exchange) else "queue"
             method, arguments = part.declaration()
-            # Passively first: declaring in full what is not there would create it.
+            # Passive first: a full declaration would create what is missing.
             missing = _refusal(connection, method, {**arguments, "passive": True})
             if missing is not None:
                 problem = "is missing" if missing.reply_code == 404 else missing.reply_text
@@ -185,7 +185,7 @@ def _ignore(_frame: object) -> None:
 def _refusal(
     connection: BlockingConnection, method: str, arguments: dict[str, Any]
 ) -> ChannelClosedByBroker | None:
-    channel = connection.channel()  # a refusal closes the channel, so each question has its own
+    channel = connection.channel()  # a refusal closes the channel
     try:
         getattr(channel, method)(**arguments)
     except ChannelClosedByBroker as error:
@@ -201,7 +201,7 @@ _INEQUIVALENT = re.compile(
 
 
 def mismatch(error: ChannelClosedByBroker) -> TopologyMismatch:
-    """The broker's refusal of a declaration, naming the queue, the argument and both values."""
+    """The broker's refusal of a declaration, with the queue, the argument and both values."""
     found = _INEQUIVALENT.search(error.reply_text)
     subject = f"{found['kind']} {found['name']!r} in vhost {found['vhost']!r}: " if found else ""
     return TopologyMismatch(f"{subject}{_explain(error.reply_text)}")
@@ -224,7 +224,7 @@ def _value(text: str) -> str:
 
 
 def topology_for(type_names: Iterable[str]) -> Topology:
-    """Everything that tasks of these types need, shared parts included."""
+    """Everything that tasks of these types need, including the shared parts."""
     exchanges = [
         Exchange(UNROUTABLE, "fanout"),
         Exchange(TASKS, "topic", {"alternate-exchange": UNROUTABLE}),
@@ -238,7 +238,7 @@ def topology_for(type_names: Iterable[str]) -> Topology:
         bindings.append(Binding(JOBS, job_queue, job_queue))
     for seconds in RETRY_LEVELS:
         name = retry_exchange(seconds)
-        # A fanout keeps the routing key, so an expired message returns to the queue that it came from.
+        # A fanout keeps the routing key, so an expired message returns to its original queue.
         exchanges.append(Exchange(name, "fanout"))
         queues.append(Queue(name, {"x-message-ttl": seconds * 1000, **_dead_lettering(TASKS)}))
         bindings.append(Binding(name, name))
@@ -253,7 +253,7 @@ def topology_for(type_names: Iterable[str]) -> Topology:
                     {
                         "x-delivery-limit": DELIVERY_LIMIT,
                         **_dead_lettering(DEAD),
-                        # Set, because a message put on the queue directly has a routing key of its own.
+                        # A message published directly to the queue has another routing key.
                         "x-dead-letter-routing-key": key,
                     },
                 )
@@ -265,10 +265,10 @@ def topology_for(type_names: Iterable[str]) -> Topology:
 
 
 def job_topology() -> Topology:
-    """What the light jobs need: their queues, and those in which delayed jobs rest.
+    """What the light jobs need: their queues, and those of delayed jobs.
 
-    Celery declares the latter itself, one round trip each, and goes on without them where that fails; here
-    they are declared first, so that it finds them there. They are exactly as Celery has them.
+    Celery declares the latter itself, with one round trip each, and ignores a failure. They are declared here
+    first, exactly as Celery does.
     https://github.com/celery/kombu/blob/main/kombu/transport/native_delayed_delivery.py
     """
     exchanges = [Exchange(UNROUTABLE, "fanout"), Exchange(JOBS, "topic"), Exchange(DELAYED, "topic")]
@@ -285,7 +285,7 @@ def job_topology() -> Topology:
         name, below = delay_level(level), delay_level(level - 1) if level else DELAYED
         exchanges.append(Exchange(name, "topic"))
         queues.append(Queue(name, {"x-message-ttl": 2**level * 1000, **_dead_lettering(below)}))
-        # The bit of this level decides: 1 rests here first, 0 goes on at once.
+        # The bit of this level decides: 1 waits here, 0 goes to the next level.
         skipped = "*." * (DELAY_LEVELS - 1 - level)
         bindings.append(Binding(name, name, f"{skipped}1.#"))
         bindings.append(Binding(name, below, f"{skipped}0.#", to_exchange=True))
@@ -293,12 +293,12 @@ def job_topology() -> Topology:
 
 
 def delay_level(level: int) -> str:
-    """The name of a level of delayed delivery, exchange and queue, which holds a job for 2**level seconds."""
+    """The exchange and queue of a level of delayed delivery, which delays a job by 2**level seconds."""
     return f"celery_delayed_{level}"
 
 
 def job_queue_arguments() -> dict[str, Any]:
-    """The arguments of the job queues, for whoever declares them by other means than a Topology."""
+    """The arguments of the job queues, for Celery's own declaration."""
     arguments: dict[str, Any] = _job_queue("").declaration()[1]["arguments"]
     return arguments
 
@@ -308,7 +308,7 @@ def _unroutable_queue() -> Queue:
 
 
 def _job_queue(name: str) -> Queue:
-    # A job that nobody knows, or that failed in a way it does not expect, is rejected: it is not to be lost.
+    # An unknown job, or one with an unforeseen error, is rejected and must not be lost.
     return Queue(name, {"x-delivery-limit": NO_DELIVERY_LIMIT, **_dead_lettering(UNROUTABLE)})
 
 

@@ -10,30 +10,26 @@ webhook_secrets  the secrets that callbacks are signed with
 json_file        a private JSON file that many processes change
 """
 
-from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Stall, Standing, Step
+from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Stall, Step
 from inferq.storage.batches.store import (
     BatchConflict,
     BatchSource,
     BatchStore,
-    UnreadableBatch,
     errors_key,
     input_key,
     output_key,
 )
 from inferq.storage.callbacks import CallbackRecords
-from inferq.storage.fetch.addresses import AddressPolicy, AddressRefused, GuardedBackend
 from inferq.storage.fetch.fetcher import Fetched, Fetcher, ScratchUnavailable
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.open import open_store
 from inferq.storage.objects.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
 from inferq.storage.objects.store import BadObjectKey, ObjectInfo, ObjectNotFound, ObjectStore, StoreOutage
 from inferq.storage.settings import StorageSettings
-from inferq.storage.status.index import Begun, Page, StatusIndex, StatusOutage, Submission
-from inferq.storage.webhook_secrets import WebhookSecret, WebhookSecrets, WebhookSettings
+from inferq.storage.status.index import Begun, StatusIndex, StatusOutage
+from inferq.storage.webhook_secrets import WebhookSecrets, WebhookSettings
 
 __all__ = [
-    "AddressPolicy",
-    "AddressRefused",
     "BadObjectKey",
     "BatchConflict",
     "BatchIndex",
@@ -43,27 +39,21 @@ __all__ = [
     "CallbackRecords",
     "Fetched",
     "Fetcher",
-    "GuardedBackend",
     "IndexLost",
     "LeaseLost",
     "LocalStore",
     "ObjectInfo",
     "ObjectNotFound",
     "ObjectStore",
-    "Page",
     "ResultStore",
     "ScratchUnavailable",
     "Stall",
-    "Standing",
     "StatusIndex",
     "StatusOutage",
     "Step",
     "StorageSettings",
     "StoreOutage",
-    "Submission",
-    "UnreadableBatch",
     "UnreadableResult",
-    "WebhookSecret",
     "WebhookSecrets",
     "WebhookSettings",
     "cache_entry_key",

@@ -29,7 +29,6 @@ class Variable:
     name: str
     default: str
     description: str
-    read_by: str
 
 
 def variables(*, plugins: bool = True) -> list[Variable]:
@@ -47,7 +46,7 @@ def variables(*, plugins: bool = True) -> list[Variable]:
             variable = f"{prefix}{name}".upper()
             if variable in found:
                 continue
-            found[variable] = Variable(variable, _default(field), field.description or "", model.__name__)
+            found[variable] = Variable(variable, _default(field), field.description or "")
     return [found[name] for name in sorted(found)]
 
 
