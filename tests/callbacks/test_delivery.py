@@ -170,7 +170,7 @@ def test_what_is_no_callback_is_put_aside_and_stops_nobody(caller: Caller, recei
     caller.start()
     caller.came_to(sent, "delivered")
     assert caller.site.depth("inference.callbacks") == 0
-    assert caller.log.read_text().count("is no callback") == 3
+    assert caller.log.read_text().count("is not a callback") == 3
     eventually(lambda: caller.site.depth("inference.unroutable") == 3)
 
 
