@@ -43,8 +43,6 @@ def celery_app(settings: BrokerSettings) -> Celery:
         broker_use_ssl=_tls(settings),
         broker_heartbeat=settings.amqp_heartbeat,
         broker_connection_timeout=settings.amqp_connect_timeout,
-        # Unset, Celery 5 warns at every start that its default will change.
-        broker_connection_retry_on_startup=True,
         # By default Celery ends after 100 attempts, in an outage of less than an hour.
         broker_connection_max_retries=None,
         # RabbitMQ closes the channel if a job outlasts consumer_timeout. By default Celery then ends.

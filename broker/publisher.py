@@ -370,9 +370,9 @@ def _longest_name(exchange: str, routing_key: str) -> int:
 
 
 def _sendable(message: Message) -> bytes:
-    """How the message's properties travel, once it is sure that they can be sent.
+    """The message's encoded properties. Raises InvalidTask for a message that cannot be sent.
 
-    On the connection's thread it would be too late: what cannot be encoded there takes the connection down.
+    An encoding error on the connection's thread would lose the connection.
     """
     try:
         encoded = message.encoded_properties()
@@ -382,8 +382,8 @@ def _sendable(message: Message) -> bytes:
         raise InvalidTask(f"the message cannot be sent: {error}", code="unsendable") from error
     if size > _MAX_HEADER_BYTES or names > 255:
         raise InvalidTask(
-            f"the message cannot be sent: its headers have {size} bytes, of at most {_MAX_HEADER_BYTES}, or "
-            "its routing key has more than 255",
+            f"the message cannot be sent: its headers have {size} bytes (limit {_MAX_HEADER_BYTES}), or its "
+            "routing key has more than 255",
             code="unsendable",
         )
     return encoded

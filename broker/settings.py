@@ -35,9 +35,9 @@ class BrokerSettings(Settings):
     publish_timeout: float = Field(30.0, gt=0, description="Seconds to wait for a confirm before raising.")
 
     def connections(self, name: str) -> list[pika.URLParameters]:
-        """The parameters of each node, in the order given; `name` shows in the broker's connection list.
+        """The parameters of each node, in order. RabbitMQ lists the connection under `name`.
 
-        Raises InstallationError for a URL that cannot be one or a certificate that cannot be read.
+        Raises InstallationError for an invalid URL or an unreadable certificate.
         """
         urls = [url.strip() for url in self.amqp_url.split(",") if url.strip()]
         if not urls:
@@ -53,7 +53,7 @@ class BrokerSettings(Settings):
         try:
             parameters = pika.URLParameters(url)
         except (ValueError, TypeError, IndexError) as error:
-            # The parser's words may quote a part of the password.
+            # The parser's message may quote a part of the password.
             raise InstallationError(
                 "INFERQ_AMQP_URL cannot be read; give amqp://user:password@host:5672/vhost, with special "
                 "characters of the password percent-encoded"
@@ -62,7 +62,7 @@ class BrokerSettings(Settings):
             parameters.heartbeat = self.amqp_heartbeat
         parameters.socket_timeout = self.amqp_connect_timeout
         parameters.stack_timeout = self.amqp_connect_timeout
-        # Blocking is watched by whoever publishes; pika's own limit would drop the whole connection.
+        # Publisher handles blocking; pika's own limit would drop the connection.
         parameters.blocked_connection_timeout = None
         parameters.connection_attempts = 1
         parameters.client_properties = {"connection_name": f"inferq {name}"}

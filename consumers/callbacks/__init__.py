@@ -1,1 +1,1 @@
-"""Callbacks: signed, sent, tried again for days, and never held up by somebody else's dead server."""
+"""Callbacks: signed, sent, retried for days, and never delayed by another receiver's dead server."""

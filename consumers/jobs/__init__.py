@@ -1,1 +1,1 @@
-"""Works on light jobs: callbacks, the feeding of batches, and nightly runs, on Celery."""
+"""Runs the light jobs on Celery: callbacks, feeding of batches, nightly runs."""

@@ -1,6 +1,6 @@
--- One command for many lines: each command in a script costs as much as the script itself, and a line in
--- Redis's log of changes.
--- Sets the bits of lines that stand in ARGV from `at` to `last` as runs: first line, last line, and so on.
+-- Sets the bits of runs of lines: ARGV has first line, last line, and so on, from `at` to `last`.
+-- One command for many lines, because each command in a script costs as much as a call of the script, and an
+-- entry in Redis's append-only file.
 local function set_runs(key, at, last)
   for i = at, last, 2 do
     local bit, final = tonumber(ARGV[i]) - 1, tonumber(ARGV[i + 1]) - 1

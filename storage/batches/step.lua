@@ -2,7 +2,7 @@ local token, seconds, high_water, line, offset = ARGV[5], ARGV[6], ARGV[7], ARGV
 local fed = tonumber(ARGV[10])
 local holder = redis.call('GET', lease)
 if holder and holder ~= token then return {-1} end
--- Before the index is open, too: making it anew may take longer than the lease.
+-- Also before the index is open: rebuilding it may take longer than the lease.
 redis.call('SET', lease, token, 'EX', seconds)
 if redis.call('HEXISTS', key, 'open') == 0 then return {0} end
 set_runs(bits('fed', batch), 11, 10 + fed)

@@ -1,7 +1,7 @@
 local after, limit = tonumber(ARGV[5]), tonumber(ARGV[6])
 local open, found = bits('unended', batch), {}
 redis.call('BITOP', 'OR', open, bits('succeeded', batch), bits('failed', batch), bits('cancelled', batch))
--- What has ended was fed, so that exclusive-or leaves what was fed and has not ended.
+-- Every ended line was fed, so exclusive-or leaves the lines that were fed and have not ended.
 redis.call('BITOP', 'XOR', open, open, bits('fed', batch))
 local byte = math.floor(after / 8)
 while #found < limit do

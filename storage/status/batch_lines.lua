@@ -10,7 +10,7 @@ local function keep_batch(batch)
   end
 end
 
--- Whether this moved the line: a success stands, everything else gives way to what is told later.
+-- Returns whether the line changed: nothing supersedes a success, a later report supersedes anything else.
 local function end_line(batch, line, state)
   local at = tonumber(line) - 1
   if redis.call('GETBIT', bits('succeeded', batch), at) == 1 then return 0 end

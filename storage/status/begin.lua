@@ -5,13 +5,13 @@ local lost = -1
 if not conflict and begins >= order then
   local runs = 1
   if begins == order then
-    -- The attempt had begun already, and neither a retry nor an end has moved it on since.
+    -- The attempt began before and has not ended or been retried since: an orphaned run.
     local before, last = string.match(redis.call('HGET', key, 'l') or '0 ', '^(%d+) (.*)$')
     runs = tonumber(before) + (last == run and 0 or 1)
   end
   lost = runs - 1
   if not known then
-    -- One that does not say when it was created cannot have been so after its start.
+    -- A task without a creation time was created before its start at the latest.
     if created == '' then created = number(math.min(now, tonumber(started))) end
     create(ty, priority, batch, digest, created, 'running', begins, attempt)
   end

@@ -1,2 +1,2 @@
--- The caller is a worker that has the task in hand.
+-- The caller is a worker that holds the task.
 begun = true

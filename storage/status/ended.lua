@@ -4,7 +4,7 @@ local ends = state == 'succeeded' and SUCCEEDED + ENDED or order_of(redrives, MA
 if known and redis.call('HGET', key, 'k') == call then return 1 end
 if conflict then return 0 end
 if line ~= '' then
-  -- A redrive that runs by now has a later order, and stays.
+  -- A later redrive has a later order and stays.
   if ends > order then
     redis.call('DEL', key)
     for _, zset in ipairs({everything, state_index('queued'), state_index('running'), state_index('retrying'),
@@ -12,7 +12,7 @@ if line ~= '' then
       redis.call('ZREM', zset, id)
     end
   end
-  -- Lines that the batch is not known to have are left to whoever feeds it: it looks at the object store.
+  -- Ignore a line that the batch may not have: its feeder reads the object store.
   if tonumber(line) <= tonumber(redis.call('HGET', batch_key(batch), 'n') or 0) then
     if end_line(batch, line, state) == 0 then return 0 end
     keep_batch(batch)

@@ -6,7 +6,7 @@ elseif state ~= '' and state ~= 'succeeded' then zset = 'inferq:s:' .. tenant ..
 
 local start = 0
 if last ~= '' then
-  -- The cursor's own entry may be gone: putting it back for a moment finds its place among equal times.
+  -- The cursor's entry may have been deleted: insert it briefly to find its rank among equal times.
   local there = redis.call('ZSCORE', zset, last)
   if not there or tonumber(there) ~= tonumber(score) then redis.call('ZADD', zset, score, last) end
   start = redis.call('ZREVRANK', zset, last) + 1

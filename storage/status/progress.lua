@@ -6,7 +6,7 @@ redis.call('HSET', key, 'g', fraction, 'n', note)
 redis.call('EXPIRE', key, retention)
 local data = {task_id = id, task_type = ty, tenant = tenant, state = 'running', attempt = tonumber(attempt),
   progress = tonumber(fraction), batch_id = batch or nil}
--- As inferq.schemas.sequence_of has it.
+-- The same as inferq.schemas.sequence_of.
 local attempts = math.min(tonumber(redrives or 0), 1e6) * 1000 + math.min(tonumber(attempt), 998)
 data.sequence = attempts * 10000 + 1 + math.floor(tonumber(fraction) * 9996)
 if note ~= '' then data.note = note end

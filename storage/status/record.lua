@@ -8,7 +8,7 @@ end
 local function index(zset, score)
   redis.call('ZADD', zset, score, id)
   redis.call('EXPIRE', zset, retention + 86400)
-  -- Each entry that comes lets two go whose tasks have expired.
+  -- Each new entry deletes up to two entries of expired tasks.
   for _, oldest in ipairs(redis.call('ZRANGE', zset, 0, 1)) do
     if oldest ~= id and redis.call('EXISTS', 'inferq:t:' .. tenant .. ':' .. oldest) == 0 then
       redis.call('ZREM', zset, oldest)
@@ -17,7 +17,7 @@ local function index(zset, score)
 end
 
 local function score_of(created)
-  -- A made-up time must neither hide a task from the listing nor keep its entry for ever.
+  -- A wrong creation time must not hide a task from the listing or keep its entry forever.
   return number(math.max(math.min(created, now), now - retention * 1e6))
 end
 
@@ -45,7 +45,7 @@ local function move(state, order, attempt, redrives)
     if entered then index(entered, score) end
   end
   if old == 'failed' or old == 'cancelled' then
-    -- Redriven: whoever asked for a cancellation had the run before in mind.
+    -- Redriven: a cancel request was for the previous run.
     redis.call('HDEL', key, 'x', 'f')
   end
   redis.call('HSET', key, 's', state, 'o', number(order), 'a', attempt)

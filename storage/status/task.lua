@@ -3,8 +3,8 @@ local batch, line = string.match(ARGV[7], '^([^/]*)/?(%d*)$')
 local known, order = unpack(redis.call('HMGET', key, 'd', 'o'))
 local unconfirmed = begun and known and known ~= digest and tonumber(order) % 10 == 0
 if (known == '' or unconfirmed) and digest ~= '' then
-  -- The end of an unreadable message that named this id gives way to the task itself, and so does what was
-  -- submitted under it and not accepted.
+  -- The task supersedes the end of an unreadable message with its id, and a submission under its id that
+  -- was never confirmed.
   local left = state_index(redis.call('HGET', key, 's'))
   if left then redis.call('ZREM', left, id) end
   redis.call('DEL', key)

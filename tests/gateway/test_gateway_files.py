@@ -247,7 +247,6 @@ def test_files_and_artifacts_through_s3(
         gateway.end(task, artifacts=(artifact,))
         response = gateway.http.get("/v1/tasks/a/artifacts/a.bin")
         assert (response.content, response.headers["content-type"]) == (data, "application/zip")
-        problem(gateway.http.get("/v1/objects/x?expires=1&signature=a"), 404, "not_found")
 
 
 @given(st.binary(max_size=300), st.integers(1, 50), st.booleans())

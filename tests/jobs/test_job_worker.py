@@ -171,6 +171,11 @@ def test_the_installed_jobs_are_those_of_the_queues() -> None:
     assert installed == set(itertools.chain.from_iterable(QUEUE_JOBS.values()))
 
 
+def test_celery_connects_with_the_heartbeat_and_the_timeout_of_the_settings() -> None:
+    app = celery_app(BrokerSettings(amqp_heartbeat=7, amqp_connect_timeout=3))
+    assert (app.conf.broker_heartbeat, app.connection_for_read().connect_timeout) == (7, 3)
+
+
 def test_celery_and_the_topology_declare_the_same_queues(settings: BrokerSettings) -> None:
     app = celery_app(settings)
     with app.connection_for_write() as connection, connection.channel() as channel:
