@@ -12,10 +12,14 @@ from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
 
 
-def control(node: RabbitMQ, *arguments: str) -> None:
-    """Run rabbitmqctl on a node."""
+def control(node: RabbitMQ, *arguments: str) -> str:
+    """Run rabbitmqctl on a node, and give what it prints."""
     program = node.node.server.with_name("rabbitmqctl")
-    subprocess.run([program, *arguments], env=node.parts[-1].env, check=True, capture_output=True, timeout=60)
+    ran = subprocess.run(
+        [program, *arguments],
+        env=node.parts[-1].env, check=True, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return ran.stdout
 
 
 def set_memory_alarm(node: RabbitMQ, raised: bool) -> None:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from celery import Task
@@ -185,6 +186,19 @@ def test_celery_and_the_topology_declare_the_same_queues(settings: BrokerSetting
     missing = [str(d) for d in topology_for([]).differences(connection)]
     connection.close()
     assert not [line for line in missing if "jobs" in line or any(name in line for name in JOB_QUEUES)]
+
+
+def test_a_worker_has_only_queues_that_are_durable_and_quorum(
+    settings: BrokerSettings, shared_rabbitmq: RabbitMQ
+) -> None:
+    virtual_host = urlsplit(settings.amqp_url).path.removeprefix("/")
+    with working(celery_app(settings)):
+        listed = control(
+            shared_rabbitmq, "list_queues", "--silent", "-p", virtual_host, "durable", "type", "name"
+        )
+    queues = listed.splitlines()
+    assert any(JOB_QUEUES[0] in queue for queue in queues)
+    assert [queue for queue in queues if "true" not in queue or "quorum" not in queue] == []
 
 
 @pytest.fixture
