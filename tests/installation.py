@@ -18,7 +18,7 @@ from inferq.producer.cli.main import main
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
 from tests.conftest import RabbitMQ
-from tests.worker.conftest import eventually
+from tests.waiting import eventually
 
 
 def inferq(
@@ -85,7 +85,7 @@ def installation(
             except httpx.TransportError:
                 return False
 
-        eventually(lambda: all(ready(number) for number in ports), 60, "a ready installation")
+        eventually(lambda: all(ready(number) for number in ports), "a ready installation")
         yield env
     finally:
         for process in processes:

@@ -27,7 +27,7 @@ from inferq.storage import ResultStore, StorageSettings, WebhookSecrets, errors_
 from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
-from tests.worker.conftest import eventually
+from tests.waiting import eventually
 
 MAX_UPLOAD_BYTES = 1 << 20
 
@@ -424,7 +424,7 @@ def test_a_feeder_killed_again_and_again_loses_nothing_and_doubles_nothing(
             counts = client.batch("killed-1").counts
             return (counts.queued or 0) + (counts.done or 0) >= fed
 
-        eventually(reached, 60, f"{fed} lines fed")
+        eventually(reached, f"{fed} lines fed")
         feeder.kill()
         feeder.start()
     status = ended(client, "killed-1", 120)

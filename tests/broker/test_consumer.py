@@ -22,6 +22,7 @@ from inferq.schemas import Priority, parse_task
 from tests.broker.conftest import control, too_deep
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
+from tests.waiting import eventually
 
 LANES: tuple[Priority, ...] = ("high", "normal", "low")
 TOPOLOGY = topology_for(["echo"])
@@ -78,13 +79,6 @@ def waiting(settings: BrokerSettings) -> int:
     )
     connection.close()
     return count
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 10) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("lanes", [("normal",), LANES])
@@ -271,7 +265,7 @@ def test_stopping_while_a_task_is_in_hand_leaves_the_next_one_to_others(
 
     consumer.stop()
     submit("second", "high")
-    eventually(lambda: waiting(settings) == 1, 1)
+    eventually(lambda: waiting(settings) == 1)
 
     consumer.ack(first, more=True)
     assert consumer.next(0.3) is None

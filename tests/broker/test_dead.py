@@ -18,6 +18,7 @@ from inferq.broker.dead import NoDeadLetters
 from inferq.broker.topology import dead_queue
 from tests.broker.conftest import set_memory_alarm, too_deep
 from tests.conftest import RabbitMQ
+from tests.waiting import eventually
 
 QUEUE = work_queue("echo", "normal")
 
@@ -106,6 +107,8 @@ def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
         "with DeadLetters(BrokerSettings.load(), 'echo') as letters: letters.redrive()"
     )
     kills = 0
+    dead: list[str] = []
+    back: list[str] = []
     while channel.queue_declare(dead_queue("echo"), passive=True).method.message_count:
         moved = channel.queue_declare(QUEUE, passive=True).method.message_count
         process = subprocess.Popen(
@@ -116,14 +119,14 @@ def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
                 process.kill()
                 kills += 1
                 process.wait()
-            time.sleep(0.001)
-        deadline = time.monotonic() + 10
-        while True:  # the broker gives back what the killed one had in hand once it sees the closed socket
+
+        def complete() -> bool:
+            nonlocal dead, back
             dead, back = ids(settings, dead_queue("echo")), ids(settings, QUEUE)
-            if set(dead) | set(back) == set(names):
-                break
-            assert time.monotonic() < deadline, f"in neither queue: {set(names) - set(dead) - set(back)}"
-            time.sleep(0.05)
+            return set(dead) | set(back) == set(names)
+
+        # The broker gives back what the killed one had in hand once it sees the closed socket.
+        eventually(complete, "each message in one of the queues")
         assert len(dead) + len(back) - len(names) <= kills, "more than the one at hand is in both"
     assert kills >= 3
     assert set(ids(settings, QUEUE)) == set(names)
@@ -149,9 +152,8 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: Rabbit
             try:
                 while channel.queue_declare(dead_queue("echo"), passive=True).method.message_count > left:
                     assert process.poll() is None
-                    time.sleep(0.02)
                 if interrupted:
-                    time.sleep(0.5)  # until it waits for the confirm
+                    time.sleep(0.5)  # until it waits for the confirm, which nothing outside it shows
                     process.send_signal(signal.SIGINT)
                 said.append(process.communicate(timeout=30)[1].decode().splitlines()[-1])
             finally:
@@ -160,10 +162,10 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: Rabbit
         set_memory_alarm(rabbit_node, False)
     assert "BrokerUnavailable: RabbitMQ has held publishing for 3 s, in a memory or disk alarm" in said[0]
     assert said[1] == "KeyboardInterrupt"
-    end = time.monotonic() + 20
-    while channel.queue_declare(dead_queue("echo"), passive=True).method.message_count < 3:
-        assert time.monotonic() < end, "what was looked at did not come back"
-        time.sleep(0.1)
+    eventually(
+        lambda: channel.queue_declare(dead_queue("echo"), passive=True).method.message_count == 3,
+        "the dead letters that were looked at, back in their queue",
+    )
     with DeadLetters(settings, "echo") as letters:
         letters.redrive()
     connection.close()

@@ -29,6 +29,7 @@ from inferq.schemas import InvalidTask, parse_task
 from tests.broker.conftest import set_memory_alarm
 from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
+from tests.waiting import eventually
 
 QUEUE = work_queue("echo")
 
@@ -37,20 +38,18 @@ def message(number: int) -> Message:
     return task_message(parse_task({"task_id": f"t{number}", "task_type": "echo", "payload": number}))
 
 
-def drained(settings: BrokerSettings, count: int, *, deadline: float = 20) -> Counter[str]:
-    """How often each id is in the queue, once there are `count` and no more, or the deadline has passed."""
+def drained(settings: BrokerSettings, count: int) -> Counter[str]:
+    """How often each id is in the queue, once there are `count` of them."""
     connection = connect(settings, name="test")
     channel = connection.channel()
     seen: Counter[str] = Counter()
-    end = time.monotonic() + deadline
-    while time.monotonic() < end:
-        method, properties, _body = channel.basic_get(QUEUE, auto_ack=True)
-        if method is not None:
-            seen[str(properties.message_id)] += 1
-        elif len(seen) >= count:
-            break
-        else:
-            time.sleep(0.01)
+
+    def enough() -> bool:
+        while (got := channel.basic_get(QUEUE, auto_ack=True))[0] is not None:
+            seen[str(got[1].message_id)] += 1
+        return len(seen) >= count
+
+    eventually(enough, f"{count} tasks in the queue")
     connection.close()
     return seen
 
@@ -137,16 +136,15 @@ def test_a_full_queue_rejects_what_does_not_fit(
         f"/policies/{vhost}/short",
         json={"pattern": r"^inference\.echo\.", "apply-to": "queues", "definition": {"max-length": 5}},
     ).raise_for_status()
-    outcomes: Counter[str] = Counter()
-    end = time.monotonic() + 20  # the policy takes a moment to reach the queue
-    while not outcomes["rejected"] and time.monotonic() < end:
+
+    def rejected() -> str | None:  # the policy takes a moment to reach the queue
         try:
             publisher.publish(message(1)).result(10)
-            outcomes["confirmed"] += 1
         except PublishRejected as error:
-            assert "length limit" in error.message
-            outcomes["rejected"] += 1
-    assert outcomes["rejected"]
+            return error.message
+        return None
+
+    assert "length limit" in eventually(rejected, "a rejected message")
 
 
 def test_what_a_lost_connection_left_unconfirmed_is_sent_again(
@@ -192,7 +190,7 @@ def test_nothing_is_sent_after_the_caller_was_told_that_it_failed(rabbit_node: R
     rabbit_node.start()
     late.result(60)
     publisher.close()
-    assert set(drained(settings, 2, deadline=1)) == {"t2"}
+    assert set(drained(settings, 1)) == {"t2"}  # the first one would stand before it
 
 
 def test_wrong_credentials_are_named_and_not_tried_in_a_hot_loop(
@@ -215,20 +213,18 @@ def test_a_memory_alarm_makes_publishing_raise_after_its_limit(rabbit_node: Rabb
     set_memory_alarm(rabbit_node, True)
     try:
         with pytest.raises(BrokerUnavailable, match="blocks publishing"):
-            for n in range(200):
-                publisher.publish(message(n), timeout=3).result(10)
-                time.sleep(0.02)
+            eventually(lambda: publisher.publish(message(1), timeout=3).result(10), "the alarm's effect")
     finally:
         set_memory_alarm(rabbit_node, False)
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
+
+    def resumed() -> bool:
         try:
             publisher.publish(message(1), timeout=1).result(5)
-            break
         except BrokerUnavailable:
-            continue
-    else:
-        pytest.fail("publishing did not resume after the alarm")
+            return False
+        return True
+
+    eventually(resumed, "publishing after the alarm")
     publisher.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+from typing import Any
 
 import pytest
 
@@ -19,6 +19,7 @@ from inferq.broker import (
     topology_for,
 )
 from inferq.broker.topology import Queue
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -91,12 +92,8 @@ def test_a_retried_message_returns_to_the_queue_it_came_from(settings: BrokerSet
     channel.confirm_delivery()
     channel.basic_publish("inference.retry.5s", key, b"{}", mandatory=True)
     queue = f"inference.echo.{'normal' if key == 'task_type.echo' else key.rpartition('.')[2]}"
-    end = time.monotonic() + 10
-    method = None
-    while method is None and time.monotonic() < end:
-        method, _properties, _body = channel.basic_get(queue, auto_ack=True)
+    method = eventually(lambda: channel.basic_get(queue, auto_ack=True)[0], "the retried message")
     connection.close()
-    assert method is not None
     assert method.routing_key == key
 
 
@@ -107,15 +104,15 @@ def test_a_message_that_the_broker_gives_up_is_dead_lettered_under_its_type(sett
     channel.confirm_delivery()
     # Put on the queue by its name: the routing key is not one of ours.
     channel.basic_publish("", "inference.echo.normal", b"{}", mandatory=True)
-    end = time.monotonic() + 20
-    dead = None
-    while dead is None and time.monotonic() < end:
+
+    def given_up() -> Any:
         method, _properties, _body = channel.basic_get("inference.echo.normal")
         if method is not None:
             channel.basic_reject(method.delivery_tag, requeue=True)
-        dead, _properties, _body = channel.basic_get("inference.dead.echo", auto_ack=True)
+        return channel.basic_get("inference.dead.echo", auto_ack=True)[0]
+
+    dead = eventually(given_up, "the dead letter")
     connection.close()
-    assert dead is not None
     assert dead.routing_key == "task_type.echo.normal"
 
 

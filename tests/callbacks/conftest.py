@@ -24,7 +24,8 @@ from inferq.producer.up.part import free_ports
 from inferq.schemas import Callback, Event, Result, task_callback
 from inferq.storage import CallbackRecords, WebhookSecrets
 from tests.conftest import RabbitMQ
-from tests.worker.conftest import Site, eventually, site_at
+from tests.waiting import eventually
+from tests.worker.conftest import Site, site_at
 
 TENANT = "default"
 
@@ -174,7 +175,7 @@ class Caller:
             )
         self.processes.append(process)
         if ready:
-            eventually(self.ready, 30, "a ready callbacks process")
+            eventually(self.ready, "a ready callbacks process")
         return process
 
     def ready(self) -> bool:
@@ -196,11 +197,10 @@ class Caller:
         found = self.records.indexed(sent.tenant, sent.subject_kind, sent.subject_id)
         return next((record for record in found if record.callback_id == sent.callback_id), None)
 
-    def came_to(self, sent: Callback, state: str, timeout: float = 20) -> Any:
+    def came_to(self, sent: Callback, state: str) -> Any:
         """The callback's record, once it is in that state."""
         return eventually(
             lambda: (record := self.record(sent)) and record.state == state and record,
-            timeout,
             f"{state} callback",
         )
 

@@ -18,7 +18,7 @@ from inferq.schemas import InstallationError
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
 from tests.certificates import certificate
 from tests.jobs.test_unreadable import put, unreadable
-from tests.worker.conftest import eventually
+from tests.waiting import eventually
 
 
 def drip(handler: BaseHTTPRequestHandler, _number: int) -> None:
@@ -127,12 +127,12 @@ def test_a_dead_target_holds_up_nobody_elses(caller: Caller) -> None:
         began = time.monotonic()
         sent = callback(healthy.url)
         caller.send(sent)
-        eventually(lambda: healthy.got, 30, "the healthy target's callback")
+        eventually(lambda: healthy.got, "the healthy target's callback")
         one = time.monotonic() - began
         caller.send(*(callback(other.url) for other in others for _ in range(50)))
         began = time.monotonic()
         caller.send(callback(healthy.url))
-        eventually(lambda: len(healthy.got) == 2, 30, "the healthy target's second callback")
+        eventually(lambda: len(healthy.got) == 2, "the healthy target's second callback")
         several = time.monotonic() - began
         print(f"behind 1,000 of one dead target: {one:.2f} s; behind 300 of six: {several:.2f} s")  # noqa: T201 - the figures
         # An attempt at a target that hangs takes 15 s: whoever waited for one would be later by far.
@@ -157,7 +157,7 @@ def test_a_process_that_is_killed_in_mid_delivery_costs_no_callback(caller: Call
         process.kill()
         process.wait()
         caller.start(ready=False)
-        caller.came_to(sent, "delivered", 30)
+        caller.came_to(sent, "delivered")
         assert {got.id for got in receiver.got} == {sent.callback_id}
         assert len(receiver.got) == 2
 

@@ -21,7 +21,8 @@ from inferq.consumers.callbacks.sending import signatures
 from inferq.producer.cli import app
 from inferq.storage import WebhookSecrets
 from tests.callbacks.conftest import Caller, callback
-from tests.worker.conftest import Site, eventually
+from tests.waiting import eventually
+from tests.worker.conftest import Site
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def listening(folder: Path, *arguments: str, **settings: str) -> Iterator[tuple[
             stderr=errors,
         )
     try:
-        found = eventually(lambda: re.search(r"--callback (\S+)", log.read_text()), 20, "a URL")
+        found = eventually(lambda: re.search(r"--callback (\S+)", log.read_text()), "a URL")
         yield found[1], out
     finally:
         process.kill()

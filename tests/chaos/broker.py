@@ -18,7 +18,8 @@ import httpx
 from inferq.broker import BrokerSettings, Topology, connect, work_queue
 from inferq.producer.up.part import Part, free_ports, private_text
 from inferq.producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
-from tests.chaos.processes import Crew, Process, eventually
+from tests.chaos.processes import Crew, Process
+from tests.waiting import eventually
 
 _SETTLED_SECONDS = 2.0
 _JOIN_SECONDS = 60.0
@@ -93,7 +94,7 @@ class PrivateRabbit:
             assert member.process is not None
             member.process.wait_ready()
         if len(self._members) > 1:
-            eventually(self._complete, _JOIN_SECONDS, "a cluster whose queues have all their members")
+            eventually(self._complete, "a cluster whose queues have all their members", seconds=_JOIN_SECONDS)
 
     def kill(self, vhost: str) -> None:
         # RabbitMQ 3.10 brings the names of new quorum queues to disk up to a second late, and never serves

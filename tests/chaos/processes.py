@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -23,15 +22,6 @@ from inferq.producer.up.part import Part
 from inferq.producer.up.process import last_lines, spawn
 
 _LOOK_SECONDS = 0.05
-
-
-def eventually(condition: Callable[[], bool], limit: float, what: str, *, pause: float = 0.05) -> None:
-    """Wait for a condition. Raises TimeoutError, which names `what`, after `limit` seconds."""
-    end = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not come about in {limit:g} s")
-        time.sleep(pause)
 
 
 class Crew:

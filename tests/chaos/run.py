@@ -15,10 +15,10 @@ import httpx
 from inferq.schemas import InferqError
 from tests.chaos.ledger import Entry
 from tests.chaos.plan import draw
-from tests.chaos.processes import eventually
 from tests.chaos.reckoning import Reckoning, reckon, recovery
 from tests.chaos.scenarios import Scenario
 from tests.chaos.site import Ground, Site
+from tests.waiting import eventually
 
 SETTLE_SECONDS = 120.0
 
@@ -74,7 +74,7 @@ def play(scenario: Scenario, ground: Ground, seed: int, *, quick: bool) -> tuple
     with Site(scenario.name, ground, scenario.needs, tasks, load.seconds, random, quick=quick) as site:
         try:
             parts = [*site.workers, *([site.callbacks] if site.callbacks else [])]
-            eventually(lambda: all(part.ready() for part in parts), 60, "ready workers")
+            eventually(lambda: all(part.ready() for part in parts), "ready workers")
             site.send()
             scenario.breaks(site)
             site.settle(SETTLE_SECONDS)

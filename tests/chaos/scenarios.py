@@ -14,9 +14,9 @@ from functools import partial
 
 from inferq.broker import BrokerSettings, Message, Publisher, routing_key
 from tests.chaos.plan import Load, PlannedTask, Trouble
-from tests.chaos.processes import eventually
 from tests.chaos.s3 import Mode
 from tests.chaos.site import Needs, Site
+from tests.waiting import eventually
 
 HANDOVER_LIMIT = 1.0
 """Seconds from a worker's death to its task's start elsewhere, at the median, where another one is idle."""
@@ -171,17 +171,17 @@ def fill_disk(site: Site) -> None:
 def await_the_doomed(site: Site) -> None:
     """Their engine flushes Redis before each death: the broker's count of deliveries is all there is."""
     doomed = {task.id for task in site.tasks.values() if task.trouble == "container"}
-    eventually(lambda: doomed <= site.ended(), 180 * len(doomed), "the end of the deadly tasks")
+    eventually(lambda: doomed <= site.ended(), "the end of the deadly tasks", seconds=180 * len(doomed))
 
 
 def hand_over(site: Site) -> None:
     """The only busy worker is killed, again and again: how soon does its task run on the idle one?"""
-    eventually(lambda: site.tasks.keys() <= site.ended(), 60, "the end of all other tasks")
+    eventually(lambda: site.tasks.keys() <= site.ended(), "the end of all other tasks")
     publisher = Publisher(BrokerSettings(amqp_url=site.amqp_url), name="chaos")
     publisher.start()
     waits: list[float] = []
     for number in range(5 if site.quick else 15):
-        eventually(lambda: all(worker.ready() for worker in site.workers), 60, "two idle workers")
+        eventually(lambda: all(worker.ready() for worker in site.workers), "two idle workers")
         task = PlannedTask(f"handover-task-{number}", seconds=0.5)
         site.tasks[task.id] = task
         body = json.dumps(task.body()).encode()
@@ -194,7 +194,7 @@ def hand_over(site: Site) -> None:
         victim = next(worker for worker in site.workers if str(worker.pid) == first[1])
         killed_at = time.time()
         site.kill(victim, "worker")
-        eventually(partial(_has_ended, site, task.id), 30, f"the end of {task.id}")
+        eventually(partial(_has_ended, site, task.id), f"the end of {task.id}")
         # On a slow machine a task may be done before its worker is killed.
         waits += [at - killed_at for at, _ in _starts(site, task.id, 1)[1:]]
     publisher.close()
@@ -217,7 +217,7 @@ def _starts(site: Site, task: str, count: int) -> list[tuple[float, str]]:
         found[:] = [(e.at, e.what) for e in site.ledger.read() if e.kind == "start" and e.task == task]
         return len(found) >= count
 
-    eventually(enough, 30, f"start {count} of {task}", pause=0.01)
+    eventually(enough, f"start {count} of {task}")
     return found
 
 

@@ -20,7 +20,7 @@ from inferq.broker.topology import Queue, delay_level
 from inferq.producer.gateway.keys import KeyFile
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
-from tests.worker.conftest import eventually
+from tests.waiting import eventually
 
 PAGES = Path(__file__).parents[2] / "examples" / "pages"
 

@@ -22,7 +22,7 @@ from inferq.consumers.facefusion.engine import FacefusionEngine
 from inferq.consumers.facefusion.headless import HeadlessBackend, judge, read_progress
 from inferq.schemas import InstallationError, InvalidTask, TransientFailure
 from tests.facefusion.conftest import COLLINS, HOPPER, Runner, pixels
-from tests.worker.conftest import eventually
+from tests.waiting import eventually
 
 MakeEngine = Callable[[str], FacefusionEngine]
 

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -39,6 +38,7 @@ from tests.broker.conftest import control
 from tests.celery_worker import working
 from tests.certificates import certificate
 from tests.conftest import RabbitMQ
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -58,13 +58,6 @@ def nothing() -> None:
     return
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-
-
 def test_a_job_of_our_publisher_reaches_celery(settings: BrokerSettings, publisher: Publisher) -> None:
     app = celery_app(settings)
     got: list[tuple[str, str, int]] = []
@@ -77,7 +70,7 @@ def test_a_job_of_our_publisher_reaches_celery(settings: BrokerSettings, publish
         job_message("test.note", "inference.callbacks", {"text": "Grüße 你好"}, job_id="job-1", retries=2)
     ).result()
     with working(app):
-        wait_for(lambda: got)
+        eventually(lambda: got)
     assert got == [("Grüße 你好", "job-1", 2)]
 
 
@@ -117,7 +110,7 @@ def test_what_cannot_be_done_is_kept_where_an_operator_sees_it(
 
     with working(app):
         assert done.wait(20)
-        wait_for(all_kept)
+        eventually(all_kept)
     connection.close()
     assert kept == {message.headers["id"]: message.routing_key for message in bad}
 
@@ -235,7 +228,7 @@ def test_a_job_that_outlasts_the_brokers_patience_is_done_and_the_worker_goes_on
     publisher.publish(job_message("test.long", "inference.batches", {}, job_id="long")).result()
     with working(app):
         # The broker hands it out again meanwhile, which ends as soon as it finds the work done.
-        wait_for(lambda: ended and len(ended) == len(began) and ended[-1] - began[0] > 2.5)
+        eventually(lambda: ended and len(ended) == len(began) and ended[-1] - began[0] > 2.5)
         publisher.publish(job_message("test.next", "inference.batches", {}, job_id="next")).result()
         assert done.wait(20)
 
@@ -290,8 +283,8 @@ def test_celery_checks_each_node_of_the_broker_by_its_own_name(tmp_path: Path) -
             return [isinstance(error, ssl.SSLCertVerificationError) for error in errors]
 
         assert refused(connections("localhost")) == [False, False]
-        wait_for(lambda: node.names == ["localhost"] * 2)
+        eventually(lambda: node.names == ["localhost"] * 2)
         assert refused(connections("127.0.0.1")) == [True, True]
         assert refused(connections("127.0.0.1", "localhost")) == [True, False, True, False]
         assert refused(connections("localhost", "127.0.0.1")) == [False, True, False, True]
-        wait_for(lambda: node.names == ["localhost"] * 6)
+        eventually(lambda: node.names == ["localhost"] * 6)

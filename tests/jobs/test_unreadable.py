@@ -17,7 +17,7 @@ from inferq.consumers.batches import jobs as batch_jobs
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.nightly import jobs as nightly_jobs
 from tests.celery_worker import working
-from tests.jobs.test_job_worker import wait_for
+from tests.waiting import eventually
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "callbacks.deliver": {"callback": {"url": "http://127.0.0.1:1/"}},
@@ -96,7 +96,7 @@ def test_what_is_no_job_is_kept_and_what_comes_behind_is_done(
 
     with working(app):
         assert done.wait(20)
-        wait_for(all_kept)
+        eventually(all_kept)
     assert sorted(kept) == sorted(body for body, _, _ in messages)
     assert channel.queue_declare(queue, passive=True).method.message_count == 0
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from inferq.schemas import BatchCounts, BatchSummary
 from inferq.storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
 from inferq.storage.runs import Run, RunLog, Snapshot
 from tests.installation import inferq, inferq_here
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -77,7 +78,7 @@ class Desk:
             env=self.env | {"INFERQ_PROBE_PORT": str(self.port)},
         )
         try:
-            wait_for(self._ready)
+            eventually(self._ready)
             yield process
         finally:
             process.kill()
@@ -89,13 +90,6 @@ class Desk:
             return answer.status_code == 200
         except httpx.TransportError:
             return False
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,6 +41,7 @@ from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key
 from inferq.storage.runs import Run, RunLog
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -109,7 +110,7 @@ class Site:
                 body.append(content)
             return bool(body)
 
-        wait_for(come, seconds)
+        eventually(come, seconds)
         return body[0]
 
     def depth(self, queue: str) -> int:
@@ -128,7 +129,7 @@ class Site:
             found.extend([summary] if summary else [])
             return bool(found)
 
-        wait_for(ended)
+        eventually(ended)
         return found[0]
 
     def lines(self, key: str) -> list[dict[str, Any]]:
@@ -185,13 +186,6 @@ def site(
         connection.flushdb()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.03)
-
-
 def test_a_run_goes_from_its_start_to_its_summary_and_the_next_takes_what_is_new(site: Site) -> None:
     site.put("a", "b", "bad")
     night = datetime(2026, 11, 24, 1, 30, tzinfo=UTC)
@@ -232,10 +226,10 @@ def test_a_later_start_is_told_of_as_the_run_was_first_started_and_an_ended_run_
     moment = datetime(2026, 11, 24, 1, 30, tzinfo=UTC)
     run_id = site.start(site.schedule(), moment)
     with site.working():
-        wait_for(lambda: site.services.batches.load("default", run_id))
+        eventually(lambda: site.services.batches.load("default", run_id))
         # The schedule was changed meanwhile; by its zone the same time is another day.
         site.start(site.schedule(time_zone="America/New_York"), moment)
-        wait_for(lambda: site.depth("inference.batches") == 0)
+        eventually(lambda: site.depth("inference.batches") == 0)
         time.sleep(1)  # it is being worked on
         site.work(1)
         first = site.callback()
@@ -282,7 +276,7 @@ def test_a_run_whose_id_is_anothers_fails_with_words_and_is_told_and_logged_once
         second = site.start(site.schedule(), moment + timedelta(days=1))
         site.work(1)
         assert site.summary(second).counts.succeeded == 1
-        wait_for(lambda: site.depth("inference.batches") == 0)
+        eventually(lambda: site.depth("inference.batches") == 0)
     assert len([r for r in caplog.records if r.levelname == "ERROR" and run_id in r.getMessage()]) == 1
     assert site.services.batches.load("default", run_id) == theirs
     assert site.services.batches.summary("default", run_id) is None
@@ -304,10 +298,10 @@ def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(
 
     with site.working():
         site.work(1)
-        wait_for(lambda: site.depth("inference.ner.low") == 2)
+        eventually(lambda: site.depth("inference.ner.low") == 2)
         opens_in[0] = 2.0
         site.work(2)
-        wait_for(lambda: state() == "paused")
+        eventually(lambda: state() == "paused")
         assert site.depth("inference.ner.low") == 0
         assert site.services.batches.summary("default", run_id) is None
         opens_in[0] = 0.0

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ import redis
 from inferq.storage import ObjectStore, StatusIndex, StorageSettings
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.s3 import S3Store
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -27,13 +27,6 @@ _libc = ctypes.CDLL(None)
 
 def _die_with_parent() -> None:
     _libc.prctl(1, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
 
 
 class RedisServer:
@@ -71,7 +64,7 @@ class RedisServer:
             except redis.ConnectionError:
                 return False
 
-        wait_until(answers)
+        eventually(answers)
 
     def freeze(self, frozen: bool) -> None:
         assert self._process

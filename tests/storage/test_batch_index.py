@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from inferq.schemas import EndState, ErrorInfo, Result, Task, parse_task
 from inferq.storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
 from tests.runs import begin_run
-from tests.storage.conftest import wait_until
+from tests.waiting import eventually
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 B = ("default", "b:1")
@@ -187,7 +187,7 @@ def test_a_look_tells_whether_a_feeder_has_the_batch(status: StatusIndex) -> Non
     assert (leased(), counts(index)) == (False, (2, 0, 0, 0, 0, 0))
     BatchIndex(status, lease_seconds=1).take(*B, chain="c", part=1, token="t1")
     assert leased() is True
-    wait_until(lambda: leased() is False)
+    eventually(lambda: leased() is False)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

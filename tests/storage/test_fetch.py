@@ -23,7 +23,7 @@ from inferq.storage.fetch.addresses import system_resolver
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.s3 import S3Store
 from tests.certificates import certificate
-from tests.storage.conftest import wait_until
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -729,4 +729,4 @@ def test_many_threads_fetch_at_once_each_with_its_own_deadline(
         thread.join()
     fetcher.close()
     assert done == [10_000] * 80
-    wait_until(lambda: server.connections <= 8)
+    eventually(lambda: server.connections <= 8)

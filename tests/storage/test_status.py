@@ -18,7 +18,8 @@ from inferq.schemas import END_STATES, ErrorInfo, Event, InvalidTask, Result, Ta
 from inferq.storage import StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.status.keys import record_key
 from tests.runs import begin_run
-from tests.storage.conftest import RedisServer, wait_until
+from tests.storage.conftest import RedisServer
+from tests.waiting import eventually
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
 ERROR = ErrorInfo(code="boom", message="it broke", retryable=True)
@@ -69,7 +70,7 @@ def events(redis_client: redis.Redis) -> Iterator[Callable[[], list[Event]]]:
     """What was published since, for every task."""
     listener: Any = redis_client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
     listener.psubscribe("inferq:events:*")
-    wait_until(lambda: redis_client.pubsub_numpat() >= 1)
+    eventually(lambda: redis_client.pubsub_numpat() >= 1)
     seen: list[Event] = []
     marks = iter(range(10**6))
 
@@ -658,7 +659,7 @@ def test_everything_expires(shared_redis: RedisServer, redis_client: redis.Redis
     index.ended(end(job("t0"), "failed"))
     for key in redis_client.keys("*"):
         assert 0 < redis_client.ttl(key) <= 86402
-    wait_until(lambda: index.get("default", "t4") is None)
+    eventually(lambda: index.get("default", "t4") is None)
     index.submit(job("new1"))
     assert redis_client.zcard("inferq:l:default") < 6, "an entry that comes lets expired ones go"
     assert [status.task_id for status in index.list("default").items] == ["new1"]
@@ -736,7 +737,7 @@ def test_a_killed_redis_is_an_outage_at_once_and_no_more_when_it_is_back(
         except StatusOutage:
             return False
 
-    wait_until(back)
+    eventually(back)
     assert begin(doomed, job()).state == "running"
     assert doomed.list("default", state="running").items
 
@@ -788,7 +789,7 @@ def test_a_hanging_redis_costs_the_timeout_once_and_not_for_every_caller(
         assert time.monotonic() - began < 0.2
     finally:
         own_redis.freeze(False)
-    wait_until(lambda: _answers(doomed))
+    eventually(lambda: _answers(doomed))
 
 
 def _answers(index: StatusIndex) -> bool:

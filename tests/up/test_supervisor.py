@@ -9,22 +9,16 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from inferq.producer.up import orphan_reaper
 from inferq.producer.up.folder import DataFolder
+from tests.waiting import eventually
 
 DRIVER = Path(__file__).with_name("driver.py")
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 class Driven:
@@ -100,7 +94,7 @@ def test_starts_what_is_needed_first_and_stops_by_rank(driven: Driven) -> None:
 def test_stopping_takes_children_and_those_in_sessions_of_their_own_along(driven: Driven) -> None:
     driven.start({"name": "worker", "options": {"children": "group+session"}})
     driven.read_until("ready")
-    until(lambda: len(driven.left()) == 3, "part and two children")
+    eventually(lambda: len(driven.left()) == 3, "part and two children")
     driven.process.send_signal(signal.SIGINT)
     assert driven.finish() == 0
     assert driven.left() == []
@@ -112,7 +106,7 @@ def test_killed_supervisor_takes_everything_along_and_holds_the_folder_until_the
         {"name": "worker", "options": {"children": "group+session", "stubborn": 1}},
     )
     driven.read_until("ready")
-    until(lambda: len(driven.left()) == 4, "two parts and two children")
+    eventually(lambda: len(driven.left()) == 4, "two parts and two children")
     driven.process.kill()
     driven.process.wait()
     folder = DataFolder(driven.folder / "data")
@@ -127,11 +121,11 @@ def test_gentle_part_of_a_killed_supervisor_may_stop_by_itself(driven: Driven) -
         {"name": "worker", "options": {"stubborn": 1}},
     )
     driven.read_until("ready")
-    until(lambda: len(driven.left()) == 4, "two parts and two children")
+    eventually(lambda: len(driven.left()) == 4, "two parts and two children")
     driven.process.kill()
     driven.process.wait()
-    until(lambda: "stop broker" in driven.journal(), "the broker has stopped by itself")
-    until(lambda: not driven.left(), "its children are gone too")
+    eventually(lambda: "stop broker" in driven.journal(), "the broker has stopped by itself")
+    eventually(lambda: not driven.left(), "its children are gone too")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
@@ -148,8 +142,8 @@ def test_signal_at_any_moment_of_the_start_leaves_nothing(
     driven.process.send_signal(number)
     code = driven.finish()
     assert code == (-signal.SIGKILL if number is signal.SIGKILL else 0), f"after {moment:.3f} s"
-    until(lambda: not driven.left(), f"everything gone, {number.name} after {moment:.3f} s", 5)
-    until(lambda: not DataFolder(driven.folder / "data").held(), "the folder is free", 5)
+    eventually(lambda: not driven.left(), f"everything gone, {number.name} after {moment:.3f} s")
+    eventually(lambda: not DataFolder(driven.folder / "data").held(), "the folder is free")
 
 
 def test_part_that_ignores_the_signal_is_killed_after_its_grace(driven: Driven) -> None:
@@ -182,7 +176,7 @@ def test_killed_part_is_started_again_without_its_leftovers(driven: Driven) -> N
     assert ended["text"] == "was ended by signal 9"
     driven.read_stage("worker", "ready")
     assert int((driven.folder / "worker.ready").read_text()) != pid
-    until(lambda: len(driven.left()) == 3, "two parts and one child")
+    eventually(lambda: len(driven.left()) == 3, "two parts and one child")
     assert driven.journal().count("start broker") == 1
     driven.process.send_signal(signal.SIGTERM)
     assert driven.finish() == 0
@@ -191,7 +185,7 @@ def test_killed_part_is_started_again_without_its_leftovers(driven: Driven) -> N
 def test_part_that_crashes_on_and_on_is_reported_once_with_its_log(driven: Driven) -> None:
     driven.start({"name": "worker", "options": {"crash": 0.4}}, {"name": "broker"})
     driven.read_stage("worker", "failing")
-    until(lambda: driven.journal().count("start worker") >= 6, "six lives")
+    eventually(lambda: driven.journal().count("start worker") >= 6, "six lives")
     driven.process.send_signal(signal.SIGTERM)
     assert driven.finish() == 0
     told = [m for m in driven.messages if m.get("part") == "worker" and m["stage"] in ("ended", "failing")]
@@ -239,7 +233,7 @@ def test_log_of_a_part_that_runs_on_is_set_aside_again_and_again(driven: Driven)
     driven.read_until("ready")
     old = driven.folder / "logs" / "gateway.log.1"
     for _ in range(2):  # the second time, what was written after the first
-        until(lambda: old.exists() and old.stat().st_size > 2000, "the log is set aside")
+        eventually(lambda: old.exists() and old.stat().st_size > 2000, "the log is set aside")
         assert set(old.read_text().splitlines()) == {"gateway has something to say"}
         old.unlink()
     driven.process.send_signal(signal.SIGTERM)

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -23,16 +22,10 @@ from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.foreground import Wish
 from inferq.producer.up.plan import choose_types, http_ready, make_plan
 from inferq.schemas import InferqError, InstallationError
+from tests.waiting import eventually
 
 INFERQ = (sys.executable, "-P", "-m", "inferq.producer.cli")
 PLUGIN = Path(__file__).parents[1] / "plugin"
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def processes_of(data: Path) -> list[str]:
@@ -58,7 +51,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
     holder = DataFolder(folder)
     if holder.held() and (pid := holder.holder()) != os.getpid():
         os.kill(pid, signal.SIGKILL)
-        until(lambda: not holder.held(), "the guard has done its work")
+        eventually(lambda: not holder.held(), "the guard has done its work")
 
 
 @pytest.fixture
@@ -185,7 +178,7 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
     monkeypatch.setenv("FAULTY_LOAD", str(tmp_path / "load"))
     monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
     process = start(data, "--detach", "--types", "faulty")
-    until(lambda: "inferq.producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
+    eventually(lambda: "inferq.producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     if number is signal.SIGINT:
@@ -193,7 +186,7 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
         assert "inferq has stopped" in out
         assert "Traceback" not in out
         assert processes_of(data) == []
-    until(lambda: not DataFolder(data).held(), "everything is gone")
+    eventually(lambda: not DataFolder(data).held(), "everything is gone")
     assert processes_of(data) == []
 
 
@@ -216,7 +209,7 @@ def test_while_up_ends_with_its_process(data: Path, services: None) -> None:
     assert process.stdout.readline() == "up\n"
     process.kill()
     process.communicate()
-    until(lambda: not processes_of(data), "everything is gone")
+    eventually(lambda: not processes_of(data), "everything is gone")
 
 
 @pytest.mark.parametrize(

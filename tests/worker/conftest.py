@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +28,9 @@ from inferq.producer.up.part import free_ports
 from inferq.schemas import Result, TaskStatus
 from inferq.storage import ObjectStore, ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import RabbitMQ
+from tests.waiting import eventually
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
-
-
-def eventually(condition: Callable[[], Any], timeout: float = 20, what: str = "it") -> Any:
-    """The condition's value, once it is true."""
-    end = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not come about in {timeout:g} s"
-        time.sleep(0.02)
-    return value
 
 
 def starts(marker: Path) -> int:
@@ -91,8 +83,8 @@ class Site:
         connection.close()
         return str(message["task_id"]) if isinstance(message, dict) else ""
 
-    def ended(self, task_id: str, timeout: float = 20) -> Result:
-        found = eventually(lambda: self.results.load("default", task_id), timeout, f"the end of {task_id}")
+    def ended(self, task_id: str) -> Result:
+        found = eventually(lambda: self.results.load("default", task_id), f"the end of {task_id}")
         assert isinstance(found, Result)
         return found
 
@@ -143,7 +135,7 @@ class WorkerProcess:
             assert self.process.poll() is None, self.log.read_text()
             return self.ready()
 
-        eventually(ready_or_gone, 60, "a ready worker")
+        eventually(ready_or_gone, "a ready worker")
 
     def engine_pid(self) -> int:
         return self.engine_pids()[0]
@@ -152,7 +144,7 @@ class WorkerProcess:
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return [int(pid) for file in children for pid in file.read_text().split()]
 
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
         self.process.send_signal(number)
         return self.process.wait(timeout)
 

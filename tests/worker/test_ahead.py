@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +17,8 @@ from inferq.consumers.worker.decision import MAX_DELIVERIES
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
-from tests.worker.conftest import Site, WorkerProcess, eventually, starts
+from tests.waiting import consistently, eventually
+from tests.worker.conftest import Site, WorkerProcess, starts
 from tests.worker.test_poison import hand_out
 
 AHEAD = {"INFERQ_TAKE_AHEAD": "1"}
@@ -84,8 +84,7 @@ def test_a_slot_takes_one_task_unless_it_is_told_otherwise(site: Site, tmp_path:
     site.worker()
     first = Gate(site, tmp_path)
     site.publish({})
-    with pytest.raises(AssertionError):
-        eventually(lambda: site.depth(QUEUE) == 0, 1.5)
+    consistently(lambda: site.depth(QUEUE) == 1, seconds=1.5)
     first.open()
 
 
@@ -94,7 +93,7 @@ def test_an_idle_worker_gets_the_task_before_a_busy_one_takes_it_ahead(site: Sit
         site.worker(**AHEAD)
     first = Gate(site, tmp_path)
     for _ in range(6):
-        assert site.ended(site.publish({}), 10).status == "succeeded"
+        assert site.ended(site.publish({})).status == "succeeded"
     assert site.results.load("default", first.task_id) is None
     first.open()
     site.ended(first.task_id)
@@ -111,7 +110,7 @@ def test_a_slot_whose_second_hand_computes_gives_way_too(
     site.ended(first.task_id)
     site.worker(**AHEAD)
     for _ in range(6):
-        assert site.ended(site.publish({}), 10).status == "succeeded"
+        assert site.ended(site.publish({})).status == "succeeded"
     assert site.results.load("default", second.task_id) is None
     second.open()
     site.ended(second.task_id)
@@ -254,9 +253,8 @@ def test_engines_are_swapped_although_one_task_follows_the_other(
     old = worker.engine_pid()
     gates = [Gate(site, tmp_path)]
     worker.process.send_signal(signal.SIGHUP)
-    end = time.monotonic() + 20
     while old in worker.engine_pids():
-        assert time.monotonic() < end, "the engine was not swapped"
+        assert len(gates) < 100, "the engine was not swapped"
         gates.append(Gate(site, tmp_path, f"gate-{len(gates)}", started=False))
         eventually(lambda: site.depth(QUEUE) == 0, what="the next task in hand")
         gates[-2].open()

@@ -8,7 +8,8 @@ from typing import Any
 
 from inferq.broker import connect
 from inferq.schemas import Callback, end_callback, parse_task
-from tests.worker.conftest import Site, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import Site, starts
 
 URL = "https://example.com/hook"
 

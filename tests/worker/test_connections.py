@@ -11,7 +11,8 @@ import redis
 
 from inferq.storage.status.keys import record_key
 from tests.proxy import TcpProxy
-from tests.worker.conftest import Site, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import Site, starts
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_retry_that_cannot_be_published_is_kept_in_hand(
     broker_line.refuse(False)
 
     # The broker hands the original out again, which may overtake its copy for the next attempt.
-    assert site.ended(task, 40).status == "succeeded"
+    assert site.ended(task).status == "succeeded"
     eventually(lambda: all(site.depth(f"inference.retry.{s}s") == 0 for s in (5, 30)))
     eventually(lambda: site.depth("inference.faulty.normal") == 0)
     assert starts(marker) == 2

@@ -9,7 +9,8 @@ import pytest
 
 from inferq.consumers.runtime.child import out_of_memory
 from inferq.schemas import InvalidTask, TransientFailure
-from tests.worker.conftest import Site, WorkerProcess, eventually
+from tests.waiting import eventually
+from tests.worker.conftest import Site, WorkerProcess
 
 
 def replaced(worker: WorkerProcess, reason: str) -> float:

@@ -25,7 +25,8 @@ from inferq.consumers.runtime.process import (
 )
 from inferq.producer.up import orphan_reaper
 from inferq.schemas import InstallationError, TransientFailure, parse_task
-from tests.worker.conftest import PLUGIN, eventually
+from tests.waiting import eventually
+from tests.worker.conftest import PLUGIN
 
 ALWAYS_IDLE = -1.0
 UNWATCHED = RunHooks(lambda *_: None, lambda: None)

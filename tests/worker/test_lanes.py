@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from inferq.schemas import Priority, Result
-from tests.worker.conftest import Site, eventually
+from tests.waiting import eventually
+from tests.worker.conftest import Site
 
 SOON = timedelta(seconds=1)
 
@@ -18,7 +19,7 @@ def publish(site: Site, priority: Priority, delay: float) -> str:
 
 def started(site: Site, task_ids: Sequence[str]) -> list[Result]:
     """The results, by when their runs began."""
-    return sorted((site.ended(task_id, 60) for task_id in task_ids), key=_start)
+    return sorted((site.ended(task_id) for task_id in task_ids), key=_start)
 
 
 def _start(result: Result) -> datetime:

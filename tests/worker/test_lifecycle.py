@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from inferq.consumers.weights.manifest import describe
-from tests.worker.conftest import Site, WorkerProcess, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import Site, WorkerProcess, starts
 
 
 def test_sigterm_finishes_the_task_in_hand_and_takes_no_other(site: Site, tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_a_killed_workers_task_runs_elsewhere_and_its_engine_is_gone(
     engine = first.engine_pid()
     first.process.send_signal(end)
     first.process.wait()
-    eventually(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == "zombie", 5)
+    eventually(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == "zombie")
     site.worker()
     result = site.ended(task_id)
     assert result.status == "succeeded"

@@ -16,7 +16,8 @@ from inferq.schemas import parse_task
 from inferq.storage import ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import Redis
 from tests.proxy import TcpProxy
-from tests.worker.conftest import Site, WorkerProcess, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import Site, WorkerProcess, starts
 
 
 def gauge(worker: WorkerProcess, name: str) -> float:
@@ -223,7 +224,7 @@ def test_a_finished_inference_outlasts_an_outage_of_s3(
     task_id = finish_in_an_outage(site, remote, worker, tmp_path)
     assert paused(worker, "object store")
     remote.line.refuse(False)
-    result = eventually(lambda: remote.results.load("default", task_id), 40)
+    result = eventually(lambda: remote.results.load("default", task_id))
     assert (result.status, result.attempts) == ("succeeded", 1)
     assert starts(tmp_path / "m") == 1
     eventually(worker.ready)
@@ -240,7 +241,7 @@ def test_a_worker_that_is_stopped_in_an_outage_of_s3_gives_the_task_back_without
     eventually(lambda: site.depth("inference.faulty.normal") == 1)
     remote.line.refuse(False)
     site.worker(**remote.settings)
-    result = eventually(lambda: remote.results.load("default", task_id), 40)
+    result = eventually(lambda: remote.results.load("default", task_id))
     assert (result.status, result.attempts) == ("succeeded", 1)
 
 
@@ -265,5 +266,5 @@ def test_a_task_that_is_cancelled_while_its_worker_waits_for_s3_is_stopped(
     eventually(lambda: waits_for(worker, "object store"), what="a pause")
     assert site.status.request_cancel("default", task_id) is not None
     remote.line.refuse(False)
-    result = eventually(lambda: remote.results.load("default", task_id), 40)
+    result = eventually(lambda: remote.results.load("default", task_id))
     assert result.status == "cancelled"

@@ -8,7 +8,8 @@ import redis
 
 from inferq.broker import connect
 from inferq.consumers.worker.decision import MAX_DELIVERIES, MAX_ENGINE_DEATHS, MAX_ORPHANED_RUNS
-from tests.worker.conftest import Site, WorkerProcess, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import Site, WorkerProcess, starts
 
 
 def kill_workers(site: Site, marker: Path, times: int) -> None:
@@ -101,7 +102,7 @@ def test_a_task_that_takes_down_three_engines_is_poison(site: Site, tmp_path: Pa
     worker = site.worker()
     marker = tmp_path / "m"
     task_id = site.publish({"fault": "crash", "options": {"marker": str(marker)}})
-    result = site.ended(task_id, 40)
+    result = site.ended(task_id)
     assert result.error is not None
     assert result.error.code == "poison"
     assert result.attempts == MAX_ENGINE_DEATHS

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from inferq.consumers.worker.result_cache import ResultCache, result_key
 from inferq.schemas import EngineInfo, Result, Settings, get_type, parse_task
 from inferq.storage import LocalStore, ResultStore
-from tests.worker.conftest import Site, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import Site, starts
 
 ON = {"INFERQ_RESULT_CACHE": "true"}
 

@@ -17,7 +17,8 @@ import pytest
 from inferq.broker import DeadLetters
 from inferq.schemas import PRIORITIES, Result, parse_task
 from inferq.storage import ResultStore, StorageSettings, open_store
-from tests.worker.conftest import DripServer, Site, WorkerProcess, eventually, starts
+from tests.waiting import eventually
+from tests.worker.conftest import DripServer, Site, WorkerProcess, starts
 
 
 def test_the_bare_message_of_any_producer_becomes_a_result(site: Site) -> None:
@@ -334,10 +335,15 @@ def test_an_expired_task_ends_as_such(site: Site, tmp_path: Path) -> None:
     assert starts(marker) == 0
 
 
-def test_two_slots_work_at_the_same_time(site: Site) -> None:
-    site.worker("echo", INFERQ_SLOTS="2")
-    tasks = [site.publish({"task_type": "echo", "delay": 1.5}) for _ in range(2)]
-    eventually(lambda: all((s := site.state(task)) and s.state == "running" for task in tasks), 1.4)
+def test_two_slots_work_at_the_same_time(site: Site, tmp_path: Path) -> None:
+    site.worker(INFERQ_SLOTS="2")
+    markers, gate = [tmp_path / "first", tmp_path / "second"], tmp_path / "gate"
+    tasks = [
+        site.publish({"fault": "gate", "options": {"marker": str(marker), "gate": str(gate)}})
+        for marker in markers
+    ]
+    eventually(lambda: all(starts(marker) == 1 for marker in markers), "both tasks in an engine")
+    gate.touch()
     for task in tasks:
         assert site.ended(task).status == "succeeded"
 
