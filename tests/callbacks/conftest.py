@@ -77,6 +77,7 @@ class Receiver:
 
         class Server(ThreadingHTTPServer):
             request_queue_size = 128
+            ended = threading.Event()
 
             def handle_error(self, *_about: object) -> None:
                 return
@@ -88,6 +89,7 @@ class Receiver:
 
     def __exit__(self, *_error: object) -> None:
         self.server.shutdown()
+        self.server.ended.set()
         self.server.server_close()
 
     @property
@@ -116,8 +118,9 @@ def in_turn(*answers: Answer) -> Answer:
     return lambda handler, number: answers[min(number, len(answers) - 1)](handler, number)
 
 
-def hang(seconds: float = 60.0) -> Answer:
-    return lambda _handler, _number: time.sleep(seconds)
+def hang() -> Answer:
+    """Give no answer, until the receiver ends."""
+    return lambda handler, _number: handler.server.ended.wait()  # type: ignore[attr-defined]
 
 
 _numbers = itertools.count()
