@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -264,7 +263,7 @@ class Assembly:
         return {**about, "status": result.status, "error": _error(error), **kept}, False
 
     def _summary(self, tally: _Tally, error: str | None) -> BatchSummary:
-        batch, now = self._batch, datetime.now(UTC)
+        batch, now = self._batch, self._services.clock()
         seconds = max((now - batch.created_at).total_seconds(), 0.001)
         state: BatchEndState = "completed"
         if self._cancelled:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 
 from inferq.broker import Message, PublishRejected, task_message
 from inferq.consumers.batches.recount import Recount
@@ -37,7 +36,6 @@ _SELDOM_SECONDS = 0.5
 _IDLE_DELAY = 2
 """Seconds that a stalled batch yields to the slices of other batches."""
 _HELD_DELAY = 3
-_REJECTED_PAUSE = 1.0
 _PAUSE_DELAY = 30
 """The longest time between two looks at a batch outside its window, in seconds; it may be cancelled."""
 _RECHECK_SECONDS = 600
@@ -46,8 +44,6 @@ and tasks may stay queued for days."""
 AGAIN = "again-"
 """Prefix of a chain that replaces an ended one. It waits for a stale lease, since no other chain feeds the
 batch."""
-_CANCEL_LOOK_SECONDS = 2.0
-"""Seconds between two checks for a cancel while the source is read for the first time."""
 _CANCEL_SECONDS = 2.0
 """Seconds that running tasks get to stop before a cancelled batch records all others as cancelled."""
 
@@ -188,7 +184,7 @@ class Slice:
                 if step.cancel_requested:
                     feeding.drain()
                     return self._cancelled(batch, source)
-                opens_in = batch.window.opens_in(datetime.now(UTC)) if batch.window else 0.0
+                opens_in = batch.window.opens_in(services.clock()) if batch.window else 0.0
                 if feeding.done and step.in_flight <= 0:
                     return Assemble()
                 if services.stopping.is_set() or time.monotonic() > self._ends:
@@ -209,9 +205,9 @@ class Slice:
                         return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
                 else:
                     self._set_state("running")
-                if _recheck_due(stall, services.settings.batch_doubt):
+                if _recheck_due(stall, self._now(), services.settings.batch_doubt):
                     Recount(services, batch, source, self._renew).in_flight()
-                    self._stall = replace(stall, asked=time.time() - stall.since)
+                    self._stall = replace(stall, asked=self._now() - stall.since)
                     return self._go_on(feeding, _IDLE_DELAY)
                 few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
                 pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
@@ -228,7 +224,7 @@ class Slice:
 
     def _stall_at(self, step: Step) -> Stall:
         """Since when no task has ended, across slices."""
-        now = time.time()
+        now = self._now()
         if self._stall is None or self._stall.ended != step.ended or self._stall.since > now:
             self._stall = Stall(step.ended, now)
         return self._stall
@@ -244,6 +240,10 @@ class Slice:
             recount.cancel_in_flight()
         return Assemble()
 
+    def _now(self) -> float:
+        """Unix seconds."""
+        return self._services.clock().timestamp()
+
     def _renew(self) -> None:
         with suppress(IndexLost):
             self.step()
@@ -251,7 +251,7 @@ class Slice:
     def _go_on_settling(self) -> None:
         """Renew the lease and check for a cancel, if due."""
         now = time.monotonic()
-        if now - self._asked >= _CANCEL_LOOK_SECONDS:
+        if now - self._asked >= self._services.pauses.cancel_look:
             self._asked = now
             # From the object store: Redis has no record of the batch before its lines are counted.
             with suppress(Outage):
@@ -323,7 +323,7 @@ class Slice:
             if self._services.stopping.is_set() or time.monotonic() > self._ends:
                 raise rejected
             _log.info("batch %s: a queue is full, waiting: %s", self._name[1], rejected)
-            self._services.stopping.wait(_REJECTED_PAUSE)
+            self._services.stopping.wait(self._services.pauses.rejected)
             sent = [(message, self._services.publisher.publish(message)) for message in messages]
             messages = []
             for message, confirmed in sent:
@@ -431,9 +431,9 @@ class _Feeding:
         return step or self._slice.step()
 
 
-def _recheck_due(stall: Stall, after: float) -> bool:
+def _recheck_due(stall: Stall, now: float, after: float) -> bool:
     """Whether a recount is due: after `after` seconds, then at doubling intervals."""
-    still = time.time() - stall.since
+    still = now - stall.since
     return still > after and still - stall.asked > min(stall.asked, _RECHECK_SECONDS)
 
 

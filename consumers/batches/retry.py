@@ -23,11 +23,9 @@ from inferq.broker import Message, delayed, job_message
 from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import InferqError, Outage
 
-_AGAIN_SECONDS = 3.0
-"""Seconds until the first retry; the pause doubles with each further failure."""
-_OUTAGE_SECONDS = 30.0
+OUTAGE_SECONDS = 30.0
 """The longest pause during an outage, in seconds: work resumes soon after it ends."""
-_FAULT_SECONDS = 600.0
+FAULT_SECONDS = 600.0
 """The longest pause after any other error, in seconds: most need a person to fix them."""
 
 _log = logging.getLogger(__name__)
@@ -52,26 +50,26 @@ def resend_unless_done(task: Task, services: BatchServices, what: str, call: Cal
         call()
         return
     except Outage as error:
-        pause = _pause(failures, _OUTAGE_SECONDS)
+        pause = retry_pause(failures, services.pauses.resend, OUTAGE_SECONDS)
         _log.warning("%s: a service is unavailable, retrying in %.0f s: %s", what, pause, error)
     except InferqError as error:
-        pause = _pause(failures, _FAULT_SECONDS)
+        pause = retry_pause(failures, services.pauses.resend, FAULT_SECONDS)
         _log.error("%s: failed, retrying in %.0f s: %s", what, pause, error)
     except Exception as error:
-        pause = _pause(failures, _FAULT_SECONDS)
+        pause = retry_pause(failures, services.pauses.resend, FAULT_SECONDS)
         # Only the first failure logs its stack.
         _log.error("%s: failed, retrying in %.0f s: %r", what, pause, error, exc_info=failures == 0)
     try:
         services.confirm(delayed(_resent(task), pause))
     except Exception as error:
         _log.warning("%s: the retry cannot be published, requeued: %s", what, error)
-        services.stopping.wait(_AGAIN_SECONDS)
+        services.stopping.wait(services.pauses.resend)
         raise Reject(f"{what} failed and is requeued", requeue=True) from error
 
 
-def _pause(failures: int, most: float) -> float:
-    """The pause in seconds after `failures` earlier failures, with jitter."""
-    return min(most, _AGAIN_SECONDS * 2.0 ** min(failures, 10)) * random.uniform(0.8, 1.0)  # noqa: S311
+def retry_pause(failures: int, first: float, most: float) -> float:
+    """The pause in seconds after `failures` earlier failures, with jitter; `first` is the first one's."""
+    return min(most, first * 2.0 ** min(failures, 10)) * random.uniform(0.8, 1.0)  # noqa: S311
 
 
 def _resent(task: Task) -> Message:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 
 from inferq.broker import BrokerSettings, Message, Publisher, topology_for
@@ -22,12 +24,32 @@ from inferq.storage.batches.sources import Sources
 
 
 @dataclass(frozen=True)
+class Pauses:
+    """Seconds from one try to the next.
+
+    `resend`: before a job that failed for the first time is done again; each further time it is twice as long.
+    `rejected`: before tasks are sent again that a full queue rejected. `cancel_look`: from one look to the
+    next for a cancel, while a source is read for the first time.
+    """
+
+    resend: float = 3.0
+    rejected: float = 1.0
+    cancel_look: float = 2.0
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
 class BatchServices:
     """Safe from many threads. `stopping` is set when the process shuts down."""
 
     settings: BatchSettings
     storage: StorageSettings
     broker: BrokerSettings
+    pauses: Pauses = Pauses()
+    clock: Callable[[], datetime] = utc_now
     stopping: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from celery import Celery, Task
@@ -62,7 +62,7 @@ def add_jobs(
             run, batch, error = starter.start(wanted, moment)
             watcher = Watcher(here, run)
             if batch is None:
-                watcher.fail(error, datetime.now(UTC))
+                watcher.fail(error, here.clock())
             elif not watcher.over:
                 watch_on(run, batch.created_at, min(1, watch_seconds))
 
@@ -73,7 +73,7 @@ def add_jobs(
         known, began = Run.model_validate(run), datetime.fromisoformat(since)
 
         def once() -> None:
-            goes_on = Watcher(here, known).look(began, datetime.now(UTC))
+            goes_on = Watcher(here, known).look(began, here.clock())
             if goes_on is not None:
                 watch_on(known, goes_on, watch_seconds)
 

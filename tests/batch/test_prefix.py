@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def pages(site: BatchSite, s3: S3Client, s3_url: str, bucket: str) -> str:
     """A bucket that batches may be fed from."""
-    storage = site.services.storage
-    object.__setattr__(storage, "s3_endpoint_url", s3_url)
-    object.__setattr__(storage, "fetch_s3_buckets", (bucket,))
+    site.change(storage={"s3_endpoint_url": s3_url, "fetch_s3_buckets": (bucket,)})
     for key, body in {
         "in/b.png": b"2",
         "in/a 1.png": b"1",
@@ -90,7 +88,7 @@ def test_a_prefix_that_cannot_be_used_says_why(
 
 
 def test_a_bucket_that_does_not_let_us_says_why(site: BatchSite, pages: str) -> None:
-    object.__setattr__(site.services.storage, "fetch_s3_buckets", ("not-there",))
+    site.change(storage={"fetch_s3_buckets": ("not-there",)})
     batch = site.batch_of("s3://not-there/in/", task_type="ocr")
     with pytest.raises(SourceUnusable, match="does not exist or cannot be read"):
         site.services.sources.settle(batch)
@@ -100,9 +98,7 @@ def test_a_bucket_that_does_not_let_us_says_why(site: BatchSite, pages: str) -> 
 def test_a_bucket_that_refuses_us_ends_the_batch_and_is_named(
     site: BatchSite, forbidding_s3: str, source: str
 ) -> None:
-    storage = site.services.storage
-    object.__setattr__(storage, "s3_endpoint_url", forbidding_s3)
-    object.__setattr__(storage, "fetch_s3_buckets", ("secret",))
+    site.change(storage={"s3_endpoint_url": forbidding_s3, "fetch_s3_buckets": ("secret",)})
     summary = site.finish(site.batch_of(source, task_type="ocr"))
     assert summary.state == "failed"
     assert summary.error is not None

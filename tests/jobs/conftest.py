@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from inferq.broker import BrokerSettings, connect, job_topology
-from inferq.consumers.batches.services import BatchServices
+from inferq.consumers.batches.services import BatchServices, Pauses
 from inferq.consumers.batches.settings import BatchSettings
 from inferq.storage import StorageSettings
 
@@ -19,6 +19,7 @@ def services(fresh_amqp_url: str, redis_url: str, tmp_path: Path) -> Iterator[Ba
         BatchSettings(),
         StorageSettings(redis_url=redis_url, store_url=(tmp_path / "store").as_uri(), store_fsync=False),
         BrokerSettings(amqp_url=fresh_amqp_url),
+        pauses=Pauses(resend=0.5),
     )
     connection = connect(services.broker, name="test")
     job_topology().apply(connection.channel())

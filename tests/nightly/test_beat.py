@@ -255,9 +255,14 @@ def test_a_file_that_is_caught_while_it_is_written_changes_nothing(site: BeatSit
 
 
 def test_the_known_schedules_are_found_among_all_their_runs(site: BeatSite) -> None:
-    site.write("".join(HOURLY.replace("[a]", f"[{name}]") for name in ("a", "a-b", "a2", "b")))
-    site.run(site.another(), NOON + minutes(30), NOON + minutes(190))
-    site.worked_off()
+    names = ("a", "a-b", "a2", "b")
+    site.write("".join(HOURLY.replace("[a]", f"[{name}]") for name in names))
+    site.another().tick(NOON + minutes(30))
+    for name, schedule in read_schedules(site.path).items():
+        for hour in range(3):
+            moment = NOON + minutes(60 * hour)
+            run = Run(run_id=schedule.batch(moment).batch_id, scheduled_at=moment, schedule=schedule)
+            RunLog(site.store, "default", name).claim(run)
     RunLog(site.store, "default", "a2").forget()
     assert sorted(known_schedules(site.store)) == [("default", name) for name in ("a", "a-b", "b")]
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,6 @@ from inferq.schemas import (
     InvalidTask,
     Night,
     Result,
-    Window,
     installed_types,
     parse_task,
 )
@@ -244,7 +244,7 @@ def test_a_later_start_is_told_of_as_the_run_was_first_started_and_an_ended_run_
 
 def test_a_run_whose_source_cannot_be_read_fails_with_words_and_is_told(site: Site) -> None:
     storage = site.services.storage.model_copy(update={"fetch_s3_buckets": ("nowhere-2",)})
-    object.__setattr__(site.services, "storage", storage)
+    site.services = replace(site.services, storage=storage)
     with site.working():
         for bucket, words in (("nowhere-1", "INFERQ_FETCH_S3_BUCKETS"), ("nowhere-2", "does not exist")):
             schedule = site.schedule(name=bucket, source=f"s3://{bucket}/in/")
@@ -282,13 +282,11 @@ def test_a_run_whose_id_is_anothers_fails_with_words_and_is_told_and_logged_once
     assert site.services.batches.summary("default", run_id) is None
 
 
-def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(site: Site) -> None:
     site.put(*(f"page-{number}" for number in range(6)))
-    # The window's clock is moved, not the machine's.
-    opens_in: list[float] = [0.0]
-    monkeypatch.setattr(Window, "opens_in", lambda _self, _now: opens_in[0])
+    at_night = datetime(2026, 11, 24, 2, tzinfo=UTC)
+    moments = [at_night]
+    site.services = replace(site.services, clock=lambda: moments[-1])
     schedule = site.schedule(window="01:00-05:00", max_in_flight=2)
     run_id = site.start(schedule, datetime(2026, 11, 24, 1, 30, tzinfo=UTC))
 
@@ -299,12 +297,12 @@ def test_a_run_stops_at_the_end_of_its_window_and_goes_on_when_that_opens(
     with site.working():
         site.work(1)
         eventually(lambda: site.depth("inference.ner.low") == 2)
-        opens_in[0] = 2.0
+        moments.append(datetime(2026, 11, 25, 0, 59, 58, tzinfo=UTC))
         site.work(2)
         eventually(lambda: state() == "paused")
         assert site.depth("inference.ner.low") == 0
         assert site.services.batches.summary("default", run_id) is None
-        opens_in[0] = 0.0
+        moments.append(at_night)
         site.work(3)
         assert site.summary(run_id).counts.succeeded == 6
     assert len({line["output"]["of"] for line in site.lines(output_key("default", run_id))}) == 6
