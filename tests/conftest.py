@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -39,6 +40,22 @@ _spawner = ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
 
 _LONGEST = ("worker", "up", "cli", "contract", "ocr")
+_STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip every test that starts a process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --quick a test is skipped as soon as it starts a process: RabbitMQ, Redis, S3, or a part of ours."""
+    if config.getoption("--quick"):
+
+        def skip(event: str, _arguments: object) -> None:
+            if event in _STARTS_A_PROCESS and "PYTEST_CURRENT_TEST" in os.environ:
+                pytest.skip("starts a process")
+
+        sys.addaudithook(skip)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -72,6 +72,8 @@ class CallbackJobs:
         broker: BrokerSettings,
         storage: StorageSettings,
         webhooks: WebhookSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._broker = broker
@@ -79,7 +81,10 @@ class CallbackJobs:
         self._webhooks = webhooks
         self._lock = threading.Lock()
         self._targets = Targets(
-            threads=1, limit=settings.callback_target_limit, slow=settings.callback_timeout / 2
+            threads=1,
+            limit=settings.callback_target_limit,
+            slow=settings.callback_timeout / 2,
+            clock=clock,
         )
         self._endings = ThreadPoolExecutor(_ENDINGS, thread_name_prefix="endings")
 

@@ -66,9 +66,6 @@ class RunAborted(Exception):
         self.reason = reason
 
 
-_IDLE_SECONDS = 0.005
-"""An engine process is woken ahead of a run only if it has been idle for this long."""
-
 Wear = Literal["max_tasks", "memory", "out_of_memory"]
 """Why a working engine process is replaced: its number of tasks, its growth, or memory that ran out in a run."""
 
@@ -101,9 +98,13 @@ class RunHooks:
 class EngineProcess:
     """One engine process, for one thread at a time. The thread that starts it must outlive it."""
 
-    def __init__(self, type_name: str, limits: MemoryLimits = MemoryLimits()) -> None:
+    def __init__(
+        self, type_name: str, limits: MemoryLimits = MemoryLimits(), *, idle_seconds: float = 0.005
+    ) -> None:
+        """`prepare` wakes the process only if it has been idle for `idle_seconds`."""
         self._type_name = type_name
         self._limits = limits
+        self._idle_seconds = idle_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._next_measure = 0.0
@@ -217,7 +218,7 @@ class EngineProcess:
         cost more than that saves.
         """
         self._prepared = None
-        if self._pipe is not None and time.monotonic() > self._answered_at + _IDLE_SECONDS:
+        if self._pipe is not None and time.monotonic() > self._answered_at + self._idle_seconds:
             self._prepared = task
             with suppress(OSError):  # the run will tell
                 send(self._pipe, Prepare(task=task))

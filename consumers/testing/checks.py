@@ -29,7 +29,7 @@ Check = Callable[[Bench], None]
 _BLOCKS = 4
 """Memory counts as growing if it grows in each of so many blocks of rounds, twice over."""
 _BLOCK_SECONDS = 0.25
-_ROUNDS = range(1, 51)
+ROUNDS = range(1, 51)
 """How often all samples are run in a block: as many times as fit into the seconds above."""
 _ALLOWED_OBJECTS = 100
 """Bytes that Python (numpy's arrays are among them) may hold on to, on average, after a round."""
@@ -219,13 +219,13 @@ def _run_tidily(bench: Bench, sample: Sample, abort_at: int | None) -> None:
             )
 
 
-def runs_leave_no_memory(bench: Bench) -> None:
+def runs_leave_no_memory(bench: Bench, *, rounds_allowed: range = ROUNDS) -> None:
     """Once warm, neither Python's objects nor the process grow from run to run. GPU memory is not seen."""
     began = time.monotonic()
     for _ in range(2):
         _round(bench)
     seconds = max((time.monotonic() - began) / 2, 1e-6)
-    rounds = min(max(int(_BLOCK_SECONDS / seconds), _ROUNDS[0]), _ROUNDS[-1])
+    rounds = min(max(int(_BLOCK_SECONDS / seconds), rounds_allowed[0]), rounds_allowed[-1])
     _check_growth(bench, "the process", resident_bytes, rounds, _ALLOWED_RESIDENT * rounds)
     tracemalloc.start()
     try:

@@ -232,7 +232,7 @@ def _with_lines(client: Client, batch_id: str) -> BatchStatus:
     return status
 
 
-def _looks(client: Client, batch_id: str) -> Iterator[BatchStatus]:
+def _looks(client: Client, batch_id: str, *, pause: float = _LOOK_SECONDS) -> Iterator[BatchStatus]:
     """Where the batch stands, on and on until it has ended. A gateway that is away is waited for."""
     away = False
     while True:
@@ -251,7 +251,7 @@ def _looks(client: Client, batch_id: str) -> Iterator[BatchStatus]:
             yield status
             if status.ended:
                 return
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(pause)
 
 
 def _note(status: BatchStatus) -> str:

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 
 Data = Annotated[Path, typer.Option("--data", help="The folder where everything is kept between runs.")]
 
-DOWN_LIMIT = 120.0
-"""Seconds that a supervisor gets to stop in good order before `inferq down` insists."""
-
-INSIST_LIMIT = 40.0
-"""Seconds for each further step; the guard of a killed supervisor takes up to 30 s."""
-
 app = typer.Typer()
 
 
@@ -77,18 +71,23 @@ def down(data: Data = Path(".inferq")) -> None:
     if not folder.held() or pid is None:
         console.print(Text(f"inferq is not up on {folder.path}"))
         return
-    # The last steps are for a supervisor that hangs: at once, and then by force, which its guard outlives.
-    for number, limit in (
-        (signal.SIGTERM, DOWN_LIMIT),
-        (signal.SIGTERM, INSIST_LIMIT),
-        (signal.SIGKILL, INSIST_LIMIT),
-    ):
-        if not _signal(pid, number) or _gone(folder, limit):
-            break
-    if not _gone(folder, INSIST_LIMIT):
+    if not stop_supervisor(folder, pid):
         console.print(Text(f"inferq (pid {pid}) on {folder.path} does not stop"), style="red")
         raise typer.Exit(1)
     console.print(Text(f"inferq on {folder.path} has stopped"))
+
+
+def stop_supervisor(folder: DataFolder, pid: int, *, patience: float = 120.0, insist: float = 40.0) -> bool:
+    """Stop the supervisor of a folder; gives whether the folder is free.
+
+    It has `patience` seconds to stop in good order, and each further step has `insist` seconds: the guard of
+    a killed supervisor takes up to 30 s.
+    """
+    # The last steps are for a supervisor that hangs: at once, and then by force, which its guard outlives.
+    for number, limit in ((signal.SIGTERM, patience), (signal.SIGTERM, insist), (signal.SIGKILL, insist)):
+        if not _signal(pid, number) or _gone(folder, limit):
+            break
+    return _gone(folder, insist)
 
 
 def _signal(pid: int, number: signal.Signals) -> bool:

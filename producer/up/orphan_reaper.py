@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 MARK = "INFERQ_UP_MARK"
@@ -75,9 +75,18 @@ def kill_all(sessions: Collection[int], mark: str = "", *, seconds: float = 10.0
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    return 0 if reap(sys.stdin, sys.argv[1]) else 1
+
+
+def reap(orders: Iterable[str], mark: str, *, grace: float = GRACE) -> bool:
+    """Once the orders end, end what they named; gives whether nothing of it is left.
+
+    An order is `+`, `~` (a gentle part, which has `grace` seconds to stop by itself) or `-` (taken back), and
+    the number of a session.
+    """
     hard: set[int] = set()
     gentle: set[int] = set()
-    for line in sys.stdin:
+    for line in orders:
         session = int(line[1:])
         hard.discard(session)
         gentle.discard(session)
@@ -85,9 +94,8 @@ def main() -> int:
             hard.add(session)
         elif line.startswith("~"):
             gentle.add(session)
-    mark = sys.argv[1]
     gone = kill_all(hard, mark)
-    end = time.monotonic() + GRACE
+    end = time.monotonic() + grace
     # The part itself leads its session. One that was still starting may have lost the first signal.
     ticks = 0
     while (waiting := [session for session in gentle if alive(session)]) and time.monotonic() < end:
@@ -97,7 +105,7 @@ def main() -> int:
                     os.kill(session, signal.SIGTERM)
         ticks += 1
         time.sleep(0.05)
-    return 0 if kill_all(gentle, mark + GENTLE) and gone else 1
+    return kill_all(gentle, mark + GENTLE) and gone
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -372,13 +371,11 @@ def test_a_cancelled_batch_leaves_none_of_its_tasks_queued(
 
 def test_a_running_batch_is_cancelled(env: dict[str, str], client: Client, feeder: Feeder) -> None:
     batch = client.submit_batch(
-        b'{"delay": 20}\n' * 30, task_type="echo", batch_id="cancel-1", max_in_flight=10
+        b'{"delay": 600}\n' * 30, task_type="echo", batch_id="cancel-1", max_in_flight=10
     )
     eventually(lambda: client.batch(batch.batch_id).counts.running, what="a running task")
-    begun = time.monotonic()
     assert client.cancel_batch("cancel-1").cancel_requested
     status = ended(client, "cancel-1")
-    assert time.monotonic() - begun < 15
     assert (status.state, status.counts.cancelled, status.counts.total) == ("cancelled", 30, 30)
 
 

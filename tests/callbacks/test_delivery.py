@@ -108,7 +108,7 @@ def test_each_kind_of_receiver_gets_what_it_deserves(caller: Caller, tmp_path: P
         assert len(failed[name].attempts) == 3, name
     assert [a.status for a in delivered["good certificate"].attempts] == [200]
     assert not any(got[name] for name in secure if name != "good certificate")
-    assert all(a.seconds < 2.5 for a in failed["drips"].attempts)
+    assert all(a.seconds < 8 for a in failed["drips"].attempts)
     for name, record in failed.items():
         kept = caller.records.kept(record.tenant, "task", sent[name].subject_id)
         assert [(r.callback_id, r.body) for r in kept] == [(record.callback_id, sent[name].body)], name

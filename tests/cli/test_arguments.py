@@ -119,9 +119,7 @@ def test_hidden_is_what_is_hidden_below_the_folder(tmp_path: Path, monkeypatch: 
     assert [path.name for path in files_of(["."], set())] == ["a.png"]
 
 
-def test_a_gateway_that_is_away_is_waited_for_and_told_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gateway_that_is_away_is_waited_for_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     running = BatchStatus(
         batch_id="b", tenant="t", state="running", source="inferq:x", created_at=datetime.now(UTC)
     )
@@ -134,7 +132,6 @@ def test_a_gateway_that_is_away_is_waited_for_and_told_once(
             raise answer
         return answer
 
-    monkeypatch.setattr("inferq.producer.cli.batch._LOOK_SECONDS", 0)
-    looks = _looks(cast(Client, SimpleNamespace(batch=batch)), "b")
+    looks = _looks(cast(Client, SimpleNamespace(batch=batch)), "b", pause=0)
     assert [status.state for status in looks] == ["running", "running", "completed"]
     assert capsys.readouterr().err.count("cannot be reached") == 1

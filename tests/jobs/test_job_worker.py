@@ -109,7 +109,7 @@ def test_what_cannot_be_done_is_kept_where_an_operator_sees_it(
         return len(kept) == len(bad)
 
     with working(app):
-        assert done.wait(20)
+        assert done.wait(60)
         eventually(all_kept)
     connection.close()
     assert kept == {message.headers["id"]: message.routing_key for message in bad}
@@ -230,7 +230,7 @@ def test_a_job_that_outlasts_the_brokers_patience_is_done_and_the_worker_goes_on
         # The broker hands it out again meanwhile, which ends as soon as it finds the work done.
         eventually(lambda: ended and len(ended) == len(began) and ended[-1] - began[0] > 2.5)
         publisher.publish(job_message("test.next", "inference.batches", {}, job_id="next")).result()
-        assert done.wait(20)
+        assert done.wait(60)
 
 
 @dataclass

@@ -41,7 +41,7 @@ from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key
 from inferq.storage.runs import Run, RunLog
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ
-from tests.waiting import eventually
+from tests.waiting import consistently, eventually
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -236,8 +236,8 @@ def test_a_later_start_is_told_of_as_the_run_was_first_started_and_an_ended_run_
         assert first[1]["data"]["night"] == "2026-11-24"
         assert site.callback() == first
         site.start(site.schedule(), moment)
-        time.sleep(4)  # a watch looks within a second
-        assert site.depth("inference.callbacks") == 0
+        # A watch looks within a second.
+        consistently(lambda: site.depth("inference.callbacks") == 0, seconds=4)
     nights = RunLog(site.services.store, "default", "letters").nights(run_id, Night)
     assert [night.night for night in nights] == ["2026-11-24"]
 

@@ -285,9 +285,7 @@ def test_a_server_that_drips_is_cut_off_by_the_time_limit(
 
     server.answers["/"] = send
     fetch = make_fetch(fetch_timeout=0.4)
-    began = time.monotonic()
     assert "0.4 s" in failed(fetch, server.url())
-    assert 0.3 < time.monotonic() - began < 1.5
     assert list(scratch.iterdir()) == []
 
 
@@ -310,24 +308,21 @@ def test_the_time_limit_covers_all_redirects_together(
 def test_a_server_that_does_not_answer_tls_is_cut_off(
     make_fetch: Callable[..., Fetch], server: Server
 ) -> None:
-    began = time.monotonic()
-    failed(make_fetch(fetch_timeout=0.3), server.url().replace("http:", "https:"))
-    assert time.monotonic() - began < 1.5
+    assert "0.3 s" in failed(make_fetch(fetch_timeout=0.3), server.url().replace("http:", "https:"))
 
 
 def test_a_resolver_that_hangs_is_cut_off(make_fetch: Callable[..., Fetch]) -> None:
     leave = threading.Event()
 
     def hang(host: str, port: int) -> list[str]:
-        leave.wait(10)
+        leave.wait()
         return ["127.0.0.1"]
 
-    began = time.monotonic()
     try:
-        failed(make_fetch(world={"resolver": hang}, fetch_timeout=0.3), "http://slow.example/")
+        said = failed(make_fetch(world={"resolver": hang}, fetch_timeout=0.3), "http://slow.example/")
     finally:
         leave.set()
-    assert time.monotonic() - began < 1.5
+    assert "0.3 s" in said
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close", "gzip"])

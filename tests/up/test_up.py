@@ -317,9 +317,7 @@ def test_unready_server_says_why() -> None:
         assert client_side.communicate()[0] == "/readyz answers 503 loading\n"
 
 
-def test_down_insists_on_a_supervisor_that_hangs(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_down_insists_on_a_supervisor_that_hangs(data: Path) -> None:
     script = (
         "import signal, sys, time; from pathlib import Path; from inferq.producer.up.folder import DataFolder\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); DataFolder(Path(sys.argv[1])).hold()\n"
@@ -327,21 +325,28 @@ def test_down_insists_on_a_supervisor_that_hangs(
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(data)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    monkeypatch.setattr(commands, "DOWN_LIMIT", 0.2)
-    monkeypatch.setattr(commands, "INSIST_LIMIT", 0.2)
-    commands.down(data)
+    assert commands.stop_supervisor(DataFolder(data), process.pid, patience=0.2, insist=20)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert "has stopped" in capsys.readouterr().out
 
 
-def test_down_says_where_something_cannot_be_stopped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_down_says_where_something_cannot_be_stopped(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = DataFolder(data)
     folder.hold()
-    monkeypatch.setattr(commands, "DOWN_LIMIT", 0.05)
-    monkeypatch.setattr(commands, "INSIST_LIMIT", 0.05)
-    monkeypatch.setattr(commands, "_signal", lambda pid, number: True)
+    monkeypatch.setattr(commands, "stop_supervisor", lambda folder, pid: False)
     with pytest.raises(Exit) as left:
         commands.down(data)
     assert left.value.exit_code == 1
+    assert "does not stop" in capsys.readouterr().out
+    folder.release()
+
+
+def test_down_gives_up_on_what_no_signal_ends(data: Path) -> None:
+    folder = DataFolder(data)
+    folder.hold()
+    with subprocess.Popen(["sleep", "600"]) as other:  # its end does not free the folder
+        assert not commands.stop_supervisor(folder, other.pid, patience=0.05, insist=0.05)
+    assert other.returncode == -signal.SIGTERM
     folder.release()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from inferq.consumers.runtime import process as engine_process
 from inferq.consumers.runtime.messages import Done, Failed
 from inferq.consumers.runtime.process import (
     AbortReason,
@@ -28,13 +27,13 @@ from inferq.schemas import InstallationError, TransientFailure, parse_task
 from tests.waiting import eventually
 from tests.worker.conftest import PLUGIN
 
-ALWAYS_IDLE = -1.0
 UNWATCHED = RunHooks(lambda *_: None, lambda: None)
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[EngineProcess]:
-    engine = EngineProcess("echo")
+@pytest.fixture(scope="module", params=[-1.0, math.inf], ids=["idle", "awake"])
+def engine(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
+    """An engine process that is always taken for idle, or never."""
+    engine = EngineProcess("echo", idle_seconds=request.param)
     engine.spawn()
     engine.wait_ready(limit=60)
     yield engine
@@ -54,22 +53,17 @@ def computed(engine: EngineProcess, task: str, scratch: Path) -> str:
     return payload
 
 
-@pytest.mark.parametrize("idle", [True, False])
 @pytest.mark.parametrize("announced", [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["b", "b"]])
 def test_it_computes_the_task_it_is_given(
-    engine: EngineProcess, tmp_path: Path, announced: list[str], idle: bool, monkeypatch: pytest.MonkeyPatch
+    engine: EngineProcess, tmp_path: Path, announced: list[str]
 ) -> None:
-    monkeypatch.setattr(engine_process, "_IDLE_SECONDS", ALWAYS_IDLE if idle else math.inf)
     computed(engine, echo("before"), tmp_path)
     for payload in announced:
         engine.prepare(echo(payload))
     assert computed(engine, echo("b"), tmp_path) == "b"
 
 
-def test_a_run_again_after_another_is_the_tasks_own(
-    engine: EngineProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_process, "_IDLE_SECONDS", ALWAYS_IDLE)
+def test_a_run_again_after_another_is_the_tasks_own(engine: EngineProcess, tmp_path: Path) -> None:
     engine.prepare(echo("a"))
     assert computed(engine, echo("b"), tmp_path) == "b"
     assert computed(engine, echo("a"), tmp_path) == "a"

