@@ -9,9 +9,10 @@ BIN := .venv/bin
 DECLARED := setup.cfg pyproject.toml constraints.txt
 ENGINES := ocr,ner,facefusion,acestep
 ENGINE_TESTS := tests/acestep tests/ocr
+MODEL_TESTS := acestep contract facefusion ner ocr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up test coverage test-engines chaos chaos-quick lint docs bench generate image-check clean system
+.PHONY: help setup demo up quick test coverage test-engines chaos chaos-quick lint docs bench generate image-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +25,9 @@ demo: .make/run | system ## start everything, have a task of each type, a callba
 
 up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 	@exec $(BIN)/inferq up
+
+quick: .make/test ## run the tests that need no service, no process and no model: under a minute
+	@$(BIN)/python -m pytest --quick -q -r fE -n 2 $(addprefix --ignore=tests/,$(MODEL_TESTS)) $(ARGS)
 
 test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
