@@ -34,12 +34,14 @@ from pydantic import (
 )
 
 from inferq.schemas import InstallationError, describe_faults
-from inferq.storage.objects.store import BadObjectKey, check_key
 
 WeightsName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 def _relative(path: str) -> str:
+    # Not above: with it come Redis and HTTP, for which every engine process would take longer to start.
+    from inferq.storage.objects.store import BadObjectKey, check_key
+
     try:
         return check_key(path)  # a valid object key also stays below its folder
     except BadObjectKey as error:
