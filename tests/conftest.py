@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.process import last_lines, spawn, stop
@@ -47,8 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="skip every test that starts a process")
 
 
+# An example takes as long as the machine has other work to do.
+settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("whole"), max_examples=20)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """With --quick a test is skipped as soon as it starts a process: RabbitMQ, Redis, S3, or a part of ours."""
+    settings.load_profile("quick" if config.getoption("--quick") else "whole")
     if config.getoption("--quick"):
 
         def skip(event: str, _arguments: object) -> None:

@@ -182,7 +182,7 @@ def test_prompt_and_seed_make_the_piece(context: Context) -> None:
 
 
 # To shrink a failure would take minutes, and a block's size tells enough.
-@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(block=st.integers(700, 90_000), seed=st.integers(0, 2**32 - 1))
 def test_the_size_of_the_blocks_does_not_change_the_sound(block: int, seed: int) -> None:
     frames = 4 * SAMPLE_RATE + 77

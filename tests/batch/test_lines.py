@@ -36,7 +36,6 @@ def cut(content: bytes, places: list[int]) -> list[bytes]:
     return [content[a:b] for a, b in zip([0, *ends], [*ends, len(content)], strict=True)]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line), max_size=12),
     st.sampled_from([b"\n", b"\r\n"]),
@@ -55,7 +54,6 @@ def test_lines_are_the_same_however_they_come_and_wherever_one_begins(
         assert rest == found[line.number :]
 
 
-@settings(deadline=None)
 @given(
     st.integers(MAX_BODY_BYTES - 4, MAX_BODY_BYTES + 8),
     st.sampled_from([b"", b"\xef\xbb\xbf"]),
@@ -75,7 +73,6 @@ def test_a_byte_order_mark_is_passed_over_at_the_beginning_only() -> None:
     assert (first.content, second.content) == (b"{}", b"\xef\xbb\xbf{}")
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, MAX_BODY_BYTES), max_size=30))
 def test_a_line_of_any_length_is_held_in_constant_memory(pieces: list[int]) -> None:
     total = 10 * MAX_BODY_BYTES
@@ -84,7 +81,6 @@ def test_a_line_of_any_length_is_held_in_constant_memory(pieces: list[int]) -> N
     assert found[1].content == b"{}"
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=3000), min_size=1, max_size=4), st.lists(st.integers(0, 3000), max_size=4))
 def test_gzip_of_any_members_unpacks(members: list[bytes], places: list[int]) -> None:
     packed = b"".join(map(gzip.compress, members))
@@ -104,7 +100,7 @@ def test_many_small_pieces_are_put_together_once() -> None:
     assert time.process_time() - began < 5  # it was minutes, each piece a copy of all before it
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SOME_JSON)
 def test_the_task_of_a_line_is_that_of_its_object_with_the_batch_around_it(payload: Any) -> None:
     content = json.dumps({"payload": payload}).encode()
@@ -116,7 +112,6 @@ def test_the_task_of_a_line_is_that_of_its_object_with_the_batch_around_it(paylo
     }  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.text(alphabet='{}[]",:ab1 \\', max_size=30))
 def test_nothing_that_is_no_json_object_becomes_a_task(text: str) -> None:
     content = text.strip().encode()
@@ -189,7 +184,6 @@ def test_a_window_in_the_missing_hour_opens_as_the_clock_has_jumped() -> None:
     assert window.opens_in(datetime(2026, 3, 29, 1, 0, tzinfo=UTC)) == 0
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 2 * 365 * 86400),
     st.times(),

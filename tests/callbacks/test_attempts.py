@@ -239,7 +239,7 @@ def test_a_backlog_for_a_target_that_hangs_ends_by_the_schedule(
     line.arrive(late)
     # After a standstill of our own, it may well take what has piled up.
     late = around.next_job()
-    line.now += 6 * 3600
+    line.now += 6 * 3600 + 1
     line.arrive(late)
     eventually(lambda: len(line.settled) == 4)
     assert line.settled == ["ack"] * 4

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -79,7 +79,6 @@ def test_of_two_folds_the_nearer_is_seen() -> None:
     assert (warp(picture, source, folded, triangles, (40, 40))[0][4:-4, 4:-4] <= 52).all()
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(*[st.floats(-50, 150, width=32)] * 3), min_size=4, max_size=4),
     st.lists(st.tuples(*[st.floats(-50, 150, width=32)] * 3), min_size=4, max_size=4),

@@ -69,7 +69,7 @@ ANYTHING = st.text(
 @given(
     st.lists(st.one_of(ANYTHING, st.sampled_from(GOLD)).map(lambda text: f"{text}甲"), min_size=1, max_size=8)
 )
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_equal_single_texts_and_offsets_hold_for_anything(read: Read, texts: list[str]) -> None:
     assert list(read(texts=texts).texts) == [read(text=text).texts[0] for text in texts]
 

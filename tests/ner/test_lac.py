@@ -33,7 +33,7 @@ PIECES = st.one_of(
 
 
 @given(st.lists(PIECES, min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_batch_gives_exactly_what_each_piece_gives_alone(lac: LacBackend, pieces: list[str]) -> None:
     assert lac.read(pieces) == [lac.read([piece])[0] for piece in pieces]
 
@@ -77,7 +77,6 @@ def test_rounding_is_far_below_what_counts_as_a_close_call(lac: LacBackend) -> N
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4).map(lambda all_: sorted(all_, reverse=True)),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None)
 def test_viterbi_finds_the_best_path_and_its_lead(lengths: list[int], seed: int) -> None:
     """Against every path there is."""
     draw = np.random.default_rng(seed)

@@ -74,7 +74,7 @@ def test_a_run_of_the_first_passing_does_not_come_again_from_within_the_second()
     assert coming == datetime(2026, 10, 26, 1, 30, tzinfo=UTC)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(EXPRESSIONS), moments)
 def test_times_come_in_order_and_none_twice(expression: str, start: datetime) -> None:
     times = list(islice(Cron(expression, "Europe/Berlin").after(start), 20))
@@ -83,7 +83,7 @@ def test_times_come_in_order_and_none_twice(expression: str, start: datetime) ->
     assert all(moment.tzinfo is UTC for moment in times)
 
 
-@settings(max_examples=40, deadline=None)  # a look at each time takes its time
+@settings(max_examples=40)  # a look at each time takes its time
 @given(st.sampled_from(EXPRESSIONS), moments, st.integers(0, 400), st.integers(0, 4000))
 def test_the_latest_is_the_last_that_stepping_on_would_find(
     expression: str, start: datetime, hours: int, minutes: int

@@ -224,7 +224,7 @@ SPECIMENS = _specimens()
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_anywhere_gives_a_page_or_a_refusal(tmp_path: Path, data: st.DataObject) -> None:
     specimen = bytearray(data.draw(st.sampled_from(SPECIMENS)))
     for _ in range(data.draw(st.integers(1, 6))):

@@ -190,7 +190,7 @@ def test_a_look_tells_whether_a_feeder_has_the_batch(status: StatusIndex) -> Non
     eventually(lambda: leased() is False)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(st.sets(st.integers(1, 70), max_size=70), min_size=1, max_size=4),
     invalid=st.sets(st.integers(71, 99)),

@@ -317,7 +317,6 @@ def test_a_begin_that_is_repeated_after_a_lost_answer_counts_once(index: StatusI
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
 )
@@ -478,7 +477,6 @@ _calls = st.one_of(
 
 @settings(
     max_examples=80,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
 )

@@ -72,7 +72,7 @@ def test_broken_port_file_is_made_anew(tmp_path: Path, text: str) -> None:
     assert folder.ports(["a"]) == ports
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(value=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=60))
 def test_shell_reads_from_env_what_was_written(tmp_path_factory, value: str) -> None:
     folder = DataFolder(tmp_path_factory.mktemp("data"))
