@@ -156,6 +156,13 @@ class RabbitMQ(Node):
     def port(self) -> int:
         return self.node.ports.amqp
 
+    def control(self, *arguments: str) -> None:
+        """Run rabbitmqctl on the node."""
+        program = self.node.server.with_name("rabbitmqctl")
+        subprocess.run(
+            [program, *arguments], env=self.parts[-1].env, check=True, capture_output=True, timeout=60
+        )
+
     def add_vhost(self, name: str) -> str:
         """Make a virtual host and give its AMQP URL."""
         self.management.put(f"/vhosts/{name}", json={}).raise_for_status()
@@ -204,6 +211,19 @@ def fresh_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
     name = f"test-{uuid.uuid4().hex[:12]}"
     yield shared_rabbitmq.add_vhost(name)
     shared_rabbitmq.remove_vhost(name)
+
+
+@pytest.fixture
+def impatient_rabbitmq(shared_rabbitmq: RabbitMQ) -> Iterator[Node]:
+    """The shared node. Before 4.3 it closes channels opened now on which a delivery is held for over a second."""
+
+    def limit(**milliseconds: int) -> None:
+        code = [f"application:set_env(rabbit, {name}, {limit})" for name, limit in milliseconds.items()]
+        shared_rabbitmq.control("eval", ", ".join(code) + ".")
+
+    limit(consumer_timeout=1000, channel_tick_interval=300)
+    yield shared_rabbitmq
+    limit(consumer_timeout=172_800_000, channel_tick_interval=60_000)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from typing import TypeVar
 Seen = TypeVar("Seen")
 
 _LOOK_SECONDS = 0.02
+_SELDOM_SECONDS = 0.05
+"""How long it takes to the next look at first, and at most: many looks open a connection."""
 _SHOWN_CHARACTERS = 500
 
 
@@ -20,13 +22,15 @@ def eventually(condition: Callable[[], Seen], what: str | None = None, *, second
     TimeoutError with `what` was awaited (default: the condition's source) and what the condition gave last.
     """
     end = time.monotonic() + seconds
+    pause = _LOOK_SECONDS
     while not (seen := condition()):
         if time.monotonic() > end:
             raise TimeoutError(
                 f"not within {seconds:g} s: {what or _source(condition)}; "
                 f"seen last: {repr(seen)[:_SHOWN_CHARACTERS]}"
             )
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(pause)
+        pause = min(1.2 * pause, _SELDOM_SECONDS)
     return seen
 
 

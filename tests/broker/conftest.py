@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -12,19 +11,9 @@ from tests.conftest import RabbitMQ
 from tests.proxy import TcpProxy
 
 
-def control(node: RabbitMQ, *arguments: str) -> str:
-    """Run rabbitmqctl on a node, and give what it prints."""
-    program = node.node.server.with_name("rabbitmqctl")
-    ran = subprocess.run(
-        [program, *arguments],
-        env=node.parts[-1].env, check=True, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    return ran.stdout
-
-
 def set_memory_alarm(node: RabbitMQ, raised: bool) -> None:
     """Raise or clear the memory alarm, which blocks whoever publishes."""
-    control(node, "set_vm_memory_high_watermark", "0.0000001" if raised else "0.9")
+    node.control("set_vm_memory_high_watermark", "0.0000001" if raised else "0.9")
 
 
 def too_deep(kind: type) -> object:

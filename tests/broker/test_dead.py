@@ -132,12 +132,11 @@ def test_a_redrive_that_is_killed_leaves_each_message_in_one_queue_at_least(
     assert set(ids(settings, QUEUE)) == set(names)
 
 
-def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: RabbitMQ) -> None:
-    settings = BrokerSettings(amqp_url=rabbit_node.url)
-    connection = connect(settings, name="test")
-    channel = connection.channel()
-    topology_for(["echo"]).apply(channel)
-    channel.confirm_delivery()
+def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(
+    shared_rabbitmq: RabbitMQ,
+    settings: BrokerSettings,
+    channel: pika.adapters.blocking_connection.BlockingChannel,
+) -> None:
     names = bury(channel, 3)
     program = (
         "from inferq.broker import BrokerSettings, DeadLetters\n"
@@ -145,7 +144,7 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: Rabbit
     )
     env = {"INFERQ_AMQP_URL": settings.amqp_url, "INFERQ_AMQP_BLOCKED_LIMIT": "3"}
     said = []
-    set_memory_alarm(rabbit_node, True)
+    set_memory_alarm(shared_rabbitmq, True)
     try:
         for left, interrupted in ((2, False), (1, True)):
             process = subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE)
@@ -159,7 +158,7 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: Rabbit
             finally:
                 process.kill()
     finally:
-        set_memory_alarm(rabbit_node, False)
+        set_memory_alarm(shared_rabbitmq, False)
     assert "BrokerUnavailable: RabbitMQ has held publishing for 3 s, in a memory or disk alarm" in said[0]
     assert said[1] == "KeyboardInterrupt"
     eventually(
@@ -168,7 +167,6 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(rabbit_node: Rabbit
     )
     with DeadLetters(settings, "echo") as letters:
         letters.redrive()
-    connection.close()
     assert ids(settings, dead_queue("echo")) == []
     assert set(ids(settings, QUEUE)) == set(names)
 

@@ -203,17 +203,19 @@ def test_wrong_credentials_are_named_and_not_tried_in_a_hot_loop(
     assert sum("next attempt" in record.message for record in caplog.records) == 1
 
 
-def test_a_memory_alarm_makes_publishing_raise_after_its_limit(rabbit_node: RabbitMQ) -> None:
-    settings = BrokerSettings(amqp_url=rabbit_node.url, amqp_blocked_limit=0.5)
+def test_a_memory_alarm_makes_publishing_raise_after_its_limit(
+    shared_rabbitmq: RabbitMQ, fresh_amqp_url: str
+) -> None:
+    settings = BrokerSettings(amqp_url=fresh_amqp_url, amqp_blocked_limit=0.5)
     publisher = Publisher(settings, name="test", topology=topology_for(["echo"]))
     publisher.start()
     publisher.wait_connected(10)
-    set_memory_alarm(rabbit_node, True)
+    set_memory_alarm(shared_rabbitmq, True)
     try:
         with pytest.raises(BrokerUnavailable, match="blocks publishing"):
             eventually(lambda: publisher.publish(message(1), timeout=3).result(10), "the alarm's effect")
     finally:
-        set_memory_alarm(rabbit_node, False)
+        set_memory_alarm(shared_rabbitmq, False)
 
     def resumed() -> bool:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -272,8 +271,6 @@ def test_a_target_is_judged_by_its_own_time_only(arrivals: Callable[[Around], Ar
     told: list[float | None] = []
     targets: Any = SimpleNamespace(leave=lambda _target, seconds, *, timed_out: told.append(seconds))
     vars(line.jobs).update(_targets=targets)
-    note = around.note
-    vars(around).update(note=lambda record: (time.sleep(0.3), note(record)))
     line.jobs.deliver(new_job())
     line.jobs.deliver(new_job(410))  # given up before
     vars(around).update(of=lambda _tenant: ())

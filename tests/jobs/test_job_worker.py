@@ -34,7 +34,6 @@ from inferq.broker.celery_app import celery_app
 from inferq.consumers.jobs.worker import application, work
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
-from tests.broker.conftest import control
 from tests.celery_worker import working
 from tests.certificates import certificate
 from tests.conftest import RabbitMQ
@@ -186,28 +185,16 @@ def test_a_worker_has_only_queues_that_are_durable_and_quorum(
 ) -> None:
     virtual_host = urlsplit(settings.amqp_url).path.removeprefix("/")
     with working(celery_app(settings)):
-        listed = control(
-            shared_rabbitmq, "list_queues", "--silent", "-p", virtual_host, "durable", "type", "name"
+        listed = shared_rabbitmq.control(
+            "list_queues", "--silent", "-p", virtual_host, "durable", "type", "name"
         )
     queues = listed.splitlines()
     assert any(JOB_QUEUES[0] in queue for queue in queues)
     assert [queue for queue in queues if "true" not in queue or "quorum" not in queue] == []
 
 
-@pytest.fixture
-def impatient_broker(shared_rabbitmq: RabbitMQ) -> Iterator[None]:
-    """Before 4.3, RabbitMQ closes channels opened now on which a delivery is held for over a second."""
-    limits = {"consumer_timeout": 1000, "channel_tick_interval": 300}
-    code = [f"application:set_env(rabbit, {name}, {ms})" for name, ms in limits.items()]
-    control(shared_rabbitmq, "eval", ", ".join(code) + ".")
-    yield
-    code = ["application:set_env(rabbit, consumer_timeout, 172800000)"]
-    code.append("application:set_env(rabbit, channel_tick_interval, 60000)")
-    control(shared_rabbitmq, "eval", ", ".join(code) + ".")
-
-
 def test_a_job_that_outlasts_the_brokers_patience_is_done_and_the_worker_goes_on(
-    settings: BrokerSettings, publisher: Publisher, impatient_broker: None
+    settings: BrokerSettings, publisher: Publisher, impatient_rabbitmq: RabbitMQ
 ) -> None:
     app = celery_app(settings)
     began: list[float] = []
