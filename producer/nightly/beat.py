@@ -26,7 +26,7 @@ from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage import ObjectStore
 from inferq.storage.runs import RunLog, known_schedules
 
-_LOOK_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 """The longest that a change of the file may go unnoticed, and how long it has to stand to be taken over."""
 _RETRY_SECONDS = 5.0
 
@@ -63,11 +63,14 @@ class Beat:
         store: ObjectStore,
         publish: Callable[[Message], object],
         schedules: dict[str, Schedule],
+        *,
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self._path = path
         self._store = store
         self._publish = publish
         self._schedules = schedules
+        self._look_seconds = look_seconds
         self._stamp: object = None
         self._seen: tuple[object, datetime] | None = None
         self._bad = False
@@ -78,7 +81,7 @@ class Beat:
     def tick(self, now: datetime) -> float:
         """Start what is due at `now` (aware); gives the seconds after which to ask again."""
         waiting = [] if self._read(now) else [f"a good {self._path.name}"]
-        wait = _LOOK_SECONDS
+        wait = self._look_seconds
         try:
             self._forget_others()
         except InferqError as error:
@@ -130,7 +133,7 @@ class Beat:
             read = error.message
         if self._seen is None or self._seen[0] != read:
             self._seen = (read, now)
-        if abs((now - self._seen[1]).total_seconds()) >= _LOOK_SECONDS:
+        if abs((now - self._seen[1]).total_seconds()) >= self._look_seconds:
             self._take_over(read)
             self._stamp, self._seen = stamp, None
         return not self._bad

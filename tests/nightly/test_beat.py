@@ -31,7 +31,7 @@ class BeatSite:
 
     def another(self) -> Beat:
         """A beat of its own on the same file and store, as after a restart."""
-        return Beat(self.path, self.store, self._publish, read_schedules(self.path))
+        return Beat(self.path, self.store, self._publish, read_schedules(self.path), look_seconds=20)
 
     def write(self, text: str) -> None:
         fresh = self.path.with_suffix(".new")
