@@ -156,12 +156,14 @@ class RabbitMQ(Node):
     def port(self) -> int:
         return self.node.ports.amqp
 
-    def control(self, *arguments: str) -> None:
-        """Run rabbitmqctl on the node."""
+    def control(self, *arguments: str) -> str:
+        """Run rabbitmqctl on the node, and give what it prints."""
         program = self.node.server.with_name("rabbitmqctl")
-        subprocess.run(
-            [program, *arguments], env=self.parts[-1].env, check=True, capture_output=True, timeout=60
-        )
+        ran = subprocess.run(
+            [program, *arguments],
+            env=self.parts[-1].env, check=True, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return ran.stdout
 
     def add_vhost(self, name: str) -> str:
         """Make a virtual host and give its AMQP URL."""
