@@ -12,13 +12,14 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from inferq.broker.messages import Message
+from inferq.broker.messages import VERSION, Message
 from inferq.broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
-from inferq.schemas import Callback, CallbackAttempt
+from inferq.schemas import SCHEMA_VERSION, Callback, CallbackAttempt
 
 JOB_ENTRY_POINTS = "inferq.jobs"
 """The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
@@ -57,6 +58,7 @@ def job_message(
         "expires": None,
         "timelimit": [None, None],
         "ignore_result": True,
+        VERSION: SCHEMA_VERSION,
     }
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     body = json.dumps([[], dict(arguments), embedded], ensure_ascii=False, separators=(",", ":"))
@@ -85,7 +87,7 @@ def job_copy(queue: JobQueue, body: bytes, headers: Mapping[str, Any]) -> Messag
 
 _HEADERS = (
     "lang", "task", "id", "root_id", "parent_id", "group", "retries", "eta", "expires", "timelimit",
-    "ignore_result",
+    "ignore_result", VERSION,
 )  # fmt: skip
 
 
@@ -110,11 +112,12 @@ def callback_message(
     attempts: Sequence[CallbackAttempt] = (),
     resent_at: datetime | None = None,
     since: datetime | None = None,
+    more: Mapping[str, JsonValue] = MappingProxyType({}),
 ) -> Message:
     """The message that has a callback delivered, however long that takes.
 
     `attempts` are those that were made so far. `resent_at`: when its owner asked for it again. `since`: when
-    the delivery first saw it.
+    the delivery first saw it. `more`: arguments of a newer version, which go on with it.
     """
     return job_message(
         CALLBACK_JOB,
@@ -124,6 +127,7 @@ def callback_message(
             "attempts": [attempt.model_dump(mode="json", exclude_none=True) for attempt in attempts],
             **({"resent_at": resent_at.isoformat()} if resent_at is not None else {}),
             **({"since": since.isoformat()} if since is not None else {}),
+            **more,
         },
         job_id=callback.callback_id,
         retries=len(attempts),
@@ -131,14 +135,23 @@ def callback_message(
 
 
 def feed_message(
-    tenant: str, batch_id: str, *, chain: str, part: int = 0, line: int = 0, offset: int = 0
+    tenant: str,
+    batch_id: str,
+    *,
+    chain: str,
+    part: int = 0,
+    line: int = 0,
+    offset: int = 0,
+    more: Mapping[str, JsonValue] = MappingProxyType({}),
 ) -> Message:
     """The job that feeds a batch from behind `line`, which ends at `offset` bytes of the source.
 
-    `chain` names the feeding from its start to its end, `part` counts its slices.
+    `chain` names the feeding from its start to its end, `part` counts its slices. `more`: arguments of a newer
+    version, which go on with the job.
     """
     arguments: dict[str, JsonValue] = {
         "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part, "line": line, "offset": offset,
+        **more,
     }  # fmt: skip
     return job_message(FEED_JOB, "inference.batches", arguments, job_id=f"feed-{chain}-{part}")
 

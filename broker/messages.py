@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections.abc import Mapping
@@ -10,27 +11,34 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import pika
 from pika.exceptions import ShortStringTooLong
 
 from inferq.broker.topology import DEAD, TASKS, retry_exchange, routing_key
-from inferq.schemas import InferqError, Priority, Task
+from inferq.schemas import SCHEMA_VERSION, InferqError, Priority, Task
 
 ATTEMPT = "x-attempt"
 REDRIVES = "x-redrives"
 ENGINE_DEATHS = "x-engine-deaths"
+DEFERRALS = "x-deferrals"
+DIGEST = "x-digest"
+"""The digest of a task, made by the part that accepted it; every copy of the message has it."""
+VERSION = "x-version"
+"""The SCHEMA_VERSION of the part that published the task first; 1 if absent."""
 DEAD_PREFIX = "x-dead-"
 TRACEPARENT = "traceparent"
 
-_COUNTS = (ATTEMPT, REDRIVES, ENGINE_DEATHS)
+_COUNTS = (ATTEMPT, REDRIVES, ENGINE_DEATHS, DEFERRALS, VERSION)
 _TRACE = (TRACEPARENT, "tracestate")
 _TRACE_CHARACTERS = 512
 _MOST = 1_000_000
-_SHORT_STRING_BYTES = 255
 """Counts in headers are anybody's to set; beyond this they are taken for this."""
 
+_SHORT_STRING_BYTES = 255
+_IS_DIGEST = re.compile(r"[0-9a-f]{64}").fullmatch
+_ANY_DIGEST = "0" * 64
 
 _PLAIN = frozenset((int, str))
 _TIMESTAMP = struct.Struct(">Q")
@@ -78,14 +86,20 @@ class Message(NamedTuple):
 
         Raises what pika raises where it cannot be encoded.
         """
-        values = tuple(self.headers.items())
-        types = tuple(map(type, self.headers.values()))
+        headers, digest = self.headers, self.headers.get(DIGEST)
+        if digest is not None and _is_digest(digest):
+            headers = {**headers, DIGEST: _ANY_DIGEST}
+        values = tuple(headers.items())
+        types = tuple(map(type, headers.values()))
         if self.message_id is None or self.type is None or not _PLAIN.issuperset(types):
             return b"".join(self.properties().encode())
         message_id, kind = self.message_id.encode(), self.type.encode()
         if len(message_id) > 255 or len(kind) > 255:
             raise ShortStringTooLong(self.message_id)
-        return _encoded_head(values, types) + b"%c%b%b%c%b" % (
+        head = _encoded_head(values, types)
+        if headers is not self.headers:
+            head = head.replace(_ANY_DIGEST.encode(), str(digest).encode(), 1)
+        return head + b"%c%b%b%c%b" % (
             len(message_id), message_id, _TIMESTAMP.pack(int(time.time())), len(kind), kind,
         )  # fmt: skip
 
@@ -123,6 +137,26 @@ class Delivery:
         return _count(self.headers, ENGINE_DEATHS)
 
     @property
+    def deferrals(self) -> int:
+        """How often this attempt was put off, because no worker that took it could read the task."""
+        return _count(self.headers, DEFERRALS)
+
+    @property
+    def digest(self) -> str | None:
+        """The task's digest, as the part that accepted the task made it.
+
+        None for a message of a producer of its own, and for a header that is no SHA-256 in hex: the worker
+        makes the digest then.
+        """
+        digest = self.headers.get(DIGEST)
+        return digest if _is_digest(digest) else None
+
+    @property
+    def version(self) -> int:
+        """The SCHEMA_VERSION of the part that published the task first."""
+        return _count(self.headers, VERSION, least=1)
+
+    @property
     def deliveries(self) -> int:
         """How often the broker has handed this copy out before; 0 on the first time."""
         # A producer can set the header, too; only on a redelivery is it the broker's own.
@@ -136,11 +170,25 @@ def _count(headers: Mapping[str, Any], name: str, *, least: int = 0) -> int:
     return min(value, _MOST)
 
 
+def _is_digest(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and _IS_DIGEST(value) is not None
+
+
 def task_message(
-    task: Task, *, attempt: int = 1, redrives: int = 0, traceparent: str | None = None
+    task: Task,
+    *,
+    digest: str | None = None,
+    attempt: int = 1,
+    redrives: int = 0,
+    traceparent: str | None = None,
 ) -> Message:
-    """The message that submits a task."""
-    headers: dict[str, Any] = {ATTEMPT: attempt}
+    """The message that submits a task.
+
+    `digest` is the task's own. Whoever accepts tasks gives it, so that it travels with the task.
+    """
+    headers: dict[str, Any] = {ATTEMPT: attempt, VERSION: SCHEMA_VERSION}
+    if digest is not None:
+        headers[DIGEST] = digest
     if redrives:
         headers[REDRIVES] = redrives
     if traceparent:
@@ -157,22 +205,37 @@ def retry_message(
     type_name: str,
     priority: Priority,
     seconds: int,
+    digest: str | None = None,
     engine_deaths: int = 0,
 ) -> Message:
     """A fresh copy of a delivery that returns to its queue as the next attempt, `seconds` from now."""
-    headers = {**_kept(delivery.headers), ATTEMPT: delivery.attempt + 1}
+    headers = {**_kept(delivery.headers, digest), ATTEMPT: delivery.attempt + 1}
+    headers.pop(DEFERRALS, None)
     if engine_deaths:
         headers[ENGINE_DEATHS] = engine_deaths
     key = routing_key(type_name, priority)
     return Message(retry_exchange(seconds), key, delivery.body, headers, task_id, type_name)
 
 
+def deferred_message(delivery: Delivery, *, type_name: str, priority: Priority, seconds: int) -> Message:
+    """A fresh copy of a delivery that returns to its queue `seconds` from now, as the same attempt."""
+    headers = {**_kept(delivery.headers), DEFERRALS: delivery.deferrals + 1}
+    key = routing_key(type_name, priority)
+    return Message(retry_exchange(seconds), key, delivery.body, headers, named_id(delivery), type_name)
+
+
 def dead_message(
-    delivery: Delivery, *, type_name: str, priority: Priority, error: InferqError, worker: str
+    delivery: Delivery,
+    *,
+    type_name: str,
+    priority: Priority,
+    error: InferqError,
+    worker: str,
+    digest: str | None = None,
 ) -> Message:
     """A copy of a delivery for the dead-letter queue, whose headers say why it ended there."""
     headers = {
-        **_kept(delivery.headers),
+        **_kept(delivery.headers, digest),
         f"{DEAD_PREFIX}reason": error.code,
         f"{DEAD_PREFIX}error": error.message[:4000].encode("utf-8", "replace").decode(),
         f"{DEAD_PREFIX}attempts": delivery.attempt,
@@ -187,6 +250,7 @@ def redriven_message(delivery: Delivery) -> Message:
     """A dead letter as a first attempt again; one redrive more on its count."""
     headers = {**_kept(delivery.headers), ATTEMPT: 1, REDRIVES: delivery.redrives + 1}
     headers.pop(ENGINE_DEATHS, None)
+    headers.pop(DEFERRALS, None)
     type_name = delivery.routing_key.removeprefix("task_type.").partition(".")[0]
     return Message(TASKS, delivery.routing_key, delivery.body, headers, named_id(delivery), type_name)
 
@@ -213,13 +277,20 @@ def _fits(task_id: object) -> bool:
         return False
 
 
-def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """The headers that go on with a copy: our own counts and the trace, and nothing else.
+def _kept(headers: Mapping[str, Any], digest: str | None = None) -> dict[str, Any]:
+    """The headers that go on with a copy: our own counts, the digest and the trace, and nothing else.
+
+    `digest` is the task's where the worker had to make it, for a delivery that came without one.
 
     A producer's other headers may be as large as a frame, to which a copy's own could not be added; and the
     broker's own account of the past (`x-death`) is counted on by 3.x and ignored by 4.x.
     """
     kept: dict[str, Any] = {name: _count(headers, name) for name in _COUNTS if name in headers}
+    carried = headers.get(DIGEST)
+    if _is_digest(carried):
+        kept[DIGEST] = carried
+    elif digest is not None:
+        kept[DIGEST] = digest
     for name in _TRACE:
         value = headers.get(name)
         if isinstance(value, str) and len(value) <= _TRACE_CHARACTERS and value.isascii():

@@ -39,6 +39,7 @@ from inferq.schemas.callback import (
 )
 from inferq.schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
 from inferq.schemas.night import Night, NightEvent
+from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
 from inferq.schemas.settings import Settings
 from inferq.schemas.status import (
@@ -86,6 +87,7 @@ __all__ = [
     "MAX_CALLBACK_BYTES",
     "PRIORITIES",
     "RUN_ID",
+    "SCHEMA_VERSION",
     "SET_BY_FEEDER",
     "Artifact",
     "Batch",
@@ -118,6 +120,7 @@ __all__ = [
     "Options",
     "Outage",
     "Priority",
+    "Record",
     "Result",
     "ScheduleName",
     "Settings",

@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
 )
 
+from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.task import CallbackUrl, Priority, Tenant, TypeName
 from inferq.schemas.window import Window
 
@@ -96,13 +97,11 @@ class Batch(BaseModel):
         return f"{self.batch_id}.{line}"
 
 
-class CountsNow(BaseModel):
+class CountsNow(Record):
     """How many lines of a batch are where, as far as that is known: what is None is being counted anew.
 
     `total` is None until the source has been read once.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     total: int | None = None
     queued: int | None = Field(None, description="Fed, and not ended: running ones included.")
@@ -134,10 +133,8 @@ class BatchCounts(CountsNow):
         return self.succeeded + self.failed + self.cancelled
 
 
-class BatchSummary(BaseModel):
+class BatchSummary(Record):
     """What came of a batch, written once at its end. `seconds` count from its creation."""
-
-    model_config = ConfigDict(frozen=True)
 
     batch_id: str
     tenant: str
@@ -150,7 +147,7 @@ class BatchSummary(BaseModel):
     pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
     pages_per_second: float | None = None
     schedule: str | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field({})
     created_at: AwareDatetime
     finished_at: AwareDatetime
 
@@ -163,20 +160,17 @@ class BatchEventData(BatchSummary):
     )
 
 
-class BatchEvent(BaseModel):
+class BatchEvent(Record):
     """The end of a batch, in the shape of a Standard Webhooks payload."""
-
-    model_config = ConfigDict(frozen=True)
 
     type: Literal["batch.completed", "batch.cancelled", "batch.failed"]
     timestamp: AwareDatetime
+    version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")
     data: BatchEventData
 
 
-class BatchStatus(BaseModel):
+class BatchStatus(Record):
     """Where a batch stands. `rate` is tasks ended per second of late, `seconds_left` a guess from it."""
-
-    model_config = ConfigDict(frozen=True)
 
     batch_id: str
     tenant: str
@@ -190,7 +184,7 @@ class BatchStatus(BaseModel):
     cancel_requested: bool = False
     error: str | None = None
     schedule: str | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field({})
     created_at: AwareDatetime
     finished_at: AwareDatetime | None = None
 

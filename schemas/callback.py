@@ -9,10 +9,11 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints
 
 from inferq.schemas.batch import BatchSummary
 from inferq.schemas.encoding import to_json
+from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import Result
 from inferq.schemas.status import Event, Truncated
 from inferq.schemas.task import HttpText, TaskId, Tenant
@@ -34,13 +35,11 @@ def _small(body: str) -> str:
     return body
 
 
-class Callback(BaseModel):
+class Callback(Record):
     """One event for one receiver; `body` is the exact JSON text that is signed and sent.
 
     `callback_id` is the `webhook-id`: every repeat of the event has the same one.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     callback_id: Annotated[str, StringConstraints(pattern=r"^msg_[0-9a-f]{32}$")]
     tenant: Tenant
@@ -51,10 +50,8 @@ class Callback(BaseModel):
     body: Annotated[str, AfterValidator(_small)]
 
 
-class CallbackAttempt(BaseModel):
+class CallbackAttempt(Record):
     """One try to deliver a callback: an answer's `status` and how it began, or the `error` in its place."""
-
-    model_config = ConfigDict(frozen=True)
 
     at: AwareDatetime
     seconds: float
@@ -66,10 +63,8 @@ class CallbackAttempt(BaseModel):
 CallbackState = Literal["waiting", "delivered", "failed"]
 
 
-class CallbackRecord(BaseModel):
+class CallbackRecord(Record):
     """What became of a callback so far; `body` only of one that was given up, so that it can be resent."""
-
-    model_config = ConfigDict(frozen=True)
 
     callback_id: str
     tenant: Tenant
@@ -114,7 +109,12 @@ def batch_callback(summary: BatchSummary, url: str) -> Callback:
     data["error"] = data.get("error", "")[: 2 * _ERROR_CHARACTERS] or None
     if "schedule" in data:
         data["schedule"] = data["schedule"][:_SCHEDULE_CHARACTERS]
-    document = {"type": event, "timestamp": data["finished_at"], "data": data}
+    document = {
+        "type": event,
+        "timestamp": data["finished_at"],
+        "version": SCHEMA_VERSION,
+        "data": data,
+    }
     for part in ("metadata", "failures"):
         if len(json.dumps(document).encode()) >= MAX_CALLBACK_BYTES:
             data[part] = {}

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, Field
 
 from inferq.schemas.batch import BatchEndState
+from inferq.schemas.record import SCHEMA_VERSION, Record
 
 
-class Night(BaseModel):
+class Night(Record):
     """One night of a run; `seconds` go from `began` on.
 
     `night` is the day on which its window opened; with `-end` behind it, what ended after that night was told
     and before the next one.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     schedule: str
@@ -42,11 +41,10 @@ class Night(BaseModel):
         return self.succeeded + self.failed + self.cancelled
 
 
-class NightEvent(BaseModel):
+class NightEvent(Record):
     """What a night came to, in the shape of a Standard Webhooks payload."""
-
-    model_config = ConfigDict(frozen=True)
 
     type: Literal["nightly.summary"]
     timestamp: AwareDatetime
+    version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")
     data: Night

@@ -19,6 +19,7 @@ from pydantic.json_schema import models_json_schema
 
 from inferq.schemas.batch import Batch, BatchEvent, BatchStatus
 from inferq.schemas.night import NightEvent
+from inferq.schemas.record import SCHEMA_VERSION
 from inferq.schemas.result import Result
 from inferq.schemas.status import Event, TaskStatus
 from inferq.schemas.task import MAX_BODY_BYTES, PRIORITIES
@@ -139,9 +140,20 @@ _EVENTS: dict[str, tuple[type[BaseModel], str]] = {
 
 _HEADERS = {
     "type": "object",
-    "description": "All optional.",
+    "description": "All optional. Those but `x-attempt` and `traceparent` are inferq's own: leave them out.",
     "properties": {
         "x-attempt": {"type": "integer", "minimum": 1, "description": "Which attempt this is; 1 if absent."},
+        "x-digest": {
+            "type": "string",
+            "pattern": "^[0-9a-f]{64}$",
+            "description": "SHA-256 of what the task asks for, made where it was accepted; the worker makes it "
+            "if absent. The same id with another digest is refused.",
+        },
+        "x-version": {
+            "type": "integer",
+            "minimum": 1,
+            "description": f"The version of the messages, {SCHEMA_VERSION} at present; 1 if absent.",
+        },
         "traceparent": {"type": "string", "description": "W3C Trace Context, passed on with every copy."},
     },
 }

@@ -5,18 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AwareDatetime, Field, JsonValue
 
 from inferq.schemas.errors import InferqError, InvalidTask
+from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.task import Task, TaskId, Tenant, TypeName
 
 EndState = Literal["succeeded", "failed", "cancelled"]
 
 
-class Artifact(BaseModel):
+class Artifact(Record):
     """A file that a task produced, stored beside its result."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     url: str
@@ -25,10 +24,8 @@ class Artifact(BaseModel):
     sha256: str
 
 
-class Timings(BaseModel):
+class Timings(Record):
     """Seconds per stage of the attempt that ended the task; `queued` counts from the task's creation."""
-
-    model_config = ConfigDict(frozen=True)
 
     queued: float | None = None
     fetch: float = 0.0
@@ -36,10 +33,8 @@ class Timings(BaseModel):
     upload: float = 0.0
 
 
-class EngineInfo(BaseModel):
+class EngineInfo(Record):
     """What computed the output."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     version: str
@@ -52,10 +47,8 @@ OUTPUT_ARTIFACT = "output.json"
 """The artifact that an output too large to travel inline becomes."""
 
 
-class ErrorInfo(BaseModel):
+class ErrorInfo(Record):
     """Why a task failed. `retryable` says whether the same task may succeed if it is redriven."""
-
-    model_config = ConfigDict(frozen=True)
 
     code: str
     message: str
@@ -67,10 +60,8 @@ class ErrorInfo(BaseModel):
         return cls(code=error.code, message=error.message[:4000], retryable=retryable)
 
 
-class Result(BaseModel):
+class Result(Record):
     """The record of how a task ended: `result.json` when it succeeded, else `failure.json`."""
-
-    model_config = ConfigDict(frozen=True)
 
     task_id: TaskId
     task_type: TypeName | Literal[""] = Field(description="Empty where the message was too broken to say.")
@@ -84,7 +75,7 @@ class Result(BaseModel):
     error: ErrorInfo | None = None
     batch_id: str | None = None
     batch_line: int | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field({})
     worker: str | None = None
     created_at: AwareDatetime | None = None
     started_at: AwareDatetime | None = None
@@ -92,6 +83,7 @@ class Result(BaseModel):
     digest: str | None = Field(None, description="SHA-256 of the task's content; none if it was unreadable.")
     cached: bool = Field(False, description="Whether it was computed before, for another task of the tenant.")
     redrives: int = Field(0, ge=0, description="How often the task had been redriven when it ended.")
+    version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")
 
     @classmethod
     def failure(

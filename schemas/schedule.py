@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     JsonValue,
@@ -18,14 +17,15 @@ from pydantic import (
 from inferq.schemas.batch import DEFAULT_IN_FLIGHT, Batch, ScheduleName
 from inferq.schemas.batch_source import JSONL_ENDINGS
 from inferq.schemas.cron import Cron
+from inferq.schemas.record import Record
 from inferq.schemas.task import CallbackUrl, Priority, Tenant, TypeName
 from inferq.schemas.window import TimeZoneName, Window
 
 
-class Schedule(BaseModel):
+class Schedule(Record):
     """One table of the file; its name is the table's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     name: ScheduleName
     cron: str = Field(description="Minute, hour, day of the month, month, day of the week.")
@@ -37,7 +37,7 @@ class Schedule(BaseModel):
         False, description="Only what is new since the last run; the default of a prefix is true."
     )
     task_type: TypeName | None = None
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field({})
     defaults: dict[str, JsonValue] = Field({}, description="Further fields of every task.")
     priority: Priority = "low"
     window: str | None = Field(None, description="The hours in which it is fed, as `22:00-06:00`.")

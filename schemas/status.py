@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AwareDatetime, Field, JsonValue
 
+from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import OUTPUT_ARTIFACT, ErrorInfo, Result
 from inferq.schemas.task import Priority
 
@@ -14,10 +15,8 @@ State = Literal["queued", "running", "retrying", "succeeded", "failed", "cancell
 END_STATES: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
 
 
-class TaskStatus(BaseModel):
+class TaskStatus(Record):
     """What is known of a task at this moment. `progress` runs from 0 to 1."""
-
-    model_config = ConfigDict(frozen=True)
 
     task_id: str
     task_type: str
@@ -111,13 +110,12 @@ INLINE_EVENT_OUTPUT_BYTES = 8 * 1024
 Truncated = Literal["output", "metadata", "error"]
 
 
-class Event(BaseModel):
+class Event(Record):
     """Something that happened to a task, in the shape of a Standard Webhooks payload."""
-
-    model_config = ConfigDict(frozen=True)
 
     type: EventType
     timestamp: AwareDatetime
+    version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")
     data: EventData
 
     @classmethod
@@ -155,10 +153,8 @@ class Event(BaseModel):
         )
 
 
-class EventData(BaseModel):
+class EventData(Record):
     """The task as the event left it; `output` only where it is small enough to travel inline."""
-
-    model_config = ConfigDict(frozen=True)
 
     task_id: str
     task_type: str
@@ -171,7 +167,7 @@ class EventData(BaseModel):
     batch_id: str | None = None
     error: ErrorInfo | None = None
     output: JsonValue = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field({})
     truncated: tuple[Truncated, ...] = Field(
         (), description="What was left out, or of `error` shortened, to keep the event small."
     )

@@ -37,6 +37,11 @@ TaskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 TypeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
+_NOT_ASKED = {"created_at"}
+"""Fields that say nothing of what a task asks for."""
+
+_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+
 INPUT_SCHEMES = ("https", "http", "s3", "data", "inferq")
 
 
@@ -120,19 +125,27 @@ class Task(BaseModel):
         return value
 
     def body(self) -> bytes:
-        """The UTF-8 JSON that goes onto the queue: only what differs from the defaults."""
+        """The UTF-8 JSON that goes onto the queue: the fields that were given, and no default.
+
+        A given value stays in it even where it is the default, which a later version may change.
+        """
         # As model_dump_json does, without the way over a str.
-        return self.__pydantic_serializer__.to_json(self, exclude_defaults=True)
+        return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the task asks for, so that the same id with another content shows.
 
         Defaults and `created_at` do not count: the bare message and one that spells the defaults out are
         the same task, and so is one that a gateway has stamped.
+
+        It is made once, where the task is accepted, and travels with the message: in another version, with
+        other defaults, it may come out differently.
         """
-        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"created_at"})
-        canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+        # As model_dump does, without the way over its own arguments.
+        content = self.__pydantic_serializer__.to_python(
+            self, mode="json", exclude_defaults=True, exclude=_NOT_ASKED
+        )
+        return hashlib.sha256(_canonical(content).encode("utf-8", "surrogatepass")).hexdigest()
 
     def inputs(self) -> Mapping[str, str]:
         """The inputs to be fetched before a run: field name → URL, in the order of the fields."""

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import TypeVar
 from urllib.parse import unquote
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ValidationError
 
-from inferq.schemas import InferqError
+from inferq.schemas import InferqError, Record
 from inferq.schemas.encoding import to_json
 from inferq.schemas.schedule import Schedule
 from inferq.storage.objects.results import segment
@@ -39,11 +39,7 @@ class UnreadableRun(InferqError):
     code = "run_unreadable"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Run(_Record):
+class Run(Record):
     """A run as it was started first; a later start of the same one finds it so."""
 
     run_id: str
@@ -51,7 +47,7 @@ class Run(_Record):
     schedule: Schedule
 
 
-class Snapshot(_Record):
+class Snapshot(Record):
     """What a run takes. `token` names its JSONL and its list of what there was; `objects` of it are new.
 
     `seen` is the token of the list that the next run goes by, for that source: this run's own, or where
@@ -65,7 +61,7 @@ class Snapshot(_Record):
     seen_source: str | None = None
 
 
-class Known(_Record):
+class Known(Record):
     """Since when a schedule is known with these times: what lies before was never missed."""
 
     cron: str
@@ -73,7 +69,7 @@ class Known(_Record):
     since: AwareDatetime
 
 
-class _Place(_Record):
+class _Place(Record):
     place: int
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from pydantic import (
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
     TypeAdapter,
@@ -25,7 +23,7 @@ from pydantic import (
     field_validator,
 )
 
-from inferq.schemas import InferqError, Settings
+from inferq.schemas import InferqError, Record, Settings
 from inferq.schemas.task import Tenant
 from inferq.storage.json_file import JsonFile
 
@@ -45,10 +43,8 @@ class WebhookSettings(Settings):
     )
 
 
-class WebhookSecret(BaseModel):
+class WebhookSecret(Record):
     """A tenant's secret. `until`: when it becomes invalid; None for the current one."""
-
-    model_config = ConfigDict(frozen=True)
 
     tenant: Tenant
     secret: SecretStr

@@ -399,7 +399,7 @@ class _Feeding:
                 chunk.invalid.append(line.number)
                 continue
             chunk.fed.append(line.number)
-            chunk.messages.append(task_message(task))
+            chunk.messages.append(task_message(task, digest=task.digest()))
             if self._recording:
                 chunk.recorded.append(task)
         if chunk.cursor != self._read:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from celery import Celery, Task
-from pydantic import NonNegativeInt
+from pydantic import JsonValue, NonNegativeInt
 
 from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, delayed, feed_message
 from inferq.consumers.batches.assembly import Unfinished, end
@@ -26,6 +26,7 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
     """
     here = services or load_services()
 
+    # Arguments that a newer version adds are passed on (`more`), or have no job to go on with (`_more`).
     @app.task(name=FEED_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def feed(
         self: Task,
@@ -35,6 +36,7 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
         part: NonNegativeInt,
         line: NonNegativeInt,
         offset: NonNegativeInt,
+        **more: JsonValue,
     ) -> None:
         def once() -> None:
             cursor = Cursor(line, offset)
@@ -42,7 +44,7 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
                 case GoOn(cursor, seconds):
                     message = feed_message(
                         tenant, batch_id, chain=chain, part=part + 1,
-                        line=cursor.line, offset=cursor.offset,
+                        line=cursor.line, offset=cursor.offset, more=more,
                     )  # fmt: skip
                     here.confirm(delayed(message, seconds) if seconds else message)
                 case Assemble(error):
@@ -53,7 +55,9 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
         resend_unless_done(self, here, f"batch {batch_id}", once)
 
     @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
-    def assemble(self: Task, tenant: Tenant, batch_id: BatchId, error: str | None = None) -> None:
+    def assemble(
+        self: Task, tenant: Tenant, batch_id: BatchId, error: str | None = None, **_more: JsonValue
+    ) -> None:
         def once() -> None:
             batch = here.batches.load(tenant, batch_id)
             if batch is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime
 
 from inferq.broker import Message, callback_message, delayed
 from inferq.consumers.callbacks.decision import (
@@ -23,7 +23,15 @@ from inferq.consumers.callbacks.decision import (
 from inferq.consumers.callbacks.metrics import CallbackMetrics
 from inferq.consumers.callbacks.sending import Sender, Sent
 from inferq.consumers.callbacks.settings import CallbackSettings
-from inferq.schemas import Callback, CallbackAttempt, CallbackRecord, CallbackState, InferqError, Outage
+from inferq.schemas import (
+    Callback,
+    CallbackAttempt,
+    CallbackRecord,
+    CallbackState,
+    InferqError,
+    Outage,
+    Record,
+)
 from inferq.storage import CallbackRecords, WebhookSecrets
 
 _log = logging.getLogger(__name__)
@@ -40,10 +48,8 @@ _HUNG_SECONDS = 6 * 3600.0
 """How long every attempt at a target must have timed out before its overdue callbacks fail."""
 
 
-class Job(BaseModel):
+class Job(Record):
     """The arguments of the job `callbacks.deliver`. `since`: when this process group first saw the callback."""
-
-    model_config = ConfigDict(frozen=True)
 
     callback: Callback
     attempts: tuple[CallbackAttempt, ...] = ()
@@ -56,6 +62,7 @@ class Job(BaseModel):
             attempts=self.attempts,
             resent_at=self.resent_at,
             since=self.since or datetime.now(UTC),
+            more=self.model_extra or {},
         )
 
 

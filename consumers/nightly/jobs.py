@@ -47,14 +47,16 @@ def add_jobs(
     """
     here = services or load_services()
 
-    def watch_on(run: Run, since: datetime, seconds: int) -> None:
+    def watch_on(run: Run, since: datetime, seconds: int, **more: JsonValue) -> None:
         job_id = f"watch-{run.run_id}-{secrets.token_hex(6)}"
-        arguments: dict[str, JsonValue] = {"run": run.model_dump(mode="json"), "since": since.isoformat()}
+        arguments: dict[str, JsonValue] = {
+            "run": run.model_dump(mode="json"), "since": since.isoformat(), **more,
+        }  # fmt: skip
         message = job_message(NIGHT_WATCH_JOB, "inference.batches", arguments, job_id=job_id)
         here.confirm(delayed(message, seconds))
 
     @app.task(name=NIGHT_START_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
-    def start(self: Task, schedule: dict[str, Any], scheduled_at: str) -> None:
+    def start(self: Task, schedule: dict[str, Any], scheduled_at: str, **_more: JsonValue) -> None:
         wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
 
         def once() -> None:
@@ -69,13 +71,13 @@ def add_jobs(
         resend_unless_done(self, here, f"run {run_id_of(wanted.name, moment)}", once)
 
     @app.task(name=NIGHT_WATCH_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
-    def watch(self: Task, run: dict[str, Any], since: str) -> None:
+    def watch(self: Task, run: dict[str, Any], since: str, **more: JsonValue) -> None:
         known, began = Run.model_validate(run), datetime.fromisoformat(since)
 
         def once() -> None:
             goes_on = Watcher(here, known).look(began, here.clock())
             if goes_on is not None:
-                watch_on(known, goes_on, watch_seconds)
+                watch_on(known, goes_on, watch_seconds, **more)
 
         resend_unless_done(self, here, f"run {known.run_id}", once)
 

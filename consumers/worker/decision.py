@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from inferq.broker import retry_level
-from inferq.schemas import InferqError, InvalidTask, Result, Task
+from inferq.schemas import SCHEMA_VERSION, InferqError, InvalidTask, Result, Task, TransientFailure
 
 MAX_ENGINE_DEATHS = 3
 """A task that ended this many engine processes is poison."""
@@ -49,6 +49,14 @@ class Retry:
 
 
 @dataclass(frozen=True)
+class Defer:
+    """Put the same attempt off for `seconds`: a worker of another version may read the task."""
+
+    seconds: int
+    error: InferqError
+
+
+@dataclass(frozen=True)
 class DeadLetter:
     """Dead-letter it for `error`. `record`: whether to write the failure; not if the record is another task's."""
 
@@ -65,6 +73,9 @@ out of memory). Well below MAX_DELIVERIES, because each further try costs all ta
 MAX_DELIVERIES = 25
 """The same by the broker's count, for when Redis lost its own. RabbitMQ before 4.3 counts requeues as well, so
 this is well above their number; it is well below the broker's delivery limit."""
+
+MAX_DEFERRALS = 24
+"""How often a task is put off that this version cannot read: about 20 hours in all, to upgrade every worker."""
 
 _ENDS_WORKERS = (
     "it most likely ends its worker; find out why the workers ended (out of memory?), fix that, "
@@ -154,6 +165,27 @@ def id_conflict(task: Task) -> DeadLetter:
         ),
         record=False,
     )
+
+
+def after_unreadable(
+    error: InvalidTask, *, accepted: bool, version: int, deferrals: int
+) -> Defer | DeadLetter:
+    """What to do with a message that is no task to this worker.
+
+    `accepted`: another part of inferq has read the task, as its digest shows. The two parts are then of
+    different versions, and the task waits for a worker that can read it. `version` is the SCHEMA_VERSION of
+    that part. `deferrals` counts how often the task was put off before.
+    """
+    if not accepted:
+        return DeadLetter(error)
+    message = (
+        f"{error.message}; this worker (message version {SCHEMA_VERSION}) cannot read the task, but the gateway "
+        f"or feeder that accepted it could (message version {version}): upgrade the worker and its plug-ins"
+    )
+    if deferrals >= MAX_DEFERRALS:
+        redrive = f"{message}, then redrive the task"
+        return DeadLetter(TransientFailure(redrive, code="unsupported_version"))
+    return Defer(retry_level(deferrals + 1), TransientFailure(message, code="unsupported_version"))
 
 
 def after_failure(

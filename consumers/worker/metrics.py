@@ -37,7 +37,8 @@ class WorkerMetrics:
             "tasks",
             Counter(
                 "inferq_worker_tasks",
-                "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back.",
+                "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back, "
+                "deferred.",
                 ["task_type", "outcome"],
                 registry=registry,
             ),

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from inferq.broker import Delivery, Message, dead_message, named_id, retry_message
-from inferq.consumers.worker.decision import Retry
+from inferq.broker import Delivery, Message, dead_message, deferred_message, named_id, retry_message
+from inferq.consumers.worker.decision import Defer, Retry
 from inferq.schemas import (
     Artifact,
     EngineInfo,
     ErrorInfo,
     InferqError,
-    InvalidTask,
     Priority,
     Result,
     Task,
@@ -36,6 +35,10 @@ class Records:
     def name(self) -> str:
         """The task and its queue, for a line in a log."""
         return f"task {named_id(self.delivery)!r} on {self.delivery.queue}"
+
+    def digest(self, task: Task) -> str:
+        """The digest that the task was accepted with; made here for a message without one."""
+        return self.delivery.digest or task.digest()
 
     def seconds_queued(self, task: Task, started_at: datetime) -> float | None:
         """Seconds from the task's creation to its start; None if nothing says when it was created."""
@@ -99,7 +102,7 @@ class Records:
             redrives=self.delivery.redrives,
         )
 
-    def unreadable(self, error: InvalidTask, *, started_at: datetime) -> Result | None:
+    def unreadable(self, error: InferqError, *, started_at: datetime) -> Result | None:
         """The failure of a message that is no task; None if the message does not name a task id legibly."""
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken = json.loads(self.delivery.body)
@@ -118,7 +121,7 @@ class Records:
             )
         return None
 
-    def retry(self, task: Task, retry: Retry) -> Message:
+    def retry(self, task: Task, retry: Retry, *, digest: str) -> Message:
         """The next attempt, for its retry level."""
         return retry_message(
             self.delivery,
@@ -126,13 +129,25 @@ class Records:
             type_name=task.task_type,
             priority=self.lane,
             seconds=retry.seconds,
+            digest=digest,
             engine_deaths=retry.engine_deaths,
         )
 
-    def dead_letter(self, error: InferqError) -> Message:
+    def deferral(self, defer: Defer) -> Message:
+        """The same attempt once more, for its retry level."""
+        return deferred_message(
+            self.delivery, type_name=self.type_name, priority=self.lane, seconds=defer.seconds
+        )
+
+    def dead_letter(self, error: InferqError, *, digest: str | None = None) -> Message:
         """The delivery for the dead-letter queue, with the reason in its headers."""
         return dead_message(
-            self.delivery, type_name=self.type_name, priority=self.lane, error=error, worker=self.worker
+            self.delivery,
+            type_name=self.type_name,
+            priority=self.lane,
+            error=error,
+            worker=self.worker,
+            digest=digest,
         )
 
 

@@ -11,14 +11,14 @@ from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.notifier import legible_url
 from inferq.consumers.worker.records import Records
 from inferq.consumers.worker.services import GracePassed, WorkerServices
-from inferq.schemas import InvalidTask, Result, TransientFailure, parse_task
+from inferq.schemas import InferqError, Result, TransientFailure, parse_task
 from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
 
 
 def refuse_unreadable(
-    services: WorkerServices, records: Records, endings: Endings, error: InvalidTask, *, started_at: datetime
+    services: WorkerServices, records: Records, endings: Endings, error: InferqError, *, started_at: datetime
 ) -> None:
     """Dead-letter a message that is no task. If it names a task id, that task gets a failure and a callback."""
     _log.warning("%s: refused: %s", records.name, error)
@@ -57,7 +57,7 @@ def refuse_after_fault(records: Records, endings: Endings, fault: Exception, *, 
     try:
         # Without a record its batch, and everybody who asks for the task, would wait for ever.
         task = parse_task(records.delivery.body)
-        endings.record(records.failure(task, failure, digest=task.digest(), started_at=started_at))
+        endings.record(records.failure(task, failure, digest=records.digest(task), started_at=started_at))
     except (GracePassed, RunAborted):
         return False
     except Exception:

@@ -28,11 +28,13 @@ from inferq.consumers.worker.decision import (
     AlreadyDone,
     Cancel,
     DeadLetter,
+    Defer,
     Expire,
     Facts,
     Retry,
     Run,
     after_failure,
+    after_unreadable,
     before_run,
     id_conflict,
 )
@@ -59,8 +61,9 @@ from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["succeeded", "failed", "cancelled", "skipped", "retried", "given_back"]
-"""How a delivery ended, as the metric `inferq_worker_tasks_total` says it; `given_back` is a requeue."""
+Outcome = Literal["succeeded", "failed", "cancelled", "skipped", "retried", "given_back", "deferred"]
+"""How a delivery ended, as the metric `inferq_worker_tasks_total` says it. `given_back` is a requeue; `deferred`
+is a task that waits for a worker of another version."""
 
 _CONNECTION_LOST = "its connection was lost"
 
@@ -127,11 +130,7 @@ class TaskRun:
         try:
             task = parse_task(self._delivery.body)
         except InvalidTask as error:
-            self._lease.release()
-            refuse_unreadable(
-                self._services, self._records, self._endings, error, started_at=self._started_at
-            )
-            return "failed"
+            return self._unreadable(error)
         try:
             return self._decide(task)
         except UnreadableResult as error:
@@ -145,11 +144,32 @@ class TaskRun:
             _log.exception("%s: the worker failed", self._records.name)
             return self._failed(task, worker_fault(error))
 
+    def _unreadable(self, error: InvalidTask) -> Outcome:
+        """Put off a task that only this version cannot read; refuse any other message that is no task."""
+        self._lease.release()
+        delivery = self._delivery
+        verdict = after_unreadable(
+            error,
+            accepted=delivery.digest is not None,
+            version=delivery.version,
+            deferrals=delivery.deferrals,
+        )
+        match verdict:
+            case Defer():
+                _log.warning("%s: put off for %d s: %s", self._records.name, verdict.seconds, verdict.error)
+                self._endings.publish(self._records.deferral(verdict))
+                return "deferred"
+            case DeadLetter():
+                refuse_unreadable(
+                    self._services, self._records, self._endings, verdict.error, started_at=self._started_at
+                )
+                return "failed"
+
     # Before the run: gather the facts, and decide.
 
     def _decide(self, task: Task) -> Outcome:
         services, delivery = self._services, self._delivery
-        self._digest = task.digest()
+        self._digest = self._records.digest(task)
         self._endings.notify(task)
         computation = Computation(
             services, self._consumer, self._lease, delivery, task,
@@ -371,7 +391,7 @@ class TaskRun:
         )
         self._endings.notifier.settle()
         # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
-        self._endings.publish(self._records.retry(task, retry))
+        self._endings.publish(self._records.retry(task, retry, digest=self._digest))
         self._services.report_end(
             partial(
                 self._services.status.retrying,
@@ -379,6 +399,7 @@ class TaskRun:
                 attempt=attempt,
                 redrives=self._delivery.redrives,
                 error=ErrorInfo.of(retry.error),
+                digest=self._digest,
             )
         )
         return "retried"
@@ -387,7 +408,7 @@ class TaskRun:
         self._lease.release()
         _log.warning("%s: failed: %s", self._records.name, verdict.error)
         # The dead letter first: after a crash behind the record alone, the task would pass for done.
-        self._endings.publish(self._records.dead_letter(verdict.error))
+        self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
         failure = self._failure(task, verdict.error, timings=timings)
         if verdict.record:
             self._endings.record(failure)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, TypeAdapter, ValidationError
 
-from inferq.schemas import InferqError
+from inferq.schemas import InferqError, Record
 from inferq.schemas.task import Tenant
 from inferq.storage.json_file import JsonFile
 
@@ -20,10 +20,8 @@ _KEY_BYTES = 32
 _KEY_ID_LENGTH = 12
 
 
-class KeyRecord(BaseModel):
+class KeyRecord(Record):
     """The record of a key, without the key itself. `key_id` is the start of its digest and not secret."""
-
-    model_config = ConfigDict(frozen=True)
 
     sha256: str
     tenant: Tenant

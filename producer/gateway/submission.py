@@ -89,7 +89,7 @@ class Submitter:
         facts = await self._gather(task, digest, own_id)
         decision = admit(facts)
         if isinstance(decision, Publish):
-            await self._publish(task, traceparent)
+            await self._publish(task, digest, traceparent)
             await self._confirm(task)
         elif not facts.record_decides:
             await self._withdraw(task)
@@ -154,13 +154,13 @@ class Submitter:
             _log.warning("task %s: cannot check whether %s exists: %s", task.task_id, field, error)
         return None
 
-    async def _publish(self, task: Task, traceparent: str | None) -> None:
+    async def _publish(self, task: Task, digest: str, traceparent: str | None) -> None:
         metrics = self._services.metrics
         begun = time.perf_counter()
         async with self._withdrawn_on_error(task):
             try:
                 await self._services.publisher.confirm(
-                    task_message(task, traceparent=traceparent),
+                    task_message(task, digest=digest, traceparent=traceparent),
                     timeout=self._services.settings.submit_timeout,
                 )
             except InferqError as error:

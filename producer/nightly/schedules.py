@@ -71,7 +71,7 @@ def _schedule(name: str, table: dict[str, Any]) -> Schedule:
     if "name" in table:
         raise SchedulesUnusable(f"{name}.name: a schedule's name is its table's: leave it out")
     try:
-        schedule = Schedule.model_validate({**table, "name": name})
+        schedule = Schedule.model_validate({**table, "name": name}, extra="forbid")
         check_schedule(schedule)
     except ValidationError as error:
         raise SchedulesUnusable("; ".join(_faults(name, error))) from error

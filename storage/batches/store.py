@@ -16,9 +16,9 @@ from datetime import datetime
 from typing import TypeVar
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from inferq.schemas import Batch, BatchSummary, InferqError
+from inferq.schemas import Batch, BatchSummary, InferqError, Record
 from inferq.schemas.encoding import to_json
 from inferq.storage.objects.results import segment
 from inferq.storage.objects.store import ObjectNotFound, ObjectStore
@@ -41,14 +41,12 @@ class UnreadableBatch(InferqError):
     code = "batch_unreadable"
 
 
-class BatchSource(BaseModel):
+class BatchSource(Record):
     """The JSONL that a batch is fed from. `lines` counts all lines, `blank` those without content.
 
     `own_ids`: whether some lines name task ids. `taken` is the key of a list of lines whose id an earlier line has,
     each with that line.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     gzip: bool = False
@@ -128,7 +126,8 @@ class BatchStore:
 
     def _load(self, key: str, model: type[M]) -> M | None:
         try:
-            return model.model_validate_json(self._store.get(key))
+            # A user's batch is read strictly, one that a newer gateway put on record is not.
+            return model.model_validate_json(self._store.get(key), extra="allow")
         except ObjectNotFound:
             return None
         except ValidationError as error:

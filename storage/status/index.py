@@ -22,7 +22,17 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
-from inferq.schemas import ErrorInfo, Event, InstallationError, Outage, Result, State, Task, TaskStatus
+from inferq.schemas import (
+    SCHEMA_VERSION,
+    ErrorInfo,
+    Event,
+    InstallationError,
+    Outage,
+    Result,
+    State,
+    Task,
+    TaskStatus,
+)
 from inferq.schemas.encoding import clean, to_json
 from inferq.storage.settings import StorageSettings
 from inferq.storage.status import scripts
@@ -206,17 +216,22 @@ class StatusIndex:
         fraction = min(max(fraction, 0.0), 1.0) if fraction == fraction else 0.0
         timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         self._change(
-            "progress", tenant, task_id, [repr(round(fraction, 4)), clean(note or "")[:_MAX_NOTE], timestamp]
+            "progress",
+            tenant,
+            task_id,
+            [repr(round(fraction, 4)), clean(note or "")[:_MAX_NOTE], timestamp, SCHEMA_VERSION],
         )
 
-    def retrying(self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo) -> None:
-        """The attempt failed; the next one waits in a retry level."""
+    def retrying(
+        self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo, digest: str | None = None
+    ) -> None:
+        """The attempt failed; the next one waits in a retry level. `digest` is made here if absent."""
         event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
         self._change(
             "retrying",
             task.tenant,
             task.task_id,
-            [*task_fields(task), attempt, redrives, to_json(error), event],
+            [*task_fields(task, digest), attempt, redrives, to_json(error), event],
         )
 
     def ended(self, result: Result) -> bool:

@@ -10,5 +10,5 @@ local data = {task_id = id, task_type = ty, tenant = tenant, state = 'running', 
 local attempts = math.min(tonumber(redrives or 0), 1e6) * 1000 + math.min(tonumber(attempt), 998)
 data.sequence = attempts * 10000 + 1 + math.floor(tonumber(fraction) * 9996)
 if note ~= '' then data.note = note end
-publish(cjson.encode({type = 'task.progress', timestamp = timestamp, data = data}))
+publish(cjson.encode({type = 'task.progress', timestamp = timestamp, version = tonumber(ARGV[8]), data = data}))
 return 1

@@ -483,6 +483,18 @@ def test_the_same_batch_is_one_batch_and_another_is_refused(site: BatchSite) -> 
         site.services.batches.create(again.model_copy(update={"priority": "high"}))
 
 
+def test_a_batch_of_a_later_version_is_fed_by_what_this_one_knows(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    batch = site.batch(lines(3), window={"start": "00:00", "end": "00:00"})
+    key = f"batches/default/{batch.batch_id}/batch.json"
+    record = json.loads(site.services.store.get(key)) | {"retention": "30d"}
+    record["window"]["days"] = "mon-fri"
+    site.services.store.put(key, json.dumps(record).encode())
+    assert site.services.batches.create(batch) == site.services.batches.load("default", batch.batch_id)
+    assert site.finish(batch).counts.succeeded == 3
+
+
 def test_assembling_twice_gives_the_same_files_and_one_summary(site: BatchSite, worker: QuickWorker) -> None:
     batch = site.batch(lines(30) + b"x\n")
     first = site.finish(batch)

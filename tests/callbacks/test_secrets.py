@@ -52,6 +52,14 @@ def test_what_root_rotates_stays_its_owners(secrets: WebhookSecrets, tmp_path: P
             assert (about.st_uid, about.st_gid, stat.S_IMODE(about.st_mode)) == (12345, 23456, 0o600)
 
 
+def test_fields_of_a_later_version_stay_in_the_file(secrets: WebhookSecrets, tmp_path: Path) -> None:
+    secrets.rotate("default")
+    file = next(tmp_path.rglob("*.json"))
+    file.write_text(json.dumps([record | {"purpose": "x"} for record in json.loads(file.read_text())]))
+    secrets.rotate("default")
+    assert [record.get("purpose") for record in json.loads(file.read_text())] == ["x", None]
+
+
 def test_a_later_rotation_does_not_prolong_an_old_secret(secrets: WebhookSecrets) -> None:
     secrets.rotate("acme")
     secrets.rotate("acme", keep=60)

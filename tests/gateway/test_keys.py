@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_a_key_belongs_to_its_tenant(path: Path) -> None:
     assert one.startswith("iq_")
     assert len(one) >= 3 + 27  # 160 bits in base 64
     assert [(record.tenant, record.name) for record in keys.list()] == [("alpha", "laptop"), ("beta", "")]
+
+
+def test_fields_of_a_later_version_stay_in_the_file(path: Path) -> None:
+    keys = KeyFile(path)
+    keys.add("alpha")
+    path.write_text(json.dumps([record | {"scopes": ["submit"]} for record in json.loads(path.read_text())]))
+    keys.add("beta")
+    assert [record.get("scopes") for record in json.loads(path.read_text())] == [["submit"], None]
 
 
 @pytest.mark.parametrize("key", ["", "iq_", "x" * 10_000, "é", "\ud800", "iq_\x00"])

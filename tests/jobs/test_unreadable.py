@@ -11,7 +11,7 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from inferq.broker import QUEUE_JOBS, JobQueue, connect, job_message
+from inferq.broker import ASSEMBLE_JOB, FEED_JOB, QUEUE_JOBS, JobQueue, connect, job_message
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches import jobs as batch_jobs
 from inferq.consumers.batches.services import BatchServices
@@ -99,6 +99,21 @@ def test_what_is_no_job_is_kept_and_what_comes_behind_is_done(
         eventually(all_kept)
     assert sorted(kept) == sorted(body for body, _, _ in messages)
     assert channel.queue_declare(queue, passive=True).method.message_count == 0
+
+
+@pytest.mark.parametrize("name", [FEED_JOB, ASSEMBLE_JOB])
+def test_an_argument_of_a_later_version_puts_no_job_aside(
+    services: BatchServices, channel: BlockingChannel, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    app = celery_app(services.broker)
+    batch_jobs.add_jobs(app, services)
+    arguments = ARGUMENTS[name] | {"from_a_later_version": 1}
+    message = job_message(name, "inference.batches", arguments, job_id="later")
+    put(channel, "inference.batches", message.body, dict(message.headers), content_type="application/json")
+    with working(app):
+        eventually(lambda: "there is no record of it" in caplog.text)
+    for queue in ("inference.batches", "inference.unroutable"):
+        assert channel.queue_declare(queue, passive=True).method.message_count == 0
 
 
 @pytest.mark.parametrize(

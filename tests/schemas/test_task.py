@@ -125,6 +125,45 @@ def test_a_task_survives_its_journey_with_its_digest(payload: object, priority: 
     assert again.digest() == task.digest()
 
 
+def test_a_given_value_stays_in_the_body_even_where_it_is_the_default() -> None:
+    said = BARE | {
+        "priority": "normal",
+        "tenant": "default",
+        "time_limit": None,
+        "options": {"annotated": False},
+    }
+    assert json.loads(parse_task(said).body()) == said
+
+
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        (
+            {"task_id": "a", "task_type": "echo"},
+            "b2d5742141fdaf0c8481f637ae23abb84fdfd4e48a090146b01743ec4ce75522",
+        ),
+        (
+            {
+                "task_id": "a.1", "task_type": "echo", "payload": {"b": [1, 2.5, None, "Grüße 你好"], "a": True},
+                "priority": "high", "tenant": "acme", "metadata": {"z": 1, "a": {}}, "batch_id": "a",
+                "batch_line": 1, "created_at": "2026-01-01T00:00:00Z",
+            },
+            "a839fa92cda34f91be9f7e2c79d51dd1dfd03ad3be04707bf795dce24f036232",
+        ),
+        (
+            BARE | {
+                "priority": "normal", "tenant": "default", "options": {}, "time_limit": 2.5,
+                "callback_url": "https://example.com/h", "callback_events": ["started", "completed"],
+                "expires_at": "2026-01-01T00:00:00+01:00",
+            },
+            "d6929a740d6ae6262a7ecf61a77dd15b1e7e2303fcabff987bbad5135658df97",
+        ),
+    ],
+)  # fmt: skip
+def test_the_digest_is_that_of_earlier_versions(task: dict[str, object], digest: str) -> None:
+    assert parse_task(task).digest() == digest
+
+
 @given(json_values, json_values)
 def test_other_content_has_another_digest(one: object, other: object) -> None:
     first = parse_task({"task_id": "a", "task_type": "echo", "payload": one})

@@ -11,20 +11,31 @@ from hypothesis import strategies as st
 
 from inferq.broker import RETRY_LEVELS
 from inferq.consumers.worker.decision import (
+    MAX_DEFERRALS,
     MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
     MAX_ORPHANED_RUNS,
     AlreadyDone,
     Cancel,
     DeadLetter,
+    Defer,
     Expire,
     Facts,
     Retry,
     Run,
     after_failure,
+    after_unreadable,
     before_run,
 )
-from inferq.schemas import InferqError, InvalidTask, Result, Task, TransientFailure, parse_task
+from inferq.schemas import (
+    ErrorInfo,
+    InferqError,
+    InvalidTask,
+    Result,
+    Task,
+    TransientFailure,
+    parse_task,
+)
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
@@ -145,6 +156,31 @@ def test_what_was_given_back_often_is_no_poison_where_the_runs_are_counted() -> 
 
 
 attempts = st.integers(1, 50)
+
+
+UNREADABLE = InvalidTask("options.colour: is unknown")
+
+
+def test_an_unreadable_message_that_nobody_has_accepted_is_buried_at_once() -> None:
+    assert after_unreadable(UNREADABLE, accepted=False, version=9, deferrals=0) == DeadLetter(UNREADABLE)
+
+
+def test_a_task_that_only_another_version_can_read_waits_for_it_longer_and_longer() -> None:
+    verdicts = [
+        after_unreadable(UNREADABLE, accepted=True, version=9, deferrals=number)
+        for number in range(MAX_DEFERRALS)
+    ]
+    waits = [verdict.seconds for verdict in verdicts if isinstance(verdict, Defer)]
+    assert waits == [*RETRY_LEVELS, *[RETRY_LEVELS[-1]] * (MAX_DEFERRALS - len(RETRY_LEVELS))]
+
+
+def test_a_task_that_no_worker_could_read_for_a_day_is_buried_and_can_be_redriven() -> None:
+    verdict = after_unreadable(UNREADABLE, accepted=True, version=9, deferrals=MAX_DEFERRALS)
+    assert isinstance(verdict, DeadLetter)
+    assert verdict.error.code == "unsupported_version"
+    assert "options.colour: is unknown" in verdict.error.message
+    assert "version 9" in verdict.error.message
+    assert ErrorInfo.of(verdict.error).retryable
 
 
 @given(attempts, attempts, st.integers(0, 5), st.booleans())

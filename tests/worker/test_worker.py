@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from inferq.broker import DeadLetters
+from inferq.broker import DeadLetters, connect
 from inferq.schemas import PRIORITIES, Result, parse_task
 from inferq.storage import ResultStore, StorageSettings, open_store
 from tests.waiting import eventually
@@ -319,6 +319,53 @@ def test_the_same_id_with_other_content_is_dead_lettered_and_changes_nothing(sit
     state = site.state("mine")
     assert state is not None
     assert state.state == "succeeded"
+
+
+def test_the_digest_that_a_task_was_accepted_with_is_its_own_to_the_end(site: Site, tmp_path: Path) -> None:
+    site.worker()
+    options = {"marker": str(tmp_path / "marker"), "times": 2}
+    task = {"task_id": "accepted", "fault": "transient", "options": options}
+    digest = "d" * 64  # not what this version would make of it
+    site.publish(task, headers={"x-digest": digest})
+    assert site.ended("accepted").digest == digest
+    assert site.ended("accepted").attempts == 3
+    site.publish(task, headers={"x-digest": digest})
+    eventually(lambda: site.depth("inference.faulty.normal") == 0, what="an empty queue")
+    assert site.ended(site.publish({})).status == "succeeded"
+    assert starts(tmp_path / "marker") == 3
+    assert site.dead() == []
+
+
+def test_a_task_that_this_version_cannot_read_waits_for_a_worker_that_can(site: Site) -> None:
+    worker = site.worker()
+    newer = {"task_id": "newer", "options": {"from_a_later_version": 1}}
+    site.publish(newer, headers={"x-digest": "d" * 64, "x-version": 2, "x-attempt": 2})
+    eventually(lambda: worker.log.read_text().count("'newer'") >= 2, what="a task that is put off twice")
+    assert worker.stop() == 0
+    queue = "inference.faulty.normal"
+    eventually(lambda: site.depth(queue) == 1, what="the task in its queue")
+    connection = connect(site.broker, name="test")
+    _, properties, body = connection.channel().basic_get(queue, auto_ack=True)
+    connection.close()
+    assert properties is not None
+    assert body is not None
+    assert json.loads(body)["options"] == {"from_a_later_version": 1}
+    kept = {name: properties.headers[name] for name in ("x-digest", "x-version", "x-attempt")}
+    assert kept == {"x-digest": "d" * 64, "x-version": 2, "x-attempt": 2}
+    assert properties.headers["x-deferrals"] >= 2
+    assert site.dead() == []
+    assert site.results.load("default", "newer") is None
+
+
+def test_a_task_that_no_worker_can_read_ends_as_a_dead_letter_that_says_so(site: Site) -> None:
+    site.worker()
+    newer = {"task_id": "newer", "options": {"from_a_later_version": 1}}
+    site.publish(newer, headers={"x-digest": "d" * 64, "x-version": 2, "x-deferrals": 24})
+    failure = site.ended("newer")
+    assert failure.error is not None
+    assert (failure.error.code, failure.error.retryable) == ("unsupported_version", True)
+    (letter,) = eventually(site.dead, what="a dead letter")
+    assert (letter.task_id, letter.reason) == ("newer", "unsupported_version")
 
 
 def test_an_expired_task_ends_as_such(site: Site, tmp_path: Path) -> None:
