@@ -1,4 +1,4 @@
-"""Dead letters: read them, send them back to work, or throw them away."""
+"""Dead letters: read, redrive and purge them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from inferq.schemas import InferqError
 
 
 class NoDeadLetters(InferqError):
-    """There is no dead-letter queue of that type on the broker."""
+    """The broker has no dead-letter queue of that task type."""
 
     code = "no_dead_letters"
 
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A message that could not be done, and why."""
+    """A message in a dead-letter queue, and the reason."""
 
     delivery: Delivery
     task_id: str | None
@@ -48,7 +48,7 @@ class DeadLetter:
 
     @classmethod
     def of(cls, delivery: Delivery) -> DeadLetter:
-        """Reads the headers: ours where a worker buried it, RabbitMQ's own where the broker gave it up."""
+        """Reads inferq's headers if a worker dead-lettered it, else those of RabbitMQ."""
         headers = delivery.headers
 
         def text(name: str) -> str | None:
@@ -59,9 +59,7 @@ class DeadLetter:
         error = text("error")
         if reason is None:
             reason = str(headers.get("x-first-death-reason") or "unknown")
-            error = (
-                f"RabbitMQ gave the message up ({reason}) from queue {headers.get('x-first-death-queue')!r}"
-            )
+            error = f"RabbitMQ dead-lettered the message ({reason}) from queue {headers.get('x-first-death-queue')!r}"
         attempts = headers.get(f"{DEAD_PREFIX}attempts")
         return cls(
             delivery=delivery,
@@ -97,7 +95,7 @@ _UNKNOWN_TIME = datetime.max.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Filter:
-    """Which dead letters are meant; what is None does not restrict. `since` is timezone-aware."""
+    """Selects dead letters. A field that is None selects all. `since` is timezone-aware."""
 
     reason: str | None = None
     since: datetime | None = None
@@ -115,10 +113,9 @@ class Filter:
 class DeadLetters:
     """The dead letters of one task type. Use as a context manager.
 
-    Each call looks at no more messages than stood in the queue when it began, and everything that it does
-    not take stays there, though not always in its place: a limit takes those that stand first, which are the
-    oldest as long as nobody has looked. Raises BrokerUnavailable, and NoDeadLetters for a type without a
-    queue.
+    Each call reads at most the messages that are in the queue when it starts. Those that it does not take stay
+    in the queue, perhaps in another order. A limit takes the first ones; these are the oldest until the queue is
+    first read. Raises BrokerUnavailable, and NoDeadLetters for a type without a queue.
     """
 
     def __init__(self, settings: BrokerSettings, type_name: str) -> None:
@@ -134,30 +131,30 @@ class DeadLetters:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._connection.is_open:
-            # In an alarm the broker hears no goodbye, which must not hide what ended the command.
+            # In an alarm the broker does not answer; this must not hide the error that ended the command.
             with suppress(AMQPError):
                 self._connection.close()
         if isinstance(error, ConnectionBlockedTimeout):
             raise BrokerUnavailable(
-                f"RabbitMQ has held publishing for {self._settings.amqp_blocked_limit:g} s, in a memory or "
-                "disk alarm; no dead letter is lost, and one that was sent back may still stand among them; "
+                f"RabbitMQ has blocked publishing for {self._settings.amqp_blocked_limit:g} s, in a memory or "
+                "disk alarm; no dead letter is lost, but one that was redriven may still be in the queue; "
                 "free memory or disk space on the broker, then run the command again"
             ) from error
         if isinstance(error, AMQPError):
             raise BrokerUnavailable(f"the connection to RabbitMQ was lost: {error!r}") from error
 
     def read(self, wanted: Filter = Filter()) -> list[DeadLetter]:
-        """The dead letters that match, the oldest first; they stay in the queue."""
+        """The matching dead letters, oldest first. They stay in the queue."""
         channel = self._open()
         found = list(self._matching(channel, wanted))
-        self._give_back(channel, taken=0)
+        self._requeue_rest(channel, taken=0)
         return sorted(found, key=lambda letter: letter.time or _UNKNOWN_TIME)
 
     def redrive(self, wanted: Filter = Filter()) -> list[DeadLetter]:
-        """Send those that match back to their work queues, as first attempts.
+        """Send the matching dead letters back to their work queues, as first attempts.
 
-        Each is published and confirmed before it is taken from the dead letters: an interruption may leave
-        one in both places, which is harmless, and none in neither.
+        Each one is published and confirmed before it is removed here. An interruption may leave it in both
+        queues, which is harmless, but never in neither.
         """
         channel = self._open()
         channel.confirm_delivery()
@@ -174,29 +171,29 @@ class DeadLetters:
                 )
             except UnroutableError as error:
                 raise Unroutable(
-                    f"no queue takes task {letter.task_id!r} (routing key {message.routing_key!r}); it stays "
-                    f"where it is, {len(moved)} were redriven before it; run: inferq topology apply"
+                    f"no queue is bound for task {letter.task_id!r} (routing key {message.routing_key!r}); it stays "
+                    f"a dead letter, {len(moved)} were redriven before it; run: inferq topology apply"
                 ) from error
             except ConnectionBlockedTimeout:
-                raise  # `__exit__` explains it; it may come of any call after the first publish
+                raise  # `__exit__` explains it; any call after the first publish may raise it
             except (NackError, AMQPError) as error:
                 raise BrokerUnavailable(
-                    f"RabbitMQ did not take task {letter.task_id!r} back: {error!r}; "
-                    f"it stays where it is, {len(moved)} were redriven before it; run the command again"
+                    f"RabbitMQ did not accept task {letter.task_id!r}: {error!r}; "
+                    f"it stays a dead letter, {len(moved)} were redriven before it; run the command again"
                 ) from error
             channel.basic_ack(letter.delivery.tag)
             moved.append(letter)
-        self._give_back(channel, taken=len(moved))
+        self._requeue_rest(channel, taken=len(moved))
         return moved
 
     def purge(self, wanted: Filter = Filter()) -> list[DeadLetter]:
-        """Throw away those that match."""
+        """Delete the matching dead letters."""
         channel = self._open()
         gone: list[DeadLetter] = []
         for letter in self._matching(channel, wanted):
             channel.basic_ack(letter.delivery.tag)
             gone.append(letter)
-        self._give_back(channel, taken=len(gone))
+        self._requeue_rest(channel, taken=len(gone))
         return gone
 
     def _open(self) -> pika.adapters.blocking_connection.BlockingChannel:
@@ -214,10 +211,12 @@ class DeadLetters:
             ) from error
         return channel
 
-    def _give_back(self, channel: pika.adapters.blocking_connection.BlockingChannel, *, taken: int) -> None:
-        """Return what was looked at and not taken, and wait a moment until the queue has it back.
+    def _requeue_rest(
+        self, channel: pika.adapters.blocking_connection.BlockingChannel, *, taken: int
+    ) -> None:
+        """Requeue the messages that were read and not taken, and wait a moment until they are back.
 
-        Whoever looks next, which may be the same script, would find the queue empty otherwise.
+        Otherwise the next reader, perhaps the same script, would find the queue empty.
         """
         channel.close()
         end = time.monotonic() + _RETURN_SECONDS

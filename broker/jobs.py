@@ -1,8 +1,7 @@
-"""Light jobs: what Celery carries beside the inference tasks, because it is retried for days, or scheduled.
+"""Jobs: work beside the inference tasks that is scheduled, or retried for days. Celery runs it.
 
-A job is a Celery message that our own publisher sends: whoever hands one over (a worker, the gateway) gets
-its confirm as for any other message and needs no Celery. `inferq.broker.celery_app` makes the application that
-works on them.
+A job is a Celery message, sent by inferq's own publisher. So a worker or the gateway gets a confirm for it, and
+needs no Celery. `inferq.broker.celery_app` makes the application that runs the jobs.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from inferq.broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
 from inferq.schemas import SCHEMA_VERSION, Callback, CallbackAttempt
 
 JOB_ENTRY_POINTS = "inferq.jobs"
-"""The entry-point group of functions `(Celery) -> None` that add their jobs to an application."""
+"""The entry-point group of functions `(Celery) -> None` that add jobs to an application."""
 
 CALLBACK_JOB = "callbacks.deliver"
-"""The job that delivers a callback; its argument `callback` is the JSON of an inferq.schemas.Callback."""
+"""The job that delivers a callback. Its argument `callback` is the JSON of an inferq.schemas.Callback."""
 FEED_JOB = "batches.feed"
 ASSEMBLE_JOB = "batches.assemble"
 NIGHT_START_JOB = "nightly.start"
@@ -35,13 +34,13 @@ QUEUE_JOBS: Mapping[JobQueue, tuple[str, ...]] = {
     "inference.callbacks": (CALLBACK_JOB,),
     "inference.batches": (FEED_JOB, ASSEMBLE_JOB, NIGHT_START_JOB, NIGHT_WATCH_JOB),
 }
-"""The jobs that come by each queue: whoever takes from it has to know them all."""
+"""The jobs in each queue. A process that consumes a queue must know all its jobs."""
 
 
 def job_message(
     name: str, queue: JobQueue, arguments: Mapping[str, JsonValue], *, job_id: str, retries: int = 0
 ) -> Message:
-    """The message that has the job `name` done with these keyword arguments.
+    """The message for the job `name` with these keyword arguments.
 
     It follows version 2 of Celery's message protocol:
     https://docs.celeryq.dev/en/stable/internals/protocol.html
@@ -66,7 +65,7 @@ def job_message(
 
 
 class JobHeaders(BaseModel):
-    """What is heeded of a job's headers; Celery would trust all others to be of the right type."""
+    """The headers of a job that are used. Celery would not check the types of the others."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -77,9 +76,9 @@ class JobHeaders(BaseModel):
 
 
 def job_copy(queue: JobQueue, body: bytes, headers: Mapping[str, Any]) -> Message:
-    """A fresh copy of a job's message that was delivered with this body and these headers.
+    """A copy of a job's message that was delivered with this body and these headers.
 
-    The broker's own headers stay behind: RabbitMQ 3.x would count on by them, and 4.x ignore them.
+    The broker's own headers are left out: RabbitMQ 3.x would count on from them, and 4.x ignores them.
     """
     kept = {name: headers[name] for name in _HEADERS if name in headers}
     return Message(JOBS, queue, body, kept, str(headers.get("id")), str(headers.get("task")))
@@ -92,16 +91,16 @@ _HEADERS = (
 
 
 def delayed(message: Message, seconds: float) -> Message:
-    """The job's message such that it arrives so many seconds later, rounded up to whole ones, at least 1.
+    """The message of a job, delayed by whole seconds: rounded up, at least 1.
 
-    It rests in the queues of Celery's native delayed delivery, one for each bit of the delay; those are
-    declared by whoever works on the jobs.
+    It waits in the queues of Celery's native delayed delivery, one for each bit of the delay. The processes
+    that run jobs declare these queues.
     https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
     """
     whole = min(max(1, math.ceil(seconds)), 2**DELAY_LEVELS - 1)
     bits = ".".join(f"{whole:0{DELAY_LEVELS}b}")
-    # Celery enters at the highest level, whose exchange and those below each look at the long key: that takes
-    # the broker milliseconds. The levels above the first 1 would only pass it down.
+    # Celery publishes to the highest level. Each exchange from there down matches the long key, which takes
+    # the broker milliseconds. The levels above the first 1 would only pass the message down.
     level = delay_level(whole.bit_length() - 1)
     return message._replace(exchange=level, routing_key=f"{bits}.{message.routing_key}")
 
@@ -114,10 +113,10 @@ def callback_message(
     since: datetime | None = None,
     more: Mapping[str, JsonValue] = MappingProxyType({}),
 ) -> Message:
-    """The message that has a callback delivered, however long that takes.
+    """The message that delivers a callback, with all its retries.
 
-    `attempts` are those that were made so far. `resent_at`: when its owner asked for it again. `since`: when
-    the delivery first saw it. `more`: arguments of a newer version, which go on with it.
+    `attempts` were made so far. `resent_at`: when its owner asked for a resend. `since`: when a callbacks
+    process first saw it. `more`: arguments of a newer version, which are passed on.
     """
     return job_message(
         CALLBACK_JOB,
@@ -144,10 +143,10 @@ def feed_message(
     offset: int = 0,
     more: Mapping[str, JsonValue] = MappingProxyType({}),
 ) -> Message:
-    """The job that feeds a batch from behind `line`, which ends at `offset` bytes of the source.
+    """The job that feeds a batch from the line after `line`, which ends at `offset` bytes of the source.
 
-    `chain` names the feeding from its start to its end, `part` counts its slices. `more`: arguments of a newer
-    version, which go on with the job.
+    `chain` names the whole feeding; `part` counts its slices. `more`: arguments of a newer version, which are
+    passed on.
     """
     arguments: dict[str, JsonValue] = {
         "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part, "line": line, "offset": offset,
@@ -157,9 +156,9 @@ def feed_message(
 
 
 def assemble_message(tenant: str, batch_id: str, *, error: str | None = None) -> Message:
-    """The job that puts the results of a batch together, once its lines have ended.
+    """The job that assembles the results of a batch after its lines have ended.
 
-    `error` says why it could not be fed at all.
+    `error`: why the batch could not be fed.
     """
     arguments: dict[str, JsonValue] = {"tenant": tenant, "batch_id": batch_id, "error": error}
     job_id = f"assemble-{secrets.token_hex(6)}"

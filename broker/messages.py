@@ -1,4 +1,7 @@
-"""Messages as they go onto the broker and come off it."""
+"""The messages of tasks: their headers, copies and encoding.
+
+Headers are optional. A worker of an older version drops those that it does not know when it publishes a copy.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ REDRIVES = "x-redrives"
 ENGINE_DEATHS = "x-engine-deaths"
 DEFERRALS = "x-deferrals"
 DIGEST = "x-digest"
-"""The digest of a task, made by the part that accepted it; every copy of the message has it."""
+"""The digest of the task, from the part that accepted it. Every copy of the message has it."""
 VERSION = "x-version"
-"""The SCHEMA_VERSION of the part that published the task first; 1 if absent."""
+"""The SCHEMA_VERSION of the part that first published the task; 1 if absent."""
 DEAD_PREFIX = "x-dead-"
 TRACEPARENT = "traceparent"
 
@@ -34,7 +37,7 @@ _COUNTS = (ATTEMPT, REDRIVES, ENGINE_DEATHS, DEFERRALS, VERSION)
 _TRACE = (TRACEPARENT, "tracestate")
 _TRACE_CHARACTERS = 512
 _MOST = 1_000_000
-"""Counts in headers are anybody's to set; beyond this they are taken for this."""
+"""The largest count in a header. Producers can set headers, so larger ones are cut to this."""
 
 _SHORT_STRING_BYTES = 255
 _IS_DIGEST = re.compile(r"[0-9a-f]{64}").fullmatch
@@ -51,7 +54,7 @@ _IDENTIFIED = (
 
 @lru_cache(1024)
 def _encoded_head(headers: tuple[tuple[str, Any], ...], _types: tuple[type, ...]) -> bytes:
-    """The properties before the message's id, whose flags announce what follows.
+    """The encoded properties before the message id. The flags include those of the rest.
 
     https://www.rabbitmq.com/resources/specs/amqp0-9-1.pdf, section 4.2.6.1
     """
@@ -62,7 +65,7 @@ def _encoded_head(headers: tuple[tuple[str, Any], ...], _types: tuple[type, ...]
 
 
 class Message(NamedTuple):
-    """What is published: always persistent, always mandatory."""
+    """A message to publish. It is always persistent and mandatory."""
 
     exchange: str
     routing_key: str
@@ -82,9 +85,9 @@ class Message(NamedTuple):
         )
 
     def encoded_properties(self) -> bytes:
-        """What `properties` travels as, and faster: most of it is the same for many messages.
+        """The same properties encoded, and faster: most of them are equal for many messages.
 
-        Raises what pika raises where it cannot be encoded.
+        Raises what pika raises for properties that cannot be encoded.
         """
         headers, digest = self.headers, self.headers.get(DIGEST)
         if digest is not None and _is_digest(digest):
@@ -106,10 +109,10 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Delivery:
-    """A message that the broker has handed us and that waits for its acknowledgement.
+    """A message from the broker that is not acknowledged yet.
 
-    `epoch` tells the channel that it came on from later ones: a delivery of a lost channel can no longer
-    be acknowledged, and the broker delivers it again.
+    `epoch` numbers the channels. A delivery of a lost channel cannot be acknowledged, and the broker delivers
+    it again.
     """
 
     queue: str
@@ -124,7 +127,7 @@ class Delivery:
 
     @property
     def attempt(self) -> int:
-        """Which attempt this is, from 1. A header that is not a positive number counts as absent."""
+        """The number of this attempt, from 1. A header that is not a positive number counts as absent."""
         return _count(self.headers, ATTEMPT, least=1)
 
     @property
@@ -133,33 +136,33 @@ class Delivery:
 
     @property
     def engine_deaths(self) -> int:
-        """How many engine processes earlier attempts of this task have taken down."""
+        """The number of engine processes that earlier attempts of this task ended."""
         return _count(self.headers, ENGINE_DEATHS)
 
     @property
     def deferrals(self) -> int:
-        """How often this attempt was put off, because no worker that took it could read the task."""
+        """How often this attempt was put off because the worker could not read the task."""
         return _count(self.headers, DEFERRALS)
 
     @property
     def digest(self) -> str | None:
-        """The task's digest, as the part that accepted the task made it.
+        """The digest of the task, from the part that accepted it.
 
-        None for a message of a producer of its own, and for a header that is no SHA-256 in hex: the worker
-        makes the digest then.
+        None if a producer published to RabbitMQ directly, or if the header is not a SHA-256 in hex. The worker
+        then makes the digest. inferq trusts the header: only producers with access to RabbitMQ can set it.
         """
         digest = self.headers.get(DIGEST)
         return digest if _is_digest(digest) else None
 
     @property
     def version(self) -> int:
-        """The SCHEMA_VERSION of the part that published the task first."""
+        """The SCHEMA_VERSION of the part that first published the task."""
         return _count(self.headers, VERSION, least=1)
 
     @property
     def deliveries(self) -> int:
-        """How often the broker has handed this copy out before; 0 on the first time."""
-        # A producer can set the header, too; only on a redelivery is it the broker's own.
+        """How often the broker delivered this copy before; 0 the first time."""
+        # A producer can set the header as well. On a redelivery it is the broker's.
         return _count(self.headers, "x-delivery-count") if self.redelivered else 0
 
 
@@ -184,7 +187,7 @@ def task_message(
 ) -> Message:
     """The message that submits a task.
 
-    `digest` is the task's own. Whoever accepts tasks gives it, so that it travels with the task.
+    A part that accepts tasks passes their `digest`, so that it travels with the task.
     """
     headers: dict[str, Any] = {ATTEMPT: attempt, VERSION: SCHEMA_VERSION}
     if digest is not None:
@@ -208,7 +211,7 @@ def retry_message(
     digest: str | None = None,
     engine_deaths: int = 0,
 ) -> Message:
-    """A fresh copy of a delivery that returns to its queue as the next attempt, `seconds` from now."""
+    """A copy of a delivery that returns to its queue in `seconds`, as the next attempt."""
     headers = {**_kept(delivery.headers, digest), ATTEMPT: delivery.attempt + 1}
     headers.pop(DEFERRALS, None)
     if engine_deaths:
@@ -218,7 +221,7 @@ def retry_message(
 
 
 def deferred_message(delivery: Delivery, *, type_name: str, priority: Priority, seconds: int) -> Message:
-    """A fresh copy of a delivery that returns to its queue `seconds` from now, as the same attempt."""
+    """A copy of a delivery that returns to its queue in `seconds`, as the same attempt."""
     headers = {**_kept(delivery.headers), DEFERRALS: delivery.deferrals + 1}
     key = routing_key(type_name, priority)
     return Message(retry_exchange(seconds), key, delivery.body, headers, named_id(delivery), type_name)
@@ -233,7 +236,7 @@ def dead_message(
     worker: str,
     digest: str | None = None,
 ) -> Message:
-    """A copy of a delivery for the dead-letter queue, whose headers say why it ended there."""
+    """A copy of a delivery for the dead-letter queue, with the reason in its headers."""
     headers = {
         **_kept(delivery.headers, digest),
         f"{DEAD_PREFIX}reason": error.code,
@@ -247,7 +250,7 @@ def dead_message(
 
 
 def redriven_message(delivery: Delivery) -> Message:
-    """A dead letter as a first attempt again; one redrive more on its count."""
+    """A copy of a dead letter that is a first attempt again, with one more redrive."""
     headers = {**_kept(delivery.headers), ATTEMPT: 1, REDRIVES: delivery.redrives + 1}
     headers.pop(ENGINE_DEATHS, None)
     headers.pop(DEFERRALS, None)
@@ -256,9 +259,9 @@ def redriven_message(delivery: Delivery) -> Message:
 
 
 def named_id(delivery: Delivery) -> str | None:
-    """The task's id: the message's own where its producer set one, else the body's, else None.
+    """The task id: the message id if the producer set one, else the id in the body, else None.
 
-    An id that no message can carry is none: an unreadable message may name anything.
+    An id that does not fit into a message counts as None.
     """
     if delivery.message_id and _fits(delivery.message_id):
         return delivery.message_id
@@ -270,7 +273,7 @@ def named_id(delivery: Delivery) -> str | None:
 
 
 def _fits(task_id: object) -> bool:
-    """Whether it is a short string of AMQP. pika gives one that is not UTF-8 as bytes."""
+    """Whether it is a short string of AMQP. pika returns strings that are not UTF-8 as bytes."""
     try:
         return isinstance(task_id, str) and len(task_id.encode()) <= _SHORT_STRING_BYTES
     except UnicodeEncodeError:
@@ -278,12 +281,12 @@ def _fits(task_id: object) -> bool:
 
 
 def _kept(headers: Mapping[str, Any], digest: str | None = None) -> dict[str, Any]:
-    """The headers that go on with a copy: our own counts, the digest and the trace, and nothing else.
+    """The headers of a copy: inferq's counts, the digest and the trace, and nothing else.
 
-    `digest` is the task's where the worker had to make it, for a delivery that came without one.
+    `digest` is the one that the worker made, for a delivery without one.
 
-    A producer's other headers may be as large as a frame, to which a copy's own could not be added; and the
-    broker's own account of the past (`x-death`) is counted on by 3.x and ignored by 4.x.
+    A producer's other headers may fill a frame, and leave no room for ours. RabbitMQ 3.x would count on from
+    its own `x-death` header, and 4.x ignores it.
     """
     kept: dict[str, Any] = {name: _count(headers, name) for name in _COUNTS if name in headers}
     carried = headers.get(DIGEST)

@@ -1,24 +1,24 @@
-"""When to try again: the retry levels, and the backoff of what waits in place."""
+"""The delays before another try: retry levels for tasks, and backoff for calls."""
 
 from __future__ import annotations
 
 import random
 
 RETRY_LEVELS: tuple[int, ...] = (5, 30, 120, 600, 3600)
-"""Seconds that a failed attempt waits before the next; each level is a queue of its own on the broker."""
+"""Seconds between a failed attempt and the next. Each level is a queue on the broker."""
 
 
 def retry_level(attempt: int) -> int:
-    """Seconds to wait after the failure of attempt number `attempt`, counted from 1."""
+    """Seconds to wait after attempt number `attempt` failed. Attempts count from 1."""
     if attempt < 1:
         raise ValueError(f"attempts are counted from 1, got {attempt}")
     return RETRY_LEVELS[min(attempt, len(RETRY_LEVELS)) - 1]
 
 
 def backoff(failures: int, *, base: float = 0.2, cap: float = 15.0) -> float:
-    """Seconds to wait after `failures` failures in a row: exponential, with half of it random.
+    """Seconds to wait after `failures` failures in a row: exponential, and half of it random.
 
-    The random part keeps a fleet that lost its broker from coming back all at once.
+    The random part keeps many processes from reconnecting to a broker at the same time.
     """
     ceiling = min(cap, base * 2.0 ** min(max(failures - 1, 0), 30))
     return ceiling * (0.5 + random.random() / 2)  # noqa: S311 - jitter, not a secret

@@ -1,4 +1,4 @@
-"""A batch: many tasks from one source, fed in a stream, where it stands, and the event of its end."""
+"""A batch: many tasks from one source. Its request, status, summary, and the event of its end."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from inferq.schemas.window import Window
 DEFAULT_IN_FLIGHT = 1000
 
 BatchId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,116}$")]
-"""Short enough for the ids of its tasks, `<batch_id>.<line>`."""
+"""Short enough for the ids of the tasks, `<batch_id>.<line>`."""
 
 ScheduleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}-[0-9]{8}T[0-9]{6}Z")
-"""The ids of nightly runs and of their batches: a schedule's name, and a time."""
+"""The ids of nightly runs and their batches: the name of the schedule, and a time."""
 
 BatchState = Literal[
     "preparing", "feeding", "paused", "running", "finishing", "completed", "cancelled", "failed"
@@ -37,14 +37,14 @@ BATCH_END_STATES: frozenset[BatchState] = frozenset(get_args(BatchEndState))
 SOURCE_SCHEMES = ("inferq", "s3")
 
 SET_BY_FEEDER = ("batch_id", "batch_line", "tenant")
-"""What the lines and defaults of a batch cannot say of its tasks."""
+"""Task fields that the lines and defaults of a batch cannot set."""
 
 
 class Batch(BaseModel):
-    """What is to be done: which source, and what its tasks have in common.
+    """The request for a batch: its source, and the common fields of its tasks.
 
-    Each line of the source is a JSON object of task fields that go before the defaults (`options` and
-    `metadata` are merged); each object under an `s3://bucket/prefix` is a task of `task_type`.
+    Each line of the source is a JSON object of task fields. They override the defaults; `options` and
+    `metadata` are merged. Each object under an `s3://bucket/prefix` is a task of `task_type`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -58,20 +58,20 @@ class Batch(BaseModel):
         "`s3://bucket/prefix`, each of whose objects is an input.",
     )
     source_sha256: str | None = Field(
-        None, description="SHA-256 of an uploaded source: the same content is then the same source."
+        None, description="SHA-256 of an uploaded source. The same content is the same source."
     )
-    task_type: TypeName | None = Field(None, description="The type of lines that name none.")
+    task_type: TypeName | None = Field(None, description="The type of the lines that name none.")
     defaults: dict[str, JsonValue] = Field({}, description="Task fields that a line may override.")
     priority: Priority = "normal"
     max_in_flight: int = Field(
-        DEFAULT_IN_FLIGHT, ge=1, le=1_000_000, description="Tasks that are fed and have not ended, at most."
+        DEFAULT_IN_FLIGHT, ge=1, le=1_000_000, description="The most tasks that are fed and have not ended."
     )
-    callback_url: CallbackUrl | None = Field(None, description="Where to tell of the batch's own end.")
-    window: Window | None = Field(None, description="When it may be fed; at any time if absent.")
+    callback_url: CallbackUrl | None = Field(None, description="The URL to notify of the end of the batch.")
+    window: Window | None = Field(None, description="The hours in which it is fed; all if absent.")
     schedule: ScheduleName | None = Field(
-        None, description="The schedule whose nightly run it is; only those have one."
+        None, description="The schedule of a nightly run; only nightly runs have one."
     )
-    metadata: dict[str, JsonValue] = Field({}, description="Echoed in its status, summary and callback.")
+    metadata: dict[str, JsonValue] = Field({}, description="Repeated in the status, summary and callback.")
     created_at: AwareDatetime
 
     @field_validator("defaults")
@@ -83,7 +83,7 @@ class Batch(BaseModel):
         return value
 
     def same_as(self, other: Batch) -> bool:
-        """Whether the two ask for the same, whenever each was made."""
+        """Whether both request the same batch. The times of creation do not count."""
         ours, theirs = self._content(), other._content()
         if self.source_sha256 and self.source_sha256 == other.source_sha256:
             del ours["source"], theirs["source"]
@@ -93,12 +93,12 @@ class Batch(BaseModel):
         return self.model_dump(mode="json", exclude={"created_at"})
 
     def task_id(self, line: int) -> str:
-        """The id of the task in a line that names none; lines count from 1."""
+        """The task id for a line without one. Lines count from 1."""
         return f"{self.batch_id}.{line}"
 
 
 class CountsNow(Record):
-    """How many lines of a batch are where, as far as that is known: what is None is being counted anew.
+    """The number of lines of a batch in each state. A count is None while it is counted again.
 
     `total` is None until the source has been read once.
     """
@@ -113,13 +113,13 @@ class CountsNow(Record):
 
     @property
     def done(self) -> int | None:
-        """How many lines have ended or are invalid."""
+        """The number of lines that have ended or are invalid."""
         parts = (self.succeeded, self.failed, self.cancelled, self.invalid)
         return None if None in parts else sum(part or 0 for part in parts)
 
 
 class BatchCounts(CountsNow):
-    """How many lines of a batch are where. `total` is None until the source has been read once."""
+    """The number of lines of a batch in each state. `total` is None until the source has been read once."""
 
     queued: int = Field(0, description="Fed, and not ended: running ones included.")
     running: int = 0
@@ -134,17 +134,17 @@ class BatchCounts(CountsNow):
 
 
 class BatchSummary(Record):
-    """What came of a batch, written once at its end. `seconds` count from its creation."""
+    """The record of the end of a batch, written once. `seconds` count from its creation."""
 
     batch_id: str
     tenant: str
     state: BatchEndState
     counts: BatchCounts
-    failures: dict[str, int] = Field({}, description="How many failed and invalid lines, by error code.")
+    failures: dict[str, int] = Field({}, description="The number of failed and invalid lines by error code.")
     error: str | None = Field(None, description="Why the batch itself failed.")
     seconds: float
     tasks_per_second: float
-    pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
+    pages: int | None = Field(None, description="Pages in the outputs, if they have pages.")
     pages_per_second: float | None = None
     schedule: str | None = None
     metadata: dict[str, JsonValue] = Field({})
@@ -153,10 +153,10 @@ class BatchSummary(Record):
 
 
 class BatchEventData(BatchSummary):
-    """A batch's summary as its callback carries it; what is None is left out, but for `error`."""
+    """The summary of a batch in its callback. Fields that are None are left out, except `error`."""
 
     truncated: tuple[Literal["metadata", "failures"], ...] = Field(
-        (), description="What was left out to keep the event small."
+        (), description="Fields that were left out to keep the event small."
     )
 
 
@@ -170,7 +170,7 @@ class BatchEvent(Record):
 
 
 class BatchStatus(Record):
-    """Where a batch stands. `rate` is tasks ended per second of late, `seconds_left` a guess from it."""
+    """The status of a batch. `rate` is recent tasks per second; `seconds_left` is an estimate from it."""
 
     batch_id: str
     tenant: str

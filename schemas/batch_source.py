@@ -1,4 +1,4 @@
-"""What a batch's source says of its tasks, before anything of the source is read."""
+"""The facts about a batch's tasks that are known before its source is read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 
 def is_prefix(source: str) -> bool:
-    """Whether the objects below a batch's source are the inputs; else it is a JSONL. Raises InvalidTask."""
+    """Whether the source is a prefix whose objects are the inputs, and not a JSONL. Raises InvalidTask."""
     return source.startswith("s3:") and not split_s3_prefix(source)[1].endswith(JSONL_ENDINGS)
 
 
 def defaults_of(batch: Batch) -> dict[str, JsonValue]:
-    """The fields that the tasks of a batch have unless a line says otherwise."""
+    """The fields of a batch's tasks that a line may override."""
     given: dict[str, JsonValue] = {}
     if batch.task_type is not None:
         given["task_type"] = batch.task_type
@@ -33,9 +33,9 @@ def defaults_of(batch: Batch) -> dict[str, JsonValue]:
 
 
 def input_field(given: Mapping[str, JsonValue]) -> str:
-    """The field that takes a file of a folder or prefix, in tasks that have the `given` fields already.
+    """The one input field for a file of a folder or prefix. Tasks have the `given` fields already.
 
-    Raises InvalidTask where it is not one.
+    Raises InvalidTask if the task type has none or several.
     """
     name = given.get("task_type")
     if not isinstance(name, str):
@@ -51,6 +51,6 @@ def input_field(given: Mapping[str, JsonValue]) -> str:
 
 
 def line_of(field: str, url: str, source: str, **about: Any) -> bytes:
-    """A line of a source that is made of files: the input's URL, and where it came from as metadata."""
+    """A line of a source made of files: the URL of the input, and its origin as metadata."""
     line = {field: url, "metadata": {"source": source, **about}}
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"

@@ -1,4 +1,4 @@
-"""What a callback says, to whom: an event of a task or a batch in the form of Standard Webhooks.
+"""Callbacks: an event of a task or batch for its owner, in the form of Standard Webhooks.
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 """
@@ -19,13 +19,13 @@ from inferq.schemas.status import Event, Truncated
 from inferq.schemas.task import HttpText, TaskId, Tenant
 
 MAX_CALLBACK_BYTES = 20_000
-"""The size in bytes that a callback's body stays below, as the Standard Webhooks advise."""
+"""A callback's body stays below this many bytes, as Standard Webhooks advises."""
 
 SubjectKind = Literal["task", "batch"]
 
 _ERROR_CHARACTERS = 500
 _SCHEDULE_CHARACTERS = 64
-"""What a schedule's name has at most; a summary of before that was settled may hold more."""
+"""The longest name of a schedule. Old summaries may hold a longer one."""
 
 
 def _small(body: str) -> str:
@@ -36,9 +36,9 @@ def _small(body: str) -> str:
 
 
 class Callback(Record):
-    """One event for one receiver; `body` is the exact JSON text that is signed and sent.
+    """One event for one receiver. `body` is the exact JSON text that is signed and sent.
 
-    `callback_id` is the `webhook-id`: every repeat of the event has the same one.
+    `callback_id` is the `webhook-id`. Every repeat of the event has the same one.
     """
 
     callback_id: Annotated[str, StringConstraints(pattern=r"^msg_[0-9a-f]{32}$")]
@@ -51,20 +51,20 @@ class Callback(Record):
 
 
 class CallbackAttempt(Record):
-    """One try to deliver a callback: an answer's `status` and how it began, or the `error` in its place."""
+    """One attempt to deliver a callback: the `status` and start of the answer, or the `error`."""
 
     at: AwareDatetime
     seconds: float
     status: int | None = None
     error: str | None = None
-    response: str | None = Field(None, description="How the answer's body began, made printable.")
+    response: str | None = Field(None, description="The start of the answer's body, made printable.")
 
 
 CallbackState = Literal["waiting", "delivered", "failed"]
 
 
 class CallbackRecord(Record):
-    """What became of a callback so far; `body` only of one that was given up, so that it can be resent."""
+    """The record of a callback. `body` is there only after it was given up, for a resend."""
 
     callback_id: str
     tenant: Tenant
@@ -74,21 +74,21 @@ class CallbackRecord(Record):
     url: HttpText
     state: CallbackState
     attempts: tuple[CallbackAttempt, ...] = ()
-    next_at: AwareDatetime | None = Field(None, description="When the next attempt is due, about.")
-    reason: str | None = Field(None, description="Why it was given up, or what it waits for.")
-    resent_at: AwareDatetime | None = Field(None, description="When its owner asked for it again, last.")
+    next_at: AwareDatetime | None = Field(None, description="When the next attempt is due, roughly.")
+    reason: str | None = Field(None, description="Why it was given up, or why it waits.")
+    resent_at: AwareDatetime | None = Field(None, description="When its owner last asked for a resend.")
     updated_at: AwareDatetime
     body: str | None = None
 
 
 def callback_id(tenant: str, kind: SubjectKind, subject_id: str, event: str, *parts: str | int | None) -> str:
-    """The id of an event of a task or batch. `parts` tell this event from others of the same name."""
+    """The id of an event of a task or batch. `parts` distinguish events of the same name."""
     said = json.dumps([tenant, kind, subject_id, event, *parts])
     return f"msg_{hashlib.sha256(said.encode()).hexdigest()[:32]}"
 
 
 def task_callback(event: Event, url: str, *parts: str | int | None) -> Callback:
-    """The callback that tells of a task's event. `parts` tell it from others of the same name."""
+    """The callback for an event of a task. `parts` distinguish events of the same name."""
     data = event.data
     return Callback(
         callback_id=callback_id(data.tenant, "task", data.task_id, event.type, *parts),
@@ -102,10 +102,10 @@ def task_callback(event: Event, url: str, *parts: str | int | None) -> Callback:
 
 
 def batch_callback(summary: BatchSummary, url: str) -> Callback:
-    """The callback that tells of a batch's end, once: what came of it, as its summary says."""
+    """The callback for the end of a batch, made from its summary."""
     event = f"batch.{summary.state}"
     data = summary.model_dump(mode="json", exclude_none=True)
-    # What has a limit of its own is cut first: it is then no reason to leave out anything else.
+    # Fields with a limit of their own are cut first, so that they push nothing else out.
     data["error"] = data.get("error", "")[: 2 * _ERROR_CHARACTERS] or None
     if "schedule" in data:
         data["schedule"] = data["schedule"][:_SCHEDULE_CHARACTERS]
@@ -131,15 +131,15 @@ def batch_callback(summary: BatchSummary, url: str) -> Callback:
 
 
 def end_callback(result: Result, url: str, output: bytes | None = None) -> Callback:
-    """The callback that tells how a task ended: for one record always the same, to the byte.
+    """The callback for the end of a task. One record always gives the same bytes.
 
-    `output` is the output as compact JSON text, where the result itself leaves it out.
+    `output` is the output as compact JSON text, for a result without its output.
     """
     return task_callback(Event.of_result(result, output), url, result.redrives, result.digest)
 
 
 def _body(event: Event) -> str:
-    """The event as JSON, below MAX_CALLBACK_BYTES: first the output is left out, then the metadata."""
+    """The event as JSON, below MAX_CALLBACK_BYTES. The output is left out first, then the metadata."""
     left_out: list[Truncated] = list(event.data.truncated)
     text = to_json(event)
     for part in ("output", "metadata", "error"):

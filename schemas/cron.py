@@ -1,8 +1,8 @@
-"""When a schedule is due: cron's five fields in a time zone, by the rules of Debian's cron.
+"""The times of a schedule: cron's five fields in a time zone, by the rules of Debian's cron.
 
-Where daylight saving leaves an hour out, a job at a fixed time within it runs right after the jump, once.
-Where an hour comes twice, such a job runs in its first passing. A job with `*` for its minute or hour goes by
-the time that passes: it runs in both, and not in the hour that is left out.
+If daylight saving skips an hour, a job at a fixed time in that hour runs once, right after the jump. If an
+hour comes twice, such a job runs in the first one. A job with `*` for its minute or hour follows elapsed time:
+it runs in both hours, and not in the skipped one.
 https://manpages.debian.org/stable/cron/cron.8.en.html#NOTES
 """
 
@@ -25,9 +25,9 @@ _FIRST_LOOK = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Cron:
-    """A cron expression in the time zone of an IANA name. Times go in aware and come out in UTC.
+    """A cron expression in an IANA time zone. Arguments are aware times; answers are in UTC.
 
-    Raises ValueError for what is neither, and for what never fires.
+    Raises ValueError for a bad expression or zone, and for an expression that never fires.
     """
 
     expression: str
@@ -44,7 +44,7 @@ class Cron:
         try:
             CronSim(self.expression, _SOME_TIME)
         except CronSimError as error:
-            # The library finds some dates that never come while it reads, and calls the day a bad one.
+            # The library finds some impossible dates while it parses, and reports the day as bad.
             if _is_expression(" ".join([*fields[:3], "*", fields[4]])) and _is_expression(
                 " ".join([*fields[:2], "*", *fields[3:]])
             ):
@@ -54,22 +54,22 @@ class Cron:
             raise self._never()
 
     def after(self, moment: datetime) -> Iterator[datetime]:
-        """The times behind `moment`, each once, in order.
+        """The times after `moment`, each once, in order.
 
-        Where the clock moves by half an hour (Lord Howe Island), a fixed minute of every hour may be left out
-        in the hour of the change, in spring and in autumn.
+        If the clock moves by half an hour (Lord Howe Island), a fixed minute of every hour may be missing in
+        the hour of the change.
         """
         last = moment.astimezone(UTC)
         for local in CronSim(self.expression, moment.astimezone(self._zone)):
             due = local.astimezone(UTC)
-            # Begun in an hour's second passing, the library gives times of the first; and two times within an
-            # hour that is left out become one.
+            # If `moment` lies in a repeated hour's second passing, the library gives times of the first. Two
+            # times in a skipped hour become one.
             if due > last:
                 last = due
                 yield due
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
-        """The last time behind `after` and not behind `until`; None where there is none."""
+        """The last time after `after`, up to `until`; None if there is none."""
         look = _FIRST_LOOK
         while after < until:
             begin = max(after, until - look)

@@ -1,16 +1,16 @@
-"""Why a task can fail, in three classes that say what happens next.
+"""The errors of inferq. Three classes of task failure decide what happens next.
 
 InferqError
-├── InvalidTask        the task will never work: no retry
-├── TransientFailure   another attempt may work: retried through the levels
-└── Outage             a service of ours is away: wait for it, burn no attempt
+├── InvalidTask        the task can never succeed: no retry
+├── TransientFailure   another attempt may succeed: retried through the retry levels
+└── Outage             a service is unavailable: wait for it, use up no attempt
 """
 
 from __future__ import annotations
 
 
 class InferqError(Exception):
-    """The root of every error that inferq raises on purpose.
+    """The root of all errors that inferq raises.
 
     `code` is the stable, machine-readable name that travels in results, events and problem documents.
     """
@@ -28,19 +28,19 @@ class InferqError(Exception):
 
 
 class InvalidTask(InferqError):
-    """The task or one of its inputs is wrong and stays wrong however often it is tried."""
+    """The task or one of its inputs is invalid, and no retry changes that."""
 
     code = "invalid_task"
 
 
 class TransientFailure(InferqError):
-    """This attempt failed for a reason that another attempt may not meet."""
+    """This attempt failed, and another one may succeed."""
 
     code = "transient_failure"
 
 
 class Outage(InferqError):
-    """A service that inferq itself depends on cannot be reached at the moment."""
+    """A service that inferq depends on is unavailable."""
 
     code = "outage"
 

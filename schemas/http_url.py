@@ -1,4 +1,4 @@
-"""An http or https URL in its parts, read as strictly as what it is for asks: we call it."""
+"""Parses http and https URLs strictly, because inferq sends requests to them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from inferq.schemas.errors import InvalidTask
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f\\]")
-# What RFC 3986 allows in a path or a query, and what people leave unescaped there.
+# Characters that RFC 3986 allows in a path or a query, and others that people leave unescaped.
 _TARGET_SAFE = "!#$%&'()*+,/:;=?@[]~|^{}`\"<>"
 
 
 @dataclass(frozen=True)
 class HttpUrl:
-    """An http or https URL in its parts; `host` has no brackets, `target` is the path with the query."""
+    """The parts of an http or https URL. `host` has no brackets; `target` is the path with the query."""
 
     scheme: str
     host: str
@@ -42,8 +42,8 @@ class HttpUrl:
 def parse_http_url(url: str) -> HttpUrl:
     """The parts of an absolute URL. `user:password@` becomes credentials for basic authentication.
 
-    Raises InvalidTask (`bad_input_url`) for what two readers could read in two ways: control characters,
-    spaces, backslashes, an empty host, a port outside 1-65535.
+    Raises InvalidTask (`bad_input_url`) for URLs that parsers read differently: control characters, spaces,
+    backslashes, an empty host, a port outside 1-65535.
     """
     if _UNPRINTABLE.search(url):
         raise _bad("the URL holds a space, a control character or a backslash: percent-encode it")
@@ -75,7 +75,7 @@ def _host(host: str, *, bracketed: bool) -> str:
             raise ValueError("an IPv6 zone means nothing to anybody else")
         return str(IPv6Address(host))
     if not host.isascii():
-        # As browsers do: the standard library's own codec takes some names for somebody else's.
+        # As in browsers. The standard library's codec turns some names into those of other hosts.
         host = idna.encode(host, uts46=True).decode()
     if not _HOST.fullmatch(host) or ".." in host or len(host) > 253:
         raise ValueError(f"{host[:80]!r} is not a host name" if host else "it has no host")

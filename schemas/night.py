@@ -1,4 +1,4 @@
-"""A night of a nightly run, and the event that tells of it."""
+"""A night of a nightly run, and its event."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from inferq.schemas.record import SCHEMA_VERSION, Record
 
 
 class Night(Record):
-    """One night of a run; `seconds` go from `began` on.
+    """One night of a run. `seconds` count from `began`.
 
-    `night` is the day on which its window opened; with `-end` behind it, what ended after that night was told
-    and before the next one.
+    `night` is the day on which the window opened. With the suffix `-end` it counts the tasks that ended after
+    the night was reported and before the next one.
     """
 
     run_id: str
@@ -29,10 +29,10 @@ class Night(Record):
     failed: int = 0
     cancelled: int = 0
     invalid: int = 0
-    failures: dict[str, int] = Field({}, description="How many failed or were invalid, by error code.")
+    failures: dict[str, int] = Field({}, description="The number of failed and invalid tasks by error code.")
     seconds: float
     tasks_per_second: float
-    pages: int | None = Field(None, description="Pages read, where the outputs have pages.")
+    pages: int | None = Field(None, description="Pages in the outputs, if they have pages.")
     pages_per_second: float | None = None
     error: str | None = Field(None, description="Why the run itself failed.")
 
@@ -42,7 +42,7 @@ class Night(Record):
 
 
 class NightEvent(Record):
-    """What a night came to, in the shape of a Standard Webhooks payload."""
+    """The summary of a night, in the shape of a Standard Webhooks payload."""
 
     type: Literal["nightly.summary"]
     timestamp: AwareDatetime

@@ -1,7 +1,7 @@
-"""Writes what travels as documents for other languages: JSON Schema for each type, and AsyncAPI 3.
+"""Publishes the schemas for other languages: JSON Schema for each type, and AsyncAPI 3.
 
-`python -m inferq.schemas.publish FOLDER` writes them, with `--check` it only tells whether they are stale. The types
-are those that inferq itself brings; with `--all`, every installed plug-in's too.
+`python -m inferq.schemas.publish FOLDER` writes them; with `--check` it only checks that they are current. They
+cover the task types of inferq itself; with `--all`, those of every installed plug-in too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def documents(types: Mapping[str, TaskType]) -> dict[str, str]:
-    """Every document, by its file name, for these task types."""
+    """The documents for these task types, by file name."""
     found = {
         "result.schema.json": _schema(Result),
         "status.schema.json": _schema(TaskStatus),
@@ -55,7 +55,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
-    """The AsyncAPI 3.0 document: what to publish where, and what comes back in events.
+    """The AsyncAPI 3.0 document: the messages to publish, their routing keys, and the events that come back.
 
     https://www.asyncapi.com/docs/reference/specification/v3.0.0
     """
@@ -132,27 +132,27 @@ def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
 
 
 _EVENTS: dict[str, tuple[type[BaseModel], str]] = {
-    "event": (Event, "Something that happened to a task"),
+    "event": (Event, "A change of a task"),
     "batch_event": (BatchEvent, "The end of a batch"),
-    "night_event": (NightEvent, "What a night of a nightly run came to"),
+    "night_event": (NightEvent, "The summary of a night of a nightly run"),
 }
 """The bodies of callbacks, by the names of their messages."""
 
 _HEADERS = {
     "type": "object",
-    "description": "All optional. Those but `x-attempt` and `traceparent` are inferq's own: leave them out.",
+    "description": "All optional. A producer may set `traceparent`; inferq sets the others.",
     "properties": {
         "x-attempt": {"type": "integer", "minimum": 1, "description": "Which attempt this is; 1 if absent."},
         "x-digest": {
             "type": "string",
             "pattern": "^[0-9a-f]{64}$",
-            "description": "SHA-256 of what the task asks for, made where it was accepted; the worker makes it "
-            "if absent. The same id with another digest is refused.",
+            "description": "SHA-256 of the task's content. The part that accepts the task makes it; a worker makes "
+            "it if it is absent. Another digest for the same id is refused.",
         },
         "x-version": {
             "type": "integer",
             "minimum": 1,
-            "description": f"The version of the messages, {SCHEMA_VERSION} at present; 1 if absent.",
+            "description": f"The version of the message, now {SCHEMA_VERSION}; 1 if absent.",
         },
         "traceparent": {"type": "string", "description": "W3C Trace Context, passed on with every copy."},
     },
@@ -163,8 +163,8 @@ def main() -> None:
     """Write or check the documents, as the command line says."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--check", action="store_true", help="only tell whether they are stale")
-    arguments.add_argument("--all", action="store_true", help="the types of plug-ins, too")
+    arguments.add_argument("--check", action="store_true", help="only check that they are current")
+    arguments.add_argument("--all", action="store_true", help="include the types of plug-ins")
     given = arguments.parse_args()
     folder: Path = given.folder
     wanted = documents(

@@ -1,22 +1,22 @@
-"""What the models of records and events share, so that neighbouring versions of inferq understand each other."""
+"""The base of records and events. It lets neighbouring versions of inferq understand each other."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
-"""The version of what travels: task messages, jobs, events and results. What names none is of version 1.
+"""The version of task messages, jobs, events and results. Those without a version are of version 1.
 
-It counts up with each field or value that older parts do not know. A field keeps its meaning for ever, and a
-new one has a default, so that parts of neighbouring versions work side by side.
+It counts up with each new field or value. A field never changes its meaning, and a new field has a default, so
+parts of neighbouring versions work side by side.
 """
 
 
 class Record(BaseModel):
-    """What one part of inferq writes and another one reads.
+    """A model that one part of inferq writes and another part reads.
 
-    Fields that this version does not know are kept, and are written again with the rest. What users write is
-    read strictly instead: an unknown field is most likely a typing error.
+    It keeps fields that this version does not know, and writes them again. User input is parsed strictly
+    instead, because an unknown field is most likely a typing error.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)

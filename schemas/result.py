@@ -1,4 +1,4 @@
-"""What a task ends with: one result, or one failure that says why."""
+"""How a task ends: one result, or one failure with its reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EndState = Literal["succeeded", "failed", "cancelled"]
 
 
 class Artifact(Record):
-    """A file that a task produced, stored beside its result."""
+    """A file that a task made, stored beside its result."""
 
     name: str
     url: str
@@ -25,7 +25,7 @@ class Artifact(Record):
 
 
 class Timings(Record):
-    """Seconds per stage of the attempt that ended the task; `queued` counts from the task's creation."""
+    """Seconds per stage of the last attempt. `queued` counts from the creation of the task."""
 
     queued: float | None = None
     fetch: float = 0.0
@@ -34,21 +34,21 @@ class Timings(Record):
 
 
 class EngineInfo(Record):
-    """What computed the output."""
+    """The engine that computed the output."""
 
     name: str
     version: str
     model: str
     device: str
-    weights: tuple[str, ...] = Field((), description="Named weights that it had loaded, as `name version`.")
+    weights: tuple[str, ...] = Field((), description="The named weights in use, as `name version`.")
 
 
 OUTPUT_ARTIFACT = "output.json"
-"""The artifact that an output too large to travel inline becomes."""
+"""The artifact that holds an output which is too large for the result itself."""
 
 
 class ErrorInfo(Record):
-    """Why a task failed. `retryable` says whether the same task may succeed if it is redriven."""
+    """Why a task failed. `retryable` tells whether a redrive may succeed."""
 
     code: str
     message: str
@@ -61,10 +61,10 @@ class ErrorInfo(Record):
 
 
 class Result(Record):
-    """The record of how a task ended: `result.json` when it succeeded, else `failure.json`."""
+    """The record of the end of a task: `result.json` if it succeeded, else `failure.json`."""
 
     task_id: TaskId
-    task_type: TypeName | Literal[""] = Field(description="Empty where the message was too broken to say.")
+    task_type: TypeName | Literal[""] = Field(description="Empty if the message was unreadable.")
     tenant: Tenant
     status: EndState
     output: JsonValue = None
@@ -80,9 +80,13 @@ class Result(Record):
     created_at: AwareDatetime | None = None
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime
-    digest: str | None = Field(None, description="SHA-256 of the task's content; none if it was unreadable.")
-    cached: bool = Field(False, description="Whether it was computed before, for another task of the tenant.")
-    redrives: int = Field(0, ge=0, description="How often the task had been redriven when it ended.")
+    digest: str | None = Field(
+        None, description="SHA-256 of the task's content. None if the message was unreadable."
+    )
+    cached: bool = Field(
+        False, description="Whether the result cache answered, from another task of the tenant."
+    )
+    redrives: int = Field(0, ge=0, description="How often the task was redriven before it ended.")
     version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")
 
     @classmethod
@@ -101,7 +105,7 @@ class Result(Record):
         started_at: datetime | None = None,
         redrives: int = 0,
     ) -> Result:
-        """How `task` ended without an output. `digest` spares computing the task's."""
+        """The record of a `task` that ended without an output. `digest` is made here if absent."""
         return cls(
             task_id=task.task_id,
             task_type=task.task_type,

@@ -1,4 +1,4 @@
-"""A nightly schedule, as `schedules.toml` has it and as the job that starts a run carries it."""
+"""A nightly schedule, in `schedules.toml` and in the job that starts a run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from inferq.schemas.window import TimeZoneName, Window
 
 
 class Schedule(Record):
-    """One table of the file; its name is the table's."""
+    """One table of the file. Its name is the name of the table."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     name: ScheduleName
     cron: str = Field(description="Minute, hour, day of the month, month, day of the week.")
-    time_zone: TimeZoneName = Field("UTC", description="What the cron and the window are told in.")
+    time_zone: TimeZoneName = Field("UTC", description="The time zone of the cron and the window.")
     source: str = Field(
         pattern="^s3://[^/]+", description="`s3://bucket/prefix`, or `s3://bucket/file.jsonl`."
     )
     only_new: bool = Field(
-        False, description="Only what is new since the last run; the default of a prefix is true."
+        False, description="Only objects that are new since the last run. The default for a prefix is true."
     )
     task_type: TypeName | None = None
     options: dict[str, JsonValue] = Field({})
@@ -42,7 +42,7 @@ class Schedule(Record):
     priority: Priority = "low"
     window: str | None = Field(None, description="The hours in which it is fed, as `22:00-06:00`.")
     max_in_flight: int = Field(DEFAULT_IN_FLIGHT, ge=1, le=1_000_000)
-    callback: CallbackUrl | None = Field(None, description="Where to tell what each night came to.")
+    callback: CallbackUrl | None = Field(None, description="The URL to notify of each night.")
     tenant: Tenant = "default"
 
     @model_validator(mode="before")
@@ -82,7 +82,7 @@ class Schedule(Record):
         return None if self.window is None else _window(self.window, self.time_zone)
 
     def batch(self, scheduled_at: datetime, **about: JsonValue) -> Batch:
-        """The batch that is its run of that time; `about` goes into the metadata."""
+        """The batch of the run at that time. `about` goes into the metadata."""
         return Batch(
             batch_id=run_id_of(self.name, scheduled_at),
             tenant=self.tenant,
@@ -99,7 +99,7 @@ class Schedule(Record):
 
 
 def run_id_of(name: str, scheduled_at: datetime) -> str:
-    """The id of a schedule's run of that time, which is its batch's; for one time always the same."""
+    """The id of a schedule's run at that time, and of its batch. One time always gives the same id."""
     return f"{name}-{scheduled_at.astimezone(UTC):%Y%m%dT%H%M%SZ}"
 
 

@@ -1,4 +1,4 @@
-"""How every room reads its settings: `INFERQ_*` variables, checked once, with errors a person can act on."""
+"""The base of all settings: `INFERQ_*` variables, checked once, with errors that name the variable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NETWORKS = (
     "give networks such as 10.0.0.0/8 or fd00::/8, separated by commas, with no bits set behind the prefix"
 )
 _EXPECTED = {"ip_v4_network": _NETWORKS, "ip_v6_network": _NETWORKS}
-"""What is said in the place of pydantic's words, by the type of the fault."""
+"""Texts that replace those of pydantic, by the type of the fault."""
 
 
 class Settings(BaseSettings):
@@ -23,16 +23,16 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, **given: Any) -> Self:
-        """These settings from the environment, and from what is given, which goes first.
+        """These settings from the environment; `given` values override it.
 
-        Raises InstallationError, naming each bad variable.
+        Raises InstallationError, which names each bad variable.
         """
         try:
             return cls(**given)
         except ValidationError as error:
             prefix = str(cls.model_config.get("env_prefix", ""))
-            # One value may have several faults, as one for each type that it could be of. Where in the value
-            # they are is told in terms of the model, which nobody who sets a variable has seen.
+            # A value may have several faults, one for each type that it could have. Their places within the
+            # value are named in terms of the model, which means nothing to the person who sets a variable.
             faults = dict.fromkeys(
                 f"{prefix}{fault['loc'][0] if fault['loc'] else ''}".upper()
                 + f": {_EXPECTED.get(fault['type'], fault['msg'])}"

@@ -1,4 +1,4 @@
-"""Where a task stands, and the events that say so while it moves."""
+"""The status of a task, and the events that report its changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ END_STATES: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class TaskStatus(Record):
-    """What is known of a task at this moment. `progress` runs from 0 to 1."""
+    """The status of a task now. `progress` runs from 0 to 1."""
 
     task_id: str
     task_type: str
@@ -41,7 +41,7 @@ class TaskStatus(Record):
 
     @classmethod
     def of_result(cls, result: Result) -> TaskStatus:
-        """The status that the record of a task's end amounts to."""
+        """The status of a task that has ended, from its record."""
         return cls(
             task_id=result.task_id,
             task_type=result.task_type,
@@ -73,15 +73,15 @@ EVENT_OF_STATE: dict[State, EventType] = {
     "failed": "task.failed",
     "cancelled": "task.cancelled",
 }
-"""The event that tells of a task's move into a state."""
+"""The event that reports a task's new state."""
 
 
 def sequence_of(state: State, *, attempt: int, redrives: int, progress: float | None = None) -> int:
-    """The place of an event among all events of its task: what happened later has the larger number.
+    """The place of an event among all events of its task. Later events have larger numbers.
 
-    It counts by redrive, attempt and how far the attempt is; the same event always has the same number.
-    Attempts beyond 998 count as 998. A success counts as the last of all attempts and redrives, as it takes
-    the place of a failure, which may be a later one's. `progress` is a fraction from 0 to 1.
+    The number counts redrives, attempts, and the progress of the attempt. The same event always has the same
+    number. Attempts above 998 count as 998. A success counts as the last of all attempts and redrives, because
+    it replaces a failure, even one of a later attempt. `progress` is a fraction from 0 to 1.
     """
     attempt = min(attempt, _LAST_ATTEMPT - 1)
     if state == "queued":
@@ -111,7 +111,7 @@ Truncated = Literal["output", "metadata", "error"]
 
 
 class Event(Record):
-    """Something that happened to a task, in the shape of a Standard Webhooks payload."""
+    """A change of a task, in the shape of a Standard Webhooks payload."""
 
     type: EventType
     timestamp: AwareDatetime
@@ -120,14 +120,14 @@ class Event(Record):
 
     @classmethod
     def of_result(cls, result: Result, output: bytes | None = None) -> Event:
-        """The event of a task's end, with its output where that is small enough to travel inline.
+        """The event of a task's end. It holds the output if that is small enough.
 
-        `output` is the output as compact JSON text, where the result itself leaves it out.
+        `output` is the output as compact JSON text, for a result without its output.
         """
-        # A large one is an artifact, of which an event says nothing.
+        # A large output is an artifact, and no event names artifacts.
         value, small = result.output, all(artifact.name != OUTPUT_ARTIFACT for artifact in result.artifacts)
         if output is not None:
-            # One of more than twice the size is too large however it is written, and not worth reading.
+            # More than twice the limit is too large in any notation, so it is not parsed.
             small = len(output) <= 2 * INLINE_EVENT_OUTPUT_BYTES
             value = json.loads(output) if small else None
         small = small and len(json.dumps(value)) <= INLINE_EVENT_OUTPUT_BYTES
@@ -154,14 +154,14 @@ class Event(Record):
 
 
 class EventData(Record):
-    """The task as the event left it; `output` only where it is small enough to travel inline."""
+    """The task after the event. `output` is there only if it is small enough."""
 
     task_id: str
     task_type: str
     tenant: str
     state: State
     attempt: int = 1
-    sequence: int = Field(0, description="Larger for what happened to the task later; the order to go by.")
+    sequence: int = Field(0, description="The order of a task's events: later ones have larger numbers.")
     progress: float | None = None
     note: str | None = None
     batch_id: str | None = None
@@ -169,7 +169,7 @@ class EventData(Record):
     output: JsonValue = None
     metadata: dict[str, JsonValue] = Field({})
     truncated: tuple[Truncated, ...] = Field(
-        (), description="What was left out, or of `error` shortened, to keep the event small."
+        (), description="Fields that were left out to keep the event small; `error` is shortened."
     )
 
 

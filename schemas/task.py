@@ -1,4 +1,4 @@
-"""The task: what a producer asks for, and the only body that travels on the work queues."""
+"""The task: the request of a producer, and the only body on the work queues."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from inferq.schemas.errors import InvalidTask
 from inferq.schemas.http_url import parse_http_url
 
 MAX_BODY_BYTES = 64 * 1024
-"""The largest task body; anything larger goes by reference (an input URL)."""
+"""The largest task body. Larger data goes by reference, as an input URL."""
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
-"""All priorities, the most urgent first."""
+"""All priorities, most urgent first."""
 
 CallbackEvent = Literal["started", "progress", "completed"]
 
@@ -38,7 +38,7 @@ TypeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 Tenant = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 _NOT_ASKED = {"created_at"}
-"""Fields that say nothing of what a task asks for."""
+"""Fields that are no part of the digest."""
 
 _canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
@@ -46,7 +46,7 @@ INPUT_SCHEMES = ("https", "http", "s3", "data", "inferq")
 
 
 class _InputMark:
-    """Tells an input's URL from other texts."""
+    """Marks a field as the URL of an input."""
 
 
 InputUrl = Annotated[
@@ -54,7 +54,7 @@ InputUrl = Annotated[
     _InputMark(),
     StringConstraints(pattern=rf"^({'|'.join(INPUT_SCHEMES)}):.+"),
     Field(
-        description="Where the input is: `https:`, `http:`, `s3:`, `data:`, or `inferq:` (an uploaded file).",
+        description="The URL of the input: `https:`, `http:`, `s3:`, `data:`, or `inferq:` (an uploaded file).",
         json_schema_extra={"format": "uri"},
     ),
 ]
@@ -73,12 +73,12 @@ CallbackUrl = Annotated[HttpText, AfterValidator(_check_callback_url)]
 
 
 class Options(BaseModel):
-    """Engine options of one task type; a type's own options derive from this. Unknown ones are refused."""
+    """The options of an engine. A task type derives its own from this. Unknown options are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def __eq__(self, other: object) -> bool:
-        # Each body asks whether the options are the default ones, and mostly they are that very object.
+        # Each digest compares the options with the default ones; mostly they are the same object.
         return self is other or super().__eq__(other)
 
     def __hash__(self) -> int:
@@ -86,32 +86,32 @@ class Options(BaseModel):
 
 
 class Task(BaseModel):
-    """What every task says, whatever its type. A type's own task adds its inputs, flat, and its options."""
+    """The fields of every task. A task type derives its own from this, with its inputs and options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    task_id: TaskId = Field(description="The same id, for one tenant, is the same task.")
+    task_id: TaskId = Field(description="One task for each id of a tenant.")
     task_type: TypeName
     options: Options = Options()
     priority: Priority = "normal"
     tenant: Tenant = "default"
-    callback_url: CallbackUrl | None = Field(None, description="Where to notify.")
-    callback_events: tuple[CallbackEvent, ...] = Field(("completed",), description="Of what to notify.")
-    expires_at: AwareDatetime | None = Field(None, description="When it stops being worth starting.")
+    callback_url: CallbackUrl | None = Field(None, description="The URL to notify.")
+    callback_events: tuple[CallbackEvent, ...] = Field(("completed",), description="The events to notify of.")
+    expires_at: AwareDatetime | None = Field(None, description="Not started after this time.")
     time_limit: float | None = Field(
-        None, gt=0, le=86400, description="Seconds that one run may take; the default is the type's."
+        None, gt=0, le=86400, description="Seconds that one run may take. The task type has a default."
     )
     batch_id: TaskId | None = None
     batch_line: int | None = Field(
         None,
         ge=1,
         le=1 << 31,
-        description="Its line in the batch's source, from 1; set by whoever feeds the batch.",
+        description="The line in the batch's source, from 1. Set by inferq, not by the producer.",
     )
-    # A dict as the default itself would be copied for each task, which costs as much as reading the task.
+    # pydantic copies a default dict for each task, which costs as much as parsing the task.
     metadata: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Echoed in the result and in callbacks.",
+        description="Repeated in the result and in callbacks.",
         json_schema_extra={"default": {}},
     )
     created_at: AwareDatetime | None = None
@@ -119,42 +119,41 @@ class Task(BaseModel):
     @field_validator("expires_at", "created_at", mode="after")
     @classmethod
     def _within_the_calendar(cls, value: datetime | None) -> datetime | None:
-        # A time near year 1 or 9999 with an offset cannot be moved to UTC without overflowing.
+        # A time with an offset near year 1 or 9999 overflows when it is converted to UTC.
         if value is not None and not 1970 <= value.year <= 9000:
             raise ValueError("the year must lie between 1970 and 9000")
         return value
 
     def body(self) -> bytes:
-        """The UTF-8 JSON that goes onto the queue: the fields that were given, and no default.
+        """The UTF-8 JSON for the queue: the fields that were given, without defaults.
 
-        A given value stays in it even where it is the default, which a later version may change.
+        A given value stays in the body even if it equals the default: a later version may change the default.
         """
-        # As model_dump_json does, without the way over a str.
+        # model_dump_json would make a str first.
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what the task asks for, so that the same id with another content shows.
+        """SHA-256 (hex) of the task's content. It detects another task under the same id.
 
-        Defaults and `created_at` do not count: the bare message and one that spells the defaults out are
-        the same task, and so is one that a gateway has stamped.
+        Defaults and `created_at` do not count. A task that spells the defaults out is the same task.
 
-        It is made once, where the task is accepted, and travels with the message: in another version, with
-        other defaults, it may come out differently.
+        The part that accepts a task makes its digest once, and the digest travels with the message. A later
+        version with other defaults may compute another one.
         """
-        # As model_dump does, without the way over its own arguments.
+        # model_dump would first check its own arguments.
         content = self.__pydantic_serializer__.to_python(
             self, mode="json", exclude_defaults=True, exclude=_NOT_ASKED
         )
         return hashlib.sha256(_canonical(content).encode("utf-8", "surrogatepass")).hexdigest()
 
     def inputs(self) -> Mapping[str, str]:
-        """The inputs to be fetched before a run: field name → URL, in the order of the fields."""
+        """The inputs to fetch before a run: field name → URL, in the order of the fields."""
         return {name: url for name in input_fields(type(self)) if (url := getattr(self, name)) is not None}
 
 
 @cache
 def input_fields(model: type[Task]) -> tuple[str, ...]:
-    """The fields of a task type that name an input to be fetched: those annotated with InputUrl."""
+    """The input fields of a task type: those annotated with InputUrl."""
     return tuple(
         name for name, field in model.model_fields.items() if _is_input(field.annotation, field.metadata)
     )
@@ -170,5 +169,5 @@ def _is_input(annotation: Any, metadata: Sequence[Any]) -> bool:
 
 
 def new_task_id() -> str:
-    """A fresh task id that sorts by the time it was made (UUID version 7, RFC 9562)."""
+    """A new task id. Ids sort by time (UUID version 7, RFC 9562)."""
     return str(uuid_utils.uuid7())

@@ -1,4 +1,4 @@
-"""The installed task types, found by entry point, and the union of their tasks."""
+"""The installed task types, found by entry point, and the parser of their tasks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from inferq.schemas.task import INPUT_SCHEMES, MAX_BODY_BYTES, Task
 ENTRY_POINT_GROUP = "inferq.engines"
 
 MAX_DEPTH = 100
-"""The most levels of lists and objects in a task."""
+"""The deepest nesting of lists and objects in a task."""
 
-# A search for one letter is several times as fast as for either of two.
+# Two searches for one letter each are several times as fast as one search for both.
 _HUGE_EXPONENT_E = re.compile(rb"E\+?[0-9]{3}")
 _HUGE_EXPONENT = re.compile(rb"e\+?[0-9]{3}")
 
@@ -34,24 +34,23 @@ _log = logging.getLogger(__name__)
 
 
 def never(_task: Task) -> bool:
-    """For `TaskType.cacheable`: the output is not determined by the task alone."""
+    """For `TaskType.cacheable`: the task alone does not determine the output."""
     return False
 
 
 def always(_task: Task) -> bool:
-    """For `TaskType.cacheable`: the same inputs and options give the same output."""
+    """For `TaskType.cacheable`: the same inputs and options always give the same output."""
     return True
 
 
 @dataclass(frozen=True)
 class TaskType:
-    """A kind of work: the shape of its task and output, and the engine that does it.
+    """A kind of work: its task, its output, and its engine.
 
-    `engine` is a `module:Class` path that only an engine process imports, so that whoever merely submits
-    or routes tasks never loads a framework. `arguments` names the inputs that the command line takes by
-    position. `time_limit` is in seconds. `cacheable` says of a task whether another one that
-    asks for the same, of the same content, may have its result (the result cache); by default none may.
-    `settings` are the engine's own, for the table of all settings.
+    `engine` is a `module:Class` path. Only an engine process imports it, so no other part loads a framework.
+    `arguments` names the inputs that the command line takes by position. `time_limit` is in seconds.
+    `cacheable` tells whether the result cache may answer a task; by default it may not. `settings` are the
+    engine's settings, for the table of all settings.
     """
 
     name: str
@@ -71,7 +70,7 @@ class TaskType:
 def installed_types() -> Mapping[str, TaskType]:
     """Every installed task type by name, in alphabetical order.
 
-    A plug-in that cannot be imported is left out and logged: it must not keep the others from working.
+    A plug-in that cannot be imported is logged and left out, so the others still work.
     """
     found: dict[str, TaskType] = {}
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
@@ -102,7 +101,7 @@ def _load(point: EntryPoint) -> TaskType:
 
 
 def get_type(name: str) -> TaskType:
-    """The installed type of that name. Raises InvalidTask, naming those there are, where it is unknown."""
+    """The installed type of that name. Raises InvalidTask with the known names for any other."""
     types = installed_types()
     if name not in types:
         raise _unknown(name)
@@ -115,10 +114,9 @@ def _unknown(name: str) -> InvalidTask:
 
 
 def parse_task(body: bytes | str | Mapping[str, Any], *, expected: str | None = None) -> Task:
-    """The task in a message body (UTF-8 JSON) or in a decoded mapping, validated by its own type.
+    """The task in a message body (UTF-8 JSON) or in a decoded mapping, validated by its task type.
 
-    Where it is of the type `expected` it is read faster. Raises InvalidTask, with every fault named by its
-    field, for anything else.
+    A task of the type `expected` is parsed faster. Raises InvalidTask, which names each faulty field.
     """
     if isinstance(body, Mapping):
         try:
@@ -141,12 +139,12 @@ def parse_task(body: bytes | str | Mapping[str, Any], *, expected: str | None = 
     except ValidationError as error:
         if expected is None:
             raise _explain(error) from error
-        return parse_task(body)  # of another type, or wrong: the union of all tells
+        return parse_task(body)  # another type, or invalid: the union of all types tells
     return task
 
 
 def _refuse_constants(body: bytes) -> None:
-    # The validating parser lets these through in free-form values, though RFC 8259 has no such literals.
+    # pydantic accepts these in free-form values, but RFC 8259 has no such literals.
     def refuse(name: str) -> None:
         raise InvalidTask(f"the task is not JSON: {name} is not a JSON number", code="not_json")
 
@@ -159,11 +157,11 @@ def _refuse_constants(body: bytes) -> None:
     try:
         json.loads(body, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError):
-        return  # the validating parser says what is wrong
+        return  # pydantic reports the fault
 
 
 def _refuse_depth(body: bytes) -> None:
-    # A result holds what the task held, some levels deeper, and has to be readable all the same.
+    # A result holds the content of its task some levels deeper, and must stay readable.
     try:
         level = [json.loads(body)]
     except (ValueError, RecursionError):
@@ -212,15 +210,15 @@ def _explain(error: ValidationError) -> InvalidTask:
 
 
 def describe_faults(error: ValidationError) -> list[str]:
-    """One line for each fault of a validation: the field's path and what is wrong with it."""
+    """One line for each fault of a validation: the path of the field, and the fault."""
     return [describe_fault(fault) for fault in error.errors(include_url=False)]
 
 
 def describe_fault(fault: ErrorDetails) -> str:
-    """One fault of a validation in words, as `describe_faults` gives it."""
+    """One fault of a validation as a line, as in `describe_faults`."""
     path = [str(part) for part in fault["loc"]]
     if path and path[0] in installed_types():
-        path = path[1:]  # the union's tag says nothing that the reader does not know
+        path = path[1:]  # the tag of the union, which is the task type
     where = ".".join(path) or "task"
     match fault["type"]:
         case "missing":
@@ -239,7 +237,7 @@ def describe_fault(fault: ErrorDetails) -> str:
 
 
 def _form(field: str) -> str | None:
-    """What a text has to look like, where a pattern says it to nobody."""
+    """The expected form of a field whose pattern is hard to read."""
     match field:
         case "callback_url":
             return "must be an http:// or https:// URL"

@@ -1,4 +1,4 @@
-"""The hours in which a batch is fed, and the time zones they are told in."""
+"""The hours in which a batch is fed, and their time zones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NEAR = 3
 
 
 def time_zone(name: str) -> ZoneInfo:
-    """The time zone of an IANA name. Raises ValueError, with names that are near, where there is none."""
+    """The time zone of an IANA name. Raises ValueError, with similar names, if there is none."""
     try:
-        # A name that is no key of the database could still be a folder or a file beside it.
+        # An unknown name could still be a folder or a file beside the database.
         if name in _names():
             return ZoneInfo(name)
     except (OSError, ValueError, ZoneInfoNotFoundError):
@@ -32,7 +32,7 @@ def _names() -> frozenset[str]:
 
 
 def _near(name: str) -> str:
-    """What was perhaps meant: names spelt alike, or alike behind their continent."""
+    """Similar names: by the whole name, or by its part after the continent."""
     known = {zone.lower(): zone for zone in sorted(_names())}
     cities: dict[str, str] = {}
     for zone in known.values():
@@ -63,10 +63,10 @@ TimeOfDay = Annotated[str, AfterValidator(_is_clock)]
 
 
 class Window(BaseModel):
-    """The hours of a day in which a batch is fed; it may lie over midnight. Equal times are the whole day.
+    """The hours of a day in which a batch is fed. It may cross midnight. Equal times mean the whole day.
 
-    In the hour that daylight saving repeats a time means its first passing; in the one that it leaves out,
-    the moment at which the clock has jumped past it.
+    In an hour that daylight saving repeats, a time means its first passing. In a skipped hour it means the
+    moment of the jump.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,7 +80,7 @@ class Window(BaseModel):
         return self.opens_in(now) == 0.0
 
     def opens_in(self, now: datetime) -> float:
-        """Seconds from `now` (aware) until the window is open; 0 while it is."""
+        """Seconds from `now` (aware) until the window opens; 0 while it is open."""
         if self.start == self.end:
             return 0.0
         starts = []
@@ -92,22 +92,19 @@ class Window(BaseModel):
         return min(starts)
 
     def closes_after(self, moment: datetime) -> datetime | None:
-        """When the window closes next, behind `moment` (aware), in UTC; None where it never does."""
+        """When the window next closes after `moment` (aware), in UTC; None if it never closes."""
         if self.start == self.end:
             return None
         return min(closes for _, closes in self._around(moment) if closes > moment)
 
     def opened_at(self, moment: datetime) -> datetime | None:
-        """When the window opened that is open at `moment` (aware), or was open last before it, in UTC.
-
-        None where it never closes.
-        """
+        """When the window last opened, up to `moment` (aware), in UTC. None if it never closes."""
         if self.start == self.end:
             return None
         return max(opens for opens, _ in self._around(moment) if opens <= moment)
 
     def night_of(self, moment: datetime) -> date:
-        """The day on which the window opened that is open at `moment` (aware), or was open last before it."""
+        """The day on which the window last opened, up to `moment` (aware)."""
         opened = self.opened_at(moment) or moment
         return opened.astimezone(ZoneInfo(self.time_zone)).date()
 

@@ -159,7 +159,7 @@ def test_a_redrive_gives_up_in_an_alarm_and_can_be_run_again(
                 process.kill()
     finally:
         set_memory_alarm(shared_rabbitmq, False)
-    assert "BrokerUnavailable: RabbitMQ has held publishing for 3 s, in a memory or disk alarm" in said[0]
+    assert "BrokerUnavailable: RabbitMQ has blocked publishing for 3 s, in a memory or disk alarm" in said[0]
     assert said[1] == "KeyboardInterrupt"
     eventually(
         lambda: channel.queue_declare(dead_queue("echo"), passive=True).method.message_count == 3,

@@ -111,7 +111,7 @@ def test_an_argument_of_a_later_version_puts_no_job_aside(
     message = job_message(name, "inference.batches", arguments, job_id="later")
     put(channel, "inference.batches", message.body, dict(message.headers), content_type="application/json")
     with working(app):
-        eventually(lambda: "there is no record of it" in caplog.text)
+        eventually(lambda: "its record is missing" in caplog.text)
     for queue in ("inference.batches", "inference.unroutable"):
         assert channel.queue_declare(queue, passive=True).method.message_count == 0
 
