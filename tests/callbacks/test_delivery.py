@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from inferq.broker import connect, job_message
+from inferq.consumers.callbacks.delivery import Job
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import InstallationError
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
@@ -27,6 +28,14 @@ def drip(handler: BaseHTTPRequestHandler, _number: int) -> None:
         handler.wfile.write(b"x")
         handler.wfile.flush()
         time.sleep(0.05)
+
+
+def test_fields_of_a_later_version_go_on_to_the_next_attempt() -> None:
+    sent = callback("http://127.0.0.1:1/").model_dump(mode="json") | {"news": 1}
+    job = Job.model_validate({"callback": sent, "attempts": [], "headers": {"x": "y"}})
+    _, arguments, _ = json.loads(job.message().body)
+    assert arguments["headers"] == {"x": "y"}
+    assert arguments["callback"] == sent
 
 
 def test_a_callback_arrives_signed_with_every_valid_secret(caller: Caller, receiver: Receiver) -> None:

@@ -30,6 +30,14 @@ def test_a_run_takes_what_is_new_since_the_last_by_key_and_etag(site: NightSite)
     assert site.start(THIRD) == ["c"]
 
 
+def test_a_field_of_a_later_version_goes_on_with_the_run_of_its_schedule(site: NightSite) -> None:
+    site.put("a.png")
+    run = site.starter.start(site.schedule(from_a_later_version=1), FIRST).run
+    again = Run.model_validate(site.log().at(0).model_dump(mode="json"))
+    for each in (run, again):
+        assert each.schedule.model_extra == {"from_a_later_version": 1}
+
+
 def test_what_comes_while_a_run_lists_is_taken_by_the_next(
     site: NightSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,26 @@ def test_a_task_goes_its_way_and_says_so(index: StatusIndex, events: Callable[[]
     assert all(event.data.metadata == {"k": 1} for event in found if event.type != "task.progress")
 
 
+def test_fields_of_a_later_version_stay_in_the_record(index: StatusIndex, redis_client: redis.Redis) -> None:
+    task = job()
+    index.submit(task)
+    redis_client.hset(record_key("default", task.task_id), "later", "1")
+    index.confirm(task)
+    begin(index, task)
+    assert known(index, task).state == "running"
+    assert redis_client.hget(record_key("default", task.task_id), "later") == "1"
+
+
+def test_the_digest_that_a_task_came_with_is_the_one_on_record(index: StatusIndex) -> None:
+    task, digest = job(), "d" * 64
+    error = ErrorInfo(code="x", message="x", retryable=True)
+    index.retrying(task, attempt=1, redrives=0, error=error, digest=digest)
+    now = datetime.now(UTC)
+    begun = index.begin(task, attempt=2, redrives=0, worker="w", started_at=now, digest=digest)
+    assert begun.digest == digest
+    assert known(index, task).state == "running"
+
+
 def test_nothing_is_known_of_an_unknown_task(index: StatusIndex) -> None:
     assert index.get("default", "t1") is None
     assert index.request_cancel("default", "t1") is None
