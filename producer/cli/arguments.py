@@ -1,4 +1,4 @@
-"""From what a person types to the fields of a task."""
+"""Turns the arguments of the command line into the fields of a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inferq.schemas import INPUT_SCHEMES, InvalidTask, TaskType, input_fields
 
 @dataclass(frozen=True)
 class Given:
-    """One input as it was typed: passed on as it is, or the file to be uploaded in its place."""
+    """One input of the command line: a URL or a text, or the name of a `file` to upload."""
 
     text: str
     file: Path | None = None
@@ -28,9 +28,9 @@ class Given:
 
 
 def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[str, JsonValue]:
-    """`K=V` pairs as fields of a task; a name that only the type's options have goes there.
+    """The fields of a task from `K=V` pairs. A name that only the type's options have sets an option.
 
-    Raises InvalidTask for a pair without `=` and a name that neither has.
+    Raises InvalidTask if a pair has no `=`, or if neither the task nor its options have the name.
     """
     fields: dict[str, JsonValue] = {}
     options: dict[str, JsonValue] = {}
@@ -61,7 +61,7 @@ def _options_of(task_type: TaskType) -> Mapping[str, object]:
 def _read(text: str) -> JsonValue:
     try:
         value: JsonValue = json.loads(text)
-        json.dumps(value, allow_nan=False)  # Python reads NaN and 1e999, which no JSON can hold
+        json.dumps(value, allow_nan=False)  # Python accepts NaN and 1e999; JSON cannot hold them
     except ValueError:
         return text
     return value
@@ -70,9 +70,10 @@ def _read(text: str) -> JsonValue:
 def bundle(
     task_type: TaskType, inputs: Sequence[str], *, given: Mapping[str, JsonValue]
 ) -> list[dict[str, Given]]:
-    """The positional inputs, one mapping of field to input for each task that they make.
+    """Group the positional inputs by task: one mapping of field name to input for each task.
 
-    A type with two positional inputs takes them in pairs. Those that `given` has already are not asked for.
+    A type with two positional inputs takes them in pairs. A field in `given` takes no positional input.
+    Raises InvalidTask if the number of inputs does not fit, or if an input is not found.
     """
     names = [name for name in task_type.arguments if name not in given and f"{name}_url" not in given]
     if not inputs:
@@ -90,7 +91,7 @@ def bundle(
 
 
 def _place(task_type: TaskType, name: str, text: str) -> tuple[str, Given]:
-    """Which field an input belongs to: a text's twin with `_url` takes files and URLs."""
+    """The field of an input: `name`, or `{name}_url` if that takes files and the input is a file or URL."""
     fields = task_type.task.model_fields
     is_url = text.partition(":")[0].lower() in INPUT_SCHEMES
     files = input_fields(task_type.task)
@@ -111,12 +112,12 @@ def _place(task_type: TaskType, name: str, text: str) -> tuple[str, Given]:
 
 
 def _is_text(annotation: object) -> bool:
-    """Whether a field takes text only, so that `2024` and `true` are no JSON."""
+    """Whether a field takes only text, so that `2024` and `true` are not read as JSON."""
     return annotation in (str, str | None)
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a text that no file could be named
+    except (OSError, ValueError):  # the text is not a possible file name
         return False

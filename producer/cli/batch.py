@@ -31,11 +31,12 @@ app = typer.Typer(
 
 _LOOK_SECONDS = 1.0
 _LINE_SECONDS = 10.0
-"""Between two lines of progress where nobody watches."""
+"""Seconds between two lines of progress if standard error is not a terminal."""
 
 BatchId = Annotated[str, typer.Argument(metavar="ID")]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Follow, and save output.jsonl and errors.jsonl in this folder.")
+    Path | None,
+    typer.Option("--out", help="Follow it, and save output.jsonl and errors.jsonl in this folder."),
 ]
 Into = Annotated[Path | None, typer.Option("--out", help="Save it as this file, or in this folder.")]
 
@@ -47,7 +48,7 @@ def submit(
         typer.Argument(metavar="SOURCE...", help="A JSONL file, folders and globs, or s3://bucket/prefix."),
     ],
     task_type: Annotated[
-        str | None, typer.Option("--type", help="The task type, where the lines do not say it.")
+        str | None, typer.Option("--type", help="The task type, if the lines do not name it.")
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -55,29 +56,31 @@ def submit(
     ] = None,
     priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
     max_in_flight: Annotated[
-        int | None, typer.Option(min=1, help="Tasks queued or running at a time, at most.")
+        int | None, typer.Option(min=1, help="The most tasks queued or running at a time.")
     ] = None,
-    batch_id: Annotated[str | None, typer.Option("--id", help="An id of your own.")] = None,
-    callback: Annotated[str | None, typer.Option(metavar="URL", help="Where to notify of the end.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until its end.")] = False,
+    batch_id: Annotated[str | None, typer.Option("--id", help="Your own id for the batch.")] = None,
+    callback: Annotated[
+        str | None, typer.Option(metavar="URL", help="A URL to notify when the batch ends.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until it ends.")] = False,
     out: Out = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Submit a batch. With --follow or --out, exit status 1 unless every line has succeeded.
 
-    The files of a folder are uploaded, each a task; one that is empty, unreadable or too large is skipped
-    and named, as is a folder that cannot be read, with exit status 1 at the end. Ctrl-C while following
-    leaves the batch running.
+    Each file of a folder is uploaded and becomes a task. Files that are empty, unreadable or too large are
+    skipped and named, as are unreadable folders; the exit status is then 1. Ctrl-C while following leaves
+    the batch running.
     """
     if priority not in get_args(Priority):
-        raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
+        raise InvalidTask(f"--priority {priority!r} is not one of {', '.join(get_args(Priority))}")
     if assignments and task_type is None:
-        raise InvalidTask("--set needs --type: what a field is depends on it")
+        raise InvalidTask("--set needs --type: each task type has its own fields")
     defaults: dict[str, JsonValue] = {}
     if task_type is not None:
         defaults = parse_assignments(get_type(task_type), assignments or [])
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # while there is nothing to lose yet
+        out.mkdir(parents=True, exist_ok=True)  # before the upload, so that an error costs nothing
     name = batch_id or new_task_id()
     given = defaults if task_type is None else {"task_type": task_type, **defaults}
     with Client() as client, _source(client, sources, given, batch_id) as (source, skipped):
@@ -94,7 +97,7 @@ def submit(
             errors_or_output = errors if as_json else console
             errors_or_output.print(status.batch_id, markup=False, highlight=False)
         if skipped:
-            complain(f"skipped {skipped} files or folders, which are named above; the batch is of the others")
+            complain(f"skipped {skipped} files or folders, named above; the batch has the others")
         if follow or out:
             _finish(client, status.batch_id, out, as_json)
         elif as_json:
@@ -110,10 +113,10 @@ def _source(
     given: dict[str, JsonValue],
     batch_id: str | None,
 ) -> Iterator[tuple[str | Path, int]]:
-    """What to submit: a URL or a JSONL file as it is, or a JSONL of files that have been uploaded.
+    """Give the source to submit, and the number of files and folders that were skipped.
 
-    With it comes how many files and folders were skipped.
-    `given` is what all tasks have. What cannot work is refused before anything is uploaded.
+    The source is the given URL or JSONL file, or a JSONL file of uploaded files. `given` are the fields that
+    all tasks share. Raises InvalidTask before the first upload if the batch cannot work.
     """
     if len(sources) == 1:
         (only,) = sources
@@ -133,7 +136,7 @@ def _source(
             return
     for source in sources:
         if is_batch_url(source) or source.endswith(JSONL_ENDINGS):
-            raise InvalidTask(f"{source!r} is a source by itself: submit it alone")
+            raise InvalidTask(f"{source!r} cannot be combined with other sources: submit it alone")
     field = input_field(given)
     check_files(given)
     unread: set[Path] = set()
@@ -158,23 +161,23 @@ def _source(
 
 
 def _check_new(client: Client, batch_id: str) -> None:
-    """Uploaded anew, the same files are other content: better said before they are."""
+    """Raise InvalidTask if the batch exists: a second upload would give its files new URLs."""
     with suppress(NotFound):
         client.batch(batch_id)
         raise InvalidTask(
-            f"there is a batch {batch_id!r} already, and files can be submitted once under an id: if that is "
-            f"this submission, see `inferq batch status {batch_id} --follow`; else choose another --id",
+            f"batch {batch_id!r} exists already, and an id takes files only once; to follow that batch: "
+            f"inferq batch status {batch_id} --follow; to submit a new one: choose another --id",
             code="id_conflict",
         )
 
 
 def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> None:
-    """Follow a batch to its end, and say how it ended; exit status 1 unless every line has succeeded."""
+    """Follow a batch until it ends, and print its end; exit status 1 unless every line has succeeded."""
     try:
         status = _follow(client, batch_id)
     except KeyboardInterrupt:
         errors.print(
-            f"batch {batch_id} goes on; come back with: inferq batch status {batch_id} --follow",
+            f"batch {batch_id} is still running; to follow it again: inferq batch status {batch_id} --follow",
             markup=False,
             soft_wrap=True,
         )
@@ -218,36 +221,36 @@ def _with_bar(client: Client, batch_id: str) -> BatchStatus:
 
 
 def _with_lines(client: Client, batch_id: str) -> BatchStatus:
-    """Progress for a pipe or a log: a line where the state changes, and every now and then."""
-    said, at = "", 0.0
+    """Progress for a pipe or a log: a line when the state changes, and one every `_LINE_SECONDS`."""
+    printed, at = "", 0.0
     for status in _looks(client, batch_id):
         now = time.monotonic()
-        if status.state != said or now - at >= _LINE_SECONDS:
+        if status.state != printed or now - at >= _LINE_SECONDS:
             counts = status.counts
             done = "/".join("?" if count is None else str(count) for count in (counts.done, counts.total))
             errors.print(
                 f"{status.state} {done} {_note(status)}", markup=False, highlight=False, soft_wrap=True
             )
-            said, at = status.state, now
+            printed, at = status.state, now
     return status
 
 
 def _looks(client: Client, batch_id: str, *, pause: float = _LOOK_SECONDS) -> Iterator[BatchStatus]:
-    """Where the batch stands, on and on until it has ended. A gateway that is away is waited for."""
-    away = False
+    """Poll the batch until it has ended. If the gateway is unavailable, keep polling."""
+    unavailable = False
     while True:
         try:
             status = client.batch(batch_id)
         except Unavailable as error:
-            if not away:
+            if not unavailable:
                 errors.print(
-                    f"{error}; the batch goes on, and is looked at again until the gateway answers",
+                    f"{error}; the batch keeps running; waiting until the gateway answers",
                     markup=False,
                     soft_wrap=True,
                 )
-            away = True
+            unavailable = True
         else:
-            away = False
+            unavailable = False
             yield status
             if status.ended:
                 return
@@ -256,7 +259,7 @@ def _looks(client: Client, batch_id: str, *, pause: float = _LOOK_SECONDS) -> It
 
 def _note(status: BatchStatus) -> str:
     counts = status.counts
-    parts = ["being counted anew" if counts.failed is None else f"{counts.failed} failed"]
+    parts = ["recounting" if counts.failed is None else f"{counts.failed} failed"]
     if counts.invalid:
         parts.append(f"{counts.invalid} invalid")
     if counts.cancelled:
@@ -300,11 +303,11 @@ def _show(status: BatchStatus) -> None:
 @app.command()
 def status(
     batch_id: BatchId,
-    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until its end.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its progress until it ends.")] = False,
     out: Out = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show where a batch stands. With --follow, exit status 1 unless every line has succeeded."""
+    """Show a batch's state and counts. With --follow, exit status 1 unless every line has succeeded."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with Client() as client:
@@ -320,7 +323,7 @@ def status(
 
 @app.command()
 def cancel(batch_id: BatchId, as_json: JsonFlag = False) -> None:
-    """Cancel a batch: nothing queued starts, what runs stops, and its files come then."""
+    """Cancel a batch: queued tasks do not start, running ones stop. Its files are then written."""
     with Client() as client:
         found = client.cancel_batch(batch_id)
     if as_json:
@@ -334,13 +337,13 @@ def cancel(batch_id: BatchId, as_json: JsonFlag = False) -> None:
 def output(
     batch_id: BatchId, out: Annotated[Path | None, typer.Option("--out", help="A file or folder.")] = None
 ) -> None:
-    """Print the results of what succeeded, a JSON object in each line."""
+    """Print the results of the lines that succeeded, one JSON object a line."""
     _file(batch_id, "output", out)
 
 
 @app.command("errors")
 def errors_(batch_id: BatchId, out: Into = None) -> None:
-    """Print what failed, was cancelled or was invalid, a JSON object in each line."""
+    """Print the lines that failed, were cancelled or were invalid, one JSON object a line."""
     _file(batch_id, "errors", out)
 
 
@@ -361,7 +364,8 @@ def _file(batch_id: str, name: Literal["output", "errors"], out: Path | None) ->
 
 @app.command("list")
 def list_(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20, as_json: JsonFlag = False
+    limit: Annotated[int, typer.Option(min=1, help="The most batches to list.")] = 20,
+    as_json: JsonFlag = False,
 ) -> None:
     """List batches, the newest first."""
     with Client() as client:

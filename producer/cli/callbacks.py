@@ -1,4 +1,4 @@
-"""inferq callback: what became of callbacks, and sending them again."""
+"""inferq callback: list callbacks, show their attempts, and send them again."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def list_(
     subject_id: Annotated[
         str | None,
         typer.Argument(
-            metavar="ID", help="The task's id, or with --batch the batch's; without it, all that failed."
+            metavar="ID", help="The task's id, or with --batch the batch's (default: all that failed)."
         ),
     ] = None,
     batch: BatchFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the callbacks of a task or batch, or the newest of all that were given up."""
+    """List the callbacks of a task or batch, or the newest that failed for good."""
     with Client() as client:
         found = (
             client.failed_callbacks()
@@ -80,7 +80,7 @@ def list_(
 def show(
     subject_id: SubjectId,
     callback_id: Annotated[
-        str | None, typer.Argument(metavar="CALLBACK_ID", help="Which, where there are several.")
+        str | None, typer.Argument(metavar="CALLBACK_ID", help="The callback, if there are several.")
     ] = None,
     batch: BatchFlag = False,
     as_json: JsonFlag = False,
@@ -115,7 +115,7 @@ def _chosen(known: Sequence[CallbackRecord], subject: str, callback_id: str | No
             )
             more = ", …" if len(known) > _NAMED else ""
             raise InvalidTask(
-                f"{subject} has {len(known)} callbacks; say which: {newest}{more}", code="several"
+                f"{subject} has {len(known)} callbacks; choose one: {newest}{more}", code="several"
             )
 
 
@@ -123,12 +123,12 @@ def _chosen(known: Sequence[CallbackRecord], subject: str, callback_id: str | No
 def resend(
     subject_id: SubjectId,
     callback_id: Annotated[
-        str | None, typer.Argument(metavar="CALLBACK_ID", help="Without it, all that failed.")
+        str | None, typer.Argument(metavar="CALLBACK_ID", help="The callback (default: all that failed).")
     ] = None,
     batch: BatchFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Send a callback again, under the same webhook-id. Exit status 1 where there is none to send."""
+    """Send a callback again, under the same webhook-id. Exit status 1 if there is none to send."""
     with Client() as client:
         sent = client.resend(subject_id, callback_id, kind=_kind(batch))
     if sent or as_json:

@@ -1,4 +1,4 @@
-"""inferq dead: tasks that could not be done."""
+"""inferq dead: list, redrive and purge dead letters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from inferq.schemas import InvalidTask, get_type
 app = typer.Typer(name="dead", help="List, redrive and purge dead letters.", no_args_is_help=True)
 
 Type = Annotated[str, typer.Argument(metavar="TYPE", help="The task type.")]
-Reason = Annotated[str | None, typer.Option(help="Only those of this reason, e.g. not_an_image.")]
-Since = Annotated[str | None, typer.Option(help="Only those since then: 30m, 12h, 7d, or a date and time.")]
+Reason = Annotated[str | None, typer.Option(help="Only those with this reason, e.g. not_an_image.")]
+Since = Annotated[str | None, typer.Option(help="Only newer ones: 30m, 12h or 7d, or a date and time.")]
 TaskId = Annotated[str | None, typer.Option("--id", help="Only this task.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The most dead letters to take.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the selected dead letters; change nothing.")]
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -29,7 +29,9 @@ def _moment(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise InvalidTask(f"--since {text!r} is neither a span such as 12h nor a date and time") from error
+        raise InvalidTask(
+            f"--since {text!r} is neither a span nor a date and time; write 12h or 2026-11-25T01:30"
+        ) from error
     return moment if moment.tzinfo else moment.astimezone()
 
 
@@ -79,7 +81,7 @@ def list_(
 
 @app.command()
 def show(task_type: Type, task_id: Annotated[str, typer.Argument(metavar="TASK_ID")]) -> None:
-    """Print one task's dead letters whole, message and headers included, as JSON."""
+    """Print one task's dead letters as JSON, with their messages and headers."""
     with _letters(task_type) as letters:
         found = letters.read(Filter(task_id=task_id))
     if not found:
@@ -107,7 +109,7 @@ def redrive(
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Send dead letters back to work, as first attempts."""
+    """Queue dead letters again, as first attempts."""
     wanted = _filter(reason, since, task_id, limit)
     with _letters(task_type) as letters:
         found = letters.read(wanted) if dry_run else letters.redrive(wanted)
@@ -127,10 +129,10 @@ def purge(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Throw dead letters away; their failures stay on record."""
+    """Delete dead letters. The results of their tasks stay."""
     wanted = _filter(reason, since, task_id, limit)
     if not dry_run and not yes:
-        typer.confirm("Throw these dead letters away for good?", abort=True, err=True)
+        typer.confirm("Delete these dead letters for good?", abort=True, err=True)
     with _letters(task_type) as letters:
         found = letters.read(wanted) if dry_run else letters.purge(wanted)
     _print(found, as_json)

@@ -1,4 +1,4 @@
-"""The files that a batch is made of: found in folders and by globs, and uploaded."""
+"""Finds the files of a batch in folders and by globs, and uploads them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from inferq.producer.client.sync_client import Client
 from inferq.schemas import InferqError, InvalidTask
 
 _UPLOADS = 8
-"""Files of a folder that are uploaded at a time."""
+"""The most uploads at a time."""
 
 
 def files_of(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
-    """The files of folders (with what lies below them) and globs, each source in the order of its names.
+    """The files of folders (with their subfolders) and globs; the files of each source are sorted by name.
 
-    A file is given once, whatever links and sources lead to it. Folders that cannot be read are told, and
-    added to `unread`.
+    A file appears once, even if several links or sources lead to it. Unreadable folders are printed, and added
+    to `unread`. Raises InvalidTask if a source matches nothing.
     """
     seen: set[str] = set()
     for source in sources:
@@ -37,9 +37,7 @@ def files_of(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
         else:
             found = sorted(_matches(Path(), path.parts, unread))
             if not found:
-                raise InvalidTask(
-                    f"{source!r} is no file, folder or glob of any here", code="input_not_found"
-                )
+                raise InvalidTask(f"{source!r} matches no file or folder", code="input_not_found")
         for file in found:
             real = os.path.realpath(file)
             if real not in seen and _is_file(file):
@@ -48,9 +46,10 @@ def files_of(sources: Sequence[str], unread: set[Path]) -> Iterator[Path]:
 
 
 def _matches(folder: Path, parts: Sequence[str], unread: set[Path]) -> Iterator[Path]:
-    """What matches the parts of a glob in a folder; `**` follows no links, and at the end is all below.
+    """The paths in a folder that match the parts of a glob.
 
-    The standard library's globs pass over what they cannot read without a word.
+    `**` follows no links; as the last part it matches everything below. The standard library's globs would skip
+    unreadable folders silently.
     """
     part, *rest = parts
     if not glob.has_magic(part):
@@ -79,26 +78,26 @@ def _entries(folder: Path, unread: set[Path]) -> Sequence[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except (FileNotFoundError, NotADirectoryError):  # a glob tries whatever its first parts match
+    except (FileNotFoundError, NotADirectoryError):  # a glob's first parts may match a file
         return []
     except OSError as error:
         if folder not in unread:
             unread.add(folder)
-            _tell_skipped(folder, error.strerror or str(error))
+            _print_skipped(folder, error.strerror or str(error))
         return []
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # uploading it says what is wrong
+    except OSError:  # its upload gives the reason
         return True
 
 
 def uploaded(client: Client, first: Path, rest: Iterator[Path]) -> Iterator[tuple[Path, str | None]]:
-    """The files with the URLs that their uploads have, in order; some are on their way at a time.
+    """Upload files, `_UPLOADS` at a time; gives each file with its URL, in order.
 
-    A file that cannot be uploaded is told, and has None.
+    A file that cannot be uploaded is printed, and its URL is None.
     """
 
     def begin(path: Path) -> tuple[Path, Future[str]]:
@@ -130,7 +129,7 @@ def _upload(client: Client, path: Path) -> str:
 
 
 def _url_of(path: Path, uploading: Future[str]) -> tuple[Path, str | None]:
-    """The file with its URL, or None where it is the file itself that cannot be uploaded."""
+    """The file with its URL; None if the file is at fault. Other faults are raised: they concern all files."""
     try:
         return path, uploading.result()
     except (InvalidRequest, InvalidTask) as error:
@@ -138,12 +137,12 @@ def _url_of(path: Path, uploading: Future[str]) -> tuple[Path, str | None]:
     except OSError as error:
         reason = error.strerror or str(error)
     except Unauthorized:
-        raise  # whatever the file
+        raise  # it concerns all files
     except ApiError as error:
         raise InferqError(f"{path}: {error.message}", code=error.code) from error
-    _tell_skipped(path, reason)
+    _print_skipped(path, reason)
     return path, None
 
 
-def _tell_skipped(path: Path, reason: str) -> None:
+def _print_skipped(path: Path, reason: str) -> None:
     errors.print(f"skipped {path}: {reason}", markup=False, highlight=False, soft_wrap=True)

@@ -22,14 +22,16 @@ def _keys(file: Path | None) -> KeyFile:
 
 @app.command()
 def add(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose tasks the key may see and submit.")],
-    name: Annotated[str, typer.Option(help="A note of what the key is for.")] = "",
+    tenant: Annotated[
+        str, typer.Argument(metavar="TENANT", help="The tenant whose tasks the key may see and submit.")
+    ],
+    name: Annotated[str, typer.Option(help="A note on the key's purpose.")] = "",
     file: File = None,
 ) -> None:
-    """Make a key and print it, this once; the file keeps no more than its hash."""
+    """Make a key and print it once; the file keeps only its hash."""
     kept = file or GatewaySettings.load().api_keys_file
     console.print(KeyFile(kept).add(tenant, name=name), markup=False, highlight=False, soft_wrap=True)
-    errors.print(f"its hash is in {kept}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"the key's hash is in {kept}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -46,5 +48,5 @@ def list_(file: File = None, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def remove(key_id: Annotated[str, typer.Argument(metavar="KEY_ID")], file: File = None) -> None:
-    """Make a key worthless, at once."""
+    """Remove a key; the gateway refuses it from then on."""
     _keys(file).remove(key_id)

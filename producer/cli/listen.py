@@ -1,4 +1,4 @@
-"""inferq listen: see the callbacks come."""
+"""inferq listen: receive callbacks, verify and print them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def listen(
     secret: Annotated[
         list[str] | None,
         typer.Option(
-            help="whsec_… to verify with (default: INFERQ_WEBHOOK_SECRET, else the file of secrets)."
+            help="A whsec_… secret to verify with (default: INFERQ_WEBHOOK_SECRET, or the file of secrets)."
         ),
     ] = None,
-    fail: Annotated[int, typer.Option(min=0, help="Fail so many callbacks first, to see them repeated.")] = 0,
-    status: Annotated[int, typer.Option(min=200, max=599, help="What those are answered.")] = 500,
+    fail: Annotated[int, typer.Option(min=0, help="Fail this many callbacks first, to see the retries.")] = 0,
+    status: Annotated[int, typer.Option(min=200, max=599, help="The HTTP status of those failures.")] = 500,
     as_json: JsonFlag = False,
 ) -> None:
     """Receive callbacks and verify them, until Ctrl-C. Prints a line for each, and checks its signature."""
@@ -38,7 +38,7 @@ def listen(
         from inferq.producer.cli.listener import Heard, Listener, check_secret
     except ImportError as error:
         raise InstallationError(
-            f"listening needs packages that are not installed ({error}); pip install 'inferq[jobs]'"
+            f"listening needs packages that are not installed ({error}); run: pip install 'inferq[jobs]'"
         ) from error
 
     setting = ListenSettings.load().webhook_secret
@@ -63,9 +63,9 @@ def listen(
             word = "verified" if heard.verified else f"NOT VERIFIED ({heard.fault})"
             # A batch's end and a night's summary have no sequence.
             number = "" if heard.sequence is None else f" #{heard.sequence}"
-            told = "" if heard.answered < 300 else f", answered {heard.answered}"
-            line = f"{heard.type} {heard.subject_id}{number} {word}{told} {heard.webhook_id}"
-            # Anyone may have sent it: a line feed would begin a line that says "verified".
+            answer = "" if heard.answered < 300 else f", answered {heard.answered}"
+            line = f"{heard.type} {heard.subject_id}{number} {word}{answer} {heard.webhook_id}"
+            # Anyone may have sent it: a line feed in it could forge a line that says "verified".
             console.print(Text(harmless(line, keep="")), soft_wrap=True)
 
     listener = Listener(show, secrets=secrets, host=host, port=port, fail=fail, status=status)

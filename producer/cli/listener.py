@@ -1,4 +1,4 @@
-"""A small receiver of callbacks, for development: it verifies signatures and hands on what it got."""
+"""A small receiver of callbacks, for development: it verifies each signature and passes the callback on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IDLE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Heard:
-    """A callback that came. `fault` says why its signature does not hold; None where it does."""
+    """A received callback. `fault` says why its signature is invalid; None if it is valid."""
 
     webhook_id: str
     type: str
@@ -36,7 +36,7 @@ class Heard:
 
 
 def fault_of(body: bytes, headers: dict[str, str], secrets: Sequence[str]) -> str | None:
-    """Why none of the secrets has signed this, or None where one has."""
+    """Why the signature is invalid; None if one of the secrets made it."""
     if not secrets:
         return "no secret to verify it with"
     faults = []
@@ -44,17 +44,18 @@ def fault_of(body: bytes, headers: dict[str, str], secrets: Sequence[str]) -> st
         try:
             Webhook(secret).verify(body, headers, json_parse=False)
         except (WebhookVerificationError, ValueError) as error:
-            # The library's parser trips over headers that are not of the form: that is a refusal, too.
-            faults.append(str(error) or "it cannot be read")
+            # The library raises ValueError for malformed headers.
+            faults.append(str(error) or "its signature cannot be read")
         else:
             return None
     return faults[0]
 
 
 class Listener:
-    """Listens at `host`:`port`; port 0 takes a free one. `heard` is called for each callback, on its thread.
+    """Listens at `host`:`port`; port 0 takes a free one. It calls `heard` for each callback, on its thread.
 
-    The first `fail` requests are answered with `status`; what does not verify, with 401.
+    It answers the first `fail` callbacks with `status`, and those with an invalid signature with 401. Raises
+    InstallationError if it cannot listen there.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Listener:
         return f"http://{host}:{self.port}/"
 
     def serve(self) -> None:
-        """Listen until `close` is called from another thread, or an exception comes (Ctrl-C)."""
+        """Listen until another thread calls `close`, or an exception such as Ctrl-C ends it."""
         self._server.serve_forever(0.1)
 
     def close(self) -> None:
@@ -141,11 +142,11 @@ def _heard(body: bytes, headers: dict[str, str], fault: str | None, answered: in
 
 
 def check_secret(secret: str) -> str:
-    """The secret itself. Raises InferqError (`bad_secret`) where it is none."""
+    """Give the secret back. Raises InferqError (`bad_secret`) if it is malformed."""
     try:
         Webhook(secret)
     except (ValueError, RuntimeError, EmptyWebhookSecretError) as error:
         raise InferqError(
-            "the secret is not whsec_ and base64; print one with: inferq secrets show", code="bad_secret"
+            "a secret must be whsec_ and base64; to print a valid one: inferq secrets show", code="bad_secret"
         ) from error
     return secret

@@ -1,4 +1,4 @@
-"""inferq nightly: what runs by night, and when; inferq beat: what starts it."""
+"""inferq nightly: check, list and start nightly runs; inferq beat: start them when they are due."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ app = typer.Typer()
 nightly = typer.Typer(no_args_is_help=True)
 app.add_typer(nightly, name="nightly", help="Check, list and start nightly runs.")
 
-File = Annotated[Path | None, typer.Option("--file", help="The schedules (INFERQ_SCHEDULES_FILE).")]
+File = Annotated[
+    Path | None, typer.Option("--file", help="The file of schedules (default: INFERQ_SCHEDULES_FILE).")
+]
 
 _SHOWN = 5
 _YEAR = timedelta(days=366)
@@ -34,12 +36,12 @@ _COUNTS = ("total", "succeeded", "failed", "invalid")
 
 
 def _read(file: Path | None) -> dict[str, Schedule]:
-    # `inferq --help` loads this module, also where schedules are not installed.
+    # `inferq nightly --help` works even if the packages for schedules are not installed.
     try:
         from inferq.producer.nightly import read_schedules
     except ImportError as error:
         raise InstallationError(
-            f"schedules cannot be read: {error}; install its packages: pip install 'inferq[jobs]'"
+            f"schedules need packages that are not installed ({error}); run: pip install 'inferq[jobs]'"
         ) from error
     return read_schedules(_path(file))
 
@@ -56,7 +58,7 @@ def _publisher(name: str) -> Publisher:
 
 @nightly.command()
 def check(file: File = None, as_json: JsonFlag = False) -> None:
-    """See that the schedules are in order and their sources can be read. Exit status 1 where not."""
+    """Check that the schedules are valid and their sources can be read. Exit status 1 if one fails."""
     schedules = _read(file)
     now = datetime.now(UTC)
     found = [_checked(schedule, now) for schedule in schedules.values()]
@@ -69,7 +71,7 @@ def check(file: File = None, as_json: JsonFlag = False) -> None:
                 console.print(f"  {start['local']}   {start['utc']}", markup=False, highlight=False)
             console.print(f"  source: {facts['source']}", markup=False, highlight=False, soft_wrap=True)
         if not found:
-            console.print(f"{_path(file)} names no schedules", markup=False, soft_wrap=True)
+            console.print(f"{_path(file)} has no schedules", markup=False, soft_wrap=True)
     faults = [facts for facts in found if not facts["ok"]]
     for facts in faults:
         complain(f"{facts['name']}: {facts['source']}")
@@ -88,7 +90,7 @@ def _checked(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 
 def _source(schedule: Schedule) -> tuple[bool, str]:
-    """Whether the source can be read now, in words."""
+    """Whether the source can be read now, and the explanation."""
     from inferq.schemas.batch_source import JSONL_ENDINGS
     from inferq.schemas.s3_url import split_s3_prefix
     from inferq.storage.batches.sources import Sources
@@ -101,17 +103,17 @@ def _source(schedule: Schedule) -> tuple[bool, str]:
     except InferqError as error:
         return False, error.message
     if schedule.source.endswith(JSONL_ENDINGS):
-        # Of all keys that begin with its own a file's comes first.
+        # A file's key comes before all other keys that begin with it.
         if first is None or first.key != split_s3_prefix(schedule.source)[1]:
-            return False, f"there is no {schedule.source}, or it is empty: upload it first, or correct it"
+            return False, f"there is no {schedule.source}, or it is empty; upload it, or correct the schedule"
     elif first is None:
-        return True, f"{schedule.source} can be read; there is nothing in it now"
+        return True, f"{schedule.source} can be read; it is empty now"
     return True, f"{schedule.source} can be read"
 
 
 @nightly.command("list")
 def list_(file: File = None, as_json: JsonFlag = False) -> None:
-    """List the schedules: when each starts next, and what became of its last run and its tasks."""
+    """List the schedules, with their next start, their last run and its tasks."""
     now = datetime.now(UTC)
     rows = [_facts(schedule, now) for schedule in _read(file).values()]
     if as_json:
@@ -132,7 +134,7 @@ def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
     state, counts = None, CountsNow()
     if last is not None:
         taken = log.taken(last.run_id)
-        # The batch of that id may be another's, and then says nothing of the run.
+        # A start that failed made no batch; a batch with this id is another one.
         if taken is not None and taken.error is not None:
             state = f"failed: {taken.error}"
         else:
@@ -147,7 +149,7 @@ def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
 
 
 def _standing(settings: StorageSettings, batches: BatchStore, run: Run) -> tuple[str, CountsNow]:
-    """Where a run stands, in words, and how many of its tasks are where, as far as that is known."""
+    """A run's state in words, and the counts of its tasks as far as they are known."""
     from inferq.storage import BatchIndex, StatusIndex
 
     tenant = run.schedule.tenant
@@ -162,14 +164,14 @@ def _standing(settings: StorageSettings, batches: BatchStore, run: Run) -> tuple
     try:
         standing = BatchIndex(StatusIndex.from_settings(settings)).look(tenant, run.run_id)
     except StatusOutage:
-        return "not ended; Redis, which knows more, is away", CountsNow()
+        return "not ended; Redis, which holds the details, is unavailable", CountsNow()
     if standing is None:
         return "starting", CountsNow()
     state = standing.state or "starting"
     window = run.schedule.feeding_window
     if state == "paused" and window is not None:
         state += f": until {window.start} {window.time_zone}"
-    # Counts that are made anew are not right yet.
+    # During a recount only the total is right.
     return state, standing.counts if standing.known else CountsNow(total=standing.counts.total)
 
 
@@ -178,24 +180,26 @@ def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The schedule.")],
     at: Annotated[
         str | None,
-        typer.Option(help="A start that was missed, e.g. 2026-11-25T01:30+01:00 (default: now)."),
+        typer.Option(help="The time of a missed run, e.g. 2026-11-25T01:30+01:00 (default: now)."),
     ] = None,
     file: File = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Start a schedule's run now. With a time of its cron, the run of that time, if it has not ended."""
+    """Start a schedule's run now, or with --at the run of an earlier time, unless it has ended."""
     from inferq.schemas.schedule import run_id_of
 
     schedules = _read(file)
     if name not in schedules:
         known = ", ".join(schedules) or "none"
-        raise InvalidTask(f"there is no schedule {name!r}; there are: {known}", code="unknown_schedule")
+        raise InvalidTask(f"there is no schedule {name!r}; known schedules: {known}", code="unknown_schedule")
     schedule = schedules[name]
     now = datetime.now(UTC).replace(microsecond=0)
     moment = _moment(at, schedule) if at else now
     if moment > now:
-        # Under that id beat would find it started, and that night would be this one.
-        raise InvalidTask(f"--at {at!r} is yet to come: inferq beat starts that run; leave --at out for now")
+        # Beat would find a run of this id and not start it at its time.
+        raise InvalidTask(
+            f"--at {at!r} is in the future: inferq beat starts that run; leave out --at to start one now"
+        )
     if at:
         _check_due(schedule, moment)
     run_id = run_id_of(name, moment)
@@ -210,9 +214,9 @@ def run(
         return
     match before:
         case "ended":
-            line = f"{run_id} was started before, and has ended: nothing is done"
+            line = f"{run_id} has ended already; nothing was started"
         case "begun":
-            line = f"{run_id} was started before: it goes on, and does nothing twice"
+            line = f"{run_id} was started before; it continues, and repeats no task"
         case None:
             line = f"{'queued' if wait else 'started'} {run_id}"
     if window is not None and wait:
@@ -221,7 +225,7 @@ def run(
 
 
 def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None:
-    """What became of an earlier start of a run."""
+    """The state of a run that was started before; None if it was not."""
     from inferq.storage.runs import RunLog
 
     store = open_store(StorageSettings.load())
@@ -233,9 +237,9 @@ def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None
 def _send(schedule: Schedule, moment: datetime) -> None:
     from inferq.producer.nightly.beat import start_message
 
-    # A publisher tries on for a while, where a person is to hear at once what stands in the way.
+    # A publisher keeps retrying for a while; this shows an unavailable broker to the user at once.
     connect(BrokerSettings.load(), name="nightly").close()
-    logging.getLogger("inferq.broker").addHandler(logging.NullHandler())  # what it raises is told, once
+    logging.getLogger("inferq.broker").addHandler(logging.NullHandler())  # main prints the error, once
     publisher = _publisher("nightly")
     try:
         publisher.publish(start_message(schedule, moment)).result()
@@ -245,23 +249,23 @@ def _send(schedule: Schedule, moment: datetime) -> None:
 
 def _moment(text: str, schedule: Schedule) -> datetime:
     try:
-        # A run's id has no microseconds, and the same id is the same run.
+        # A run's id has no microseconds: without them, equal ids have equal times.
         moment = datetime.fromisoformat(text).replace(microsecond=0)
         if moment.tzinfo is None:
             return moment_of(moment, ZoneInfo(schedule.time_zone))
         return moment.astimezone(UTC)
     except (ValueError, OverflowError) as error:  # in UTC it may lie outside the years 1 to 9999
-        raise InvalidTask(f"--at {text!r} is no date and time; write 2026-11-25T01:30+01:00") from error
+        raise InvalidTask(f"--at {text!r} is not a date and time; write 2026-11-25T01:30+01:00") from error
 
 
 def _check_due(schedule: Schedule, moment: datetime) -> None:
-    """Raises InvalidTask for what is no time of the cron: mistyped, it would be a run of its own."""
+    """Raise InvalidTask if the cron has no such time: a mistyped time would start an extra run."""
     due = schedule.times.latest(moment - _YEAR, moment)
     if due != moment:
-        before = "" if due is None else f", the one before it is {_local(schedule, due)}"
+        before = "" if due is None else f"; the time before it is {_local(schedule, due)}"
         raise InvalidTask(
-            f"--at {_local(schedule, moment)} is no time of the cron {schedule.cron!r}{before}; "
-            "leave --at out to start a run now"
+            f"--at {_local(schedule, moment)} is not a time of the cron {schedule.cron!r}{before}; "
+            "leave out --at to start a run now"
         )
 
 
@@ -273,10 +277,10 @@ def _local(schedule: Schedule, moment: datetime) -> str:
 def beat(
     file: File = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only see that settings and schedules are in order, and end.")
+        bool, typer.Option("--check", help="Check the settings and the schedules, then exit.")
     ] = False,
 ) -> None:
-    """Start nightly runs when they are due, until SIGTERM. Reads the schedules anew when they change."""
+    """Start nightly runs when they are due, until SIGTERM. Rereads the schedules when they change."""
     schedules = _read(file)
 
     from inferq.broker.celery_app import celery_app
@@ -296,10 +300,10 @@ def beat(
     def publish(message: Message) -> None:
         publisher.publish(message).result()
 
-    heart = Beat(path, store, publish, schedules)
+    runner = Beat(path, store, publish, schedules)
     if settings.probe_port is not None:
-        serve_probes(settings.probe_host, settings.probe_port, lambda: heart.state)
+        serve_probes(settings.probe_host, settings.probe_port, lambda: runner.state)
     try:
-        keep_beating(celery_app(broker), heart)
+        keep_beating(celery_app(broker), runner)
     finally:
         publisher.close()

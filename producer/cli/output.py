@@ -23,16 +23,16 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def harmless(text: str, *, keep: str = "\n\t") -> str:
-    """The text with its control characters as JSON escapes them, but for those in `keep`.
+    """The text with its control characters escaped as in JSON, except those in `keep`.
 
-    Much of what is printed others have written, and a terminal obeys what it is shown. Lone surrogates, which
-    are what Python makes of a file's name that is not UTF-8, could not be printed at all.
+    Much of the text comes from others, and a terminal executes control sequences. Lone surrogates, which
+    Python puts into file names that are not UTF-8, cannot be printed at all.
     """
     return _CONTROL.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
 class _Harmless(Console):
-    """A console through which no text reaches the terminal as a command, whatever it stands in."""
+    """A console that escapes control characters in all text, so that the terminal executes none."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -43,11 +43,11 @@ console: Console = _Harmless()
 errors: Console = _Harmless(stderr=True)
 
 _PIPE_WIDTH = 10_000
-"""Columns of a table that no person looks at: nothing is folded there."""
+"""The width in columns of a table that goes to a pipe: wide enough that nothing is folded."""
 
 
 def print_json(value: Any) -> None:
-    """One JSON document, as it is: never coloured, wrapped or shortened."""
+    """Print one JSON document without colours, wrapping or shortening."""
     sys.stdout.write(harmless(json.dumps(_plain(value), ensure_ascii=False, indent=2)) + "\n")
 
 
@@ -60,14 +60,14 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table without lines, so that it can be copied and cut; times are local. An empty one is `none`."""
+    """Print a table without lines, easy to copy and cut. Times are local; an empty table is `none`."""
     lines = [[_cell(value) for value in row] for row in rows]
     if not lines:
         console.print("none")
         return
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
-        # What stands first is an id or a name, which has to be copied in one piece.
+        # The first column is an id or a name, which must be easy to copy.
         table.add_column(column, overflow="fold", no_wrap=number == 0)
     for line in lines:
         table.add_row(*line)
@@ -76,7 +76,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 def print_records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table or, where a person's terminal is too narrow for it, each row as a table of its fields."""
+    """Print a table; on a terminal that is too narrow, print each row as a table of its fields."""
     lines = list(rows)
     cells = [[_cell(value).plain for value in line] for line in lines]
     needed = sum(1 + max(map(cell_len, column)) for column in zip(columns, *cells, strict=True))
@@ -90,13 +90,13 @@ def print_records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> N
 
 
 def _cell(value: object) -> Text:
-    """As text: what stands in brackets would be taken for a style. Harmless here: for the cell's width."""
+    """A cell as Text, because rich reads brackets in a str as a style. Escaped, so that its width is right."""
     if isinstance(value, datetime):
         return Text(f"{value.astimezone():%Y-%m-%d %H:%M:%S}")
     return Text("" if value is None else harmless(str(value)))
 
 
 def complain(error: BaseException | str) -> None:
-    """Tell an error on standard error."""
+    """Print an error on standard error."""
     errors.print("error:", style="bold red", end=" ")
     errors.print(str(error), markup=False, highlight=False, soft_wrap=True)

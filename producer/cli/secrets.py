@@ -1,4 +1,4 @@
-"""inferq secrets: what callbacks are signed with."""
+"""inferq secrets: the secrets that sign callbacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(name="secrets", help="Rotate the secrets that sign callbacks."
 File = Annotated[
     Path | None, typer.Option("--file", help="The file of secrets (default: INFERQ_WEBHOOK_SECRETS_FILE).")
 ]
-Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="Whose callbacks it signs.")]
+Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant whose callbacks it signs.")]
 
 
 def _secrets(file: Path | None) -> WebhookSecrets:
@@ -28,11 +28,11 @@ def _secrets(file: Path | None) -> WebhookSecrets:
 def rotate(
     tenant: Tenant = "default",
     keep: Annotated[
-        float, typer.Option(min=0, help="Seconds that the secrets of before stay valid beside it.")
+        float, typer.Option(min=0, help="Seconds that the earlier secrets stay valid.")
     ] = KEEP_SECONDS,
     file: File = None,
 ) -> None:
-    """Make a new secret and print it. Callbacks are signed with the one of before, too, for a while."""
+    """Make a new secret and print it. The earlier secrets sign callbacks, too, until they expire."""
     made = _secrets(file).rotate(tenant, keep=keep)
     console.print(made.secret.get_secret_value(), markup=False, highlight=False, soft_wrap=True)
 
@@ -72,5 +72,5 @@ def show(tenant: Tenant = "default", file: File = None) -> None:
 
 @app.command()
 def revoke(secret_id: Annotated[str, typer.Argument(metavar="SECRET_ID")], file: File = None) -> None:
-    """Take a secret away at once: nothing is signed with it any more."""
+    """Revoke a secret at once: it signs no more callbacks."""
     _secrets(file).revoke(secret_id)

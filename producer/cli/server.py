@@ -19,7 +19,7 @@ def gateway(
     host: Annotated[str | None, typer.Option(help="Address to listen on (INFERQ_GATEWAY_HOST).")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (INFERQ_GATEWAY_PORT).")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
+        bool, typer.Option("--check", help="Check the settings and the installation, then exit.")
     ] = False,
 ) -> None:
     """Serve the HTTP interface, until SIGTERM."""

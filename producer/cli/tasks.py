@@ -1,4 +1,4 @@
-"""inferq submit, status, result, cancel, list: what a user does with tasks, through the gateway."""
+"""inferq submit, status, result, cancel and list: a user's tasks, through the gateway."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from inferq.schemas import InvalidTask, Priority, Result, State, TaskStatus, get
 app = typer.Typer()
 
 _LABEL_CHARACTERS = 60
-"""The most that is shown of an input, which may be a long text."""
+"""The most characters shown of an input, which may be a long text."""
 
 _SET_OTHERWISE = {
     "task_id": "--id",
@@ -29,11 +29,12 @@ _SET_OTHERWISE = {
     "priority": "--priority",
     "callback_url": "--callback",
 }
-"""Fields that have a place of their own on the command line."""
+"""Fields with an argument or option of their own."""
 
 TaskId = Annotated[str, typer.Argument(metavar="ID")]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Wait, and save results and artifacts below this folder.")
+    Path | None,
+    typer.Option("--out", help="Wait for the end, and save results and artifacts below this folder."),
 ]
 
 
@@ -47,32 +48,34 @@ def submit(
         list[str] | None, typer.Option("--set", metavar="K=V", help="A field or an option of the task.")
     ] = None,
     priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
-    task_id: Annotated[str | None, typer.Option("--id", help="An id of your own, for a single task.")] = None,
-    callback: Annotated[str | None, typer.Option(metavar="URL", help="Where to notify of the end.")] = None,
+    task_id: Annotated[str | None, typer.Option("--id", help="Your own id, for a single task.")] = None,
+    callback: Annotated[
+        str | None, typer.Option(metavar="URL", help="A URL to notify when a task ends.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and print the result.")] = False,
     out: Out = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Submit tasks; files among the inputs are uploaded. Exit status 1 if a task fails.
 
-    --set takes a field of the task or, where there is no such field, one of its options; the value is read
-    as JSON, else as text:  inferq submit ocr page.png --set annotated=true --wait
+    --set takes a field of the task or, if the task has no such field, one of its options. The value is read
+    as JSON, or else as text:  inferq submit ocr page.png --set annotated=true --wait
     """
     chosen = get_type(task_type)
     if priority not in get_args(Priority):
-        raise InvalidTask(f"--priority {priority!r} is none of {', '.join(get_args(Priority))}")
+        raise InvalidTask(f"--priority {priority!r} is not one of {', '.join(get_args(Priority))}")
     fields = parse_assignments(chosen, assignments or [])
     for name in _SET_OTHERWISE.keys() & fields:
         raise InvalidTask(f"--set {name}: give {_SET_OTHERWISE[name]} instead")
     bundles = bundle(chosen, inputs or [], given=fields)
     if task_id is not None and len(bundles) > 1:
-        raise InvalidTask(f"--id names one task, and these inputs make {len(bundles)}")
+        raise InvalidTask(f"--id names one task, but these inputs make {len(bundles)} tasks; leave out --id")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # while there is nothing to lose yet
-    told_at_once = not (wait or out or as_json)
+        out.mkdir(parents=True, exist_ok=True)  # before the upload, so that an error costs nothing
+    printed_at_once = not (wait or out or as_json)
     submitted: list[TaskStatus] = []
     labels: dict[str, str] = {}
-    with Client() as client, _told_if_cut_short({} if told_at_once else labels):
+    with Client() as client, _accepted_printed_on_error({} if printed_at_once else labels):
         for parts in bundles:
             options, rest = _split(fields | {name: part.value(client) for name, part in parts.items()})
             submitted.append(
@@ -86,7 +89,7 @@ def submit(
                 )
             )
             labels[submitted[-1].task_id] = " ".join(part.text for part in parts.values())
-            if told_at_once:
+            if printed_at_once:
                 console.print(submitted[-1].task_id, markup=False, highlight=False)
         if wait or out:
             _finish(client, labels, out, as_json)
@@ -95,16 +98,16 @@ def submit(
 
 
 @contextmanager
-def _told_if_cut_short(accepted: Mapping[str, object]) -> Iterator[None]:
-    """Tells the ids of what has been accepted when an error or Ctrl-C comes after that: it goes on."""
+def _accepted_printed_on_error(accepted: Mapping[str, object]) -> Iterator[None]:
+    """If an error or Ctrl-C ends the block, print the ids of the accepted tasks: they still run."""
     try:
         yield
-    except typer.Exit:  # nothing was cut short: this is how failed tasks are told
+    except typer.Exit:  # all tasks have ended; this reports that one failed
         raise
     except BaseException:
         if accepted:
             errors.print(
-                f"accepted before that, and going on: {' '.join(accepted)}",
+                f"accepted already, and still running: {' '.join(accepted)}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
@@ -119,7 +122,7 @@ def _split(fields: dict[str, JsonValue]) -> tuple[dict[str, JsonValue] | None, d
 
 
 def _finish(client: Client, labels: Mapping[str, str], out: Path | None, as_json: bool) -> None:
-    """Wait for tasks; `labels` says of each id which inputs it was given."""
+    """Wait for tasks, and print their results. `labels` gives the inputs of each id."""
     results: list[Result] = []
     try:
         for task_id, label in labels.items():
@@ -128,7 +131,7 @@ def _finish(client: Client, labels: Mapping[str, str], out: Path | None, as_json
             results.append(result)
             if out is not None:
                 _save(client, result, out)
-    finally:  # an error at one of them must not cost those that are there
+    finally:  # print the results so far even if one task raises
         if as_json:
             print_json(results)
         else:
@@ -139,7 +142,7 @@ def _finish(client: Client, labels: Mapping[str, str], out: Path | None, as_json
 
 
 def _follow(client: Client, task_id: str, label: str) -> None:
-    """Show the task's progress until its end; on standard error, and only where a person sees it."""
+    """Show the task's progress until it ends, on standard error and only if that is a terminal."""
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -161,7 +164,7 @@ def _short(label: str) -> str:
 
 
 def _save(client: Client, result: Result, out: Path) -> None:
-    folder = out / result.task_id.replace("..", "%2E%2E")  # an id may be nothing but dots
+    folder = out / result.task_id.replace("..", "%2E%2E")  # an id may consist of dots alone
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(result.model_dump_json(indent=2, exclude_none=True), "utf-8")
     for artifact in result.artifacts:
@@ -231,18 +234,18 @@ def list_(
     task_type: Annotated[str | None, typer.Option("--type", help="Only this type.")] = None,
     state: Annotated[str | None, typer.Option("--status", help="Only in this state.")] = None,
     batch_id: Annotated[str | None, typer.Option("--batch", help="Only of this batch.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="The most tasks to list.")] = 20,
     as_json: JsonFlag = False,
 ) -> None:
     """List tasks, the newest first."""
     if state is not None and state not in get_args(State):
-        raise InvalidTask(f"--status {state!r} is none of {', '.join(get_args(State))}")
+        raise InvalidTask(f"--status {state!r} is not one of {', '.join(get_args(State))}")
     with Client() as client:
         pages = client.list(task_type=task_type, status=state, batch_id=batch_id)  # type: ignore[arg-type]
         found = list(_first(pages, limit))
     if batch_id is not None:
         errors.print(
-            "of a batch's lines only those in a worker's hands are listed; what has ended: "
+            "only the running tasks of a batch are listed; for those that ended: "
             f"inferq batch output {batch_id}, inferq batch errors {batch_id}",
             markup=False,
             soft_wrap=True,

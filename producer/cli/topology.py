@@ -52,7 +52,7 @@ def _connection() -> Iterator[pika.BlockingConnection]:
 
 @app.command()
 def show(types: Types = None, as_json: JsonFlag = False) -> None:
-    """Print what inferq needs on a broker; asks no broker."""
+    """Print the exchanges and queues that inferq needs, without a broker."""
     wanted = _topology(types)
     if as_json:
         print_json([{"declare": method, **arguments} for method, arguments in wanted.declarations()])
@@ -73,18 +73,18 @@ def _arguments(arguments: dict[str, object]) -> str:
 
 @app.command()
 def apply(types: Types = None) -> None:
-    """Declare on the broker whatever is missing."""
+    """Declare the missing exchanges, queues and bindings on the broker."""
     wanted = _topology(types)
     with _connection() as connection:
         wanted.apply(connection.channel())
-    console.print(f"{len(wanted.exchanges)} exchanges, {len(wanted.queues)} queues: as they should be")
+    console.print(f"{len(wanted.exchanges)} exchanges and {len(wanted.queues)} queues are in place")
 
 
 @app.command()
 def check(types: Types = None, as_json: JsonFlag = False) -> None:
-    """Compare the broker with what inferq needs; changes nothing. Exit status 1 where it differs.
+    """Compare the broker with the topology that inferq needs. Exit status 1 if it differs.
 
-    Bindings are not compared, because AMQP cannot be asked for them; `apply` makes them.
+    It changes nothing. It does not compare bindings, because AMQP cannot list them; `apply` makes them.
     """
     wanted = _topology(types)
     with _connection() as connection:

@@ -21,7 +21,7 @@ from inferq.schemas import InferqError
 if TYPE_CHECKING:
     from inferq.producer.up.supervisor import Report
 
-Data = Annotated[Path, typer.Option("--data", help="The folder where everything is kept between runs.")]
+Data = Annotated[Path, typer.Option("--data", help="The folder that keeps all data between runs.")]
 
 app = typer.Typer()
 
@@ -34,14 +34,14 @@ def up(
     ] = 8000,
     types: Annotated[
         str | None,
-        typer.Option(help="Task types to start a worker for, separated by commas; all installed ones."),
+        typer.Option(help="Task types to start a worker for, separated by commas (default: all)."),
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once everything is ready; `inferq down` stops it.")
     ] = False,
 ) -> None:
     """Start everything here, with a private RabbitMQ and Redis."""
-    # `inferq down` needs nothing of this.
+    # `inferq down` does not need these modules.
     from inferq.producer.up.detached import start_detached
     from inferq.producer.up.foreground import Wish, keep_up
     from inferq.producer.up.plan import choose_types
@@ -108,7 +108,7 @@ def _gone(folder: DataFolder, seconds: float) -> bool:
 
 
 class _Screen:
-    """What a person sees of it."""
+    """Prints the parts' progress, the addresses and the end."""
 
     def __init__(self, console: Console, data: Path, *, detach: bool) -> None:
         self._console = console
@@ -131,7 +131,7 @@ class _Screen:
             case "ended":
                 self._line(f"  {name} {report.text}", f"and starts again in {report.seconds:.1f} s")
             case "failing":
-                self._line(f"  {name} fails again and again, and is tried on: it {report.text}", style="red")
+                self._line(f"  {name} keeps failing: it {report.text}; still retrying", style="red")
             case "stopping":
                 self._status.update("Stopping")
                 self._status.start()

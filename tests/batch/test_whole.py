@@ -239,7 +239,7 @@ def test_an_outage_ends_the_uploads_and_names_the_file(env: dict[str, str], tmp_
     ("arguments", "words"),
     [
         (["nowhere.jsonl", "--type", "echo"], "no file"),
-        (["/nowhere/*.png", "--type", "ocr"], "no file, folder or glob"),
+        (["/nowhere/*.png", "--type", "ocr"], "matches no file or folder"),
         (["EMPTY"], "empty"),
         (["FOLDER", "--type", "ocr"], "no files"),
         (["FOLDER", "--type", "facefusion"], "source_url and target_url"),

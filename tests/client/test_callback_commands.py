@@ -56,7 +56,7 @@ def test_show_needs_a_callback_id_only_if_there_are_several(lone_gateway: Gatewa
     about = {"event": "task.started", "callback_id": "msg_" + "0" * 32}
     records.note(record(callback.model_copy(update=about), "delivered"))
     several = str(command("show", "t1").exception)
-    assert "has 2 callbacks; say which: " in several
+    assert "has 2 callbacks; choose one: " in several
     assert f"{callback.callback_id} (task.succeeded)" in several
     assert f"msg_{'0' * 32} (task.started)" in several
 

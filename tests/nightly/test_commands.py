@@ -103,7 +103,7 @@ def desk(
 def test_check_shows_the_next_starts_and_whether_the_source_can_be_read(desk: Desk, s3: S3Client) -> None:
     empty = inferq(desk.env, "nightly", "check")
     assert empty.returncode == 0
-    assert "there is nothing in it now" in empty.stdout
+    assert "it is empty now" in empty.stdout
     s3.put_object(Bucket=desk.bucket, Key="in/a", Body=b"x")
     found = desk.run("nightly", "check", "--json")
     assert found.returncode == 0, found.stderr
@@ -164,14 +164,14 @@ def test_run_starts_a_run_by_its_name_and_time(desk: Desk) -> None:
     assert desk.sent() == [("nightly.start", "invoices-20250330T010000Z")]
     unknown = desk.run("nightly", "run", "letters")
     assert unknown.returncode == 1
-    assert "there is no schedule 'letters'; there are: invoices" in unknown.stderr
+    assert "there is no schedule 'letters'; known schedules: invoices" in unknown.stderr
 
 
 def test_run_refuses_a_time_that_the_cron_has_not(desk: Desk) -> None:
     found = desk.run("nightly", "run", "invoices", "--at", "2025-11-25T01:31")
     assert found.returncode == 1
-    assert "2025-11-25T01:31+01:00 is no time of the cron '30 1 * * *'" in found.stderr
-    assert "the one before it is 2025-11-25T01:30+01:00" in found.stderr
+    assert "2025-11-25T01:31+01:00 is not a time of the cron '30 1 * * *'" in found.stderr
+    assert "the time before it is 2025-11-25T01:30+01:00" in found.stderr
     assert desk.sent() == []
 
 
@@ -181,10 +181,10 @@ def test_run_says_that_a_run_was_started_before(desk: Desk) -> None:
     run_id = "invoices-20251125T003000Z"
     _started(desk, moment)
     # What had lost its job, with the broker's disk perhaps, is gone on with.
-    assert desk.run(*again).stdout == f"{run_id} was started before: it goes on, and does nothing twice\n"
+    assert desk.run(*again).stdout == f"{run_id} was started before; it continues, and repeats no task\n"
     assert desk.sent() == [("nightly.start", run_id)]
     _ended(desk, run_id, moment, BatchCounts(total=0))
-    assert desk.run(*again).stdout == f"{run_id} was started before, and has ended: nothing is done\n"
+    assert desk.run(*again).stdout == f"{run_id} has ended already; nothing was started\n"
     assert desk.sent() == []
 
 
@@ -214,7 +214,7 @@ def test_run_says_at_once_that_the_broker_is_away(desk: Desk) -> None:
 def test_a_time_that_there_is_not_is_refused_with_words(desk: Desk, at: str) -> None:
     found = desk.run("nightly", "run", "invoices", "--at", at)
     assert found.returncode == 1
-    assert f"--at '{at}' is no date and time" in found.stderr
+    assert f"--at '{at}' is not a date and time" in found.stderr
     assert desk.sent() == []
 
 
@@ -222,7 +222,7 @@ def test_a_run_of_a_time_to_come_is_left_to_beat(desk: Desk) -> None:
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     found = desk.run("nightly", "run", "invoices", "--at", tomorrow.isoformat())
     assert found.returncode == 1
-    assert "is yet to come" in found.stderr
+    assert "is in the future" in found.stderr
     assert desk.sent() == []
 
 
