@@ -1,16 +1,16 @@
-"""One task of each type through everything that inferq has: gateway, RabbitMQ, Redis, object store, workers.
+"""Runs one task of each type through all of inferq: gateway, RabbitMQ, Redis, object store and workers.
 
     python examples/demo.py
 
-Starts them (under `.inferq-demo`, apart from any other inferq), submits over HTTP two pages to read, a text
-to search for names, two portraits to swap and a piece of music to make, shows how they move, receives a
-callback and verifies its signature, and stops everything. Leaves `demo-output/<name>/result.json` and each
-task's artifacts. Exits with 0 only where all of it is right.
+It starts everything under `.inferq-demo`, apart from any other inferq. Over HTTP it submits two pages to read,
+a text to search for names, two portraits to swap, a piece of music to make, and a small batch. It shows their
+progress, receives a callback, verifies its signature, and stops everything. It writes
+`demo-output/<name>/result.json` and the artifacts of each task. The exit status is 0 only if all is right.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: E402 - Ctrl-C ends as quietly while the imports below load as it does later
+# ruff: noqa: E402 - Ctrl-C ends the demo quietly even while the imports below load
 import os
 import signal
 import sys
@@ -63,7 +63,7 @@ PORT = 8000
 PATIENCE = 120.0
 """Seconds that a task may take."""
 CALLBACK_PATIENCE = 20.0
-"""Seconds that the callback may take to come once the tasks have ended."""
+"""Seconds to wait for the callback after the tasks have ended."""
 
 TEXT = "昨天下午，李明和王芳从北京来到上海，参观了上海交通大学。"
 NAMES = {
@@ -78,7 +78,7 @@ BATCH_FOLDER = OUTPUT / "batch"
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A task to show. `files` are uploaded and named by their fields; `check` prints what came of it."""
+    """A task to show. `files` are the files to upload, by field; `check` prints the result and tests it."""
 
     name: str
     task_type: str
@@ -126,7 +126,7 @@ def main() -> int:
         except InferqError as error:
             if error.code != "data_moved":
                 raise
-            shutil.rmtree(DATA)  # nothing in it is worth keeping
+            shutil.rmtree(DATA)  # it holds only an earlier demo
             results, heard = run(console)
     except InferqError as error:
         console.print(f"The demo failed: {error}", style="red", markup=False)
@@ -138,14 +138,14 @@ def main() -> int:
     show_timings(results, console)
     console.print(f"Results, pictures and music are in {os.path.relpath(OUTPUT)}/", markup=False)
     console.print(
-        "Everything came back as it has to be." if right else "Not everything is as it has to be.",
+        "All results are right." if right else "Some results are wrong; see above.",
         style="green" if right else "red",
     )
     return 0 if right else 1
 
 
 def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
-    """Start everything, have every exhibit computed, and stop everything. Gives the callbacks, too."""
+    """Start everything, compute every exhibit, and stop everything. Gives the results and the callbacks."""
     begun = time.monotonic()
     shown = exhibits()
     types = tuple(sorted({exhibit.task_type for exhibit in shown}))
@@ -155,14 +155,14 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
         console.print(starting)
     with console.status(starting) as status:
 
-        def tell(said: Report) -> None:
-            line = f"{said.part}: {said.stage}"
+        def show_start(event: Report) -> None:
+            line = f"{event.part}: {event.stage}"
             if console.is_terminal:
                 status.update(line)
             else:
                 console.print(f"  {line}")
 
-        with while_up(wish, report=tell) as env:
+        with while_up(wish, report=show_start) as env:
             status.stop()
             console.print(f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s")
             secrets = WebhookSecrets(Path(env["INFERQ_WEBHOOK_SECRETS_FILE"]))
@@ -182,7 +182,7 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
 
 @contextmanager
 def listening(secrets: WebhookSecrets) -> Iterator[tuple[str, list[Heard]]]:
-    """A receiver of callbacks: its URL, and what it has heard."""
+    """Receive callbacks for the length of a `with` block: gives the URL and the list of callbacks."""
     heard: list[Heard] = []
     listener = Listener(heard.append, secrets=lambda: secrets.of(TENANT))
     thread = threading.Thread(target=listener.serve)
@@ -195,7 +195,7 @@ def listening(secrets: WebhookSecrets) -> Iterator[tuple[str, list[Heard]]]:
 
 
 def show_callback(result: Result, heard: list[Heard], console: Console) -> bool:
-    """Print the callback of a task's end; whether it came, and its signature holds."""
+    """Print the callback of a task's end; gives whether it came with a valid signature."""
     if not heard:
         console.print(f"callback: none came within {CALLBACK_PATIENCE:g} s", style="red", markup=False)
         return False
@@ -209,9 +209,9 @@ def show_callback(result: Result, heard: list[Heard], console: Console) -> bool:
 def compute(
     shown: Iterable[Exhibit], client: Client, console: Console, callback_url: str
 ) -> list[tuple[Exhibit, Result]]:
-    """Submit every exhibit, follow them to their ends, and fetch what they leave.
+    """Submit every exhibit, follow each until it ends, and save its result and artifacts.
 
-    The first one is called back.
+    The first one has a callback.
     """
     columns = (TextColumn("  {task.description:<22}"), BarColumn(24), TextColumn("{task.fields[state]:<22}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -239,7 +239,7 @@ def compute(
 
 
 def compute_batch(client: Client, console: Console) -> None:
-    """Have a small batch done, one of whose lines is broken, and keep its two files."""
+    """Run a small batch with one broken line, and save its two files."""
     lines = [
         json.dumps({"text": f"{number}：{TEXT}"}, ensure_ascii=False) for number in range(1, BATCH_LINES)
     ]
@@ -258,7 +258,7 @@ def compute_batch(client: Client, console: Console) -> None:
 
 
 def show_batch(console: Console) -> bool:
-    """Whether each whole line of the batch has its names, in order, and the broken one is named."""
+    """Print the batch's files; gives whether the good lines have their names, and the broken one its error."""
     output, errors = (
         [json.loads(line) for line in (BATCH_FOLDER / name).read_text(encoding="utf-8").splitlines()]
         for name in ("output.jsonl", "errors.jsonl")
@@ -284,7 +284,7 @@ def keep(client: Client, exhibit: Exhibit, result: Result) -> None:
 
 
 def report(exhibit: Exhibit, result: Result, console: Console) -> bool:
-    """Print what came of a task; whether it is what it has to be."""
+    """Print a task's result; gives whether it is right."""
     if result.status != "succeeded" or not isinstance(result.output, dict):
         why = f": {result.error.message} ({result.error.code})" if result.error else ""
         console.print(f"{exhibit.name}: {result.status}{why}", style="red", markup=False)
@@ -293,7 +293,7 @@ def report(exhibit: Exhibit, result: Result, console: Console) -> bool:
 
 
 def check_page(exhibit: Exhibit, result: Result, console: Console) -> bool:
-    """Whether every line was read as it stands on the page."""
+    """Print the page's text; gives whether every line was read correctly."""
     read = _output(result)["text"].splitlines()
     show(console, exhibit, "\n".join(read))
     right = there(exhibit, "annotated.png", console)
@@ -310,7 +310,7 @@ def check_page(exhibit: Exhibit, result: Result, console: Console) -> bool:
 
 
 def check_names(exhibit: Exhibit, result: Result, console: Console) -> bool:
-    """Whether the names were found where they stand."""
+    """Print the names; gives whether all were found, at their places in the text."""
     found = _output(result)["texts"][0]["entities"]
     table = Table("type", "text", "from", "to", box=None, pad_edge=False)
     for entity in found:
@@ -324,7 +324,7 @@ def check_names(exhibit: Exhibit, result: Result, console: Console) -> bool:
 
 
 def check_portrait(exhibit: Exhibit, result: Result, console: Console) -> bool:
-    """Whether there is a picture of the target's size on which something has changed."""
+    """Whether the picture has the target's size, and differs from the target."""
     output = _output(result)
     if not there(exhibit, output["image"], console):
         return False
@@ -339,7 +339,7 @@ def check_portrait(exhibit: Exhibit, result: Result, console: Console) -> bool:
 
 
 def check_music(exhibit: Exhibit, result: Result, console: Console) -> bool:
-    """Whether there is music of the length that was asked for, that can be heard, and its picture."""
+    """Whether the music has the requested length and an audible level, and its picture exists."""
     output = _output(result)
     if not (there(exhibit, "audio.wav", console) and there(exhibit, "waveform.png", console)):
         return False
@@ -355,7 +355,7 @@ def show(console: Console, exhibit: Exhibit, text: str) -> None:
 
 
 def there(exhibit: Exhibit, name: str, console: Console) -> bool:
-    """Whether an artifact came; says so where it did not."""
+    """Whether an artifact exists; prints a message if it does not."""
     if (exhibit.folder / name).is_file():
         return True
     console.print(f"{exhibit.name}: there is no {name}", style="red", markup=False)
@@ -364,7 +364,7 @@ def there(exhibit: Exhibit, name: str, console: Console) -> bool:
 
 def _output(result: Result) -> dict[str, Any]:
     if not isinstance(result.output, dict):
-        raise TypeError("the output is no object")
+        raise TypeError("the output is not an object")
     return result.output
 
 
@@ -374,7 +374,7 @@ def plain(line: str) -> str:
 
 
 def show_timings(results: Iterable[tuple[Exhibit, Result]], console: Console) -> None:
-    """Print where the seconds went."""
+    """Print the seconds of each stage of each task."""
     table = Table("task", title="Seconds", title_justify="left")
     for stage in ("queued", "fetch", "inference", "upload", "total"):
         table.add_column(stage, justify="right")
@@ -387,7 +387,7 @@ def show_timings(results: Iterable[tuple[Exhibit, Result]], console: Console) ->
 
 
 def _forget_other_inferq() -> None:
-    # A shell that has sourced another inferq's `env` must not send the demo there, nor a proxy to itself.
+    # The shell may have sourced another inferq's `env`, or set a proxy: neither may redirect the demo.
     for name in [name for name in os.environ if name.startswith("INFERQ_")]:
         del os.environ[name]
     for name in ("no_proxy", "NO_PROXY"):

@@ -1,4 +1,4 @@
-"""Submits a task with nothing but pika: the three fields, as any program may publish them.
+"""Submits a task with pika alone: it publishes the three fields that any program may publish.
 
 . .inferq/env && python examples/plain_amqp.py https://example.com/page.png
 """

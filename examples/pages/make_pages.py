@@ -1,4 +1,4 @@
-"""Draws the two sample pages, and writes the lines that stand on each beside it.
+"""Draws the two sample pages, and writes the lines of each page to a text file beside it.
 
     python examples/pages/make_pages.py [FOLDER]
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _FONTS = Path("/usr/share/fonts/opentype/noto")
 _SIMPLIFIED_CHINESE = 2
-"""The face in the font collection that draws Han characters the way mainland China writes them."""
+"""The index of the collection's font with mainland China's forms of Han characters."""
 
 _SIZE = (1240, 1000)
 _INK = (34, 38, 46)
@@ -26,7 +26,7 @@ _RULE = (200, 206, 216)
 
 @dataclass(frozen=True)
 class Text:
-    """A line of a page: where it begins (pixels), its height (pixels) and its looks."""
+    """A line of a page: its top left corner (pixels), text, height (pixels), colour and weight."""
 
     x: int
     y: int

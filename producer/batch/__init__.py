@@ -1,4 +1,4 @@
-"""Submitting a batch: whether it can work, and its start. consumers/batches feeds it."""
+"""Submitting a batch: checks it and starts it. consumers/batches feeds it."""
 
 from inferq.producer.batch.start import start
 

@@ -1,4 +1,4 @@
-"""Whether a batch can work, as far as that shows before any of its source is read."""
+"""Checks a batch before its source is read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SAMPLE_URL = "inferq:sample"
 
 
 def check_files(given: Mapping[str, JsonValue]) -> None:
-    """Raises InvalidTask where no file of a folder or prefix makes a task with the `given` fields."""
+    """Raise InvalidTask if no file of a folder or prefix can become a task with the `given` fields."""
     parse_task({"task_id": _SAMPLE_ID, **given, input_field(given): _SAMPLE_URL})
 
 
 def check_lines(given: Mapping[str, JsonValue]) -> None:
-    """Raises InvalidTask where the `given` defaults hold what is in no task, whatever its line says itself.
+    """Raise InvalidTask if the `given` defaults have a fault that no line can correct.
 
-    Without a task type only the fields that all types have are looked at.
+    Without a task type it checks only the fields that all types have.
     """
     known = given.get("task_type") is not None
     model = get_type(str(given["task_type"])).task if known else Task
@@ -41,6 +41,6 @@ def check_lines(given: Mapping[str, JsonValue]) -> None:
 
 
 def _is_up_to_the_line(fault: ErrorDetails) -> bool:
-    """Whether it is of something missing, or of what only several fields together can say."""
+    """Whether a line can correct the fault: a missing field, or a conflict between several fields."""
     together = fault["loc"] in {(), ("options",)} and fault["type"] != "model_type"
     return fault["type"] == "missing" or together

@@ -1,4 +1,4 @@
-"""Starting a batch: put on record once, and its feeding handed to the broker."""
+"""Starts a batch: records it once, and publishes the job that feeds it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from inferq.storage import BatchStore
 
 
 def start(batch: Batch, batches: BatchStore, publish: Callable[[Message], object]) -> Batch:
-    """Put the batch on record and have it fed; gives the batch on record.
+    """Record the batch and publish its feed message; gives the recorded batch.
 
     `publish` returns once the broker has confirmed the message, as
-    `lambda message: publisher.publish(message).result()` does. A second start of the same batch is harmless:
-    it is a second message about one batch. Raises BatchConflict where the id belongs to another, and
-    Outage; what was recorded and not handed over is handed over by the next start.
+    `lambda message: publisher.publish(message).result()` does. Starting the same batch twice is harmless: it
+    publishes a second message about one batch. Raises BatchConflict if the id belongs to another batch, and
+    Outage if a service is unavailable. If the batch was recorded but not published, the next start publishes it.
     """
     kept = batches.create(batch)
     if batches.summary(kept.tenant, kept.batch_id) is None:

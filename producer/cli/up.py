@@ -80,10 +80,10 @@ def down(data: Data = Path(".inferq")) -> None:
 def stop_supervisor(folder: DataFolder, pid: int, *, patience: float = 120.0, insist: float = 40.0) -> bool:
     """Stop the supervisor of a folder; gives whether the folder is free.
 
-    It has `patience` seconds to stop in good order, and each further step has `insist` seconds: the guard of
-    a killed supervisor takes up to 30 s.
+    It has `patience` seconds to stop its parts in order. Each further step has `insist` seconds: the orphan
+    reaper of a killed supervisor takes up to 30 s.
     """
-    # The last steps are for a supervisor that hangs: at once, and then by force, which its guard outlives.
+    # If the supervisor hangs: a second signal stops at once, then a kill; its orphan reaper ends the parts.
     for number, limit in ((signal.SIGTERM, patience), (signal.SIGTERM, insist), (signal.SIGKILL, insist)):
         if not _signal(pid, number) or _gone(folder, limit):
             break

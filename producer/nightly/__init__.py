@@ -1,4 +1,4 @@
-"""Nightly schedules: read from `schedules.toml`, and started in time by beat. consumers/nightly runs them."""
+"""Nightly schedules: reads `schedules.toml`, and starts runs when they are due. consumers/nightly carries them out."""
 
 from inferq.producer.nightly.schedules import SchedulesUnusable, read_schedules
 

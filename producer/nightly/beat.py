@@ -1,7 +1,7 @@
-"""What starts runs in time: Celery beat's loop over the schedules of a file.
+"""Starts runs when they are due: Celery beat's loop over the schedules of a file.
 
-It keeps nothing on its own disk. Which run comes last is in the object store, a run's id is its name and
-time, and starting it twice is harmless: so beat may die at any time, and there may be two of it.
+It keeps no state on its own disk: the object store records the runs. A run's id is its schedule's name and its
+time, and starting a run twice is harmless. So beat may be killed at any time, and two beats may run at once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from inferq.storage import ObjectStore
 from inferq.storage.runs import RunLog, known_schedules
 
 LOOK_SECONDS = 2.0
-"""The longest that a change of the file may go unnoticed, and how long it has to stand to be taken over."""
+"""Seconds between two looks at the file, at most; also the age at which a change of it is accepted."""
 _RETRY_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
 
 def start_message(schedule: Schedule, scheduled_at: datetime) -> Message:
-    """The job that starts a run. It says all of the schedule, so that who works on it needs no file."""
+    """The job that starts a run. It carries the whole schedule, so that its worker needs no file."""
     run_id = run_id_of(schedule.name, scheduled_at)
     arguments: dict[str, JsonValue] = {
         "schedule": schedule.model_dump(mode="json"),
@@ -45,16 +45,16 @@ def start_message(schedule: Schedule, scheduled_at: datetime) -> Message:
 
 @dataclass(frozen=True)
 class BeatState:
-    """Whether beat can start what is due, and if not, what it waits for."""
+    """Whether beat can start the due runs; if not, `waiting_for` names the reasons."""
 
     ready: bool
     waiting_for: tuple[str, ...] = ()
 
 
 class Beat:
-    """Starts what is due whenever it is asked to. `publish` returns once the broker has confirmed.
+    """Starts the due runs at each `tick`. `publish` returns once the broker has confirmed.
 
-    A run that was missed is caught up once, the latest of each schedule, and none from before it was known.
+    Of the runs that a schedule missed, it starts only the latest, and none from before it knew the schedule.
     """
 
     def __init__(
@@ -75,23 +75,23 @@ class Beat:
         self._seen: tuple[object, datetime] | None = None
         self._bad = False
         self._tidy = True
-        self._dealt_with: dict[str, tuple[Schedule, datetime]] = {}
-        self.state = BeatState(False, ("the first look",))
+        self._processed: dict[str, tuple[Schedule, datetime]] = {}
+        self.state = BeatState(False, ("the first tick",))
 
     def tick(self, now: datetime) -> float:
-        """Start what is due at `now` (aware); gives the seconds after which to ask again."""
-        waiting = [] if self._read(now) else [f"a good {self._path.name}"]
+        """Start the runs that are due at `now` (aware); gives the seconds until the next tick."""
+        waiting = [] if self._read(now) else [f"a valid {self._path.name}"]
         wait = self._look_seconds
         try:
             self._forget_others()
         except InferqError as error:
-            _log.warning("schedules that are gone cannot be forgotten yet: %s", error)
+            _log.warning("removed schedules cannot be forgotten yet; still retrying: %s", error)
             waiting.append(error.code)
         for schedule in self._schedules.values():
             try:
                 self._look_at(schedule, now)
             except InferqError as error:
-                _log.warning("%s: cannot be started, and is tried again: %s", schedule.name, error)
+                _log.warning("%s: the run cannot be started; still retrying: %s", schedule.name, error)
                 waiting.append(error.code)
                 continue
             coming = next(schedule.times.after(now), None)
@@ -102,7 +102,7 @@ class Beat:
 
     def _look_at(self, schedule: Schedule, now: datetime) -> None:
         log = RunLog(self._store, schedule.tenant, schedule.name)
-        before = self._dealt_with.get(schedule.name)
+        before = self._processed.get(schedule.name)
         if before is not None and before[0].times == schedule.times and before[0].tenant == schedule.tenant:
             after = before[1]
         else:
@@ -111,13 +111,13 @@ class Beat:
         if due is not None and not log.has(run_id_of(schedule.name, due)):
             self._publish(start_message(schedule, due))
             _log.info("%s: started the run of %s", schedule.name, due.isoformat())
-        self._dealt_with[schedule.name] = (schedule, max(after, now))
+        self._processed[schedule.name] = (schedule, max(after, now))
 
     def _read(self, now: datetime) -> bool:
-        """Read the file where it has changed; whether it is a good one. A bad one changes nothing.
+        """Read the file if it has changed; gives whether it is valid. An invalid file changes nothing.
 
-        A change counts once it reads the same at two looks: what is caught while it is written may be cut off
-        between two tables, and read well.
+        A change counts once two looks read the same: a file that is still being written may end between two
+        tables, and look valid.
         """
         try:
             found = self._path.stat()
@@ -141,18 +141,19 @@ class Beat:
     def _take_over(self, read: dict[str, Schedule] | str) -> None:
         self._bad = isinstance(read, str)
         if isinstance(read, str):
-            _log.error("the schedules stay as they were: %s", read)
+            _log.error("keeping the earlier schedules: %s", read)
             return
         if self._stamp is not None:
             _log.info("read %s again: %s", self._path, ", ".join(read) or "no schedules")
         for name in self._schedules.keys() - read.keys():
-            self._dealt_with.pop(name, None)
+            self._processed.pop(name, None)
         self._schedules = read
         self._tidy = False
 
     def _forget_others(self) -> None:
-        """Forget schedules that are gone, if only since a beat before this one: one that comes back later
-        was not missed meanwhile.
+        """Forget the removed schedules, also those that an earlier beat knew.
+
+        So a schedule that is added again has missed no run meanwhile.
         """
         if self._tidy:
             return
@@ -160,12 +161,12 @@ class Beat:
         for tenant, name in known_schedules(self._store):
             if (tenant, name) not in kept:
                 RunLog(self._store, tenant, name).forget()
-                _log.info("%s of tenant %s: is gone, and forgotten", name, tenant)
+                _log.info("%s of tenant %s: forgotten, because the file no longer has it", name, tenant)
         self._tidy = True
 
 
 class _BeatScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
-    """Our schedules in the place of those in Celery's configuration."""
+    """Ticks our Beat; Celery's configuration has no schedules."""
 
     def __init__(self, beat: Beat, *args: Any, **kwargs: Any) -> None:
         self._beat = beat

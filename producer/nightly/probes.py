@@ -12,13 +12,13 @@ from inferq.schemas import InstallationError
 
 
 def serve_probes(host: str, port: int, state: Callable[[], BeatState]) -> int:
-    """Serve the probes until the process ends; gives the port, also where 0 asked for a free one.
+    """Serve the probes until the process ends; gives the port. A `port` of 0 takes a free one.
 
-    Raises InstallationError.
+    Raises InstallationError if it cannot listen there.
     """
 
     class Probes(BaseHTTPRequestHandler):
-        timeout = 5  # a caller that says nothing must not keep a thread
+        timeout = 5  # a silent caller must not hold a thread
 
         def do_GET(self) -> None:
             match self.path:
@@ -41,7 +41,7 @@ def serve_probes(host: str, port: int, state: Callable[[], BeatState]) -> int:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002, ARG002
-            return  # a probe every few seconds is not news
+            return  # probes come every few seconds
 
     try:
         server = ThreadingHTTPServer((host, port), Probes)

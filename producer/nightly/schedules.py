@@ -1,4 +1,4 @@
-"""What is to run by night: the tables of `schedules.toml`, each a schedule of its own name."""
+"""Reads `schedules.toml`: each table is a schedule, and its name is the schedule's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from inferq.schemas.schedule import Schedule
 
 
 class SchedulesUnusable(InferqError):
-    """The file of schedules cannot be read, or says what cannot be."""
+    """The file of schedules cannot be read, or a schedule in it is invalid."""
 
     code = "bad_schedules"
 
@@ -33,7 +33,7 @@ _EXPECTED = {
     "callback": "give an http:// or https:// URL",
     "tenant": "a tenant's name is 1-64 of A-Z a-z 0-9 . _ -",
 }
-"""What is said of a value in the place of the pattern that it should match."""
+"""The message for a value that does not match its pattern, by key."""
 
 _KEYS = tuple(key for key in Schedule.model_fields if key != "name")
 
@@ -44,7 +44,7 @@ def read_schedules(path: Path) -> dict[str, Schedule]:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError as error:
         raise SchedulesUnusable(
-            f"there is no file {path}: write one, or say where it is by INFERQ_SCHEDULES_FILE"
+            f"there is no file {path}: write one, or set INFERQ_SCHEDULES_FILE to its path"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise SchedulesUnusable(f"{path} cannot be read: {error}") from error
@@ -56,7 +56,7 @@ def read_schedules(path: Path) -> dict[str, Schedule]:
     faults: list[str] = []
     for name, table in tables.items():
         if not isinstance(table, dict):
-            faults.append(f"{name}: stands outside a table; every schedule is a table, as [{name}]")
+            faults.append(f"{name}: is outside a table; write each schedule as a table, such as [{name}]")
             continue
         try:
             found[name] = _schedule(name, table)
@@ -69,7 +69,9 @@ def read_schedules(path: Path) -> dict[str, Schedule]:
 
 def _schedule(name: str, table: dict[str, Any]) -> Schedule:
     if "name" in table:
-        raise SchedulesUnusable(f"{name}.name: a schedule's name is its table's: leave it out")
+        raise SchedulesUnusable(
+            f"{name}.name: the name of the table is the schedule's name: leave this key out"
+        )
     try:
         schedule = Schedule.model_validate({**table, "name": name}, extra="forbid")
         check_schedule(schedule)
@@ -87,7 +89,7 @@ def _faults(name: str, error: ValidationError) -> Iterator[str]:
             case "missing", _:
                 what = "is missing"
             case "extra_forbidden", _:
-                what = f"is unknown; there are {', '.join(_KEYS)}"
+                what = f"is unknown; known keys are {', '.join(_KEYS)}"
             case _, ["name"]:
                 path, what = [], "a schedule's name is 1-64 of A-Z a-z 0-9 _ -"
             case "string_pattern_mismatch", [key] if key in _EXPECTED:
@@ -98,7 +100,7 @@ def _faults(name: str, error: ValidationError) -> Iterator[str]:
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Raises InvalidTask where no object or line of the source could become a task."""
+    """Raise InvalidTask if no object or line of the source can become a task."""
     try:
         prefix = is_prefix(schedule.source)
     except InvalidTask as error:

@@ -93,7 +93,7 @@ def test_a_file_of_tasks_is_taken_whole(tmp_path: Path) -> None:
         ("task_type", '"orc"', "orc"),
         ("task_type", '"OCR"', "invoices.task_type: give the name of a task type, such as ocr"),
         ("options", "{ layuot = true }", "layuot"),
-        ("when", '"now"', "invoices.when: is unknown; there are cron, time_zone, source"),
+        ("when", '"now"', "invoices.when: is unknown; known keys are cron, time_zone, source"),
         ("name", '"x"', "invoices.name"),
         ("defaults", "{ at = 2026-01-01 }", "invoices.defaults"),
     ],
@@ -127,7 +127,7 @@ def test_what_the_lines_of_a_file_may_say_is_not_missed(tmp_path: Path, task_typ
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     message = fault(tmp_path, 'x = 1\n[a]\ncron = "0 1 * * *"\n["b c"]\ncron = "x"\nsource = "s3://b/"\n')
-    for words in ("x: stands outside a table", "a.source: is missing", "b c: a schedule's name", "b c.cron"):
+    for words in ("x: is outside a table", "a.source: is missing", "b c: a schedule's name", "b c.cron"):
         assert words in message
 
 
