@@ -13,31 +13,42 @@ from inferq.schemas import InstallationError, Settings
 
 
 class BrokerSettings(Settings):
-    """How RabbitMQ is reached."""
+    """The settings of the connection to RabbitMQ."""
 
     amqp_url: str = Field(
         "amqp://guest:guest@127.0.0.1:5672/%2F",
-        description="RabbitMQ, `amqp://` or `amqps://`; several nodes of a cluster separated by commas.",
+        description="The URL of RabbitMQ, `amqp://` or `amqps://`; commas separate the nodes of a cluster.",
     )
-    amqp_ca_file: Path | None = Field(None, description="CA certificates for `amqps://` (else the system's).")
+    amqp_ca_file: Path | None = Field(
+        None, description="CA certificates for `amqps://` (default: the system's)."
+    )
     amqp_cert_file: Path | None = Field(None, description="Client certificate for `amqps://`.")
     amqp_key_file: Path | None = Field(None, description="Key of the client certificate.")
     amqp_heartbeat: int = Field(
-        30, ge=5, le=3600, description="Seconds between heartbeats; `?heartbeat=` in the URL goes before."
+        30,
+        ge=5,
+        le=3600,
+        description="Seconds between heartbeats. `?heartbeat=` in the URL takes precedence.",
     )
     amqp_connect_timeout: float = Field(
         10.0, gt=0, description="Seconds that one connection attempt may take."
     )
     amqp_blocked_limit: float = Field(
-        10.0, gt=0, description="Seconds that a memory or disk alarm may hold publishing before it raises."
+        10.0,
+        gt=0,
+        description="Seconds that a memory or disk alarm may block publishing; then publishing fails.",
     )
-    publish_window: int = Field(2000, ge=1, description="Messages published and not yet confirmed, at most.")
-    publish_timeout: float = Field(30.0, gt=0, description="Seconds to wait for a confirm before raising.")
+    publish_window: int = Field(
+        2000, ge=1, description="The most published messages that wait for their confirm."
+    )
+    publish_timeout: float = Field(
+        30.0, gt=0, description="Seconds to wait for a confirm; then publishing fails."
+    )
 
     def connections(self, name: str) -> list[pika.URLParameters]:
         """The parameters of each node, in order. RabbitMQ lists the connection under `name`.
 
-        Raises InstallationError for an invalid URL or an unreadable certificate.
+        Raises InstallationError if a URL is malformed or a certificate cannot be read.
         """
         urls = [url.strip() for url in self.amqp_url.split(",") if url.strip()]
         if not urls:
@@ -62,7 +73,7 @@ class BrokerSettings(Settings):
             parameters.heartbeat = self.amqp_heartbeat
         parameters.socket_timeout = self.amqp_connect_timeout
         parameters.stack_timeout = self.amqp_connect_timeout
-        # Publisher handles blocking; pika's own limit would drop the connection.
+        # The publisher watches for blocking; pika's own limit would close the whole connection.
         parameters.blocked_connection_timeout = None
         parameters.connection_attempts = 1
         parameters.client_properties = {"connection_name": f"inferq {name}"}

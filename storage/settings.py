@@ -21,34 +21,39 @@ def _default_store() -> str:
 class StorageSettings(Settings):
     """The settings of the object store, of the status index and of input fetching."""
 
-    redis_url: str = Field("redis://localhost:6379/0", description="Redis, which holds the status index.")
+    redis_url: str = Field(
+        "redis://localhost:6379/0", description="The URL of Redis, which holds the status index."
+    )
     redis_timeout: float = Field(
-        1.0, gt=0, le=60, description="Seconds that one call to Redis may take before it counts as away."
+        1.0,
+        gt=0,
+        le=60,
+        description="Seconds that one call to Redis may take; then Redis counts as unavailable.",
     )
     status_retention: float = Field(
         7 * 86400.0, ge=1, description="Seconds that a task's status is kept after its last change."
     )
     store_url: str = Field(
         default_factory=_default_store,
-        description="Where results and files rest: `s3://bucket/prefix`, or `file:///folder`. "
+        description="The object store of results and files: `s3://bucket/prefix` or `file:///folder`. "
         "The default is the folder `.inferq/store` below the current one.",
     )
     store_fsync: bool = Field(
         True,
-        description="Whether the local-folder store waits for the disk: then a power cut loses nothing.",
+        description="Whether the local-folder store waits for the disk, so that a power cut loses nothing.",
     )
     s3_endpoint_url: str | None = Field(
-        None, description="The S3 service, where it is not AWS (MinIO, Ceph, ...)."
+        None, description="The URL of the S3 service, if it is not AWS (MinIO, Ceph, ...)."
     )
     api_url: str = Field(
         "http://127.0.0.1:8000",
-        description="The gateway as its users reach it: where clients send, and the base of links to files.",
+        description="The gateway's address, as its users reach it.",
     )
     fetch_max_bytes: int = Field(512 * 1024**2, gt=0, description="The largest input, in bytes.")
     fetch_timeout: float = Field(120.0, gt=0, description="Seconds that one whole download may take.")
     fetch_allowed_networks: Annotated[tuple[Network, ...], NoDecode] = Field(
         (),
-        description="Private networks that inputs may come from all the same: CIDRs, separated by commas.",
+        description="Private networks that inputs may come from: CIDRs, separated by commas.",
     )
     fetch_s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Buckets that `s3:` inputs may come from, separated by commas."

@@ -39,7 +39,7 @@ class WebhookSettings(Settings):
 
     webhook_secrets_file: Path = Field(
         Path(".inferq/webhook-secrets.json"),
-        description="The file of the secrets that callbacks are signed with, by tenant.",
+        description="The file of the secrets that sign callbacks, by tenant.",
     )
 
 

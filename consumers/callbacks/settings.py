@@ -1,4 +1,4 @@
-"""How callbacks are delivered."""
+"""The settings of callback delivery."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 36000.0)
 
 
 class CallbackSettings(Settings):
-    """How callbacks are delivered."""
+    """The settings of callback delivery."""
 
     callback_schedule: Annotated[tuple[float, ...], NoDecode] = Field(
         SCHEDULE,
         min_length=1,
         max_length=50,
-        description="Seconds before each attempt to deliver a callback, counted from the one before; the "
-        "first is 0, at once.",
+        description="Seconds before each attempt to deliver a callback, counted from the attempt before. The "
+        "first value must be 0: the first attempt is immediate.",
     )
     callback_timeout: float = Field(
         15.0, gt=0, le=300, description="Seconds that one attempt to deliver a callback may take in all."
     )
     callback_allowed_networks: Annotated[tuple[Network, ...], NoDecode] = Field(
         (),
-        description="Private networks that callbacks may go to all the same: CIDRs, separated by commas.",
+        description="Private networks that callbacks may go to: CIDRs, separated by commas.",
     )
     callback_target_limit: int = Field(
         8,
         ge=1,
         le=1000,
-        description="Callbacks on their way to one scheme, host and port at a time, from each process of "
+        description="The most callbacks in flight to one target (scheme, host and port) from each process of "
         "`inferq callbacks`.",
     )
 
@@ -48,9 +48,9 @@ class CallbackSettings(Settings):
     @classmethod
     def _not_negative(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(0 <= seconds <= 10 * 86400 for seconds in value):
-            raise ValueError("each of the seconds must lie between 0 and 864000 (10 days)")
+            raise ValueError("each value must be between 0 and 864000 seconds (10 days)")
         if value[0] != 0:
-            raise ValueError("the first attempt is made at once: begin with 0, as in 0,5,300")
+            raise ValueError("the first value must be 0, as in 0,5,300")
         return value
 
     @field_validator("callback_allowed_networks", mode="before")

@@ -14,5 +14,5 @@ class ProbeSettings(Settings):
         "127.0.0.1", description="Address of /healthz, /readyz and /metrics; 0.0.0.0 in a container."
     )
     probe_port: int | None = Field(
-        None, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; none: not served."
+        None, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics (default: not served)."
     )

@@ -1,4 +1,4 @@
-"""What an engine process reads of the worker's settings itself."""
+"""The worker's settings that the engine process reads itself."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class EngineProcessSettings(Settings):
         1,
         ge=0,
         le=100,
-        description="Runs on made-up input before an engine takes its first task; a worker is ready only "
+        description="Runs on generated input before an engine takes its first task. The worker is ready only "
         "after them.",
     )

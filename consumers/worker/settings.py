@@ -17,23 +17,22 @@ from inferq.schemas import PRIORITIES, Priority
 
 
 class WorkerSettings(ProbeSettings, EngineProcessSettings):
-    """How a worker behaves."""
+    """The settings of a worker."""
 
     worker_name: str = Field(
         default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
-        description="The name that results, dead letters and logs give this worker.",
+        description="The name of this worker in results, dead letters and logs.",
     )
     lanes: Annotated[tuple[Priority, ...], NoDecode] = Field(
         PRIORITIES, min_length=1, description="The priorities that this worker serves, separated by commas."
     )
     slots: int = Field(
-        1, ge=1, le=64, description="Tasks at a time; each slot is an engine process of its own."
+        1, ge=1, le=64, description="Tasks that run at a time. Each slot has its own engine process."
     )
     take_ahead: bool = Field(
         False,
         description="Whether a slot takes a second task while its engine computes the first, unless another "
-        "worker is idle: its inputs are fetched by the time that the engine is free, and results are stored "
-        "while the next task is computed.",
+        "worker is idle. The slot then fetches inputs and stores results while the engine computes.",
     )
     max_attempts: int | None = Field(
         None,
@@ -44,16 +43,16 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
     redis_patience: float = Field(
         20.0,
         ge=0,
-        description="Seconds that a worker waits for Redis once it is away, before it goes on without; "
+        description="Seconds that a worker waits for an unavailable Redis; then it continues without Redis. "
         "0: it never waits.",
     )
     result_cache: bool = Field(
         False,
-        description="Whether a task that asks for what was computed before, for the same tenant, is answered "
-        "without the engine.",
+        description="Whether a task takes the result of an equal, earlier task of the same tenant instead of a "
+        "run of the engine.",
     )
     grace_seconds: float = Field(
-        30.0, ge=0, description="Seconds that a task in hand may go on after SIGTERM; then it is given back."
+        30.0, ge=0, description="Seconds that a running task may continue after SIGTERM; then it is requeued."
     )
     start_limit: float = Field(
         600.0, gt=0, description="Seconds that an engine may take to load and warm up."
@@ -61,33 +60,33 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
     abort_grace: float = Field(
         1.0,
         ge=0,
-        description="Seconds that an engine has to stop a run that is cancelled or over its time limit, "
-        "before its process is killed.",
+        description="Seconds that an engine has to stop a run that is cancelled or over its time limit. Then "
+        "its process is killed.",
     )
     engine_memory_limit: ByteSize | None = Field(
         None,
         gt=0,
-        description="Memory that an engine process and its children may take in a run, as `12GB` or `12GiB`; "
-        "beyond it the process is killed and replaced, and the attempt fails (default: no limit).",
+        description="The most memory of an engine process and its children in a run, such as `12GB` or "
+        "`12GiB` (default: no limit). Above it, the process is killed and replaced, and the attempt fails.",
     )
     engine_recycle_memory: ByteSize | None = Field(
         None,
         gt=0,
-        description="Memory beyond which an engine process is replaced once its task has ended, as `10GB`; "
-        "it is closed before the new one loads (default: never).",
+        description="Memory above which an engine process is replaced after its task, such as `10GB` (default: "
+        "never). It is closed before the new one loads.",
     )
     engine_max_tasks: int | None = Field(
         None,
         ge=1,
-        description="Tasks after which an engine process is replaced; the new one loads beside it "
-        "(default: never).",
+        description="Tasks after which an engine process is replaced (default: never). The new one loads "
+        "beside it.",
     )
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),
-        description="Where inputs and outputs lie in a run.",
+        description="The folder for the inputs and outputs of a run.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="The least that is logged: DEBUG, INFO, WARNING or ERROR."
+        "INFO", description="The lowest level that is logged: DEBUG, INFO, WARNING or ERROR."
     )
 
     @field_validator("engine_memory_limit", "engine_recycle_memory", mode="before")

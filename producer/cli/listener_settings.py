@@ -8,10 +8,10 @@ from inferq.schemas import Settings
 
 
 class ListenSettings(Settings):
-    """What `inferq listen` verifies callbacks with."""
+    """The secrets with which `inferq listen` verifies callbacks."""
 
     webhook_secret: SecretStr | None = Field(
         None,
-        description="What `inferq listen` verifies callbacks with: a secret, or several with spaces between "
-        "them; without one, those in the file of secrets.",
+        description="The secrets with which `inferq listen` verifies callbacks, separated by spaces (default: "
+        "those in the file of secrets).",
     )

@@ -1,4 +1,4 @@
-"""inferq settings: every variable, what it does, its default and its value here."""
+"""inferq settings: every variable, with its description, default and value here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def variables(*, plugins: bool = True) -> list[Variable]:
     list(Parts().values())
     foreign = {t.settings for t in installed_types().values() if t.distribution != DISTRIBUTION}
     found: dict[str, Variable] = {}
-    # By name, as the order in which they were loaded is nobody's.
+    # Sorted by name, because the order of loading is arbitrary.
     for model in sorted(_models(Settings), key=lambda model: model.__name__):
         if model in foreign and not plugins:
             continue
@@ -58,7 +58,7 @@ def _models(parent: type[Settings]) -> Iterator[type[Settings]]:
 
 def _default(field: FieldInfo) -> str:
     if field.default_factory is not None:
-        return "(found out)"
+        return "(computed)"
     if field.default in (None, PydanticUndefined, ()):
         return ""
     return _plain(field.default)
@@ -87,16 +87,16 @@ def _shown(name: str) -> str:
 @app.command()
 def settings(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of the documentation; without plug-ins.")
+        bool, typer.Option("--markdown", help="Print the documentation's table, without plug-ins.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """List the settings, their defaults, and their values here. They are environment variables."""
-    # The page of the documentation is the same whatever else is installed beside inferq.
+    # The documentation's page does not depend on the installed plug-ins.
     found = variables(plugins=not markdown)
     if markdown:
-        typer.echo("# Settings\n\nThis page is made by `inferq settings --markdown`.\n")
-        typer.echo("| variable | default | what it does |\n| --- | --- | --- |")
+        typer.echo("# Settings\n\n`inferq settings --markdown` makes this page.\n")
+        typer.echo("| variable | default | description |\n| --- | --- | --- |")
         for variable in found:
             default = f"`{variable.default}`" if variable.default else ""
             typer.echo(f"| `{variable.name}` | {default} | {variable.description} |")
@@ -104,6 +104,6 @@ def settings(
         print_json([vars(v) | {"value": _shown(v.name) or None} for v in found])
     else:
         print_table(
-            ["variable", "value here", "default", "what it does"],
+            ["variable", "value here", "default", "description"],
             [(v.name, _shown(v.name), v.default, v.description) for v in found],
         )

@@ -8,10 +8,10 @@ from inferq.schemas import Settings
 
 
 class ClientSettings(Settings):
-    """Where the Python client and the command line send, and as whom."""
+    """The gateway's address and the API key for the Python client and the command line."""
 
     api_url: str = Field(
         "http://127.0.0.1:8000",
-        description="The gateway as its users reach it: where clients send, and the base of links to files.",
+        description="The gateway's address, as its users reach it.",
     )
-    api_key: SecretStr | None = Field(None, description="API key that a client shows to the gateway.")
+    api_key: SecretStr | None = Field(None, description="The API key that a client sends to the gateway.")
