@@ -10,9 +10,16 @@ DECLARED := setup.cfg pyproject.toml constraints.txt
 ENGINES := ocr,ner,facefusion,acestep
 ENGINE_TESTS := tests/acestep tests/ocr
 MODEL_TESTS := acestep contract facefusion ner ocr
+# The tests that need no engine's packages. up/test_up.py and packaging/test_shadowed.py start the real `inferq up`.
+CORE_TESTS := $(addprefix tests/,schemas broker storage worker gateway client callbacks batch nightly jobs \
+	cli/test_arguments.py cli/test_output.py cli/test_terminal.py contract/test_checks.py up/test_up.py packaging)
+# The Python of `make test-lowest` and `make test-newest`, by name or path.
+PYTHON ?= $(BIN)/python
+PYTHON_STAMP := $(subst /,_,$(PYTHON))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo up quick test coverage test-engines chaos chaos-quick lint docs bench generate image-check clean system
+.PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick lint docs bench \
+	generate image-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +44,11 @@ coverage: ## the same, and which lines no test runs: takes half as long again, f
 
 test-engines: .make/test-engines ## run the tests that need the engines' own large packages, in .venv-engines
 	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -m engines $(ENGINE_TESTS) $(ARGS)
+
+test-lowest: ## run the tests of the core with the oldest releases that setup.cfg allows; PYTHON=python3.13 picks a Python
+test-newest: ## the same with the newest releases, without constraints.txt
+test-lowest test-newest: test-%: .make/test-%-$(PYTHON_STAMP) | system
+	@.venv-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE_TESTS) $(ARGS)
 
 chaos: .make/test | system ## break everything that can break, count what was lost, write docs/reliability.md
 	@exec $(BIN)/python -m tests.chaos $(ARGS)
@@ -103,6 +115,19 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	.venv-engines/bin/python -m pip install -qq --no-input -c constraints-engines.txt -e '.[test-engines]'
 	touch $@
 
+# Two more, without an engine, made anew for another Python. uv resolves to the lowest versions; pip cannot.
+.make/test-lowest-$(PYTHON_STAMP): RESOLUTION := lowest-direct
+.make/test-newest-$(PYTHON_STAMP): RESOLUTION := highest
+.make/test-lowest-$(PYTHON_STAMP) .make/test-newest-$(PYTHON_STAMP): .make/test-%-$(PYTHON_STAMP): \
+		setup.cfg pyproject.toml | $(if $(filter $(BIN)/python,$(PYTHON)),.venv/pyvenv.cfg)
+	@mkdir -p .make
+	echo "Installing the $* releases for inferq[up,test] into .venv-$* (the first time takes a minute)"
+	rm -rf .venv-$* .make/test-$*-*
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -qq --no-input -c constraints.txt uv
+	.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) -e '.[up,test]'
+	touch $@
+
 .venv-engines/pyvenv.cfg: | .venv/pyvenv.cfg
 	@$(BIN)/python -m venv .venv-engines
 
@@ -161,12 +186,12 @@ endef
 system:
 	@$(SUDO_OR_SAY)
 	missing=()
-	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
 		compgen -G '/usr/lib/rabbitmq/bin/rabbitmq-server' >/dev/null \
 			|| compgen -G '/usr/lib/rabbitmq/lib/*/sbin/rabbitmq-server' >/dev/null \
 			|| [ -x "$${RABBITMQ_HOME:-/opt/rabbitmq}/sbin/rabbitmq-server" ] || missing+=(rabbitmq-server)
 	fi
-	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
 		command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
 	fi
 	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi
