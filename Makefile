@@ -19,7 +19,7 @@ PYTHON_STAMP := $(subst /,_,$(PYTHON))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick lint docs bench \
-	generate image-check clean system
+	generate image-check release-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ image-check: .make/test ## install what each container image installs, and start
 generate: .make/lint ## write the generated files: the published schemas and the synchronous client
 	@$(BIN)/python -P -m inferq.schemas.publish docs/schemas
 	$(BIN)/python -m tests.packaging.sync_client
+
+release-check: .make/lint ## build the last commit's sdist and wheel into dist/, and check what a user would install
+	@$(BIN)/python -m tests.packaging.release
 
 clean: ## remove what was built and measured; .venv and the data of `inferq up` stay
 	@rm -rf .make build dist site inferq.egg-info demo-output .inferq-demo .coverage .coverage.* \

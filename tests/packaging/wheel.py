@@ -49,10 +49,15 @@ def build(folder: Path, *, root: Path = ROOT, sdist: bool = False) -> Path:
     return next(folder.glob("*.tar.gz" if sdist else "*.whl"))
 
 
+def all_in_wheel(wheel: Path) -> set[str]:
+    """The names of all files in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
 def in_wheel(wheel: Path) -> set[str]:
     """The files that installing the wheel adds to site-packages, metadata aside."""
-    with zipfile.ZipFile(wheel) as archive:
-        return {name for name in archive.namelist() if ".dist-info/" not in name}
+    return {name for name in all_in_wheel(wheel) if ".dist-info/" not in name}
 
 
 def in_tree(root: Path = ROOT) -> set[str]:
