@@ -11,7 +11,7 @@ ENGINES := ocr,ner,facefusion,acestep
 ENGINE_TESTS := tests/acestep tests/ocr
 MODEL_TESTS := acestep contract facefusion ner ocr
 # The tests that need no engine's packages. up/test_up.py and packaging/test_shadowed.py start the real `inferq up`.
-CORE_TESTS := $(addprefix tests/,schemas broker storage worker gateway client callbacks batch nightly jobs \
+CORE_TESTS := $(addprefix tests/,schemas broker storage worker gateway client callbacks batch nightly jobs weights \
 	cli/test_arguments.py cli/test_output.py cli/test_terminal.py contract/test_checks.py up/test_up.py packaging)
 # The Python of `make test-lowest` and `make test-newest`, by name or path.
 PYTHON ?= $(BIN)/python
