@@ -23,7 +23,7 @@ def gateway(
     ] = False,
 ) -> None:
     """Serve the HTTP interface, until SIGTERM."""
-    from inferq.producer.gateway import serve
+    from inferq.producer.gateway.server import serve
 
     if check:
         for settings in (GatewaySettings, BrokerSettings, StorageSettings):

@@ -31,8 +31,3 @@ access            access log, request metrics, and headers of every answer
 health, metrics   liveness, readiness, Prometheus metrics
 settings          the gateway's settings
 """
-
-from inferq.producer.gateway.app import create_app
-from inferq.producer.gateway.server import Server, listen, serve, url_of
-
-__all__ = ["Server", "create_app", "listen", "serve", "url_of"]

@@ -23,6 +23,7 @@ _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _INFLATE_BYTES = 1 << 20
 _MERGED = ("options", "metadata")
 _PLACE = re.compile(r" at line 1 column \d+$")
+_DEFAULT_TENANT = Task.model_fields["tenant"].default
 
 
 class SourceUnusable(InferqError):
@@ -125,7 +126,8 @@ class LineParser:
         self._defaults = defaults_of(batch)
         inner = _json(self._defaults)[1:-1]
         self._head = b"{" + inner + (b"," if inner else b"")
-        self._tail = _json({"tenant": batch.tenant, "batch_id": batch.batch_id})[1:-1]
+        tenant = {} if batch.tenant == _DEFAULT_TENANT else {"tenant": batch.tenant}
+        self._tail = _json({**tenant, "batch_id": batch.batch_id})[1:-1]
         own_type = self._defaults.get("task_type")
         self._type = own_type if isinstance(own_type, str) else None
         self._reserved = f"{batch.batch_id}."

@@ -12,10 +12,10 @@ from inferq.broker import (
     Message,
     dead_message,
     deferred_message,
-    redriven_message,
     retry_message,
     task_message,
 )
+from inferq.broker.messages import redriven_message
 from inferq.schemas import SCHEMA_VERSION, InvalidTask, parse_task
 
 TASK = parse_task({"task_id": "t", "task_type": "echo"})

@@ -18,9 +18,10 @@ import pytest
 
 from inferq.broker.messages import Message
 from inferq.broker.settings import BrokerSettings
-from inferq.producer.gateway import Server, create_app, listen, url_of
+from inferq.producer.gateway.app import create_app
 from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.keys import KeyFile
+from inferq.producer.gateway.server import Server, listen, url_of
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import EndState, ErrorInfo, InferqError, Result, Task, parse_task
 from inferq.storage.objects.open import open_store

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
-from inferq.producer.gateway import create_app, listen, url_of
+from inferq.producer.gateway.app import create_app
 from inferq.producer.gateway.body import decode_json
 from inferq.producer.gateway.prefer import wait_seconds
+from inferq.producer.gateway.server import listen, url_of
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import InstallationError, InvalidTask
 from inferq.storage.settings import StorageSettings
@@ -178,7 +179,10 @@ def test_a_broken_key_file_is_an_error_of_the_start(tmp_path: Path, publisher: F
 def test_the_process_serves_until_a_signal_stops_it(
     tmp_path: Path, redis_url: str, amqp_url: str, how: signal.Signals
 ) -> None:
-    script = "from inferq.producer.gateway import serve; serve(port=0, on_listening=lambda url: print(url, flush=True))"
+    script = (
+        "from inferq.producer.gateway.server import serve\n"
+        "serve(port=0, on_listening=lambda url: print(url, flush=True))"
+    )
     environment = {
         **os.environ,
         "INFERQ_REDIS_URL": redis_url,
