@@ -116,7 +116,7 @@ def test_without_patience_a_worker_never_waits_for_redis(site: Site, tmp_path: P
     options = {"times": 1, "marker": str(tmp_path / "m")}
     result = site.ended(site.publish({"fault": "transient", "options": options}))
     assert (result.status, result.attempts) == ("succeeded", 2)
-    assert "paused: Redis" not in worker.log.read_text()
+    assert "for Redis, which is unavailable" not in worker.log.read_text()
     assert worker.ready()
 
 
@@ -126,7 +126,7 @@ def test_a_redis_that_hangs_is_waited_for_and_then_done_without(site: Site, frag
     try:
         task_id = site.publish({"task_type": "echo"})
         assert site.ended(task_id).attempts == 1
-        assert "paused: Redis is away" in worker.log.read_text()
+        assert "for Redis, which is unavailable" in worker.log.read_text()
     finally:
         os.kill(fragile.node.pid(), signal.SIGCONT)
 
