@@ -85,7 +85,7 @@ def installation(
             except httpx.TransportError:
                 return False
 
-        eventually(lambda: all(ready(number) for number in ports), "a ready installation")
+        eventually(lambda: all(ready(number) for number in ports), "a ready installation", seconds=120)
         yield env
     finally:
         for process in processes:

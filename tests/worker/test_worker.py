@@ -244,9 +244,12 @@ def test_a_running_task_can_be_cancelled(site: Site, tmp_path: Path, fault: str,
     engine = worker.engine_pid()
     task_id = site.publish({"fault": fault, "options": {"marker": str(tmp_path / "m")}})
     eventually(lambda: starts(tmp_path / "m") == 1)
+    asked = datetime.now(UTC)
     site.status.request_cancel("default", task_id)
     result = site.ended(task_id)
     assert result.status == "cancelled"
+    # Promised within a second or so; without the promise it would be the time limit, minutes later.
+    assert (result.finished_at - asked).total_seconds() < 15
     assert site.dead() == []
     assert site.ended(site.publish({})).status == "succeeded"
     assert (worker.engine_pid() == engine) == stays
