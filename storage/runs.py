@@ -1,15 +1,15 @@
-"""Which runs a schedule had, in the object store: each in its place, and what it took.
+"""The runs of a schedule, in the object store: each has a place in their order, and a record of its objects.
 
-nightly/<tenant>/<name>/known.json            since when the schedule is known, as it stands
-nightly/<tenant>/<name>/places/<n>.json       the run that has this place; written once
-nightly/<tenant>/<name>/runs/<run_id>.json    which place a run has
-nightly/<tenant>/<name>/last.json             a place at which to begin to look for the last; a hint
-nightly/<tenant>/<name>/taken/<run_id>.json   what the run took, settled once
-nightly/<tenant>/<name>/seen/<token>.jsonl.gz every object that there was when it took them, with its ETag
-nightly/<tenant>/<name>/nights/<run_id>/<day>.json   what a night came to
+nightly/<tenant>/<name>/known.json            since when the schedule has been known with its present times
+nightly/<tenant>/<name>/places/<n>.json       the run at this place; written once
+nightly/<tenant>/<name>/runs/<run_id>.json    the place of a run
+nightly/<tenant>/<name>/last.json             a place from which to search for the last run; a hint
+nightly/<tenant>/<name>/taken/<run_id>.json   the objects that the run took; written once
+nightly/<tenant>/<name>/seen/<token>.jsonl.gz every object at that time, with its ETag
+nightly/<tenant>/<name>/nights/<run_id>/<day>.json   the report of a night
 
-What is new is told against the run in the place before, which is settled first. So no two runs take the same
-object, and none is left out, however many starters there are and wherever one of them is cut off.
+A run takes the objects that are new since the run at the place before, which is settled first. So no two runs take
+the same object, and no object is left out, with any number of starters and wherever one of them is killed.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ M = TypeVar("M", bound=BaseModel)
 
 _JSON = "application/json"
 _KNOWN = "known.json"
-"""Sorts before all else that a schedule has."""
+"""Sorts before every other key of a schedule."""
 
 
 class UnreadableRun(InferqError):
-    """What stands where a record of a nightly run should be is not one."""
+    """A record of a nightly run cannot be read."""
 
     code = "run_unreadable"
 
 
 class Run(Record):
-    """A run as it was started first; a later start of the same one finds it so."""
+    """A run as it was first started; later starts of the same run read this record."""
 
     run_id: str
     scheduled_at: AwareDatetime
@@ -48,10 +48,10 @@ class Run(Record):
 
 
 class Snapshot(Record):
-    """What a run takes. `token` names its JSONL and its list of what there was; `objects` of it are new.
+    """The objects that a run takes. `token` names its JSONL and its list of all objects; `objects` counts the new ones.
 
-    `seen` is the token of the list that the next run goes by, for that source: this run's own, or where
-    it could not or was not to tell what is new, that of the run before. `error` says why it took nothing.
+    `seen` is the token of the list that the next run compares with, and `seen_source` its source: this run's own
+    list, or that of the run before if this run took everything or failed. `error` says why it took nothing.
     """
 
     token: str
@@ -62,7 +62,7 @@ class Snapshot(Record):
 
 
 class Known(Record):
-    """Since when a schedule is known with these times: what lies before was never missed."""
+    """Since when a schedule is known with these times; no run before that counts as missed."""
 
     cron: str
     time_zone: str
@@ -74,7 +74,7 @@ class _Place(Record):
 
 
 def known_schedules(store: ObjectStore) -> Iterator[tuple[str, str]]:
-    """Tenant and name of every schedule that is known. In one listing each, however many runs it had."""
+    """Tenant and name of every known schedule. Each costs one listing, however many runs it had."""
     key = ""
     while (first := next(store.list("nightly/", start_after=key), None)) is not None:
         key = first.key
@@ -82,7 +82,7 @@ def known_schedules(store: ObjectStore) -> Iterator[tuple[str, str]]:
             case [_, tenant, name, *rest] if rest:
                 if rest == [_KNOWN]:
                     yield unquote(tenant), name
-                key = f"nightly/{tenant}/{name}/~"  # behind all that a schedule has
+                key = f"nightly/{tenant}/{name}/~"  # after every key of the schedule
 
 
 class RunLog:
@@ -93,9 +93,9 @@ class RunLog:
         self._folder = f"nightly/{segment(tenant)}/{name}/"
 
     def claim(self, run: Run) -> int:
-        """The place of a run, which it has from now on if it had none. The first place is 0."""
-        # The hint first: a starter that stalls here would else begin behind the place that another one took
-        # for this run meanwhile, and give it a second.
+        """The place of a run, which gets the next free one if it has none. The first place is 0."""
+        # Read the hint first: otherwise a starter that stalls here could search from behind the place that
+        # another starter took for this run meanwhile, and take a second one.
         place = self._hint()
         known = self._load(f"runs/{run.run_id}.json", _Place)
         if known is not None:
@@ -103,8 +103,8 @@ class RunLog:
         while not self._create(f"places/{place}.json", run):
             other = self.at(place).run_id
             if other == run.run_id:
-                break  # another starter of the same run, or this one before it was cut off
-            # Its starter may not have come to this, and would not find its place from behind the hint.
+                break  # another starter of the same run, or an earlier try of this one
+            # Its starter may have been killed before this, and would not find its place from behind the hint.
             self._put(f"runs/{other}.json", _Place(place=place))
             place += 1
         self._put(f"runs/{run.run_id}.json", _Place(place=place))
@@ -112,14 +112,14 @@ class RunLog:
         return place
 
     def at(self, place: int) -> Run:
-        """The run in a place that is taken."""
+        """The run at a place that is taken."""
         found = self._load(f"places/{place}.json", Run)
         if found is None:
-            raise UnreadableRun(f"{self._folder}places/{place}.json is gone: nothing may delete it")
+            raise UnreadableRun(f"{self._folder}places/{place}.json is missing: it must not be deleted")
         return found
 
     def last(self) -> Run | None:
-        """The run in the last place."""
+        """The run at the last place."""
         place = self._hint()
         found = None
         while (run := self._load(f"places/{place}.json", Run)) is not None:
@@ -128,14 +128,14 @@ class RunLog:
         return found
 
     def has(self, run_id: str) -> bool:
-        """Whether a start of this run has got as far as a place."""
+        """Whether this run has a place."""
         return self._load(f"runs/{run_id}.json", _Place) is not None
 
     def taken(self, run_id: str) -> Snapshot | None:
         return self._load(f"taken/{run_id}.json", Snapshot)
 
     def settle(self, run_id: str, taken: Snapshot) -> Snapshot:
-        """Settle what a run takes; of several that were made at once the first one stands."""
+        """Record the objects of a run, and give the record that is kept: the first."""
         key = f"taken/{run_id}.json"
         return taken if self._create(key, taken) else self._load(key, Snapshot) or taken
 
@@ -143,7 +143,7 @@ class RunLog:
         return f"{self._folder}seen/{token}.jsonl.gz"
 
     def known(self, now: AwareDatetime, schedule: Schedule) -> Known:
-        """Since when the schedule is known with its present times: from now on, if it was not."""
+        """Since when the schedule is known with its present times; from now on, if it was not."""
         found = self._load(_KNOWN, Known)
         if found is not None and (found.cron, found.time_zone) == (schedule.cron, schedule.time_zone):
             return found
@@ -152,16 +152,16 @@ class RunLog:
         return made
 
     def forget(self) -> None:
-        """Be a schedule that was never known; its runs stay."""
+        """Forget the schedule, as if it had never been known; its runs stay."""
         self._store.delete(f"{self._folder}{_KNOWN}")
 
     def keep_night(self, run_id: str, day: str, night: M) -> M:
-        """Record what a night came to, and give the record that is kept: the first."""
+        """Record the report of a night, and give the record that is kept: the first."""
         key = f"nights/{run_id}/{day}.json"
         return night if self._create(key, night) else self._load(key, type(night)) or night
 
     def nights(self, run_id: str, model: type[M]) -> list[M]:
-        """What the nights of a run came to, in their order."""
+        """The reports of a run's nights, in order."""
         prefix = f"{self._folder}nights/{run_id}/"
         names = [info.key.removeprefix(self._folder) for info in self._store.list(prefix)]
         return [found for name in names if (found := self._load(name, model)) is not None]

@@ -86,9 +86,9 @@ def progress_goes_forward(bench: Bench) -> None:
 
 
 def cancel_stops_it(bench: Bench) -> None:
-    """A run that looks for an abort and is told of one raises TaskAborted, and the engine goes on.
+    """A run that checks for an abort, and is asked to stop, raises TaskAborted; the engine goes on.
 
-    It is told so at its first look and, in another run, at its last.
+    One run is asked at its first check, another at its last.
     """
     polled = False
     for sample in bench.subject.samples:

@@ -17,10 +17,10 @@ from inferq_sentiment.settings import SentimentSettings
 
 
 class SentimentEngine(Engine[SentimentTask]):
-    """Counts the positive and the negative words of a text. A toy: irony and context are beyond it."""
+    """Counts the positive and the negative words of a text. A toy: it understands neither irony nor context."""
 
     def load(self) -> EngineInfo:
-        """Read the words. Raises InstallationError where INFERQ_SENTIMENT_LEXICON cannot be used."""
+        """Read the words. Raises InstallationError if INFERQ_SENTIMENT_LEXICON cannot be used."""
         more = SentimentSettings.load().sentiment_lexicon
         self._weights = built_in() | (read_lexicon(more) if more else {})
         self._tokens = tokenizer(self._weights)
@@ -37,7 +37,7 @@ class SentimentEngine(Engine[SentimentTask]):
         found: list[int] = []
         parts = clauses(text)
         for done, clause in enumerate(parts):
-            context.check_abort()  # stops here where it was cancelled, or its time is over
+            context.check_abort()  # stops here if the task is cancelled or over time
             context.progress(done / len(parts), f"clause {done + 1} of {len(parts)}")
             found += opinions(clause, self._weights, self._tokens)
         context.progress(1.0, "judged")

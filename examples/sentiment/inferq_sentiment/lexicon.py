@@ -44,7 +44,7 @@ def built_in() -> dict[str, int]:
 def read_lexicon(path: Path) -> dict[str, int]:
     """The words of a file with rows such as `+ cosy`.
 
-    Raises InstallationError where the file cannot be read, and for a row of another form.
+    Raises InstallationError if the file cannot be read or a row has another form.
     """
     try:
         rows = path.read_text("utf-8").splitlines()
