@@ -18,7 +18,8 @@ from inferq.schemas import Task
 
 
 class Computation:
-    """The computing of one task. `scratch` is the folder for its files, which is made once it is needed.
+    """The computing of one task. `run` names the run in the status index. `scratch` is the folder for its files,
+    which is made once it is needed.
 
     `cache_key` is the task's key in the result cache, if its result can be reused. `cached` says whether the
     answer came from there.
@@ -32,6 +33,7 @@ class Computation:
         delivery: Delivery,
         task: Task,
         *,
+        run: str,
         scratch: str,
         notifier: Notifier,
     ) -> None:
@@ -40,6 +42,7 @@ class Computation:
         self._lease = lease
         self._delivery = delivery
         self._task = task
+        self._run = run
         self._scratch = scratch
         self._notifier = notifier
         self._held = True
@@ -67,7 +70,7 @@ class Computation:
         return self._from_cache(inputs) or self._compute(inputs)
 
     def abort_reason(self) -> AbortReason | None:
-        """Why the run has to stop, if it has to."""
+        """Why the run has to stop; None if it may go on. Releases the run once its delivery is lost."""
         services, task = self._services, self._task
         if services.grace_passed:
             return "shutdown"
@@ -87,6 +90,7 @@ class Computation:
             self._task,
             attempt=self._delivery.attempt,
             redrives=self._delivery.redrives,
+            run=self._run,
         )
         self._services.best_effort(released)
 

@@ -1,7 +1,8 @@
 """Puts the end of a task on record and reports it: in the object store, in Redis, and to its owner.
 
-A task that fails for good ends in this order: dead letter, record, status, callback, ack. Each step waits for
-an unavailable service. A crash between two steps repeats the later ones, which changes nothing.
+A task that fails for good ends in this order: dead letter, record, status, callback, ack. Dead letter, record and
+callback wait for an unavailable service. The status, which is only an index, is retried after the ack if Redis did
+not answer before. A crash between two steps repeats the later ones, which changes nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from inferq.schemas import Result, Task
 
 
 class Endings:
-    """The effects of one delivery's end. `notifier` reports to the task's owner; at first to nobody."""
+    """The effects of one delivery's end. `notifier` reports to the task's owner; nothing until a URL is set."""
 
     def __init__(self, services: WorkerServices) -> None:
         self._services = services
         self._replies: list[Callable[[], bool]] = []
         self.notifier = Notifier(services.publisher, self.publish, url=None)
 
-    def notify(self, task: Task) -> None:
+    def use_callbacks_of(self, task: Task) -> None:
         """From now on, report to the task's callback URL if it has one."""
-        self.notify_url(task.callback_url, task)
+        self.use_callback_url(task.callback_url, task)
 
-    def notify_url(self, url: str | None, task: Task | None = None) -> None:
+    def use_callback_url(self, url: str | None, task: Task | None = None) -> None:
         """The same for a URL alone: of a message that is no task."""
         events = {} if task is None else {"events": task.callback_events}
         self.notifier = Notifier(self._services.publisher, self.publish, url=url, **events)

@@ -100,12 +100,12 @@ class EngineSupervisor:
         """End the engine, and a successor that is loading."""
         self.ready = False
         self.engine.close()
-        if self._successor is not None:
-            self._successor.kill()
+        self._drop_successor()
 
     def _load(self) -> None:
         services = self._services
         self.ready = False
+        self._drop_successor()  # two engines may not fit into the GPU's memory
         failures = 0
         while True:
             began = time.monotonic()
@@ -132,8 +132,7 @@ class EngineSupervisor:
         """Start a successor if one is requested or due, and replace the engine by it once it is ready."""
         if self.reload_requested.is_set():
             self.reload_requested.clear()
-            if self._successor is not None:
-                self._successor.kill()
+            self._drop_successor()
             self._start_successor(None)
         elif self.engine.tasks >= self._max_tasks and self._successor is None:
             self._start_successor("max_tasks")
@@ -168,6 +167,11 @@ class EngineSupervisor:
         _log.info("%s: now %s %s, model %s", self._name, info.name, info.version, info.model)
         with suppress(OSError):
             old.close()
+
+    def _drop_successor(self) -> None:
+        if self._successor is not None:
+            self._successor.kill()
+            self._successor = None
 
     def _start_successor(self, reason: Wear | None) -> None:
         successor = EngineProcess(self._services.task_type.name, self._limits)

@@ -1,6 +1,6 @@
 """The callbacks of a task, handed over to the queue that delivers them.
 
-The end of a task is reported in this order: dead letter, record, callback, ack. A crash in between repeats the
+The end of a task is reported in this order: dead letter, record, status, callback, ack. A crash in between repeats the
 later steps with the same `webhook-id`, which is made from the record that is kept.
 """
 

@@ -25,7 +25,7 @@ def refuse_unreadable(
     endings.publish(records.dead_letter(error))
     failure = records.unreadable(error, started_at=started_at)
     if failure is not None and _may_end(services, endings, failure):
-        endings.notify_url(legible_url(records.delivery.body))
+        endings.use_callback_url(legible_url(records.delivery.body))
         endings.record(failure)
 
 

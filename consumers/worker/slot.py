@@ -51,7 +51,7 @@ class Slot:
     def waiting_for(self) -> str | None:
         """What keeps this slot from taking a task; None if nothing does."""
         if not self._supervisor.ready:
-            return f"{self._threads[0].name}: its engine to load"
+            return f"{self._threads[0].name}: the engine is loading"
         return next((reason for thread in self._threads if (reason := thread.waiting_for)), None)
 
     @property
@@ -85,7 +85,7 @@ class _SlotThread(threading.Thread):
     """One consumer, and the thread that brings each of its deliveries to its end.
 
     A thread that is `ahead` asks for a task only while the other one has a task in hand, and with a lower
-    consumer priority, so that idle workers come first. So the engine's tasks come in hand in the queue's order.
+    consumer priority, so that idle workers come first. Tasks therefore reach the engine in the queue's order.
     """
 
     def __init__(

@@ -140,7 +140,7 @@ class TaskRun:
         except (NotStarted, GracePassed, RunAborted):
             raise
         except Exception as error:
-            # A fault of the worker's own must cost this attempt, not the worker: it would meet it again.
+            # Fail the attempt, not the worker: the next worker would fail in the same way.
             _log.exception("%s: the worker failed", self._records.name)
             return self._failed(task, worker_fault(error))
 
@@ -170,10 +170,10 @@ class TaskRun:
     def _decide(self, task: Task) -> Outcome:
         services, delivery = self._services, self._delivery
         self._digest = self._records.digest(task)
-        self._endings.notify(task)
+        self._endings.use_callbacks_of(task)
         computation = Computation(
             services, self._consumer, self._lease, delivery, task,
-            scratch=self._scratch, notifier=self._endings.notifier,
+            run=self._token, scratch=self._scratch, notifier=self._endings.notifier,
         )  # fmt: skip
         facts = Facts(
             task=task,
@@ -192,7 +192,7 @@ class TaskRun:
             # The run begins once the engine is this task's. Everything that needs no engine is done before.
             self._lease.step_aside()
             facts, fetched = self._gather_and_fetch(facts, computation, lambda facts: facts)
-            if isinstance(before_run(facts), Run):
+            if isinstance(before_run(facts), Run) and not _failed_to_fetch(fetched):
                 self._await_engine(computation)
             self._started_at = datetime.now(UTC)
             facts = self._begin(task, computation)(replace(facts, now=self._started_at))
@@ -204,7 +204,7 @@ class TaskRun:
             self._lease.release()
         match verdict:
             case Run():
-                if not (self._lease.held or self._await_engine(computation)):
+                if not (self._lease.held or _failed_to_fetch(fetched) or self._await_engine(computation)):
                     return self._cancelled(task)
                 if not self._consumer.holds(delivery):
                     raise NotStarted(_CONNECTION_LOST)  # another worker may have begun it
@@ -224,7 +224,7 @@ class TaskRun:
                 return self._dead_letter(task, dead_letter)
 
     def _begin(self, task: Task, computation: Computation) -> Callable[[Facts], Facts]:
-        """Say in the status index that a run begins; what this gives waits for the answer and adds it."""
+        """Record in the status index that a run begins. Returns a function that adds the index's reply."""
         services, delivery = self._services, self._delivery
         reply = None
         if task.task_type == services.task_type.name:
@@ -322,7 +322,6 @@ class TaskRun:
     def _succeeded(
         self, task: Task, computation: Computation, done: Done, timings: dict[str, float | None]
     ) -> Outcome:
-        services = self._services
         began = time.monotonic()
         artifacts = tuple(self._upload(task, name, file) for name, file in done.artifacts.items())
         timings["upload"] = time.monotonic() - began
@@ -336,16 +335,29 @@ class TaskRun:
             cached=computation.cached,
         )
         kept = self._endings.record(result, done.output)
-        if kept is not result and artifacts:
-            discard = partial(services.results.discard, task.tenant, task.task_id, attempt_token=self._token)
-            services.retry_until_available("object store", discard)
-        if services.cache is not None and computation.cache_key and kept is result and not computation.cached:
-            with suppress(Outage):  # the next one is computed again, and that is all
-                services.cache.keep(result, computation.cache_key)
-        services.metrics.observe(task.task_type, result.timings)
+        try:
+            self._tidy_up(result, kept, computation)
+        except (GracePassed, RunAborted):
+            raise
+        except Exception:
+            # The task has ended: a fault from here on must not fail it.
+            _log.exception("%s: recorded, but not everything after that was done", self._records.name)
         if kept.digest is not None and kept.digest != self._digest:
             return self._dead_letter(task, id_conflict(task))  # the other task ended during this run
         return "succeeded" if kept is result else "skipped"
+
+    def _tidy_up(self, result: Result, kept: Result, computation: Computation) -> None:
+        """Delete artifacts that no record names, and put the result into the cache."""
+        services = self._services
+        if kept is not result and result.artifacts:
+            discard = partial(
+                services.results.discard, result.tenant, result.task_id, attempt_token=self._token
+            )
+            services.retry_until_available("object store", discard)
+        if services.cache is not None and computation.cache_key and kept is result and not computation.cached:
+            with suppress(Outage):  # a later task is computed, and that is all
+                services.cache.keep(result, computation.cache_key)
+        services.metrics.observe(result.task_type, result.timings)
 
     def _upload(self, task: Task, name: str, file: FileRef) -> Artifact:
         return self._services.retry_until_available(
@@ -407,7 +419,7 @@ class TaskRun:
     def _dead_letter(self, task: Task, verdict: DeadLetter, timings: Timings | None = None) -> Outcome:
         self._lease.release()
         _log.warning("%s: failed: %s", self._records.name, verdict.error)
-        # The dead letter first: after a crash behind the record alone, the task would pass for done.
+        # The dead letter first: if only the record survived a crash, the redelivery would be skipped as done.
         self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
         failure = self._failure(task, verdict.error, timings=timings)
         if verdict.record:
@@ -444,3 +456,8 @@ class TaskRun:
             return
         except OSError:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _failed_to_fetch(fetched: Future[Inputs] | None) -> bool:
+    """Whether the inputs were fetched early and that failed: the engine is not needed to say so."""
+    return fetched is not None and fetched.exception() is not None

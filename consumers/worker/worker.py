@@ -126,5 +126,5 @@ class Worker:
         waiting = [reason for slot in self._slots if (reason := slot.waiting_for)]
         waiting += self._services.pauses()
         if self._services.stopping:
-            waiting.append("the end: the worker is shutting down")
+            waiting.append("the worker is shutting down")
         return Readiness(not waiting, tuple(waiting))

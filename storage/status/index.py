@@ -207,9 +207,12 @@ class StatusIndex:
 
         return begun
 
-    def released(self, task: Task, *, attempt: int, redrives: int) -> None:
-        """A run was requeued in good order: it and the runs before it are not orphaned."""
-        self._change("released", task.tenant, task.task_id, [attempt, redrives])
+    def released(self, task: Task, *, attempt: int, redrives: int, run: str) -> None:
+        """A run was requeued in good order: it and the runs before it are not orphaned.
+
+        Does nothing if `run` is not the latest one that began.
+        """
+        self._change("released", task.tenant, task.task_id, [attempt, redrives, run])
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
         """The progress of a running task, from 0 to 1. Ignored if the task is not running, or if it would decrease."""

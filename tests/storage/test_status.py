@@ -152,7 +152,9 @@ def test_the_digest_that_a_task_came_with_is_the_one_on_record(index: StatusInde
     error = ErrorInfo(code="x", message="x", retryable=True)
     index.retrying(task, attempt=1, redrives=0, error=error, digest=digest)
     now = datetime.now(UTC)
-    begun = index.begin(task, attempt=2, redrives=0, worker="w", started_at=now, digest=digest)
+    begun = index.begin_pipelined(
+        task, attempt=2, redrives=0, worker="w", started_at=now, digest=digest, run="r"
+    )()
     assert begun.digest == digest
     assert known(index, task).state == "running"
 
@@ -295,8 +297,9 @@ def test_an_orderly_end_of_a_run_starts_the_count_anew(index: StatusIndex, endin
             assert lost(index, attempt=2) == 0
             assert lost(index, attempt=2) == 1
         case "released":
-            index.released(job(), attempt=1, redrives=0)
-            index.released(job(), attempt=1, redrives=0)
+            begin(index, job(), run="last")
+            index.released(job(), attempt=1, redrives=0, run="last")
+            index.released(job(), attempt=1, redrives=0, run="last")
             assert [lost(index), lost(index)] == [0, 1]
         case status:
             index.ended(end(job(), status))
@@ -316,7 +319,7 @@ def test_a_later_attempt_or_redrive_starts_the_count_anew_even_where_the_end_bef
 def test_late_copies_and_other_tasks_of_the_same_id_are_not_counted(index: StatusIndex) -> None:
     assert lost(index, attempt=2) == 0
     assert lost(index, attempt=1) is None
-    index.released(job(), attempt=1, redrives=0)
+    index.released(job(), attempt=1, redrives=0, run="first")
     assert begin(index, job(text="other"), attempt=2).orphaned_runs is None
     assert lost(index, attempt=2) == 1
 
@@ -369,8 +372,8 @@ def test_in_any_order_of_calls_only_runs_in_a_row_without_an_end_are_counted(
                     expected = len(began) - 1
                 assert begin(index, job(), attempt, redrives, run=run).orphaned_runs == expected
             case "released":
-                index.released(job(), attempt=attempt, redrives=redrives)
-                if (redrives, attempt, 2) == furthest:
+                index.released(job(), attempt=attempt, redrives=redrives, run=run)
+                if (redrives, attempt, 2) == furthest and began[-1:] == [run]:
                     began = []
             case "retrying":
                 index.retrying(job(), attempt=attempt, redrives=redrives, error=ERROR)
@@ -381,8 +384,15 @@ def test_in_any_order_of_calls_only_runs_in_a_row_without_an_end_are_counted(
                 furthest = max(furthest, ends)
 
 
+def test_a_run_releases_no_run_that_began_after_it(index: StatusIndex) -> None:
+    begin(index, job(), run="first")
+    begin(index, job(), run="second")
+    index.released(job(), attempt=1, redrives=0, run="first")
+    assert begin(index, job(), run="third").orphaned_runs == 2
+
+
 def test_giving_back_an_unknown_task_makes_no_record(index: StatusIndex) -> None:
-    index.released(job(), attempt=1, redrives=0)
+    index.released(job(), attempt=1, redrives=0, run="r")
     assert index.get("default", "t1") is None
 
 
@@ -521,7 +531,7 @@ def test_no_order_of_calls_moves_a_task_backwards_or_counts_an_end_twice(
             case "begin":
                 begin(index, task, attempt, redrives)
             case "released":
-                index.released(task, attempt=attempt, redrives=redrives)
+                index.released(task, attempt=attempt, redrives=redrives, run="r")
                 assert index.get("default", "t1") == before
             case "progress":
                 index.progress("default", "t1", attempt / 3, None)

@@ -134,7 +134,7 @@ class Installation:
 
 def ready(*parts: Part) -> None:
     for part in parts:
-        eventually(part.ready, SECONDS, f"the start of {part.log.name}")
+        eventually(part.ready, f"the start of {part.log.name}", seconds=SECONDS)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_gateway_and_a_worker_of_two_versions_work_together(
         assert (result.status, result.worker, result.metadata) == ("succeeded", f"{workers}-worker", {"n": 1})
         saved = client.download(artifact.task_id, "note.txt", place.site.folder)
         assert saved.read_text() == "a note"
-        eventually(lambda: receiver.got, SECONDS, "the callback")
+        eventually(lambda: receiver.got, "the callback", seconds=SECONDS)
     event = receiver.got[0].verify(place.secret)
     assert (event["type"], event["data"]["task_id"]) == ("task.succeeded", artifact.task_id)
     assert event.get("version", 1) == 1
@@ -190,7 +190,7 @@ def test_a_gateway_and_a_worker_of_two_versions_work_together(
     assert (letter.task_id, letter.reason) == (failed.task_id, "never")
 
     running = client.submit("faulty", fault="hang", options=place.options("running"))
-    eventually(lambda: place.started("running"), SECONDS, "a run to cancel")
+    eventually(lambda: place.started("running"), "a run to cancel", seconds=SECONDS)
     client.cancel(running.task_id)
     assert client.wait(running.task_id, timeout=SECONDS).state == "cancelled"
 
@@ -225,7 +225,7 @@ def test_this_version_takes_over_what_the_last_one_left(place: Installation) -> 
         for line in lines
     )
     batch = client.submit_batch(source.encode(), max_in_flight=4)
-    eventually(lambda: place.started("line-7"), SECONDS, "the line that waits")
+    eventually(lambda: place.started("line-7"), "the line that waits", seconds=SECONDS)
     feeder.kill()
     worker.kill()
 
@@ -275,13 +275,15 @@ def test_this_version_takes_over_what_the_last_one_left(place: Installation) -> 
     assert not place.started("cancelled")
 
     # The callback of the failure arrives, then that of the success after a redrive.
-    eventually(lambda: len(receiver.got) == 1, SECONDS, "the callback that was left")
+    eventually(lambda: len(receiver.got) == 1, "the callback that was left", seconds=SECONDS)
     shown = inferq(place.env | {"PYTHONPATH": str(PLUGIN)}, "dead", "redrive", "faulty")
     assert shown.returncode == 0, shown.stderr
-    eventually(lambda: client.result(dead.task_id).status == "succeeded", SECONDS, "the redriven task")
+    eventually(
+        lambda: client.result(dead.task_id).status == "succeeded", "the redriven task", seconds=SECONDS
+    )
     assert client.result(dead.task_id).redrives == 1
     assert place.started("dead") == 2
-    eventually(lambda: len(receiver.got) == 2, SECONDS, "the callback of the redriven task")
+    eventually(lambda: len(receiver.got) == 2, "the callback of the redriven task", seconds=SECONDS)
     events = [got.verify(place.secret)["type"] for got in receiver.got]
     assert events == ["task.failed", "task.succeeded"]
     assert place.site.dead() == []

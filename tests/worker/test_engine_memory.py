@@ -108,7 +108,7 @@ def test_where_two_engines_do_not_fit_the_old_one_goes_first(site: Site, tmp_pat
     eventually(lambda: replaced(worker, "max_tasks") == 1, what="a new engine")
     eventually(worker.ready)
     assert worker.engine_pid() != old
-    assert "which goes first" in worker.log.read_text()
+    assert "ending the old one first" in worker.log.read_text()
 
 
 def test_a_due_engine_that_does_not_load_leaves_the_old_one_at_work(site: Site, tmp_path: Path) -> None:

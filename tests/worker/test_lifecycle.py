@@ -90,7 +90,7 @@ def test_an_engine_that_fails_to_load_is_tried_again(site: Site, tmp_path: Path,
     site.workers.append(worker)
     eventually(lambda: "next start in" in worker.log.read_text())
     assert not worker.ready()
-    assert "its engine to load" in worker.get("/readyz").text
+    assert "the engine is loading" in worker.get("/readyz").text
     assert worker.get("/healthz").status_code == 200
     switch.unlink()
     worker.wait_ready()
@@ -122,7 +122,7 @@ def test_a_worker_is_ready_only_after_its_warm_up_runs(site: Site, tmp_path: Pat
     site.workers.append(worker)
     task = site.publish({})
     eventually(noted.exists)
-    eventually(lambda: "its engine to load" in worker.get("/readyz").text)
+    eventually(lambda: "the engine is loading" in worker.get("/readyz").text)
     assert site.state(task) is None
     assert noted.read_text().count("warm-up") == 1
     gate.touch()

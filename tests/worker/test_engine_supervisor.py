@@ -1,0 +1,78 @@
+"""The engine of a slot between tasks, with engine processes that only say what was done with them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from inferq.consumers.worker import engine_supervisor
+from inferq.consumers.worker.engine_supervisor import EngineSupervisor
+from inferq.consumers.worker.metrics import WorkerMetrics
+from inferq.schemas import EngineInfo
+
+
+class FakeProcess:
+    """An engine process that loads at once, or never if it is a successor."""
+
+    made: list[FakeProcess]
+
+    def __init__(self, *_arguments: object) -> None:
+        self.usable = self.alive = self.killed = self.has_answered = False
+        self.worn, self.tasks, self.info = None, 0, None
+        FakeProcess.made.append(self)
+
+    def spawn(self) -> None:
+        self.alive = True
+
+    def wait_ready(self, **_arguments: object) -> EngineInfo:
+        self.usable = True
+        return EngineInfo(name="fake", version="1", model="none", device="cpu")
+
+    def close(self) -> None:
+        self.usable = self.alive = False
+
+    def kill(self) -> None:
+        self.usable = self.alive = False
+        self.killed = True
+
+
+@pytest.fixture
+def supervisor(monkeypatch: pytest.MonkeyPatch) -> EngineSupervisor:
+    FakeProcess.made = []
+    monkeypatch.setattr(engine_supervisor, "EngineProcess", FakeProcess)
+    settings = SimpleNamespace(
+        engine_memory_limit=None, engine_recycle_memory=None, engine_max_tasks=None, start_limit=600
+    )
+    services = SimpleNamespace(
+        settings=settings, task_type=SimpleNamespace(name="fake"), metrics=WorkerMetrics(), stopping=False
+    )
+    return EngineSupervisor("slot", cast(Any, services))
+
+
+def test_an_engine_is_not_loaded_beside_a_successor_of_the_one_that_died(
+    supervisor: EngineSupervisor,
+) -> None:
+    supervisor.restore()
+    supervisor.reload_requested.set()
+    supervisor.look()
+    first, successor = FakeProcess.made
+    first.kill()
+    supervisor.restore()
+    assert successor.killed
+    assert supervisor.engine is first
+    assert supervisor.usable
+
+
+def test_a_second_reload_replaces_the_successor_of_the_first(supervisor: EngineSupervisor) -> None:
+    supervisor.restore()
+    for _ in range(2):
+        supervisor.reload_requested.set()
+        supervisor.look()
+    engine, first, second = FakeProcess.made
+    assert (first.killed, second.killed) == (True, False)
+    second.has_answered = True
+    supervisor.look()
+    assert supervisor.engine is second
+    assert not engine.usable
