@@ -40,7 +40,7 @@ class UnreadableRun(InferqError):
 
 
 class Run(Record):
-    """A run as it was first started; later starts of the same run read this record."""
+    """The record of a run's first start; later starts of the same run read it."""
 
     run_id: str
     scheduled_at: AwareDatetime

@@ -196,7 +196,7 @@ async def _note(services: Services, record: CallbackRecord) -> None:
 
 
 async def _rebuilt(services: Services, record: CallbackRecord) -> Callback:
-    """The record's callback: as it was kept, or rebuilt from the task's result or the batch's summary.
+    """The record's callback: the kept one, or one rebuilt from the task's result or the batch's summary.
 
     Raises ProblemError (409) if it is neither.
     """

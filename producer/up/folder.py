@@ -132,7 +132,7 @@ class DataFolder:
         return chosen
 
     def kept_env(self) -> dict[str, str]:
-        """The variables in `env` as it was last written."""
+        """The variables that were last written to `env`."""
         try:
             words = shlex.split(self.env_file.read_text(encoding="utf-8"), comments=True)
         except (OSError, ValueError):

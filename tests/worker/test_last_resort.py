@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 
 from inferq.broker import Delivery, Message
+from inferq.consumers.runtime.messages import Done
 from inferq.consumers.worker.inputs import fetch_inputs
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.scratch import ScratchFolder
@@ -98,6 +99,7 @@ def settled(
     *,
     shared: bool = False,
     held: bool = True,
+    run: Callable[..., Any] = broken,
 ) -> list[str]:
     """Complete a delivery by an engine that breaks; gives what was done with it."""
     done: list[str] = []
@@ -108,7 +110,7 @@ def settled(
         requeue=lambda _delivery: done.append("requeue"),
         holds=lambda _delivery: held,
     )
-    lease = FakeLease(shared, SimpleNamespace(usable=True, info=None, prepare=prepare))
+    lease = FakeLease(shared, SimpleNamespace(usable=True, info=None, prepare=prepare, run=run))
     TaskRun(services, cast(Any, consumer), cast(Any, lease), delivery, "normal").complete()
     assert not lease.held  # or the next task would wait for ever
     return done
@@ -184,6 +186,21 @@ def test_a_full_disk_burns_no_attempt(
     assert inputs.files["file_url"].bytes == 1
     assert "is full" in seen[-1][0]
     assert services.pauses() == []
+
+
+def test_a_fault_after_the_record_does_not_fail_the_task(
+    services: WorkerServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Frozen, so that only the whole can be replaced.
+    metrics = SimpleNamespace(tasks=services.metrics.tasks, observe=broken)
+    monkeypatch.setattr(services, "metrics", metrics)
+    done = Done(output=b'{"payload": 1}', artifacts={}, seconds=0.0)
+    delivery = replace(DELIVERY, tag=4)
+    assert settled(services, delivery, lambda _body: None, run=lambda *_, **__: done) == ["ack"]
+    assert cast(ForgetfulPublisher, services.publisher).sent == []
+    result = services.results.load("default", "b.7")
+    assert result is not None
+    assert (result.status, result.output) == ("succeeded", {"payload": 1})
 
 
 def test_where_no_record_can_be_kept_it_is_settled_all_the_same(
