@@ -67,6 +67,7 @@ class Consumer(BrokerThread):
         self._tags: dict[str, str] = {}
         self._wanted = False
         self._current: int | None = None
+        self._uncertain: set[str] = set()
         self._taken = 0
         self._on_empty: Callable[[], None] | None = None
         self._stopped = threading.Event()
@@ -177,6 +178,7 @@ class Consumer(BrokerThread):
     def _opened(self, channel: Channel) -> None:
         self._epoch += 1
         self._tags.clear()
+        self._uncertain.clear()
         self._current = None
         self._on_empty = None
         channel.basic_qos(prefetch_count=1)
@@ -243,9 +245,16 @@ class Consumer(BrokerThread):
         self._taken += 1
         self._wanted = False
         self._inbox.append(delivery)
+        for name in self._lanes[:lane]:
+            if name in self._tags:
+                self._uncertain.add(name)
         for name in self._lanes:
             if name != delivery.queue:
                 self._cancel(channel, name)
+        if self._uncertain:
+            # A barrier: pika sends the next declaration, which is that of _look_above, after this one's reply.
+            # What the cancelled subscriptions were sent until then has been requeued.
+            channel.queue_declare(delivery.queue, passive=True, callback=lambda _frame: None)
 
     def _cancel(self, channel: Channel, name: str) -> None:
         tag = self._tags.pop(name, None)
@@ -263,7 +272,8 @@ class Consumer(BrokerThread):
         """Ask the lanes from `lane` to the current one for messages, then `finish` the current delivery.
 
         It uses a passive declaration, which the queue's leader answers from memory. `basic.get` would write a
-        command to the queue's log each time.
+        command to the queue's log each time. Only a lane whose subscription was cancelled since is asked by
+        `basic.get` all the same: it may have sent a message that we requeued, and the count does not yet show that.
         """
         current = self._current
         if current is None or lane >= current:
@@ -272,7 +282,8 @@ class Consumer(BrokerThread):
         name = self._lanes[lane]
 
         def counted(frame: pika.frame.Method[Any]) -> None:
-            if frame.method.message_count:
+            if frame.method.message_count or name in self._uncertain:
+                self._uncertain.discard(name)
                 self._get(channel, lane, finish)
             else:
                 self._look_above(channel, lane + 1, finish)

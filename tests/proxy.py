@@ -20,6 +20,8 @@ class TcpProxy:
         self._lock = threading.Lock()
         self._refusing = False
         self._delay = 0.0
+        self._towards_server = threading.Event()
+        self._towards_server.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -41,6 +43,13 @@ class TcpProxy:
         """Hold whatever comes for that long before it goes on, in order; 0 ends it."""
         self._delay = seconds
 
+    def hold(self, holding: bool = True) -> None:
+        """Let nothing pass towards the server, until told otherwise; the other direction goes on."""
+        if holding:
+            self._towards_server.clear()
+        else:
+            self._towards_server.set()
+
     def refuse(self, refusing: bool = True) -> None:
         """Close new connections as they come, until told otherwise."""
         self._refusing = refusing
@@ -51,6 +60,7 @@ class TcpProxy:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._towards_server.set()
         self.cut()
 
     def _accept(self) -> None:
@@ -79,6 +89,8 @@ class TcpProxy:
             while data := source.recv(65536):
                 if self._delay:
                     time.sleep(self._delay)
+                if sink in self._far:
+                    self._towards_server.wait()
                 sink.sendall(data)
         for line in (source, sink):
             with suppress(OSError):

@@ -132,6 +132,31 @@ def test_an_urgent_task_overtakes_a_backlog(
         consumer.ack(urgent)
 
 
+def test_an_urgent_task_that_was_sent_to_a_lane_being_cancelled_comes_next(
+    submit: Callable[..., None],
+    consume: Callable[..., Consumer],
+    settings: BrokerSettings,
+    proxied: Callable[[str], tuple[str, TcpProxy]],
+) -> None:
+    url, proxy = proxied(settings.amqp_url)
+    consumer = consume(url=url)
+    for n in range(5):
+        assert consumer.next(0.1) is None  # subscribed to all lanes
+        proxy.hold()
+        for m in range(2):
+            submit(f"low{n}-{m}", "low")
+        first = take(consumer)
+        consumer.ack(first)
+        submit(f"high{n}", "high")  # RabbitMQ has not read that the lane is cancelled
+        proxy.hold(False)
+        taken = [str(first.message_id)]
+        for _ in range(2):
+            delivery = take(consumer)
+            taken.append(str(delivery.message_id))
+            consumer.ack(delivery)
+        assert taken == [f"low{n}-0", f"high{n}", f"low{n}-1"]
+
+
 def test_a_busy_consumer_leaves_other_lanes_to_an_idle_one(
     submit: Callable[..., None], consume: Callable[..., Consumer]
 ) -> None:
