@@ -233,6 +233,17 @@ def test_one_that_has_ended_already_does_not_wait(site: Site, worker: WorkerProc
     site.ended(last)
 
 
+def test_one_whose_input_is_missing_fails_without_waiting_for_the_engine(
+    site: Site, worker: WorkerProcess, tmp_path: Path
+) -> None:
+    first = Gate(site, tmp_path)
+    failed = site.ended(site.publish({"file_url": "inferq:absent"}))
+    assert (failed.status, failed.error and failed.error.code) == ("failed", "input_not_found")
+    assert site.results.load("default", first.task_id) is None
+    first.open()
+    site.ended(first.task_id)
+
+
 def test_one_that_was_handed_out_often_and_never_lost_has_its_input(site: Site, tmp_path: Path) -> None:
     """Until Redis says that no run was lost it looks like poison, for which nothing is fetched."""
     site.store.put("files/default/often", b"the input")
