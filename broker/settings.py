@@ -9,7 +9,9 @@ from urllib.parse import parse_qs, urlsplit
 import pika
 from pydantic import Field
 
-from inferq.schemas import InstallationError, Settings
+from inferq.schemas import InstallationError, Settings, check_server_url
+
+_FORM = "amqp://user:password@host:5672/vhost"
 
 
 class BrokerSettings(Settings):
@@ -52,22 +54,23 @@ class BrokerSettings(Settings):
         """
         urls = [url.strip() for url in self.amqp_url.split(",") if url.strip()]
         if not urls:
-            raise InstallationError("INFERQ_AMQP_URL is empty; give amqp://user:password@host:5672/vhost")
+            raise InstallationError(f"INFERQ_AMQP_URL is empty; give {_FORM}", code="bad_settings")
+        if len(urls) > 1 and any("://" not in url for url in urls):
+            raise InstallationError(
+                "INFERQ_AMQP_URL has a comma that does not stand between two URLs; write a comma of the password "
+                "as %2C",
+                code="bad_settings",
+            )
         return [self._parameters(url, name) for url in urls]
 
     def _parameters(self, url: str, name: str) -> pika.URLParameters:
-        scheme = url.partition("://")[0]
-        if scheme not in ("amqp", "amqps"):
-            raise InstallationError(
-                f"INFERQ_AMQP_URL has the scheme {scheme!r}; it must start with amqp:// or amqps://"
-            )
+        check_server_url("INFERQ_AMQP_URL", url, schemes=("amqp", "amqps"), form=_FORM)
         try:
             parameters = pika.URLParameters(url)
         except (ValueError, TypeError, IndexError) as error:
             # The parser's message may quote a part of the password.
             raise InstallationError(
-                "INFERQ_AMQP_URL cannot be read; give amqp://user:password@host:5672/vhost, with special "
-                "characters of the password percent-encoded"
+                f"INFERQ_AMQP_URL cannot be read; give {_FORM}", code="bad_settings"
             ) from error
         if "heartbeat" not in parse_qs(urlsplit(url).query):
             parameters.heartbeat = self.amqp_heartbeat
@@ -77,7 +80,7 @@ class BrokerSettings(Settings):
         parameters.blocked_connection_timeout = None
         parameters.connection_attempts = 1
         parameters.client_properties = {"connection_name": f"inferq {name}"}
-        if scheme == "amqps":
+        if urlsplit(url).scheme == "amqps":
             parameters.ssl_options = pika.SSLOptions(self._tls(), parameters.host)
         return parameters
 

@@ -41,7 +41,7 @@ from inferq.schemas.errors import InferqError, InstallationError, InvalidTask, O
 from inferq.schemas.night import Night, NightEvent
 from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
-from inferq.schemas.settings import Settings
+from inferq.schemas.settings import Settings, check_server_url
 from inferq.schemas.status import (
     END_STATES,
     EVENT_OF_STATE,
@@ -137,6 +137,7 @@ __all__ = [
     "always",
     "batch_callback",
     "callback_id",
+    "check_server_url",
     "describe_faults",
     "end_callback",
     "get_type",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from inferq.schemas import Settings
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9a-f:.]+")
+"""A host name that boto3 takes, which refuses the underscore of many a compose service; or an IPv6 address."""
 
 Network = IPv4Network | IPv6Network
 
@@ -58,6 +63,20 @@ class StorageSettings(Settings):
     fetch_s3_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Buckets that `s3:` inputs may come from, separated by commas."
     )
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        """boto3 says so only at the first call, and without the variable's name."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not _HOST.fullmatch(parts.hostname or ""):
+            raise ValueError(
+                "give http://host:port or https://host:port, where the host's name has letters, digits, hyphens and "
+                "dots only"
+            )
+        return value
 
     @field_validator("fetch_allowed_networks", "fetch_s3_buckets", mode="before")
     @classmethod

@@ -17,7 +17,7 @@ def open_store(settings: StorageSettings) -> ObjectStore:
     if url.scheme == "file":
         if url.netloc not in {"", "localhost"} or not url.path.startswith("/"):
             raise InstallationError(
-                f"INFERQ_STORE_URL {settings.store_url!r} has no absolute path: write file:///folder",
+                "INFERQ_STORE_URL has no absolute path: write file:///folder",
                 code="bad_store_url",
             )
         return LocalStore(Path(unquote(url.path)), fsync=settings.store_fsync)
@@ -25,7 +25,7 @@ def open_store(settings: StorageSettings) -> ObjectStore:
         from inferq.storage.objects.s3 import S3Store  # boto3 is slow to import
 
         return S3Store(url.netloc, unquote(url.path), endpoint_url=settings.s3_endpoint_url)
+    # The URL is not quoted: it may hold a key.
     raise InstallationError(
-        f"INFERQ_STORE_URL {settings.store_url!r} is not s3://bucket/prefix or file:///folder",
-        code="bad_store_url",
+        "INFERQ_STORE_URL is not s3://bucket/prefix or file:///folder", code="bad_store_url"
     )

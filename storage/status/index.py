@@ -32,6 +32,7 @@ from inferq.schemas import (
     State,
     Task,
     TaskStatus,
+    check_server_url,
 )
 from inferq.schemas.encoding import clean, to_json
 from inferq.storage.settings import StorageSettings
@@ -118,6 +119,9 @@ class StatusIndex:
 
     @classmethod
     def from_settings(cls, settings: StorageSettings) -> Self:
+        form = "redis://[:password@]host:port/database"
+        if not settings.redis_url.startswith("unix:"):
+            check_server_url("INFERQ_REDIS_URL", settings.redis_url, schemes=("redis", "rediss"), form=form)
         try:
             client = redis.Redis.from_url(
                 settings.redis_url,
@@ -131,8 +135,8 @@ class StatusIndex:
         except ValueError as error:
             # The parser's message may quote a part of the password.
             raise InstallationError(
-                "INFERQ_REDIS_URL cannot be read; give redis://[:password@]host:port/database, with special "
-                "characters of the password percent-encoded",
+                f"INFERQ_REDIS_URL cannot be read; give {form}, with special characters of the password "
+                "percent-encoded",
                 code="bad_settings",
             ) from error
         return cls(client, retention=settings.status_retention)
