@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inferq.broker.settings import BrokerSettings
+from inferq.broker import BrokerSettings, BrokerUnavailable, connect
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.part import LOOPBACK, Part, port_free
-from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts, handshake
+from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts
 from inferq.producer.up.redis import RedisServer, ping
 from inferq.schemas import InferqError, installed_types
-from inferq.storage import StatusIndex, StorageSettings, WebhookSecrets
+from inferq.storage import StatusIndex, StorageSettings, WebhookSecrets, open_store
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
 _JOB_PARTS = ("callbacks", "batches")
@@ -57,8 +57,8 @@ def choose_types(names: str | None) -> tuple[str, ...]:
 def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     """Prepare `folder` (which the caller holds) for the gateway on `port` and a worker for each type.
 
-    A `port` of 0 takes a free one and keeps it. If the environment names a broker or a Redis, that one is used
-    instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
+    A `port` of 0 takes a free one and keeps it. If the environment names a broker, a Redis or an object store, that
+    one is used instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
     schedules = _schedules(folder)
     probed = (*types, *_JOB_PARTS, *(["beat"] if schedules else []))
@@ -85,8 +85,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         amqp_url = node.url
         facts["rabbitmq"] = f"{LOOPBACK}:{node.ports.amqp}, management at {node.management_url}"
     else:
-        BrokerSettings.load().connections("up")  # raises, naming the setting, if it cannot be read
-        _must_answer("INFERQ_AMQP_URL", handshake(amqp_url))
+        _must_answer("INFERQ_AMQP_URL", _broker_refusal(BrokerSettings.load()))
         facts["rabbitmq"] = "the one that INFERQ_AMQP_URL names"
 
     redis_url = _from_environment("INFERQ_REDIS_URL", folder.path / "redis" / "password")
@@ -100,11 +99,19 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         _must_answer("INFERQ_REDIS_URL", ping(redis_url))
         facts["redis"] = "the one that INFERQ_REDIS_URL names"
 
+    own_store = (folder.path / "store").as_uri()
+    store_url = os.environ.get("INFERQ_STORE_URL", "").strip() or own_store
+    if store_url == own_store:
+        (folder.path / "store").mkdir(exist_ok=True)
+    else:
+        open_store(StorageSettings.load())  # raises, naming the setting, if it cannot be read
+        facts["store"] = "the one that INFERQ_STORE_URL names"
+
     services = tuple(part.name for part in parts)
     variables = {
         "INFERQ_AMQP_URL": amqp_url,
         "INFERQ_REDIS_URL": redis_url,
-        "INFERQ_STORE_URL": (folder.path / "store").as_uri(),
+        "INFERQ_STORE_URL": store_url,
         "INFERQ_API_URL": f"http://{LOOPBACK}:{port}",
         "INFERQ_API_KEY": _api_key(folder),
         "INFERQ_API_KEYS_FILE": str(folder.path / _KEYS),
@@ -113,7 +120,6 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     if schedules is not None:
         variables["INFERQ_SCHEDULES_FILE"] = str(schedules)
         facts["schedules"] = str(schedules)
-    (folder.path / "store").mkdir(exist_ok=True)
     folder.write_env(variables)
     facts["data"] = f"{folder.path}, logs in {folder.logs}"
     facts["other shells"] = f". {shlex.quote(_shortest(folder.env_file))}"
@@ -239,6 +245,15 @@ def _from_environment(name: str, secret: Path) -> str | None:
     except OSError:
         return url
     return None if ours and ours in url else url
+
+
+def _broker_refusal(settings: BrokerSettings) -> str | None:
+    """Why no part could connect to this broker; None if one can. Raises InstallationError for a bad setting."""
+    try:
+        connect(settings, name="up").close()
+    except BrokerUnavailable as error:
+        return str(error)
+    return None
 
 
 def _must_answer(name: str, reason: str | None) -> None:

@@ -6,6 +6,8 @@ RabbitMQ's environment variables: https://www.rabbitmq.com/docs/configure#suppor
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -53,9 +55,7 @@ class RabbitNode:
         for name in ("home", "mnesia", "log", "generated"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-        cookie = folder / "home" / ".erlang.cookie"
-        if cookie.exists():
-            cookie.chmod(0o400)  # Erlang refuses a cookie that others may read, as after a copy of the folder
+        _write_cookie(folder / "home" / ".erlang.cookie")
         node = cls(folder, ports, kept_secret(folder / "password"), server, epmd)
         private_text(folder / "rabbitmq.conf", node._configuration())
         private_text(folder / "enabled_plugins", "[rabbitmq_management,rabbitmq_prometheus].\n")
@@ -149,6 +149,16 @@ consumer_timeout = {HOLD_SECONDS * 1000}
 log.console = true
 log.console.level = warning
 """
+
+
+def _write_cookie(file: Path) -> None:
+    """Write a cookie that cannot be guessed; whoever knows it can run code in the node.
+
+    Erlang makes a missing one from the time at which it starts: 20 capital letters. Such a one is replaced.
+    """
+    if not file.exists() or re.fullmatch(r"[A-Z]{20}", file.read_text()):
+        private_text(file, secrets.token_urlsafe(32))
+    file.chmod(0o400)  # Erlang refuses a cookie that others may read, as after a copy of the folder
 
 
 def _check_place(folder: Path) -> None:

@@ -28,13 +28,13 @@ Stage = Literal["starting", "ready", "ended", "failing", "stopping"]
 class Backoff:
     """Seconds before a part that ended is started again: doubling from `first` to `most`.
 
-    It starts over once the part has stayed up for `steady` seconds. After `patience` ends in a row the part
-    counts as failing.
+    It starts over once the part has worked for `steady` seconds, counted from when it was ready. After `patience`
+    ends in a row the part counts as failing.
     """
 
     first: float = 0.5
     most: float = 30.0
-    steady: float = 60.0
+    steady: float = 10.0
     patience: int = 3
 
     def delay(self, ends: int) -> float:
@@ -147,14 +147,12 @@ class Supervisor:
                 await self._ready[name].wait()
         ends = 0
         while True:
-            started = time.monotonic()
-            reason = await self._live(part)
+            reason, worked = await self._live(part)
             if not self._ready[part.name].is_set():
                 raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
-            stayed = time.monotonic() - started
             if part.name in self._running:
                 await self._end(part.name)
-            ends = 1 if stayed > self._backoff.steady else ends + 1
+            ends = 1 if worked > self._backoff.steady else ends + 1
             delay = self._backoff.delay(ends)
             if ends < self._backoff.patience:
                 self._report(Report(part.name, "ended", reason, delay))
@@ -162,25 +160,29 @@ class Supervisor:
                 self._report(Report(part.name, "failing", f"{reason}\n{self._excerpt(part)}", delay))
             await asyncio.sleep(delay)
 
-    async def _live(self, part: Part) -> str:
-        """Run a part once, until its process ends or does not become ready; gives the reason."""
+    async def _live(self, part: Part) -> tuple[str, float]:
+        """Run a part once, until its process ends or does not become ready.
+
+        Gives the reason, and for how many seconds it was ready.
+        """
         try:
             running = self._start(part)
         except OSError as error:
-            return f"cannot be started: {error}"
+            return f"cannot be started: {error}", 0
         self._report(Report(part.name, "starting"))
         end = running.since + part.start_limit
         while (reason := await asyncio.to_thread(part.probe)) is not None or running.ended.is_set():
             if running.ended.is_set():
-                return _how_it_ended(running.process)
+                return _how_it_ended(running.process), 0
             if time.monotonic() > end:
-                return f"was not ready within {part.start_limit:.0f} s ({reason})"
+                return f"was not ready within {part.start_limit:.0f} s ({reason})", 0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(running.ended.wait(), 0.1)
         self._ready[part.name].set()
-        self._report(Report(part.name, "ready", seconds=time.monotonic() - running.since))
+        ready_since = time.monotonic()
+        self._report(Report(part.name, "ready", seconds=ready_since - running.since))
         await running.ended.wait()
-        return _how_it_ended(running.process)
+        return _how_it_ended(running.process), time.monotonic() - ready_since
 
     def _start(self, part: Part) -> _Running:
         # No await between the start and the entry: a stop finds either neither or both.

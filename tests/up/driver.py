@@ -64,7 +64,7 @@ async def main() -> int:
         mark=mark,
         report=lambda report: say(**asdict(report)),
         held=held,
-        backoff=Backoff(first=0.05, most=0.2, steady=60, patience=3),
+        backoff=Backoff(first=0.05, most=0.2, steady=orders[0].get("steady", 60), patience=3),
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, driven.request_stop)

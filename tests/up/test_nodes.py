@@ -85,6 +85,24 @@ def test_secrets_are_readable_by_their_owner_only(shared_rabbitmq, shared_redis)
             assert (folder / name).stat().st_mode & 0o077 == 0, name
 
 
+def test_the_erlang_cookie_cannot_be_guessed(tmp_path: Path) -> None:
+    """Erlang makes one of 36 bits from the time; whoever guesses it runs code as the node's user."""
+    cookies = []
+    for made_by_erlang in (None, "QWERTYUIOPASDFGHJKLZ"):
+        folder = tmp_path / str(made_by_erlang)
+        cookie = folder / "home" / ".erlang.cookie"
+        if made_by_erlang is not None:
+            cookie.parent.mkdir(parents=True)
+            cookie.write_text(made_by_erlang)
+        ports = rabbitmq.RabbitPorts(*free_ports(5))
+        rabbitmq.RabbitNode.prepare(folder, ports)
+        cookies.append(cookie.read_text())
+        rabbitmq.RabbitNode.prepare(folder, ports)
+        assert cookie.read_text() == cookies[-1]
+        assert len(cookies[-1]) >= 40
+    assert len(set(cookies)) == 2
+
+
 def test_virtual_hosts_are_empty_and_apart(fresh_amqp_url, shared_rabbitmq) -> None:
     with pika.BlockingConnection(pika.URLParameters(fresh_amqp_url)) as connection:
         connection.channel().queue_declare("apart", durable=True)

@@ -16,6 +16,7 @@ import pytest
 
 from inferq.producer.up import orphan_reaper
 from inferq.producer.up.folder import DataFolder
+from inferq.producer.up.supervisor import Backoff
 from tests.waiting import eventually
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -195,6 +196,15 @@ def test_part_that_crashes_on_and_on_is_reported_once_with_its_log(driven: Drive
     assert "exit code 3" in told[-1]["text"]
     assert "worker has crashed" in told[-1]["text"]
     assert str(driven.folder / "logs" / "worker.log") in told[-1]["text"]
+
+
+def test_part_that_worked_for_a_while_is_started_again_soon_each_time(driven: Driven) -> None:
+    assert Backoff().steady < 20, "a part that is killed every 20 s works most of the time"
+    driven.start({"name": "worker", "steady": 0.01, "options": {"crash": 0.4}})
+    for _ in range(4):
+        assert driven.read_stage("worker", "ended")["seconds"] == 0.05
+    driven.process.send_signal(signal.SIGTERM)
+    assert driven.finish() == 0
 
 
 def test_start_fails_when_a_part_ends_and_says_what_it_said(driven: Driven) -> None:

@@ -228,9 +228,25 @@ def test_named_service_that_does_not_answer_is_an_error(
     assert refused.value.code == "not_answering"
 
 
+def test_the_broker_and_the_store_that_the_environment_names_are_used(
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch, fresh_amqp_url: str, tmp_path: Path
+) -> None:
+    several = f"amqp://u:p@127.0.0.1:9/,{fresh_amqp_url}"  # the nodes of a cluster, one of them down
+    monkeypatch.setenv("INFERQ_AMQP_URL", several)
+    monkeypatch.setenv("INFERQ_STORE_URL", (tmp_path / "elsewhere").as_uri())
+    folder = DataFolder(data)
+    folder.hold()
+    plan = make_plan(folder, port=0, types=("echo",))
+    folder.release()
+    assert plan.variables["INFERQ_AMQP_URL"] == several
+    assert plan.variables["INFERQ_STORE_URL"] == (tmp_path / "elsewhere").as_uri()
+    assert plan.facts["store"] == "the one that INFERQ_STORE_URL names"
+
+
 @pytest.mark.parametrize(
     ("name", "url"),
     [
+        ("INFERQ_STORE_URL", "nowhere:geheim"),
         ("INFERQ_AMQP_URL", "amqp://u:geheim@127.0.0.1:port/"),
         ("INFERQ_AMQP_URL", "amqp://u:geheim@127.0.0.1:99999/"),
         ("INFERQ_AMQP_URL", "localhost:5672"),
