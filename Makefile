@@ -17,6 +17,8 @@ CORE_TESTS := $(addprefix tests/,schemas broker storage worker gateway client ca
 PYTHON ?= $(BIN)/python
 PYTHON_STAMP := $(subst /,_,$(PYTHON))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start several hundred processes; each would compile inferq, and each run rewrite all assertions, anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick lint docs bench \
 	generate image-check release-check clean system
