@@ -34,6 +34,11 @@ def installation_of_three_types(
         yield env
 
 
+def run_quickly(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, unless it is the worker, which sets up logging and signals."""
+    return (inferq if arguments[0] == "worker" else inferq_here)(env, *arguments)
+
+
 def answer(run: subprocess.CompletedProcess[str], status: int = 0) -> Any:
     assert run.returncode == status, run.stdout + run.stderr
     return json.loads(run.stdout)
@@ -59,7 +64,7 @@ def test_texts_and_files_of_text_are_searched_for_names(installation: dict[str, 
     file.write_text("李娜在上海。\n", "utf-8")
     inputs = ["张伟在北京看糖尿病。", str(file), "2024"]
     dictionary = 'dictionary={"DISEASE": ["糖尿病"]}'
-    submitted = inferq(installation, "submit", "ner", *inputs, "--set", dictionary, "--wait", "--json")
+    submitted = inferq_here(installation, "submit", "ner", *inputs, "--set", dictionary, "--wait", "--json")
     results = answer(submitted)
     found = [
         [(entity["type"], entity["text"]) for entity in result["output"]["texts"][0]["entities"]]
@@ -70,63 +75,64 @@ def test_texts_and_files_of_text_are_searched_for_names(installation: dict[str, 
         [("PER", "李娜"), ("LOC", "上海")],
         [],
     ]
-    refused = inferq(installation, "submit", "ner", " ")
+    refused = inferq_here(installation, "submit", "ner", " ")
     assert refused.returncode != 0
     assert "only white space" in refused.stdout + refused.stderr
 
 
 def test_several_texts_make_several_tasks(installation: dict[str, str]) -> None:
-    results = answer(inferq(installation, "submit", "echo", "one", '{"two": 2}', "--wait", "--json"))
+    results = answer(inferq_here(installation, "submit", "echo", "one", '{"two": 2}', "--wait", "--json"))
     assert [result["output"]["payload"] for result in results] == ["one", {"two": 2}]
 
 
 def test_status_result_list_and_a_second_submit_of_the_same_id(installation: dict[str, str]) -> None:
-    made = inferq(installation, "submit", "echo", "x", "--id", "mine", "--priority", "high")
+    made = inferq_here(installation, "submit", "echo", "x", "--id", "mine", "--priority", "high")
     assert made.stdout.strip() == "mine"
-    result = answer(inferq(installation, "result", "mine", "--wait", "20", "--json"))
+    result = answer(inferq_here(installation, "result", "mine", "--wait", "20", "--json"))
     assert result["output"] == {"payload": "x"}
-    status = answer(inferq(installation, "status", "mine", "--json"))
+    status = answer(inferq_here(installation, "status", "mine", "--json"))
     assert (status["state"], status["priority"]) == ("succeeded", "high")
-    assert "succeeded" in inferq(installation, "status", "mine").stdout
-    listed = answer(inferq(installation, "list", "--type", "echo", "--status", "succeeded", "--json"))
+    assert "succeeded" in inferq_here(installation, "status", "mine").stdout
+    listed = answer(inferq_here(installation, "list", "--type", "echo", "--status", "succeeded", "--json"))
     assert "mine" in [task["task_id"] for task in listed]
-    again = inferq(installation, "submit", "echo", "x", "--id", "mine", "--priority", "high")
+    again = inferq_here(installation, "submit", "echo", "x", "--id", "mine", "--priority", "high")
     assert again.returncode == 0
-    other = inferq(installation, "submit", "echo", "y", "--id", "mine")
+    other = inferq_here(installation, "submit", "echo", "y", "--id", "mine")
     assert other.returncode == 1
     assert "error:" in other.stderr
     assert "Traceback" not in other.stderr
 
 
 def test_a_running_task_is_cancelled(installation: dict[str, str]) -> None:
-    inferq(installation, "submit", "echo", "x", "--set", "delay=60", "--id", "slow")
-    eventually(lambda: answer(inferq(installation, "status", "slow", "--json"))["state"] == "running")
-    assert "cancelled" in inferq(installation, "cancel", "slow").stdout
-    result = answer(inferq(installation, "result", "slow", "--wait", "20", "--json"), status=1)
+    inferq_here(installation, "submit", "echo", "x", "--set", "delay=60", "--id", "slow")
+    eventually(lambda: answer(inferq_here(installation, "status", "slow", "--json"))["state"] == "running")
+    assert "cancelled" in inferq_here(installation, "cancel", "slow").stdout
+    result = answer(inferq_here(installation, "result", "slow", "--wait", "20", "--json"), status=1)
     assert result["status"] == "cancelled"
 
 
 def test_a_failure_is_told_dead_lettered_and_redriven(installation: dict[str, str], tmp_path: Path) -> None:
     picture = tmp_path / "text.png"
     picture.write_text("this is no picture")
-    run = inferq(installation, "submit", "ocr", str(picture), "--wait", "--id", "bad")
+    run = inferq_here(installation, "submit", "ocr", str(picture), "--wait", "--id", "bad")
     assert run.returncode == 1
     assert "not_an_image" in run.stderr
-    (letter,) = answer(inferq(installation, "dead", "list", "ocr", "--json"))
+    (letter,) = answer(inferq_here(installation, "dead", "list", "ocr", "--json"))
     assert (letter["task_id"], letter["reason"]) == ("bad", "not_an_image")
-    assert "not_an_image" in inferq(installation, "dead", "list", "ocr").stdout
-    (shown,) = answer(inferq(installation, "dead", "show", "ocr", "bad"))
+    assert "not_an_image" in inferq_here(installation, "dead", "list", "ocr").stdout
+    (shown,) = answer(inferq_here(installation, "dead", "show", "ocr", "bad"))
     assert json.loads(shown["body"])["task_id"] == "bad"
-    assert "none" in inferq(installation, "dead", "list", "ocr", "--reason", "other").stdout
-    assert "none" in inferq(installation, "dead", "list", "ocr", "--since", "2999-01-01").stdout
-    assert "1 would be redriven" in inferq(installation, "dead", "redrive", "ocr", "--dry-run").stdout
+    assert "none" in inferq_here(installation, "dead", "list", "ocr", "--reason", "other").stdout
+    assert "none" in inferq_here(installation, "dead", "list", "ocr", "--since", "2999-01-01").stdout
+    assert "1 would be redriven" in inferq_here(installation, "dead", "redrive", "ocr", "--dry-run").stdout
     assert (
-        "1 redriven" in inferq(installation, "dead", "redrive", "ocr", "--id", "bad", "--since", "1h").stdout
+        "1 redriven"
+        in inferq_here(installation, "dead", "redrive", "ocr", "--id", "bad", "--since", "1h").stdout
     )
-    eventually(lambda: answer(inferq(installation, "dead", "list", "ocr", "--json")))
+    eventually(lambda: answer(inferq_here(installation, "dead", "list", "ocr", "--json")))
     assert inferq(installation, "dead", "purge", "ocr", stdin="n\n").returncode != 0
-    assert "1 purged" in inferq(installation, "dead", "purge", "ocr", "--yes").stdout
-    assert answer(inferq(installation, "dead", "list", "ocr", "--json")) == []
+    assert "1 purged" in inferq_here(installation, "dead", "purge", "ocr", "--yes").stdout
+    assert answer(inferq_here(installation, "dead", "list", "ocr", "--json")) == []
 
 
 def test_plain_amqp_is_enough(installation: dict[str, str]) -> None:
@@ -135,18 +141,20 @@ def test_plain_amqp_is_enough(installation: dict[str, str]) -> None:
     run = subprocess.run(
         [sys.executable, str(example), page], env=installation, capture_output=True, text=True, check=True
     )
-    result = answer(inferq(installation, "result", run.stdout.strip(), "--wait", "20", "--json"), status=1)
+    result = answer(
+        inferq_here(installation, "result", run.stdout.strip(), "--wait", "20", "--json"), status=1
+    )
     assert result["error"]["code"] == "truncated_image"
 
 
 def test_the_topology_is_shown_applied_and_checked(installation: dict[str, str]) -> None:
-    assert "inference.retry.5s" in inferq(installation, "topology", "show").stdout
+    assert "inference.retry.5s" in inferq_here(installation, "topology", "show").stdout
     assert {"declare": "exchange_declare"}.items() <= answer(
-        inferq(installation, "topology", "show", "--types", "echo", "--json")
+        inferq_here(installation, "topology", "show", "--types", "echo", "--json")
     )[0].items()
-    assert inferq(installation, "topology", "apply").returncode == 0
-    assert answer(inferq(installation, "topology", "check", "--json")) == []
-    assert "right arguments" in inferq(installation, "topology", "check").stdout
+    assert inferq_here(installation, "topology", "apply").returncode == 0
+    assert answer(inferq_here(installation, "topology", "check", "--json")) == []
+    assert "right arguments" in inferq_here(installation, "topology", "check").stdout
 
 
 def test_what_jobs_rest_in_is_shown_and_applied_and_a_difference_in_it_found(fresh_amqp_url: str) -> None:
@@ -187,7 +195,7 @@ def test_what_jobs_rest_in_is_shown_and_applied_and_a_difference_in_it_found(fre
 def test_bad_input_is_one_clear_line(
     installation: dict[str, str], arguments: tuple[str, ...], complaint: str
 ) -> None:
-    run = inferq(installation, *arguments)
+    run = run_quickly(installation, *arguments)
     assert run.returncode == 1
     assert complaint in run.stderr
     assert "Traceback" not in run.stderr
@@ -207,7 +215,7 @@ def test_bad_input_is_one_clear_line(
 def test_a_bad_setting_is_named(
     installation: dict[str, str], change: dict[str, str], arguments: tuple[str, ...], complaint: str
 ) -> None:
-    run = inferq(installation | change, *arguments)
+    run = run_quickly(installation | change, *arguments)
     assert run.returncode == 1
     assert complaint in run.stderr
     assert "Traceback" not in run.stderr
@@ -215,19 +223,19 @@ def test_a_bad_setting_is_named(
 
 def test_keys_are_made_listed_and_removed(tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
-    key = inferq(dict(os.environ), "keys", "add", "acme", "--name", "ci", "--file", file).stdout.strip()
+    key = inferq_here(dict(os.environ), "keys", "add", "acme", "--name", "ci", "--file", file).stdout.strip()
     assert key.startswith("iq_")
     assert key not in Path(file).read_text()
-    listed = inferq(dict(os.environ), "keys", "list", "--file", file).stdout
+    listed = inferq_here(dict(os.environ), "keys", "list", "--file", file).stdout
     assert "acme" in listed
     key_id = listed.splitlines()[1].split()[0]
-    assert inferq(dict(os.environ), "keys", "remove", key_id, "--file", file).returncode == 0
+    assert inferq_here(dict(os.environ), "keys", "remove", key_id, "--file", file).returncode == 0
     assert KeyFile(Path(file)).tenant_of(key) is None
 
 
 def test_every_setting_is_documented() -> None:
     documented = Path(__file__).parents[2] / "docs" / "settings.md"
-    made = inferq(dict(os.environ), "settings", "--markdown").stdout
+    made = inferq_here(dict(os.environ), "settings", "--markdown").stdout
     assert made == documented.read_text("utf-8")
     rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| `")]
     assert len(rows) > 40
@@ -244,7 +252,7 @@ def test_fifty_submissions_of_one_id_are_one_task(installation: dict[str, str]) 
 
         with ThreadPoolExecutor(50) as threads:
             assert set(threads.map(put, range(50))) <= {200, 202}
-        result = answer(inferq(installation, "result", "fifty", "--wait", "20", "--json"))
+        result = answer(inferq_here(installation, "result", "fifty", "--wait", "20", "--json"))
         assert result["attempts"] == 1
         assert put(51) == 200
         assert client.get("/v1/tasks/fifty/result").json()["finished_at"] == result["finished_at"]
