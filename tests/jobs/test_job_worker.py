@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import ssl
 import subprocess
@@ -37,6 +36,7 @@ from inferq.schemas import InstallationError
 from tests.celery_worker import working
 from tests.certificates import certificate
 from tests.conftest import RabbitMQ
+from tests.installation import inferq_here
 from tests.waiting import eventually
 
 
@@ -151,11 +151,8 @@ def test_a_process_that_feeds_batches_does_not_start_without_a_temporary_directo
 def test_a_process_with_a_setting_that_its_jobs_cannot_use_does_not_start(
     setting: str, value: str, check: list[str]
 ) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--queues", "batches", *check],
-        capture_output=True, text=True, check=False, timeout=60,
-        env=os.environ | {"INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1", setting: value},
-    )  # fmt: skip
+    env = {"INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1", setting: value}
+    ended = inferq_here(env, "callbacks", "--queues", "batches", *check)
     assert (ended.returncode, setting in ended.stderr) == (1, True), ended.stderr
 
 

@@ -111,6 +111,7 @@ class WorkerProcess:
     """`inferq worker` as a process."""
 
     def __init__(self, site: Site, type_name: str, settings: dict[str, str]) -> None:
+        self.type_name = type_name
         self.port = free_ports(1)[0]
         self.log = site.folder / f"worker-{uuid.uuid4().hex[:6]}.log"
         with self.log.open("wb") as log:
@@ -177,7 +178,9 @@ class DripServer:
 
 
 @contextmanager
-def site_at(amqp_url: str, rabbitmq: RabbitMQ, redis_url: str, folder: Path) -> Iterator[Site]:
+def site_at(
+    amqp_url: str, rabbitmq: RabbitMQ, redis_url: str, folder: Path, *, of: type[Site] = Site
+) -> Iterator[Site]:
     # Of a queue's own time to live and a policy's the shorter holds: the first retry comes at once.
     rabbitmq.management.put(
         f"/policies/{amqp_url.rpartition('/')[2]}/hurry",
@@ -193,7 +196,7 @@ def site_at(amqp_url: str, rabbitmq: RabbitMQ, redis_url: str, folder: Path) -> 
     }
     storage = StorageSettings(redis_url=address, store_url=own["INFERQ_STORE_URL"])
     store = open_store(storage)
-    place = Site(
+    place = of(
         env=os.environ | own,
         folder=folder,
         broker=BrokerSettings(amqp_url=amqp_url),
@@ -208,7 +211,55 @@ def site_at(amqp_url: str, rabbitmq: RabbitMQ, redis_url: str, folder: Path) -> 
     place.status.close()
 
 
+class SharedSite(Site):
+    """A site whose workers stay for the module's other tests: starting one costs more than most tests."""
+
+    def worker(self, type_name: str = "faulty", **settings: str) -> WorkerProcess:
+        assert not settings, "a worker with settings of its own needs a site of its own"
+        for worker in self.workers:
+            if worker.type_name == type_name and worker.process.poll() is None:
+                return worker
+        return super().worker(type_name)
+
+    def clear(self) -> None:
+        """Wait until nothing is in hand, and empty all queues."""
+        for worker in self.workers:
+            eventually(lambda: "inferq_worker_busy_slots 0.0" in worker.get("/metrics").text)  # noqa: B023
+        connection = connect(self.broker, name="test")
+        channel = connection.channel()
+        for queue in topology_for(["faulty", "echo"]).queues:
+            channel.queue_purge(queue.name)
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def shared_site(
+    shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    vhost = f"shared-{uuid.uuid4().hex[:12]}"
+    amqp_url = shared_rabbitmq.add_vhost(vhost)
+    with connect(BrokerSettings(amqp_url=amqp_url), name="test") as connection:
+        topology_for(["faulty", "echo"]).apply(connection.channel())
+    folder = tmp_path_factory.mktemp("site")
+    with site_at(amqp_url, shared_rabbitmq, redis_url, folder, of=SharedSite) as place:
+        yield place
+    shared_rabbitmq.remove_vhost(vhost)
+
+
 @pytest.fixture
-def site(fresh_amqp_url: str, shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path: Path) -> Iterator[Site]:
+def site(request: pytest.FixtureRequest) -> Site:
+    """A site of the test's own; with the mark `shared` that of its module."""
+    if request.node.get_closest_marker("shared") is None:
+        own: Site = request.getfixturevalue("own_site")
+        return own
+    place: SharedSite = request.getfixturevalue("shared_site")
+    place.clear()
+    return place
+
+
+@pytest.fixture
+def own_site(
+    fresh_amqp_url: str, shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path: Path
+) -> Iterator[Site]:
     with site_at(fresh_amqp_url, shared_rabbitmq, redis_url, tmp_path) as place:
         yield place

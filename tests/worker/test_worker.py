@@ -20,6 +20,7 @@ from tests.waiting import eventually
 from tests.worker.conftest import DripServer, Site, WorkerProcess, starts
 
 
+@pytest.mark.shared
 def test_the_bare_message_of_any_producer_becomes_a_result(site: Site) -> None:
     site.worker("echo")
     task_id = site.publish({"task_id": "echo_001", "task_type": "echo", "payload": {"page": 1}})
@@ -34,6 +35,7 @@ def test_the_bare_message_of_any_producer_becomes_a_result(site: Site) -> None:
     eventually(lambda: site.depth("inference.echo.normal") == 0)
 
 
+@pytest.mark.shared
 def test_every_lane_is_served(site: Site) -> None:
     site.worker("echo")
     for priority in PRIORITIES:
@@ -57,6 +59,7 @@ def test_artifacts_and_inputs_go_through_the_store(site: Site) -> None:
     assert scratch.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.shared
 def test_a_large_output_becomes_an_artifact(site: Site) -> None:
     site.worker()
     result = site.ended(site.publish({"fault": "big"}))
@@ -100,6 +103,7 @@ MALFORMED = [
 """Each with the reason why it is refused; those with an id like `r1` get a record."""
 
 
+@pytest.mark.shared
 def test_a_malformed_message_is_dead_lettered_with_its_reason_and_stops_nobody(site: Site) -> None:
     site.worker()
     for body, _ in MALFORMED:
@@ -120,6 +124,7 @@ def test_a_malformed_message_is_dead_lettered_with_its_reason_and_stops_nobody(s
             assert failure.error.code == reason
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     ("line", "kept"),
     [({"batch_line": 7}, ("b", 7)), ({"batch_line": "seven"}, (None, None)), ({}, (None, None))],
@@ -128,13 +133,14 @@ def test_the_failure_of_an_unreadable_line_is_that_lines(
     site: Site, line: dict[str, Any], kept: tuple[str | None, int | None]
 ) -> None:
     site.worker()
-    site.publish({"task_id": "b.7", "options": {"surprise": 1}, "batch_id": "b", **line})
-    failure = site.ended("b.7")
+    task_id = site.publish({"options": {"surprise": 1}, "batch_id": "b", **line})
+    failure = site.ended(task_id)
     assert failure.error is not None
     assert failure.error.code == "invalid_task"
     assert (failure.batch_id, failure.batch_line) == kept
 
 
+@pytest.mark.shared
 def test_the_loser_of_an_id_that_two_tasks_have_is_dead_lettered(site: Site, tmp_path: Path) -> None:
     site.worker()
     options = {"gate": str(tmp_path / "gate"), "marker": str(tmp_path / "marker")}
@@ -151,6 +157,7 @@ def test_the_loser_of_an_id_that_two_tasks_have_is_dead_lettered(site: Site, tmp
     assert site.ended(task_id) == other
 
 
+@pytest.mark.shared
 def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
     site.worker()
     task_id = site.publish({"fault": "invalid"})
@@ -164,6 +171,7 @@ def test_what_the_engine_calls_invalid_is_not_retried(site: Site) -> None:
     assert site.depth("inference.retry.5s") == 0
 
 
+@pytest.mark.shared
 def test_what_may_pass_is_retried_after_a_while(site: Site, tmp_path: Path) -> None:
     site.worker()
     for fault in ("transient", "error", "memory", "bad_output", "missing_artifact"):
@@ -214,6 +222,7 @@ def test_an_engine_that_dies_costs_one_attempt_and_the_worker_goes_on(site: Site
         assert f"inferq_engine_deaths_total {deaths}.0" in worker.get("/metrics").text
 
 
+@pytest.mark.shared
 def test_a_task_that_has_killed_three_engines_is_poison(site: Site) -> None:
     site.worker()
     task_id = site.publish({"fault": "crash"}, headers={"x-engine-deaths": 2, "x-attempt": 3})
@@ -224,6 +233,7 @@ def test_a_task_that_has_killed_three_engines_is_poison(site: Site) -> None:
     assert letter.reason == "poison"
 
 
+@pytest.mark.shared
 def test_a_run_over_its_time_limit_is_stopped(site: Site, tmp_path: Path) -> None:
     """An engine that asks whether it should stop goes on with its model; another is killed and replaced."""
     worker = site.worker()
@@ -237,6 +247,7 @@ def test_a_run_over_its_time_limit_is_stopped(site: Site, tmp_path: Path) -> Non
         assert (fault, worker.engine_pid() == engine) == (fault, stays)
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(("fault", "stays"), [("hang", True), ("hang_hard", False), ("noise", False)])
 def test_a_running_task_can_be_cancelled(site: Site, tmp_path: Path, fault: str, stays: bool) -> None:
     """An engine that asks whether it should stop goes on with its model; another is killed and replaced."""
@@ -268,6 +279,7 @@ def test_a_queued_task_that_is_cancelled_never_starts(site: Site) -> None:
     assert site.depth("inference.dead.echo") == 0
 
 
+@pytest.mark.shared
 def test_progress_shows_while_it_runs(site: Site) -> None:
     site.worker()
     task_id = site.publish({"fault": "progress"})
@@ -283,6 +295,7 @@ def test_progress_shows_while_it_runs(site: Site) -> None:
     assert len(set(seen)) >= 3
 
 
+@pytest.mark.shared
 def test_the_same_task_many_times_has_one_result(site: Site, tmp_path: Path) -> None:
     site.worker()
     marker = tmp_path / "m"
@@ -297,6 +310,7 @@ def test_the_same_task_many_times_has_one_result(site: Site, tmp_path: Path) -> 
     assert site.results.load("default", "twice") == first
 
 
+@pytest.mark.shared
 def test_a_task_that_has_ended_no_longer_needs_its_input(site: Site) -> None:
     site.worker()
     site.store.put("files/default/in.txt", b"from the store")
@@ -311,6 +325,7 @@ def test_a_task_that_has_ended_no_longer_needs_its_input(site: Site) -> None:
     assert site.results.load("default", "ended") == first
 
 
+@pytest.mark.shared
 def test_the_same_id_with_other_content_is_dead_lettered_and_changes_nothing(site: Site) -> None:
     site.worker()
     site.publish({"task_id": "mine", "metadata": {"a": 1}})
@@ -324,6 +339,7 @@ def test_the_same_id_with_other_content_is_dead_lettered_and_changes_nothing(sit
     assert state.state == "succeeded"
 
 
+@pytest.mark.shared
 def test_the_digest_that_a_task_was_accepted_with_is_its_own_to_the_end(site: Site, tmp_path: Path) -> None:
     site.worker()
     options = {"marker": str(tmp_path / "marker"), "times": 2}
@@ -360,6 +376,7 @@ def test_a_task_that_this_version_cannot_read_waits_for_a_worker_that_can(site: 
     assert site.results.load("default", "newer") is None
 
 
+@pytest.mark.shared
 def test_a_task_that_no_worker_can_read_ends_as_a_dead_letter_that_says_so(site: Site) -> None:
     site.worker()
     newer = {"task_id": "newer", "options": {"from_a_later_version": 1}}
@@ -371,6 +388,7 @@ def test_a_task_that_no_worker_can_read_ends_as_a_dead_letter_that_says_so(site:
     assert (letter.task_id, letter.reason) == ("newer", "unsupported_version")
 
 
+@pytest.mark.shared
 def test_an_expired_task_ends_as_such(site: Site, tmp_path: Path) -> None:
     site.worker()
     marker = tmp_path / "m"
@@ -456,6 +474,7 @@ def test_an_unreadable_result_is_not_overwritten(site: Site) -> None:
     assert site.store.get("tasks/default/t1/result.json") == b"not a result"
 
 
+@pytest.mark.shared
 def test_an_input_from_a_private_address_is_refused(site: Site) -> None:
     site.worker()
     for url in ("http://127.0.0.1:1/x", "http://169.254.169.254/latest/meta-data", "http://localhost/x"):
@@ -465,6 +484,7 @@ def test_an_input_from_a_private_address_is_refused(site: Site) -> None:
         assert result.attempts == 1
 
 
+@pytest.mark.shared
 def test_odd_headers_stop_nobody(site: Site) -> None:
     site.worker()
     odd: list[dict[str, object]] = [
