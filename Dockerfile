@@ -47,9 +47,16 @@ FROM worker AS weights-worker
 ENV INFERQ_WEIGHTS_CACHE=/weights
 VOLUME ["/weights"]
 
+# PDFs may name Chinese, Japanese and Korean fonts that they do not contain.
+FROM base AS fonts
+# Debian keeps one version of a package; a pinned one would no longer be found after the next point release.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends fonts-wqy-microhei
+
 FROM build AS build-ocr
 RUN pip install -c constraints.txt '.[ocr]'
 FROM weights-worker AS ocr
+COPY --from=fonts /usr/share/fonts /usr/share/fonts
 COPY --from=build-ocr /opt/inferq /opt/inferq
 ENTRYPOINT ["inferq", "worker", "ocr"]
 
@@ -59,6 +66,7 @@ ARG PADDLE_INDEX
 RUN pip install -c constraints-engines.txt '.[paddleocr]' \
     && pip install -c constraints-engines.txt --extra-index-url "${PADDLE_INDEX:?}" paddlepaddle-gpu==3.3.1
 FROM weights-worker AS ocr-gpu
+COPY --from=fonts /usr/share/fonts /usr/share/fonts
 COPY --from=build-ocr-gpu /opt/inferq /opt/inferq
 ENV INFERQ_OCR_BACKEND=paddleocr INFERQ_DEVICE=cuda PADDLE_PDX_CACHE_HOME=/weights/paddlex
 ENTRYPOINT ["inferq", "worker", "ocr"]

@@ -5,6 +5,8 @@ A file's content decides its kind; its name and content type are ignored.
 
 from __future__ import annotations
 
+import io
+import re
 import struct
 import warnings
 import zlib
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,14 @@ _DAMAGE = (
     Image.DecompressionBombError,
 )
 """The exceptions that Pillow's decoders raise on damaged files."""
+_UNSUPPORTED = re.compile(
+    r"cannot handle|unknown (pixel mode|data organization)|unsupported|not supported", re.I
+)
+"""Pillow's words for sound files of a variant that it cannot decode."""
+_JPEG_PROCESSES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+"""The frame headers of JPEG (ITU-T T.81, table B.1) that libjpeg decodes; others are lossless or hierarchical."""
+_AVIF_LONGEST_SIDE, _AVIF_PIXELS = 32_768, 16_384**2
+"""libavif's own limits."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,22 +104,36 @@ class Picture:
     """An open picture of one or more frames. Only its header is read so far."""
 
     def __init__(self, path: Path, kind: Kind, limit: PixelLimit, *, name: str = "the image") -> None:
-        """Raises InvalidTask: `truncated_image` for a damaged header, `image_too_large` beyond the limit."""
+        """Raises InvalidTask.
+
+        `truncated_image` for a damaged header, `unsupported_image` for a variant that cannot be decoded,
+        `image_too_large` beyond the limit.
+        """
         self.kind = kind
         self._limit = limit
-        with _explained(kind), _own_pixel_limit():
-            try:
-                self._image = Image.open(path, formats=kind.formats)
-            except (UnidentifiedImageError, MemoryError) as error:
-                # No pixels are read yet, so only a damaged length field can cause a request for too much memory.
-                raise InvalidTask(
-                    f"the {kind.value} file is damaged: its header cannot be read", code="truncated_image"
-                ) from error
-            try:
+        # From a path, Pillow maps uncompressed pixels into memory with the sides of the turned picture.
+        self._file = path.open("rb")
+        try:
+            with _explained(kind, self._file), _own_pixel_limit():
+                self._image = self._open(name)
                 limit.check(*self._image.size, what=name)
-            except BaseException:
-                self._image.close()
-                raise
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self, name: str) -> Image.Image:
+        try:
+            return Image.open(self._file, formats=self.kind.formats)
+        except (UnidentifiedImageError, MemoryError) as error:
+            # No pixels are read yet, so only a damaged length field can cause a request for too much memory.
+            if self.kind is Kind.AVIF:
+                _check_avif(self._file, self._limit, name)
+            reason = _refusal(self._file, self.kind)
+            if _UNSUPPORTED.search(reason):
+                raise _unsupported(self.kind, reason) from error
+            raise InvalidTask(
+                f"the {self.kind.value} file is damaged: its header cannot be read", code="truncated_image"
+            ) from error
 
     def pages(self) -> list[int]:
         """The frames that are pages.
@@ -120,7 +144,7 @@ class Picture:
         if self.kind is not Kind.TIFF:
             return [0]
         pages, number = [], 0
-        with _explained(self.kind), _own_pixel_limit():
+        with _explained(self.kind, self._file), _own_pixel_limit():
             while True:
                 try:
                     self._image.seek(number)
@@ -141,13 +165,20 @@ class Picture:
     def decode(self, frame: int = 0, *, name: str = "the image") -> RgbImage:
         """The pixels of a frame, upright. Transparent pixels become white.
 
-        Raises InvalidTask: `truncated_image` for damaged data, `image_too_large` before a frame that is too
-        large is decoded.
+        Raises InvalidTask: `truncated_image` for damaged data, `unsupported_image` for a variant that cannot be
+        decoded, `image_too_large` before a frame that is too large is decoded.
         """
-        with _explained(self.kind), _own_pixel_limit():
+        with _explained(self.kind, self._file), _own_pixel_limit():
             self._image.seek(frame)
             self._limit.check(*self._image.size, what=name)
-            self._image.load()
+            try:
+                self._image.load()
+            except OSError as error:
+                if self.kind is not Kind.JPEG or error.errno is not None:
+                    raise
+                if (complete := _without_end_marker(self._file)) is None:
+                    raise
+                self._image = complete
             return _rgb(self._image)
 
     @property
@@ -159,6 +190,7 @@ class Picture:
     def close(self) -> None:
         """Close the file."""
         self._image.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -170,14 +202,14 @@ class Picture:
 def open_picture(path: Path, limit: PixelLimit) -> Picture:
     """Open the picture in a file.
 
-    Raises InvalidTask: `empty_file`, `not_an_image`, `truncated_image`, `image_too_large`.
+    Raises InvalidTask: `empty_file`, `not_an_image`, `truncated_image`, `unsupported_image`, `image_too_large`.
     """
     return Picture(path, sniff(path), limit)
 
 
 @contextmanager
-def _explained(kind: Kind) -> Iterator[None]:
-    """Turns the exceptions of Pillow's decoders on damaged data into InvalidTask."""
+def _explained(kind: Kind, file: BinaryIO) -> Iterator[None]:
+    """Turns the exceptions of Pillow's decoders into InvalidTask: the file is damaged, or of an unsupported variant."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they concern metadata, not the pixels
@@ -185,9 +217,86 @@ def _explained(kind: Kind) -> Iterator[None]:
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk failed; the file is not damaged
+        if kind is Kind.JPEG and (process := _unsupported_jpeg(file)):
+            raise _unsupported(kind, process) from error
+        if _UNSUPPORTED.search(str(error)):
+            raise _unsupported(kind, str(error)) from error
         raise InvalidTask(
             f"the {kind.value} file is damaged or truncated: {error}", code="truncated_image"
         ) from error
+
+
+def _unsupported(kind: Kind, reason: str) -> InvalidTask:
+    return InvalidTask(
+        f"the {kind.value} file is of a variant that is not supported ({reason}): convert it to PNG",
+        code="unsupported_image",
+    )
+
+
+def _refusal(file: BinaryIO, kind: Kind) -> str:
+    """Pillow's reason for not opening the file. `Image.open` itself gives none."""
+    factory, _ = Image.OPEN[kind.formats[0]]
+    file.seek(0)
+    try:
+        factory(file, "").close()
+    except KeyError as error:
+        return f"unsupported value {error}"
+    except Exception as error:
+        # ImageFile turns an unknown TIFF compression, a KeyError, into a SyntaxError.
+        if kind is Kind.TIFF and isinstance(error.__cause__, KeyError) and str(error).isdigit():
+            return f"unsupported compression {error}"
+        return str(error)
+    return ""
+
+
+def _unsupported_jpeg(file: BinaryIO) -> str | None:
+    """Why libjpeg cannot decode a JPEG, by its frame header; None if it can."""
+    file.seek(2)
+    while True:
+        marker = file.read(4)
+        if len(marker) < 4 or marker[0] != 0xFF:
+            return None
+        code, length = marker[1], int.from_bytes(marker[2:], "big")
+        if 0xC0 <= code <= 0xCF and code not in {0xC4, 0xC8, 0xCC}:
+            bits = file.read(1)
+            if code not in _JPEG_PROCESSES:
+                return "lossless or hierarchical JPEG"
+            return f"{bits[0]} bits per sample" if bits and bits[0] != 8 else None
+        file.seek(max(length - 2, 0), io.SEEK_CUR)
+
+
+def _check_avif(file: BinaryIO, limit: PixelLimit, name: str) -> None:
+    """Raises InvalidTask (`image_too_large`) for an AVIF beyond our limit or libavif's, by its `ispe` box."""
+    file.seek(0)
+    found = re.search(rb"ispe....(.{4})(.{4})", file.read(65_536), re.DOTALL)
+    if found is None:
+        return
+    width, height = (int.from_bytes(side, "big") for side in found.groups())
+    limit.check(width, height, what=name)
+    if max(width, height) > _AVIF_LONGEST_SIDE or width * height > _AVIF_PIXELS:
+        raise InvalidTask(
+            f"{name} has {width}×{height} pixels, more than AVIF files may have here: scale it down, "
+            "or convert it to JPEG",
+            code="image_too_large",
+        )
+
+
+def _without_end_marker(file: BinaryIO) -> Image.Image | None:
+    """The picture of a JPEG that lacks only its end marker; None if pixels are missing too.
+
+    libjpeg fills missing pixels up without an error. Further data behind the file's end would change them, but it
+    does not change a complete picture.
+    """
+    file.seek(0)
+    data = file.read().rstrip(b"\xff")
+    noise = bytes(value * 89 % 251 for value in range(1, 2000))
+    more = b"".join(b"%b\xff%c" % (noise, 0xD0 + number) for number in range(8))
+    first, second = (
+        Image.open(io.BytesIO(data + rest + b"\xff\xd9"), formats=("JPEG",)) for rest in (b"", more)
+    )
+    first.load()
+    second.load()
+    return first if first.tobytes() == second.tobytes() else None
 
 
 @contextmanager

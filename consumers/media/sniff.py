@@ -41,7 +41,8 @@ _SIGNATURES: tuple[tuple[bytes, Kind], ...] = (
     (rb"(\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51)", Kind.JPEG2000),
     (rb"....ftyp(avif|avis|mif1.{4,40}avif)", Kind.AVIF),
     (rb"P[1-6]\s", Kind.PPM),
-    (rb"BM.{4}\0\0\0\0", Kind.BMP),
+    # The length of the header that follows tells a BMP from text; writers put anything into the reserved fields.
+    (rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", Kind.BMP),
     (rb".{0,1019}%PDF-", Kind.PDF),
 )
 

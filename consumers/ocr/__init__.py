@@ -69,6 +69,16 @@ class Page(BaseModel):
     lines: tuple[Line, ...]
 
 
+class FailedPage(BaseModel):
+    """A page of a document that could not be read, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    page: int = Field(ge=1, description="The page's number in the document.")
+    code: str = Field(description="The reason, such as `truncated_image` or `image_too_large`.")
+    message: str = Field(description="The reason in words.")
+
+
 class OcrOutput(BaseModel):
     """The text that was read. A picture is a document of one page."""
 
@@ -79,6 +89,10 @@ class OcrOutput(BaseModel):
         ge=1, description="The number of pages in the document, including pages that were not read."
     )
     pages: tuple[Page, ...] = Field(description="The pages that were read.")
+    failed_pages: tuple[FailedPage, ...] = Field(
+        (),
+        description="Selected pages that could not be read. If no page could be read, the task fails instead.",
+    )
 
 
 task_type = TaskType(

@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from inferq.consumers.ocr import OcrOptions, OcrOutput, OcrTask, Page
+from inferq.consumers.ocr import FailedPage, OcrOptions, OcrOutput, OcrTask, Page
 from inferq.consumers.ocr.annotate import artifact_name, draw_boxes
 from inferq.consumers.ocr.backend import Backend, RgbPage
 from inferq.consumers.ocr.images import Document, Limits, open_document
@@ -36,20 +36,29 @@ class OcrEngine(Engine[OcrTask]):
         self._backend.read(_sample_page())
 
     def run(self, task: OcrTask, context: Context) -> OcrOutput:
-        """Read the pages that the task selects."""
+        """Read the pages that the task selects. A bad page does not cost the others."""
         limits = Limits(max_pixels=self._settings.ocr_max_pixels, dpi=self._settings.ocr_dpi)
         with open_document(context.inputs["image_url"].path, limits) as document:
             numbers = self._choose_pages(task.options.pages, document)
-            pages = []
+            pages: list[Page] = []
+            failed: list[FailedPage] = []
             for done, number in enumerate(numbers):
                 context.check_abort()
                 context.progress(done / len(numbers), f"page {number} of {document.page_count}")
-                pages.append(self._read(document.page(number), number, task.options, context))
+                try:
+                    image = document.page(number)
+                except InvalidTask as error:
+                    failed.append(FailedPage(page=number, code=error.code, message=error.message))
+                    continue
+                pages.append(self._read(image, number, task.options, context))
+        if not pages:
+            raise InvalidTask(failed[0].message, code=failed[0].code)
         context.progress(1.0, "read")
         return OcrOutput(
             text="\n\n".join(page.text for page in pages if page.text),
             page_count=document.page_count,
             pages=tuple(pages),
+            failed_pages=tuple(failed),
         )
 
     def close(self) -> None:

@@ -33,7 +33,8 @@ def test_a_target_starts_what_it_is_named_after(image: Image) -> None:
 
 @each_image
 def test_a_target_copies_one_environment_whose_packages_are_constrained(image: Image) -> None:
-    copied = [arguments for word, arguments in image.history if word == "COPY"]
+    copies = [arguments for word, arguments in image.history if word == "COPY"]
+    copied = [arguments for arguments in copies if not arguments.startswith("--from=fonts ")]
     assert copied == [f"--from=build-{image.target} /opt/inferq /opt/inferq"]
     assert image.installs
     for install in image.installs:
@@ -107,3 +108,9 @@ def test_the_build_context_holds_what_the_build_needs() -> None:
     rooms = {"inferq", "schemas", "broker", "storage", "producer", "consumers"}
     pins = {"constraints.txt", "constraints-engines.txt"}
     assert {f"!{needed}" for needed in rooms | pins | {"pyproject.toml", "setup.cfg"}} <= set(ignored)
+
+
+@pytest.mark.parametrize("name", ["ocr", "ocr-gpu"])
+def test_an_image_that_draws_pdfs_has_fonts_for_chinese(name: str) -> None:
+    assert ("COPY", "--from=fonts /usr/share/fonts /usr/share/fonts") in IMAGES[name].history
+    assert any("fonts-wqy-microhei" in arguments for _, arguments in stages()["fonts"].instructions)

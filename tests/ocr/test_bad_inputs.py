@@ -16,6 +16,7 @@ from PIL import Image
 
 from inferq.consumers.ocr.images import Limits, open_document
 from inferq.schemas import InvalidTask
+from tests.ocr.pdfs import one_page, stream
 
 
 def refusal(path: Path, limits: Limits | None = None) -> InvalidTask:
@@ -63,6 +64,17 @@ def test_no_image_is_refused_for_what_it_is(
 
 def noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(1).integers(0, 255, (200, 300, 3), np.uint8))
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_blocks": 5}])
+@pytest.mark.parametrize("missing", [3, 40, 2000, 9000])
+def test_a_jpeg_that_lacks_more_than_its_end_marker_is_refused(
+    tmp_path: Path, options: dict[str, int], missing: int
+) -> None:
+    noise().save(tmp_path / "a.jpg", **options)
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:-missing])
+    assert refusal(tmp_path / "a.jpg").code == "truncated_image"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "AVIF", "JPEG2000"])
@@ -171,6 +183,87 @@ def test_a_pdf_behind_a_password_is_refused(tmp_path: Path) -> None:
     assert "password" in error.message
 
 
+def test_a_pdf_for_the_owner_of_a_certificate_is_refused(tmp_path: Path) -> None:
+    locked = "<< /Filter /Adobe.PubSec /SubFilter /adbe.pkcs7.s4 /V 2 /Length 128 /Recipients [<30820100>] >>"
+    path = one_page(
+        tmp_path / "a.pdf", more={6: locked}, trailer="/Encrypt 6 0 R /ID [<00112233> <00112233>]"
+    )
+    error = refusal(path)
+    assert error.code == "encrypted_pdf"
+    assert "certificate" in error.message
+
+
+def test_an_xfa_form_is_refused_instead_of_its_page_that_asks_to_wait(tmp_path: Path) -> None:
+    path = one_page(
+        tmp_path / "a.pdf",
+        b"BT /F 10 Tf 72 720 Td (Please wait...) Tj ET",
+        catalog="/AcroForm << /Fields [] /XFA 6 0 R >> /NeedsRendering true",
+        more={6: stream(b"<xdp/>")},
+    )
+    error = refusal(path)
+    assert error.code == "xfa_form"
+    assert "XFA" in error.message
+
+
+def test_a_page_left_blank_by_a_missing_font_is_refused(tmp_path: Path) -> None:
+    fonts: dict[int, str | bytes] = {
+        6: "<< /Type /Font /Subtype /Type0 /BaseFont /Elsewhere /Encoding /UniGB-UCS2-H /DescendantFonts [7 0 R] >>",
+        7: "<< /Type /Font /Subtype /CIDFontType2 /BaseFont /Elsewhere /DW 1000 /FontDescriptor 8 0 R "
+        "/CIDSystemInfo << /Registry (Adobe) /Ordering (GB1) /Supplement 2 >> >>",
+        8: "<< /Type /FontDescriptor /FontName /Elsewhere /Flags 4 /FontBBox [0 -200 1000 900] /StemV 80 >>",
+    }
+    # Characters for private use, which no font of any machine has.
+    text = b"BT /F 24 Tf 72 700 Td <E123E124> Tj ET"
+    error = refusal(one_page(tmp_path / "a.pdf", text, resources="/Font << /F 6 0 R >>", more=fonts))
+    assert error.code == "missing_font"
+    assert "Elsewhere" in error.message
+
+
+def test_a_blank_page_is_no_fault(tmp_path: Path) -> None:
+    one_page(tmp_path / "a.pdf", b"BT /F 24 Tf 72 700 Td ( ) Tj 3 Tr (hidden) Tj ET")
+    with open_document(tmp_path / "a.pdf") as document:
+        assert (document.page(1) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [(4, 12, "12 bits per sample"), (1, 0xC3, "lossless")],
+)
+def test_a_sound_jpeg_of_an_unsupported_variant_is_not_called_damaged(
+    tmp_path: Path, at: int, value: int, said: str
+) -> None:
+    noise().save(tmp_path / "a.jpg")
+    data = bytearray((tmp_path / "a.jpg").read_bytes())
+    data[data.index(b"\xff\xc0") + at] = value
+    (tmp_path / "a.jpg").write_bytes(data)
+    error = refusal(tmp_path / "a.jpg")
+    assert error.code == "unsupported_image"
+    assert said in error.message
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"), [(259, 12_345), (262, 32_803)], ids=["compression", "colour filter"]
+)
+def test_a_sound_tiff_of_an_unsupported_variant_is_not_called_damaged(
+    tmp_path: Path, tag: int, value: int
+) -> None:
+    data = bytearray(tiff_of(1))
+    entry = next(at for at in range(14, len(data), 12) if struct.unpack_from("<H", data, at)[0] in {tag, 258})
+    struct.pack_into("<HHII", data, entry, tag, 3, 1, value)
+    (tmp_path / "a.tiff").write_bytes(data)
+    assert refusal(tmp_path / "a.tiff").code == "unsupported_image"
+
+
+def test_an_avif_beyond_its_decoders_limits_is_called_too_large(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.avif")
+    data = bytearray((tmp_path / "a.avif").read_bytes())
+    struct.pack_into(">II", data, data.index(b"ispe") + 8, 40_000, 20_000)
+    (tmp_path / "a.avif").write_bytes(data)
+    error = refusal(tmp_path / "a.avif", Limits(max_pixels=10**9))
+    assert error.code == "image_too_large"
+    assert "40000×20000" in error.message
+
+
 def test_a_missing_file_is_no_fault_of_the_task(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_document(tmp_path / "gone.png")
@@ -238,7 +331,8 @@ def test_damage_anywhere_gives_a_page_or_a_refusal(tmp_path: Path, data: st.Data
             page = document.page(1)
     except InvalidTask as error:
         assert error.code in {
-            "empty_file", "not_an_image", "truncated_image", "image_too_large", "encrypted_pdf"
+            "empty_file", "not_an_image", "truncated_image", "image_too_large", "encrypted_pdf",
+            "unsupported_image", "xfa_form", "missing_font",
         }  # fmt: skip
     else:
         assert page.ndim == 3

@@ -16,6 +16,7 @@ from inferq.consumers.ocr.engine import OcrEngine, load_backend
 from inferq.consumers.ocr.settings import OcrSettings
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
 from tests.ocr.conftest import Sample, ocr_task, sample
+from tests.ocr.pdfs import three_pages
 
 Read = Callable[..., OcrOutput]
 
@@ -158,6 +159,18 @@ def test_only_the_pages_asked_for_are_read(read: Read, tmp_path: Path) -> None:
     assert output.text == "Page number 2\n\nPage number 3"
     with pytest.raises(InvalidTask, match="the document has 4 pages"):
         read(tmp_path / "a.pdf", pages="5-")
+
+
+def test_a_bad_page_does_not_cost_the_good_ones(read: Read, tmp_path: Path) -> None:
+    text = b"BT /F 24 Tf 20 40 Td (Harbour 42) Tj ET"
+    three_pages(tmp_path / "a.pdf", "3 0 R 9 0 R 4 0 R", text)
+    output = read(tmp_path / "a.pdf")
+    assert output.page_count == 3
+    assert [(page.page, page.text) for page in output.pages] == [(1, "Harbour 42"), (3, "Harbour 42")]
+    assert [(page.page, page.code) for page in output.failed_pages] == [(2, "truncated_image")]
+    with pytest.raises(InvalidTask, match="page 2 of the PDF is damaged") as caught:
+        read(tmp_path / "a.pdf", pages="2")
+    assert caught.value.code == "truncated_image"
 
 
 def test_more_pages_than_one_task_may_read_are_refused(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from inferq.consumers.ocr.images import Limits, open_document
+from tests.ocr.pdfs import one_page
 
 SIZE = (120, 80)
 
@@ -327,3 +328,62 @@ def test_no_file_stays_open(tmp_path: Path, save: Callable[[Path], None]) -> Non
     only_page(tmp_path / "a")
     opened = {link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
     assert tmp_path / "a" not in opened
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16"])
+def test_an_uncompressed_tiff_is_turned_as_a_compressed_one(
+    tmp_path: Path, mode: str, orientation: int
+) -> None:
+    stored = picture("I;16") if mode == "I;16" else picture(mode)
+    for name, compression in (("plain", "raw"), ("packed", "tiff_lzw")):
+        stored.save(tmp_path / name, format="TIFF", compression=compression, tiffinfo={0x0112: orientation})
+    page = only_page(tmp_path / "plain")
+    assert page.shape == ((80, 120, 3) if orientation < 5 else (120, 80, 3))
+    assert (page == only_page(tmp_path / "packed")).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+def test_a_jpeg_without_its_end_marker_is_whole(tmp_path: Path, options: dict[str, int]) -> None:
+    picture().save(tmp_path / "a.jpg", quality=90, **options)
+    data = (tmp_path / "a.jpg").read_bytes()
+    assert data.endswith(b"\xff\xd9")
+    (tmp_path / "b.jpg").write_bytes(data[:-2])
+    assert (only_page(tmp_path / "b.jpg") == only_page(tmp_path / "a.jpg")).all()
+
+
+def test_the_reserved_fields_of_a_bmp_may_hold_anything(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.bmp")
+    data = bytearray((tmp_path / "a.bmp").read_bytes())
+    data[6:10] = b"scan"
+    (tmp_path / "a.bmp").write_bytes(data)
+    assert corners(only_page(tmp_path / "a.bmp")) == COLOURS
+
+
+def test_a_crop_box_beside_the_page_is_passed_over(tmp_path: Path) -> None:
+    box = "/MediaBox [0 0 72 144] /CropBox [700 800 900 1000]"
+    one_page(tmp_path / "a.pdf", b"0 0 36 144 re f", page=box)
+    page = only_page(tmp_path / "a.pdf", Limits(dpi=72))
+    assert page.shape == (144, 72, 3)
+    assert (page[:, :35] == 0).all()
+    assert (page[:, 37:] == 255).all()
+
+
+def test_a_scan_that_claims_too_high_a_resolution_keeps_its_pixels(tmp_path: Path) -> None:
+    Image.new("L", (1240, 1000), 200).save(tmp_path / "a.pdf", resolution=2400)
+    height, width, _ = only_page(tmp_path / "a.pdf").shape
+    assert (width, height) == pytest.approx((1240, 1000), abs=2)
+    Image.new("1", (4960, 7016)).save(tmp_path / "b.pdf", resolution=2400)
+    page = only_page(tmp_path / "b.pdf")
+    assert page.shape[0] * page.shape[1] == pytest.approx(1654 * 2339, rel=0.01)  # A4 at 200 dpi
+
+
+def test_a_page_with_a_user_unit_is_drawn_by_the_size_of_its_print(tmp_path: Path) -> None:
+    text = b"BT /F 1 Tf 7 72 Td (Invoice No. 2024-0815) Tj ET"
+    one_page(tmp_path / "a.pdf", text, page="/MediaBox [0 0 61 79] /UserUnit 10")
+    assert only_page(tmp_path / "a.pdf").shape == pytest.approx((1756, 1356, 3), abs=3)
+
+
+def test_an_ordinary_small_page_is_drawn_at_the_resolution_asked_for(tmp_path: Path) -> None:
+    one_page(tmp_path / "a.pdf", b"BT /F 6 Tf 7 72 Td (A label) Tj ET", page="/MediaBox [0 0 144 72]")
+    assert only_page(tmp_path / "a.pdf").shape == (200, 400, 3)
