@@ -6,6 +6,7 @@ An engine lives in its own process, which owns the GPU and the model. The proces
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class Context:
     """One run: its inputs, a scratch folder, progress, and the request to stop.
 
     An engine uses `inputs` (a file for each input field) and the methods below. The worker sets the other fields:
-    `folder` is the path of `scratch`, `report` receives progress, `abort_requested` tells of a request to stop.
+    `folder` is the path of `scratch`, `report` receives progress, `abort_requested` tells of a request to stop,
+    `time_limit` is the run's limit in seconds.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Context:
     report: Callable[[float, str], None]
     abort_requested: Callable[[], bool]
     artifacts: list[ArtifactFile] = field(default_factory=list)
+    time_limit: float = math.inf
 
     @property
     def scratch(self) -> Path:

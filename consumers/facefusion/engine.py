@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from PIL import Image
 from inferq.consumers.facefusion import FacefusionOptions, FacefusionOutput, FacefusionTask, PictureFormat
 from inferq.consumers.facefusion.backend import Backend
 from inferq.consumers.facefusion.settings import FacefusionSettings
-from inferq.consumers.media.pictures import Picture, PixelLimit, RgbImage, open_picture
+from inferq.consumers.media.decoder import DecodedFile, Decoder
+from inferq.consumers.media.pictures import RgbImage
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask
 
@@ -33,12 +34,18 @@ class FacefusionEngine(Engine[FacefusionTask]):
     """Replaces faces on one picture with another's. Only one source and one target are in memory."""
 
     def __init__(self) -> None:
-        self._settings = FacefusionSettings.load()
+        settings = self._settings = FacefusionSettings.load()
         self._loaded: Backend | None = None
+        self._decoder = Decoder(
+            "inferq.consumers.media.pictures:SinglePicture",
+            {"max_pixels": settings.facefusion_max_pixels, "setting": "INFERQ_FACEFUSION_MAX_PIXELS"},
+            max_pixels=settings.facefusion_max_pixels,
+        )
 
     def load(self) -> EngineInfo:
         """Load the backend that INFERQ_FACEFUSION_BACKEND names."""
         self._loaded = load_backend(self._settings)
+        self._decoder.start()
         return self._loaded.info
 
     def warm_up(self) -> None:
@@ -49,16 +56,13 @@ class FacefusionEngine(Engine[FacefusionTask]):
         """Replace the faces that the task selects."""
         context.check_abort()
         context.progress(0.0, "reading the pictures")
-        with ExitStack() as stack:
-            # Open both and check their sizes before decoding either.
-            source_file = self._open("source_url", context, stack)
-            target_file = self._open("target_url", context, stack)
-            with _named("source_url"):
-                source = source_file.decode()
-            with _named("target_url"):
-                target = target_file.decode()
-                _check_format(task.options.format, target)
-            profile = target_file.colour_profile
+        # Check both sizes before decoding either.
+        self._check("source_url", context)
+        self._check("target_url", context)
+        source, _ = self._decode("source_url", context)
+        target, profile = self._decode("target_url", context)
+        with _named("target_url"):
+            _check_format(task.options.format, target)
         context.check_abort()
         swap = self._backend.swap(source, target, task.options.face, context)
         context.check_abort()
@@ -77,6 +81,7 @@ class FacefusionEngine(Engine[FacefusionTask]):
         )
 
     def close(self) -> None:
+        self._decoder.close()
         if self._loaded is not None:
             self._loaded.close()
             self._loaded = None
@@ -87,10 +92,17 @@ class FacefusionEngine(Engine[FacefusionTask]):
             raise RuntimeError("the face-swapping engine is not loaded: call load() first")
         return self._loaded
 
-    def _open(self, name: str, context: Context, stack: ExitStack) -> Picture:
-        limit = PixelLimit(self._settings.facefusion_max_pixels, "INFERQ_FACEFUSION_MAX_PIXELS")
-        with _named(name):
-            return stack.enter_context(open_picture(context.inputs[name].path, limit))
+    def _open(self, name: str, context: Context) -> DecodedFile:
+        return self._decoder.open(context.inputs[name].path, check=context.check_abort)
+
+    def _check(self, name: str, context: Context) -> None:
+        with _named(name), self._open(name, context):
+            pass
+
+    def _decode(self, name: str, context: Context) -> tuple[RgbImage, bytes | None]:
+        """The pixels of an input, and its colour profile."""
+        with _named(name), self._open(name, context) as file:
+            return file.page(1), file.colour_profile
 
 
 def load_backend(settings: FacefusionSettings) -> Backend:

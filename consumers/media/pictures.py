@@ -207,6 +207,27 @@ def open_picture(path: Path, limit: PixelLimit) -> Picture:
     return Picture(path, sniff(path), limit)
 
 
+class SinglePicture:
+    """A picture as a document of one page. `Decoder` opens it in another process."""
+
+    page_count = 1
+
+    def __init__(self, path: Path, *, max_pixels: int, setting: str) -> None:
+        """`setting` is the variable that defines `max_pixels`. Raises what `open_picture` raises."""
+        self._picture = open_picture(path, PixelLimit(max_pixels, setting))
+        self.colour_profile: bytes | None = None
+
+    def page(self, _: int) -> RgbImage:
+        """The pixels. The only page has the number 1."""
+        pixels = self._picture.decode()
+        self.colour_profile = self._picture.colour_profile
+        return pixels
+
+    def close(self) -> None:
+        """Close the file."""
+        self._picture.close()
+
+
 @contextmanager
 def _explained(kind: Kind, file: BinaryIO) -> Iterator[None]:
     """Turns the exceptions of Pillow's decoders into InvalidTask: the file is damaged, or of an unsupported variant."""

@@ -7,10 +7,10 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from inferq.consumers.media.decoder import DecodedFile, Decoder
 from inferq.consumers.ocr import FailedPage, OcrOptions, OcrOutput, OcrTask, Page
 from inferq.consumers.ocr.annotate import artifact_name, draw_boxes
 from inferq.consumers.ocr.backend import Backend, RgbPage
-from inferq.consumers.ocr.images import Document, Limits, open_document
 from inferq.consumers.ocr.layout import reading_order
 from inferq.consumers.ocr.selection import select_pages
 from inferq.consumers.ocr.settings import OcrSettings
@@ -18,17 +18,26 @@ from inferq.consumers.weights.cache import model_folder
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InvalidTask
 
+_DECODING_SHARE = 0.5
+"""The share of a task's time limit that its file may take to decode. A slow file is refused, not retried."""
+
 
 class OcrEngine(Engine[OcrTask]):
     """Reads documents page by page; one page is in memory at a time."""
 
     def __init__(self) -> None:
-        self._settings = OcrSettings.load()
+        settings = self._settings = OcrSettings.load()
         self._loaded: Backend | None = None
+        self._decoder = Decoder(
+            "inferq.consumers.ocr.images:open_with",
+            {"max_pixels": settings.ocr_max_pixels, "dpi": settings.ocr_dpi},
+            max_pixels=settings.ocr_max_pixels,
+        )
 
     def load(self) -> EngineInfo:
         """Load the library that INFERQ_OCR_BACKEND names onto the device that INFERQ_DEVICE names."""
         self._loaded = load_backend(self._settings)
+        self._decoder.start()
         return self._loaded.info
 
     def warm_up(self) -> None:
@@ -37,8 +46,9 @@ class OcrEngine(Engine[OcrTask]):
 
     def run(self, task: OcrTask, context: Context) -> OcrOutput:
         """Read the pages that the task selects. A bad page does not cost the others."""
-        limits = Limits(max_pixels=self._settings.ocr_max_pixels, dpi=self._settings.ocr_dpi)
-        with open_document(context.inputs["image_url"].path, limits) as document:
+        path = context.inputs["image_url"].path
+        seconds = _DECODING_SHARE * context.time_limit
+        with self._decoder.open(path, seconds=seconds, check=context.check_abort) as document:
             numbers = self._choose_pages(task.options.pages, document)
             pages: list[Page] = []
             failed: list[FailedPage] = []
@@ -62,6 +72,7 @@ class OcrEngine(Engine[OcrTask]):
         )
 
     def close(self) -> None:
+        self._decoder.close()
         self._loaded = None
 
     @property
@@ -70,7 +81,7 @@ class OcrEngine(Engine[OcrTask]):
             raise RuntimeError("the OCR engine is not loaded: call load() first")
         return self._loaded
 
-    def _choose_pages(self, selection: str | None, document: Document) -> list[int]:
+    def _choose_pages(self, selection: str | None, document: DecodedFile) -> list[int]:
         numbers = select_pages(selection, document.page_count)
         if len(numbers) > self._settings.ocr_max_pages:
             raise InvalidTask(

@@ -72,6 +72,11 @@ def open_document(path: Path, limits: Limits = Limits()) -> Document:
     return _Pdf(path, limits) if kind is Kind.PDF else _Picture(path, kind, limits)
 
 
+def open_with(path: Path, *, max_pixels: int, dpi: int) -> Document:
+    """`open_document`, for `Decoder`."""
+    return open_document(path, Limits(max_pixels, dpi))
+
+
 class _Picture(Document):
     """A file that Pillow reads: one page, or several for TIFF. Of an animation, the first frame."""
 

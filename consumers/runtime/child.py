@@ -160,6 +160,7 @@ def _run(
         },
         report=_Reporter(pipe),
         abort_requested=_AbortFlag(pipe),
+        time_limit=run.time_limit,
     )
     try:
         if isinstance(task, InvalidTask):

@@ -46,6 +46,7 @@ class Run(_Message):
     task: str | None
     scratch: str
     inputs: dict[str, FileRef] = {}
+    time_limit: float = 300.0
 
 
 class Abort(_Message):

@@ -19,6 +19,7 @@ from typing import Literal
 import psutil
 from pydantic import ByteSize
 
+from inferq.consumers.machine import total_memory
 from inferq.consumers.runtime.messages import (
     Abort,
     Aborted,
@@ -75,9 +76,10 @@ _MEASURE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """How much memory an engine process and its children may take, in bytes; None is no limit.
+    """How much memory an engine process and its children may take, in bytes.
 
-    Beyond `kill_at` it is killed in the middle of a run, beyond `replace_at` it takes no other run.
+    Beyond `kill_at` it is killed in the middle of a run; None is what it takes when loaded, and nine tenths of the
+    rest of the machine's or container's memory. Beyond `replace_at` it takes no other run; None is no limit.
     """
 
     kill_at: int | None = None
@@ -104,6 +106,7 @@ class EngineProcess:
         """`prepare` wakes the process only if it has been idle for `idle_seconds`."""
         self._type_name = type_name
         self._limits = limits
+        self.kill_at = limits.kill_at
         self._idle_seconds = idle_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -188,6 +191,8 @@ class EngineProcess:
         match answer:
             case Ready(engine=info):
                 self._check_limits()
+                if self._limits.kill_at is None:
+                    self.kill_at = _default_limit(self.memory(), total_memory())
                 self.info = info
                 return info
             case LoadFailed(permanent=True):
@@ -243,7 +248,8 @@ class EngineProcess:
             raise EngineDied("the engine process is not running")
         try:
             prepared, self._prepared = task == self._prepared, None
-            send(pipe, Run(task=None if prepared else task, scratch=scratch, inputs=dict(inputs)))
+            body = None if prepared else task
+            send(pipe, Run(task=body, scratch=scratch, inputs=dict(inputs), time_limit=time_limit))
             answer = self._await(pipe, watch, time_limit, abort_grace)
         except (RunAborted, OverTime):
             raise
@@ -316,7 +322,7 @@ class EngineProcess:
                 self._stop(pipe, abort_grace)
                 raise OverTime(
                     f"the run was stopped at its time limit of {time_limit:g} s; submit a smaller task, "
-                    "or one with a larger time_limit"
+                    "or one with a larger time_limit (at most the worker's INFERQ_MAX_TIME_LIMIT)"
                 )
 
     def _stop(self, pipe: Connection, abort_grace: float) -> Done | Failed | None:
@@ -342,7 +348,7 @@ class EngineProcess:
             raise EOFError
 
     def _watch_memory(self) -> None:
-        limit = self._limits.kill_at
+        limit = self.kill_at
         if limit is not None and (use := self.memory()) > limit:
             self.kill()
             self.worn = "out_of_memory"
@@ -392,6 +398,11 @@ class EngineProcess:
             return f"exit status {code}"
         name = signal.Signals(-code).name
         return f"{name}, most likely out of memory" if -code == signal.SIGKILL else name
+
+
+def _default_limit(loaded: int, total: int) -> int | None:
+    """The memory limit of an engine that takes `loaded` bytes when loaded; None if it takes all that there is."""
+    return loaded + (total - loaded) * 9 // 10 if loaded < total else None
 
 
 def _size(count: int) -> str:

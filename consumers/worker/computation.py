@@ -113,7 +113,9 @@ class Computation:
             self._scratch,
             inputs,
             watch=RunHooks(self._progress, self.abort_reason),
-            time_limit=task.time_limit or services.task_type.time_limit,
+            time_limit=min(
+                task.time_limit or services.task_type.time_limit, services.settings.max_time_limit
+            ),
             abort_grace=services.settings.abort_grace,
         )
 

@@ -63,11 +63,18 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         description="Seconds that an engine has to stop a run that is cancelled or over its time limit. Then "
         "its process is killed.",
     )
+    max_time_limit: float = Field(
+        86_400.0,
+        gt=0,
+        le=86_400,
+        description="The most seconds that one run may take, whatever time limit the task or its type has.",
+    )
     engine_memory_limit: ByteSize | None = Field(
         None,
         gt=0,
         description="The most memory of an engine process and its children in a run, such as `12GB` or "
-        "`12GiB` (default: no limit). Above it, the process is killed and replaced, and the attempt fails.",
+        "`12GiB` (default: what the loaded engine takes, and 90% of the remaining memory of the machine or "
+        "container). Above it, the process is killed and replaced, and the attempt fails.",
     )
     engine_recycle_memory: ByteSize | None = Field(
         None,

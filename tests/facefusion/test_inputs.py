@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import closing
 
 import cv2
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 from PIL import Image
 
 from inferq.consumers.facefusion.engine import FacefusionEngine
-from inferq.consumers.facefusion.settings import FacefusionSettings
 from inferq.schemas import InvalidTask
 from tests.facefusion.conftest import COLLINS, HOPPER, Runner, facefusion_task, pixels
 
@@ -142,10 +142,13 @@ def test_both_sizes_are_checked_before_either_is_decoded(preview: FacefusionEngi
 def test_the_limit_is_a_setting(
     preview: FacefusionEngine, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preview, "_settings", FacefusionSettings(facefusion_max_pixels=300_000))
-    runner(preview, COLLINS, COLLINS)
-    with pytest.raises(InvalidTask, match=r"512×600 pixels; the limit is 0\.3 million"):
-        runner(preview, COLLINS, HOPPER)
+    monkeypatch.setenv("INFERQ_FACEFUSION_MAX_PIXELS", "300000")
+    with closing(FacefusionEngine()) as engine:
+        engine._loaded = preview._loaded
+        runner(engine, COLLINS, COLLINS)
+        with pytest.raises(InvalidTask, match=r"512×600 pixels; the limit is 0\.3 million"):
+            runner(engine, COLLINS, HOPPER)
+        engine._loaded = None  # it belongs to `preview`
 
 
 def test_a_picture_too_long_for_webp_is_refused_before_it_is_computed(

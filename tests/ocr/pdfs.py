@@ -11,13 +11,23 @@ def stream(content: bytes, entries: str = "") -> bytes:
     return b"<< /Length %d %b >>\nstream\n%b\nendstream" % (len(content), entries.encode(), content)
 
 
-def write_pdf(path: Path, objects: dict[int, str | bytes], trailer: str = "") -> Path:
-    """A PDF of these objects; its catalog is number 1. PDFium finds them without a table of contents."""
-    parts = [b"%PDF-1.7\n"]
+def write_pdf(
+    path: Path, objects: dict[int, str | bytes], trailer: str = "", *, with_table: bool = False
+) -> Path:
+    """A PDF of these objects; its catalog is number 1.
+
+    PDFium finds them without a table of their places, for which they must be numbered from 1.
+    """
+    data, places = b"%PDF-1.7\n", []
     for number, body in objects.items():
-        parts.append(b"%d 0 obj\n%b\nendobj\n" % (number, body.encode() if isinstance(body, str) else body))
-    parts.append(f"trailer\n<< /Root 1 0 R /Size {max(objects) + 1} {trailer} >>\n%%EOF\n".encode())
-    path.write_bytes(b"".join(parts))
+        places.append(len(data))
+        data += b"%d 0 obj\n%b\nendobj\n" % (number, body.encode() if isinstance(body, str) else body)
+    start = len(data)
+    if with_table:
+        data += b"xref\n0 %d\n0000000000 65535 f \n" % (len(places) + 1)
+        data += b"".join(b"%010d 00000 n \n" % place for place in places)
+    data += f"trailer\n<< /Root 1 0 R /Size {max(objects) + 1} {trailer} >>\n".encode()
+    path.write_bytes(data + (b"startxref\n%d\n" % start if with_table else b"") + b"%%EOF\n")
     return path
 
 

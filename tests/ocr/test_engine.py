@@ -317,3 +317,4 @@ def test_any_backend_will_do(make_context: Callable[..., Context], invoice: Samp
     engine = OcrEngine()
     engine._loaded = Fixed()
     assert engine.run(ocr_task(), make_context(invoice.path)).text == "a\nb"
+    engine.close()

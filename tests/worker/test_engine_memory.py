@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from inferq.consumers import machine
 from inferq.consumers.runtime.child import out_of_memory
+from inferq.consumers.runtime.process import EngineProcess
 from inferq.schemas import InvalidTask, TransientFailure
 from tests.waiting import eventually
 from tests.worker.conftest import Site, WorkerProcess
@@ -174,3 +176,26 @@ def test_memory_that_ran_out_is_recognised_without_the_framework(error: Exceptio
 )
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not out_of_memory(error)
+
+
+def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "memory.max").write_text("1000000000\n")
+    monkeypatch.setattr(machine, "_CGROUP_LIMITS", (tmp_path / "memory.max", tmp_path / "missing"))
+    engine = EngineProcess("echo")
+    engine.spawn()
+    try:
+        engine.wait_ready(limit=30)
+        loaded = engine.memory()
+        assert engine.kill_at == pytest.approx(loaded + 0.9 * (1e9 - loaded), rel=0.05)
+    finally:
+        engine.close()
+
+
+def test_a_machine_without_a_limit_has_all_its_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(machine, "_CGROUP_LIMITS", (tmp_path / "memory.max",))
+    assert machine.total_memory() > 1 << 28

@@ -247,6 +247,14 @@ def test_a_run_over_its_time_limit_is_stopped(site: Site, tmp_path: Path) -> Non
         assert (fault, worker.engine_pid() == engine) == (fault, stays)
 
 
+def test_the_operator_limits_the_time_that_a_task_may_ask_for(site: Site) -> None:
+    site.worker(INFERQ_MAX_TIME_LIMIT="0.5", INFERQ_MAX_ATTEMPTS="1")
+    error = site.ended(site.publish({"fault": "hang", "time_limit": 3600})).error
+    assert error is not None
+    assert error.code == "time_limit"
+    assert "0.5 s" in error.message
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize(("fault", "stays"), [("hang", True), ("hang_hard", False), ("noise", False)])
 def test_a_running_task_can_be_cancelled(site: Site, tmp_path: Path, fault: str, stays: bool) -> None:

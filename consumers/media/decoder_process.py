@@ -1,0 +1,162 @@
+"""The server process of `Decoder`: forks a process for each file.
+
+`python -P -m inferq.consumers.media.decoder_process MODULE:FUNCTION PIPE PIXELS`. Requests and answers are JSON
+over the pipe, pixels a file that both processes have open. The server has one thread and no model, so that forking
+it is safe and quick.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import AvifImagePlugin, Image
+
+from inferq.consumers.media.pictures import RgbImage
+from inferq.schemas import InferqError, InvalidTask
+
+_LARGEST_PROFILE = 4 << 20
+"""Colour profiles beyond this many bytes are left out."""
+
+
+class Document(Protocol):
+    """What an opener returns."""
+
+    page_count: int
+
+    def page(self, number: int, /) -> RgbImage: ...
+    def close(self) -> None: ...
+
+
+Opener = Callable[..., Document]
+
+
+def main() -> None:
+    """Serve until the pipe closes."""
+    opener, fd, pixels = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Decoder ends this process
+    os.dup2(2, 1)
+    pipe = Connection(fd)
+    module, _, name = opener.partition(":")
+    open_file: Opener = getattr(importlib.import_module(module), name)
+    Image.init()  # a forked process would import all plug-ins again
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 2
+    try:
+        while True:
+            request = json.loads(pipe.recv_bytes())
+            if "open" in request:
+                _fork(open_file, request, pipe, pixels)
+            # Anything else is for a file whose process has ended, which the other side knows by now.
+    except (EOFError, OSError):
+        return
+
+
+def _fork(open_file: Opener, request: dict[str, Any], pipe: Connection, pixels: int) -> None:
+    server = os.getpid()
+    child = os.fork()
+    if child == 0:
+        try:
+            _die_with(server)
+            _serve(open_file, request, pipe, pixels)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        pipe.send_bytes(json.dumps({"file": request["file"], "signal": os.WTERMSIG(status)}).encode())
+
+
+def _die_with(server: int) -> None:
+    """Have the kernel kill this process when the server ends (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != server:
+            os._exit(0)
+
+
+def _serve(open_file: Opener, request: dict[str, Any], pipe: Connection, pixels: int) -> None:
+    """Open the file and decode the pages that are asked for, until the file is closed."""
+    document: Document | None = None
+    number, arguments, memory = request["file"], request["arguments"], request["memory"]
+    _limit(memory, request["page_bytes"])
+    while "close" not in request:
+        before = _cpu_seconds()
+        _limit_cpu(before + request["seconds"])
+        answer: dict[str, Any]
+        try:
+            if document is None:
+                document = open_file(Path(request["open"]), **arguments)
+                answer = {"pages": document.page_count}
+            else:
+                page = document.page(request["page"])
+                _write(pixels, page)
+                answer = {"shape": page.shape[:2], "profile": _profile(document)}
+                del page
+        except InferqError as error:
+            answer = {
+                "error": error.code,
+                "message": error.message,
+                "invalid": isinstance(error, InvalidTask),
+            }
+        except MemoryError:
+            needs = f"the file needs more than {memory >> 20} MiB to decode: send it in a simpler form"
+            answer = {"error": "decoding_limit", "message": needs, "invalid": True}
+        except OSError as error:
+            answer = {"errno": error.errno or 5}
+        except Exception as error:
+            answer = {
+                "error": "engine_error",
+                "message": f"{type(error).__name__}: {error}",
+                "invalid": False,
+            }
+        answer |= {"file": number, "seconds": _cpu_seconds() - before, "alive": document is not None}
+        pipe.send_bytes(json.dumps(answer).encode())
+        if document is None:
+            return
+        request = json.loads(pipe.recv_bytes())
+
+
+def _limit(memory: int, page_bytes: int) -> None:
+    """Limit further memory, the size of the shared file of pixels, and core dumps, in bytes."""
+    if sys.platform == "linux":  # elsewhere the limit is not enforced, or counts otherwise
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, in_use + memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (page_bytes, page_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Have the kernel end this process with SIGXCPU after so many CPU seconds of its life."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hard))
+
+
+def _cpu_seconds() -> float:
+    use = resource.getrusage(resource.RUSAGE_SELF)
+    return use.ru_utime + use.ru_stime
+
+
+def _write(pixels: int, page: RgbImage) -> None:
+    rest = np.ascontiguousarray(page).data.cast("B")
+    while rest:
+        rest = rest[os.pwrite(pixels, rest, page.nbytes - len(rest)) :]
+
+
+def _profile(document: Document) -> str | None:
+    profile = getattr(document, "colour_profile", None)
+    return profile.hex() if profile is not None and len(profile) <= _LARGEST_PROFILE else None
+
+
+if __name__ == "__main__":
+    main()
