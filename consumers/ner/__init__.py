@@ -126,7 +126,9 @@ class Entity(BaseModel):
         None, ge=0, le=1, description="The model's confidence, if the model gives one."
     )
     label: str | None = Field(None, description="The model's own label; null for a dictionary term.")
-    source: Literal["model", "dictionary"] = "model"
+    source: Literal["model", "dictionary", "pattern"] = Field(
+        "model", description="`pattern`: a date in the form of ISO 8601."
+    )
 
 
 class TextEntities(BaseModel):

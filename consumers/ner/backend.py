@@ -18,7 +18,7 @@ class Span:
     type: str
     label: str | None = None
     score: float | None = None
-    source: Literal["model", "dictionary"] = "model"
+    source: Literal["model", "dictionary", "pattern"] = "model"
 
 
 class Backend(Protocol):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from inferq.consumers.ner import Entity, NerOutput, NerTask, TextEntities
 from inferq.consumers.ner.backend import Backend, Span
+from inferq.consumers.ner.folding import fold
+from inferq.consumers.ner.reading import iso_dates, reading
 from inferq.consumers.ner.segments import segments
 from inferq.consumers.ner.settings import NerSettings
 from inferq.consumers.ner.terms import Dictionary
@@ -18,6 +21,9 @@ from inferq.schemas import EngineInfo, InstallationError
 
 _BATCH_CHARACTERS = 8192
 """The most characters in one batch. It bounds memory, and a run can stop only between two batches."""
+
+_ZEROS = {"○", "◯"}
+"""Circles in the place of 〇, zero."""
 
 _PARTS_OF_ONE = {"LOC", "TIME"}
 """Types whose adjacent spans are joined: models sometimes split addresses and dates."""
@@ -53,15 +59,17 @@ class NerEngine(Engine[NerTask]):
     def run(self, task: NerTask, context: Context) -> NerOutput:
         """Read the text or the texts of a task."""
         texts = self._texts(task, context)
-        found = self._read(texts, context)
+        readings = [reading(text) for text in texts]
+        found = self._read([read.text for read in readings], context)
         dictionary = Dictionary(task.options.dictionary)
-        read = []
-        for text, spans in zip(texts, found, strict=True):
+        outputs = []
+        for text, read, spans in zip(texts, readings, found, strict=True):
             context.check_abort()
-            terms = dictionary.find(text, context.check_abort)
-            read.append(_entities(text, _prefer(terms, _join(spans))))
+            terms = dictionary.find(read.text, context.check_abort)
+            names = _prefer(terms, _prefer(iso_dates(read.text), _join(spans)))
+            outputs.append(_entities(text, [read.original(span) for span in names]))
         context.progress(1.0, "read")
-        return NerOutput(model=self._backend.info.model, texts=tuple(read))
+        return NerOutput(model=self._backend.info.model, texts=tuple(outputs))
 
     def close(self) -> None:
         self._loaded = None
@@ -153,19 +161,28 @@ def _batches(pieces: list[_Piece], most: int) -> Iterator[list[_Piece]]:
 
 
 def _trim(text: str, span: Span) -> Span | None:
-    """The span without invisible characters at its edges; None if it then has no letter and no digit."""
+    """The span without symbols and invisible characters at its edges; None if it then has no letter and no digit."""
     start, end = span.start, span.end
-    while start < end and not _visible(text[start]):
+    while start < end and not _belongs(text[start]):
         start += 1
-    while end > start and not _visible(text[end - 1]):
+    while end > start and not _belongs(text[end - 1]):
         end -= 1
     if not any(character.isalnum() for character in text[start:end]):
         return None
     return replace(span, start=start, end=end)
 
 
-def _visible(character: str) -> bool:
-    return character.isprintable() and not character.isspace()
+def _belongs(character: str) -> bool:
+    """Whether a name may begin or end with the character: no emoji, no dot between names, no selector of a form."""
+    if character in _ZEROS:
+        return True
+    return (
+        character.isprintable()
+        and not character.isspace()
+        and unicodedata.category(character) not in {"So", "Sk"}
+        and fold(character) != "·"
+        and not "\ufe00" <= character <= "\ufe0f"
+    )
 
 
 def _join(spans: Sequence[Span]) -> list[Span]:

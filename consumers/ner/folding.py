@@ -28,6 +28,13 @@ _PUNCTUATION = {
     "‐": "-",
     "…": ".",
     "∶": ":",
+    # The dot within foreign names has many forms.
+    "•": "·",
+    "‧": "·",
+    "・": "·",
+    "･": "·",
+    "∙": "·",
+    "⋅": "·",
 }
 
 FOLDS = str.maketrans({chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | _PUNCTUATION)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from inferq.consumers.ner.backend import Span
 from inferq.consumers.ner.folding import fold
+
+_UNSPACED = ("THAI", "LAO", "TIBETAN", "MYANMAR", "KHMER")
 
 
 class Dictionary:
@@ -45,11 +48,25 @@ class Dictionary:
 
 
 def _whole(text: str, start: int, end: int) -> bool:
-    """Whether a match is not part of a longer Latin word or number."""
+    """Whether a match is not part of a longer word or number, in a script with spaces between words."""
     return not (start > 0 and _in_word(text[start - 1], text[start])) and not (
         end < len(text) and _in_word(text[end - 1], text[end])
     )
 
 
 def _in_word(left: str, right: str) -> bool:
-    return left.isascii() and right.isascii() and left.isalnum() and right.isalnum()
+    return _spaced(left) and _spaced(right)
+
+
+def _spaced(character: str) -> bool:
+    """Whether it is a letter, a digit or an accent of a script with spaces between words, such as Latin or Cyrillic.
+
+    In Chinese, Japanese and Thai a word may begin anywhere; to a Korean one, particles are joined.
+    """
+    if character.isascii():
+        return character.isalnum()
+    return (
+        unicodedata.category(character)[0] in "LMN"
+        and unicodedata.east_asian_width(character) not in "WFH"
+        and not unicodedata.name(character, "").startswith(_UNSPACED)
+    )

@@ -103,6 +103,26 @@ def test_entities_end_where_their_letters_end(read: Read) -> None:
             assert entity.text.strip("\0\ufeff \t\r\n") == entity.text
 
 
+@pytest.mark.parametrize(
+    ("text", "entity"),
+    [
+        ("张伟😀去了北京。", ("PER", "张伟")),
+        ("张伟☺️去了北京。", ("PER", "张伟")),
+        ("买买提•吐尔逊在新疆工作。", ("PER", "买买提•吐尔逊")),
+        ("买买提‧吐尔逊在新疆工作。", ("PER", "买买提‧吐尔逊")),
+        ("买买提・吐尔逊在新疆工作。", ("PER", "买买提・吐尔逊")),
+        ("买买提•在新疆工作。", ("PER", "买买提")),
+        ("会议于2023-05-01在上海举行。", ("TIME", "2023-05-01")),
+        ("<p>张伟在<b>北京</b>大学读书。</p>", ("ORG", "北京</b>大学")),
+        ("李小明今天上午在北京大学第一医\n院接受了手术。", ("ORG", "北京大学第一医\n院")),
+    ],
+)
+def test_an_entity_is_whole_and_nothing_more(read: Read, text: str, entity: tuple[str, str]) -> None:
+    entities = [(found.type, found.text) for found in read(text=text).texts[0].entities]
+    assert entity in entities
+    assert "WORK" not in {kind for kind, _ in entities}
+
+
 def test_a_file_behind_a_url_is_read(read: Read) -> None:
     assert named(read("\ufeff张伟在北京。\r\n李娜在上海。\r\n".encode())) == [
         ("PER", "张伟"),

@@ -94,3 +94,22 @@ def test_matches_are_terms_and_none_is_left_out(terms: dict[str, list[str]], tex
                 overlapping = [s for s in spans if s.start < stop and s.end > start]
                 assert overlapping
                 assert max(s.end - s.start for s in overlapping) >= stop - start
+
+
+@pytest.mark.parametrize(
+    ("term", "text", "count"),
+    [
+        ("t", "l'été, t", 1),
+        ("Art", "Artémis, Art", 1),
+        ("Москва", "Москваград, новая Москва", 1),
+        ("Stra", "Straße, Stra", 1),
+        ("caf", "cafe\u0301 cafe, caf", 1),
+        ("e", "caf e\u0301, e", 1),
+        ("Αθήνα", "Αθήνας, Αθήνα", 1),
+        ("서울", "서울에서", 1),
+        ("กรุงเทพ", "ในกรุงเทพมหานคร", 1),
+        ("東京", "東京タワー", 1),
+    ],
+)
+def test_terms_are_whole_words_where_words_have_spaces_between_them(term: str, text: str, count: int) -> None:
+    assert found({"A": [term]}, text) == [("A", term)] * count
