@@ -16,10 +16,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     JsonValue,
     StringConstraints,
     field_validator,
 )
+from pydantic_core import PydanticCustomError, core_schema
 
 from inferq.schemas.errors import InvalidTask
 from inferq.schemas.http_url import parse_http_url
@@ -72,7 +74,40 @@ HttpText = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", ma
 CallbackUrl = Annotated[HttpText, AfterValidator(_check_callback_url)]
 
 
-class Options(BaseModel):
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "input should be a number")
+    return value
+
+
+def _refusing_booleans(schema: Any) -> Any:
+    """A schema of pydantic's whose numbers refuse booleans. Python takes true for 1."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_refusing_booleans(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: part if key in _NO_SCHEMAS else _refusing_booleans(part) for key, part in schema.items()}
+    if changed.get("type") in {"int", "float"}:
+        return core_schema.no_info_before_validator_function(_no_boolean, changed)
+    return changed
+
+
+_NO_SCHEMAS = {"default", "expected", "metadata", "serialization", "config", "ref", "schema_ref"}
+"""Members of a schema that hold no schema to change."""
+
+
+class _Checked(BaseModel):
+    """A model whose numbers refuse booleans: `"seed": true` is a mistake, not the seed 1."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema: core_schema.CoreSchema = _refusing_booleans(handler(source))
+        return schema
+
+
+class Options(_Checked):
     """The options of an engine. A task type derives its own from this. Unknown options are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -85,7 +120,7 @@ class Options(BaseModel):
         return hash((type(self), *self.__dict__.values()))
 
 
-class Task(BaseModel):
+class Task(_Checked):
     """The fields of every task. A task type derives its own from this, with its inputs and options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

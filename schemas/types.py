@@ -209,17 +209,34 @@ def _explain(error: ValidationError) -> InvalidTask:
     return InvalidTask("; ".join(describe_faults(error)))
 
 
+_UNION_PART = re.compile(
+    r"(constrained-)?(int|float|str|bool|bytes|datetime|date|none|any)$|(literal|function-\w+|list|dict|tuple|set|"
+    r"nullable|union|tagged-union|json-or-python|lax-or-strict)\[.*\]$"
+)
+"""How pydantic names the parts of a union."""
+
+
 def describe_faults(error: ValidationError) -> list[str]:
     """One line for each fault of a validation: the path of the field, and the fault."""
-    return [describe_fault(fault) for fault in error.errors(include_url=False)]
+    faults = error.errors(include_url=False)
+    # A value that fits no part of a union has a fault for each part.
+    parts: dict[str, list[ErrorDetails]] = {}
+    for fault in faults:
+        parts.setdefault(_where(fault), []).append(fault)
+    return [
+        describe_fault(group[0]) if len(group) == 1 else _describe_union(where, group)
+        for where, group in parts.items()
+    ]
+
+
+def _describe_union(where: str, faults: list[ErrorDetails]) -> str:
+    said = dict.fromkeys(_said(where, fault) for fault in faults)
+    return f"{where}: {', or '.join(said)}, got {_shown(faults[0])}"
 
 
 def describe_fault(fault: ErrorDetails) -> str:
     """One fault of a validation as a line, as in `describe_faults`."""
-    path = [str(part) for part in fault["loc"]]
-    if path and path[0] in installed_types():
-        path = path[1:]  # the tag of the union, which is the task type
-    where = ".".join(path) or "task"
+    where = _where(fault)
     match fault["type"]:
         case "missing":
             what = "is missing"
@@ -227,13 +244,31 @@ def describe_fault(fault: ErrorDetails) -> str:
             where, what = "task_type", "is missing"
         case "extra_forbidden":
             what = "is unknown"
-        case kind:
-            shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
-            shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            said = fault["msg"].removeprefix("Value error, ")
-            said = _form(where) or said if kind == "string_pattern_mismatch" else said
-            what = f"{said[:1].lower()}{said[1:]}, got {shown}"
+        case _:
+            what = f"{_said(where, fault)}, got {_shown(fault)}"
     return f"{where}: {what}"
+
+
+def _where(fault: ErrorDetails) -> str:
+    """The field of a fault. Pydantic also names the part of a union that it tried, such as `constrained-int`."""
+    path = [str(part) for part in fault["loc"] if not _UNION_PART.match(str(part))]
+    if path and path[0] in installed_types():
+        path = path[1:]  # the tag of the union, which is the task type
+    return ".".join(path) or "task"
+
+
+def _said(where: str, fault: ErrorDetails) -> str:
+    kind, said = fault["type"], fault["msg"].removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch":
+        said = _form(where) or said
+    elif kind in {"datetime_type", "datetime_parsing", "datetime_from_date_parsing"}:
+        said = "must be a time with a zone, such as 2030-01-31T12:00:00Z"
+    return f"{said[:1].lower()}{said[1:]}"
+
+
+def _shown(fault: ErrorDetails) -> str:
+    shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _form(field: str) -> str | None:

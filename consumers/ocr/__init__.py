@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from inferq.consumers.ocr.selection import check_selection
 from inferq.consumers.ocr.settings import OcrSettings
 from inferq.schemas import InputUrl, Options, Task, TaskType, always
 
-PageSelection = Annotated[
+
+def _one_page(value: object) -> object:
+    """A page's number as a selection: `1` means the same as `"1"`."""
+    return str(value) if type(value) is int else value
+
+
+_Selection = Annotated[
     str,
     StringConstraints(max_length=200, pattern=r"^[0-9]{1,6}(-[0-9]{0,6})?(,[0-9]{1,6}(-[0-9]{0,6})?)*$"),
     AfterValidator(check_selection),
+]
+PageSelection = Annotated[
+    _Selection,
+    BeforeValidator(_one_page, json_schema_input_type=_Selection | Annotated[int, Field(ge=1, lt=1_000_000)]),
 ]
 
 

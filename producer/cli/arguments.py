@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel, JsonValue
+from pydantic.fields import FieldInfo
 
 from inferq.producer.client.sync_client import Client
 from inferq.schemas import INPUT_SCHEMES, InvalidTask, TaskType, input_fields
+
+_FILE_NAME = re.compile(r"\S{0,250}(?:\.[A-Za-z][A-Za-z0-9]{0,4}|/)")
+"""A word that ends like a file's name or a folder's."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[s
         if name in known and name != "options":
             fields[name] = text if _is_text(known[name].annotation) else _read(text)
         elif plain in known_options:
-            options[plain] = _read(text)
+            options[plain] = text if _is_text(known_options[plain].annotation) else _read(text)
         else:
             names = [*(n for n in known if n != "options"), *known_options]
             raise InvalidTask(
@@ -53,7 +60,7 @@ def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[s
     return fields | ({"options": options} if options else {})
 
 
-def _options_of(task_type: TaskType) -> Mapping[str, object]:
+def _options_of(task_type: TaskType) -> Mapping[str, FieldInfo]:
     options = task_type.task.model_fields["options"].annotation
     return options.model_fields if isinstance(options, type) and issubclass(options, BaseModel) else {}
 
@@ -108,12 +115,22 @@ def _place(task_type: TaskType, name: str, text: str) -> tuple[str, Given]:
             f"{text!r} is neither a file here nor a URL ({', '.join(f'{s}:' for s in INPUT_SCHEMES)})",
             code="input_not_found",
         )
+    if f"{name}_url" in files and _FILE_NAME.fullmatch(text):
+        raise InvalidTask(
+            f"{text!r} looks like a file's name, and there is no such file here; to send it as the text itself, "
+            f"write --set {name}={text}",
+            code="input_not_found",
+        )
     return name, Given(text, as_json=not _is_text(fields[name].annotation))
 
 
 def _is_text(annotation: object) -> bool:
     """Whether a field takes only text, so that `2024` and `true` are not read as JSON."""
-    return annotation in (str, str | None)
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return all(part is NoneType or _is_text(part) for part in get_args(annotation))
+    return annotation is str
 
 
 def _is_file(path: Path) -> bool:

@@ -78,6 +78,26 @@ def test_a_missing_file_is_named() -> None:
         bundle(get_type("ocr"), ["no-such.png"], given={})
 
 
+@pytest.mark.parametrize("name", ["report.txt", "notes.md", "folder/report.txt", "folder/", "张伟.txt"])
+def test_a_word_like_a_files_name_is_not_taken_for_a_text(name: str) -> None:
+    with pytest.raises(InvalidTask, match=r"there is no such file here; .*--set text="):
+        bundle(get_type("ner"), [name], given={})
+
+
+@pytest.mark.parametrize("text", ["张伟在北京。", "A report.", "3.14", "and/or", "see report.txt"])
+def test_a_text_is_not_taken_for_a_files_name(text: str) -> None:
+    assert bundle(get_type("ner"), [text], given={}) == [{"text": Given(text)}]
+
+
+def test_a_field_of_text_is_never_read_as_json() -> None:
+    assert parse_assignments(get_type("ocr"), ["pages=1"]) == {"options": {"pages": "1"}}
+    assert parse_assignments(get_type("acestep"), ["lyrics=2024", "prompt=true", "seed=7"]) == {
+        "lyrics": "2024",
+        "prompt": "true",
+        "seed": 7,
+    }
+
+
 def test_echo_reads_json_and_text() -> None:
     for text, value in (("3", 3), ('{"a": [1]}', {"a": [1]}), ("hello", "hello"), ("{", "{")):
         (parts,) = bundle(get_type("echo"), [text], given={})

@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from inferq.consumers.ocr import OcrTask, task_type
 from inferq.consumers.ocr.selection import select_pages
@@ -90,3 +91,13 @@ def test_describing_the_type_loads_no_library() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert task_type.arguments == ("image_url",)
+
+
+def test_one_page_may_be_a_number() -> None:
+    fields = {"task_id": "t", "task_type": "ocr", "image_url": "https://example.com/a.png"}
+    one, same = (OcrTask.model_validate({**fields, "options": {"pages": pages}}) for pages in (1, "1"))
+    assert one.options.pages == "1"
+    assert one.digest() == same.digest()
+    for wrong in (0, -1, True, 1.5, [1]):
+        with pytest.raises(ValidationError):
+            OcrTask.model_validate({**fields, "options": {"pages": wrong}})

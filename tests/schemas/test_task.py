@@ -174,6 +174,54 @@ def test_other_content_has_another_digest(one: object, other: object) -> None:
     assert (first.digest() == second.digest()) == same
 
 
+@pytest.mark.parametrize(
+    ("task", "complaint"),
+    [
+        ({"task_type": "echo", "time_limit": True}, "time_limit: input should be a number, got true"),
+        ({"task_type": "echo", "delay": False}, "delay: input should be a number, got false"),
+        (
+            {"task_type": "acestep", "prompt": "a song", "seed": True},
+            "seed: input should be a number, got true",
+        ),
+        (
+            {"task_type": "acestep", "prompt": "a song", "options": {"steps": True}},
+            "options.steps: input should be",
+        ),
+        (
+            {"task_type": "ocr", "image_url": "s3://b/k", "options": {"min_score": True}},
+            "options.min_score: input should be a number, got true",
+        ),
+    ],
+)
+def test_a_boolean_is_no_number(task: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InvalidTask) as caught:
+        parse_task({"task_id": "a", **task})
+    assert complaint in str(caught.value)
+
+
+def test_a_payload_may_hold_booleans() -> None:
+    payload = {"a": [True, 1, 1.5, {"b": False}]}
+    task = parse_task({"task_id": "a", "task_type": "echo", "payload": payload, "metadata": payload})
+    assert json.loads(task.body())["payload"] == json.loads(task.body())["metadata"] == payload
+
+
+def test_a_value_that_fits_no_part_of_a_union_is_one_fault() -> None:
+    urls = {"source_url": "s3://b/1", "target_url": "s3://b/2"}
+    with pytest.raises(InvalidTask) as caught:
+        parse_task({"task_id": "a", "task_type": "facefusion", **urls, "options": {"face": "x"}})
+    assert str(caught.value) == (
+        "options.face: input should be 'largest' or 'all', or input should be a valid integer, got \"x\""
+    )
+
+
+def test_a_time_that_is_none_is_told_its_form() -> None:
+    for wrong in ("x", "tomorrow", "2030-01-31T"):
+        with pytest.raises(
+            InvalidTask, match="expires_at: must be a time with a zone, such as 2030-01-31T12"
+        ):
+            parse_task({"task_id": "a", "task_type": "echo", "expires_at": wrong})
+
+
 def test_fresh_ids_are_valid_and_sort_by_time() -> None:
     ids = [new_task_id() for _ in range(1000)]
     assert ids == sorted(ids)
