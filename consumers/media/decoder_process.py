@@ -11,11 +11,15 @@ import ctypes
 import importlib
 import json
 import math
+import mmap
 import os
 import resource
 import signal
+import struct
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +30,9 @@ from PIL import AvifImagePlugin, Image
 from inferq.consumers.media.pictures import RgbImage
 from inferq.schemas import InferqError, InvalidTask
 
+_NUMBER = struct.Struct("=Q")
+_CLOSED = 3
+"""The exit status of a forked process that found the pipe closed."""
 _LARGEST_PROFILE = 4 << 20
 """Colour profiles beyond this many bytes are left out."""
 
@@ -52,28 +59,52 @@ def main() -> None:
     open_file: Opener = getattr(importlib.import_module(module), name)
     Image.init()  # a forked process would import all plug-ins again
     AvifImagePlugin.DEFAULT_MAX_THREADS = 2
-    try:
-        while True:
-            request = json.loads(pipe.recv_bytes())
-            if "open" in request:
-                _fork(open_file, request, pipe, pixels)
-            # Anything else is for a file whose process has ended, which the other side knows by now.
-    except (EOFError, OSError):
-        return
+    opened = mmap.mmap(-1, _NUMBER.size)  # shared with the forked processes
+    while True:
+        # Forked before a file comes, so that no file waits for it.
+        status = _fork(open_file, pipe, pixels, opened)
+        (number,) = _NUMBER.unpack(opened)
+        code = os.waitstatus_to_exitcode(status)
+        if code == _CLOSED:
+            return
+        if code == 0:
+            continue
+        ended: dict[str, Any] = {"file": number, "signal": -code}
+        if code > 0:
+            message = "the decoder process failed; its log has the reason"
+            ended = {
+                "file": number,
+                "alive": False,
+                "error": "engine_error",
+                "message": message,
+                "invalid": False,
+            }
+        with suppress(OSError):  # the next process finds the pipe closed
+            pipe.send_bytes(json.dumps(ended).encode())
 
 
-def _fork(open_file: Opener, request: dict[str, Any], pipe: Connection, pixels: int) -> None:
+def _fork(open_file: Opener, pipe: Connection, pixels: int, opened: mmap.mmap) -> int:
+    """Serve one file in a forked process; the status with which it ended."""
     server = os.getpid()
     child = os.fork()
     if child == 0:
+        code = 1
         try:
             _die_with(server)
+            request = json.loads(pipe.recv_bytes())
+            # Anything else is for a file whose process has ended, as the sender knows by now.
+            while "open" not in request:
+                request = json.loads(pipe.recv_bytes())
+            opened[:] = _NUMBER.pack(request["file"])
             _serve(open_file, request, pipe, pixels)
+            code = 0
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = _CLOSED
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        pipe.send_bytes(json.dumps({"file": request["file"], "signal": os.WTERMSIG(status)}).encode())
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
 
 
 def _die_with(server: int) -> None:
@@ -131,15 +162,25 @@ def _limit(memory: int, page_bytes: int) -> None:
     """Limit further memory, the size of the shared file of pixels, and core dumps, in bytes."""
     if sys.platform == "linux":  # elsewhere the limit is not enforced, or counts otherwise
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, in_use + memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (page_bytes, page_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _lower(resource.RLIMIT_AS, in_use + memory)
+    _lower(resource.RLIMIT_FSIZE, page_bytes)
+    _lower(resource.RLIMIT_CORE, 0)
+
+
+def _lower(kind: int, value: int) -> None:
+    """Set a limit, unless the system's own is lower: raising that is not permitted."""
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
 
 
 def _limit_cpu(seconds: float) -> None:
     """Have the kernel end this process with SIGXCPU after so many CPU seconds of its life."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hard))
+    soft = math.ceil(seconds)
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )
 
 
 def _cpu_seconds() -> float:

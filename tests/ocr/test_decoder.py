@@ -80,6 +80,7 @@ def test_a_small_pdf_that_takes_hours_is_refused_and_not_retried(documents: Deco
         ("hang", InvalidTask, "decoding_limit", "more than 1 s"),
         ("eat", InvalidTask, "decoding_limit", "MiB to decode"),
         ("crash", InvalidTask, "decoding_limit", "SIGSEGV"),
+        ("fail", TransientFailure, "engine_error", "the decoder process failed"),
         ("vanish", TransientFailure, "out_of_memory", "out of memory"),
     ],
 )
