@@ -24,7 +24,7 @@ from inferq.schemas import InferqError, Record
 from inferq.schemas.encoding import to_json
 from inferq.schemas.schedule import Schedule
 from inferq.storage.objects.results import segment
-from inferq.storage.objects.store import ObjectNotFound, ObjectStore
+from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -137,7 +137,7 @@ class RunLog:
     def settle(self, run_id: str, taken: Snapshot) -> Snapshot:
         """Record the objects of a run, and give the record that is kept: the first."""
         key = f"taken/{run_id}.json"
-        return taken if self._create(key, taken) else self._load(key, Snapshot) or taken
+        return self._once(key, taken)
 
     def seen_key(self, token: str) -> str:
         return f"{self._folder}seen/{token}.jsonl.gz"
@@ -158,7 +158,7 @@ class RunLog:
     def keep_night(self, run_id: str, day: str, night: M) -> M:
         """Record the report of a night, and give the record that is kept: the first."""
         key = f"nights/{run_id}/{day}.json"
-        return night if self._create(key, night) else self._load(key, type(night)) or night
+        return self._once(key, night)
 
     def nights(self, run_id: str, model: type[M]) -> list[M]:
         """The reports of a run's nights, in order."""
@@ -169,6 +169,14 @@ class RunLog:
     def _hint(self) -> int:
         hint = self._load("last.json", _Place)
         return 0 if hint is None else hint.place
+
+    def _once(self, name: str, record: M) -> M:
+        if self._create(name, record):
+            return record
+        kept = self._load(name, type(record))
+        if kept is None:
+            raise vanished(self._store, self._folder + name)
+        return kept
 
     def _create(self, name: str, record: BaseModel) -> bool:
         return self._store.create(self._folder + name, to_json(record).encode(), content_type=_JSON)

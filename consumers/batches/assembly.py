@@ -36,7 +36,7 @@ from inferq.schemas import (
     batch_callback,
 )
 from inferq.storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
-from inferq.storage.batches.lines import Line, LineParser, SourceUnusable, named_id
+from inferq.storage.batches.lines import Line, LineParser, SourceRefused, SourceUnusable, named_id
 
 _AHEAD = 4
 """Results read ahead of the one being written, per reader."""
@@ -84,12 +84,19 @@ class Unfinished(Exception):
     """A task of the batch has not ended yet."""
 
 
-def end(services: BatchServices, batch: Batch, error: str | None = None) -> BatchSummary:
-    """Finish a batch like `Assembly.run`, even if its source has disappeared since feeding."""
+def end(
+    services: BatchServices, batch: Batch, error: str | None = None, *, doubtful: bool = False
+) -> BatchSummary:
+    """Finish a batch like `Assembly.run`, even if its source has disappeared since feeding.
+
+    While that is `doubtful`, raises SourceRefused instead.
+    """
     assembly = Assembly(services, batch)
     try:
         return assembly.run(error)
     except SourceUnusable as gone:
+        if doubtful and isinstance(gone, SourceRefused):
+            raise
         return assembly.run(gone.message)
 
 

@@ -22,8 +22,9 @@ from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
 from inferq.schemas import Batch, BatchState, InvalidTask, Outage, Task
 from inferq.storage import BatchSource, IndexLost, LeaseLost, Stall, Step
-from inferq.storage.batches.lines import Line, LineParser, SourceUnusable
+from inferq.storage.batches.lines import Line, LineParser, SourceRefused, SourceUnusable
 from inferq.storage.batches.sources import Cursor, DuplicateIds
+from inferq.storage.batches.store import RecordMissing
 
 _CHUNK = 500
 """Lines published, confirmed and marked together."""
@@ -88,16 +89,28 @@ class _Chunk:
 
 
 class Slice:
-    """One slice of one batch. `run` may raise any Outage; run the slice again then."""
+    """One slice of one batch. `run` may raise any Outage, and RecordMissing; run the slice again then.
+
+    While it is `doubtful`, a source that cannot be read now raises SourceRefused; else the batch fails.
+    """
 
     def __init__(
-        self, services: BatchServices, tenant: str, batch_id: str, *, chain: str, part: int, cursor: Cursor
+        self,
+        services: BatchServices,
+        tenant: str,
+        batch_id: str,
+        *,
+        chain: str,
+        part: int,
+        cursor: Cursor,
+        doubtful: bool = False,
     ) -> None:
         self._services = services
         self._name = (tenant, batch_id)
         self._chain = chain
         self._part = part
         self._cursor = cursor
+        self._doubtful = doubtful
         self._token = f"{chain}-{part}-{secrets.token_hex(4)}"
         self._ends = time.monotonic() + services.settings.batch_slice
         self._state: BatchState | None = None
@@ -111,8 +124,7 @@ class Slice:
         services = self._services
         batch = services.batches.load(*self._name)
         if batch is None:
-            _log.error("batch %s: its record is missing, so it cannot be fed", self._name)
-            return Nothing()
+            raise RecordMissing(f"batch {self._name[1]!r}: its record is missing, so it cannot be fed")
         if services.batches.summary(*self._name) is not None:
             return Nothing()
         match services.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
@@ -147,6 +159,8 @@ class Slice:
         except _CancelledEarly:
             return Assemble()
         except SourceUnusable as error:
+            if self._doubtful and isinstance(error, SourceRefused):
+                raise
             return Assemble(error.message)
 
     def _open(self, batch: Batch, source: BatchSource, *, cancelled: bool) -> None:

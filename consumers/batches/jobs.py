@@ -10,11 +10,12 @@ from pydantic import JsonValue, NonNegativeInt
 from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, delayed, feed_message
 from inferq.consumers.batches.assembly import Unfinished, end
 from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
-from inferq.consumers.batches.retry import load_services, resend_unless_done
+from inferq.consumers.batches.retry import SOURCE_DOUBTS, load_services, resend_unless_done
 from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import BatchId
 from inferq.schemas.task import Tenant
 from inferq.storage.batches.sources import Cursor
+from inferq.storage.batches.store import RecordMissing
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
     ) -> None:
         def once() -> None:
             cursor = Cursor(line, offset)
-            match Slice(here, tenant, batch_id, chain=chain, part=part, cursor=cursor).run():
+            doubtful = self.request.retries < SOURCE_DOUBTS
+            fed = Slice(here, tenant, batch_id, chain=chain, part=part, cursor=cursor, doubtful=doubtful)
+            match fed.run():
                 case GoOn(cursor, seconds):
                     message = feed_message(
                         tenant, batch_id, chain=chain, part=part + 1,
@@ -61,10 +64,9 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
         def once() -> None:
             batch = here.batches.load(tenant, batch_id)
             if batch is None:
-                _log.error("batch %s: its record is missing, so it cannot be finished", batch_id)
-                return
+                raise RecordMissing(f"batch {batch_id!r}: its record is missing, so it cannot be finished")
             try:
-                end(here, batch, error)
+                end(here, batch, error, doubtful=self.request.retries < SOURCE_DOUBTS)
             except Unfinished:
                 # Redis counted more ends than the object store has. The object store is right.
                 _log.warning("batch %s: some tasks have not ended, recounting", batch_id)

@@ -22,11 +22,18 @@ from celery.signals import worker_shutting_down
 from inferq.broker import Message, delayed, job_message
 from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import InferqError, Outage
+from inferq.storage.batches.store import RecordMissing
 
 OUTAGE_SECONDS = 30.0
 """The longest pause during an outage, in seconds: work resumes soon after it ends."""
 FAULT_SECONDS = 600.0
 """The longest pause after any other error, in seconds: most need a person to fix them."""
+
+SOURCE_DOUBTS = 8
+"""How often a batch looks again for a source that is missing or refused, before it fails: about 12 minutes, as long
+as a task is retried. An object store that is being replaced, or a proxy in front of it, gives such answers."""
+_RECORD_DOUBTS = 150
+"""How often a job looks again for the record of its batch, before it is dropped: about a day."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +59,12 @@ def resend_unless_done(task: Task, services: BatchServices, what: str, call: Cal
     except Outage as error:
         pause = retry_pause(failures, services.pauses.resend, OUTAGE_SECONDS)
         _log.warning("%s: a service is unavailable, retrying in %.0f s: %s", what, pause, error)
+    except RecordMissing as error:
+        if failures >= _RECORD_DOUBTS:
+            _log.error("%s: given up: %s", what, error)
+            return
+        pause = retry_pause(failures, services.pauses.resend, FAULT_SECONDS)
+        _log.error("%s: retrying in %.0f s: %s", what, pause, error)
     except InferqError as error:
         pause = retry_pause(failures, services.pauses.resend, FAULT_SECONDS)
         _log.error("%s: failed, retrying in %.0f s: %s", what, pause, error)

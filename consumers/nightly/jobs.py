@@ -28,6 +28,7 @@ from inferq.consumers.nightly.start import Starter
 from inferq.schemas import Night
 from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage.batches.lines import SourceUnusable
+from inferq.storage.batches.store import RecordMissing
 from inferq.storage.runs import Run, RunLog
 
 _WATCH_SECONDS = 15
@@ -131,7 +132,7 @@ class Watcher:
         tenant = run.schedule.tenant
         batch = services.batches.load(tenant, run.run_id)
         if batch is None:
-            return
+            raise RecordMissing(f"run {run.run_id!r}: the record of its batch is missing")
         source = services.batches.source(tenant, run.run_id)
 
         def ended(after: datetime = batch.created_at) -> Iterator[Ended]:

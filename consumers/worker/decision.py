@@ -191,8 +191,12 @@ def after_unreadable(
 def after_failure(
     error: InferqError, *, attempt: int, max_attempts: int, engine_deaths: int, engine_died: bool
 ) -> Retry | DeadLetter:
-    """Whether to retry after a failed attempt. `engine_deaths` counts those of earlier attempts."""
-    if isinstance(error, InvalidTask):
+    """Whether to retry after a failed attempt. `engine_deaths` counts those of earlier attempts.
+
+    A missing input is looked for twice: a proxy or a server that is being replaced answers 404, too.
+    """
+    looks_again = error.code == "input_not_found" and attempt == 1
+    if isinstance(error, InvalidTask) and not looks_again:
         return DeadLetter(error)
     deaths = engine_deaths + engine_died
     if deaths >= MAX_ENGINE_DEATHS:

@@ -1,6 +1,7 @@
 """The lines of a JSONL source, read in constant memory, and the tasks in them.
 
-SourceUnusable   the whole source cannot be read; a bad line raises InvalidTask
+SourceUnusable       the whole source cannot be read; a bad line raises InvalidTask
+└── SourceRefused    for a reason that may pass: the source is missing, or its bucket refuses access
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class SourceUnusable(InferqError):
     """The batch can never be fed from this source."""
 
     code = "source_unusable"
+
+
+class SourceRefused(SourceUnusable):
+    """The source is missing or its bucket refuses access, which may pass: look again before the batch fails."""
 
 
 class Line(NamedTuple):

@@ -19,7 +19,15 @@ from typing import BinaryIO, NamedTuple, cast
 from inferq.schemas import Batch, InvalidTask
 from inferq.schemas.batch_source import JSONL_ENDINGS, defaults_of, input_field, line_of
 from inferq.schemas.s3_url import split_s3_prefix
-from inferq.storage.batches.lines import Line, SourceUnusable, is_gzip, named_id, read_lines, unpacked
+from inferq.storage.batches.lines import (
+    Line,
+    SourceRefused,
+    SourceUnusable,
+    is_gzip,
+    named_id,
+    read_lines,
+    unpacked,
+)
 from inferq.storage.batches.store import BatchSource, BatchStore, input_key
 from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.store import ObjectInfo, ObjectNotFound, ObjectStore
@@ -91,7 +99,7 @@ class Sources:
         try:
             chunks = self._store.stream(key, start=0 if packed else start)
         except ObjectNotFound as error:
-            raise SourceUnusable(
+            raise SourceRefused(
                 "the source is missing from the object store: submit the batch again"
             ) from error
         with closing(chunks):
@@ -125,7 +133,7 @@ class Sources:
             else:
                 self._list(batch, bucket, name, key, alive)
         except ObjectNotFound as error:
-            raise SourceUnusable(f"there is no {batch.source}: upload it first, or correct it") from error
+            raise SourceRefused(f"there is no {batch.source}: upload it first, or correct it") from error
         except InvalidTask as error:
             raise SourceUnusable(f"source {batch.source}: {error.message}") from error
         return key
@@ -140,11 +148,11 @@ class Sources:
             raise SourceUnusable("results and uploads of inferq cannot be a source: copy them elsewhere")
 
     def _copy(self, bucket: str, name: str, key: str, alive: Callable[[], None]) -> None:
-        from inferq.storage.objects.s3 import S3Refused, open_object
+        from inferq.storage.objects.s3 import BucketNotFound, S3Refused, open_object
 
         try:
             _, chunks = open_object(self._settings.s3_endpoint_url, bucket, name)
-        except S3Refused as error:
+        except (BucketNotFound, S3Refused) as error:
             raise _refused(bucket) from error
         with closing(chunks):
             self._store.put(key, cast(BinaryIO, _File(_each(chunks, alive))), content_type=_JSONL)
@@ -165,7 +173,7 @@ class Sources:
         yield from found
 
     def _inputs(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
-        from inferq.storage.objects.s3 import S3Refused, list_bucket
+        from inferq.storage.objects.s3 import BucketNotFound, S3Refused, list_bucket
 
         found = list_bucket(self._settings.s3_endpoint_url, bucket, prefix)
         try:
@@ -173,7 +181,7 @@ class Sources:
                 # Skip the store's own objects: the next run would take results as inputs.
                 if _is_input(each) and not self._store.holds(f"s3://{bucket}/{each.key}"):
                     yield each
-        except S3Refused as error:
+        except (BucketNotFound, S3Refused) as error:
             raise _refused(bucket) from error
 
     def _survey(self, batch: Batch, key: str, alive: Callable[[], None]) -> BatchSource:
@@ -295,8 +303,8 @@ def _is_input(found: ObjectInfo) -> bool:
     return not found.key.endswith("/") and found.bytes > 0
 
 
-def _refused(bucket: str) -> SourceUnusable:
-    return SourceUnusable(
+def _refused(bucket: str) -> SourceRefused:
+    return SourceRefused(
         f"bucket {bucket!r} does not exist or cannot be read: the credentials need s3:ListBucket and "
         "s3:GetObject"
     )

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from inferq.schemas import Batch, BatchSummary, InferqError, Record
 from inferq.schemas.encoding import to_json
 from inferq.storage.objects.results import segment
-from inferq.storage.objects.store import ObjectNotFound, ObjectStore
+from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -39,6 +39,12 @@ class UnreadableBatch(InferqError):
     """A batch's record cannot be read."""
 
     code = "batch_unreadable"
+
+
+class RecordMissing(InferqError):
+    """The object store has no record of a batch that a message is about."""
+
+    code = "batch_missing"
 
 
 class BatchSource(Record):
@@ -122,7 +128,10 @@ class BatchStore:
     def _once(self, key: str, model: M) -> M:
         if self._store.create(key, to_json(model).encode(), content_type=_JSON):
             return model
-        return self._load(key, type(model)) or model
+        kept = self._load(key, type(model))
+        if kept is None:
+            raise vanished(self._store, key)
+        return kept
 
     def _load(self, key: str, model: type[M]) -> M | None:
         try:

@@ -5,10 +5,11 @@ A fault of the URL or of its target is InvalidTask, with one of these codes:
     address_refused       it leads to an address that is not public
     certificate_refused   the server's certificate is not valid, which retries rarely change
     input_not_found       there is no such object (404, 410)
-    input_refused         the server or our own rules refuse it (other 4xx, redirects, buckets)
+    input_refused         the server or our own rules refuse it (other 4xx of HTTP, redirects, buckets)
     input_too_large
-A fault that may pass is TransientFailure `download_failed`. Proxies from the environment are not used: a proxy
-would resolve the names itself.
+A fault that may pass is TransientFailure `download_failed`. So is an S3 bucket that does not exist or refuses access:
+an operator has allowed it, the task is not at fault. Proxies from the environment are not used: a proxy would
+resolve the names itself.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Fetcher:
 
         `name` is the task's field, for messages. `tenant` says whose uploads `inferq:` means. `checkpoint` is
         called for each piece and may raise to give up. Raises InvalidTask, TransientFailure, and Outage if our
-        own store is unavailable.
+        own store is unavailable, or S3 refuses this machine's credentials or clock.
         """
         where = f"{name} {redacted(url)}"
         path = folder / name
@@ -146,7 +147,7 @@ class Fetcher:
                 "results and uploads of inferq cannot be read by their s3: URL; upload the file, or copy it",
                 code="input_refused",
             )
-        from inferq.storage.objects.s3 import S3Refused, open_object
+        from inferq.storage.objects.s3 import CredentialsRefused, open_object
 
         try:
             found, chunks = open_object(self._settings.s3_endpoint_url, bucket, key)
@@ -154,12 +155,10 @@ class Fetcher:
                 yield Source(chunks, found.bytes, found.content_type)
         except ObjectNotFound as error:
             raise InvalidTask("there is no such object", code="input_not_found") from error
-        except S3Refused as error:
-            raise InvalidTask(
-                f"bucket {bucket!r} does not exist, or the credentials may not read it", code="input_refused"
-            ) from error
+        except CredentialsRefused:
+            raise  # this machine's fault, which would fail every such task
         except StoreOutage as error:
-            # Not our own store: a wrong bucket is the task's fault and must not stop the worker.
+            # Not our own store: a bucket that refuses us must not stop the worker.
             raise TransientFailure(str(error), code="download_failed") from error
 
     def _save(self, source: Source, path: Path, checkpoint: Callable[[], None] | None) -> Fetched:

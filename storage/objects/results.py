@@ -26,7 +26,7 @@ from pydantic import JsonValue, ValidationError
 from inferq.schemas import Artifact, InferqError, InvalidTask, Result
 from inferq.schemas.encoding import result_json
 from inferq.schemas.result import OUTPUT_ARTIFACT
-from inferq.storage.objects.store import ObjectNotFound, ObjectStore
+from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
 
 _RESULT = "result.json"
 _FAILURE = "failure.json"
@@ -61,7 +61,7 @@ class ResultStore:
         found = {info.key.removeprefix(place) for info in listing}
         for name in (_RESULT, _FAILURE):
             if name in found:
-                return self._read(place + name)
+                return self._read_known(place + name)
         return None
 
     def save(self, result: Result, output: bytes | None = None) -> Result:
@@ -77,7 +77,7 @@ class ResultStore:
         if result.status == "succeeded":
             if self._create(place + _RESULT, data):
                 return result
-            return self._read(place + _RESULT)
+            return self._read_known(place + _RESULT)
         for _ in range(_SAVE_TRIES):
             kept = self.load(result.tenant, result.task_id)
             if kept is None:
@@ -171,6 +171,12 @@ class ResultStore:
 
     def _create(self, key: str, data: bytes) -> bool:
         return self._store.create(key, data, content_type="application/json")
+
+    def _read_known(self, key: str) -> Result:
+        try:
+            return self._read(key)
+        except ObjectNotFound as error:
+            raise vanished(self._store, key) from error
 
     def _read(self, key: str) -> Result:
         try:

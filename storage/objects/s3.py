@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -17,11 +18,19 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    TokenRetrievalError,
+)
 
 from inferq.storage.objects.store import (
     CHUNK_BYTES,
     DEFAULT_TYPE,
+    RESERVED_FOLDER,
     BadObjectKey,
     ObjectInfo,
     ObjectNotFound,
@@ -35,13 +44,34 @@ from inferq.storage.objects.store import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
 _PART_BYTES = 8 << 20
 _FILE = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4)
 # With threads, boto3 reads ahead of the network and keeps up to ten parts of a stream in memory.
 _STREAM = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
 _CONFLICT_TRIES = 6
-_ABSENT = {"NoSuchKey", "404", "NotFound"}
+_PROOF = "written-once"
+_PROOF_SECONDS = 30.0
+"""How long a proof that S3 writes is valid. Not for ever: credentials and servers change."""
+
+_NO_CREDENTIALS = (
+    NoCredentialsError,
+    PartialCredentialsError,
+    CredentialRetrievalError,
+    TokenRetrievalError,
+)
+_CREDENTIAL_FAULTS = {
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestExpired",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+"""https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html"""
 
 
 def s3_client(endpoint_url: str | None = None) -> S3Client:
@@ -66,7 +96,15 @@ def s3_client(endpoint_url: str | None = None) -> S3Client:
 
 
 class S3Refused(StoreOutage):
-    """S3 refuses these credentials, or the bucket does not exist."""
+    """The credentials are valid, and may not do this in the bucket."""
+
+
+class BucketNotFound(StoreOutage):
+    """S3 has no such bucket."""
+
+
+class CredentialsRefused(StoreOutage):
+    """S3 refuses this machine's credentials or clock, whatever it asks for. No object and no task is at fault."""
 
 
 class S3Store(ObjectStore):
@@ -86,6 +124,7 @@ class S3Store(ObjectStore):
         self._endpoint_url = endpoint_url
         self._given = client
         self._lock = threading.Lock()
+        self._proven_until = 0.0
         if self._base:
             check_key(self.prefix)
 
@@ -119,7 +158,10 @@ class S3Store(ObjectStore):
                 self._upload(key, file, content_type, _FILE)
         else:
             self._upload(key, _Filled(data), content_type, _STREAM)
-        return self.stat(key)
+        try:
+            return self.stat(key)
+        except ObjectNotFound as error:
+            raise StoreOutage(f"S3 stored {key!r} in bucket {self.bucket!r}, and then lacked it") from error
 
     def _upload(self, key: str, source: Any, content_type: str, config: TransferConfig) -> None:
         with self._calling(key):
@@ -150,7 +192,7 @@ class S3Store(ObjectStore):
                 )
                 return True
             except ClientError as error:
-                code = error.response["Error"]["Code"]
+                code = _code(error)
                 if code in {"PreconditionFailed", "412"}:
                     return self._is_mine(error, name, writer)
                 tries += 1
@@ -167,7 +209,7 @@ class S3Store(ObjectStore):
         return found["Metadata"].get("inferq-writer") == writer
 
     def get(self, key: str) -> bytes:
-        with self._calling(key):
+        with self._calling(key, may_be_absent=True):
             return self._client.get_object(Bucket=self.bucket, Key=self._name(key))["Body"].read()
 
     def stream(self, key: str, *, chunk_bytes: int = CHUNK_BYTES, start: int = 0) -> Pieces:
@@ -176,15 +218,17 @@ class S3Store(ObjectStore):
         return _opened(self._client, self.bucket, self._name(key), chunk_bytes, start)[1]
 
     def stat(self, key: str) -> ObjectInfo:
+        name = self._name(key)
         with self._calling(key):
-            found = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
-        return ObjectInfo(
-            key=key,
-            bytes=found["ContentLength"],
-            content_type=found.get("ContentType") or DEFAULT_TYPE,
-            modified=found["LastModified"],
-            etag=found["ETag"].strip('"'),
-        )
+            try:
+                return _info(key, self._client.head_object(Bucket=self.bucket, Key=name))
+            except ClientError as error:
+                if _status(error) >= 500:
+                    raise
+        # An answer to HEAD has no body: a proxy's 404 looks like S3's. The answer to GET has S3's error code.
+        found, chunks = _opened(self._client, self.bucket, name, CHUNK_BYTES)
+        chunks.close()
+        return replace(found, key=key)
 
     def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
@@ -206,7 +250,7 @@ class S3Store(ObjectStore):
 
     def delete(self, key: str) -> None:
         try:
-            with self._calling(key):
+            with self._calling(key, may_be_absent=True):
                 self._client.delete_object(Bucket=self.bucket, Key=self._name(key))
         except ObjectNotFound:
             return
@@ -215,31 +259,70 @@ class S3Store(ObjectStore):
         return f"s3://{self.bucket}/{self._name(key)}"
 
     def ping(self) -> None:
+        """As in ObjectStore; also proves that S3 writes, and that it refuses a second conditional write.
+
+        The code is `store_refused` if the credentials do not suffice, `store_overwrites` if S3 replaced an object
+        that it was to create once.
+        """
         try:
-            with self._calling(""):
-                self._client.head_bucket(Bucket=self.bucket)
-        except ObjectNotFound as error:
-            raise S3Refused(_no_bucket(self.bucket)) from error
+            with self._calling(_PROOF):
+                if time.monotonic() < self._proven_until:
+                    self._client.list_objects_v2(
+                        Bucket=self.bucket, Prefix=f"{self._base}{RESERVED_FOLDER}/", MaxKeys=1
+                    )
+                    return
+                self._prove()
+        except (S3Refused, CredentialsRefused) as error:
+            raise type(error)(error.message, code="store_refused") from error
+        self._proven_until = time.monotonic() + _PROOF_SECONDS
+
+    def _prove(self) -> None:
+        # Nothing deletes the object. So the first process of all writes it, and then nobody can again.
+        once = f"{self._base}{RESERVED_FOLDER}/{_PROOF}"
+        if self._create(once, b"inferq", DEFAULT_TYPE) and self._create(once, b"inferq", DEFAULT_TYPE):
+            raise StoreOutage(
+                f"S3 cannot be used for bucket {self.bucket!r}: it replaced an object although the request said "
+                "If-None-Match: *, so that results could overwrite each other; use a service that supports "
+                "conditional writes",
+                code="store_overwrites",
+            )
+        # Refusing that one needs no room on the disk, writing this one does.
+        self._client.put_object(Bucket=self.bucket, Key=f"{self._base}{RESERVED_FOLDER}/ping", Body=b"inferq")
 
     def _name(self, key: str) -> str:
         return self._base + check_key(key)
 
     @contextmanager
-    def _calling(self, key: str) -> Iterator[None]:
-        with s3_errors(self.bucket, key):
+    def _calling(self, key: str, *, may_be_absent: bool = False) -> Iterator[None]:
+        with s3_errors(self.bucket, key, may_be_absent=may_be_absent):
             yield
 
 
 def open_object(endpoint_url: str | None, bucket: str, key: str) -> tuple[ObjectInfo, Pieces]:
-    """An object of any bucket and its pieces. Raises ObjectNotFound, S3Refused and StoreOutage."""
-    return _opened(_shared_client(endpoint_url), bucket, key, CHUNK_BYTES)
+    """An object of any bucket and its pieces.
+
+    Raises ObjectNotFound and StoreOutage; CredentialsRefused only if S3 refuses this machine any other request,
+    too: a proxy that rewrites a key breaks the signature of that request alone.
+    """
+    client = _shared_client(endpoint_url)
+    try:
+        return _opened(client, bucket, key, CHUNK_BYTES)
+    except CredentialsRefused as error:
+        try:
+            with s3_errors(bucket, ""):
+                client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+        except CredentialsRefused:
+            raise
+        except StoreOutage:
+            pass
+        raise StoreOutage(error.message) from error
 
 
 _shared_client = cache(s3_client)
 
 
 def list_bucket(endpoint_url: str | None, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
-    """The objects of any bucket whose keys begin with `prefix`. Raises S3Refused and StoreOutage."""
+    """The objects of any bucket whose keys begin with `prefix`. Raises StoreOutage."""
     with s3_errors(bucket, prefix):
         paginator = _shared_client(endpoint_url).get_paginator("list_objects_v2")
         for page in paginator.paginate(Bucket=bucket, Prefix=prefix):
@@ -256,22 +339,25 @@ def _nothing() -> Pieces:
 def _opened(
     client: S3Client, bucket: str, name: str, chunk_bytes: int, start: int = 0
 ) -> tuple[ObjectInfo, Pieces]:
-    with s3_errors(bucket, name):
+    with s3_errors(bucket, name, may_be_absent=True):
         found = (
             client.get_object(Bucket=bucket, Key=name, Range=f"bytes={start}-")
             if start
             else (client.get_object(Bucket=bucket, Key=name))
         )
-    info = ObjectInfo(
-        key=name,
+    chunks = _pieces(found["Body"], bucket, name, chunk_bytes)
+    next(chunks)  # from here on, closing the generator releases the connection
+    return _info(name, found), chunks
+
+
+def _info(key: str, found: HeadObjectOutputTypeDef | GetObjectOutputTypeDef) -> ObjectInfo:
+    return ObjectInfo(
+        key=key,
         bytes=found["ContentLength"],
         content_type=found.get("ContentType") or DEFAULT_TYPE,
         modified=found["LastModified"],
         etag=found["ETag"].strip('"'),
     )
-    chunks = _pieces(found["Body"], bucket, name, chunk_bytes)
-    next(chunks)  # from here on, closing the generator releases the connection
-    return info, chunks
 
 
 def _pieces(body: Any, bucket: str, name: str, chunk_bytes: int) -> Pieces:
@@ -281,36 +367,66 @@ def _pieces(body: Any, bucket: str, name: str, chunk_bytes: int) -> Pieces:
 
 
 @contextmanager
-def s3_errors(bucket: str, key: str) -> Iterator[None]:
-    """Turns boto3's errors into ObjectNotFound for a missing key, else into StoreOutage."""
+def s3_errors(bucket: str, key: str, *, may_be_absent: bool = False) -> Iterator[None]:
+    """Turns boto3's errors into StoreOutage.
+
+    With `may_be_absent`, S3's own code NoSuchKey is ObjectNotFound. Any other 404 is not: a proxy or an ingress
+    answers it while S3 is unavailable.
+    """
     try:
         yield
     except ClientError as error:
+        if may_be_absent and _code(error) == "NoSuchKey":
+            raise ObjectNotFound(f"there is no object {key!r}") from error
         raise _explained(error, bucket, key) from error
+    except _NO_CREDENTIALS as error:
+        raise CredentialsRefused(_unusable(bucket, error)) from error
     except (BotoCoreError, Boto3Error) as error:
-        raise StoreOutage(
-            f"S3 cannot be used for bucket {bucket!r}: {error}; check INFERQ_S3_ENDPOINT_URL, the network "
-            "and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-        ) from error
+        raise StoreOutage(_unusable(bucket, error)) from error
 
 
-def _explained(error: ClientError, bucket: str, key: str) -> ObjectNotFound | StoreOutage:
-    code = error.response["Error"]["Code"]
-    status = error.response["ResponseMetadata"].get("HTTPStatusCode")
+def _explained(error: ClientError, bucket: str, key: str) -> StoreOutage:
+    code, status = _code(error), _status(error)
     if code == "NoSuchBucket":
-        return S3Refused(_no_bucket(bucket))
-    if code in _ABSENT or status == 404:
-        return ObjectNotFound(f"there is no object {key!r}")
-    if status in {401, 403}:
+        return BucketNotFound(
+            f"S3 has no bucket {bucket!r} ({code}): create it, or correct INFERQ_STORE_URL "
+            "(of inputs: INFERQ_FETCH_S3_BUCKETS)"
+        )
+    if code in _CREDENTIAL_FAULTS:
+        return CredentialsRefused(
+            f"S3 refuses the credentials or the clock of this machine ({code}): correct the time, "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_REGION"
+        )
+    if code == "NotImplemented":
+        return StoreOutage(f"S3 does not support what inferq asks of bucket {bucket!r} ({code}): {error}")
+    named = code != "" and not code.isdigit()
+    if named and status in {401, 403}:
         return S3Refused(
             f"S3 refuses bucket {bucket!r} ({code}): the credentials need s3:GetObject, s3:PutObject, "
             "s3:DeleteObject and s3:ListBucket (without the last, what is missing looks forbidden)"
         )
+    if not named and status < 500:
+        return StoreOutage(
+            f"the answer {status} for {key!r} in bucket {bucket!r} has no S3 error code: a proxy or an ingress "
+            "answered in the place of S3; check INFERQ_S3_ENDPOINT_URL and what runs behind it"
+        )
     return StoreOutage(f"S3 answered {code} ({status}) for {key!r} in bucket {bucket!r}: {error}")
 
 
-def _no_bucket(bucket: str) -> str:
-    return f"S3 has no bucket {bucket!r}: create it, or correct INFERQ_STORE_URL"
+def _code(error: ClientError) -> str:
+    """S3's error code; "" or the HTTP status if the answer has none."""
+    return str(error.response["Error"].get("Code") or "")
+
+
+def _status(error: ClientError) -> int:
+    return error.response["ResponseMetadata"].get("HTTPStatusCode") or 0
+
+
+def _unusable(bucket: str, error: Exception) -> str:
+    return (
+        f"S3 cannot be used for bucket {bucket!r}: {error}; check INFERQ_S3_ENDPOINT_URL, the network "
+        "and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+    )
 
 
 class _Filled:

@@ -118,6 +118,11 @@ class ObjectStore(ABC):
         """Raises StoreOutage if the store cannot be used; the message says why and what to do."""
 
 
+def vanished(store: ObjectStore, key: str) -> StoreOutage:
+    """The error for an object that the store calls present and then absent: neither answer can be believed."""
+    return StoreOutage(f"the object store has {store.location(key)}, and then has not: it contradicts itself")
+
+
 def check_key(key: str) -> str:
     """Return the key. Raises BadObjectKey if a store could not hold it, or it would leave its folder."""
     fault = _fault(key)

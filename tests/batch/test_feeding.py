@@ -23,7 +23,9 @@ from inferq.consumers.batches.recount import Recount
 from inferq.consumers.batches.services import Pauses
 from inferq.schemas import BatchCounts, InvalidTask, Result, parse_task
 from inferq.storage import BatchConflict, upload_key
+from inferq.storage.batches.lines import SourceRefused
 from inferq.storage.batches.sources import Cursor
+from inferq.storage.batches.store import RecordMissing
 from tests.batch.conftest import BatchSite, QuickWorker
 
 
@@ -135,6 +137,21 @@ def test_a_source_that_cannot_be_used_ends_the_batch_with_the_reason(
     assert summary.error is not None
     assert words in summary.error
     assert site.output(batch) == site.errors(batch) == []
+
+
+def test_a_record_that_is_missing_is_not_taken_for_the_end_of_its_batch(site: BatchSite) -> None:
+    batch = site.batch(lines(3))
+    site.services.store.delete(f"batches/default/{batch.batch_id}/batch.json")
+    with pytest.raises(RecordMissing):
+        site.slice(batch)
+
+
+def test_a_source_that_is_missing_fails_the_batch_only_after_a_second_look(site: BatchSite) -> None:
+    batch = site.batch_of("inferq:none.jsonl")
+    first = Slice(site.services, "default", batch.batch_id, chain="c", part=0, cursor=Cursor(), doubtful=True)
+    with pytest.raises(SourceRefused, match="there is no"):
+        first.run()
+    assert isinstance(site.slice(batch), Assemble)
 
 
 def test_an_upload_that_does_not_exist_ends_the_batch(site: BatchSite) -> None:

@@ -15,6 +15,7 @@ from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches.retry import FAULT_SECONDS, OUTAGE_SECONDS, resend_unless_done, retry_pause
 from inferq.consumers.batches.services import BatchServices, Pauses
 from inferq.schemas import InvalidTask, Outage
+from inferq.storage.batches.store import RecordMissing
 from tests.celery_worker import working
 
 THREADS = 4
@@ -85,6 +86,33 @@ def test_a_job_that_failed_comes_again_as_it_was(
     assert [(bool(record.exc_info), "batch 7" in record.getMessage()) for record in told] == [
         (True, True),
         (False, True),
+    ]
+
+
+def test_a_missing_record_is_looked_for_again_and_given_up_after_a_day(
+    app: Celery, services: BatchServices, caplog: pytest.LogCaptureFixture
+) -> None:
+    came: list[int] = []
+    done = threading.Event()
+
+    def fail(failures: int) -> None:
+        came.append(failures)
+        if failures == 1:
+            done.set()
+            return
+        raise RecordMissing("its record is missing")
+
+    failing(app, services, fail)
+    for number, retries in ((7, 150), (8, 0)):
+        message = job_message(
+            "test.fails", "inference.batches", {"number": number}, job_id=f"b{number}", retries=retries
+        )
+        services.confirm(message)
+    with working(app):
+        assert done.wait(60)
+    assert sorted(came) == [0, 1, 150]
+    assert [line for line in caplog.messages if "given up" in line] == [
+        "batch 7: given up: its record is missing"
     ]
 
 

@@ -108,7 +108,8 @@ def test_an_argument_of_a_later_version_puts_no_job_aside(
     app = celery_app(services.broker)
     batch_jobs.add_jobs(app, services)
     arguments = ARGUMENTS[name] | {"from_a_later_version": 1}
-    message = job_message(name, "inference.batches", arguments, job_id="later")
+    # It has no batch, and is given up at once: it has been looked for often enough.
+    message = job_message(name, "inference.batches", arguments, job_id="later", retries=150)
     put(channel, "inference.batches", message.body, dict(message.headers), content_type="application/json")
     with working(app):
         eventually(lambda: "its record is missing" in caplog.text)

@@ -18,6 +18,7 @@ from inferq.storage import (
     ObjectNotFound,
     ObjectStore,
     ResultStore,
+    StoreOutage,
     UnreadableResult,
     folder,
     upload_key,
@@ -50,6 +51,21 @@ def keys(store: ObjectStore) -> list[str]:
 
 def test_nothing_is_known_of_a_task_that_has_not_ended(results: ResultStore) -> None:
     assert results.load("default", "t1") is None
+
+
+def test_a_result_that_is_listed_and_then_absent_is_an_outage(
+    results: ResultStore, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.save(result("succeeded"))
+
+    def absent(key: str) -> bytes:
+        raise ObjectNotFound(key)
+
+    monkeypatch.setattr(store, "get", absent)
+    with pytest.raises(StoreOutage, match="contradicts"):
+        results.load("default", "t1")
+    with pytest.raises(StoreOutage, match="contradicts"):
+        results.save(result("succeeded", worker="another"))
 
 
 def test_a_saved_result_is_loaded_as_it_was(results: ResultStore, store: ObjectStore) -> None:

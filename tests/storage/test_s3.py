@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -12,16 +14,17 @@ import botocore.endpoint
 import pytest
 from botocore.exceptions import NoCredentialsError
 
-from inferq.storage import ObjectNotFound, StoreOutage
+from inferq.schemas import Outage, TransientFailure
+from inferq.storage import Fetcher, LocalStore, ObjectNotFound, StorageSettings, StoreOutage
 from inferq.storage.objects import s3 as s3_module
-from inferq.storage.objects.s3 import S3Refused, S3Store
+from inferq.storage.objects.s3 import CredentialsRefused, S3Refused, S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
 class Moody:
-    """Answers each request by the next of `answers`: (status, S3 error code or headers)."""
+    """Answers each request by the next of `answers`: (status, S3 error code, `<html>` or headers)."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, str | dict[str, str]]] = []
@@ -40,7 +43,8 @@ class Moody:
                 body = b""
                 self.send_response(status)
                 if isinstance(what, str):
-                    body = f"<Error><Code>{what}</Code><Message>m</Message></Error>".encode()
+                    error = f"<Error><Code>{what}</Code><Message>m</Message></Error>"
+                    body = (what if what.startswith("<") else error).encode()
                 else:
                     for name, value in what.items():
                         self.send_header(name, value.replace("WRITER", moods.writer))
@@ -74,7 +78,7 @@ def moody() -> Iterator[Moody]:
 
 @pytest.fixture
 def moody_store(moody: Moody, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    impatient = SimpleNamespace(sleep=lambda seconds: None)
+    impatient = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)
     monkeypatch.setattr(botocore.endpoint, "time", impatient)
     monkeypatch.setattr(s3_module, "time", impatient)
     return S3Store("bucket", endpoint_url=moody.url)
@@ -122,11 +126,148 @@ def test_a_service_that_fails_on_is_an_outage(
     assert moody.answers == [], "it is tried three times"
 
 
-@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
-def test_a_refusal_names_the_rights_that_are_needed(moody: Moody, moody_store: S3Store, code: str) -> None:
-    moody.answers = [(403, code)]
-    with pytest.raises(S3Refused, match=r"s3:GetObject.*s3:ListBucket"):
+def test_a_refusal_names_the_rights_that_are_needed(moody: Moody, moody_store: S3Store) -> None:
+    moody.answers = [(403, "AccessDenied")]
+    with pytest.raises(S3Refused, match=r"AccessDenied.*s3:GetObject.*s3:ListBucket"):
         moody_store.get("k")
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (403, "RequestTimeTooSkewed"),
+        (403, "InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch"),
+        (400, "ExpiredToken"),
+    ],
+)
+def test_refused_credentials_say_so_with_the_code_of_s3(
+    moody: Moody, moody_store: S3Store, status: int, code: str
+) -> None:
+    # The answer to HEAD has no body: GET is asked for the code.
+    moody.answers = [(status, code)] * 4  # after a HEAD with 400, botocore looks for the bucket's region
+    for call in (moody_store.get, moody_store.stat):
+        with pytest.raises(CredentialsRefused, match=rf"{code}.*AWS_ACCESS_KEY_ID"):
+            call("k")
+    assert [moody.requests[n][0] for n in (0, 1, -1)] == ["GET", "HEAD", "GET"]
+
+
+CALLS: dict[str, Callable[[S3Store], object]] = {
+    "get": lambda store: store.get("k"),
+    "stream": lambda store: store.stream("k"),
+    "stat": lambda store: store.stat("k"),
+    "list": lambda store: list(store.list("k")),
+    "put": lambda store: store.put("k", b""),
+    "create": lambda store: store.create("k", b"", content_type="text/plain"),
+    "delete": lambda store: store.delete("k"),
+    "ping": lambda store: store.ping(),
+}
+
+
+@pytest.mark.parametrize("body", ["<html><body>404</body></html>", "NoSuchUpload"])
+def test_a_404_that_is_not_s3s_own_is_an_outage(moody: Moody, moody_store: S3Store, body: str) -> None:
+    for name, call in CALLS.items():
+        moody.answers = [(404, body)] * 2
+        with pytest.raises(StoreOutage, match="404"):
+            call(moody_store)
+            pytest.fail(name)
+
+
+def test_only_who_asks_for_an_object_can_learn_that_it_is_absent(moody: Moody, moody_store: S3Store) -> None:
+    for name in ("list", "put", "create", "ping"):
+        moody.answers = [(404, "NoSuchKey")]
+        with pytest.raises(StoreOutage, match="NoSuchKey"):
+            CALLS[name](moody_store)
+
+
+def test_an_absent_object_is_absent_by_the_code_of_s3(moody: Moody, moody_store: S3Store) -> None:
+    moody.answers = [(404, "NoSuchKey")] * 4
+    for call in (CALLS["get"], CALLS["stream"], CALLS["stat"]):
+        with pytest.raises(ObjectNotFound):
+            call(moody_store)
+
+
+def fetched(moody: Moody, folder: Path) -> object:
+    settings = StorageSettings(s3_endpoint_url=moody.url, fetch_s3_buckets=("scans",))
+    fetcher = Fetcher(LocalStore(folder / "store"), settings)
+    return fetcher.fetch("s3://scans/in/1.txt", folder, "text_url", tenant="default")
+
+
+def test_an_input_is_not_blamed_for_the_credentials_and_the_clock_of_the_worker(
+    moody: Moody, tmp_path: Path
+) -> None:
+    for code in ("RequestTimeTooSkewed", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+        moody.answers = [(403, code)] * 2
+        with pytest.raises(Outage, match=code):
+            fetched(moody, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ([(403, "AccessDenied")], "AccessDenied"),
+        ([(404, "NoSuchBucket")], "NoSuchBucket"),
+        ([(404, "<html>404</html>")], "404"),
+        ([(403, "<html>403</html>")], "403"),
+        # A proxy that rewrites this key: S3 takes any other request.
+        ([(403, "SignatureDoesNotMatch"), (200, "<ListBucketResult/>")], "SignatureDoesNotMatch"),
+        ([(403, "SignatureDoesNotMatch"), (403, "AccessDenied")], "SignatureDoesNotMatch"),
+    ],
+)
+def test_an_input_that_s3_refuses_is_tried_again_later(
+    moody: Moody, tmp_path: Path, answers: list[tuple[int, str | dict[str, str]]], says: str
+) -> None:
+    moody.answers = answers
+    with pytest.raises(TransientFailure, match=says) as caught:
+        fetched(moody, tmp_path)
+    assert caught.value.code == "download_failed"
+
+
+def test_a_store_that_replaces_what_was_to_be_written_once_is_not_used(
+    moody: Moody, moody_store: S3Store
+) -> None:
+    written = (200, {"etag": '"e"'})
+    moody.answers = [written, written]
+    with pytest.raises(StoreOutage, match="If-None-Match") as caught:
+        moody_store.ping()
+    assert caught.value.code == "store_overwrites"
+    moody.answers = [written, (412, "PreconditionFailed"), written]
+    moody_store.ping()
+    assert moody.answers == []
+
+
+def test_a_store_without_conditional_writes_is_not_used(moody: Moody, moody_store: S3Store) -> None:
+    moody.answers = [(501, "NotImplemented")]
+    with pytest.raises(StoreOutage, match="NotImplemented"):
+        moody_store.ping()
+
+
+def test_credentials_that_only_read_are_not_enough(moody: Moody, moody_store: S3Store) -> None:
+    for before in ([], [(412, "PreconditionFailed")]):  # some services look at the condition first
+        moody.answers = [*before, (403, "AccessDenied")]
+        with pytest.raises(S3Refused, match=r"AccessDenied.*s3:PutObject") as caught:
+            moody_store.ping()
+        assert caught.value.code == "store_refused"
+
+
+def test_that_a_store_writes_is_proven_again_after_a_while(
+    moody: Moody, moody_store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(s3_module, "time", SimpleNamespace(monotonic=lambda: now))
+    written, refused, listed = (
+        (200, {"etag": '"e"'}),
+        (412, "PreconditionFailed"),
+        (200, "<ListBucketResult/>"),
+    )
+    moody.answers = [refused, written, listed, refused, written]
+    moody_store.ping()
+    now += 29
+    moody_store.ping()
+    assert len(moody.answers) == 2
+    now += 2
+    moody_store.ping()
+    assert [method for method, _ in moody.requests] == ["PUT", "PUT", "GET", "PUT", "PUT"]
 
 
 def test_a_body_that_breaks_off_is_an_outage(moody: Moody, moody_store: S3Store) -> None:

@@ -190,6 +190,17 @@ def test_what_is_invalid_is_never_retried(attempt: int, most: int, deaths: int, 
     assert verdict == DeadLetter(error)
 
 
+def test_a_missing_input_is_looked_for_twice() -> None:
+    error = InvalidTask("there is no such object", code="input_not_found")
+    verdicts = [
+        after_failure(error, attempt=attempt, max_attempts=5, engine_deaths=0, engine_died=False)
+        for attempt in (1, 2)
+    ]
+    assert verdicts == [Retry(RETRY_LEVELS[0], error, 0), DeadLetter(error)]
+    once = after_failure(error, attempt=1, max_attempts=1, engine_deaths=0, engine_died=False)
+    assert once == DeadLetter(error)
+
+
 @given(attempts, attempts, st.integers(0, 5), st.booleans())
 def test_a_transient_failure_is_retried_until_its_attempts_or_engines_are_used_up(
     attempt: int, most: int, deaths: int, died: bool
