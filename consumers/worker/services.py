@@ -28,6 +28,10 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _REDIS = "Redis"
+_STORE = "object store"
+
+STORE_LOOK_SECONDS = 60.0
+"""How often an idle worker checks that the object store takes writes. Each check costs a few requests."""
 
 
 class GracePassed(Exception):
@@ -52,6 +56,7 @@ class WorkerServices:
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)
     _goes_on_without_redis: bool = False
+    _next_store_look: float = 0.0
     _background: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,6 +177,25 @@ class WorkerServices:
         """If Redis was unavailable, find out whether it answers again."""
         if self.status.away_for is not None:
             self.best_effort(self.status.ping)
+
+    def wait_for_store(self) -> None:
+        """Wait until the object store can be used. Raises GracePassed if the worker is to stop."""
+        self.retry_until_available(_STORE, self.store.ping, self.unless_stopping)
+        self._next_store_look = time.monotonic() + STORE_LOOK_SECONDS
+
+    def look_at_store(self, unsubscribe: Callable[[], None]) -> None:
+        """While idle, check the object store from time to time; if it cannot be used, unsubscribe and wait.
+
+        So a worker is not ready, and takes no task, while it could not keep a result. Raises GracePassed.
+        """
+        if time.monotonic() < self._next_store_look:
+            return
+        self._next_store_look = time.monotonic() + STORE_LOOK_SECONDS
+        try:
+            self.store.ping()
+        except Outage:
+            unsubscribe()
+            self.wait_for_store()
 
     def _retry_while_patient(self, call: Callable[[], T], checkpoint: Callable[[], None]) -> T | None:
         failures = 0

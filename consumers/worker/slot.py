@@ -152,7 +152,7 @@ class _SlotThread(threading.Thread):
                 services.sleep(_READY_LOOK_SECONDS)
         else:
             self._supervisor.restore()
-        services.retry_until_available("object store", services.store.ping, services.unless_stopping)
+        services.wait_for_store()
         services.best_effort(services.status.warm_up)  # an unavailable Redis is waited for from here on
         _warm_up(services.task_type)
         self._consumer.start()
@@ -166,6 +166,7 @@ class _SlotThread(threading.Thread):
             else:
                 self._supervisor.look()
                 services.look_for_redis()
+                services.look_at_store(self._consumer.pause)
 
     def _next_delivery(self) -> Delivery | None:
         if self._ahead and not self._supervisor.busy:

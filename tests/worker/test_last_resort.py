@@ -167,6 +167,27 @@ def test_a_pause_is_over_however_the_call_ends(services: WorkerServices) -> None
         assert services.metrics.paused.labels("object store")._value.get() == 0
 
 
+def test_an_idle_worker_unsubscribes_while_the_store_takes_no_writes(
+    services: WorkerServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Exception | None] = [None, StoreOutage("read-only"), StoreOutage("read-only"), None]
+    seen: list[str] = []
+
+    def ping() -> None:
+        seen.extend(services.pauses())
+        if (error := answers.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(services.store, "ping", ping)
+    services.wait_for_store()
+    services.look_at_store(lambda: seen.append("unsubscribed"))
+    assert len(answers) == 3, "it has just been looked at"
+    monkeypatch.setattr(services, "_next_store_look", 0.0)
+    services.look_at_store(lambda: seen.append("unsubscribed"))
+    assert seen == ["unsubscribed", "object store: read-only"]
+    assert (answers, services.pauses()) == ([], [])
+
+
 def test_a_full_disk_burns_no_attempt(
     services: WorkerServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
