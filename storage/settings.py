@@ -47,6 +47,11 @@ class StorageSettings(Settings):
         True,
         description="Whether the local-folder store waits for the disk, so that a power cut loses nothing.",
     )
+    store_create: bool = Field(
+        True,
+        description="Whether a missing or empty folder becomes a new local-folder store. Set it to false once the "
+        "store exists, if a disk is mounted there: then no part uses the folder while the disk is missing.",
+    )
     s3_endpoint_url: str | None = Field(
         None, description="The URL of the S3 service, if it is not AWS (MinIO, Ceph, ...)."
     )

@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -47,13 +48,22 @@ class LocalStore(ObjectStore):
     A write goes to a temporary file on the same file system and is then moved into place. With `fsync`, the file
     and its folder's entry are on the disk before the call returns. A content type that the key does not imply is
     kept in an extended attribute; on a file system without those it is lost.
+
+    The folder has an identity, a file that the first write creates, if it may `create` a store. Where a disk is not
+    mounted, the folder is there and empty. So before each write, and before it calls an object absent, the store
+    checks that the identity is the one it began with. A folder without it is an outage, and nothing is written.
     """
 
-    def __init__(self, root: Path, *, fsync: bool = True) -> None:
+    def __init__(self, root: Path, *, fsync: bool = True, create: bool = True) -> None:
         self._root = os.path.abspath(root)
         self._base = self._root.rstrip("/") + "/"
         self._own = self._base + RESERVED_FOLDER
         self._scratch = self._own + "/partial"
+        self._identity_path = self._own + "/identity"
+        self._identity: bytes | None = None
+        self._identity_file: tuple[int, int] | None = None
+        self._identifying = threading.Lock()
+        self._may_create = create
         self._fsync = fsync
         self._serial = count()
         self._token = secrets.token_hex(6)
@@ -68,6 +78,7 @@ class LocalStore(ObjectStore):
         content_type: str = DEFAULT_TYPE,
     ) -> ObjectInfo:
         path = self._base + check_key(key)
+        self._check_identity(writing=True)
         if isinstance(data, Path):
             with data.open("rb", buffering=0) as source:
                 return self._put(key, path, source, content_type)
@@ -80,6 +91,7 @@ class LocalStore(ObjectStore):
 
     def create(self, key: str, data: bytes, *, content_type: str) -> bool:
         path = self._base + check_key(key)
+        self._check_identity(writing=True)
         # Usually the key is the first in its folder. A folder made before the file is synced is in the file
         # system's journal before the file, so its own entry needs no sync.
         with suppress(OSError):
@@ -125,6 +137,7 @@ class LocalStore(ObjectStore):
 
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         names: list[str] = []
+        self._learn_identity()
         try:
             with os.scandir(self._base + folder) as entries:
                 for entry in entries:
@@ -137,9 +150,10 @@ class LocalStore(ObjectStore):
                     if key > start_after or (is_folder and start_after.startswith(key)):
                         names.append(name)
         except OSError as error:
-            if error.errno in _ABSENT:
-                return
-            raise self._outage(error) from error
+            if error.errno not in _ABSENT:
+                raise self._outage(error) from error
+        if not names:
+            self._check_identity()
         for name in sorted(names):
             key = folder + name
             if name.endswith("/"):
@@ -148,8 +162,10 @@ class LocalStore(ObjectStore):
                 continue
             try:
                 yield _info(check_key(key), os.stat(self._base + key), "")
-            except (OSError, BadObjectKey):
-                continue  # deleted meanwhile, or a name that is not a valid key
+            except BadObjectKey:
+                continue
+            except OSError:
+                self._check_identity()  # then it was deleted meanwhile
 
     def delete(self, key: str) -> None:
         path = self._base + check_key(key)
@@ -157,6 +173,7 @@ class LocalStore(ObjectStore):
             os.unlink(path)
         except OSError as error:
             if error.errno in _ABSENT:
+                self._check_identity()
                 return
             raise self._outage(error) from error
         with suppress(OSError):
@@ -169,6 +186,7 @@ class LocalStore(ObjectStore):
         return Path(self._base + check_key(key)).as_uri()
 
     def ping(self) -> None:
+        self._check_identity(writing=True)
         with self._temporary("ping", b"inferq", "") as (temporary, _):
             if self._linked:
                 return
@@ -180,6 +198,62 @@ class LocalStore(ObjectStore):
                 with suppress(OSError):
                     os.unlink(link)
             self._linked = True
+
+    def _check_identity(self, *, writing: bool = False) -> None:
+        """Raises StoreOutage unless the folder holds the store that this process began with.
+
+        With `writing`, a new folder becomes a store.
+        """
+        found = self._stat_identity()
+        if found is not None and found == self._identity_file:
+            return
+        with self._identifying:
+            found = self._stat_identity()
+            if found is None and self._identity is None:
+                if writing and self._may_create:
+                    self._identify()
+                elif not self._may_create:
+                    raise self._unmounted("it has no identity, and INFERQ_STORE_CREATE is false")
+                return
+            identity = None if found is None else self._read_identity()
+            if self._identity is not None and identity != self._identity:
+                raise self._unmounted("its identity is gone" if identity is None else "it is another store")
+            self._identity, self._identity_file = identity, found
+
+    def _learn_identity(self) -> None:
+        """Before the first read: a store that is read now may be unmounted before the first write."""
+        if self._identity_file is None:
+            self._check_identity()
+
+    def _stat_identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._identity_path)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise self._outage(error) from error
+        return found.st_dev, found.st_ino
+
+    def _read_identity(self) -> bytes | None:
+        try:
+            with open(self._identity_path, "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise self._outage(error) from error
+
+    def _identify(self) -> None:
+        with self._temporary("identity", secrets.token_hex(16).encode(), "") as (temporary, _):
+            with suppress(FileExistsError):  # another process was faster: its identity counts
+                self._place("identity", self._link, temporary, self._identity_path)
+        self._identity, self._identity_file = self._read_identity(), self._stat_identity()
+
+    def _unmounted(self, why: str) -> StoreOutage:
+        return StoreOutage(
+            f"the local store {self._root} cannot be used: {why} ({RESERVED_FOLDER}/identity); mount its disk; "
+            "if the folder was emptied or replaced on purpose, restart every part of inferq"
+        )
 
     @contextmanager
     def _temporary(
@@ -206,14 +280,9 @@ class LocalStore(ObjectStore):
         try:
             if not self._swept:
                 self._sweep()
-            try:
-                return os.open(temporary, flags, 0o666)
-            except FileNotFoundError:
-                if not os.path.isdir(self._root):
-                    raise  # perhaps an unmounted disk: write nothing into its mount point
-                self._sweep()  # the store was emptied
-                return os.open(temporary, flags, 0o666)
+            return os.open(temporary, flags, 0o666)
         except OSError as error:
+            self._swept = False
             raise self._outage(error) from error
 
     def _sweep(self) -> None:
@@ -255,6 +324,8 @@ class LocalStore(ObjectStore):
                     move(temporary, path)
                     break
                 except FileNotFoundError:
+                    if path != self._identity_path:
+                        self._check_identity()
                     changed += self._make_folder(folder)  # may repeat: delete() removes empty folders
             else:
                 raise StoreOutage(f"the local store cannot write {path}: its folder keeps disappearing")
@@ -303,10 +374,12 @@ class LocalStore(ObjectStore):
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
+        self._learn_identity()
         try:
             yield
         except OSError as error:
             if error.errno in _ABSENT:
+                self._check_identity()
                 raise _not_found(key) from error
             raise self._outage(error) from error
 

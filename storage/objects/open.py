@@ -20,7 +20,7 @@ def open_store(settings: StorageSettings) -> ObjectStore:
                 "INFERQ_STORE_URL has no absolute path: write file:///folder",
                 code="bad_store_url",
             )
-        return LocalStore(Path(unquote(url.path)), fsync=settings.store_fsync)
+        return LocalStore(Path(unquote(url.path)), fsync=settings.store_fsync, create=settings.store_create)
     if url.scheme == "s3" and url.netloc and not (url.query or url.fragment or "@" in url.netloc):
         from inferq.storage.objects.s3 import S3Store  # boto3 is slow to import
 

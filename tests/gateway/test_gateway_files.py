@@ -36,7 +36,7 @@ def everything(gateway: Gateway) -> list[str]:
 def scratch(gateway: Gateway) -> list[Path]:
     """Files that are being written."""
     own = (gateway.folder / "store" / ".inferq").rglob("*")
-    return [path for path in own if path.is_file() and path.name != "secret"]
+    return [path for path in own if path.is_file() and path.name != "identity"]
 
 
 def pieces(data: bytes, size: int = 65536) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing as mp
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def test_with_fsync_file_and_folders_are_synced_before_the_call_returns(
         synced.append(os.path.relpath(path, tmp_path))
         real(descriptor)
 
+    LocalStore(tmp_path).ping()
     monkeypatch.setattr(os, "fsync", fsync)
     getattr(LocalStore(tmp_path), act)("a/b/c", b"data", content_type="text/plain")
     assert synced[0].startswith(".inferq/partial/"), "the data comes before the name"
@@ -150,6 +152,92 @@ def test_without_hard_links_ping_says_so_before_a_result_is_made(
     assert list((tmp_path / ".inferq/partial").iterdir()) == []
 
 
+def unmount(folder: Path) -> Callable[[], None]:
+    """Leave an empty folder there, as an unmounted disk does. Gives a function that mounts it again."""
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.mkdir()
+
+    def mount() -> None:
+        assert list(folder.iterdir()) == [], "nothing was written into the mount point"
+        folder.rmdir()
+        away.rename(folder)
+
+    return mount
+
+
+USES: dict[str, Callable[[LocalStore], object]] = {
+    "get": lambda store: store.get("a/b"),
+    "stat": lambda store: store.stat("a/b"),
+    "stream": lambda store: store.stream("a/b"),
+    "list": lambda store: list(store.list("a/")),
+    "list all": lambda store: list(store.list()),
+    "put": lambda store: store.put("a/new", b""),
+    "put in a new folder": lambda store: store.put("new/new", b""),
+    "create": lambda store: store.create("a/new", b"", content_type="text/plain"),
+    "delete": lambda store: store.delete("a/b"),
+    "ping": lambda store: store.ping(),
+}
+
+
+@pytest.mark.parametrize("first", ["put", "ping", "get", "list"])
+def test_a_store_that_is_not_mounted_is_an_outage_and_nothing_is_written(tmp_path: Path, first: str) -> None:
+    root = tmp_path / "store"
+    LocalStore(root).put("a/b", b"kept")
+    store = LocalStore(root)
+    USES[first](store)  # any use tells it which store it is
+    mount = unmount(root)
+    for name, use in USES.items():
+        with pytest.raises(StoreOutage, match=f"{root} .*identity is gone.*mount its disk"):
+            use(store)
+            pytest.fail(name)
+    mount()
+    assert store.get("a/b") == b"kept"
+    store.ping()
+
+
+def test_another_store_in_the_same_folder_is_an_outage(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = LocalStore(root)
+    store.put("a", b"")
+    unmount(root)
+    LocalStore(root).put("b", b"another store's")
+    for use in (lambda: store.get("a"), lambda: store.put("a", b"")):
+        with pytest.raises(StoreOutage, match="another store"):
+            use()
+    store = LocalStore(root)
+    assert [info.key for info in store.list()] == ["b"]
+
+
+def test_a_copy_of_a_store_is_the_same_store(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = LocalStore(root)
+    store.put("a", b"data")
+    root.rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", root)
+    assert store.get("a") == b"data"
+    store.put("b", b"")
+
+
+def test_processes_that_begin_together_agree_on_the_identity(tmp_path: Path, race: Race) -> None:
+    stores = [LocalStore(tmp_path / "store", fsync=False) for _ in range(8)]
+    race(8, lambda number: stores[number].ping())
+    for store in stores:
+        store.put("a", b"")
+        store.ping()
+
+
+def test_a_store_that_may_not_be_created_is_not_made_in_an_empty_folder(tmp_path: Path) -> None:
+    careful = LocalStore(tmp_path, create=False)
+    for use in USES.values():
+        with pytest.raises(StoreOutage, match="INFERQ_STORE_CREATE"):
+            use(careful)
+    assert list(tmp_path.iterdir()) == []
+    LocalStore(tmp_path).put("a/b", b"")
+    careful.ping()
+    assert careful.get("a/b") == b""
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
 def test_where_folders_cannot_be_synced_files_still_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -165,6 +253,8 @@ def test_where_folders_cannot_be_synced_files_still_are(
 
     monkeypatch.setattr(os, "fsync", fsync)
     store = LocalStore(tmp_path)
+    store.ping()
+    files.clear()
     store.ping()
     store.put("a/b", b"put")
     assert store.create("a/c", b"created", content_type="text/plain")
