@@ -40,10 +40,11 @@ def fetch_inputs(
             if reason is not None:
                 raise RunAborted(reason)
 
+    # Otherwise a worker with a full disk would spend the attempts of task after task; also of those without inputs,
+    # since engines write their artifacts there.
+    services.retry_until_available("scratch folder", services.scratch.check, checkpoint)
     files = {}
     for name, url in task.inputs().items():
-        # Otherwise a worker with a full disk would spend the attempts of task after task.
-        services.retry_until_available("scratch folder", services.scratch.check_room, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
         # If our own store is unavailable, the fetch waits; if another server fails, the attempt fails.
         fetch = partial(services.fetcher.fetch, url, folder, name, tenant=task.tenant, checkpoint=checkpoint)

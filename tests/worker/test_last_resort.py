@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,7 +22,7 @@ from inferq.broker import Delivery, Message
 from inferq.consumers.runtime.messages import Done
 from inferq.consumers.worker.inputs import fetch_inputs
 from inferq.consumers.worker.metrics import WorkerMetrics
-from inferq.consumers.worker.scratch import ScratchFolder
+from inferq.consumers.worker.scratch import ScratchFolder, ScratchUnusable
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.task_run import TaskRun
@@ -188,8 +191,9 @@ def test_an_idle_worker_unsubscribes_while_the_store_takes_no_writes(
     assert (answers, services.pauses()) == ([], [])
 
 
+@pytest.mark.parametrize("inputs", [{}, {"file_url": "data:,x"}], ids=["no inputs", "an input"])
 def test_a_full_disk_burns_no_attempt(
-    services: WorkerServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    services: WorkerServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, str]
 ) -> None:
     disk = os.statvfs(tmp_path)
     full = SimpleNamespace(f_bavail=10, f_frsize=4096, f_files=disk.f_files, f_favail=disk.f_favail)
@@ -201,12 +205,64 @@ def test_a_full_disk_burns_no_attempt(
 
     services.scratch.close()
     services.scratch = ScratchFolder(tmp_path / "small", statvfs=statvfs)
-    monkeypatch.setattr(Task, "inputs", lambda _: {"file_url": "data:,x"})
+    monkeypatch.setattr(Task, "inputs", lambda _: inputs)
     task = parse_task(TASK)
-    inputs = fetch_inputs(services, task, Path(services.scratch.path) / "run", lambda: None)
-    assert inputs.files["file_url"].bytes == 1
+    fetched = fetch_inputs(services, task, Path(services.scratch.path) / "run", lambda: None)
+    assert set(fetched.files) == set(inputs)
     assert "is full" in seen[-1][0]
     assert services.pauses() == []
+
+
+def test_a_scratch_folder_that_was_deleted_is_made_again_and_burns_no_attempt(
+    services: WorkerServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Task, "inputs", lambda _: {"file_url": "data:,x"})
+    task, folder = parse_task(TASK), services.scratch.path
+    for gone in (folder / ".lock", folder, folder.parent):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        fetched = fetch_inputs(services, task, folder / "run", lambda: None)
+        assert fetched.files["file_url"].bytes == 1
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        ScratchFolder(tmp_path / "scratch").close()  # another worker's sweep
+        assert folder.exists(), "it is held again"
+
+
+def test_a_folder_that_others_could_read_is_not_taken_for_a_deleted_one(services: WorkerServices) -> None:
+    shutil.rmtree(services.scratch.path)
+    services.scratch.path.mkdir(mode=0o755)
+    with pytest.raises(ScratchUnusable, match="private"):
+        services.scratch.check()
+    services.scratch.path.rmdir()
+    services.scratch.check()
+
+
+def test_tmpfiles_is_told_to_spare_the_scratch_folder(services: WorkerServices) -> None:
+    folder = os.open(services.scratch.path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):  # what systemd-tmpfiles tries before it cleans a folder
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(folder)
+
+
+def test_a_worker_that_starts_during_anothers_sweep_takes_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        if not made:  # between the new folder and its lock
+            folder = Path(f"/proc/self/fd/{handle}").readlink().parent
+            made.append(folder)
+            shutil.rmtree(folder)
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    scratch = ScratchFolder(tmp_path)
+    assert scratch.path not in made
+    assert scratch.path.exists()
+    scratch.check()
+    scratch.close()
 
 
 def test_a_fault_after_the_record_does_not_fail_the_task(
