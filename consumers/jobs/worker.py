@@ -25,10 +25,12 @@ from inferq.broker import (
     job_topology,
 )
 from inferq.broker.celery_app import celery_app
+from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY
 from inferq.consumers.probes.server import ProbeServer, Readiness
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
+from inferq.storage import StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
 
@@ -87,15 +89,17 @@ def work(
     check_jobs(app, queues)
     consuming = _Consuming()
     server = None
+    store = StoreWatch(open_store(StorageSettings.load()))
     if probes.probe_port is not None:
         server = ProbeServer(
             probes.probe_host,
             probes.probe_port,
             healthy=lambda: True,
-            readiness=consuming.readiness,
+            readiness=lambda: consuming.readiness(store.waiting_for),
             registry=REGISTRY,
         )
         server.start()
+        store.start()
     declare(broker)
     worker = app.Worker(
         queues=list(queues),
@@ -116,6 +120,7 @@ def work(
     worker.start()
     if server is not None:
         server.close()
+        store.close()
     return int(worker.exitcode or 0)
 
 
@@ -152,13 +157,17 @@ class _Consuming:
         self._ready = ready  # Celery keeps only a weak reference
         signals.worker_ready.connect(ready)
 
-    def readiness(self) -> Readiness:
+    def readiness(self, *waiting_for: str | None) -> Readiness:
+        """`waiting_for`: what else it waits for, None for each service that is available."""
+        waiting = [each for each in ("RabbitMQ" if not self._connected() else None, *waiting_for) if each]
+        return Readiness(not waiting, tuple(waiting))
+
+    def _connected(self) -> bool:
         if self._worker is None:
-            return Readiness(False, ("RabbitMQ",))
+            return False
         consumer = self._worker.consumer
-        connected = (
+        return (
             consumer.blueprint.state == bootsteps.RUN
             and consumer.connection is not None
-            and consumer.connection.connected
+            and bool(consumer.connection.connected)
         )
-        return Readiness(connected, () if connected else ("RabbitMQ",))
