@@ -33,6 +33,7 @@ from inferq.storage.objects.store import (
     clean_type,
 )
 
+_FSTAB = "/etc/fstab"
 _TYPE_ATTRIBUTE = "user.inferq.content_type"
 _STALE_SECONDS = 86400.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -210,10 +211,14 @@ class LocalStore(ObjectStore):
         with self._identifying:
             found = self._stat_identity()
             if found is None and self._identity is None:
-                if writing and self._may_create:
-                    self._identify()
-                elif not self._may_create:
+                if not self._may_create:
                     raise self._unmounted("it has no identity, and INFERQ_STORE_CREATE is false")
+                if (point := _unmounted_point(self._root)) is not None:
+                    raise self._unmounted(
+                        f"{_FSTAB} names {point}, which is not mounted, and it has no identity"
+                    )
+                if writing:
+                    self._identify()
                 return
             identity = None if found is None else self._read_identity()
             if self._identity is not None and identity != self._identity:
@@ -392,6 +397,22 @@ class LocalStore(ObjectStore):
             errno.EROFS: "the file system is mounted read-only",
         }.get(error.errno or 0, error.strerror or str(error))
         return StoreOutage(f"the local store {self._root} cannot be used: {what}")
+
+
+def _unmounted_point(path: str) -> str | None:
+    """The mount point at or above `path` that fstab(5) lists and that is not mounted."""
+    path = os.path.realpath(path)
+    try:
+        with open(_FSTAB, encoding="utf-8", errors="surrogateescape") as file:
+            entries = [line.split() for line in file if not line.lstrip().startswith("#")]
+    except OSError:
+        return None
+    for _, point, *more in (entry for entry in entries if len(entry) > 1):
+        point = point.replace("\\040", " ").rstrip("/")
+        optional = len(more) > 1 and "noauto" in more[1].split(",")
+        if point and not optional and f"{path}/".startswith(f"{point}/") and not os.path.ismount(point):
+            return point
+    return None
 
 
 def _not_found(key: str) -> ObjectNotFound:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from inferq.storage import BadObjectKey, StoreOutage
+from inferq.storage.objects import local
 from inferq.storage.objects.local import LocalStore
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
@@ -225,6 +226,29 @@ def test_processes_that_begin_together_agree_on_the_identity(tmp_path: Path, rac
     for store in stores:
         store.put("a", b"")
         store.ping()
+
+
+def test_no_store_is_made_where_a_disk_of_fstab_is_not_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "a disk"
+    disk.mkdir()
+    table = tmp_path / "fstab"
+    monkeypatch.setattr(local, "_FSTAB", str(table))
+    escaped = str(disk).replace(" ", "\\040")
+    table.write_text(
+        f"# a comment\n\nUUID=1 / ext4 defaults 0 1\nUUID=2 {escaped} ext4 defaults 0 2\nUUID=3 none swap sw\n"
+    )
+    store = LocalStore(disk / "store")
+    for use in USES.values():
+        with pytest.raises(StoreOutage, match=f"{disk}, which is not mounted"):
+            use(store)
+    assert list(disk.iterdir()) == []
+    LocalStore(tmp_path / "a disk of another name").ping()
+    table.write_text(f"UUID=2 {escaped} ext4 noauto,ro 0 2\n")
+    store.ping()
+    table.write_text(f"UUID=2 {escaped} ext4 defaults 0 2\n")
+    LocalStore(disk / "store").ping()  # it has an identity
 
 
 def test_a_store_that_may_not_be_created_is_not_made_in_an_empty_folder(tmp_path: Path) -> None:
