@@ -15,8 +15,15 @@ from inferq.producer.up.part import Part, free_ports, port_answers
 from tests.chaos.ledger import Ledger
 from tests.chaos.records import note_record
 
-Mode = Literal["pass", "error", "hang", "lose"]
-"""What becomes of a request: served; answered 500; never answered; served without the answer coming back."""
+Mode = Literal["pass", "error", "hang", "lose", "foreign", "skewed"]
+"""What becomes of a request: served; answered 500; never answered; served without the answer coming back; answered
+404 by a proxy that finds no S3; refused for the clock."""
+
+_REFUSALS: dict[Mode, tuple[int, bytes]] = {
+    "error": (500, b"<Error><Code>InternalError</Code></Error>"),
+    "foreign": (404, b"<html><body>404 page not found</body></html>"),
+    "skewed": (403, b"<Error><Code>RequestTimeTooSkewed</Code></Error>"),
+}
 
 BUCKET = "results"
 
@@ -95,8 +102,9 @@ class FaultyS3:
                 time.sleep(0.05)
             request.close_connection = True
             return
-        if mode == "error":
-            _answer(request, 500, [], b"<Error><Code>InternalError</Code></Error>")
+        if mode in _REFUSALS:
+            status, answer = _REFUSALS[mode]
+            _answer(request, status, [], b"" if request.command == "HEAD" else answer)
             return
         status, headers, answer = self._forward(request, body)
         if mode == "lose":

@@ -126,6 +126,8 @@ def fail_s3(site: Site) -> None:
         ("error", "answers 500"),
         ("hang", "hangs"),
         ("lose", "loses its answers"),
+        ("foreign", "is replaced by a proxy's 404"),
+        ("skewed", "refuses the clock"),
     ]
     for _ in site.moments(every=1.5):
         mode, what = site.random.choice(modes)
@@ -277,7 +279,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "s3",
-        "S3 answering 500, hanging, losing its answers; connections cut and a worker killed meanwhile",
+        "S3 answering 500 or a proxy's 404, hanging, losing its answers, refusing the clock; connections cut and a "
+        "worker killed meanwhile",
         fail_s3,
         _load(500, 40, busy=2.0),
         _load(100, 11, busy=2.0),
