@@ -14,6 +14,7 @@ Kind = Literal[
     "confirmed",  # the broker has confirmed it to the producer
     "start",  # an engine began to compute it; `what` is the worker's process id
     "result",  # a success stands in the object store; `what` says who saw it
+    "attempts",  # its result took more than one; `what` says how many
     "failure",  # a failure or cancellation stands there; `what` is its code
     "event",  # the status index told of its end; `what` is the event's type
     "callback",  # its end was called back, signed; `run` is the webhook-id, `what` the event's type

@@ -51,8 +51,10 @@ def reckon(entries: Iterable[Entry], plan: Mapping[str, PlannedTask]) -> Reckoni
     """Hold what the ledger says against the plan."""
     histories: dict[str, dict[Kind, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     faults = 0
+    spares_engines = True
     for entry in entries:
         faults += entry.kind == "fault"
+        spares_engines &= not (entry.kind == "fault" and entry.what == "engine killed")
         if entry.task and entry.kind not in ("fault", "mended"):
             histories[entry.task][entry.kind].append(entry)
     findings: list[Finding] = []
@@ -66,6 +68,8 @@ def reckon(entries: Iterable[Entry], plan: Mapping[str, PlannedTask]) -> Reckoni
         if has_ended and history["sent"] and not history["confirmed"]:
             unconfirmed.append(task)
         found = list(_findings(task, history, plan.get(task)))
+        if spares_engines and task in plan and plan[task].trouble == "none":
+            found += [_burnt(task, entry) for entry in history["attempts"][:1]]
         findings += found
         planned = plan[task].starts if task in plan else None
         additional = len(history["start"]) - planned if planned is not None else 0
@@ -105,6 +109,11 @@ def _findings(
             yield Finding("unexpected", task, f"it failed with {code!r}, and was to {_end(planned)}")
         if code not in {entry.what for entry in letters}:
             yield Finding("unexpected", task, f"it failed with {code!r}, and no dead letter says so")
+
+
+def _burnt(task: str, entry: Entry) -> Finding:
+    """No outage costs an attempt: only a task's own fault does, or the death of its engine."""
+    return Finding("unexpected", task, f"it took {entry.what} attempts, and none of its engines died")
 
 
 def _second(task: str, history: Mapping[Kind, list[Entry]]) -> Iterator[Finding]:

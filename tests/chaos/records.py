@@ -28,6 +28,8 @@ def note_record(ledger: Ledger, path: str, data: bytes, *, seen_by: str) -> None
     record = json.loads(data)
     if name == "result.json":
         ledger.note("result", task, run=_run(record), what=seen_by, content=digest)
+        if record.get("attempts", 1) > 1:
+            ledger.note("attempts", task, what=str(record["attempts"]))
     else:
         ledger.note("failure", task, what=record["error"]["code"], content=digest)
 

@@ -27,7 +27,8 @@ When all is mended the ledger is held against what was submitted:
 
 - **lost**: confirmed by the broker, and never ended in a result or a failure;
 - **second results**: a kept record was replaced, or told of otherwise than it stands;
-- **unexpected**: ended otherwise than it had to, or record and dead letter contradict each other;
+- **unexpected**: ended otherwise than it had to, used up an attempt in an outage, or record and dead letter
+  contradict each other;
 - **run again**: engine starts beyond those needed. The queue delivers at least once, so a run that was cut
   short is begun anew; its owner sees one end all the same;
 - **back after**: seconds from the end of a fault (or, for a kill, from the kill) to the next start of an

@@ -143,6 +143,15 @@ def test_an_end_without_its_cause_is_unexpected(lines: tuple[str, ...]) -> None:
     assert "unexpected" in faults(reckon(entries(*lines), A))
 
 
+def test_an_attempt_that_an_outage_used_up_is_unexpected() -> None:
+    again = (*GOOD, "attempts 2")
+    assert faults(reckon(entries(*again), A)) == {"unexpected"}
+    own = {"a": PlannedTask("a", trouble="transient")}
+    assert reckon(entries(*again), own).findings == ()
+    killed = [*entries(*again), Entry("fault", "", 0.5, "1", "engine killed")]
+    assert reckon(killed, A).findings == ()
+
+
 @pytest.mark.parametrize("trouble", TROUBLED)
 def test_a_troubled_task_has_to_fail_in_its_own_way_and_leave_a_dead_letter(trouble: Trouble) -> None:
     task = PlannedTask("a", trouble=trouble)
