@@ -219,7 +219,7 @@ def test_without_redis_a_callback_is_delivered_all_the_same(caller: Caller, rece
         ("INFERQ_CALLBACK_SCHEDULE", "soon"),
         ("INFERQ_CALLBACK_SCHEDULE", "-1"),
         ("INFERQ_CALLBACK_SCHEDULE", "5,300"),
-        ("INFERQ_CALLBACK_SCHEDULE", ""),
+        ("INFERQ_CALLBACK_SCHEDULE", ","),
         ("INFERQ_CALLBACK_ALLOWED_NETWORKS", "localhost"),
         ("INFERQ_CALLBACK_TIMEOUT", "0"),
     ],

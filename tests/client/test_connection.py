@@ -95,7 +95,7 @@ async def test_the_message_about_a_wrong_address_names_the_setting(
     assert url not in caught.value.message.removesuffix("give http://host:port or https://host")
 
 
-@pytest.mark.parametrize("key", ["k\udcfc", "kü", "k\n", "k k", "\u2028"])
+@pytest.mark.parametrize("key", ["k\udcfc", "kü", "k\nk", "k k", "k\u2028k"])
 async def test_the_message_about_a_wrong_key_names_the_setting(
     connect: Connect, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
