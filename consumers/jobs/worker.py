@@ -27,7 +27,7 @@ from inferq.broker import (
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY
-from inferq.consumers.probes.server import ProbeServer, Readiness
+from inferq.consumers.probes.server import Health, ProbeServer, Readiness
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
 from inferq.storage import StorageSettings, open_store
@@ -94,7 +94,7 @@ def work(
         server = ProbeServer(
             probes.probe_host,
             probes.probe_port,
-            healthy=lambda: True,
+            health=Health,
             readiness=lambda: consuming.readiness(store.waiting_for),
             registry=REGISTRY,
         )

@@ -1,17 +1,23 @@
-"""Serves /healthz, /readyz and /metrics on a thread of its own."""
+"""Serves /healthz, /readyz and /metrics on threads of its own."""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from inferq.schemas import InstallationError
+from inferq.schemas.probe_server import ProbeListener
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the process makes progress: what hinders it for good, and for how many seconds each run goes on."""
+
+    faults: tuple[str, ...] = ()
+    running: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Readiness:
     waiting_for: tuple[str, ...] = ()
 
 
-class ProbeServer:
+class ProbeServer(ProbeListener):
     """Serves the probes at `host`:`port`. Port 0 chooses a free one; see the attribute `port`."""
 
     def __init__(
@@ -30,7 +36,7 @@ class ProbeServer:
         host: str,
         port: int,
         *,
-        healthy: Callable[[], bool],
+        health: Callable[[], Health],
         readiness: Callable[[], Readiness],
         registry: CollectorRegistry,
     ) -> None:
@@ -42,8 +48,9 @@ class ProbeServer:
                     exposition: Iterable[bytes] = metrics(environ, start_response)
                     return exposition
                 case "/healthz":
-                    alive = healthy()
-                    return _json(start_response, alive, {"healthy": alive})
+                    now = health()
+                    content = {"healthy": not now.faults, "faults": now.faults, "running": now.running}
+                    return _json(start_response, not now.faults, content)
                 case "/readyz":
                     state = readiness()
                     content = {"ready": state.ready, "waiting_for": state.waiting_for}
@@ -52,29 +59,7 @@ class ProbeServer:
                     start_response("404 Not Found", [("Content-Type", "text/plain")])
                     return [b"There are /healthz, /readyz and /metrics.\n"]
 
-        try:
-            self._server = make_server(host, port, answer, WSGIServer, _QuietHandler)
-        except OSError as error:
-            raise InstallationError(
-                f"cannot serve the probes at {host}:{port} ({error.strerror}); set INFERQ_PROBE_PORT"
-            ) from error
-        self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-class _QuietHandler(WSGIRequestHandler):
-    timeout = 5  # a silent client must not block the next one
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:  # noqa: ARG002
-        return  # probes come every few seconds
+        super().__init__(host, port, answer)
 
 
 def _json(start_response: StartResponse, good: bool, content: object) -> Iterable[bytes]:

@@ -12,16 +12,17 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from inferq.consumers.engine import Context, Engine, InputFile, TaskAborted
+from inferq.consumers.runtime.channel import Channel
 from inferq.consumers.runtime.messages import (
     INLINE_OUTPUT_BYTES,
     Abort,
@@ -37,6 +38,7 @@ from inferq.consumers.runtime.messages import (
     from_worker,
     send,
 )
+from inferq.consumers.runtime.process_tree import adopt_descendants
 from inferq.consumers.runtime.settings import EngineProcessSettings
 from inferq.consumers.weights.cache import weights_in_use
 from inferq.schemas import (
@@ -75,13 +77,14 @@ def main() -> None:
     """Run the engine of the type and on the pipe that the command line names."""
     type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(worker_pid)
+    adopt_descendants()  # so that the worker finds them when it ends this process
     # The worker decides when a run ends, even if Ctrl-C interrupts all processes of its terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("INFERQ_LOG_LEVEL", "INFO"), format="%(message)s")
     # Frameworks print to standard output, which belongs to the worker's caller.
     os.dup2(2, 1)
     os.set_inheritable(fd, False)  # a program that the engine starts would hold it open
-    pipe = Connection(fd)
+    pipe = Channel(socket.socket(fileno=fd))
     try:
         _serve(get_type(type_name), pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -98,7 +101,7 @@ def _die_with(worker_pid: int) -> None:
         sys.exit("the worker is gone")
 
 
-def _serve(task_type: TaskType, pipe: Connection) -> None:
+def _serve(task_type: TaskType, pipe: Channel) -> None:
     try:
         engine = engine_class(task_type)()
         info = engine.load().model_copy(update={"weights": weights_in_use()})
@@ -150,7 +153,7 @@ def _read(body: str) -> Task | InvalidTask:
 
 
 def _run(
-    engine: Engine[Any], task_type: TaskType, task: Task | InvalidTask, run: Run, pipe: Connection
+    engine: Engine[Any], task_type: TaskType, task: Task | InvalidTask, run: Run, pipe: Channel
 ) -> BaseModel:
     began = time.monotonic()
     context = Context(
@@ -234,7 +237,7 @@ def _done(
 class _Reporter:
     """Sends progress to the worker, at most once in _PROGRESS_SECONDS, and never backwards."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Channel) -> None:
         self._pipe = pipe
         self._last_time = 0.0
         self._furthest = 0.0
@@ -250,7 +253,7 @@ class _Reporter:
 class _AbortFlag:
     """Whether the worker asked the run to stop; reads the pipe only when the engine asks."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Channel) -> None:
         self._pipe = pipe
         self._asked = False
 

@@ -1,4 +1,4 @@
-"""The messages between a worker and its engine process: JSON lines over a pipe.
+"""The messages between a worker and its engine process: JSON lines over a channel.
 
 Inputs and outputs are files in the scratch folder; only their names, a small output and progress travel. The
 output follows its line unquoted, so that it is serialized and parsed once only.
@@ -6,12 +6,12 @@ output follows its line unquoted, so that it is serialized and parsed once only.
 
 from __future__ import annotations
 
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from inferq.consumers.runtime.channel import Channel, Unreadable
 from inferq.schemas import EngineInfo
 from inferq.schemas.encoding import to_json
 
@@ -115,21 +115,27 @@ _from_worker: TypeAdapter[Prepare | Run | Abort] = TypeAdapter(FromWorker)
 _from_engine: TypeAdapter[Ready | LoadFailed | Progress | Done | Failed | Aborted] = TypeAdapter(FromEngine)
 
 
-def send(pipe: Connection, message: BaseModel) -> None:
-    """Send a message. Raises OSError if the other process is gone."""
+def send(pipe: Channel, message: BaseModel, timeout: float | None = None) -> None:
+    """Send a message. Raises OSError if the other process is gone, TimeoutError if it does not read in time."""
     line = to_json(message).encode()  # an engine's message may hold lone surrogates
     if isinstance(message, Done) and message.output is not None:
         line += b"\n" + message.output
-    pipe.send_bytes(line)
+    pipe.send(line, timeout)
 
 
-def from_worker(pipe: Connection) -> Prepare | Run | Abort:
-    """The next message of the worker. Raises EOFError if the worker is gone."""
-    return _from_worker.validate_json(pipe.recv_bytes())
+def from_worker(pipe: Channel) -> Prepare | Run | Abort:
+    """The next message of the worker; waits for it. Raises EOFError if the worker is gone."""
+    return _from_worker.validate_json(pipe.receive())
 
 
-def from_engine(pipe: Connection) -> Ready | LoadFailed | Progress | Done | Failed | Aborted:
-    """The next message of the engine process. Raises EOFError if the process is gone."""
-    line, newline, output = pipe.recv_bytes().partition(b"\n")
-    message = _from_engine.validate_json(line)
+def from_engine(pipe: Channel) -> Ready | LoadFailed | Progress | Done | Failed | Aborted:
+    """The message of the engine process that has come: see `Channel.poll`.
+
+    Raises EOFError if the process is gone, Unreadable if it sent something else, TimeoutError if nothing came.
+    """
+    line, newline, output = pipe.receive(0).partition(b"\n")
+    try:
+        message = _from_engine.validate_json(line)
+    except ValidationError as error:
+        raise Unreadable(f"it sent {len(line)} bytes that are no message") from error
     return message.model_copy(update={"output": output}) if newline else message

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Literal
 
 import psutil
 from pydantic import ByteSize
 
 from inferq.consumers.machine import total_memory
+from inferq.consumers.runtime.channel import Channel, Unreadable
 from inferq.consumers.runtime.messages import (
     Abort,
     Aborted,
@@ -34,6 +33,7 @@ from inferq.consumers.runtime.messages import (
     from_engine,
     send,
 )
+from inferq.consumers.runtime.process_tree import kill_engine, start_engine
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,12 @@ LOOK_SECONDS = 0.25
 
 _WAIT_SECONDS = 0.01
 """How often a process that should end is checked."""
+
+_SEND_SECONDS = 5.0
+"""How long an engine process may take to make room for a message; all of them together fit into its buffer."""
+
+_KILL_SECONDS = 30.0
+"""How long a killed process may take to end; one that hangs in a driver may never do."""
 
 
 class EngineDied(TransientFailure):
@@ -109,10 +115,12 @@ class EngineProcess:
         self.kill_at = limits.kill_at
         self._idle_seconds = idle_seconds
         self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection | None = None
+        self._pipe: Channel | None = None
         self._next_measure = 0.0
         self._prepared: str | None = None
         self._answered_at = 0.0
+        self._run_began: float | None = None
+        self._run_due: float | None = None
         self.info: EngineInfo | None = None
         self.tasks = 0
         self.worn: Wear | None = None
@@ -138,21 +146,27 @@ class EngineProcess:
         """Start the process; it loads its engine while others go on."""
         self.tasks, self.worn, self._next_measure = 0, None, 0.0
         self._prepared, self._answered_at = None, 0.0
-        near, far = multiprocessing.Pipe()
+        if self.alive:
+            raise InstallationError(
+                f"the {self._type_name} engine process {self.pid} cannot be killed: most likely it hangs in a "
+                "driver or on a file system, and keeps its GPU memory; restart the machine",
+                code="engine_unkillable",
+            )
+        near, far = socket.socketpair()
         command = [sys.executable, "-P", "-m", "inferq.consumers.runtime.child", self._type_name]
         with far:
-            self._process = subprocess.Popen(
-                [*command, str(far.fileno()), str(os.getpid())],
-                pass_fds=[far.fileno()],
-                stdin=subprocess.DEVNULL,
-                process_group=0,  # so that everything the engine starts can be ended with it
+            self._process = start_engine(
+                [*command, str(far.fileno()), str(os.getpid())], pass_fds=[far.fileno()]
             )
-        self._pipe = near
+        self._pipe = Channel(near)
 
     @property
     def has_answered(self) -> bool:
         """Whether `wait_ready` would return, or raise, at once."""
-        return self._pipe is not None and (self._pipe.poll(0) or not self.alive)
+        try:
+            return self._pipe is not None and (self._pipe.poll() or not self.alive)
+        except Unreadable:
+            return True
 
     def wait_ready(self, *, limit: float, stopping: Callable[[], bool] = lambda: False) -> EngineInfo:
         """Wait, at most `limit` seconds, until the engine is loaded and warmed up.
@@ -186,6 +200,11 @@ class EngineProcess:
         except (EOFError, OSError) as error:
             raise TransientFailure(
                 f"the {self._type_name} engine process ended while loading ({self._ending()})",
+                code="engine_load_failed",
+            ) from error
+        except Unreadable as error:
+            raise TransientFailure(
+                f"the {self._type_name} engine process cannot be understood: {error}",
                 code="engine_load_failed",
             ) from error
         match answer:
@@ -226,7 +245,7 @@ class EngineProcess:
         if self._pipe is not None and time.monotonic() > self._answered_at + self._idle_seconds:
             self._prepared = task
             with suppress(OSError):  # the run will tell
-                send(self._pipe, Prepare(task=task))
+                send(self._pipe, Prepare(task=task), _SEND_SECONDS)
 
     def run(
         self,
@@ -249,16 +268,22 @@ class EngineProcess:
         try:
             prepared, self._prepared = task == self._prepared, None
             body = None if prepared else task
-            send(pipe, Run(task=body, scratch=scratch, inputs=dict(inputs), time_limit=time_limit))
+            self._run_began, self._run_due = (now := time.monotonic()), now + time_limit + abort_grace
+            self._give(pipe, Run(task=body, scratch=scratch, inputs=dict(inputs), time_limit=time_limit))
             answer = self._await(pipe, watch, time_limit, abort_grace)
         except (RunAborted, OverTime):
             raise
+        except Unreadable as error:
+            self.kill()
+            raise EngineDied(f"the engine process was killed: {error}") from error
         except (EOFError, OSError) as error:
             raise EngineDied(f"the engine process ended during the run ({self._ending()})") from error
         except BaseException:
             # The run may go on in the other process; its answer must not reach the next task.
             self.kill()
             raise
+        finally:
+            self._run_began = self._run_due = None
         self._answered_at = time.monotonic()
         self.tasks += 1
         if isinstance(answer, Failed) and answer.out_of_memory:
@@ -266,6 +291,14 @@ class EngineProcess:
         elif self._limits.replace_at is not None:
             self._measure(self._limits.replace_at)
         return answer
+
+    def _give(self, pipe: Channel, run: Run) -> None:
+        try:
+            send(pipe, run, _SEND_SECONDS)
+        except TimeoutError as error:
+            raise EngineDied(
+                f"the engine process did not take the task within {_SEND_SECONDS:g} s"
+            ) from error
 
     def _measure(self, replace_at: int) -> None:
         now = time.monotonic()
@@ -289,15 +322,11 @@ class EngineProcess:
                     use += part.memory_info().rss
         return use
 
-    def _await(
-        self, pipe: Connection, watch: RunHooks, time_limit: float, abort_grace: float
-    ) -> Done | Failed:
+    def _await(self, pipe: Channel, watch: RunHooks, time_limit: float, abort_grace: float) -> Done | Failed:
         now = time.monotonic()
         deadline, next_look = now + time_limit, now + LOOK_SECONDS
-        poller = select.poll()  # Connection.poll would make a selector for each call
-        poller.register(pipe.fileno(), select.POLLIN)
         while True:
-            if poller.poll(max(0.0, min(next_look, deadline) - time.monotonic()) * 1000):
+            if pipe.poll(min(next_look, deadline) - time.monotonic()):
                 match from_engine(pipe):
                     case Done() | Failed() as answer:
                         return answer
@@ -325,14 +354,14 @@ class EngineProcess:
                     "or one with a larger time_limit (at most the worker's INFERQ_MAX_TIME_LIMIT)"
                 )
 
-    def _stop(self, pipe: Connection, abort_grace: float) -> Done | Failed | None:
+    def _stop(self, pipe: Channel, abort_grace: float) -> Done | Failed | None:
         """Ask the engine to stop, and kill it if it does not within `abort_grace` seconds.
 
         Gives the answer if the run finished first.
         """
         deadline = time.monotonic() + abort_grace
-        with suppress(EOFError, OSError):  # it has ended already
-            send(pipe, Abort())
+        with suppress(EOFError, OSError, Unreadable):  # it has ended already
+            send(pipe, Abort(), abort_grace)
             while (left := deadline - time.monotonic()) > 0 and pipe.poll(left):
                 match from_engine(pipe):
                     case Done() | Failed() as answer:
@@ -342,9 +371,9 @@ class EngineProcess:
         self.kill()
         return None
 
-    def _check_lives(self, pipe: Connection) -> None:
+    def _check_lives(self, pipe: Channel) -> None:
         """Raises EOFError if the process ended and its pipe is read: a fork of it may keep the pipe open."""
-        if not self.alive and not pipe.poll(0):
+        if not self.alive and not pipe.poll():
             raise EOFError
 
     def _watch_memory(self) -> None:
@@ -360,10 +389,34 @@ class EngineProcess:
 
     def kill(self) -> None:
         """Kill the process and everything it started; wait until they are gone."""
-        if self._process is not None and self._process.returncode is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        process = self._process
+        if process is not None and process.returncode is None and not kill_engine(process, _KILL_SECONDS):
+            _log.error(
+                "the %s engine process %d does not end though it was killed", self._type_name, process.pid
+            )
         self._close_pipe()
+
+    @property
+    def run_seconds(self) -> float | None:
+        """How long the run in progress has taken; None if there is none. For any thread."""
+        began = self._run_began
+        return None if began is None else time.monotonic() - began
+
+    @property
+    def overdue(self) -> float:
+        """Seconds that the run in progress is beyond its time limit and the time to stop; 0 if it is not.
+
+        For any thread.
+        """
+        due = self._run_due
+        return 0.0 if due is None else max(0.0, time.monotonic() - due)
+
+    def kill_overdue(self) -> None:
+        """Kill the process from another thread: its own does not come to it. That one does all the rest."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def close(self, timeout: float = 5.0) -> None:
         """Let the engine close itself within `timeout` seconds; then kill it and everything it started."""

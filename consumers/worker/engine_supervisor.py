@@ -17,6 +17,9 @@ from inferq.schemas import InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
 
+_WATCHDOG_SECONDS = 10.0
+"""How far a run may be beyond its time limit and `abort_grace` before the watchdog kills the engine."""
+
 
 class NotStarted(Exception):
     """The run has not started and will not start here; the message says why. Another worker may run the task."""
@@ -95,6 +98,16 @@ class EngineSupervisor:
             if self.engine.worn is not None:
                 self._count_replacement(self.engine.worn)
             self._load()
+
+    def watch(self) -> None:
+        """Kill the engine if its run is long beyond its limit. For a thread that waits for nothing."""
+        engine = self.engine
+        if (late := engine.overdue) > _WATCHDOG_SECONDS:
+            _log.error(
+                "%s: killing the engine process: its run is %.0f s beyond its time limit, and the thread that "
+                "should end it does not", self._name, late,
+            )  # fmt: skip
+            engine.kill_overdue()
 
     def close(self) -> None:
         """End the engine, and a successor that is loading."""

@@ -32,12 +32,15 @@ _IDLE_LOOK_SECONDS = 0.5
 _READY_LOOK_SECONDS = 0.1
 """How often a thread that takes tasks ahead checks whether the first engine is ready."""
 
+_STUCK_SECONDS = 30.0
+"""How far a run may be beyond its limit before its slot counts as stuck; the watchdog has acted by then."""
+
 
 class Slot:
     """One engine process and the thread that brings it tasks, or two threads if tasks are taken ahead."""
 
     def __init__(self, number: int, services: WorkerServices, broker: BrokerSettings) -> None:
-        name = f"slot {number}"
+        self.name = name = f"slot {number}"
         supervisor = EngineSupervisor(name, services)
         self._supervisor = supervisor
         names = [name, f"{name} ahead"] if services.settings.take_ahead else [name]
@@ -58,6 +61,24 @@ class Slot:
     def busy(self) -> bool:
         """Whether it has a task in hand."""
         return self._supervisor.busy
+
+    @property
+    def run_seconds(self) -> float | None:
+        """How long the run in progress has taken; None if there is none."""
+        return self._supervisor.engine.run_seconds
+
+    @property
+    def fault(self) -> str | None:
+        """Why this slot makes no progress any more; None if it does, as far as is known."""
+        if not self.is_alive():
+            return f"{self.name}: its thread has ended"
+        if (late := self._supervisor.engine.overdue) > _STUCK_SECONDS:
+            return f"{self.name}: its run is {late:.0f} s beyond its time limit"
+        return None
+
+    def watch(self) -> None:
+        """Kill an engine that its own thread does not end."""
+        self._supervisor.watch()
 
     @property
     def fatal(self) -> InferqError | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from contextlib import suppress
 from typing import Literal
 
 from inferq.broker import BrokerSettings, Publisher, topology_for
-from inferq.consumers.probes.server import ProbeServer, Readiness
+from inferq.consumers.probes.server import Health, ProbeServer, Readiness
 from inferq.consumers.runtime.device_memory import DeviceMemory
+from inferq.consumers.runtime.process_tree import adopt_orphans, end_orphans
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
@@ -28,6 +30,8 @@ from inferq.storage import Fetcher, ResultStore, StatusIndex, StorageSettings, o
 _log = logging.getLogger(__name__)
 
 Request = Literal["stop", "hurry", "reload"]
+
+_WATCH_SECONDS = 2.0
 
 
 class Worker:
@@ -70,18 +74,20 @@ class Worker:
         self._slots = [Slot(number, self._services, broker) for number in range(settings.slots)]
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
+        self._next_watch = 0.0
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:
             self.probes = ProbeServer(
                 settings.probe_host,
                 settings.probe_port,
-                healthy=lambda: all(slot.is_alive() for slot in self._slots),
+                health=self.health,
                 readiness=self.readiness,
                 registry=self.metrics.registry,
             )
 
     def run(self) -> None:
         """Work until stopped. Raises InstallationError if the engine cannot work on this machine."""
+        adopt_orphans()
         self._publisher.start()
         for slot in self._slots:
             slot.start()
@@ -91,15 +97,25 @@ class Worker:
             while any(slot.is_alive() for slot in self._slots):
                 with suppress(queue.Empty):
                     self._serve(self.requests.get(timeout=0.2))
+                self._watch()
         finally:
             self.stop(hurry=True)
             self._publisher.close()
             self._services.scratch.close()
+            end_orphans()
             if self.probes is not None:
                 self.probes.close()
         for slot in self._slots:
             if slot.fatal is not None:
                 raise slot.fatal
+
+    def _watch(self) -> None:
+        """Every few seconds: see to runs that nothing else ends, and to processes that engines left behind."""
+        if time.monotonic() >= self._next_watch:
+            self._next_watch = time.monotonic() + _WATCH_SECONDS
+            for slot in self._slots:
+                slot.watch()
+            end_orphans()
 
     def _serve(self, request: Request) -> None:
         match request:
@@ -120,6 +136,12 @@ class Worker:
         """Load new engines beside the running ones, and swap between two tasks."""
         for slot in self._slots:
             slot.reload()
+
+    def health(self) -> Health:
+        """Whether every slot makes progress, and for how many seconds each has been running a task."""
+        faults = tuple(fault for slot in self._slots if (fault := slot.fault) is not None)
+        running = {slot.name: slot.run_seconds for slot in self._slots}
+        return Health(faults, {name: round(s, 1) for name, s in running.items() if s is not None})
 
     def readiness(self) -> Readiness:
         """Whether every slot would take a task now."""

@@ -1,14 +1,13 @@
-"""/healthz and /readyz of beat, on a thread of their own."""
+"""/healthz and /readyz of beat, on threads of their own."""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterable
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 from inferq.producer.nightly.beat import BeatState
-from inferq.schemas import InstallationError
+from inferq.schemas.probe_server import ProbeListener
 
 
 def serve_probes(host: str, port: int, state: Callable[[], BeatState]) -> int:
@@ -17,38 +16,19 @@ def serve_probes(host: str, port: int, state: Callable[[], BeatState]) -> int:
     Raises InstallationError if it cannot listen there.
     """
 
-    class Probes(BaseHTTPRequestHandler):
-        timeout = 5  # a silent caller must not hold a thread
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        match environ.get("PATH_INFO"):
+            case "/healthz":
+                status, content = "200 OK", dict[str, object](healthy=True)
+            case "/readyz":
+                now = state()
+                status = "200 OK" if now.ready else "503 Service Unavailable"
+                content = {"ready": now.ready, "waiting_for": now.waiting_for}
+            case _:
+                status, content = "404 Not Found", {"there_are": ["/healthz", "/readyz"]}
+        start_response(status, [("Content-Type", "application/json")])
+        return [json.dumps(content).encode() + b"\n"]
 
-        def do_GET(self) -> None:
-            match self.path:
-                case "/healthz":
-                    self._answer(200, {"healthy": True})
-                case "/readyz":
-                    now = state()
-                    self._answer(
-                        200 if now.ready else 503, {"ready": now.ready, "waiting_for": now.waiting_for}
-                    )
-                case _:
-                    self._answer(404, {"there_are": ["/healthz", "/readyz"]})
-
-        def _answer(self, code: int, content: object) -> None:
-            body = json.dumps(content).encode() + b"\n"
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002, ARG002
-            return  # probes come every few seconds
-
-    try:
-        server = ThreadingHTTPServer((host, port), Probes)
-    except OSError as error:
-        raise InstallationError(
-            f"the probes cannot be served at {host}:{port} ({error.strerror}); set INFERQ_PROBE_PORT"
-        ) from error
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, name="probes", daemon=True).start()
-    return int(server.server_port)
+    listener = ProbeListener(host, port, answer)
+    listener.start()
+    return listener.port

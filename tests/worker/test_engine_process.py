@@ -6,7 +6,10 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,61 @@ def test_a_run_that_ends_beyond_its_limit_does_not_count_and_its_engine_stays(
 
 def all_gone(helpers: Path) -> bool:
     return not any(orphan_reaper.alive(int(pid)) for pid in helpers.read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("fault", "time_limit", "code"),
+    [
+        ("cut_and_die", 20, "engine_died"),
+        ("cut_and_stay", 1, "time_limit"),
+        ("endless_message", 1, "engine_died"),
+    ],
+)
+def test_a_message_that_does_not_end_suspends_nothing(
+    start_faulty: StartFaulty, tmp_path: Path, fault: str, time_limit: float, code: str
+) -> None:
+    engine = start_faulty()
+    engine.wait_ready(limit=60)
+    began = time.monotonic()
+    with pytest.raises(TransientFailure) as raised:
+        run_faulty(engine, tmp_path, fault, time_limit=time_limit, abort_grace=0.5)
+    assert raised.value.code == code
+    assert time.monotonic() - began < 15
+    assert (engine.alive, engine.overdue, engine.run_seconds) == (False, 0, None)
+
+
+def test_a_daemon_that_the_engine_started_ends_with_it(start_faulty: StartFaulty, tmp_path: Path) -> None:
+    engine = start_faulty()
+    engine.wait_ready(limit=60)
+    daemon = tmp_path / "daemon"
+    with pytest.raises(OverTime):
+        run_faulty(engine, tmp_path, "hang_hard", time_limit=1, abort_grace=0.1, daemon=str(daemon))
+    eventually(lambda: all_gone(daemon), what="its end")
+
+
+def test_a_run_that_its_own_thread_does_not_end_is_overdue_and_ends_from_another(
+    start_faulty: StartFaulty, tmp_path: Path
+) -> None:
+    engine = start_faulty()
+    engine.wait_ready(limit=60)
+    stuck = threading.Event()
+
+    def look() -> None:
+        stuck.wait(60)  # a service that does not answer
+
+    watch = RunHooks(lambda *_: None, look)
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(
+            run_faulty, engine, tmp_path, "hang_hard", watch=watch, time_limit=0.6, abort_grace=0
+        )
+        eventually(lambda: engine.overdue)
+        assert engine.run_seconds
+        engine.kill_overdue()
+        eventually(lambda: not engine.alive)
+        stuck.set()
+        with pytest.raises(TransientFailure):
+            run.result(60)
+    assert not engine.overdue
 
 
 @pytest.mark.parametrize(

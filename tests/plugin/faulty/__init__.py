@@ -11,7 +11,7 @@ from inferq.schemas import InputUrl, Options, Task, TaskType, always
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
     "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate", "gpu_memory", "swell",
-    "grow", "illegible",
+    "grow", "illegible", "cut_and_die", "cut_and_stay", "endless_message",
 ]  # fmt: skip
 
 
@@ -23,6 +23,8 @@ class FaultyOptions(Options):
     """The memory that a run with the fault `swell` or `grow` allocates; after `grow` the engine keeps it."""
     gate: str | None = None
     """The file that a run with the fault `gate` waits for."""
+    daemon: str | None = None
+    """The file for the pid of a daemon that the run leaves: in a session of its own, its parent gone."""
     helpers: str | None = None
     """The file for the pids of the processes that the run leaves: a fork of the engine, and a program."""
 

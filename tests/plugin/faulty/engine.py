@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -70,6 +71,8 @@ class FaultyEngine(Engine[FaultyTask]):
             program = [sys.executable, "-c", "import time; time.sleep(3600)"]
             pids = (_forked(), os.posix_spawn(sys.executable, program, os.environ))
             Path(task.options.helpers).write_text(" ".join(map(str, pids)))
+        if task.options.daemon:
+            _leave_daemon(Path(task.options.daemon))
         fault = task.fault if starts <= task.options.times else "none"
         match fault:
             case "crash":
@@ -83,6 +86,17 @@ class FaultyEngine(Engine[FaultyTask]):
                 while True:
                     context.check_abort()
                     time.sleep(0.02)
+            case "cut_and_die":
+                _forked()
+                os.write(int(sys.argv[2]), struct.pack(">I", 1000) + b'{"kind":')
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "cut_and_stay":
+                os.write(int(sys.argv[2]), struct.pack(">I", 1000) + b'{"kind":')
+                time.sleep(3600)
+            case "endless_message":
+                os.write(int(sys.argv[2]), struct.pack(">I", 2**32 - 1))
+                while True:
+                    os.write(int(sys.argv[2]), b"a" * 65536)
             case "hang_hard":
                 time.sleep(3600)
             case "invalid":
@@ -136,6 +150,18 @@ def _forked() -> int:
         time.sleep(3600)
         os._exit(0)
     return pid
+
+
+def _leave_daemon(noted: Path) -> None:
+    if not os.fork():
+        os.setsid()
+        if not os.fork():
+            noted.write_text(str(os.getpid()))
+            time.sleep(3600)
+        os._exit(0)
+    os.wait()
+    while not (noted.exists() and noted.read_text()):
+        time.sleep(0.02)
 
 
 def _processes() -> int:

@@ -1,0 +1,97 @@
+"""The probes answer whatever their other clients do."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from inferq.consumers.probes.server import Health, ProbeServer, Readiness
+from inferq.schemas import InstallationError, probe_server
+from tests.waiting import eventually
+
+
+def probes_at(host: str) -> ProbeServer:
+    server = ProbeServer(
+        host, 0, health=Health, readiness=lambda: Readiness(False, ("Redis",)), registry=CollectorRegistry()
+    )
+    server.start()
+    return server
+
+
+@pytest.fixture
+def probes() -> Iterator[ProbeServer]:
+    server = probes_at("127.0.0.1")
+    yield server
+    server.close()
+
+
+def answers(probes: ProbeServer, host: str = "127.0.0.1") -> bool:
+    """Whether a probe is answered as soon as Kubernetes wants it."""
+    return httpx.get(f"http://{host}:{probes.port}/healthz", timeout=1).status_code == 200
+
+
+def connected(probes: ProbeServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", probes.port), timeout=10)
+
+
+def test_silent_clients_in_any_number_delay_nothing(probes: ProbeServer) -> None:
+    with ExitStack() as stack:
+        silent = [stack.enter_context(connected(probes)) for _ in range(100)]
+        assert answers(probes)
+        assert silent[0].recv(1) == b""  # the oldest made room
+        assert answers(probes)
+
+
+def test_a_client_that_drips_is_cut_off_in_time(probes: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_server, "_REQUEST_SECONDS", 0.3)
+    with connected(probes) as dripping:
+        began = time.monotonic()
+
+        def dripped() -> bool:
+            try:
+                dripping.sendall(b"G")
+            except OSError:
+                return True
+            return False
+
+        assert answers(probes)
+        eventually(dripped, seconds=4)
+        assert time.monotonic() - began >= 0.3
+
+
+def test_head_is_answered_and_nothing_else_but_get(probes: ProbeServer) -> None:
+    url = f"http://127.0.0.1:{probes.port}"
+    head = httpx.head(f"{url}/readyz", timeout=5)
+    assert (head.status_code, head.content) == (503, b"")
+    assert httpx.head(f"{url}/healthz", timeout=5).status_code == 200
+    refused = httpx.post(f"{url}/healthz", timeout=5)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+    assert httpx.get(f"{url}/readyz", timeout=5).json() == {"ready": False, "waiting_for": ["Redis"]}
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_they_listen_on_ipv6_and_on_every_address() -> None:
+    every, own = probes_at("::"), probes_at("::1")
+    assert answers(every)
+    assert answers(every, "[::1]")
+    assert answers(own, "[::1]")
+    every.close()
+    own.close()
+
+
+def test_an_address_that_cannot_be_listened_on_names_its_settings(probes: ProbeServer) -> None:
+    for host, port in (("127.0.0.1", probes.port), ("192.0.2.1", 0), ("no-such-host.invalid", 0)):
+        with pytest.raises(InstallationError, match="INFERQ_PROBE_HOST and INFERQ_PROBE_PORT"):
+            ProbeServer(
+                host,
+                port,
+                health=Health,
+                readiness=lambda: Readiness(True),
+                registry=CollectorRegistry(),
+            )
