@@ -118,4 +118,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.submitter.finish()
         await services.event_bus.close()
         await to_thread.run_sync(services.publisher.close, _CLOSE_SECONDS)
+        services.close_threads()
         await to_thread.run_sync(services.status.close)

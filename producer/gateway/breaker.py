@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from anyio import CapacityLimiter, move_on_after, to_thread
+from anyio import move_on_after
 
+from inferq.producer.gateway.threads import Threads
 from inferq.storage.objects.store import StoreOutage
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class StoreBreaker:
         self._clock = clock
         self._open_until: float | None = None
 
-    async def run(self, read: Callable[[], T], threads: CapacityLimiter) -> T:
+    async def run(self, read: Callable[[], T], threads: Threads) -> T:
         """What `read` returns or raises. Raises StoreOutage if it takes too long or the breaker is open."""
         if self._open_until is not None:
             if self._clock() < self._open_until:
@@ -37,7 +38,7 @@ class StoreBreaker:
             self._open()  # for all but this read
         with move_on_after(self._limit) as scope:
             try:
-                return await to_thread.run_sync(read, limiter=threads, abandon_on_cancel=True)
+                return await threads.run(read)
             finally:
                 if not scope.cancel_called:
                     self._open_until = None

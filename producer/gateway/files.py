@@ -5,7 +5,7 @@ from __future__ import annotations
 import mimetypes
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import PurePosixPath
 from typing import Annotated
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.producer.gateway.task_lookup import checked_task_id, find_result, find_status, no_such_task
 from inferq.schemas import new_task_id
 from inferq.storage.objects.results import upload_key
-from inferq.storage.objects.store import DEFAULT_TYPE, clean_type
+from inferq.storage.objects.store import DEFAULT_TYPE, StoreOutage, clean_type
 
 _FORM_OVERHEAD = 64 * 1024
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,10}")
@@ -183,5 +183,6 @@ async def chunks_of(services: Services, chunks: Iterator[bytes]) -> AsyncIterato
     finally:
         close = getattr(chunks, "close", None)
         if close is not None:
-            with CancelScope(shield=True):
+            # A read that was abandoned still runs: then the object is closed once nothing refers to it.
+            with CancelScope(shield=True), suppress(ValueError, StoreOutage):
                 await services.on_store(close)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 
 from inferq.producer.gateway.app import create_app
+from inferq.producer.gateway.connections import (
+    ConnectionGuard,
+    GuardedProtocol,
+    default_limit,
+    raise_descriptor_limit,
+)
 from inferq.producer.gateway.services import Services
 from inferq.producer.gateway.settings import GatewaySettings
-from inferq.schemas import InstallationError
+from inferq.schemas import probe_server
 
 _BACKLOG = 2048
+_ACCEPTED_AT_ONCE = 64
+"""Connections that asyncio accepts before it looks at them: they must not use up the descriptors."""
 _KEEP_ALIVE_SECONDS = 30
 
 
@@ -24,25 +34,38 @@ class Server(uvicorn.Server):
     """uvicorn that ends event streams and waiting requests when it stops."""
 
     def __init__(self, app: FastAPI, *, grace: float) -> None:
+        self._services: Services = app.state.services
+        settings = self._services.settings
+        limit = settings.max_connections or default_limit(raise_descriptor_limit())
+        self._guard = ConnectionGuard(limit, settings.max_connections_per_address or max(1, limit // 2))
+        self._watch: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             app,
+            http=partial(GuardedProtocol, guard=self._guard),  # type: ignore[arg-type] # it makes protocols
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
             ws="none",
             lifespan="on",
-            backlog=_BACKLOG,
+            backlog=_ACCEPTED_AT_ONCE,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(grace)),
         )
         super().__init__(config)
-        self._services: Services = app.state.services
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_BACKLOG)  # asyncio has set its own
+        self._watch = asyncio.create_task(self._guard.watch(), name="connections")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._services.closing.set()
         self._services.event_bus.wake()
         await super().shutdown(sockets)
+        if self._watch is not None:
+            self._watch.cancel()
 
 
 def serve(
@@ -74,19 +97,17 @@ def serve(
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on the address. Raises InstallationError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        # Connections inherit it. Without it an answer's body, sent as a packet of its own after the headers,
-        # waits up to 40 ms for the client's acknowledgement. asyncio sets it on its own sockets only.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except OSError as error:
-        raise InstallationError(
-            f"the gateway cannot listen on {host}:{port}: {error.strerror or error}; "
-            "free the port, or set INFERQ_GATEWAY_HOST and INFERQ_GATEWAY_PORT",
-            code="cannot_listen",
-        ) from error
+    listener = probe_server.listen(
+        host,
+        port,
+        what="the gateway",
+        settings="INFERQ_GATEWAY_HOST and INFERQ_GATEWAY_PORT",
+        backlog=_BACKLOG,
+    )
+    # Connections inherit it. Without it an answer's body, sent as a packet of its own after the headers,
+    # waits up to 40 ms for the client's acknowledgement. asyncio sets it on its own sockets only.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:

@@ -19,19 +19,22 @@ from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
 from inferq.producer.gateway.paths import task_path
 from inferq.producer.gateway.settings import GatewaySettings
+from inferq.producer.gateway.threads import Threads
 from inferq.schemas import Batch
 from inferq.storage.batches.index import BatchIndex
 from inferq.storage.batches.store import BatchStore
 from inferq.storage.callbacks import CallbackRecords
 from inferq.storage.objects.results import ResultStore
-from inferq.storage.objects.store import ObjectStore
-from inferq.storage.status.index import StatusIndex
+from inferq.storage.objects.store import ObjectStore, StoreOutage
+from inferq.storage.status.index import StatusIndex, StatusOutage
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _REDIS_THREADS = 32
 _STORE_THREADS = 64
+_REDIS_SECONDS = 15.0
+PING_SECONDS = 5.0
 _CACHED_BATCHES = 256
 
 
@@ -100,20 +103,44 @@ class Services:
     batch_index: BatchIndex
     batch_cache: BatchCache = field(default_factory=BatchCache)
     store_breaker: StoreBreaker = field(default_factory=StoreBreaker)
-    _redis_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REDIS_THREADS))
-    _store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_STORE_THREADS))
+    _redis_threads: Threads = field(init=False)
+    _store_threads: Threads = field(init=False)
+    _ping_threads: tuple[Threads, Threads] = field(init=False)
     _upload_threads: CapacityLimiter = field(init=False)
 
     def __post_init__(self) -> None:
+        def threads(count: int, seconds: float, *, redis: bool) -> Threads:
+            if redis:
+                return Threads(count, name="Redis", seconds=seconds, outage=StatusOutage)
+            return Threads(count, name="the object store", seconds=seconds, outage=StoreOutage)
+
+        store_seconds = self.settings.gateway_store_timeout
+        object.__setattr__(self, "_redis_threads", threads(_REDIS_THREADS, _REDIS_SECONDS, redis=True))
+        object.__setattr__(self, "_store_threads", threads(_STORE_THREADS, store_seconds, redis=False))
+        pings = tuple(threads(1, PING_SECONDS, redis=redis) for redis in (False, True))
+        object.__setattr__(self, "_ping_threads", pings)
         object.__setattr__(self, "_upload_threads", CapacityLimiter(self.settings.max_uploads))
 
     async def on_redis(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a blocking Redis call on a thread."""
-        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._redis_threads)
+        """Make a blocking Redis call on a thread. Raises StatusOutage if it takes too long."""
+        return await self._redis_threads.run(partial(call, *args, **kwargs))
 
     async def on_store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a blocking object store call on a thread."""
-        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._store_threads)
+        """Make a blocking object store call on a thread. Raises StoreOutage if it takes too long."""
+        return await self._store_threads.run(partial(call, *args, **kwargs))
+
+    async def ping_store(self) -> None:
+        """Look whether the object store answers, on a thread of its own. Raises StoreOutage."""
+        await self._ping_threads[0].run(self.store.ping)
+
+    async def ping_redis(self) -> None:
+        """Look whether Redis answers, on a thread of its own. Raises StatusOutage."""
+        await self._ping_threads[1].run(self.status.ping)
+
+    def close_threads(self) -> None:
+        """Make no call any more that still waits for a thread."""
+        for threads in (self._redis_threads, self._store_threads, *self._ping_threads):
+            threads.close()
 
     async def try_store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make an object store call that the gateway can do without.

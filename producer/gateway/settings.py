@@ -24,6 +24,23 @@ class GatewaySettings(Settings):
     submit_timeout: float = Field(
         5.0, gt=0, description="Seconds to wait for the broker's confirm before the gateway answers 503."
     )
+    max_connections: int | None = Field(
+        None,
+        gt=0,
+        description="Connections to the gateway at a time (default: less than half of the process's limit of "
+        "open files, 10,000 at most). At the limit, idle connections end; then new requests get 503.",
+    )
+    max_connections_per_address: int | None = Field(
+        None,
+        gt=0,
+        description="Connections of one client address at a time (default: half of `max_connections`). Raise it "
+        "behind a proxy.",
+    )
+    gateway_store_timeout: float = Field(
+        20.0,
+        gt=0,
+        description="Seconds that one call of the gateway to the object store may take; then it answers 503.",
+    )
     body_timeout: float = Field(
         30.0, gt=0, description="Seconds that a client may pause while it sends a request's body."
     )

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from anyio import CapacityLimiter
 
 from inferq.producer.gateway.breaker import StoreBreaker
+from inferq.producer.gateway.threads import Threads
 from inferq.storage.objects.store import ObjectNotFound, StoreOutage
 
 
@@ -36,7 +36,7 @@ async def test_a_slow_read_stops_all_others_until_one_is_quick_again(
     clock: Clock, hang: Callable[[], None]
 ) -> None:
     breaker = StoreBreaker(limit=0.5, pause=10, clock=clock)
-    threads = CapacityLimiter(4)
+    threads = Threads(4, name="store", seconds=20, outage=StoreOutage)
     reads: list[str] = []
 
     def read() -> str:
@@ -63,7 +63,7 @@ async def test_a_slow_read_stops_all_others_until_one_is_quick_again(
 
 async def test_a_read_that_fails_in_time_is_no_slow_one(clock: Clock, hang: Callable[[], None]) -> None:
     breaker = StoreBreaker(limit=0.5, pause=10, clock=clock)
-    threads = CapacityLimiter(4)
+    threads = Threads(4, name="store", seconds=20, outage=StoreOutage)
 
     def missing() -> None:
         raise ObjectNotFound("missing")
