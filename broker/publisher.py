@@ -26,9 +26,6 @@ from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import Topology
 from inferq.schemas import InvalidTask
 
-_WINDOW_LOOK_SECONDS = 0.002
-"""Seconds between two tries of an asyncio task while the window is full."""
-
 _MAX_HEADER_BYTES = 64 * 1024
 """The largest properties: they must fit into one frame, 128 KiB by default."""
 
@@ -67,6 +64,7 @@ class _Window:
     def __init__(self, places: int) -> None:
         self._free = places
         self._changed = threading.Condition()
+        self._waiting: deque[Future[None]] = deque()
 
     def acquire(self, most: int, timeout: float = 0.0) -> int:
         """Reserve up to `most` slots and return their number; 0 if none is free within `timeout` seconds."""
@@ -77,8 +75,34 @@ class _Window:
             self._free -= taken
             return taken
 
+    async def acquire_one(self, timeout: float) -> bool:
+        """Reserve a slot from asyncio; False if none is free within `timeout` seconds. First come, first served."""
+        slot: Future[None] = Future()
+        with self._changed:
+            if self._free:
+                self._free -= 1
+                return True
+            self._waiting.append(slot)
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.wrap_future(slot)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            with self._changed:
+                granted = not slot.cancel()
+            if granted:  # just as the caller gave up
+                self.release(1)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return False
+        return True
+
     def release(self, count: int) -> None:
         with self._changed:
+            while count and self._waiting:
+                slot = self._waiting.popleft()
+                if slot.set_running_or_notify_cancel():
+                    slot.set_result(None)
+                    count -= 1
             self._free += count
             self._changed.notify(count)
 
@@ -148,10 +172,8 @@ class Publisher(BrokerThread):
         """Send a message and wait for its confirm, from asyncio. Raises what `publish` gives."""
         pending = _Pending(message, self._deadline(timeout), _sendable(message), _Answer(1))
         # Not on a thread: it would take the slot even after the caller is cancelled.
-        while not self._window.acquire(1):
-            if time.monotonic() >= pending.deadline:
-                raise self._late("the publish window stayed full")
-            await asyncio.sleep(_WINDOW_LOOK_SECONDS)
+        if not await self._window.acquire_one(pending.deadline - time.monotonic()):
+            raise self._late("the publish window stayed full")
         pending.answer.future.set_running_or_notify_cancel()
         self._send([pending])
         await asyncio.wrap_future(pending.answer.future)

@@ -53,6 +53,7 @@ from inferq.schemas import (
     parse_task,
 )
 from inferq.schemas.result import OUTPUT_ARTIFACT
+from inferq.schemas.standard_streams import open_standard_streams
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ _OUT_OF_MEMORY_SIGNS = (
 
 def main() -> None:
     """Run the engine of the type and on the pipe that the command line names."""
+    open_standard_streams()
     type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(worker_pid)
     adopt_descendants()  # so that the worker finds them when it ends this process

@@ -13,6 +13,7 @@ from inferq.producer.cli.output import complain
 from inferq.producer.cli.parts import LazyGroup
 from inferq.producer.client.errors import Unauthorized
 from inferq.schemas import InferqError
+from inferq.schemas.standard_streams import open_standard_streams
 
 app = typer.Typer(
     name="inferq",
@@ -41,6 +42,7 @@ def _root(
 
 def main() -> None:
     """Run the command line. An expected error is one line on standard error, and exit status 1."""
+    open_standard_streams()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app()
