@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -22,11 +23,16 @@ _DRAIN_BYTES = 8 * 1024 * 1024
 _BUFFER_BYTES = 1 << 20
 
 
+SLOWEST_BYTES = 8192
+"""Bytes per second that a client has to send of a body, on average, once it has had `seconds`."""
+
+
 async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncGenerator[bytes, None]:
     """The body, chunk by chunk. Raises ProblemError
 
     - 413 if it has more than `limit` bytes; at once if its Content-Length says so,
-    - 408 if the client sends nothing for `seconds`,
+    - 408 if the client sends nothing for `seconds`, or too little after that; the time that the reader of this
+      generator takes does not count,
     - 415 if it is compressed.
     """
     encoding = request.headers.get("content-encoding", "identity")
@@ -49,7 +55,9 @@ async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncG
             await _drain(stream)
         raise too_large
     received = 0
+    waited = 0.0
     while True:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
                 chunk = await anext(stream, None)
@@ -59,6 +67,10 @@ async def body_chunks(request: Request, *, limit: int, seconds: float) -> AsyncG
         if chunk is None:
             return
         received += len(chunk)
+        waited += time.monotonic() - began
+        if received < SLOWEST_BYTES * (waited - seconds):
+            message = f"the client sent less than {SLOWEST_BYTES} bytes per second; send the request again"
+            raise ProblemError(408, "request_timeout", message, headers={"Connection": "close"})
         if received > limit:
             await _drain(stream)
             raise too_large

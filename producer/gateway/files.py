@@ -6,6 +6,7 @@ import mimetypes
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Annotated
 from urllib.parse import quote
@@ -112,8 +113,9 @@ async def store_upload(
     file_id = new_task_id() + _extension(filename, content_type)
     file = BodyFile(stream)
     try:
+        key = upload_key(tenant, file_id)
         await services.on_upload(
-            services.store.put, upload_key(tenant, file_id), file.buffered(), content_type=content_type
+            tenant, partial(services.store.put, key, file.buffered(), content_type=content_type)
         )
     except Exception:
         if file.error is not None:

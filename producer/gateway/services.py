@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, ParamSpec, Protocol, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Depends, Request
 
 from inferq.broker.messages import Message
@@ -18,6 +19,7 @@ from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
 from inferq.producer.gateway.paths import task_path
+from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.producer.gateway.threads import Threads
 from inferq.schemas import Batch
@@ -106,7 +108,8 @@ class Services:
     _redis_threads: Threads = field(init=False)
     _store_threads: Threads = field(init=False)
     _ping_threads: tuple[Threads, Threads] = field(init=False)
-    _upload_threads: CapacityLimiter = field(init=False)
+    _uploads: CapacityLimiter = field(init=False)
+    _tenant_uploads: dict[str, CapacityLimiter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def threads(count: int, seconds: float, *, redis: bool) -> Threads:
@@ -119,7 +122,7 @@ class Services:
         object.__setattr__(self, "_store_threads", threads(_STORE_THREADS, store_seconds, redis=False))
         pings = tuple(threads(1, PING_SECONDS, redis=redis) for redis in (False, True))
         object.__setattr__(self, "_ping_threads", pings)
-        object.__setattr__(self, "_upload_threads", CapacityLimiter(self.settings.max_uploads))
+        object.__setattr__(self, "_uploads", CapacityLimiter(self.settings.max_uploads))
 
     async def on_redis(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a blocking Redis call on a thread. Raises StatusOutage if it takes too long."""
@@ -149,9 +152,31 @@ class Services:
         """
         return await self.store_breaker.run(partial(call, *args, **kwargs), self._store_threads)
 
-    async def on_upload(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a blocking call that lasts until its client has sent everything."""
-        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._upload_threads)
+    async def on_upload(self, tenant: str, call: Callable[[], T]) -> T:
+        """Make a blocking call that lasts until its client has sent everything.
+
+        One tenant's uploads take three quarters of the places at most. Raises ProblemError (503) if none is free
+        within `body_timeout`.
+        """
+        own = self._tenant_uploads.setdefault(
+            tenant, CapacityLimiter(self.settings.max_uploads - self.settings.max_uploads // 4)
+        )
+        try:
+            async with AsyncExitStack() as places:
+                with move_on_after(self.settings.body_timeout) as waiting:
+                    await places.enter_async_context(own)
+                    await places.enter_async_context(self._uploads)
+                if waiting.cancelled_caught:
+                    raise ProblemError(
+                        503,
+                        "uploads_busy",
+                        "too many files are being uploaded; try again in 5 s",
+                        headers={"Retry-After": "5", "Connection": "close"},
+                    )
+                return await to_thread.run_sync(call, limiter=CapacityLimiter(1))
+        finally:
+            if own.statistics().borrowed_tokens == own.statistics().tasks_waiting == 0:
+                self._tenant_uploads.pop(tenant, None)
 
     def task_url(self, task_id: str) -> str:
         return f"{self.api_url}{task_path(task_id)}"

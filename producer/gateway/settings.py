@@ -20,7 +20,11 @@ class GatewaySettings(Settings):
     max_upload_bytes: int = Field(
         512 * 1024 * 1024, gt=0, description="Largest file that may be uploaded, in bytes."
     )
-    max_uploads: int = Field(32, gt=0, description="Uploads at the same time; further ones wait.")
+    max_uploads: int = Field(
+        32,
+        gt=0,
+        description="Uploads at the same time, three quarters of them of one tenant; further ones wait.",
+    )
     submit_timeout: float = Field(
         5.0, gt=0, description="Seconds to wait for the broker's confirm before the gateway answers 503."
     )
@@ -42,7 +46,10 @@ class GatewaySettings(Settings):
         description="Seconds that one call of the gateway to the object store may take; then it answers 503.",
     )
     body_timeout: float = Field(
-        30.0, gt=0, description="Seconds that a client may pause while it sends a request's body."
+        30.0,
+        gt=0,
+        description="Seconds that a client may pause while it sends a request's body, and that an upload waits for "
+        "its turn. After as many seconds of waiting for it, a client has to send 8 KiB per second on average.",
     )
     events_heartbeat: float = Field(
         15.0, gt=0, description="Seconds between two heartbeats of an event stream."

@@ -7,6 +7,7 @@ name. So a DNS answer that changes between check and connection changes nothing.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import socket
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from ssl import SSLContext
-from typing import Any
+from typing import Any, overload
 
 import httpcore
 
@@ -23,6 +24,13 @@ from inferq.schemas import InvalidTask
 from inferq.storage.settings import Network
 
 _log = logging.getLogger(__name__)
+
+SLOWEST_BYTES = 1024
+"""Bytes per second that a server has to send of an input, on average, once it has had _PATIENCE_SECONDS."""
+
+_PATIENCE_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
+_MOST_HEAD_BYTES = 256 * 1024
 
 Resolver = Callable[[str, int], Sequence[str]]
 """Host name and port → IP addresses. Raises OSError or UnicodeError if the name has none."""
@@ -110,13 +118,28 @@ class GuardedBackend(httpcore.NetworkBackend):
         self._clock = _Clock()
 
     @contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """Bound everything that the calling thread does within the block, to so many seconds."""
-        self._clock.ends = time.monotonic() + seconds
+    def deadline(self, seconds: float, checkpoint: Callable[[], None] | None = None) -> Iterator[None]:
+        """Bound everything that the calling thread does within the block, to so many seconds.
+
+        `checkpoint` is called before each read and twice a second while a read waits; it may raise to give up. With
+        it, a server that sends less than SLOWEST_BYTES per second ends the exchange as well (httpcore.ReadTimeout).
+        """
+        clock = self._clock
+        clock.began, clock.received = time.monotonic(), 0
+        clock.ends, clock.checkpoint = clock.began + seconds, checkpoint
         try:
             yield
         finally:
-            self._clock.ends = None
+            clock.ends = clock.checkpoint = None
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Bound what the calling thread reads within the block: an answer may begin with endless 1xx answers."""
+        self._clock.head_left = _MOST_HEAD_BYTES
+        try:
+            yield
+        finally:
+            self._clock.head_left = None
 
     def connect_tcp(
         self,
@@ -155,10 +178,16 @@ class GuardedBackend(httpcore.NetworkBackend):
 
         left = self._clock.left(None, httpcore.ConnectTimeout)
         threading.Thread(target=ask, name="resolve", daemon=True).start()
-        try:
-            answer = answers.get(timeout=left)
-        except queue.Empty as error:
-            raise httpcore.ConnectTimeout(f"resolving {host!r} took too long") from error
+        ends = math.inf if left is None else time.monotonic() + left
+        while True:
+            if self._clock.checkpoint is not None:
+                self._clock.checkpoint()
+            try:
+                answer = answers.get(timeout=max(0.0, min(_LOOK_SECONDS, ends - time.monotonic())))
+                break
+            except queue.Empty as error:
+                if time.monotonic() >= ends:
+                    raise httpcore.ConnectTimeout(f"resolving {host!r} took too long") from error
         if isinstance(answer, UnicodeError):
             raise InvalidTask(f"{host!r} is not a host name", code="bad_input_url") from answer
         if isinstance(answer, OSError):
@@ -170,6 +199,28 @@ class _Clock(threading.local):
     """The calling thread's deadline (monotonic seconds)."""
 
     ends: float | None = None
+    began = 0.0
+    received = 0
+    checkpoint: Callable[[], None] | None = None
+    head_left: int | None = None
+
+    def count(self, size: int) -> None:
+        """Count bytes of the server. Raises an httpcore error if they are too many for a head, or too few."""
+        self.received += size
+        if self.head_left is not None:
+            self.head_left -= size
+            if self.head_left < 0:
+                raise httpcore.RemoteProtocolError(f"its head has more than {_MOST_HEAD_BYTES} bytes")
+        if self.checkpoint is not None:
+            late = time.monotonic() - self.began - _PATIENCE_SECONDS
+            if late > 0 and self.received < SLOWEST_BYTES * late:
+                raise httpcore.ReadTimeout(f"the server sends less than {SLOWEST_BYTES} bytes per second")
+
+    @overload
+    def left(self, timeout: float, expired: type[Exception]) -> float: ...
+
+    @overload
+    def left(self, timeout: float | None, expired: type[Exception]) -> float | None: ...
 
     def left(self, timeout: float | None, expired: type[Exception]) -> float | None:
         """The shorter of a timeout and the time left. Raises `expired` if none is left."""
@@ -187,7 +238,22 @@ class _TimedStream(httpcore.NetworkStream):
         self._clock = clock
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._clock.left(timeout, httpcore.ReadTimeout))
+        clock = self._clock
+        ends = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = clock.left(max(0.0, ends - time.monotonic()), httpcore.ReadTimeout)
+            if clock.checkpoint is not None:
+                clock.checkpoint()
+                left = min(left, _LOOK_SECONDS)
+            try:
+                piece = self._stream.read(max_bytes, None if left == math.inf else left)
+            except httpcore.ReadTimeout:
+                if clock.checkpoint is None or time.monotonic() >= ends:
+                    raise
+                clock.count(0)
+            else:
+                clock.count(len(piece))
+                return piece
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._stream.write(buffer, self._clock.left(timeout, httpcore.WriteTimeout))

@@ -84,13 +84,14 @@ class Fetcher:
         """Fetch an input to `folder/name`, in constant memory; an error leaves nothing there.
 
         `name` is the task's field, for messages. `tenant` says whose uploads `inferq:` means. `checkpoint` is
-        called for each piece and may raise to give up. Raises InvalidTask, TransientFailure, and Outage if our
-        own store is unavailable, or S3 refuses this machine's credentials or clock.
+        called for each piece and while it waits for a server; it may raise to give up. Raises InvalidTask,
+        TransientFailure, and Outage if our own store is unavailable, or S3 refuses this machine's credentials or
+        clock.
         """
         where = f"{name} {redacted(url)}"
         path = folder / name
         try:
-            with self._open(url, tenant) as source:
+            with self._open(url, tenant, checkpoint or _go_on) as source:
                 return self._save(source, path, checkpoint)
         except (InvalidTask, TransientFailure) as error:
             path.unlink(missing_ok=True)
@@ -104,11 +105,11 @@ class Fetcher:
         self._http.close()
 
     @contextmanager
-    def _open(self, url: str, tenant: str) -> Iterator[Source]:
+    def _open(self, url: str, tenant: str, checkpoint: Callable[[], None]) -> Iterator[Source]:
         scheme = url.partition(":")[0].lower()
         match scheme:
             case "http" | "https":
-                with self._http.open(url, self._settings.fetch_timeout) as response:
+                with self._http.open(url, self._settings.fetch_timeout, checkpoint) as response:
                     yield Source(response.chunks, response.length, response.content_type)
             case "data":
                 data, content_type = read_data_url(url)
@@ -193,6 +194,10 @@ class Fetcher:
                     raise _scratch_outage(path, error) from error
         content_type = clean_type(source.content_type.strip()) if source.content_type else DEFAULT_TYPE
         return Fetched(path, size, content_type, digest.hexdigest())
+
+
+def _go_on() -> None:
+    """A checkpoint that lets everything go on."""
 
 
 def _too_large(limit: int) -> InvalidTask:

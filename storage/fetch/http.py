@@ -6,7 +6,7 @@ import gzip
 import io
 import ssl
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -53,9 +53,12 @@ class HttpSource:
         self._pool.close()
 
     @contextmanager
-    def open(self, url: str, seconds: float) -> Iterator[Download]:
-        """Begin a download that has to end, redirects included, within `seconds`."""
-        with self._pool.deadline(seconds), _network_errors(seconds), ExitStack() as stack:
+    def open(self, url: str, seconds: float, checkpoint: Callable[[], None]) -> Iterator[Download]:
+        """Begin a download that has to end, redirects included, within `seconds`.
+
+        `checkpoint` is called while it waits for the server, and may raise to give up.
+        """
+        with self._pool.deadline(seconds, checkpoint), _network_errors(seconds), ExitStack() as stack:
             response = self._follow(url, stack)
             yield _download(response)
 

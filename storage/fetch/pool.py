@@ -79,11 +79,12 @@ class HttpPool:
 
         def send(stack: ExitStack) -> httpcore.Response:
             extensions = {"timeout": self._timeouts, "trace": trace}
-            return stack.enter_context(
-                self._connections.stream(
-                    method, place, headers=encoded, content=content, extensions=extensions
+            with self._backend.head():
+                return stack.enter_context(
+                    self._connections.stream(
+                        method, place, headers=encoded, content=content, extensions=extensions
+                    )
                 )
-            )
 
         with ExitStack() as stack:
             try:

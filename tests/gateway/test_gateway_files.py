@@ -5,6 +5,7 @@ import itertools
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -203,6 +204,49 @@ def test_slow_uploads_do_not_delay_submissions(
             assert gateway.http.post("/v1/tasks", json={"task_type": "echo"}).status_code == 202
             release.set()
             assert [upload.result(20).status_code for upload in uploads] == [201] * 4
+
+
+def test_trickled_uploads_of_one_tenant_end_and_leave_room_for_others(
+    tmp_path: Path, redis_url: str, publisher: FakePublisher
+) -> None:
+    with running(
+        tmp_path, redis_url=redis_url, publisher=publisher, max_uploads=4, body_timeout=1.0
+    ) as gateway:
+
+        def trickled() -> Iterator[bytes]:
+            for _ in range(400):
+                yield b"x"
+                time.sleep(0.05)
+
+        with ThreadPoolExecutor(4) as threads:
+            uploads = [threads.submit(gateway.http.post, "/v1/files", content=trickled()) for _ in range(3)]
+            wait_until(lambda: len(scratch(gateway)) == 3)
+            with gateway.someone() as other:
+                assert other.post("/v1/files", content=b"another's").status_code == 201
+            for upload in uploads:
+                refused = problem(upload.result(15), 408, "request_timeout")
+                assert "bytes per second" in refused["detail"]
+        assert scratch(gateway) == []
+        assert gateway.http.post("/v1/files", content=b"next").status_code == 201
+
+
+def test_an_upload_that_finds_no_place_is_told_so_in_time(
+    tmp_path: Path, redis_url: str, publisher: FakePublisher
+) -> None:
+    with running(
+        tmp_path, redis_url=redis_url, publisher=publisher, max_uploads=1, body_timeout=0.5
+    ) as gateway:
+        services = gateway.server.config.app.state.services  # type: ignore[union-attr]
+        released = threading.Event()
+        put = services.store.put
+        services.store.put = lambda *given, **more: released.wait(20) and put(*given, **more)
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(gateway.http.post, "/v1/files", content=b"first")
+            wait_until(lambda: services._uploads.borrowed_tokens)
+            problem(gateway.http.post("/v1/files", content=b"second"), 503, "uploads_busy")
+            released.set()
+            assert first.result(20).status_code == 201
+        assert services._tenant_uploads == {}
 
 
 @pytest.fixture(scope="module")

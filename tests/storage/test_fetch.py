@@ -19,6 +19,7 @@ import pytest
 
 from inferq.schemas import InferqError, InvalidTask, TransientFailure
 from inferq.storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
+from inferq.storage.fetch import addresses
 from inferq.storage.fetch.addresses import system_resolver
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.s3 import S3Store
@@ -140,8 +141,8 @@ def make_fetch(local_store: LocalStore, scratch: Path) -> Iterator[Callable[...,
         )
         made.append(fetcher)
 
-        def fetch(url: str, tenant: str = "acme") -> Fetched:
-            return fetcher.fetch(url, scratch, "image_url", tenant=tenant)
+        def fetch(url: str, tenant: str = "acme", checkpoint: Callable[[], None] | None = None) -> Fetched:
+            return fetcher.fetch(url, scratch, "image_url", tenant=tenant, checkpoint=checkpoint)
 
         return fetch
 
@@ -287,6 +288,60 @@ def test_a_server_that_drips_is_cut_off_by_the_time_limit(
     fetch = make_fetch(fetch_timeout=0.4)
     assert "0.4 s" in failed(fetch, server.url())
     assert list(scratch.iterdir()) == []
+
+
+def test_a_server_that_sends_too_little_is_cut_off_early(
+    fetch: Fetch, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    monkeypatch.setattr(addresses, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(addresses, "_LOOK_SECONDS", 0.05)
+    server.answers["/"] = drip
+    began = time.monotonic()
+    assert "1024 bytes per second" in failed(fetch, server.url())
+    assert time.monotonic() - began < 10  # the time limit is two minutes
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 100 C\r\n\r\n" * 500]
+)
+def test_a_fetch_that_waits_for_a_server_can_be_given_up(
+    fetch: Fetch, server: Server, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    class GivenUp(Exception):
+        pass
+
+    ends = time.monotonic() + 0.4
+
+    def checkpoint() -> None:
+        if time.monotonic() > ends:
+            raise GivenUp
+
+    def send(connection: socket.socket) -> None:
+        while answer:
+            connection.sendall(answer)
+            time.sleep(0.05)
+        connection.recv(1)
+
+    monkeypatch.setattr(addresses, "_LOOK_SECONDS", 0.05)
+    server.answers["/"] = send
+    with pytest.raises(GivenUp):
+        fetch(server.url(), checkpoint=checkpoint)
+    assert time.monotonic() < ends + 10
+
+
+def test_endless_interim_answers_are_cut_off(fetch: Fetch, server: Server) -> None:
+    def send(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 2000)
+
+    server.answers["/"] = send
+    assert "head has more than" in failed(fetch, server.url())
 
 
 def test_the_time_limit_covers_all_redirects_together(
