@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import redis
 from pydantic import ValidationError
 
 from inferq.schemas import Callback, CallbackRecord, SubjectKind
@@ -82,13 +80,13 @@ class CallbackRecords:
     def known(self, callback: Callback) -> CallbackRecord | None:
         """The index's record of a callback."""
         key = _key(callback.tenant, callback.subject_kind, callback.subject_id)
-        text: Any = self._index.ask(lambda client: client.hget(key, callback.callback_id))
+        (text,) = self._index.read(("HGET", key, callback.callback_id))
         return _read(text) if text is not None else None
 
     def indexed(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
         """The index's records of a task's or batch's callbacks."""
-        found: Any = self._index.ask(lambda client: client.hgetall(_key(tenant, kind, subject_id)))
-        return tuple(record for text in found.values() if (record := _read(text)) is not None)
+        (texts,) = self._index.read(("HVALS", _key(tenant, kind, subject_id)))
+        return tuple(record for text in texts if (record := _read(text)) is not None)
 
     def kept(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
         """The callbacks of a task or batch that were given up, from the object store."""
@@ -106,18 +104,14 @@ class CallbackRecords:
     def failures(self, tenant: str, *, limit: int = 50) -> tuple[CallbackRecord, ...]:
         """The tenant's failures in the index, newest first."""
 
-        def ask(client: redis.Redis) -> list[str]:
-            members: Any = client.zrevrange(_failures(tenant), 0, min(max(limit, 1), MAX_LISTED) - 1)
-            if not members:
-                return []
-            pipeline = client.pipeline(transaction=False)
-            for member in members:
-                kind, _, rest = member.partition(":")
-                subject_id, _, callback_id = rest.rpartition(":")
-                pipeline.hget(_key(tenant, kind, subject_id), callback_id)
-            return [text for text in pipeline.execute() if text is not None]
-
-        records = (_read(text) for text in self._index.ask(ask))
+        newest = min(max(limit, 1), MAX_LISTED) - 1
+        (members,) = self._index.read(("ZREVRANGE", _failures(tenant), 0, newest))
+        commands = []
+        for member in members:
+            kind, _, rest = member.partition(":")
+            subject_id, _, callback_id = rest.rpartition(":")
+            commands.append(("HGET", _key(tenant, kind, subject_id), callback_id))
+        records = (_read(text) for text in self._index.read(*commands) if text is not None)
         return tuple(record for record in records if record is not None and record.state == "failed")
 
 

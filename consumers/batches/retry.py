@@ -40,12 +40,13 @@ _log = logging.getLogger(__name__)
 
 @cache
 def load_services() -> BatchServices:
-    """The process's services, from the environment. Raises InstallationError for a bad setting.
+    """The process's services, from the environment. Raises InstallationError for a bad setting or a Redis Cluster.
 
     Loaded before the first job arrives, so that a bad setting ends the process at its start.
     """
     services = BatchServices.load()
     services.index, services.store  # noqa: B018 - reports a bad URL now
+    services.status.require_supported()
     worker_shutting_down.connect(lambda **_: services.stopping.set(), weak=False)
     return services
 

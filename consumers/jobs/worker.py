@@ -6,7 +6,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import entry_points
 from typing import Any
@@ -25,11 +25,12 @@ from inferq.broker import (
     job_topology,
 )
 from inferq.broker.celery_app import celery_app
+from inferq.consumers.batches.retry import load_services
 from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY
 from inferq.consumers.probes.server import Health, ProbeServer, Readiness
 from inferq.consumers.probes.settings import ProbeSettings
-from inferq.schemas import InstallationError
+from inferq.schemas import InstallationError, Outage
 from inferq.storage import StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ def work(
     Raises InstallationError and TopologyMismatch.
     """
     check_jobs(app, queues)
-    consuming = _Consuming()
+    # Callbacks are delivered without Redis; batches are not fed.
+    needed = {"Redis": load_services().status.ping} if "inference.batches" in queues else {}
+    consuming = Consuming(needed)
     server = None
     store = StoreWatch(open_store(StorageSettings.load()))
     if probes.probe_port is not None:
@@ -143,10 +146,14 @@ def declare(settings: BrokerSettings) -> None:
             return
 
 
-class _Consuming:
-    """Whether the Celery worker is consuming."""
+class Consuming:
+    """Whether the Celery worker is consuming, and can use the services that its jobs need.
 
-    def __init__(self) -> None:
+    Each of `needed` raises Outage if its service cannot be used.
+    """
+
+    def __init__(self, needed: Mapping[str, Callable[[], None]]) -> None:
+        self._needed = needed
         self._worker: Any = None
 
     def watch(self, worker: Any) -> None:
@@ -160,13 +167,18 @@ class _Consuming:
     def readiness(self, *waiting_for: str | None) -> Readiness:
         """`waiting_for`: what else it waits for, None for each service that is available."""
         waiting = [each for each in ("RabbitMQ" if not self._connected() else None, *waiting_for) if each]
+        for service, check in self._needed.items():
+            try:
+                check()
+            except Outage as error:
+                waiting.append(f"{service}: {error}")
         return Readiness(not waiting, tuple(waiting))
 
     def _connected(self) -> bool:
         if self._worker is None:
             return False
         consumer = self._worker.consumer
-        return (
+        return bool(
             consumer.blueprint.state == bootsteps.RUN
             and consumer.connection is not None
             and bool(consumer.connection.connected)

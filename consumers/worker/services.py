@@ -32,6 +32,8 @@ _STORE = "object store"
 
 STORE_LOOK_SECONDS = 60.0
 """How often an idle worker checks that the object store takes writes. Each check costs a few requests."""
+_IDLE_LOOK_SECONDS = 10.0
+"""How often an idle worker checks that Redis accepts writes: no task tells it."""
 
 
 class GracePassed(Exception):
@@ -56,6 +58,7 @@ class WorkerServices:
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)
     _goes_on_without_redis: bool = False
+    _next_look: float = 0.0
     _next_store_look: float = 0.0
     _background: ThreadPoolExecutor = field(init=False)
 
@@ -85,7 +88,8 @@ class WorkerServices:
         """The services that the worker waits for, each with the reason."""
         waiting = [f"{service}: {reason}" for service, reason in list(self._pauses.items())]
         if (left := self.redis_patience_left) > 0:
-            waiting.append(f"{_REDIS}: it does not answer; the worker goes on without it in {left:.0f} s")
+            reason = self.status.away_reason
+            waiting.append(f"{_REDIS}: {reason}; the worker goes on without it in {left:.0f} s")
         return waiting
 
     @property
@@ -174,8 +178,10 @@ class WorkerServices:
         return None
 
     def look_for_redis(self) -> None:
-        """If Redis was unavailable, find out whether it answers again."""
-        if self.status.away_for is not None:
+        """Find out whether Redis can be used: now and then, and at every call while it is unavailable."""
+        now = time.monotonic()
+        if self.status.away_for is not None or now >= self._next_look:
+            self._next_look = now + _IDLE_LOOK_SECONDS
             self.best_effort(self.status.ping)
 
     def wait_for_store(self) -> None:

@@ -86,8 +86,9 @@ class Worker:
             )
 
     def run(self) -> None:
-        """Work until stopped. Raises InstallationError if the engine cannot work on this machine."""
+        """Work until stopped. Raises InstallationError if the engine or the Redis here cannot be used."""
         adopt_orphans()
+        self._services.status.require_supported()
         self._publisher.start()
         for slot in self._slots:
             slot.start()

@@ -47,7 +47,7 @@ def create_app(
 ) -> FastAPI:
     """The gateway. Settings that are not given come from the environment.
 
-    It connects when it starts, and starts even if a service is unavailable. `app.state.services.closing`, once
+    It starts even if a service is unavailable, but refuses a Redis Cluster. `app.state.services.closing`, once
     set, ends event streams and waiting requests; the server sets it when it stops. `store_breaker` bounds the
     object store reads that submissions can do without.
     Raises InstallationError for invalid settings.
@@ -62,6 +62,7 @@ def create_app(
     keys.list()  # an unreadable file fails the start, not the first request
     metrics = Metrics()
     status = StatusIndex.from_settings(storage)
+    status.require_supported()
     services = Services(
         settings=settings,
         api_url=storage.api_url.rstrip("/"),

@@ -95,8 +95,9 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
         redis_url = server.url
         facts["redis"] = f"{LOOPBACK}:{server.port}"
     else:
-        StatusIndex.from_settings(StorageSettings.load())  # the same
+        index = StatusIndex.from_settings(StorageSettings.load())  # the same
         _must_answer("INFERQ_REDIS_URL", ping(redis_url))
+        index.require_supported()
         facts["redis"] = "the one that INFERQ_REDIS_URL names"
 
     own_store = (folder.path / "store").as_uri()

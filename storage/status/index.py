@@ -7,6 +7,7 @@ repeated message never moves a task backwards. The scripts compute some of their
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -35,6 +36,7 @@ from inferq.schemas import (
     check_server_url,
 )
 from inferq.schemas.encoding import clean, to_json
+from inferq.storage.lua import read_lua
 from inferq.storage.settings import StorageSettings
 from inferq.storage.status import scripts
 from inferq.storage.status.fields import (
@@ -47,7 +49,7 @@ from inferq.storage.status.fields import (
     task_fields,
     write_cursor,
 )
-from inferq.storage.status.keys import batch_key, record_key
+from inferq.storage.status.keys import record_key
 
 MAX_PAGE = 500
 """The most statuses on one page of a listing."""
@@ -55,8 +57,14 @@ MAX_PAGE = 500
 T = TypeVar("T")
 
 _FAST_FAIL_SECONDS = 1.0
+_WARN_SECONDS = 60.0
 _SCAN_ROUNDS = 20
 _MAX_NOTE = 500
+
+_UNREACHABLE = (redis.ConnectionError, redis.TimeoutError)
+_UNSUPPORTED = {"cluster": "a node of a Redis Cluster", "sentinel": "a Redis Sentinel"}
+
+_log = logging.getLogger(__name__)
 
 
 class StatusOutage(Outage):
@@ -102,7 +110,7 @@ class StatusIndex:
     """The status of every task. Safe from many threads; any method may raise StatusOutage.
 
     `retention` is in seconds, from a task's last change. While Redis is unavailable, one call per second tries it;
-    all others fail at once.
+    all others fail at once. A Redis that answers but refuses writes is unavailable, for reads as well.
     """
 
     def __init__(
@@ -115,6 +123,8 @@ class StatusIndex:
         self._down_since: float | None = None
         self._down_until: float | None = None
         self._down_reason = ""
+        self._warned: float | None = None
+        self._prove = redis.register_script(read_lua())
         self._scripts = {name: redis.register_script(source) for name, source in scripts.SOURCES.items()}
 
     @classmethod
@@ -164,13 +174,20 @@ class StatusIndex:
     def confirm_all(self, tasks: Iterable[Task]) -> None:
         """Like `confirm`, for many tasks in one round trip."""
         script = self._scripts["confirm"]
-        with self._redis.pipeline(transaction=False) as pipe:
-            for task in tasks:
-                tenant, task_id = task.tenant, task.task_id
-                event = event_json("task.queued", task, "queued")
-                arguments = [*self._head(tenant, task_id), *task_fields(task), event]
-                script(keys=[record_key(tenant, task_id)], args=arguments, client=pipe)
-            self._call(pipe.execute)
+        calls = []
+        for task in tasks:
+            tenant, task_id = task.tenant, task.task_id
+            event = event_json("task.queued", task, "queued")
+            arguments = [*self._head(tenant, task_id), *task_fields(task), event]
+            calls.append((record_key(tenant, task_id), arguments))
+
+        def confirm() -> None:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for key, arguments in calls:
+                    script(keys=[key], args=arguments, client=pipe)
+                pipe.execute()
+
+        self._call(confirm)
 
     def forget(self, task: Task) -> None:
         """Undo `submit` after a failed publish. Does nothing once the task is confirmed or has begun."""
@@ -287,18 +304,11 @@ class StatusIndex:
         self, tenant: str, task_id: str, batch_id: str | None = None, line: int | None = None
     ) -> bool:
         """Whether the task, its line, or its whole batch is to be cancelled."""
-        key = record_key(tenant, task_id)
-        if self._call(partial(self._redis.hexists, key, "x")):
-            return True
-        if batch_id is None:
-            return False
-        wishes = ["x"] if line is None else ["x", f"x:{line}"]
-        found = self._call(partial(self._redis.hmget, batch_key(tenant, batch_id), wishes))
-        return any(wish is not None for wish in found)
+        arguments = [batch_id or "", "" if line is None else line]
+        return bool(self._change("cancel_requested", tenant, task_id, arguments))
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
-        reply = self._call(lambda: self._redis.hgetall(record_key(tenant, task_id)))
-        fields = [as_text(part) for pair in reply.items() for part in pair]
+        fields = self._change("get", tenant, task_id, [])
         return read_status(tenant, task_id, fields) if fields else None
 
     def list(
@@ -345,13 +355,35 @@ class StatusIndex:
         return None if since is None else self._clock() - since
 
     @property
+    def away_reason(self) -> str:
+        """Why Redis was unavailable, the last time that it was; empty if it never was."""
+        return self._down_reason
+
+    @property
     def retention(self) -> int:
         """Seconds that a record is kept after its last change."""
         return self._retention
 
     def ask(self, call: Callable[[redis.Redis], T]) -> T:
-        """Make a call to the same Redis, with the same handling of an outage."""
+        """Make a call that writes to the same Redis, with the same handling of an outage.
+
+        It may be made twice. For a call that only reads, use `read`.
+        """
         return self._call(lambda: call(self._redis))
+
+    def read(self, *commands: Sequence[Any]) -> Sequence[Any]:
+        """The replies to commands that only read, if Redis accepts writes."""
+
+        def replies() -> Sequence[Any]:
+            pipe: Any
+            with self._redis.pipeline(transaction=False) as pipe:
+                self._prove(client=pipe)
+                for command in commands:
+                    pipe.execute_command(*command)
+                answers: Sequence[Any] = pipe.execute()
+                return answers[1:]
+
+        return self._call(replies)
 
     def script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], Any]:
         """Register a Lua script; call the result with its keys and arguments."""
@@ -359,8 +391,17 @@ class StatusIndex:
         return lambda keys, arguments: self._call(lambda: script(keys=keys, args=arguments))
 
     def ping(self) -> None:
-        """Raises StatusOutage if Redis cannot be used; the message says why."""
-        self._call(self._redis.ping)
+        """Raises StatusOutage if Redis cannot be reached or refuses writes; the message says why."""
+        self._call(self._prove)
+
+    def require_supported(self) -> None:
+        """Raises InstallationError if INFERQ_REDIS_URL leads to a node of a Redis Cluster or to a Sentinel.
+
+        Redis may be unavailable; then nothing is known, and nothing is raised.
+        """
+        with suppress(StatusOutage):
+            if (unsupported := self._call(self._unsupported)) is not None:
+                raise InstallationError(unsupported, code="bad_settings")
 
     def warm_up(self) -> None:
         """Open the two connections that a run uses at once and load the scripts. Raises StatusOutage."""
@@ -371,6 +412,7 @@ class StatusIndex:
             try:
                 for script in self._scripts.values():
                     self._redis.script_load(script.script)
+                self._prove()
             finally:
                 pool.release(first)
 
@@ -412,28 +454,96 @@ class StatusIndex:
                 self._down_until = now + _FAST_FAIL_SECONDS  # this call tries Redis, the others still fail
         try:
             reply = command()
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            reason = (
-                f"Redis at {self._address()} cannot be reached: {error}; "
-                "check that it runs, and INFERQ_REDIS_URL"
-            )
-            with self._lock:
-                now = self._clock()
-                if self._down_since is None:
-                    self._down_since = now
-                self._down_until = now + _FAST_FAIL_SECONDS
-                self._down_reason = reason
-            raise StatusOutage(reason) from error
+        except _UNREACHABLE as error:
+            raise self._unreachable(error) from error
         except redis.RedisError as error:
-            raise StatusOutage(f"Redis at {self._address()} refused a command: {error}") from error
+            reply = self._after_refusal(command, error)
         with self._lock:
+            was_down = self._down_since is not None
             self._down_since = self._down_until = None
+        if was_down:
+            _log.info("Redis at %s is available again", self._address())
         return reply
+
+    def _after_refusal(self, command: Callable[[], T], refused: redis.RedisError) -> T:
+        """Make a refused call again on new connections, since the old ones may lead to a former master.
+
+        Raises StatusOutage. If Redis refuses writes altogether, it counts as unavailable from now on.
+        """
+        self._redis.connection_pool.disconnect(inuse_connections=False)
+        try:
+            if (unsupported := self._unsupported()) is not None:
+                raise self._down(unsupported) from refused
+            self._prove()
+        except _UNREACHABLE as error:
+            raise self._unreachable(error) from error
+        except redis.RedisError as error:
+            raise self._down(
+                f"Redis at {self._address()} refuses writes: {_reason(error)}; "
+                "make room or repair it, or set INFERQ_REDIS_URL to the current master"
+            ) from error
+        try:
+            return command()
+        except _UNREACHABLE as error:
+            raise self._unreachable(error) from error
+        except redis.RedisError as error:
+            reason = f"Redis at {self._address()} refused a command: {_reason(error)}"
+            self._warn_sometimes(reason)
+            raise StatusOutage(reason) from error
+
+    def _unsupported(self) -> str | None:
+        """Why this kind of Redis cannot be used; None if it can."""
+        client: Any = self._redis
+        try:
+            hello = client.execute_command("HELLO")
+        except _UNREACHABLE:
+            raise
+        except redis.RedisError:
+            return None  # Redis before 6.0 has no HELLO
+        facts = hello if isinstance(hello, dict) else dict(zip(hello[::2], hello[1::2], strict=False))
+        kind = _UNSUPPORTED.get(as_text(facts.get("mode", facts.get(b"mode"))))
+        if kind is None:
+            return None
+        return (
+            f"INFERQ_REDIS_URL leads to {kind} at {self._address()}, which inferq does not support; "
+            "give the address of a single Redis, or one that always leads to the current master"
+        )
+
+    def _unreachable(self, error: redis.RedisError) -> StatusOutage:
+        return self._down(
+            f"Redis at {self._address()} cannot be reached: {error}; check that it runs, and INFERQ_REDIS_URL"
+        )
+
+    def _down(self, reason: str) -> StatusOutage:
+        """Redis is unavailable from now on. Returns the error to raise."""
+        with self._lock:
+            now = self._clock()
+            begins = self._down_since is None
+            if begins:
+                self._down_since = now
+            self._down_until = now + _FAST_FAIL_SECONDS
+            self._down_reason = reason
+        if begins:
+            _log.warning("unavailable: %s", reason)
+        return StatusOutage(reason)
+
+    def _warn_sometimes(self, reason: str) -> None:
+        with self._lock:
+            now = self._clock()
+            if self._warned is not None and now - self._warned < _WARN_SECONDS:
+                return
+            self._warned = now
+        _log.warning("%s", reason)
 
     def _address(self) -> str:
         options = self._redis.connection_pool.connection_kwargs
         path = options.get("path")
         return str(path) if path else f"{options.get('host', '?')}:{options.get('port', '?')}"
+
+
+def _reason(error: redis.RedisError) -> str:
+    """The reason without the place in our script, which Redis adds to it."""
+    return str(error).partition(" script: ")[0].rstrip(".")
 
 
 class _PendingReply:

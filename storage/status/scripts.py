@@ -40,6 +40,8 @@ SOURCES = {
     "retrying": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "retrying"),
     "ended": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "ended"),
     "cancel": read_lua(*_RECORD, _HERE / "cancel"),
+    "cancel_requested": read_lua(_HERE / "head", BATCH_LINES, _HERE / "cancel_requested"),
+    "get": read_lua(_HERE / "head", _HERE / "get"),
     "list": read_lua(_HERE / "list"),
 }
 """Each script by its name."""

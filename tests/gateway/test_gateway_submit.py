@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pika
 import pytest
+import redis
 
 from inferq.broker import Message
 from inferq.broker.errors import BrokerUnavailable, PublishRejected, Unroutable
@@ -381,11 +382,17 @@ def test_an_unexpected_error_leaves_and_reveals_nothing(
     assert lone_gateway.status.get(lone_gateway.tenant, "odd") is None
 
 
+def refuse_writes(node: Redis) -> None:
+    with redis.Redis.from_url(node.url) as client:
+        client.config_set("maxmemory", "1")
+
+
+@pytest.mark.parametrize("break_", [Redis.kill, refuse_writes])
 def test_without_redis_a_task_is_published_nevertheless(
-    tmp_path: Path, redis_node: Redis, publisher: FakePublisher
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher, break_: Callable[[Redis], None]
 ) -> None:
     with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
-        redis_node.kill()
+        break_(redis_node)
         response = gateway.http.put("/v1/tasks/a", json=ECHO)
         assert (response.status_code, response.json()["state"]) == (202, "queued")
         assert publisher.ids() == ["a"]

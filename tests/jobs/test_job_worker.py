@@ -30,9 +30,9 @@ from inferq.broker import (
     topology_for,
 )
 from inferq.broker.celery_app import celery_app
-from inferq.consumers.jobs.worker import application, work
+from inferq.consumers.jobs.worker import Consuming, application, work
 from inferq.consumers.probes.settings import ProbeSettings
-from inferq.schemas import InstallationError
+from inferq.schemas import InstallationError, Outage
 from tests.celery_worker import working
 from tests.certificates import certificate
 from tests.conftest import RabbitMQ
@@ -272,3 +272,11 @@ def test_celery_checks_each_node_of_the_broker_by_its_own_name(tmp_path: Path) -
         assert refused(connections("127.0.0.1", "localhost")) == [True, False, True, False]
         assert refused(connections("localhost", "127.0.0.1")) == [False, True, False, True]
         eventually(lambda: node.names == ["localhost"] * 6)
+
+
+def test_batches_are_not_ready_while_a_service_that_they_need_refuses() -> None:
+    def refuse() -> None:
+        raise Outage("Redis refuses writes")
+
+    found = Consuming({"Redis": refuse}).readiness()
+    assert (found.ready, found.waiting_for) == (False, ("RabbitMQ", "Redis: Redis refuses writes"))

@@ -30,14 +30,15 @@ def _die_with_parent() -> None:
 
 
 class RedisServer:
-    """A redis-server that can be killed and started again on the same port."""
+    """A redis-server that can be killed and started again on the same port; `options` as on its command line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._folder = folder
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -52,6 +53,7 @@ class RedisServer:
                 "",
                 "--dir",
                 self._folder,
+                *self._options,
             ],
             stdout=subprocess.DEVNULL,
             preexec_fn=_die_with_parent,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -14,8 +17,18 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inferq.schemas import END_STATES, ErrorInfo, Event, InvalidTask, Result, Task, TaskStatus
-from inferq.storage import StatusIndex, StatusOutage, StorageSettings
+from inferq.schemas import (
+    END_STATES,
+    ErrorInfo,
+    Event,
+    InstallationError,
+    InvalidTask,
+    Result,
+    Task,
+    TaskStatus,
+)
+from inferq.storage import BatchIndex, CallbackRecords, StatusIndex, StatusOutage, StorageSettings
+from inferq.storage.objects.local import LocalStore
 from inferq.storage.status.keys import record_key
 from tests.runs import begin_run
 from tests.storage.conftest import RedisServer
@@ -833,7 +846,7 @@ def test_while_one_caller_looks_whether_redis_is_back_the_others_fail_at_once() 
     class Hanging(redis.Redis):
         calls = 0
 
-        def ping(self, **_: Any) -> Any:
+        def evalsha(self, *_: Any, **__: Any) -> Any:
             self.calls += 1
             if self.calls == 2:
                 entered.set()
@@ -859,11 +872,6 @@ def test_a_redis_that_refuses_is_an_outage_that_names_the_reason(
     own_redis: RedisServer, doomed: StatusIndex
 ) -> None:
     with redis.Redis(port=own_redis.port) as admin:
-        admin.config_set("maxmemory", "1")
-        with pytest.raises(StatusOutage, match="maxmemory"):
-            doomed.submit(job())
-        admin.config_set("maxmemory", "0")
-        assert doomed.submit(job()).new
         admin.config_set("requirepass", "secret-word")
     locked = StatusIndex.from_settings(
         StorageSettings(redis_url=f"redis://:wrong-word@127.0.0.1:{own_redis.port}/0")
@@ -871,6 +879,118 @@ def test_a_redis_that_refuses_is_an_outage_that_names_the_reason(
     with pytest.raises(StatusOutage) as caught:
         locked.ping()
     assert "wrong-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("maxmemory", "used memory > 'maxmemory'"), ("min-replicas-to-write", "good replicas")],
+)
+def test_a_redis_that_only_reads_is_away_for_reads_as_well(
+    own_redis: RedisServer, setting: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [100.0]
+    with redis.Redis(port=own_redis.port, decode_responses=True) as client:
+        index = StatusIndex(client, retention=60, clock=lambda: now[0])
+        index.submit(job())
+        client.config_set(setting, "1")
+        batches, callbacks = BatchIndex(index), CallbackRecords(LocalStore(Path("/nowhere")), index)
+        reads: list[Callable[[], object]] = [
+            index.ping,
+            lambda: index.get("default", "unknown"),
+            lambda: index.get("default", "t1"),
+            lambda: index.list("default"),
+            lambda: index.cancel_requested("default", "unknown"),
+            lambda: index.request_cancel("default", "unknown"),
+            lambda: batches.look("default", "b"),
+            lambda: batches.is_fed("default", "b", 1),
+            lambda: callbacks.indexed("default", "task", "t1"),
+            lambda: callbacks.failures("default"),
+            index.warm_up,
+        ]
+        for read in reads:
+            with pytest.raises(StatusOutage, match=f"refuses writes: .*{reason}"):
+                read()
+            now[0] += 1.0
+        assert index.away_for == len(reads)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        client.config_set(setting, "0")
+        assert known(index, job()).state == "queued"
+        assert index.away_for is None
+
+
+def test_after_a_failover_old_connections_to_the_former_master_are_dropped(
+    own_redis: RedisServer, shared_redis: RedisServer, redis_client: redis.Redis
+) -> None:
+    """The address leads to the new master, but connections to the old one, now a replica, stay open."""
+    master = own_redis.port
+
+    class Connection(redis.Connection):
+        def _connect(self) -> Any:
+            self.port = master
+            return super()._connect()
+
+    pool = redis.ConnectionPool(connection_class=Connection, port=0, decode_responses=True)
+    index = StatusIndex(redis.Redis(connection_pool=pool), retention=60)
+    index.ping()
+    with redis.Redis(port=own_redis.port) as old:
+        old.replicaof("127.0.0.1", shared_redis.port)
+    master = shared_redis.port
+    assert index.submit(job()).new
+    assert index.away_for is None
+    assert known(index, job()).state == "queued"
+
+
+def test_one_refused_command_does_not_make_redis_unavailable(
+    index: StatusIndex, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_client.set(record_key("default", "t1"), "not a hash")
+    for _ in range(2):
+        with pytest.raises(StatusOutage, match="refused a command"):
+            index.get("default", "t1")
+    assert index.away_for is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_node_of_a_redis_cluster_is_refused_at_the_start(tmp_path: Path) -> None:
+    bus = str(_free_port())
+    server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", bus)
+    index = StatusIndex.from_settings(StorageSettings(redis_url=server.url))
+    index.require_supported()  # nothing answers yet: nothing is known
+    try:
+        server.start()
+        eventually(lambda: _is_refused(index))
+        with pytest.raises(StatusOutage, match=r"node of a Redis Cluster .* does not support"):
+            index.submit(job())
+    finally:
+        server.kill()
+
+
+def test_a_sentinel_is_refused_at_the_start(tmp_path: Path) -> None:
+    port = _free_port()
+    (tmp_path / "sentinel.conf").write_text(f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\n")
+    argv = ["redis-server", str(tmp_path / "sentinel.conf"), "--sentinel"]
+    index = StatusIndex.from_settings(StorageSettings(redis_url=f"redis://127.0.0.1:{port}/0"))
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as sentinel:
+        try:
+            eventually(lambda: _is_refused(index))
+        finally:
+            sentinel.kill()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _is_refused(index: StatusIndex) -> bool:
+    try:
+        index.require_supported()
+    except InstallationError as error:
+        assert "INFERQ_REDIS_URL" in error.message
+        assert "does not support" in error.message
+        return True
+    return False
 
 
 def test_the_answer_of_a_repeated_call_is_the_first_ones(

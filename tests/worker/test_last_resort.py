@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import redis
 
 from inferq.broker import Delivery, Message
 from inferq.consumers.runtime.messages import Done
@@ -36,6 +37,7 @@ from inferq.storage import (
     StorageSettings,
     StoreOutage,
 )
+from tests.conftest import Redis
 from tests.runs import begin_run
 
 TASK = {"task_id": "b.7", "task_type": "echo", "payload": 1, "batch_id": "b", "batch_line": 7}
@@ -326,3 +328,14 @@ def test_a_line_whose_id_a_running_task_has_leaves_that_alone(
     assert settled(services, DELIVERY, prepare=lambda _body: None) == ["ack"]
     assert services.status.get("default", "b.7") == before
     assert index.unended("default", "b") == [7]  # the recount tells it, once the other has ended
+
+
+def test_an_idle_worker_finds_out_that_redis_refuses_writes(
+    services: WorkerServices, redis_node: Redis
+) -> None:
+    services.status = StatusIndex.from_settings(StorageSettings(redis_url=redis_node.url))
+    with redis.Redis.from_url(redis_node.url) as client:
+        client.config_set("maxmemory", "1")
+    services.look_for_redis()
+    assert ["refuses writes" in reason for reason in services.pauses()] == [True]
+    services.status.close()

@@ -1,0 +1,5 @@
+local batch, line = ARGV[5], ARGV[6]
+if redis.call('HEXISTS', key, 'x') == 1 then return 1 end
+if batch == '' then return 0 end
+local whole, own = unpack(redis.call('HMGET', batch_key(batch), 'x', 'x:' .. line))
+return (whole or (line ~= '' and own)) and 1 or 0
