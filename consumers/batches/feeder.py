@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from inferq.broker import Message, PublishRejected, task_message
+from inferq.consumers.batches.lost_lines import LostLines, refeed_due
 from inferq.consumers.batches.recount import Recount
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
@@ -220,8 +221,7 @@ class Slice:
                 else:
                     self._set_state("running")
                 if _recheck_due(stall, self._now(), services.settings.batch_doubt):
-                    Recount(services, batch, source, self._renew).in_flight()
-                    self._stall = replace(stall, asked=self._now() - stall.since)
+                    self._recheck(Recount(services, batch, source, self._renew), stall)
                     return self._go_on(feeding, _IDLE_DELAY)
                 few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
                 pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
@@ -235,6 +235,20 @@ class Slice:
         if self._stall is not None:
             self._services.index.note_stall(*self._name, self._stall)
         return GoOn(self._cursor, seconds)
+
+    def _recheck(self, recount: Recount, stall: Stall) -> None:
+        """Look for ends that Redis has missed; if there are none, look for lost lines after some rechecks."""
+        recount.in_flight()
+        now = self._now()
+        if self.step().ended == stall.ended and refeed_due(stall, now):
+            lost = LostLines(self._services, now - stall.since)
+            if count := lost.feed_again(recount.unended_tasks()):
+                _log.warning(
+                    "batch %s: fed %d lines again, which have neither a result nor a message",
+                    self._name[1], count,
+                )  # fmt: skip
+                stall = replace(stall, fed_again=now - stall.since)
+        self._stall = replace(stall, asked=now - stall.since)
 
     def _stall_at(self, step: Step) -> Stall:
         """Since when no task has ended, across slices."""

@@ -62,6 +62,17 @@ class Recount:
     def cancel_in_flight(self) -> None:
         """Record all unfinished tasks as cancelled; a worker that gets their messages skips them."""
         error = InvalidTask("the batch was cancelled before the task ended", code="cancelled")
+        for tasks in self.unended_tasks():
+            with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
+                kept = list(threads.map(lambda task: self._end(task, error), tasks))
+            ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
+            for result in kept:
+                if result.batch_line is not None:
+                    ends[result.status].append(result.batch_line)
+            self._mark(ends)
+
+    def unended_tasks(self) -> Iterator[list[Task]]:
+        """The tasks that were fed and have not ended, according to Redis, in chunks."""
         parser = LineParser(self._batch)
         with self._picked() as pick, self._sources.taken(self._source) as taken:
             for lines in self._unended():
@@ -69,13 +80,7 @@ class Recount:
                 for line in pick(lines):
                     with suppress(InvalidTask):
                         tasks.append(task_of(parser, taken, line))
-                with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
-                    kept = list(threads.map(lambda task: self._end(task, error), tasks))
-                ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
-                for result in kept:
-                    if result.batch_line is not None:
-                        ends[result.status].append(result.batch_line)
-                self._mark(ends)
+                yield tasks
                 self._renew()
 
     def _unended(self) -> Iterator[list[int]]:

@@ -213,6 +213,8 @@ class TaskRun:
                 )
                 return self._attempt(task, computation, fetched)
             case AlreadyDone(ended):
+                # The gateway records the end of a cancelled task without knowing its metadata.
+                ended = ended if ended.metadata else ended.model_copy(update={"metadata": task.metadata})
                 self._endings.report(ended, digest=self._digest)
                 return "skipped"
             case Cancel():

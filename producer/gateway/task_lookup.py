@@ -12,18 +12,23 @@ from inferq.producer.gateway.problems import ProblemError, not_found
 from inferq.producer.gateway.services import Services
 from inferq.schemas import (
     EVENT_OF_STATE,
+    ErrorInfo,
     Event,
     EventData,
+    InvalidTask,
     Outage,
     Result,
     TaskId,
     TaskStatus,
     sequence_of,
 )
+from inferq.storage.objects.results import UnreadableResult
 from inferq.storage.status.index import StatusOutage
 
 _MAX_LINE_DIGITS = 9
 _STALE_AFTER = timedelta(seconds=60)
+_UNTAKEN_SECONDS = 60.0
+"""Seconds after which a cancel that no worker has taken is recorded here."""
 _TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
 
 _log = logging.getLogger(__name__)
@@ -76,7 +81,9 @@ async def find_status(
     if result is None:
         if status is None and outage is not None:
             raise outage
-        return status or await queued_line(services, tenant, task_id)
+        if status is None:
+            return await queued_line(services, tenant, task_id)
+        return await _without_message(services, status)
     return TaskStatus.of_result(result) if status is None else await _repaired(services, status, result)
 
 
@@ -147,6 +154,40 @@ def event_of_status(status: TaskStatus) -> Event:
 def _may_be_stale(status: TaskStatus) -> bool:
     since = status.started_at or status.created_at
     return since is None or datetime.now(UTC) - since > _STALE_AFTER
+
+
+async def _without_message(services: Services, status: TaskStatus) -> TaskStatus:
+    """The status after the end of a cancelled task was recorded that no worker takes.
+
+    Its message may be lost, for example by a purge. A worker that gets it after all reports the end. A line of a
+    batch is left to the batch's feeder.
+    """
+    waiting = status.state in ("queued", "retrying") and status.batch_id is None
+    if not (waiting and status.cancel_requested):
+        return status
+    try:
+        digest = await services.on_redis(
+            services.status.untaken_cancel, status.tenant, status.task_id, _UNTAKEN_SECONDS
+        )
+        if digest is None:
+            return status
+        ended = Result(
+            task_id=status.task_id,
+            task_type=status.task_type,
+            tenant=status.tenant,
+            status="cancelled",
+            attempts=status.attempt - (status.state == "queued"),
+            error=ErrorInfo.of(InvalidTask("the task was cancelled before it was started", code="cancelled")),
+            created_at=status.created_at,
+            finished_at=datetime.now(UTC),
+            digest=digest,
+            redrives=status.redrives,
+        )
+        kept = await services.try_store(services.results.save, ended)
+    except (Outage, UnreadableResult) as error:
+        _log.warning("task %s: its cancel could not be recorded: %s", status.task_id, error)
+        return status
+    return await _repaired(services, status, kept)
 
 
 async def _repaired(services: Services, status: TaskStatus, result: Result) -> TaskStatus:

@@ -180,7 +180,10 @@ async def get_result(
     },
 )
 async def cancel_task(task_id: str, tenant: CurrentTenant, services: ServicesDep) -> Response:
-    """A queued task does not start. A running task stops within about a second."""
+    """A queued task does not start. A running task stops within about a second.
+
+    404 if the gateway does not know the task. If it waits in a queue nevertheless, it does not start either.
+    """
     checked_task_id(task_id)
     outage: StatusOutage | None = None
     status: TaskStatus | None = None

@@ -28,12 +28,14 @@ the same chain has begun. `another`: another chain feeds the batch."""
 class Stall:
     """When the batch last made progress (Unix seconds), and how many tasks had ended.
 
-    `asked`: how many seconds the stall had lasted at the last recount.
+    `asked`: how many seconds the stall had lasted at the last recount. `fed_again`: the same for when lost lines
+    were last fed again.
     """
 
     ended: int
     since: float
     asked: float = 0.0
+    fed_again: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ class BatchIndex:
 
     def note_stall(self, tenant: str, batch_id: str, stall: Stall) -> None:
         """Record a stall for the next slice."""
-        self._set(tenant, batch_id, {"q": f"{stall.ended} {stall.since} {stall.asked}"})
+        # Apart, because the previous version reads three numbers.
+        note = {"q": f"{stall.ended} {stall.since} {stall.asked}", "fa": str(stall.fed_again)}
+        self._set(tenant, batch_id, note)
 
     def is_fed(self, tenant: str, batch_id: str, line: int) -> bool:
         return line in self.processed(tenant, batch_id, line, line)
@@ -206,7 +210,7 @@ class BatchIndex:
                 invalid=invalid,
             ),
             rate=_rate(fields.get("before") or fields.get("then"), ended),
-            stall=_read_stall(fields.get("q")),
+            stall=_read_stall(fields.get("q"), fields.get("fa")),
         )
 
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
@@ -234,11 +238,11 @@ def _rate(sample: str | None, ended: int) -> float | None:
     return max(0.0, ended - int(before)) / seconds if seconds > 0.1 else None
 
 
-def _read_stall(noted: str | None) -> Stall | None:
+def _read_stall(noted: str | None, fed_again: str | None) -> Stall | None:
     if not noted:
         return None
     ended, since, asked = noted.split()
-    return Stall(int(ended), float(since), float(asked))
+    return Stall(int(ended), float(since), float(asked), float(fed_again or 0))
 
 
 def _runs(lines: Iterable[int]) -> list[int]:

@@ -4,7 +4,7 @@ A batch is a hash under `inferq:batch:<tenant>:<batch>`:
     open whether its bitmaps are correct; the feeder sets it
     n no line after this one is fed    l o the last processed line, and where it ends (bytes)
     t total lines    s state    e why it failed    x cancel flag    x:<line> cancel flag of one line
-    q `<ended> <since> <asked>`, a stall: since when no task has ended
+    q `<ended> <since> <asked>`, a stall: since when no task has ended    fa its `fed_again`
     chain slice the current feeding
     then before the two latest samples of `<microseconds> <ended>`, for the rate
 and a bitmap per state, `inferq:bits:<state>:<tenant>:<batch>` with the states fed, succeeded, failed,

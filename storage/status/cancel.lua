@@ -1,7 +1,10 @@
 local order = redis.call('HGET', key, 'o')
-if not order then return {} end
+if not order then
+  redis.call('SET', cancelled_early, '1', 'EX', retention)
+  return {}
+end
 if tonumber(order) % 10 ~= ENDED then
-  redis.call('HSET', key, 'x', '1')
+  redis.call('HSETNX', key, 'x', number(now))
   redis.call('EXPIRE', key, retention)
 end
 return redis.call('HGETALL', key)

@@ -296,7 +296,10 @@ class StatusIndex:
         ]
 
     def request_cancel(self, tenant: str, task_id: str) -> TaskStatus | None:
-        """Request a task's cancellation; None if it is unknown. An ended task stays unchanged."""
+        """Request a task's cancellation; None if it is unknown. An ended task stays unchanged.
+
+        An unknown task may wait in a queue. It is then cancelled when a worker gets it.
+        """
         fields = self._change("cancel", tenant, task_id, [])
         return read_status(tenant, task_id, fields) if fields else None
 
@@ -306,6 +309,16 @@ class StatusIndex:
         """Whether the task, its line, or its whole batch is to be cancelled."""
         arguments = [batch_id or "", "" if line is None else line]
         return bool(self._change("cancel_requested", tenant, task_id, arguments))
+
+    def untaken_cancel(self, tenant: str, task_id: str, seconds: float) -> str | None:
+        """The digest of a task whose cancel was requested `seconds` ago or earlier; None for any other task."""
+        ((digest, since),) = self.read(("HMGET", record_key(tenant, task_id), "d", "x"))
+        if since is None:
+            return None
+        age = int(micros(datetime.now(UTC))) - int(since)
+        if 0 <= age < seconds * 1e6:  # negative: the clock was ahead
+            return None
+        return str(as_text(digest)) or None
 
     def get(self, tenant: str, task_id: str) -> TaskStatus | None:
         fields = self._change("get", tenant, task_id, [])

@@ -1,4 +1,6 @@
 local everything = 'inferq:l:' .. tenant
+-- A cancel request for a task without a record, which only the broker may know.
+local cancelled_early = 'inferq:x:' .. tenant .. ':' .. id
 local begun = false
 
 local function state_index(state)
@@ -27,6 +29,7 @@ local function create(ty, priority, batch, digest, created, state, order, attemp
   redis.call('HSET', key, 'ty', ty, 'd', digest, 'c', created, 's', state, 'o', number(order),
     'a', attempt, 'i', score)
   if priority ~= '' and priority ~= 'normal' then redis.call('HSET', key, 'p', priority) end
+  if redis.call('DEL', cancelled_early) == 1 then redis.call('HSET', key, 'x', number(now)) end
   redis.call('EXPIRE', key, retention)
   index(everything, score)
   if batch ~= '' then

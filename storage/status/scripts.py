@@ -2,7 +2,7 @@
 
 A task is a hash under `inferq:t:<tenant>:<task_id>` with short field names:
     ty type  p priority  b batch  d digest  c created  s state  o order  a attempt  r redrives
-    w worker  st started  f finished  g progress  n note  e error (JSON)  x cancel flag
+    w worker  st started  f finished  g progress  n note  e error (JSON)  x when a cancel was requested
     k the call that created or ended it, so that a repeated call gets the same reply
     l the number of consecutive orphaned runs of the recorded attempt, and the last run's token
 Times are microseconds since 1970. Sorted sets, scored by creation time, index the tasks of a tenant
@@ -11,6 +11,9 @@ except `succeeded`: most tasks succeed, so a listing of those filters the tenant
 
 The order number is redrives * 1e6 + attempt * 10 + rank. An end comes after every attempt of its redrive, a success
 after everything.
+
+`inferq:x:<tenant>:<task_id>` is a cancel request for a task without a hash, which may wait in a queue. The task gets
+it with its hash, unless the gateway submits the task only now.
 
 A task with a line in a batch has a hash only while it runs or waits for a retry. Otherwise the batch's bitmaps have
 its line as fed, succeeded, failed or cancelled (see inferq.storage.batches.scripts).

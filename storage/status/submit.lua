@@ -1,6 +1,8 @@
 local attempt, call = ARGV[10], ARGV[11]
 local new = 0
 if not known then
+  -- A cancel request for this id was for an earlier task.
+  redis.call('DEL', cancelled_early)
   create(ty, priority, batch, digest, created, 'queued', order_of(0, attempt, 0), attempt)
   redis.call('HSET', key, 'k', call)
   new = 1

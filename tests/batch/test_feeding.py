@@ -11,22 +11,25 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from pydantic import JsonValue
 
-from inferq.broker import Message, PublishRejected
-from inferq.consumers.batches.assembly import end
+from inferq.broker import Message, PublishRejected, connect
+from inferq.consumers.batches.assembly import Unfinished, end
 from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
+from inferq.consumers.batches.lost_lines import LostLines, refeed_due
 from inferq.consumers.batches.recount import Recount
-from inferq.consumers.batches.services import Pauses
-from inferq.schemas import BatchCounts, InvalidTask, Result, parse_task
-from inferq.storage import BatchConflict, upload_key
+from inferq.consumers.batches.services import BatchServices, Pauses
+from inferq.schemas import BatchCounts, InvalidTask, Result, State, TaskStatus, parse_task
+from inferq.storage import BatchConflict, Stall, upload_key
 from inferq.storage.batches.lines import SourceRefused
 from inferq.storage.batches.sources import Cursor
 from inferq.storage.batches.store import RecordMissing
 from tests.batch.conftest import BatchSite, QuickWorker
+from tests.waiting import eventually
 
 
 def lines(count: int) -> bytes:
@@ -302,6 +305,75 @@ def test_ends_that_redis_never_heard_of_are_found_in_the_store(site: BatchSite, 
     worker.tells_redis = False
     batch = site.batch(lines(120) + b'{"task_id": "mine"}\n', max_in_flight=50)
     assert site.finish(batch).counts.succeeded == 121
+
+
+def test_the_lines_of_a_purged_queue_are_fed_again(site: BatchSite) -> None:
+    site.change(settings={"batch_slice": 0.3})
+    batch = site.batch(lines(5) + b'{"task_id": "mine"}\n')
+    site.slice(batch)
+    eventually(lambda: site.depth() == 6)
+    connection = connect(site.services.broker, name="test")
+    connection.channel().queue_purge("inference.echo.normal")
+    connection.close()
+    worker = QuickWorker(site)
+    worker.start()
+    try:
+        assert site.finish(batch).counts.succeeded == 6
+        assert set(site.ran.values()) == {1}
+    finally:
+        worker.stop()
+
+
+def test_a_result_that_is_deleted_before_assembly_is_made_again(site: BatchSite, worker: QuickWorker) -> None:
+    batch = site.batch(lines(3))
+    site.feed(batch)
+    lost = batch.task_id(2)
+    site.services.store.delete(f"tasks/default/{lost}/result.json")
+    with pytest.raises(Unfinished):
+        end(site.services, batch)
+    standing = site.services.index.look("default", batch.batch_id)
+    assert standing is not None
+    site.services.index.forget("default", batch.batch_id, high_water=standing.line)
+    cursor, part = Cursor(standing.line, standing.offset), 0
+    while isinstance(found := site.slice(batch, cursor, chain="again-1", part=part), GoOn):
+        cursor, part = found.cursor, part + 1
+        assert part < 100
+    assert end(site.services, batch).counts.succeeded == 3
+    assert site.ran == {batch.task_id(1): 1, lost: 2, batch.task_id(3): 1}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "state", "lasted", "lost"),
+    [
+        (0, None, 20, True),
+        (0, "queued", 20, True),
+        (3, None, 599, False),  # the messages may be these tasks'
+        (3, None, 600, True),
+        (None, None, 6000, False),  # without its queue the message would be unroutable
+        (0, "running", 7199, False),
+        (0, "retrying", 7199, False),
+        (0, "running", 7200, True),
+    ],
+)
+def test_a_line_is_lost_if_neither_a_queue_nor_a_worker_seems_to_have_it(
+    monkeypatch: pytest.MonkeyPatch, waiting: int | None, state: State | None, lasted: float, lost: bool
+) -> None:
+    task = parse_task({"task_id": "b.1", "task_type": "echo", "payload": 1})
+    known = (
+        None if state is None else TaskStatus(task_id="b.1", task_type="echo", tenant="default", state=state)
+    )
+    status = SimpleNamespace(get=lambda _tenant, _task_id: known)
+    monkeypatch.setattr(LostLines, "_ask", lambda _self, queue: waiting if "echo.normal" in queue else None)
+    lines = LostLines(cast(BatchServices, SimpleNamespace(status=status)), lasted)
+    assert lines.is_lost(task) == lost
+
+
+def test_lost_lines_are_looked_for_more_and_more_seldom() -> None:
+    due = [
+        refeed_due(Stall(0, 100.0, asked, again), 200.0)
+        for asked, again in ((0, 0), (50, 0), (50, 49), (50, 50))
+    ]
+    assert due == [False, True, True, False]
 
 
 def test_all_that_is_in_flight_is_looked_up_and_the_source_is_read_once_for_it(

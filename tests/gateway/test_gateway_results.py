@@ -10,8 +10,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from inferq.schemas import Artifact, Batch, Task
+from inferq.schemas import Artifact, Batch, ErrorInfo, Task
 from inferq.storage import BatchStore
+from inferq.storage.status.keys import record_key
 from tests.gateway.conftest import Gateway, wait_until
 from tests.gateway.test_gateway_submit import ECHO, problem
 from tests.runs import begin_run
@@ -318,3 +319,22 @@ def test_batches_are_listed_newest_first_whatever_their_ids(gateway: Gateway) ->
         path = page["next"]
     assert found == names[::-1]
     assert gateway.http.get("/v1/batches?cursor=z").json()["code"] == "bad_cursor"
+
+
+@pytest.mark.parametrize("state", ["queued", "retrying"])
+def test_a_cancelled_task_whose_message_is_lost_ends(lone_gateway: Gateway, state: str) -> None:
+    created = (datetime.now(UTC) - timedelta(minutes=2)).isoformat()
+    body = {**ECHO, "created_at": created, "metadata": {"order": 7}}
+    assert lone_gateway.http.put("/v1/tasks/gone", json=body).status_code == 202
+    task = lone_gateway.task("gone", payload="hello", metadata=body["metadata"])
+    if state == "retrying":
+        error = ErrorInfo(code="boom", message="it broke", retryable=True)
+        lone_gateway.status.retrying(task, attempt=1, redrives=0, error=error)
+    assert lone_gateway.http.post("/v1/tasks/gone/cancel").status_code == 202
+    assert lone_gateway.http.get("/v1/tasks/gone").json()["state"] == state  # a worker may still take it
+    key = record_key(lone_gateway.tenant, "gone")
+    lone_gateway.status.ask(lambda client: client.hset(key, "x", "1"))
+    assert lone_gateway.http.get("/v1/tasks/gone").json()["state"] == "cancelled"
+    result = lone_gateway.http.get("/v1/tasks/gone/result").json()
+    assert (result["status"], result["error"]["code"]) == ("cancelled", "cancelled")
+    assert (result["digest"], result["attempts"]) == (task.digest(), int(state == "retrying"))

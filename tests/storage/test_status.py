@@ -301,6 +301,40 @@ def test_runs_that_began_and_came_to_no_end_are_counted(index: StatusIndex) -> N
     assert [lost(index) for _ in range(4)] == [0, 1, 2, 3]
 
 
+def test_a_cancel_of_a_task_that_only_the_broker_knows_waits_for_it(index: StatusIndex) -> None:
+    line = job("b.1", batch_id="b", batch_line=1)
+    for task in (job("t1"), line):
+        assert index.request_cancel("default", task.task_id) is None
+        assert begin(index, task).cancel_requested
+        assert begin(index, task).cancel_requested, "also when it is delivered again"
+    # A task that is submitted only now is another one.
+    assert index.request_cancel("default", "t2") is None
+    index.submit(job("t2"))
+    index.confirm(job("t2"))
+    assert not begin(index, job("t2")).cancel_requested
+    # Recorded late, because Redis was unavailable as it was submitted.
+    assert index.request_cancel("default", "t3") is None
+    index.confirm(job("t3"))
+    assert begin(index, job("t3")).cancel_requested
+
+
+def test_a_cancel_that_no_worker_has_taken_is_found_by_its_age(
+    index: StatusIndex, redis_client: redis.Redis
+) -> None:
+    task = job()
+    index.submit(task)
+    assert index.untaken_cancel("default", "t1", 0) is None
+    index.request_cancel("default", "t1")
+    assert index.untaken_cancel("default", "t1", 60) is None
+    ahead = datetime.now(UTC) + timedelta(days=30)
+    for since in (
+        "1",
+        str(int(ahead.timestamp() * 1e6)),
+    ):  # a version that kept no time; a clock that was ahead
+        redis_client.hset(record_key("default", "t1"), "x", since)
+        assert index.untaken_cancel("default", "t1", 60) == task.digest()
+
+
 @pytest.mark.parametrize("ending", ["retrying", "failed", "cancelled", "succeeded", "released"])
 def test_an_orderly_end_of_a_run_starts_the_count_anew(index: StatusIndex, ending: str) -> None:
     assert [lost(index), lost(index)] == [0, 1]

@@ -339,3 +339,17 @@ def test_an_idle_worker_finds_out_that_redis_refuses_writes(
     services.look_for_redis()
     assert ["refuses writes" in reason for reason in services.pauses()] == [True]
     services.status.close()
+
+
+def test_a_task_that_the_gateway_ended_is_reported_with_its_metadata(services: WorkerServices) -> None:
+    document = {**TASK, "task_id": "gone", "metadata": {"order": 7}, "callback_url": "http://127.0.0.1/x"}
+    task = parse_task({**document})
+    cancelled = Result.failure(
+        task, InvalidTask("cancelled"), attempts=0, finished_at=datetime.now(UTC), status="cancelled"
+    )
+    services.results.save(cancelled.model_copy(update={"metadata": {}}))
+    delivery = replace(DELIVERY, body=json.dumps(document).encode())
+    assert settled(services, delivery, prepare=lambda _body: None) == ["ack"]
+    (callback,) = cast(ForgetfulPublisher, services.publisher).sent
+    assert b"task.cancelled" in callback.body
+    assert b"order" in callback.body
