@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from inferq.broker import Delivery, Message, dead_message, deferred_message, named_id, retry_message
@@ -20,6 +20,11 @@ from inferq.schemas import (
     Task,
     Timings,
 )
+
+_MAX_SKEW = timedelta(minutes=5)
+"""How far a producer's clock may be ahead; a later creation time is an error."""
+_LONGEST_WAIT = timedelta(days=30)
+"""A creation time longer ago is an error, too."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,14 @@ class Records:
         return self.delivery.digest or task.digest()
 
     def seconds_queued(self, task: Task, started_at: datetime) -> float | None:
-        """Seconds from the task's creation to its start; None if nothing says when it was created."""
-        since = task.created_at or self.delivery.timestamp
-        return max(0.0, (started_at - since).total_seconds()) if since else None
+        """Seconds from the task's creation to its start; None if nothing says credibly when it was created.
+
+        Producers set both times, perhaps from a wrong clock. One such wait would spoil every average.
+        """
+        for since in (task.created_at, self.delivery.timestamp):
+            if since is not None and -_MAX_SKEW <= started_at - since <= _LONGEST_WAIT:
+                return max(0.0, (started_at - since).total_seconds())
+        return None
 
     def success(
         self,

@@ -152,8 +152,9 @@ def event_of_status(status: TaskStatus) -> Event:
 
 
 def _may_be_stale(status: TaskStatus) -> bool:
+    # A time in the future is of a wrong clock, and says nothing.
     since = status.started_at or status.created_at
-    return since is None or datetime.now(UTC) - since > _STALE_AFTER
+    return since is None or abs(datetime.now(UTC) - since) > _STALE_AFTER
 
 
 async def _without_message(services: Services, status: TaskStatus) -> TaskStatus:

@@ -338,3 +338,10 @@ def test_a_cancelled_task_whose_message_is_lost_ends(lone_gateway: Gateway, stat
     result = lone_gateway.http.get("/v1/tasks/gone/result").json()
     assert (result["status"], result["error"]["code"]) == ("cancelled", "cancelled")
     assert (result["digest"], result["attempts"]) == (task.digest(), int(state == "retrying"))
+
+
+def test_a_creation_time_in_the_future_does_not_hide_an_end_that_redis_missed(lone_gateway: Gateway) -> None:
+    body = {**ECHO, "created_at": "2100-01-01T00:00:00Z"}
+    assert lone_gateway.http.put("/v1/tasks/early", json=body).status_code == 202
+    lone_gateway.end(lone_gateway.task("early", payload="hello"), redis=False)
+    assert lone_gateway.http.get("/v1/tasks/early").json()["state"] == "succeeded"
