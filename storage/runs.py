@@ -147,6 +147,10 @@ class RunLog:
         found = self._load(_KNOWN, Known)
         if found is not None and (found.cron, found.time_zone) == (schedule.cron, schedule.time_zone):
             return found
+        return self.know(now, schedule)
+
+    def know(self, now: AwareDatetime, schedule: Schedule) -> Known:
+        """Record that the schedule is known from now on."""
         made = Known(cron=schedule.cron, time_zone=schedule.time_zone, since=now)
         self._put(_KNOWN, made)
         return made

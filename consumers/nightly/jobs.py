@@ -103,6 +103,7 @@ class Watcher:
         """
         services, run = self._services, self._run
         tenant = run.schedule.tenant
+        since = min(since, now)  # or nights would go unreported after a clock that was ahead
         summary = services.batches.summary(tenant, run.run_id)
         if summary is not None:
             before = [night for night in self._nights() if night.state == "paused"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -161,7 +161,8 @@ async def _load(
 
 async def _resend(services: Services, record: CallbackRecord) -> CallbackRecord:
     callback = await _rebuilt(services, record)
-    now = datetime.now(UTC)
+    # After the record's last change, also if that was made by a clock that was ahead: the latest record counts.
+    now = max(datetime.now(UTC), record.updated_at + timedelta(microseconds=1))
     again = record.model_copy(
         update={
             "state": "waiting",

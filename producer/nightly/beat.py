@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from inferq.storage.runs import RunLog, known_schedules
 LOOK_SECONDS = 2.0
 """Seconds between two looks at the file, at most; also the age at which a change of it is accepted."""
 _RETRY_SECONDS = 5.0
+_SMALL_STEP = timedelta(minutes=1)
+"""By how much clocks differ without a warning."""
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class Beat:
         self._seen: tuple[object, datetime] | None = None
         self._bad = False
         self._tidy = True
-        self._processed: dict[str, tuple[Schedule, datetime]] = {}
+        self._processed: dict[str, tuple[Schedule, datetime, datetime | None]] = {}
         self.state = BeatState(False, ("the first tick",))
 
     def tick(self, now: datetime) -> float:
@@ -103,15 +105,24 @@ class Beat:
     def _look_at(self, schedule: Schedule, now: datetime) -> None:
         log = RunLog(self._store, schedule.tenant, schedule.name)
         before = self._processed.get(schedule.name)
+        started = None
         if before is not None and before[0].times == schedule.times and before[0].tenant == schedule.tenant:
-            after = before[1]
+            _, after, started = before
+            if after > now:
+                _warn_set_back(schedule, after, now)
         else:
             after = log.known(now, schedule).since
+            if after > now:
+                _warn_set_back(schedule, after, now)
+                log.know(now, schedule)
         due = schedule.times.latest(after, now)
-        if due is not None and not log.has(run_id_of(schedule.name, due)):
-            self._publish(start_message(schedule, due))
-            _log.info("%s: started the run of %s", schedule.name, due.isoformat())
-        self._processed[schedule.name] = (schedule, max(after, now))
+        if due is not None and due != started:
+            if not log.has(run_id_of(schedule.name, due)):
+                self._publish(start_message(schedule, due))
+                _log.info("%s: started the run of %s", schedule.name, due.isoformat())
+            started = due
+        # Not the later of the two: after a clock that was ahead, no run would be due for as long.
+        self._processed[schedule.name] = (schedule, now, started)
 
     def _read(self, now: datetime) -> bool:
         """Read the file if it has changed; gives whether it is valid. An invalid file changes nothing.
@@ -163,6 +174,15 @@ class Beat:
                 RunLog(self._store, tenant, name).forget()
                 _log.info("%s of tenant %s: forgotten, because the file no longer has it", name, tenant)
         self._tidy = True
+
+
+def _warn_set_back(schedule: Schedule, after: datetime, now: datetime) -> None:
+    if after - now > _SMALL_STEP:
+        _log.warning(
+            "%s: the clock was set back from %s; runs are due from now on. A run that was started for a time "
+            "ahead is not started again: inferq nightly run %s starts another",
+            schedule.name, after.isoformat(timespec="seconds"), schedule.name,
+        )  # fmt: skip
 
 
 class _BeatScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -67,6 +67,20 @@ def test_what_failed_is_sent_again_as_it_was_even_after_redis_was_lost(
     assert again == {"callback": callback.model_dump(), "attempts": []}
     with lone_gateway.someone() as other:
         assert other.post("/v1/tasks/t2/callbacks/resend").status_code == 404
+
+
+def test_what_failed_by_a_clock_that_was_ahead_is_waiting_once_it_is_sent_again(
+    lone_gateway: Gateway, publisher: FakePublisher
+) -> None:
+    _, callback, records = ended(lone_gateway, "ahead")
+    ahead = datetime.now(UTC) + timedelta(days=30)
+    failed = record(callback, "failed", reason="gone").model_copy(update={"updated_at": ahead})
+    records.keep(failed)
+    records.note(failed)
+    resend = "/v1/tasks/ahead/callbacks/resend"
+    assert [item["state"] for item in lone_gateway.http.post(resend).json()["items"]] == ["waiting"]
+    assert lone_gateway.http.post(resend).json()["items"] == []
+    assert len(sent(publisher)) == 1
 
 
 def test_a_delivered_end_is_rebuilt_from_the_result(lone_gateway: Gateway, publisher: FakePublisher) -> None:

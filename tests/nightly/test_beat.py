@@ -113,6 +113,33 @@ def test_a_beat_that_died_before_its_message_was_sent_starts_the_run_when_it_is_
     assert site.started == ["a13:00"]
 
 
+@pytest.mark.parametrize("running", [True, False], ids=["running", "first seen while ahead"])
+def test_after_a_clock_that_was_ahead_runs_start_again_from_now_on(
+    site: BeatSite, running: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if running:
+        site.beat.tick(NOON + minutes(30))
+    ahead = NOON + timedelta(days=30, minutes=30)
+    site.run(site.beat, ahead, ahead + minutes(1))
+    site.worked_off()
+    site.messages.clear()
+    for beat in (site.beat, site.another()) if running else (site.another(), site.beat):
+        site.run(beat, NOON + minutes(31), NOON + minutes(70))
+        site.worked_off()
+    assert site.started == ["a13:00"]
+    assert "the clock was set back from 2026-12-25" in caplog.text
+
+
+def test_a_clock_that_is_corrected_by_a_little_starts_nothing_twice(
+    site: BeatSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.run(site.beat, NOON + minutes(30), NOON + minutes(60.2))
+    site.worked_off()
+    site.run(site.beat, NOON + minutes(59.9), NOON + minutes(61))
+    assert site.started == ["a13:00"]
+    assert caplog.text == ""
+
+
 def test_two_beats_send_starts_of_the_same_runs(site: BeatSite) -> None:
     other = site.another()
     for beat in (site.beat, other):

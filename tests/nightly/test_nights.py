@@ -325,6 +325,9 @@ def test_each_night_of_a_run_is_told_once_and_the_nights_add_up(site: Site) -> N
     watcher = Watcher(services, run)
 
     assert watcher.look(batch.created_at, closes - timedelta(minutes=1)) == batch.created_at
+    # By a clock that was ahead, this night and the next had been reported.
+    early = closes - timedelta(minutes=1)
+    assert watcher.look(closes + timedelta(days=1), early) == early
     assert (
         watcher.look(batch.created_at, closes) == batch.created_at
     )  # what was stored last is not listed yet

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from inferq.schemas import EndState, ErrorInfo, Result, Task, parse_task
 from inferq.storage import BatchIndex, IndexLost, LeaseLost, StatusIndex, StorageSettings
+from inferq.storage.status.keys import batch_key
 from tests.runs import begin_run
 from tests.waiting import eventually
 
@@ -72,6 +73,16 @@ def counts(index: BatchIndex) -> tuple[int, ...]:
     assert standing is not None
     c = standing.counts
     return (c.queued, c.running, c.succeeded, c.failed, c.cancelled, c.invalid)
+
+
+def test_the_rate_is_measured_again_after_a_clock_that_was_ahead(
+    status: StatusIndex, index: BatchIndex
+) -> None:
+    ahead = f"{int((datetime.now(UTC).timestamp() + 30 * 86400) * 1e6)} 0"
+    key = batch_key(*B)
+    status.ask(lambda client: client.hset(key, "then", ahead))
+    index.look(*B)
+    assert status.ask(lambda client: client.hmget(key, "then", "before"))[0] != ahead
 
 
 def test_lines_are_counted_where_they_are(status: StatusIndex, index: BatchIndex) -> None:
