@@ -42,6 +42,7 @@ from inferq.broker.publisher import Publisher
 from inferq.broker.retry import RETRY_LEVELS, backoff, retry_level
 from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import (
+    DROPPED,
     JOB_QUEUES,
     JobQueue,
     Topology,
@@ -55,6 +56,7 @@ from inferq.broker.topology import (
 __all__ = [
     "ASSEMBLE_JOB",
     "CALLBACK_JOB",
+    "DROPPED",
     "FEED_JOB",
     "JOB_ENTRY_POINTS",
     "JOB_QUEUES",

@@ -21,6 +21,8 @@ from inferq.schemas import PRIORITIES, Priority
 
 TASKS = "inference.tasks"
 DEAD = "inference.dead"
+DROPPED = "inference.dropped"
+"""The queue that gets a copy of every dead letter, so that a message that RabbitMQ itself drops gets a record."""
 UNROUTABLE = "inference.unroutable"
 JOBS = "inference.jobs"
 """The topic exchange of the light jobs, which Celery runs. A job queue's name is its routing key."""
@@ -228,10 +230,10 @@ def topology_for(type_names: Iterable[str]) -> Topology:
     exchanges = [
         Exchange(UNROUTABLE, "fanout"),
         Exchange(TASKS, "topic", {"alternate-exchange": UNROUTABLE}),
-        Exchange(DEAD, "topic", {"alternate-exchange": UNROUTABLE}),
+        _dead_exchange(),
     ]
-    queues = [_unroutable_queue()]
-    bindings = [Binding(UNROUTABLE, UNROUTABLE)]
+    queues = [_unroutable_queue(), _dropped_queue()]
+    bindings = [Binding(UNROUTABLE, UNROUTABLE), _DROPPED_BINDING]
     exchanges.append(Exchange(JOBS, "topic"))
     for job_queue in JOB_QUEUES:
         queues.append(_job_queue(job_queue))
@@ -271,9 +273,14 @@ def job_topology() -> Topology:
     first, exactly as Celery does.
     https://github.com/celery/kombu/blob/main/kombu/transport/native_delayed_delivery.py
     """
-    exchanges = [Exchange(UNROUTABLE, "fanout"), Exchange(JOBS, "topic"), Exchange(DELAYED, "topic")]
-    queues = [_unroutable_queue()]
-    bindings = [Binding(UNROUTABLE, UNROUTABLE)]
+    exchanges = [
+        Exchange(UNROUTABLE, "fanout"),
+        _dead_exchange(),
+        Exchange(JOBS, "topic"),
+        Exchange(DELAYED, "topic"),
+    ]
+    queues = [_unroutable_queue(), _dropped_queue()]
+    bindings = [Binding(UNROUTABLE, UNROUTABLE), _DROPPED_BINDING]
     for job_queue in JOB_QUEUES:
         queues.append(_job_queue(job_queue))
         bindings += [
@@ -301,6 +308,17 @@ def job_queue_arguments() -> dict[str, Any]:
     """The arguments of the job queues, for Celery's own declaration."""
     arguments: dict[str, Any] = _job_queue("").declaration()[1]["arguments"]
     return arguments
+
+
+def _dead_exchange() -> Exchange:
+    return Exchange(DEAD, "topic", {"alternate-exchange": UNROUTABLE})
+
+
+def _dropped_queue() -> Queue:
+    return Queue(DROPPED, {"x-delivery-limit": NO_DELIVERY_LIMIT})
+
+
+_DROPPED_BINDING = Binding(DEAD, DROPPED, "task_type.#")
 
 
 def _unroutable_queue() -> Queue:

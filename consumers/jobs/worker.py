@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -26,6 +27,7 @@ from inferq.broker import (
 )
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches.retry import load_services
+from inferq.consumers.jobs.dropped import DroppedTasks
 from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY
 from inferq.consumers.probes.server import Health, ProbeServer, Readiness
@@ -117,10 +119,17 @@ def work(
         # jobs may take long: prefetched ones would be kept from idle processes.
         prefetch_multiplier=_CALLBACKS_PER_THREAD if set(queues) == {"inference.callbacks"} else 1,
     )
+    dropped = (
+        DroppedTasks(replace(load_services(), broker=broker)) if "inference.callbacks" in queues else None
+    )
+    if dropped is not None:
+        dropped.start()
     consuming.watch(worker)
     _log.info("consuming %s", ", ".join(queues))
     gc.freeze()  # a full collection of what is loaded takes 0.1 s, and callbacks would wait for it
     worker.start()
+    if dropped is not None:
+        dropped.stop()
     if server is not None:
         server.close()
         store.close()

@@ -1,0 +1,122 @@
+"""Ends the tasks whose messages RabbitMQ itself dead-letters, since no worker does.
+
+A message expires by its AMQP `expiration` or by a policy, is rejected by a foreign consumer, exceeds the delivery
+limit, or falls out of a full queue. RabbitMQ then puts it into the dead-letter queue of its type, as workers do with
+failed tasks, and a copy of every dead letter into `inference.dropped`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from inferq.broker import DROPPED, Consumer, Delivery, backoff, job_topology
+from inferq.consumers.batches.services import BatchServices
+from inferq.consumers.worker.notifier import Notifier, legible_url
+from inferq.consumers.worker.records import Records
+from inferq.schemas import InferqError, InvalidTask, Outage, Result, TransientFailure, parse_task
+from inferq.storage import StatusOutage, UnreadableResult
+
+_LOOK_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+def drop_error(delivery: Delivery) -> InferqError | None:
+    """Why RabbitMQ dead-lettered a message; None for the dead letter of a worker, which has recorded the end."""
+    deaths = delivery.headers.get("x-death")
+    if not isinstance(deaths, list) or not deaths or not isinstance(deaths[0], dict):
+        return None
+    reason, queue = str(deaths[0].get("reason")), deaths[0].get("queue")
+    match reason:
+        case "expired":
+            return InvalidTask(
+                f"the message expired in queue {queue!r} before a worker took it: by its AMQP `expiration`, or by "
+                "a message TTL of the queue",
+                code="expired",
+            )
+        case "delivery_limit":
+            return InvalidTask(
+                f"queue {queue!r} delivered the message up to its delivery limit, and no run ended: it most "
+                "likely ends its worker",
+                code="poison",
+            )
+    return TransientFailure(f"RabbitMQ removed the message from queue {queue!r}: {reason}", code="dropped")
+
+
+class DroppedTasks(threading.Thread):
+    """Consumes the copies of dead letters until `stop`."""
+
+    def __init__(self, services: BatchServices) -> None:
+        super().__init__(name="dropped", daemon=True)
+        self._services = services
+        self._stopping = threading.Event()
+        self._consumer = Consumer(services.broker, [DROPPED], name="dropped", topology=job_topology())
+
+    def run(self) -> None:
+        self._consumer.start()
+        failures = 0
+        while not self._stopping.is_set():
+            delivery = self._consumer.next(_LOOK_SECONDS)
+            if delivery is None:
+                continue
+            try:
+                self.end(delivery)
+            except Outage as error:
+                failures += 1
+                if failures == 1:
+                    _log.warning("the end of a dropped task cannot be recorded; still retrying: %s", error)
+                self._consumer.requeue(delivery)
+                self._stopping.wait(backoff(failures))
+                continue
+            except Exception:
+                # The dead letter itself stays in the queue of its type.
+                _log.exception("a dropped message was dead-lettered, but its end cannot be recorded")
+            failures = 0
+            self._consumer.ack(delivery)
+        self._consumer.close()
+
+    def stop(self) -> None:
+        """Stop consuming and close the services."""
+        self._stopping.set()
+        self.join(10)
+        self._services.close()
+
+    def end(self, delivery: Delivery) -> None:
+        """Record the failure of a dropped task and report it to its owner. Raises Outage."""
+        error = drop_error(delivery)
+        if error is None:
+            return
+        type_name = delivery.routing_key.removeprefix("task_type.").partition(".")[0]
+        records = Records(delivery, "normal", type_name=type_name, worker="RabbitMQ")
+        now = datetime.now(UTC)
+        _log.warning("%s: %s", records.name, error)
+        try:
+            task = parse_task(delivery.body)
+        except InvalidTask:
+            failure = records.unreadable(error, started_at=now)
+            if failure is not None and self._is_free(failure):
+                self._report(self._services.results.save(failure), legible_url(delivery.body))
+            return
+        digest = records.digest(task)
+        kept = self._services.results.save(records.failure(task, error, digest=digest, started_at=now))
+        # Another task's record under this id is not this task's to report.
+        url = task.callback_url if kept.digest == digest and "completed" in task.callback_events else None
+        self._report(kept, url)
+
+    def _is_free(self, failure: Result) -> bool:
+        """Whether no readable task has the id of an unreadable message."""
+        try:
+            kept = self._services.results.load(failure.tenant, failure.task_id)
+        except UnreadableResult:
+            return False
+        if kept is not None:
+            return kept.digest is None
+        return self._services.status.get(failure.tenant, failure.task_id) is None
+
+    def _report(self, kept: Result, url: str | None) -> None:
+        with suppress(StatusOutage):  # an index, which is repaired from the store
+            self._services.status.ended(kept)
+        Notifier(self._services.publisher, self._services.confirm, url=url).ended(kept)
