@@ -97,7 +97,7 @@ async def _load_standing(services: Services, tenant: str, batch_id: str) -> Stan
     try:
         return await services.on_redis(services.batch_index.look, tenant, batch_id)
     except Outage as error:
-        _log.warning("batch %s: its counts are unavailable: %s", batch_id, error)
+        _log.debug("batch %s: its counts are unavailable: %s", batch_id, error)
         return None
 
 

@@ -27,7 +27,7 @@ from inferq.storage.status.index import StatusOutage
 
 _MAX_LINE_DIGITS = 9
 _STALE_AFTER = timedelta(seconds=60)
-_UNTAKEN_SECONDS = 60.0
+_UNTAKEN_SECONDS = 30.0
 """Seconds after which a cancel that no worker has taken is recorded here."""
 _TASK_ID: TypeAdapter[str] = TypeAdapter(TaskId)
 
