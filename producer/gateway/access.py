@@ -1,4 +1,4 @@
-"""Around every request: a line in the access log, metrics, and the headers of every answer."""
+"""Around every request: a line in the access log, metrics, the headers of every answer, and the path prefix."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ _log = logging.getLogger("inferq.access")
 
 
 class Access:
-    """ASGI middleware. It logs paths without their query, which may hold a signature."""
+    """ASGI middleware. It logs paths without their query, which may hold a signature.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    `root_path` is the path below which a proxy serves the gateway. Proxies strip it from a request's path or
+    keep it; Starlette routes both.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, root_path: str) -> None:
         self._app = app
         self._metrics = metrics
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path
         begun = time.perf_counter()
         status = 500
 

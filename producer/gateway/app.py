@@ -22,6 +22,7 @@ from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.health import ReadinessProbe
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
+from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.services import Services, TaskPublisher
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.producer.gateway.submission import Submitter
@@ -65,7 +66,7 @@ def create_app(
     status.require_supported()
     services = Services(
         settings=settings,
-        api_url=storage.api_url.rstrip("/"),
+        paths=Paths(storage.api_url),
         keys=keys,
         status=status,
         store=store,
@@ -87,14 +88,17 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        root_path_in_servers=False,
+        servers=[{"url": storage.api_url.rstrip("/")}],
     )
     app.state.services = services
     app.state.submitter = Submitter(services)
     app.state.readiness = ReadinessProbe(services)
-    problems.register(app)
-    app.add_middleware(Access, metrics=metrics)
-    for part in (tasks, batches, callbacks, events, files, health):
-        app.include_router(part.router)
+    routers = [part.router for part in (tasks, batches, callbacks, events, files, health)]
+    problems.register(app, [route for router in routers for route in router.routes])
+    app.add_middleware(Access, metrics=metrics, root_path=services.paths.root_path)
+    for router in routers:
+        app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # the way FastAPI documents
     return app
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import heapq
 import logging
 import secrets
-from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi import Query, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 from python_multipart.multipart import parse_options_header
 
@@ -21,10 +20,11 @@ from inferq.producer.gateway.batch_lookup import find_batch, require_batch, stat
 from inferq.producer.gateway.batch_request import SEND_JSONL_AS, requested_batch
 from inferq.producer.gateway.batch_submission import submit_batch
 from inferq.producer.gateway.body import body_chunks, decode_json, read_json
-from inferq.producer.gateway.files import chunks_of, store_upload
-from inferq.producer.gateway.paths import batch_path
+from inferq.producer.gateway.files import as_file, download, store_upload
+from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.responses import json_response, page_path, page_response
+from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.schemas import MAX_BODY_BYTES, Batch, BatchStatus, InvalidTask
 from inferq.storage.batches.store import errors_key, output_key
@@ -36,7 +36,7 @@ _MAX_PAGE = 200
 
 _log = logging.getLogger(__name__)
 
-router = APIRouter(prefix="/v1", tags=["batches"])
+router = Router(prefix="/v1", tags=["batches"])
 
 
 class BatchLinks(BaseModel):
@@ -109,7 +109,7 @@ async def post_batch(
             raise InvalidTask(f"{error.message}; {SEND_JSONL_AS}", code=error.code) from error
     batch = await submit_batch(services, requested_batch(document, tenant=tenant))
     status = await find_batch(services, tenant, batch.batch_id)
-    return _answer(status or status_of(batch, None), code=202, location=True)
+    return _answer(services.paths, status or status_of(batch, None), code=202, location=True)
 
 
 async def _stream_source(
@@ -147,7 +147,7 @@ async def list_batches(
     more, places = len(places) > limit, places[:limit]
     found = [await find_batch(services, tenant, name) for _, name in places]
     last = write_cursor(str(places[-1][0]), places[-1][1]) if more else None
-    next_path = page_path("/v1/batches", {"cursor": last, "limit": limit})
+    next_path = page_path(services.paths.batches, {"cursor": last, "limit": limit})
     items = tuple(status for status in found if status is not None)
     return page_response(BatchPage(items=items, cursor=last, next=next_path), next_path)
 
@@ -159,7 +159,7 @@ def _place(made: str, batch_id: str) -> tuple[int, str]:
 
 @router.get("/batches/{batch_id}", response_model=BatchAnswer, summary="Get a batch's status")
 async def get_batch(batch_id: str, tenant: CurrentTenant, services: ServicesDep) -> Response:
-    return _answer(await require_batch(services, tenant, batch_id))
+    return _answer(services.paths, await require_batch(services, tenant, batch_id))
 
 
 @router.post(
@@ -179,7 +179,7 @@ async def cancel_batch(batch_id: str, tenant: CurrentTenant, services: ServicesD
     """
     status = await require_batch(services, tenant, batch_id)
     if status.state == "cancelled":
-        return _answer(status)
+        return _answer(services.paths, status)
     if status.ended:
         raise ProblemError(
             409, "already_ended", f"batch {batch_id!r} has already {status.state}; it cannot be cancelled",
@@ -193,22 +193,28 @@ async def cancel_batch(batch_id: str, tenant: CurrentTenant, services: ServicesD
     # The batch may have no feeder: its message was never published, or it waits for its window to open.
     message = feed_message(tenant, batch_id, chain=secrets.token_hex(6))
     await services.publisher.confirm(message, timeout=services.settings.submit_timeout)
-    return _answer(status.model_copy(update={"cancel_requested": True}), code=202)
+    return _answer(services.paths, status.model_copy(update={"cancel_requested": True}), code=202)
 
 
-@router.get("/batches/{batch_id}/output", summary="Get a batch's results")
-async def get_output(batch_id: str, tenant: CurrentTenant, services: ServicesDep) -> Response:
+@router.get("/batches/{batch_id}/output", summary="Get a batch's results", **as_file("application/x-ndjson"))
+async def get_output(
+    batch_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep
+) -> Response:
     """The results of tasks that succeeded, as JSONL in line order. Answers 409 (`not_ended`) until the batch ends."""
-    return await _file(services, tenant, batch_id, output_key, "output.jsonl")
+    return await _file(request, services, tenant, batch_id, output_key, "output.jsonl")
 
 
-@router.get("/batches/{batch_id}/errors", summary="Get a batch's errors")
-async def get_errors(batch_id: str, tenant: CurrentTenant, services: ServicesDep) -> Response:
+@router.get("/batches/{batch_id}/errors", summary="Get a batch's errors", **as_file("application/x-ndjson"))
+async def get_errors(
+    batch_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep
+) -> Response:
     """Failed, cancelled and invalid tasks, as JSONL in line order. Answers 409 (`not_ended`) until the batch ends."""
-    return await _file(services, tenant, batch_id, errors_key, "errors.jsonl")
+    return await _file(request, services, tenant, batch_id, errors_key, "errors.jsonl")
 
 
-async def _file(services: Services, tenant: str, batch_id: str, key_of: Any, name: str) -> Response:
+async def _file(
+    request: Request, services: Services, tenant: str, batch_id: str, key_of: Any, name: str
+) -> Response:
     status = await require_batch(services, tenant, batch_id)
     if not status.ended:
         raise ProblemError(
@@ -217,20 +223,18 @@ async def _file(services: Services, tenant: str, batch_id: str, key_of: Any, nam
         )  # fmt: skip
     key = key_of(tenant, batch_id)
     info = await services.on_store(services.store.stat, key)
-    stream: Iterator[bytes] = await services.on_store(services.store.stream, key)
     headers = {
-        "Content-Length": str(info.bytes),
         "Content-Disposition": f'attachment; filename="{name}"',
-        "ETag": f'"{info.etag}"',
+        "Content-Type": "application/x-ndjson",
     }
-    return StreamingResponse(chunks_of(services, stream), headers=headers, media_type="application/x-ndjson")
+    return await download(request, services, key, size=info.bytes, etag=f'"{info.etag}"', headers=headers)
 
 
-def _answer(status: BatchStatus, *, code: int = 200, location: bool = False) -> Response:
-    path = batch_path(status.batch_id)
+def _answer(paths: Paths, status: BatchStatus, *, code: int = 200, location: bool = False) -> Response:
+    path = paths.batch(status.batch_id)
     links = BatchLinks(
         self=path,
-        tasks=f"/v1/tasks?{urlencode({'batch_id': status.batch_id})}",
+        tasks=f"{paths.tasks}?{urlencode({'batch_id': status.batch_id})}",
         output=f"{path}/output",
         errors=f"{path}/errors",
         cancel=f"{path}/cancel",

@@ -6,13 +6,14 @@ import logging
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict
 
 from inferq.broker import callback_message
 from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.batch_lookup import checked_batch_id, require_batch
 from inferq.producer.gateway.problems import ProblemError, not_found
+from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.producer.gateway.task_lookup import checked_task_id, find_result, require_status
 from inferq.schemas import (
@@ -29,7 +30,7 @@ from inferq.storage.status.index import StatusOutage
 
 _log = logging.getLogger(__name__)
 
-router = APIRouter(prefix="/v1", tags=["callbacks"])
+router = Router(prefix="/v1", tags=["callbacks"])
 
 
 class CallbackList(BaseModel):

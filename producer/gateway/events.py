@@ -7,10 +7,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import anyio
-from fastapi import APIRouter
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from inferq.producer.gateway.auth import CurrentTenant
+from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.producer.gateway.task_lookup import (
     checked_task_id,
@@ -25,7 +25,7 @@ from inferq.storage.status.index import StatusIndex
 _RECONNECT_MILLISECONDS = 2000
 _RANK: dict[State, int] = {"queued": 0, "running": 1, "retrying": 2}
 
-router = APIRouter(prefix="/v1", tags=["tasks"])
+router = Router(prefix="/v1", tags=["tasks"])
 
 
 @router.get(

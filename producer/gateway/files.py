@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from anyio import CancelScope
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from python_multipart.multipart import parse_options_header
@@ -21,6 +21,8 @@ from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.body import BodyFile, body_chunks
 from inferq.producer.gateway.multipart import FormFile
 from inferq.producer.gateway.problems import not_found
+from inferq.producer.gateway.ranges import requested_part
+from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.producer.gateway.task_lookup import checked_task_id, find_result, find_status, no_such_task
 from inferq.schemas import new_task_id
@@ -35,7 +37,7 @@ _INLINE_TYPES = re.compile(
 )
 _SANDBOX = "default-src 'none'; sandbox"
 
-router = APIRouter(prefix="/v1", tags=["files"])
+router = Router(prefix="/v1", tags=["files"])
 
 
 class UploadedFile(BaseModel):
@@ -127,6 +129,18 @@ async def store_upload(
     )
 
 
+def as_file(content_type: str) -> dict[str, Any]:
+    """The arguments of a route that answers with a file, for the OpenAPI document."""
+    file = {"content": {content_type: {"schema": {"type": "string", "format": "binary"}}}}
+    return {
+        "response_class": StreamingResponse,
+        "responses": {
+            200: {"description": "The file", **file},
+            206: {"description": "The part of the file that the header Range asks for", **file},
+        },
+    }
+
+
 def _extension(filename: str, content_type: str) -> str:
     given = PurePosixPath(filename.lower()).suffix
     if _EXTENSION.fullmatch(given):
@@ -137,8 +151,7 @@ def _extension(filename: str, content_type: str) -> str:
 @router.get(
     "/tasks/{task_id}/artifacts/{name}",
     summary="Download an artifact of a task",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"*/*": {}}, "description": "The file"}},
+    **as_file("*/*"),
 )
 async def get_artifact(
     task_id: str, name: str, request: Request, tenant: CurrentTenant, services: ServicesDep
@@ -154,34 +167,43 @@ async def get_artifact(
     if artifact is None:
         raise not_found(f"artifact {name!r} of task {task_id!r}")
     etag = f'"{artifact.sha256}"'
-    if etag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers={"ETag": etag})
     key = services.results.artifact_key(tenant, task_id, name, result=result)
-    headers = {"Content-Length": str(artifact.bytes), "ETag": etag}
-    return await _download(services, key, name, artifact.content_type, headers)
-
-
-async def _download(
-    services: Services, key: str, name: str, content_type: str, headers: dict[str, str]
-) -> Response:
-    content_type = clean_type(content_type)
-    chunks = await services.on_store(services.store.stream, key)
+    content_type = clean_type(artifact.content_type)
     disposition = "inline" if _INLINE_TYPES.fullmatch(content_type) else "attachment"
-    headers |= {
+    headers = {
         "Content-Disposition": f"{disposition}; filename*=UTF-8''{quote(name, safe='', errors='replace')}",
         # An artifact made from untrusted input must not run as a page of this site.
         "Content-Security-Policy": _SANDBOX,
         "Content-Type": content_type,
         "Cache-Control": "private, max-age=3600",
     }
-    return StreamingResponse(chunks_of(services, chunks), headers=headers)
+    return await download(request, services, key, size=artifact.bytes, etag=etag, headers=headers)
 
 
-async def chunks_of(services: Services, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """An object's chunks, each read on a thread."""
+async def download(
+    request: Request, services: Services, key: str, *, size: int, etag: str, headers: dict[str, str]
+) -> Response:
+    """Answer with an object of `size` bytes, or with the part that the request asks for; nothing to HEAD.
+
+    Raises ProblemError (416), ObjectNotFound and StoreOutage.
+    """
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers={"ETag": etag})
+    part = requested_part(request, size=size, etag=etag)
+    headers |= part.headers
+    if request.method == "HEAD":
+        await services.on_store(services.store.stat, key)
+        return Response(headers=headers)
+    chunks = await services.on_store(services.store.stream, key, start=part.bytes.start)
+    return StreamingResponse(_chunks_of(services, chunks, len(part.bytes)), part.status, headers)
+
+
+async def _chunks_of(services: Services, chunks: Iterator[bytes], left: int) -> AsyncIterator[bytes]:
+    """The first `left` bytes of an object's chunks, each read on a thread."""
     try:
-        while (chunk := await services.on_store(next, chunks, None)) is not None:
-            yield chunk
+        while left > 0 and (chunk := await services.on_store(next, chunks, None)) is not None:
+            yield chunk[:left]
+            left -= len(chunk)
     finally:
         close = getattr(chunks, "close", None)
         if close is not None:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Awaitable
 from typing import Literal
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
+from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.schemas import Outage
 
@@ -19,7 +20,7 @@ _CACHE_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["health"])
+router = Router(tags=["health"])
 
 
 class Check(BaseModel):

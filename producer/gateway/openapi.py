@@ -19,7 +19,11 @@ _OPTIONAL_OVER_HTTP = ("task_id",)
 def build(app: FastAPI) -> dict[str, Any]:
     """The document of `app`'s routes, with the schema of each task type."""
     document = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        servers=app.servers,
     )
     schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
     types = installed_types()

@@ -6,7 +6,7 @@ import http
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 
+from inferq.producer.gateway.routing import methods_of_path
 from inferq.schemas import InferqError, InvalidTask, Outage, describe_faults
 
 MEDIA_TYPE = "application/problem+json"
@@ -110,8 +112,9 @@ def faults_of(error: ValidationError) -> tuple[Fault, ...]:
     return tuple(Fault(field=field, detail=detail) for field, _, detail in lines)
 
 
-def register(app: FastAPI) -> None:
-    """Make `app` answer every error with a problem document."""
+def register(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Make `app`, which has these routes, answer every error with a problem document."""
+    app.state.routes = routes
     app.add_exception_handler(InferqError, _answer_inferq_error)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
@@ -186,7 +189,10 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not support {request.method}",
     }
     detail = details.get(error.status_code, str(error.detail))
-    return _response(ProblemError(error.status_code, code, detail, headers=error.headers))
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := methods_of_path(request.app.state.routes, request.scope)):
+        headers["Allow"] = ", ".join(sorted(methods))  # the framework names those of one route
+    return _response(ProblemError(error.status_code, code, detail, headers=headers))
 
 
 async def _answer_invalid_request(_request: Request, error: Exception) -> Response:

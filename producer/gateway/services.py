@@ -18,7 +18,7 @@ from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.gateway.metrics import Metrics
-from inferq.producer.gateway.paths import task_path
+from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.producer.gateway.threads import Threads
@@ -91,7 +91,7 @@ class Services:
     """
 
     settings: GatewaySettings
-    api_url: str
+    paths: Paths
     keys: KeyFile
     status: StatusIndex
     store: ObjectStore
@@ -177,9 +177,6 @@ class Services:
         finally:
             if own.statistics().borrowed_tokens == own.statistics().tasks_waiting == 0:
                 self._tenant_uploads.pop(tenant, None)
-
-    def task_url(self, task_id: str) -> str:
-        return f"{self.api_url}{task_path(task_id)}"
 
 
 async def services_of(request: Request) -> Services:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
 from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.body import read_json
 from inferq.producer.gateway.events import wait_for_end
-from inferq.producer.gateway.paths import task_path
+from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.prefer import preference_applied, wait_seconds
 from inferq.producer.gateway.problems import ProblemError
-from inferq.producer.gateway.responses import json_response, page_path, page_response
+from inferq.producer.gateway.ranges import requested_part
+from inferq.producer.gateway.responses import page_path, page_response
+from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.producer.gateway.submission import Submitter
 from inferq.producer.gateway.task_lookup import (
@@ -34,7 +37,7 @@ from inferq.storage.status.index import StatusOutage
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
-router = APIRouter(prefix="/v1", tags=["tasks"])
+router = Router(prefix="/v1", tags=["tasks"])
 
 
 class Links(BaseModel):
@@ -106,8 +109,8 @@ async def _submit(request: Request, services: Services, tenant: str, task_id: st
     if seconds and not status.ended:
         status = await _status_after_wait(services, status, seconds)
     result = await _result_if_known(services, status) if seconds is not None and status.ended else None
-    headers = {"Location": task_path(task.task_id), **preference_applied(seconds)}
-    return _answer(status, code=200 if status.ended else 202, result=result, headers=headers)
+    headers = {"Location": services.paths.task(task.task_id), **preference_applied(seconds)}
+    return _answer(services.paths, status, code=200 if status.ended else 202, result=result, headers=headers)
 
 
 async def _status_after_wait(services: Services, status: TaskStatus, seconds: float) -> TaskStatus:
@@ -132,7 +135,7 @@ async def get_task(task_id: str, request: Request, tenant: CurrentTenant, servic
     seconds = wait_seconds(request.headers.getlist("prefer"))
     if seconds and not status.ended:
         status = await _status_after_wait(services, status, seconds)
-    return _answer(status, headers=preference_applied(seconds))
+    return _answer(services.paths, status, headers=preference_applied(seconds))
 
 
 @router.get(
@@ -155,8 +158,12 @@ async def get_result(
         await wait_for_end(services, tenant, task_id, seconds)
         result = await find_result(services, tenant, task_id)
     if result is not None:
-        public = with_public_urls(services, result)
-        return json_response(public, headers=preference_applied(seconds))
+        body = with_public_urls(services, result).model_dump_json().encode()
+        part = requested_part(request, size=len(body), etag=f'"{hashlib.sha256(body).hexdigest()}"')
+        headers = {**part.headers, **preference_applied(seconds)}
+        return Response(
+            body[part.bytes.start : part.bytes.stop], part.status, headers, media_type="application/json"
+        )
     status = await find_status(services, tenant, task_id)
     if status is None:
         raise no_such_task(task_id)
@@ -199,9 +206,9 @@ async def cancel_task(task_id: str, tenant: CurrentTenant, services: ServicesDep
         if status is None:
             raise outage or no_such_task(task_id)
     if not status.ended:
-        return _answer(status, code=202)
+        return _answer(services.paths, status, code=202)
     if status.state == "cancelled":
-        return _answer(status)
+        return _answer(services.paths, status)
     raise ProblemError(
         409,
         "already_ended",
@@ -251,13 +258,13 @@ async def list_tasks(
         "cursor": page.cursor,
         "limit": limit,
     }
-    next_path = page_path("/v1/tasks", query)
+    next_path = page_path(services.paths.tasks, query)
     return page_response(TaskPage(items=page.items, cursor=page.cursor, next=next_path), next_path)
 
 
 def with_public_urls(services: Services, result: Result) -> Result:
     """The result, with URLs of its artifacts on the gateway."""
-    base = f"{services.task_url(result.task_id)}/artifacts"
+    base = f"{services.paths.task_url(result.task_id)}/artifacts"
     artifacts = tuple(
         artifact.model_copy(update={"url": f"{base}/{quote(artifact.name, safe='')}"})
         for artifact in result.artifacts
@@ -266,13 +273,14 @@ def with_public_urls(services: Services, result: Result) -> Result:
 
 
 def _answer(
+    paths: Paths,
     status: TaskStatus,
     *,
     code: int = 200,
     result: Result | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    path = task_path(status.task_id)
+    path = paths.task(status.task_id)
     links = Links(self=path, result=f"{path}/result", events=f"{path}/events", cancel=f"{path}/cancel")
     # Without validation: the status was validated when it was read.
     answer = TaskAnswer.model_construct(**dict(status), links=links, result=result)

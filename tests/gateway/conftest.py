@@ -137,8 +137,13 @@ def running(
     """Run a gateway with a folder of its own."""
     listener = listen("127.0.0.1", 0)
     url = url_of(listener)
-    given = {"store_url": (folder / "store").as_uri(), "store_fsync": False, "redis_timeout": 0.5}
-    stored = StorageSettings(redis_url=redis_url, api_url=url, **{**given, **(storage or {})})
+    given = {
+        "store_url": (folder / "store").as_uri(),
+        "store_fsync": False,
+        "redis_timeout": 0.5,
+        "api_url": url,
+    }
+    stored = StorageSettings(redis_url=redis_url, **{**given, **(storage or {})})
     gateway_settings = GatewaySettings(
         api_keys_file=folder / "keys.json", **{"shutdown_grace": 5, "events_heartbeat": 1.0, **settings}
     )
