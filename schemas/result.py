@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, Field, JsonValue
 
 from inferq.schemas.errors import InferqError, InvalidTask
 from inferq.schemas.record import SCHEMA_VERSION, Record
-from inferq.schemas.task import Task, TaskId, Tenant, TypeName
+from inferq.schemas.task import Task, TaskId, Tenant
 
 EndState = Literal["succeeded", "failed", "cancelled"]
 
@@ -64,7 +64,11 @@ class Result(Record):
     """The record of the end of a task: `result.json` if it succeeded, else `failure.json`."""
 
     task_id: TaskId
-    task_type: TypeName | Literal[""] = Field(description="Empty if the message was unreadable.")
+    task_type: str = Field(
+        # One pattern, as clients generated from a union of two strings cannot read it.
+        pattern=r"^([a-z][a-z0-9_-]{0,62})?$",
+        description="Empty if the message was unreadable.",
+    )
     tenant: Tenant
     status: EndState
     output: JsonValue = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from itertools import combinations
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -66,8 +67,21 @@ class NerOptions(Options):
         return dictionary
 
 
+_SOURCES = ("text", "text_url", "texts")
+_NOT_ONE_SOURCE: list[Any] = [
+    {"properties": {name: {"type": "null"} for name in _SOURCES}},
+    *(
+        {"required": list(pair), "properties": {name: {"not": {"type": "null"}} for name in pair}}
+        for pair in combinations(_SOURCES, 2)
+    ),
+]
+"""The tasks without exactly one source, as JSON Schema. Generators of clients cannot read `oneOf` beside fields."""
+
+
 class NerTask(Task):
     """Finds the entities in `text`, in the file at `text_url`, or in each of `texts`: exactly one of them."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {"anyOf": _NOT_ONE_SOURCE}})
 
     task_type: Literal["ner"]
     text: str | None = Field(None, description="The text.")
@@ -98,7 +112,7 @@ class NerTask(Task):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("text", "text_url", "texts") if getattr(self, name) is not None]
+        given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"give exactly one of text, text_url and texts; got {' and '.join(given) or 'none of them'}"

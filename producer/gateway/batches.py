@@ -20,15 +20,15 @@ from inferq.producer.gateway.batch_lookup import find_batch, require_batch, stat
 from inferq.producer.gateway.batch_request import SEND_JSONL_AS, requested_batch
 from inferq.producer.gateway.batch_submission import submit_batch
 from inferq.producer.gateway.body import body_chunks, decode_json, read_json
-from inferq.producer.gateway.files import as_file, download, store_upload
+from inferq.producer.gateway.files import EmptyUpload, as_file, download, store_upload
 from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.responses import json_response, page_path, page_response
 from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
-from inferq.schemas import MAX_BODY_BYTES, Batch, BatchStatus, InvalidTask
+from inferq.schemas import MAX_BODY_BYTES, BatchStatus, InvalidTask
 from inferq.storage.batches.store import errors_key, output_key
-from inferq.storage.status.fields import micros, read_cursor, write_cursor
+from inferq.storage.status.fields import CURSOR_PATTERN, micros, read_cursor, write_cursor
 from inferq.storage.status.index import StatusOutage
 
 _JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
@@ -71,8 +71,8 @@ _BODIES: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": Batch.model_json_schema()},
-            "application/x-ndjson": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {"schema": {"$ref": "#/components/schemas/Batch"}},
+            **{name: {"schema": {"type": "string", "format": "binary"}} for name in _JSONL_TYPES},
         },
     }
 }
@@ -124,9 +124,12 @@ async def _stream_source(
     settings = services.settings
     chunks = body_chunks(request, limit=settings.max_upload_bytes, seconds=settings.body_timeout)
     async with aclosing(chunks) as stream:
-        stored = await store_upload(services, tenant, stream, "application/x-ndjson", "batch.jsonl")
-    if stored.bytes == 0:
-        raise ProblemError(422, "empty_batch", "the body is empty; send JSONL with one task per line")
+        try:
+            stored = await store_upload(services, tenant, stream, "application/x-ndjson", "batch.jsonl")
+        except EmptyUpload as error:
+            raise ProblemError(
+                422, "empty_batch", "the body is empty; send JSONL with one task per line"
+            ) from error
     return document | {"source": stored.url, "source_sha256": stored.sha256}
 
 
@@ -134,7 +137,7 @@ async def _stream_source(
 async def list_batches(
     tenant: CurrentTenant,
     services: ServicesDep,
-    cursor: Annotated[str | None, Query(max_length=200)] = None,
+    cursor: Annotated[str | None, Query(json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 50,
 ) -> Response:
     before = _place(*read_cursor(cursor)) if cursor else None

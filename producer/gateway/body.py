@@ -111,15 +111,17 @@ def _refuse_constant(name: str) -> None:
 
 
 class BodyFile(io.RawIOBase):
-    """An asynchronous stream as a file, for a thread that anyio started from the stream's event loop.
+    """An asynchronous stream, after its `first` bytes, as a file.
+
+    For a thread that anyio started from the stream's event loop.
 
     `bytes` and `sha256` cover what was read so far. `read` raises what the stream raises; `error` keeps it, as
     the reader may wrap it.
     """
 
-    def __init__(self, stream: AsyncIterator[bytes]) -> None:
+    def __init__(self, stream: AsyncIterator[bytes], first: bytes) -> None:
         self._stream = stream
-        self._rest = memoryview(b"")
+        self._rest = memoryview(first)
         self._hash = hashlib.sha256()
         self.bytes = 0
         self.error: Exception | None = None

@@ -20,7 +20,7 @@ from python_multipart.multipart import parse_options_header
 from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.body import BodyFile, body_chunks
 from inferq.producer.gateway.multipart import FormFile
-from inferq.producer.gateway.problems import not_found
+from inferq.producer.gateway.problems import ProblemError, not_found
 from inferq.producer.gateway.ranges import requested_part
 from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
@@ -49,6 +49,10 @@ class UploadedFile(BaseModel):
     bytes: int
     sha256: str
     content_type: str
+
+
+class EmptyUpload(ProblemError):
+    """The upload has no bytes."""
 
 
 _UPLOAD_BODY = {
@@ -107,13 +111,16 @@ async def post_file(
 async def store_upload(
     services: Services, tenant: str, stream: AsyncIterator[bytes], content_type: str, filename: str
 ) -> UploadedFile:
-    """Stream an upload into the object store."""
+    """Stream an upload into the object store. Raises ProblemError (422) if it is empty."""
     guessed, _ = mimetypes.guess_type(PurePosixPath(filename).name)
     if content_type in ("", DEFAULT_TYPE, "application/x-www-form-urlencoded"):
         content_type = guessed or DEFAULT_TYPE
     content_type = clean_type(content_type)
     file_id = new_task_id() + _extension(filename, content_type)
-    file = BodyFile(stream)
+    first = await anext(stream, b"")
+    if not first:
+        raise EmptyUpload(422, "empty_file", "the file is empty; send its content as the body")
+    file = BodyFile(stream, first)
     try:
         key = upload_key(tenant, file_id)
         await services.on_upload(

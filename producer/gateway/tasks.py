@@ -33,6 +33,7 @@ from inferq.producer.gateway.task_lookup import (
 from inferq.producer.gateway.task_request import requested_task
 from inferq.schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus
 from inferq.schemas.task import TypeName
+from inferq.storage.status.fields import CURSOR_PATTERN
 from inferq.storage.status.index import StatusOutage
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -234,7 +235,7 @@ async def list_tasks(
     task_type: Annotated[TypeName | None, Query()] = None,
     status: Annotated[State | None, Query()] = None,
     batch_id: Annotated[TaskId | None, Query()] = None,
-    cursor: Annotated[str | None, Query(max_length=512)] = None,
+    cursor: Annotated[str | None, Query(json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Response:
     """Recent tasks: those that the status index still holds.

@@ -4,6 +4,6 @@ if conflict or retries <= order then return 0 end
 if not known then create(ty, priority, batch, digest, created, 'retrying', retries, attempt) end
 move('retrying', retries, attempt, redrives)
 redis.call('HSET', key, 'e', failure)
-redis.call('HDEL', key, 'l')
+redis.call('HDEL', key, 'l', 'g', 'n')
 publish(event)
 return 1

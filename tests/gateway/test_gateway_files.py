@@ -88,9 +88,13 @@ def test_the_id_has_a_harmless_extension(
     assert stored(gateway, url) == b"x"
 
 
-def test_an_empty_upload_is_a_file_too(gateway: Gateway) -> None:
-    response = gateway.http.post("/v1/files", content=b"")
-    assert (response.status_code, response.json()["bytes"]) == (201, 0)
+def test_an_upload_without_content_is_refused_and_not_stored(gateway: Gateway) -> None:
+    problem(gateway.http.post("/v1/files"), 422, "empty_file")
+    problem(gateway.http.post("/v1/files", content=iter([])), 422, "empty_file")
+    problem(gateway.http.post("/v1/files", files={"file": ("a.txt", b"")}), 422, "empty_file")
+    jsonl = {"Content-Type": "application/x-ndjson"}
+    problem(gateway.http.post("/v1/batches", headers=jsonl), 422, "empty_batch")
+    assert everything(gateway) == []
 
 
 def test_a_form_with_one_file(gateway: Gateway) -> None:

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -107,14 +109,63 @@ def test_the_openapi_document_spells_out_the_task_types(gateway: Gateway) -> Non
     assert validator.is_valid(ECHO)
     assert not validator.is_valid({**ECHO, "nonsense": 1})
     assert not validator.is_valid({"task_type": "nonsense"})
+    assert not validator.is_valid({**ECHO, "batch_line": 1})
+    for text, good in [
+        ({}, False),
+        ({"text": None}, False),
+        ({"text": "a", "texts": ["b"]}, False),
+        ({"text": "a", "text_url": None}, True),
+        ({"texts": ["a"]}, True),
+    ]:
+        assert validator.is_valid({"task_type": "ner", **text}) == good, text
     for path, operations in document["paths"].items():
         for name, operation in operations.items():
             assert "default" in operation["responses"], (name, path)
             assert ("security" in operation) == (path.startswith("/v1") and "objects" not in path), path
     assert not [name for name in document["components"]["schemas"] if "HTTPValidation" in name]
-    text = gateway.get_openly("/openapi.json").text
-    for reference in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
-        assert reference in document["components"]["schemas"]
+    batch = document["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = Draft202012Validator({**batch, "components": document["components"]})
+    assert validator.is_valid({"source": "inferq:a"})
+    assert not validator.is_valid({"source": "inferq:a", "schedule": "night"})
+    for name in ("Batch", "EchoTask", "NerTask"):
+        # The gateway refuses another tenant than the API key's, also "default".
+        assert "default" not in document["components"]["schemas"][name]["properties"]["tenant"]
+    for path in ("/v1/tasks", "/v1/batches"):
+        parameters = document["paths"][path]["get"]["parameters"]
+        (cursor,) = (parameter["schema"] for parameter in parameters if parameter["name"] == "cursor")
+        for value, status in [("1:a", 200), ("no", 422), ("MTph", 422)]:
+            assert Draft202012Validator(cursor).is_valid(value) == (status == 200)
+            assert gateway.http.get(path, params={"cursor": value}).status_code == status, (path, value)
+
+
+def test_every_reference_in_the_openapi_document_leads_somewhere(gateway: Gateway) -> None:
+    document = gateway.get_openly("/openapi.json").json()
+    references = list(references_in(document))
+    assert "#/components/schemas/Batch" in references
+    for reference in references:
+        found = document
+        for name in reference.removeprefix("#/").split("/"):
+            assert name in found, reference
+            found = found[name]
+    # Generators of clients fail on a union of strings with patterns.
+    kind = document["components"]["schemas"]["Result"]["properties"]["task_type"]
+    assert kind["type"] == "string"
+    assert [Draft202012Validator(kind).is_valid(name) for name in ("", "ocr", "OCR")] == [True, True, False]
+    assert document["servers"] == [{"url": gateway.url}]
+
+
+def references_in(part: Any) -> Iterator[str]:
+    if isinstance(part, dict):
+        for name, value in part.items():
+            if name == "$ref":
+                yield value
+            elif name == "mapping":
+                yield from value.values()
+            else:
+                yield from references_in(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from references_in(value)
 
 
 def test_each_request_is_one_line_in_the_log(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,6 +29,10 @@ from inferq.schemas import (
 )
 from inferq.storage import BatchIndex, CallbackRecords, StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.objects.local import LocalStore
+
+
+from inferq.schemas import END_STATES, EndState, ErrorInfo, Event, InvalidTask, Result, Task, TaskStatus
+from inferq.storage import StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.status.keys import record_key
 from tests.runs import begin_run
 from tests.storage.conftest import RedisServer
@@ -466,7 +470,28 @@ def test_progress_only_grows_and_only_while_running(index: StatusIndex) -> None:
         assert len(status.progress_note or "") == 500
     index.ended(end(task, "failed"))
     index.progress("default", "t1", 1.0, "late")
-    assert known(index, task).progress_note != "late"
+    assert known(index, task).progress_note is None
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
+def test_the_progress_of_a_run_ends_with_the_run(index: StatusIndex, state: EndState) -> None:
+    task = job()
+    begin(index, task)
+    index.progress("default", "t1", 0.5, "5 of 10 characters")
+    result = end(task, state)
+    assert index.ended(result)
+    status, of_result = known(index, task), TaskStatus.of_result(result)
+    assert status.progress_note is None
+    assert (status.progress, status.progress_note) == (of_result.progress, of_result.progress_note)
+
+
+def test_a_task_that_waits_for_its_next_attempt_has_no_progress(index: StatusIndex) -> None:
+    task = job()
+    begin(index, task)
+    index.progress("default", "t1", 0.5, "5 of 10 characters")
+    index.retrying(task, attempt=1, redrives=0, error=ERROR)
+    status = known(index, task)
+    assert (status.state, status.progress, status.progress_note) == ("retrying", None, None)
 
 
 def test_an_end_of_any_attempt_ends_the_task_until_it_is_redriven(index: StatusIndex) -> None:
@@ -703,7 +728,7 @@ def test_a_rare_task_is_found_behind_very_many_others(index: StatusIndex, redis_
 
 
 @pytest.mark.parametrize(
-    "cursor", ["x", "!!!", "AAAA", "e30", "MTIzOg", "é", "MTpcbg==", "a" * 5000, "\ud800"]
+    "cursor", ["x", "!!!", "AAAA", "e30", "1:", "1:a\n", "MTph", "é", "MTpcbg==", "a" * 5000, "\ud800"]
 )
 def test_a_bad_cursor_is_refused(index: StatusIndex, cursor: str) -> None:
     with pytest.raises(InvalidTask) as caught:
