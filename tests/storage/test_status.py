@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from inferq.schemas import (
     END_STATES,
+    EndState,
     ErrorInfo,
     Event,
     InstallationError,
@@ -29,10 +30,6 @@ from inferq.schemas import (
 )
 from inferq.storage import BatchIndex, CallbackRecords, StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.objects.local import LocalStore
-
-
-from inferq.schemas import END_STATES, EndState, ErrorInfo, Event, InvalidTask, Result, Task, TaskStatus
-from inferq.storage import StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.status.keys import record_key
 from tests.runs import begin_run
 from tests.storage.conftest import RedisServer
