@@ -16,6 +16,7 @@ from PIL import Image
 from inferq.consumers.engine import Context, InputFile
 from inferq.consumers.facefusion import FacefusionOutput, FacefusionTask
 from inferq.consumers.facefusion.engine import FacefusionEngine
+from inferq.consumers.media.decoder import Decoder
 
 HERE = Path(__file__).parent
 PORTRAITS = Path(__file__).parents[2] / "examples" / "portraits"
@@ -112,6 +113,14 @@ def preview() -> Iterator[FacefusionEngine]:
     engine.warm_up()
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Iterator[Decoder]:
+    """A decoder for engines that are made for a test: it takes half a second to start."""
+    decoder = FacefusionEngine()._decoder
+    yield decoder
+    decoder.close()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import pytest
 from inferq.consumers.engine import TaskAborted
 from inferq.consumers.facefusion.engine import FacefusionEngine
 from inferq.consumers.facefusion.headless import HeadlessBackend, judge, read_progress
+from inferq.consumers.media.decoder import Decoder
 from inferq.schemas import InstallationError, InvalidTask, TransientFailure
 from tests.facefusion.conftest import COLLINS, HOPPER, Runner, pixels
 from tests.waiting import eventually
@@ -28,7 +29,7 @@ MakeEngine = Callable[[str], FacefusionEngine]
 
 
 @pytest.fixture
-def make_engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
+def make_engine(home: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
     """An engine on the stand-in, which behaves as it is told."""
     monkeypatch.setenv("INFERQ_FACEFUSION_BACKEND", "facefusion")
     monkeypatch.setenv("INFERQ_FACEFUSION_HOME", str(home))
@@ -36,6 +37,7 @@ def make_engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
 
     def make(behaviour: str) -> FacefusionEngine:
         engine = FacefusionEngine()
+        engine._decoder = decoder
         engine.load()
         (home / "behaviour").write_text(behaviour)
         return engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -84,7 +84,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def paddle_engine(model_dir: Path) -> OcrEngine:
+def paddle_engine(model_dir: Path) -> Iterator[OcrEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INFERQ_OCR_BACKEND", "paddleocr")
         patch.setenv("INFERQ_OCR_DEVICE", "onnxruntime")
@@ -94,7 +94,8 @@ def paddle_engine(model_dir: Path) -> OcrEngine:
     assert info.name == "paddleocr"
     assert info.model == "PP-OCRv6_small_det+PP-OCRv6_small_rec"
     assert info.device == "cpu (onnxruntime)"
-    return engine
+    yield engine
+    engine.close()
 
 
 @with_paddleocr
