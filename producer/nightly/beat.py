@@ -108,12 +108,11 @@ class Beat:
         started = None
         if before is not None and before[0].times == schedule.times and before[0].tenant == schedule.tenant:
             _, after, started = before
-            if after > now:
-                _warn_set_back(schedule, after, now)
         else:
             after = log.known(now, schedule).since
-            if after > now:
-                _warn_set_back(schedule, after, now)
+        if after > now:
+            _warn_set_back(schedule, after, now)
+            if log.known(now, schedule).since > now:
                 log.know(now, schedule)
         due = schedule.times.latest(after, now)
         if due is not None and due != started:

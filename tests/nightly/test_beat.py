@@ -130,6 +130,15 @@ def test_after_a_clock_that_was_ahead_runs_start_again_from_now_on(
     assert "the clock was set back from 2026-12-25" in caplog.text
 
 
+def test_a_schedule_first_seen_by_a_clock_that_was_ahead_is_known_from_when_it_is_right(
+    site: BeatSite,
+) -> None:
+    site.beat.tick(NOON + timedelta(days=30))
+    site.beat.tick(NOON + minutes(30))
+    site.another().tick(NOON + minutes(61))  # restarted; it catches up what it missed meanwhile
+    assert site.started == ["a13:00"]
+
+
 def test_a_clock_that_is_corrected_by_a_little_starts_nothing_twice(
     site: BeatSite, caplog: pytest.LogCaptureFixture
 ) -> None:
