@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Self, cast
 
 import pika
+from pika import spec
 from pika.exceptions import (
     AMQPError,
     ChannelClosedByBroker,
@@ -90,6 +92,12 @@ def _time(headers: object) -> datetime | None:
 
 
 _RETURN_SECONDS = 2.0
+_FIRST_WINDOW, _LARGEST_WINDOW = 100, 10_000
+"""Messages that RabbitMQ sends ahead of a reader that takes none. Each window is twice the one before it."""
+_LOOK_SECONDS = 0.1
+_SILENT_SECONDS = 10.0
+"""Seconds without a message, although the queue has some, after which reading fails."""
+_Received = tuple[spec.Basic.Deliver | spec.Basic.GetOk, pika.BasicProperties, bytes]
 _UNKNOWN_TIME = datetime.max.replace(tzinfo=UTC)
 
 
@@ -113,9 +121,10 @@ class Filter:
 class DeadLetters:
     """The dead letters of one task type. Use as a context manager.
 
-    Each call reads at most the messages that are in the queue when it starts. Those that it does not take stay
-    in the queue, perhaps in another order. A limit takes the first ones; these are the oldest until the queue is
-    first read. Raises BrokerUnavailable, and NoDeadLetters for a type without a queue.
+    Each call reads at most the messages that are in the queue when it starts, and stops at the limit. Those that it
+    does not take stay in the queue, perhaps in another order. While a call reads, no other reader sees the messages
+    that it has read. A limit takes the first ones; these are the oldest until the queue is first read. Raises
+    BrokerUnavailable, and NoDeadLetters for a type without a queue.
     """
 
     def __init__(self, settings: BrokerSettings, type_name: str) -> None:
@@ -146,7 +155,7 @@ class DeadLetters:
     def read(self, wanted: Filter = Filter()) -> list[DeadLetter]:
         """The matching dead letters, oldest first. They stay in the queue."""
         channel = self._open()
-        found = list(self._matching(channel, wanted))
+        found = list(self._matching(self._sent_ahead(channel), wanted))
         self._requeue_rest(channel, taken=0)
         return sorted(found, key=lambda letter: letter.time or _UNKNOWN_TIME)
 
@@ -159,7 +168,7 @@ class DeadLetters:
         channel = self._open()
         channel.confirm_delivery()
         moved: list[DeadLetter] = []
-        for letter in self._matching(channel, wanted):
+        for letter in self._matching(self._one_by_one(channel), wanted):
             message = redriven_message(letter.delivery)
             try:
                 channel.basic_publish(
@@ -190,7 +199,7 @@ class DeadLetters:
         """Delete the matching dead letters."""
         channel = self._open()
         gone: list[DeadLetter] = []
-        for letter in self._matching(channel, wanted):
+        for letter in self._matching(self._one_by_one(channel), wanted):
             channel.basic_ack(letter.delivery.tag)
             gone.append(letter)
         self._requeue_rest(channel, taken=len(gone))
@@ -227,17 +236,58 @@ class DeadLetters:
             self._count = channel.queue_declare(self._queue, passive=True).method.message_count or 0
         channel.close()
 
-    def _matching(
-        self, channel: pika.adapters.blocking_connection.BlockingChannel, wanted: Filter
-    ) -> Iterator[DeadLetter]:
+    def _matching(self, messages: Iterator[_Received], wanted: Filter) -> Iterator[DeadLetter]:
+        if wanted.limit == 0:
+            return
         found = 0
-        for _ in range(self._count):
-            if wanted.limit is not None and found >= wanted.limit:
-                return
-            method, properties, body = channel.basic_get(self._queue)
-            if method is None or properties is None or body is None:
-                return
-            letter = DeadLetter.of(delivery_from(self._queue, 0, method, properties, cast(bytes, body)))
+        for method, properties, body in messages:
+            letter = DeadLetter.of(delivery_from(self._queue, 0, method, properties, body))
             if wanted.matches(letter):
                 found += 1
                 yield letter
+                if found == wanted.limit:
+                    return
+
+    def _one_by_one(self, channel: pika.adapters.blocking_connection.BlockingChannel) -> Iterator[_Received]:
+        """The messages, one round trip each: an interrupted command then holds back no message that it has not read."""
+        for _ in range(self._count):
+            method, properties, body = channel.basic_get(self._queue)
+            if method is None or properties is None or body is None:
+                return
+            yield method, properties, cast(bytes, body)
+
+    def _sent_ahead(self, channel: pika.adapters.blocking_connection.BlockingChannel) -> Iterator[_Received]:
+        """The messages, sent by RabbitMQ in windows, without a round trip for each.
+
+        The prefetch limit of a consumer bounds a window. The next window needs another consumer, because the
+        messages stay unacknowledged.
+        """
+        received: deque[_Received] = deque()
+        left, window = self._count, _FIRST_WINDOW
+        while left > 0:
+            channel.basic_qos(prefetch_count=window)
+            channel.basic_consume(self._queue, lambda _, *message: received.append(message))
+            for _ in range(min(window, left)):
+                if not (received or self._arrives(channel, received)):
+                    return
+                yield received.popleft()
+            left -= window
+            window = min(2 * window, _LARGEST_WINDOW)
+
+    def _arrives(
+        self,
+        channel: pika.adapters.blocking_connection.BlockingChannel,
+        received: deque[_Received],
+    ) -> bool:
+        """Wait for the next message; False if the queue has none left, since others read it too."""
+        end = time.monotonic() + _SILENT_SECONDS
+        empty = False
+        while time.monotonic() < end:
+            self._connection.process_data_events(_LOOK_SECONDS)  # type: ignore[arg-type]  # seconds, as a float
+            if received or empty:
+                return bool(received)
+            # What was sent before this answer arrives before the next look ends.
+            empty = not channel.queue_declare(self._queue, passive=True).method.message_count
+        raise BrokerUnavailable(
+            f"RabbitMQ has sent no message of queue {self._queue!r} for {_SILENT_SECONDS:g} s; run the command again"
+        )

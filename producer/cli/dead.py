@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from inferq.broker import BrokerSettings, DeadLetter, DeadLetters, Filter
-from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
+from inferq.producer.cli.output import JsonFlag, console, errors, print_json, print_table
 from inferq.schemas import InvalidTask, get_type
 
 app = typer.Typer(name="dead", help="List, redrive and purge dead letters.", no_args_is_help=True)
@@ -68,22 +68,30 @@ def list_(
     reason: Reason = None,
     since: Since = None,
     task_id: TaskId = None,
-    limit: Limit = None,
+    limit: Annotated[int, typer.Option(min=1, help="The most dead letters to list.")] = 100,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the dead letters of a type, the oldest first."""
+    """List the dead letters of a type, the oldest first.
+
+    While it reads, other readers do not see the dead letters that it has read.
+    """
     with _letters(task_type) as letters:
         found = letters.read(_filter(reason, since, task_id, limit))
     _print(found, as_json)
     if not found and not as_json:
         console.print("none")
+    if len(found) == limit:
+        errors.print(f"stopped after {limit}; there may be more: set --limit", highlight=False)
 
 
 @app.command()
 def show(task_type: Type, task_id: Annotated[str, typer.Argument(metavar="TASK_ID")]) -> None:
-    """Print one task's dead letters as JSON, with their messages and headers."""
+    """Print a task's first dead letter as JSON, with its message and headers.
+
+    A task id may have more than one: `dead list --id` lists them all.
+    """
     with _letters(task_type) as letters:
-        found = letters.read(Filter(task_id=task_id))
+        found = letters.read(Filter(task_id=task_id, limit=1))
     if not found:
         raise InvalidTask(f"no dead letter of type {task_type!r} has the id {task_id!r}", code="not_found")
     print_json(

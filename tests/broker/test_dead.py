@@ -191,3 +191,28 @@ def test_a_type_without_dead_letters_is_named(settings: BrokerSettings) -> None:
         pytest.raises(NoDeadLetters, match=r"inference\.dead\.nosuch"),
     ):
         letters.read()
+
+
+def test_reading_takes_no_round_trip_for_each_and_stops_at_the_match(
+    settings: BrokerSettings,
+    channel: pika.adapters.blocking_connection.BlockingChannel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = bury(channel, 250)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a round trip for a single message")
+
+    monkeypatch.setattr(pika.adapters.blocking_connection.BlockingChannel, "basic_get", refused)
+    with DeadLetters(settings, "echo") as letters:
+        found = letters._matching(letters._sent_ahead(letters._open()), Filter(task_id="bad3", limit=1))
+        assert [letter.task_id for letter in found] == ["bad3"]
+        left = channel.queue_declare(dead_queue("echo"), passive=True).method.message_count
+        assert left >= 150, "it went on reading after the match"
+    with DeadLetters(settings, "echo") as letters:
+        eventually(
+            lambda: channel.queue_declare(dead_queue("echo"), passive=True).method.message_count == 250,
+            "all dead letters, back in their queue",
+        )
+        assert sorted(letter.task_id or "" for letter in letters.read()) == sorted(names)
+        assert len(letters.read()) == 250
