@@ -37,7 +37,14 @@ from inferq.schemas.callback import (
     end_callback,
     task_callback,
 )
-from inferq.schemas.errors import InferqError, InstallationError, InvalidTask, Outage, TransientFailure
+from inferq.schemas.errors import (
+    InferqError,
+    InstallationError,
+    InvalidTask,
+    Outage,
+    TransientFailure,
+    report_incident,
+)
 from inferq.schemas.night import Night, NightEvent
 from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
@@ -146,6 +153,7 @@ __all__ = [
     "never",
     "new_task_id",
     "parse_task",
+    "report_incident",
     "sequence_of",
     "task_callback",
     "time_zone",

@@ -8,6 +8,9 @@ InferqError
 
 from __future__ import annotations
 
+import logging
+import secrets
+
 
 class InferqError(Exception):
     """The root of all errors that inferq raises.
@@ -49,3 +52,13 @@ class InstallationError(InferqError):
     """What is installed or configured on this machine cannot work; the message says what to change."""
 
     code = "installation"
+
+
+def report_incident(log: logging.Logger, what: str, error: BaseException) -> str:
+    """Log an unforeseen error under a new incident number. Returns its class and the number, for the task's owner.
+
+    The text of such an error may hold paths, addresses and credentials, so only the log has it.
+    """
+    number = secrets.token_hex(4)
+    log.error("incident %s: %s", number, what, exc_info=error)
+    return f"{type(error).__name__} (incident {number}); an operator finds the cause in the log under this number"

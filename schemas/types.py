@@ -110,7 +110,9 @@ def get_type(name: str) -> TaskType:
 
 def _unknown(name: str) -> InvalidTask:
     known = ", ".join(installed_types()) or "none"
-    return InvalidTask(f"task_type {name!r} is not known here; known are: {known}", code="unknown_task_type")
+    return InvalidTask(
+        f"task_type {name[:80]!r} is not known here; known are: {known}", code="unknown_task_type"
+    )
 
 
 def parse_task(body: bytes | str | Mapping[str, Any], *, expected: str | None = None) -> Task:
@@ -244,14 +246,14 @@ def describe_fault(fault: ErrorDetails) -> str:
             where, what = "task_type", "is missing"
         case "extra_forbidden":
             what = "is unknown"
-        case _:
-            what = f"{_said(where, fault)}, got {_shown(fault)}"
+        case kind:
+            what = f"{_said(where, fault)}, got {_shown(fault['input'], kind)}"
     return f"{where}: {what}"
 
 
 def _where(fault: ErrorDetails) -> str:
     """The field of a fault. Pydantic also names the part of a union that it tried, such as `constrained-int`."""
-    path = [str(part) for part in fault["loc"] if not _UNION_PART.match(str(part))]
+    path = [_name(part) for part in fault["loc"] if not _UNION_PART.match(str(part))]
     if path and path[0] in installed_types():
         path = path[1:]  # the tag of the union, which is the task type
     return ".".join(path) or "task"
@@ -266,9 +268,27 @@ def _said(where: str, fault: ErrorDetails) -> str:
     return f"{said[:1].lower()}{said[1:]}"
 
 
-def _shown(fault: ErrorDetails) -> str:
-    shown = json.dumps(fault["input"], default=str, ensure_ascii=False)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+def _name(part: int | str) -> str:
+    """The name of a field, which may be any text of the sender: short, and without control characters."""
+    text = str(part)
+    return text if re.fullmatch(r"[\w.-]{1,80}", text) else json.dumps(text[:80])
+
+
+def _shown(value: object, kind: str) -> str:
+    """A wrong value as a fault may show it: faults reach logs, which no text, URL or secret of a sender may reach.
+
+    Numbers are shown, and the text in the place of one of a few names, if it looks like a name.
+    """
+    match value:
+        case None | bool() | int() | float():
+            return json.dumps(value)
+        case str() if kind in {"literal_error", "enum"} and re.fullmatch(r"[\w.-]{1,40}", value):
+            return json.dumps(value, ensure_ascii=False)
+        case str():
+            return f"a text of {len(value)} characters"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def _form(field: str) -> str | None:

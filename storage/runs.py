@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
-from inferq.schemas import InferqError, Record
+from inferq.schemas import InferqError, Record, describe_faults
 from inferq.schemas.encoding import to_json
 from inferq.schemas.schedule import Schedule
 from inferq.storage.objects.results import segment
@@ -196,5 +196,6 @@ class RunLog:
             return None
         except ValidationError as error:
             raise UnreadableRun(
-                f"{self._store.location(key)} is not a record that this version can read: {error}"
+                f"{self._store.location(key)} is not a record that this version can read: "
+                + "; ".join(describe_faults(error)[:3])
             ) from error

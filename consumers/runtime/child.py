@@ -51,6 +51,7 @@ from inferq.schemas import (
     describe_faults,
     get_type,
     parse_task,
+    report_incident,
 )
 from inferq.schemas.result import OUTPUT_ARTIFACT
 from inferq.schemas.standard_streams import open_standard_streams
@@ -183,9 +184,8 @@ def _failed(error: Exception, task_type: TaskType, seconds: float) -> Failed:
     if isinstance(error, InvalidTask | TransientFailure):
         code, message = error.code, error.message
     else:
-        _log.error("task failed in engine %s", task_type.engine, exc_info=error)
         code = "out_of_memory" if memory else "engine_error"
-        message = f"{type(error).__name__}: {error}"
+        message = report_incident(_log, f"a task failed in engine {task_type.engine}", error)
     return Failed(
         code=code,
         message=message[:4000],

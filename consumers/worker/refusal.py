@@ -11,7 +11,7 @@ from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.notifier import legible_url
 from inferq.consumers.worker.records import Records
 from inferq.consumers.worker.services import GracePassed, WorkerServices
-from inferq.schemas import InferqError, Result, TransientFailure, parse_task
+from inferq.schemas import InferqError, Result, TransientFailure, parse_task, report_incident
 from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def refuse_after_fault(records: Records, endings: Endings, fault: Exception, *, 
     False if it could not be dead-lettered either, or the worker has to stop: then it is to be requeued. After
     the delivery limit RabbitMQ dead-letters it.
     """
-    failure = worker_fault(fault)
+    failure = worker_fault(records, fault)
     try:
         endings.publish(records.dead_letter(failure))
     except (GracePassed, RunAborted):
@@ -65,6 +65,7 @@ def refuse_after_fault(records: Records, endings: Endings, fault: Exception, *, 
     return True
 
 
-def worker_fault(fault: Exception) -> TransientFailure:
-    """The failure of a task for a fault of the worker itself."""
-    return TransientFailure(f"the worker failed: {type(fault).__name__}: {fault}", code="worker_error")
+def worker_fault(records: Records, fault: Exception) -> TransientFailure:
+    """The failure of a task for a fault of the worker itself, which is logged."""
+    incident = report_incident(_log, f"{records.name}: the worker failed", fault)
+    return TransientFailure(f"the worker failed: {incident}", code="worker_error")

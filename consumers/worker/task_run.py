@@ -105,7 +105,6 @@ class TaskRun:
             outcome = "given_back"
         except Exception as error:
             # A delivery is settled whatever happens: one that ends its worker would end the next one, too.
-            _log.exception("%s: failed unexpectedly", self._records.name)
             self._lease.release()
             refused = refuse_after_fault(self._records, self._endings, error, started_at=self._started_at)
             outcome, why = ("failed" if refused else "given_back"), "it failed unexpectedly"
@@ -141,8 +140,7 @@ class TaskRun:
             raise
         except Exception as error:
             # Fail the attempt, not the worker: the next worker would fail in the same way.
-            _log.exception("%s: the worker failed", self._records.name)
-            return self._failed(task, worker_fault(error))
+            return self._failed(task, worker_fault(self._records, error))
 
     def _unreadable(self, error: InvalidTask) -> Outcome:
         """Put off a task that only this version cannot read; refuse any other message that is no task."""

@@ -227,8 +227,9 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def _not_an_object(content: bytes) -> InvalidTask:
-    shown = content[:60].decode("utf-8", "replace")
-    return InvalidTask(f"the line is not a JSON object: {shown}", code="not_json")
+    return InvalidTask(
+        f"the line is not a JSON object, but {len(content)} bytes of something else", code="not_json"
+    )
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:

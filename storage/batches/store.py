@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ValidationError
 
-from inferq.schemas import Batch, BatchSummary, InferqError, Record
+from inferq.schemas import Batch, BatchSummary, InferqError, Record, describe_faults
 from inferq.schemas.encoding import to_json
 from inferq.storage.objects.results import segment
 from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
@@ -141,7 +141,8 @@ class BatchStore:
             return None
         except ValidationError as error:
             raise UnreadableBatch(
-                f"this version cannot read the record {self._store.location(key)}: {error}"
+                f"this version cannot read the record {self._store.location(key)}: "
+                + "; ".join(describe_faults(error)[:3])
             ) from error
 
 

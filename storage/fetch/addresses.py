@@ -35,6 +35,9 @@ _MOST_HEAD_BYTES = 256 * 1024
 Resolver = Callable[[str, int], Sequence[str]]
 """Host name and port → IP addresses. Raises OSError or UnicodeError if the name has none."""
 
+_NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+"""The answers that last; others, such as EAI_AGAIN, may pass."""
+
 # IANA's special-purpose registries (RFC 6890), spelled out: Python's own list changes between releases.
 _SPECIAL_V4 = tuple(
     ip_network(network)
@@ -55,7 +58,7 @@ _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052
 
 
 class AddressRefused(InvalidTask):
-    """The URL leads to a private, loopback, link-local or otherwise special address."""
+    """The URL leads to no address, or to a private, loopback, link-local or otherwise special one."""
 
     code = "address_refused"
 
@@ -86,11 +89,14 @@ class AddressPolicy:
         return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
 
     def check(self, host: str, addresses: Sequence[str]) -> list[str]:
-        """The permitted addresses of the host. Raises AddressRefused if there is none."""
+        """The permitted addresses of the host. Raises AddressRefused if there is none.
+
+        A name that does not exist is refused in the same words: the sender of a task must not learn which internal
+        names exist, nor their addresses. The log tells them apart.
+        """
         permitted = [address for address in addresses if self.permits(address)]
-        if addresses and not permitted:
-            # Logged for the operator; the task's sender must not learn what internal names resolve to.
-            _log.warning("host %r leads to %s: refused", host, ", ".join(addresses[:4]))
+        if not permitted:
+            _log.warning("host %r leads to %s: refused", host, ", ".join(addresses[:4]) or "no address")
             raise AddressRefused(
                 f"host {host!r} leads to no public address; an operator can allow its network "
                 f"({self._setting})"
@@ -150,7 +156,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         addresses = self._policy.check(host, self._resolve(host, port))
-        failure: Exception = httpcore.ConnectError(f"host {host!r} has no address")
+        failure: Exception | None = None
         for address in addresses[:4]:
             try:
                 stream = self._backend.connect_tcp(
@@ -164,7 +170,7 @@ class GuardedBackend(httpcore.NetworkBackend):
                 failure = error
             else:
                 return _TimedStream(stream, self._clock)
-        raise failure
+        raise failure or httpcore.ConnectError(f"host {host!r} has no address")
 
     def _resolve(self, host: str, port: int) -> Sequence[str]:
         """The resolver's answer. It has no time limit of its own, so another thread waits for it."""
@@ -190,6 +196,8 @@ class GuardedBackend(httpcore.NetworkBackend):
                     raise httpcore.ConnectTimeout(f"resolving {host!r} took too long") from error
         if isinstance(answer, UnicodeError):
             raise InvalidTask(f"{host!r} is not a host name", code="bad_input_url") from answer
+        if isinstance(answer, socket.gaierror) and answer.errno in _NO_SUCH_NAME:
+            return []
         if isinstance(answer, OSError):
             raise httpcore.ConnectError(f"host {host!r} cannot be resolved: {answer}") from answer
         return answer

@@ -2,7 +2,7 @@
 
 A fault of the URL or of its target is InvalidTask, with one of these codes:
     bad_input_url         the URL itself is wrong
-    address_refused       it leads to an address that is not public
+    address_refused       it leads to no address, or to one that is not public
     certificate_refused   the server's certificate is not valid, which retries rarely change
     input_not_found       there is no such object (404, 410)
     input_refused         the server or our own rules refuse it (other 4xx of HTTP, redirects, buckets)
@@ -15,6 +15,7 @@ resolve the names itself.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -30,6 +31,8 @@ from inferq.storage.fetch.urls import read_data_url, redacted
 from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.store import DEFAULT_TYPE, ObjectNotFound, ObjectStore, StoreOutage, clean_type
 from inferq.storage.settings import StorageSettings
+
+_log = logging.getLogger(__name__)
 
 
 class ScratchUnavailable(TransientFailure):
@@ -159,8 +162,12 @@ class Fetcher:
         except CredentialsRefused:
             raise  # this machine's fault, which would fail every such task
         except StoreOutage as error:
-            # Not our own store: a bucket that refuses us must not stop the worker.
-            raise TransientFailure(str(error), code="download_failed") from error
+            # Not our own store: a bucket that refuses us must not stop the worker. An answer of S3 is explained to the
+            # sender; the text of a failed connection has the endpoint's address, and stays in the log.
+            _log.warning("bucket %r: %s", bucket, error)
+            answered = hasattr(error.__cause__, "response")
+            reason = str(error) if answered else f"bucket {bucket!r} cannot be read now; the log says why"
+            raise TransientFailure(reason, code="download_failed") from error
 
     def _save(self, source: Source, path: Path, checkpoint: Callable[[], None] | None) -> Fetched:
         limit = self._settings.fetch_max_bytes
@@ -205,6 +212,5 @@ def _too_large(limit: int) -> InvalidTask:
 
 
 def _scratch_outage(path: Path, error: OSError) -> ScratchUnavailable:
-    return ScratchUnavailable(
-        f"{path} cannot be written: {error.strerror}; free some space or check its rights"
-    )
+    _log.error("%s cannot be written: %s; free some space or check its rights", path, error.strerror)
+    return ScratchUnavailable(f"the worker's scratch folder cannot be written: {error.strerror}")

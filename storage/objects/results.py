@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 from pydantic import JsonValue, ValidationError
 
-from inferq.schemas import Artifact, InferqError, InvalidTask, Result
+from inferq.schemas import Artifact, InferqError, InvalidTask, Result, describe_faults
 from inferq.schemas.encoding import result_json
 from inferq.schemas.result import OUTPUT_ARTIFACT
 from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
@@ -183,7 +183,8 @@ class ResultStore:
             return Result.model_validate_json(self._store.get(key))
         except ValidationError as error:
             raise UnreadableResult(
-                f"this version cannot read the result {self._store.location(key)}: {error}"
+                f"this version cannot read the result {self._store.location(key)}: "
+                + "; ".join(describe_faults(error)[:3])
             ) from error
 
 

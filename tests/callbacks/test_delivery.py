@@ -106,7 +106,7 @@ def test_each_kind_of_receiver_gets_what_it_deserves(caller: Caller, tmp_path: P
         "hangs": "no response within 1 s",
         "drips": "did not end within 1 s",
         "private": "INFERQ_CALLBACK_ALLOWED_NETWORKS",
-        "no name": "cannot be resolved",
+        "no name": "leads to no public address",
         "no url": "bad_input_url",
         "closed": "the connection failed",
         "self-signed": "certificate_refused: the server's certificate is invalid: self-signed",

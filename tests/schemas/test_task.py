@@ -56,6 +56,26 @@ def test_what_is_wrong_is_refused_by_name(change: dict[str, object], complaint: 
         parse_task(json.dumps(BARE | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "secret", "complaint"),
+    [
+        ({"a\nERROR b\x1b[2J": 1}, "\n", r'"a\nERROR b\u001b[2J": is unknown'),
+        ({"x" * 500: 1}, "x" * 81, "is unknown"),
+        ({"task_type": "q" * 500}, "q" * 81, "is not known"),
+        ({"image_url": "ftp://u:pw@h/?sig=abc"}, "sig=abc", "got a text of 21 characters"),
+        ({"metadata": "a private text"}, "private", "got a text of 14 characters"),
+        ({"priority": "my secret\n"}, "secret", "got a text of 10 characters"),
+        ({"time_limit": -1}, "text", "got -1"),
+        ({"callback_events": {"a": "private"}}, "private", "got an object"),
+    ],
+)
+def test_faults_quote_no_text_of_the_sender(change: dict[str, object], secret: str, complaint: str) -> None:
+    with pytest.raises(InvalidTask) as caught:
+        parse_task(json.dumps(BARE | change))
+    assert secret not in caught.value.message
+    assert complaint in caught.value.message
+
+
 @pytest.mark.parametrize("field", ["task_id", "task_type", "image_url"])
 def test_what_is_missing_is_named(field: str) -> None:
     with pytest.raises(InvalidTask, match=f"{field}: is missing"):

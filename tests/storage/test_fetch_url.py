@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import socket
 from ipaddress import ip_network
 from typing import Any
 
+import httpcore
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from inferq.schemas import InvalidTask
 from inferq.schemas.http_url import HttpUrl, parse_http_url
 from inferq.schemas.s3_url import split_s3_url
-from inferq.storage.fetch.addresses import AddressPolicy, AddressRefused
+from inferq.storage.fetch.addresses import AddressPolicy, AddressRefused, GuardedBackend
 from inferq.storage.fetch.urls import read_data_url, redacted, redirect_url
 
 PUBLIC = [
@@ -72,6 +74,23 @@ def test_only_permitted_addresses_of_a_host_are_used() -> None:
     with pytest.raises(AddressRefused, match="no public address") as caught:
         policy.check("h", ["10.0.0.1", "::1"])
     assert caught.value.code == "address_refused"
+
+
+def test_a_name_that_does_not_exist_is_refused_like_one_that_is_internal() -> None:
+    def resolve(host: str, port: int) -> list[str]:
+        if host == "internal.example":
+            return ["10.0.0.1"]
+        raise socket.gaierror(socket.EAI_NONAME if host == "absent.example" else socket.EAI_AGAIN, "x")
+
+    backend = GuardedBackend(AddressPolicy(), resolve)
+    said = []
+    for name in ("internal", "absent"):
+        with pytest.raises(AddressRefused) as caught:
+            backend.connect_tcp(f"{name}.example", 80)
+        said.append((caught.value.code, caught.value.message.replace(name, "")))
+    assert said[0] == said[1]
+    with pytest.raises(httpcore.ConnectError, match="cannot be resolved"):
+        backend.connect_tcp("later.example", 80)
 
 
 @pytest.mark.parametrize(

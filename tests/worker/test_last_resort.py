@@ -5,8 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+<<<<<<< HEAD
 import shutil
 import stat
+=======
+import re
+>>>>>>> f99d4dd (Keep the text of unforeseen errors, and of senders, out of what is told)
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -127,7 +131,9 @@ DELIVERY = Delivery(
 )  # fmt: skip
 
 
-def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(services: WorkerServices) -> None:
+def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(
+    services: WorkerServices, caplog: pytest.LogCaptureFixture
+) -> None:
     assert settled(services, DELIVERY) == ["ack"]
     (letter,) = cast(ForgetfulPublisher, services.publisher).sent
     assert letter.exchange == "inference.dead"
@@ -136,6 +142,11 @@ def test_it_leaves_a_dead_letter_and_a_record_so_that_its_batch_ends(services: W
     assert (result.status, result.batch_id, result.batch_line) == ("failed", "b", 7)
     assert result.error is not None
     assert (result.error.code, result.error.retryable) == ("worker_error", True)
+    incident = re.search(r"RuntimeError \(incident ([0-9a-f]{8})\)", result.error.message)
+    assert incident is not None
+    assert "of our own" not in result.error.message + str(letter.headers)
+    assert f"incident {incident[1]}" in caplog.text
+    assert "a fault of our own" in caplog.text
     status = services.status.get("default", "b.7")
     assert status is None or status.state == "failed"
 
