@@ -10,7 +10,13 @@ inferq.schemas.InferqError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from inferq.schemas import InferqError, Outage
+
+if TYPE_CHECKING:
+    from inferq.broker.messages import Message
 
 
 class BrokerUnavailable(Outage):
@@ -24,12 +30,16 @@ class BrokerUnavailable(Outage):
 
 
 class PublishRejected(Outage):
-    """RabbitMQ refused a message, most likely because its queue is at its length limit."""
+    """RabbitMQ refused messages, most likely because their queue is at its length limit.
+
+    `refused` are the refused messages of a call that published several; the others are confirmed.
+    """
 
     code = "publish_rejected"
 
-    def __init__(self, message: str, *, retry_after: float = 30.0) -> None:
+    def __init__(self, message: str, *, refused: Sequence[Message] = (), retry_after: float = 30.0) -> None:
         super().__init__(message)
+        self.refused = list(refused)
         self.retry_after = retry_after
 
 

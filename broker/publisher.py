@@ -143,8 +143,9 @@ class Publisher(BrokerThread):
         """Send messages; the future resolves once the broker has confirmed them all.
 
         Cheaper than `publish` for each: one wake-up of the connection, one future. If some messages fail, the
-        future raises the first error once all are answered; the others are confirmed. Blocks while the window
-        is full. Raises InvalidTask for a message that cannot be sent, and then sends none.
+        future raises an error once all are answered: PublishRejected, with the refused messages, only if all
+        others are confirmed. Blocks while the window is full. Raises InvalidTask for a message that cannot be
+        sent, and then sends none.
         """
         answer = _Answer(len(messages))
         deadline = self._deadline(timeout)
@@ -326,7 +327,8 @@ class Publisher(BrokerThread):
             if isinstance(method, spec.Basic.Nack):
                 error: Exception = PublishRejected(
                     f"RabbitMQ refused {what}: most likely its queue is at its length limit; start more "
-                    "workers, or raise the limit"
+                    "workers, or raise the limit",
+                    refused=[message],
                 )
             else:
                 error = Unroutable(f"no queue takes {what}; run: inferq topology apply")
@@ -375,7 +377,11 @@ class Publisher(BrokerThread):
                 settled += 1
                 answer = pending.answer
                 answer.left -= 1
-                answer.error = answer.error or error
+                if isinstance(error, PublishRejected) and isinstance(answer.error, PublishRejected):
+                    answer.error.refused += error.refused
+                # Of several kinds of errors, one that leaves the other messages in doubt counts.
+                elif answer.error is None or isinstance(answer.error, PublishRejected):
+                    answer.error = error or answer.error
                 if answer.left == 0:
                     answered.append(answer)
         for answer in answered:

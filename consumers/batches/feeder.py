@@ -338,28 +338,34 @@ class Slice:
         self._services.status.confirm_all(chunk.recorded)
 
     def wait(self, chunk: _Chunk) -> None:
-        if chunk.confirmed is None:
-            return
+        """Wait until all messages of the chunk are confirmed. Those that a full queue refuses are published again."""
+        while chunk.confirmed is not None:
+            try:
+                chunk.confirmed.result()
+                return
+            except PublishRejected as rejected:
+                if self._services.stopping.is_set() or time.monotonic() > self._ends:
+                    raise
+                _log.info("batch %s: a queue is full, waiting: %s", self._name[1], rejected)
+                self._services.stopping.wait(self._services.pauses.rejected)
+                again = rejected.refused or chunk.messages
+            chunk.confirmed = self._services.publisher.publish_all(again)
+
+    def mark_confirmed(self, chunk: _Chunk, high_water: int) -> None:
+        """Mark the confirmed tasks of a chunk that a full queue refused in part, so that no later slice feeds them."""
+        refused: list[Message] = []
         try:
-            chunk.confirmed.result()
-            return
-        except PublishRejected as error:
-            rejected = error
-        # Publish each message alone to learn which ones are rejected, then retry only those.
-        messages = chunk.messages
-        while messages:
-            if self._services.stopping.is_set() or time.monotonic() > self._ends:
-                raise rejected
-            _log.info("batch %s: a queue is full, waiting: %s", self._name[1], rejected)
-            self._services.stopping.wait(self._services.pauses.rejected)
-            sent = [(message, self._services.publisher.publish(message)) for message in messages]
-            messages = []
-            for message, confirmed in sent:
-                try:
-                    confirmed.result()
-                except PublishRejected as error:
-                    rejected = error
-                    messages.append(message)
+            if chunk.confirmed is not None:
+                chunk.confirmed.result()
+        except PublishRejected as rejected:
+            refused = rejected.refused or chunk.messages
+        unfed = {message.message_id for message in refused}
+        fed = [
+            line
+            for line, message in zip(chunk.fed, chunk.messages, strict=True)
+            if message.message_id not in unfed
+        ]
+        self._services.index.step(*self._name, token=self._token, high_water=high_water, fed=fed)
 
 
 class _Feeding:
@@ -452,7 +458,13 @@ class _Feeding:
             full = len(self._chunks) >= _MAX_UNCONFIRMED_CHUNKS or self._exhausted
             if not (wait or full or confirmed is None or confirmed.done()):
                 break
-            self._slice.wait(oldest)
+            try:
+                self._slice.wait(oldest)
+            except PublishRejected:
+                # The cursor stays before the refused line.
+                for chunk in self._chunks:
+                    self._slice.mark_confirmed(chunk, self._high_water)
+                raise
             step = self._slice.mark(oldest, self._high_water)
             self._chunks.popleft()
             wait = False

@@ -260,13 +260,47 @@ def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
             return confirmed
         confirmed.result()
         refused: Future[None] = Future()
-        refused.set_exception(PublishRejected("the queue is full"))
+        refused.set_exception(
+            PublishRejected(
+                "the queue is full", refused=[message for message in messages if message not in taken]
+            )
+        )
         return refused
 
     monkeypatch.setattr(site.services.publisher, "publish_all", refuse)
     assert site.finish(batch).counts.succeeded == 10
     assert sent.pop(late) == 4
-    assert set(sent.values()) == {2}
+    assert set(sent.values()) == {1}
+
+
+def test_a_slice_that_ends_at_a_full_queue_leaves_only_the_refused_to_the_next(
+    site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.change(pauses=Pauses(rejected=0.05))
+    batch = site.batch(lines(10))
+    sent: Counter[str | None] = Counter()
+    publish_all = site.services.publisher.publish_all
+    late = batch.task_id(4)
+
+    def refuse(messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
+        sent.update(message.message_id for message in messages)
+        if sent[late] != 1:
+            return publish_all(messages, timeout=timeout)
+        publish_all([message for message in messages if message.message_id != late]).result()
+        site.services.stopping.set()
+        refused: Future[None] = Future()
+        only = [message for message in messages if message.message_id == late]
+        refused.set_exception(PublishRejected("the queue is full", refused=only))
+        return refused
+
+    monkeypatch.setattr(site.services.publisher, "publish_all", refuse)
+    cursor = Cursor()
+    with pytest.raises(PublishRejected):
+        site.slice(batch, cursor)
+    site.services.stopping.clear()
+    assert site.finish(batch).counts.succeeded == 10
+    assert sent.pop(late) == 2
+    assert set(sent.values()) == {1}
 
 
 def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(

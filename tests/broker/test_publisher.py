@@ -139,9 +139,10 @@ def test_a_full_queue_rejects_what_does_not_fit(
 
     def rejected() -> str | None:  # the policy takes a moment to reach the queue
         try:
-            publisher.publish(message(1)).result(10)
+            publisher.publish_all([message(1), message(2)]).result(10)
         except PublishRejected as error:
-            return error.message
+            numbers = [refused.message_id for refused in error.refused]
+            return error.message if numbers == [message(1).message_id, message(2).message_id] else None
         return None
 
     assert "length limit" in eventually(rejected, "a rejected message")
