@@ -25,7 +25,7 @@ from pika.exceptions import (
 from inferq.broker.errors import BrokerUnavailable
 from inferq.broker.retry import backoff
 from inferq.broker.settings import BrokerSettings
-from inferq.broker.topology import Topology, mismatch
+from inferq.broker.topology import ACCESS_REFUSED, MAY_NOT_DECLARE, Topology, mismatch
 from inferq.schemas import InferqError
 
 _log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ class BrokerThread:
         self._error: Exception | None = None
         self._failures = 0
         self._refused = False
+        self._only_check = False  # the user may not declare
         self.last_error: InferqError | None = None
         self.blocked_reason: str | None = None
         self._thread = threading.Thread(target=self._run, name=f"amqp {name}", daemon=True)
@@ -335,7 +336,7 @@ class BrokerThread:
         if self._topology is None:
             self._channel_ready(channel)
         else:
-            self._topology.declare(channel, lambda: self._channel_ready(channel))
+            self._topology.declare(channel, lambda: self._channel_ready(channel), only_check=self._only_check)
 
     def _channel_ready(self, channel: Channel) -> None:
         self._channel = channel
@@ -350,12 +351,24 @@ class BrokerThread:
             return
         # A closed channel closes the connection, too, so there is only one way to recover.
         if isinstance(reason, ChannelClosedByBroker):
+            declaring = channel is not self._channel
             inequivalent = reason.reply_code == 406 and "inequivalent arg" in reason.reply_text
-            if inequivalent or (reason.reply_code == 404 and channel is not self._channel):
+            if declaring and reason.reply_code == ACCESS_REFUSED and not self._only_check:
+                # Whoever may configure may have declared everything.
+                self._only_check = True
+                self.last_error = BrokerUnavailable(
+                    f"{reason.reply_text}: this broker user may not declare; checking what exists"
+                )
+            elif declaring and reason.reply_code == 404 and self._only_check:
+                self._refused, self._only_check = True, False
+                self.last_error = BrokerUnavailable(f"{reason.reply_text}; {MAY_NOT_DECLARE}")
+            elif inequivalent or (declaring and reason.reply_code == 404):
                 self._refused = True
                 self.last_error = mismatch(reason)
             else:
                 self.last_error = BrokerUnavailable(f"RabbitMQ closed the channel: {reason.reply_text}")
+        else:
+            self.last_error = BrokerUnavailable(f"the channel was closed: {_reason(reason)}")
         self._connection.close(320, "channel closed")
 
     def _failed(self, where: str, error: BaseException | str) -> None:
@@ -375,6 +388,8 @@ class BrokerThread:
             )
         elif not isinstance(error, ConnectionClosedByClient):
             self.last_error = BrokerUnavailable(f"{where} cannot be reached: {_reason(error)}")
+        elif self.last_error is None:
+            self.last_error = BrokerUnavailable(f"the connection to {where} was closed: {_reason(error)}")
         self._ended = True
 
     def _shut(self) -> None:

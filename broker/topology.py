@@ -15,7 +15,7 @@ from pika.adapters.blocking_connection import BlockingChannel, BlockingConnectio
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
-from inferq.broker.errors import TopologyMismatch
+from inferq.broker.errors import BrokerUnavailable, TopologyMismatch
 from inferq.broker.retry import RETRY_LEVELS
 from inferq.schemas import PRIORITIES, Priority
 
@@ -35,6 +35,14 @@ DELAY_LEVELS = 28
 
 DELAYED = "celery_delayed_delivery"
 """The topic exchange that a delayed job reaches after its delay."""
+
+ACCESS_REFUSED = 403
+"""The code with which the broker closes a channel of a user without the permission."""
+
+MAY_NOT_DECLARE = (
+    "this broker user may not declare exchanges and queues; run as a user with the permission to configure: "
+    "inferq topology apply"
+)
 
 DELIVERY_LIMIT = 100
 """Deliveries of one message before RabbitMQ dead-letters it: a safety net far above our own attempts. Before
@@ -139,6 +147,15 @@ class Topology:
         parts: list[Exchange | Queue | Binding] = [*self.exchanges, *self.queues, *self.bindings]
         return [part.declaration() for part in parts]
 
+    def checks(self) -> list[tuple[str, dict[str, Any]]]:
+        """Passive declarations: they need no permission to configure, and fail if something is missing.
+
+        They compare no arguments, and AMQP cannot check bindings.
+        https://www.rabbitmq.com/docs/access-control#authorisation
+        """
+        parts: list[Exchange | Queue] = [*self.exchanges, *self.queues]
+        return [(method, {**given, "passive": True}) for method, given in (p.declaration() for p in parts)]
+
     def apply(self, channel: BlockingChannel) -> None:
         """Declare what is missing. Raises TopologyMismatch at the first difference."""
         for method, arguments in self.declarations():
@@ -147,14 +164,35 @@ class Topology:
             except ChannelClosedByBroker as error:
                 raise mismatch(error) from error
 
-    def declare(self, channel: Channel, done: Callable[[], None]) -> None:
-        """Declare everything on an asynchronous channel, pipelined, then call `done`.
+    def ensure(self, connection: BlockingConnection) -> bool:
+        """Declare what is missing. Returns False if the user may not, and all exchanges and queues exist.
 
-        At a difference the broker closes the channel; `mismatch` explains the error.
+        Raises TopologyMismatch at a difference, and BrokerUnavailable if the user may not declare what is missing.
         """
-        declarations = self.declarations()
+        try:
+            self.apply(connection.channel())
+            return True
+        except TopologyMismatch as error:
+            refusal = error.__cause__
+            if not isinstance(refusal, ChannelClosedByBroker) or refusal.reply_code != ACCESS_REFUSED:
+                raise
+        channel = connection.channel()
+        for method, arguments in self.checks():
+            try:
+                getattr(channel, method)(**arguments)
+            except ChannelClosedByBroker as error:
+                raise BrokerUnavailable(f"{error.reply_text}; {MAY_NOT_DECLARE}") from error
+        return False
+
+    def declare(self, channel: Channel, done: Callable[[], None], *, only_check: bool = False) -> None:
+        """Declare everything, or check that it exists, on an asynchronous channel; then call `done`.
+
+        Only the last declaration asks for an answer, so that all take one round trip: pika sends nothing before the
+        answer to an earlier one. At a difference the broker closes the channel; `mismatch` explains the error.
+        """
+        declarations = self.checks() if only_check else self.declarations()
         for method, arguments in declarations[:-1]:
-            getattr(channel, method)(**arguments, callback=_ignore)
+            getattr(channel, method)(**arguments)
         method, arguments = declarations[-1]
         getattr(channel, method)(**arguments, callback=lambda _frame: done())
 
@@ -178,10 +216,6 @@ class Topology:
             if refused is not None:
                 found.append(Difference(kind, part.name, _explain(refused.reply_text)))
         return found
-
-
-def _ignore(_frame: object) -> None:
-    return
 
 
 def _refusal(

@@ -233,7 +233,7 @@ def describe_faults(error: ValidationError) -> list[str]:
 
 def _describe_union(where: str, faults: list[ErrorDetails]) -> str:
     said = dict.fromkeys(_said(where, fault) for fault in faults)
-    return f"{where}: {', or '.join(said)}, got {_shown(faults[0])}"
+    return f"{where}: {', or '.join(said)}, got {_shown(faults[0]['input'], faults[0]['type'])}"
 
 
 def describe_fault(fault: ErrorDetails) -> str:

@@ -105,7 +105,9 @@ def work(
         )
         server.start()
         store.start()
-    declare(broker)
+    if not declare(broker):
+        for queue in app.amqp.queues.values():
+            queue.no_declare = True
     worker = app.Worker(
         queues=list(queues),
         pool="threads",
@@ -136,8 +138,10 @@ def work(
     return int(worker.exitcode or 0)
 
 
-def declare(settings: BrokerSettings) -> None:
-    """Declare the jobs' exchanges and queues; waits until RabbitMQ is available. Raises TopologyMismatch.
+def declare(settings: BrokerSettings) -> bool:
+    """Declare the jobs' exchanges and queues; waits until RabbitMQ is available, or has those that it may not declare.
+
+    Returns False if the broker user may not declare, and everything exists. Raises TopologyMismatch.
 
     Celery declares delayed delivery too, but gives up after a few failures and starts without it.
     """
@@ -145,14 +149,14 @@ def declare(settings: BrokerSettings) -> None:
     while True:
         try:
             with closing(connect(settings, name="jobs")) as connection:
-                job_topology().apply(connection.channel())
+                declared = job_topology().ensure(connection)
         except (BrokerUnavailable, AMQPConnectionError) as error:
             failures += 1
             pause = backoff(failures)
             _log.warning("waiting for RabbitMQ, next attempt in %.1f s: %s", pause, error)
             time.sleep(pause)
         else:
-            return
+            return declared
 
 
 class Consuming:

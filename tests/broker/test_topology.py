@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from typing import Any
+from unittest.mock import Mock
+from urllib.parse import urlsplit
 
 import pytest
 
 from inferq.broker import (
     RETRY_LEVELS,
     BrokerSettings,
+    BrokerUnavailable,
     Publisher,
     Topology,
     TopologyMismatch,
     backoff,
     connect,
+    job_topology,
     retry_level,
     topology_for,
 )
 from inferq.broker.topology import Queue
+from tests.conftest import RabbitMQ
 from tests.waiting import eventually
 
 
@@ -127,3 +133,56 @@ def test_backoff_grows_to_its_cap_and_never_to_nothing() -> None:
     for failures in (0, 1, 5, 50, 10_000):
         assert 0.1 <= backoff(failures) <= 15.0
     assert backoff(10) > 7
+
+
+@pytest.fixture
+def restricted(settings: BrokerSettings, shared_rabbitmq: RabbitMQ) -> BrokerSettings:
+    """The settings of a user who may write and read everything, and configure nothing."""
+    management, vhost = shared_rabbitmq.management, settings.amqp_url.rpartition("/")[2]
+    management.put("/users/plain", json={"password": "plain", "tags": ""}).raise_for_status()
+    management.put(
+        f"/permissions/{vhost}/plain", json={"configure": "^$", "write": ".*", "read": ".*"}
+    ).raise_for_status()
+    parts = urlsplit(settings.amqp_url)
+    return BrokerSettings(amqp_url=f"amqp://plain:plain@{parts.hostname}:{parts.port}{parts.path}")
+
+
+def test_a_user_who_may_not_configure_uses_what_topology_apply_made(
+    settings: BrokerSettings, restricted: BrokerSettings
+) -> None:
+    publisher = Publisher(restricted, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    try:
+        eventually(
+            lambda: (
+                publisher.last_error is not None and "inferq topology apply" in publisher.last_error.message
+            ),
+            "advice to apply the topology",
+        )
+    finally:
+        publisher.close()
+    apply(settings, topology_for(["echo"]))
+    publisher = Publisher(restricted, name="test", topology=topology_for(["echo"]))
+    publisher.start()
+    try:
+        publisher.wait_connected(10)
+    finally:
+        publisher.close()
+
+
+def test_jobs_wait_for_what_their_user_may_not_declare(
+    settings: BrokerSettings, restricted: BrokerSettings
+) -> None:
+    with closing(connect(restricted, name="test")) as connection:
+        with pytest.raises(BrokerUnavailable, match="inferq topology apply"):
+            job_topology().ensure(connection)
+        apply(settings, job_topology())
+        assert not job_topology().ensure(connection)
+
+
+def test_a_topology_takes_one_round_trip() -> None:
+    channel = Mock(name="channel")
+    topology_for(["echo", "ocr"]).declare(channel, lambda: None)
+    asked = [call for call in channel.method_calls if "callback" in call.kwargs]
+    assert len(channel.method_calls) > 30
+    assert asked == channel.method_calls[-1:]

@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
 from inferq.consumers import machine
-from inferq.consumers.runtime.child import out_of_memory
-from inferq.consumers.runtime.process import EngineProcess
-from inferq.schemas import InvalidTask, TransientFailure
-=======
 from inferq.consumers.runtime.child import _failed, out_of_memory
+from inferq.consumers.runtime.process import EngineProcess
 from inferq.schemas import InvalidTask, TransientFailure, get_type
->>>>>>> f99d4dd (Keep the text of unforeseen errors, and of senders, out of what is told)
 from tests.waiting import eventually
 from tests.worker.conftest import Site, WorkerProcess
 
@@ -184,7 +179,6 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not out_of_memory(error)
 
 
-<<<<<<< HEAD
 def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_left(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -206,7 +200,8 @@ def test_a_machine_without_a_limit_has_all_its_memory(
     (tmp_path / "memory.max").write_text("max\n")
     monkeypatch.setattr(machine, "_CGROUP_LIMITS", (tmp_path / "memory.max",))
     assert machine.total_memory() > 1 << 28
-=======
+
+
 def test_the_text_of_an_engines_error_is_for_the_log_only(caplog: pytest.LogCaptureFixture) -> None:
     failed = _failed(RuntimeError("postgres://user:planted@10.0.0.1/x"), get_type("echo"), 1.0)
     incident = re.search(r"RuntimeError \(incident ([0-9a-f]{8})\)", failed.message)
@@ -215,4 +210,3 @@ def test_the_text_of_an_engines_error_is_for_the_log_only(caplog: pytest.LogCapt
     assert "planted" not in failed.message
     assert f"incident {incident[1]}" in caplog.text
     assert "planted" in caplog.text
->>>>>>> f99d4dd (Keep the text of unforeseen errors, and of senders, out of what is told)

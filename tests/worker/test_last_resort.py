@@ -5,12 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-<<<<<<< HEAD
+import re
 import shutil
 import stat
-=======
-import re
->>>>>>> f99d4dd (Keep the text of unforeseen errors, and of senders, out of what is told)
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
