@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,33 +14,35 @@ from numpy.typing import NDArray
 
 from inferq.consumers.ocr import Line
 from inferq.consumers.ocr.backend import (
-    TALL,
     RgbPage,
     as_box,
     bgr,
     cut,
     detection_scale,
     gpu_number,
-    is_tall,
     out_of_memory,
     pad,
     ratio,
     turn,
 )
+from inferq.consumers.ocr.direction import (
+    Reading,
+    best,
+    counts,
+    is_sideways,
+    pieces,
+    quarters_along,
+    sample,
+    settled,
+    upside_down,
+    ways,
+)
 from inferq.schemas import EngineInfo, InstallationError
 
-_SINGLE_CHARACTER = 3.0
-"""Up to this ratio of height to width, a tall box may be a single narrow, upright character."""
 _CERTAIN = 0.9
 """The minimum score at which the orientation classifier's answer counts."""
 _WIDEST_LINE = 60
 """Recognition's time and memory grow with a line's ratio of width to height: wider ones are compressed."""
-
-
-@dataclass(frozen=True)
-class _Reading:
-    text: str
-    score: float
 
 
 class RapidBackend:
@@ -114,50 +115,62 @@ class RapidBackend:
 
     def _recognize(
         self, page: RgbPage, boxes: NDArray[np.float32]
-    ) -> list[tuple[NDArray[np.float32], _Reading]]:
-        """Each line with its corners in the direction of its text.
+    ) -> list[tuple[NDArray[np.float32], Reading]]:
+        """Each line with its corners in the direction of its text."""
+        ratios = [ratio(corners) for corners in boxes]
+        sideways = is_sideways(ratios)
+        along = [quarters_along(shape, sideways) for shape in ratios]
+        votes = self._votes(
+            [cut(page, turn(corners, way)) for corners, way in zip(boxes, along, strict=True)]
+        )
+        readings: dict[tuple[int, int], Reading] = {}
 
-        A classifier finds upside-down lines. It often errs on short lines, so it may disagree with most of
-        the page. Such a line is read both ways, and the reading with the higher score wins.
-        """
-        upright = [turn(corners, 1) if is_tall(corners) else corners for corners in boxes]
-        candidates: list[tuple[int, NDArray[np.float32]]] = []
-        flips = self._flips([cut(page, corners) for corners in upright])
-        sideways = sum(1 for corners in boxes if is_tall(corners)) * 2 > len(boxes)
-        for tall in (False, True):
-            group = [index for index, corners in enumerate(boxes) if is_tall(corners) == tall]
-            certain = [flips[index] for index in group if flips[index] is not None]
-            usual = sum(1 for flip in certain if flip) * 2 > len(certain)
-            for index in group:
-                candidates.append((index, turn(upright[index], 2 if usual else 0)))
-                if flips[index] is not usual:
-                    candidates.append((index, turn(upright[index], 0 if usual else 2)))
-                if tall and ratio(boxes[index]) < _SINGLE_CHARACTER:
-                    candidates.append((index, boxes[index]))
-                if sideways and not tall and ratio(boxes[index]) > 1 / TALL:
-                    candidates += [(index, turn(boxes[index], quarters)) for quarters in (1, 3)]
-        readings = self._read_lines([cut(page, corners) for _, corners in candidates])
-        best: dict[int, tuple[NDArray[np.float32], _Reading]] = {}
-        for (index, corners), reading in zip(candidates, readings, strict=True):
-            if index not in best or reading.score > best[index][1].score:
-                best[index] = (corners, reading)
-        return [best[index] for index in sorted(best)]
+        def read(wanted: Sequence[tuple[int, int]]) -> list[Reading]:
+            missing = [key for key in dict.fromkeys(wanted) if key not in readings]
+            cutouts = [cut(page, turn(boxes[index], quarters)) for index, quarters in missing]
+            readings.update(zip(missing, self._read_lines(cutouts), strict=True))
+            return [readings[key] for key in wanted]
 
-    def _flips(self, lines: Sequence[RgbPage]) -> list[bool | None]:
-        """Whether each line is upside down; None if the classifier is not certain."""
-        if not lines:
-            return []
-        answers = self._ocr.text_cls([bgr(line) for line in lines]).cls_res
-        return [label == "180" if score > _CERTAIN else None for label, score in answers]
+        over = [False, False]
+        for way in (0, 1):
+            group = [index for index, own in enumerate(along) if own == way]
+            telling = [votes[index] for index in group if counts(ratios[index])]
+            if group and settled(telling) is None:
+                lengths = [float(np.linalg.norm(boxes[index][0] - boxes[index][2])) for index in group]
+                chosen = [group[position] for position in sample(lengths)]
+                as_found = read([(index, way) for index in chosen])
+                turned = read([(index, way + 2) for index in chosen])
+                over[way] = upside_down(telling, as_found, turned)
+        candidates = [
+            ways(shape, sideways=sideways, over=over, vote=vote)
+            for shape, vote in zip(ratios, votes, strict=True)
+        ]
+        read([(index, way.quarters) for index, found in enumerate(candidates) for way in found])
+        lines = []
+        for index, found in enumerate(candidates):
+            kept = found[best([(way, readings[index, way.quarters]) for way in found])].quarters
+            lines.append((turn(boxes[index], kept), readings[index, kept]))
+        return lines
 
-    def _read_lines(self, lines: Sequence[RgbPage]) -> list[_Reading]:
+    def _votes(self, lines: Sequence[RgbPage]) -> list[int]:
+        """The classifier's votes: by how many of its pieces each line is upside down, negative if upright."""
+        parts = [(number, piece) for number, line in enumerate(lines) for piece in pieces(line)]
+        votes = [0] * len(lines)
+        if parts:
+            answers = self._ocr.text_cls([bgr(piece) for _, piece in parts]).cls_res
+            for (number, _), (label, score) in zip(parts, answers, strict=True):
+                if score > _CERTAIN:
+                    votes[number] += 1 if label == "180" else -1
+        return votes
+
+    def _read_lines(self, lines: Sequence[RgbPage]) -> list[Reading]:
         if not lines:
             return []
         from rapidocr.ch_ppocr_rec import TextRecInput
 
         result = self._ocr.text_rec(TextRecInput(img=[bgr(_squeeze(line)) for line in lines]))
         return [
-            _Reading(text, min(max(float(score), 0.0), 1.0))
+            Reading(text, min(max(float(score), 0.0), 1.0))
             for text, score in zip(result.txts, result.scores, strict=True)
         ]
 
