@@ -21,6 +21,9 @@ TALL = 1.5
 
 _MARGIN = 16
 """The border added to a page, in pixels: detectors miss text that touches the edge."""
+_CUBIC = 2
+"""The pixels that cubic interpolation reads beyond a box."""
+_LONGEST_CUTOUT = 32_000
 _SHORTEST_SIDE = 320
 """Pages are padded to at least this many pixels a side: detectors find nothing on smaller ones."""
 
@@ -57,7 +60,20 @@ def pad(page: RgbPage) -> tuple[RgbPage, int, int]:
 
 
 def cut(page: RgbPage, corners: NDArray[np.float32]) -> RgbPage:
-    """The straightened cutout within `corners` (`(4, 2)`, clockwise), which start at its top left."""
+    """The straightened cutout within `corners` (`(4, 2)`, clockwise), which start at its top left.
+
+    OpenCV's warpPerspective accepts at most 32,766 pixels a side. So it gets the part of the page around the
+    box, and a longer part is shrunk.
+    """
+    low = np.maximum(np.floor(corners.min(axis=0)).astype(int) - _CUBIC, 0)
+    high = np.ceil(corners.max(axis=0)).astype(int) + _CUBIC + 1
+    page, corners = page[low[1] : high[1], low[0] : high[0]], corners - low.astype(np.float32)
+    if (longest := max(page.shape[:2])) > _LONGEST_CUTOUT:
+        shrunk = _LONGEST_CUTOUT / longest
+        page = np.asarray(
+            cv2.resize(page, None, fx=shrunk, fy=shrunk, interpolation=cv2.INTER_AREA), np.uint8
+        )
+        corners = corners * np.float32(shrunk)
     top, right, bottom, left = (float(np.linalg.norm(corners[i] - corners[(i + 1) % 4])) for i in range(4))
     width, height = max(1, round(max(top, bottom))), max(1, round(max(left, right)))
     flat = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)

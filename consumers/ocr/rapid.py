@@ -63,6 +63,8 @@ class RapidBackend:
             # This backend scales pages itself: the library would shrink the page for recognition too.
             "Det.limit_type": "max",
             "Det.limit_side_len": 1_000_000,
+            # The library reads the lowest 1,000 boxes of a page and omits the others without an error.
+            "Det.max_candidates": 10_000_000,
             "Rec.rec_batch_num": 16 if on_gpu else 1,
             "EngineConfig.onnxruntime.intra_op_num_threads": min(threads, os.cpu_count() or 1),
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,

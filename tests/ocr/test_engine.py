@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from inferq.consumers.engine import Context, TaskAborted
 from inferq.consumers.ocr import Line, OcrOutput
-from inferq.consumers.ocr.backend import out_of_memory
+from inferq.consumers.ocr.backend import cut, out_of_memory
 from inferq.consumers.ocr.engine import OcrEngine, load_backend
 from inferq.consumers.ocr.settings import OcrSettings
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
@@ -127,6 +127,33 @@ def test_pictures_of_odd_shapes(read: Read, tmp_path: Path, image: Image.Image, 
     assert output.text == text
     assert output.pages[0].text == text
     assert len(output.pages[0].lines) == bool(text)
+
+
+def test_a_page_may_have_any_number_of_boxes(engine: OcrEngine) -> None:
+    found_text = np.zeros((1, 1, 800, 1000), np.float32)
+    for row in range(40):
+        for column in range(30):
+            found_text[0, 0, 20 * row + 4 : 20 * row + 14, 33 * column + 4 : 33 * column + 24] = 1
+    detector = engine._backend._ocr.text_det  # type: ignore[attr-defined]
+    boxes, _ = detector.postprocess_op(found_text, (800, 1000))
+    assert len(boxes) == 1200
+
+
+def test_lines_of_a_page_longer_than_opencv_allows_are_cut_out() -> None:
+    corners = np.array([[10, 5], [90, 7], [90, 27], [10, 25]], np.float32)
+    short = np.random.default_rng(1).integers(0, 256, (40, 100, 3)).astype(np.uint8)
+    long = np.concatenate([np.zeros((39_000, 100, 3), np.uint8), short])
+    assert (cut(long, corners + np.array([0, 39_000], np.float32)) == cut(short, corners)).all()
+
+
+def test_a_line_longer_than_opencv_allows_is_cut_out() -> None:
+    page = np.zeros((200, 40_000, 3), np.uint8)
+    page[:, 39_000:] = 255
+    corners = np.array([[0, 0], [40_000, 0], [40_000, 200], [0, 200]], np.float32)
+    line = cut(page, corners)
+    assert line.shape[1] / line.shape[0] == 200
+    assert line[:, round(0.9 * line.shape[1])].max() == 0
+    assert line[:, round(0.99 * line.shape[1])].min() == 255
 
 
 def make_document(path: Path) -> None:
