@@ -1,27 +1,37 @@
 """The reading order of a page's lines.
 
 Rows are read from top to bottom, each from left to right, as in a form or a table. Columns of prose are read one
-after another, each to its end. The direction of most of the text defines up and down. So a rotated or slightly
-skewed page is read like an upright one.
+after another, each to its end. A line across the gutter ends the columns above it. The direction of most of the
+text defines up and down. So a rotated or slightly skewed page is read like an upright one.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from inferq.consumers.ocr import Line
 
-_SPANNING = 0.55
-"""A line wider than this share of the text is not part of a column."""
 _COLUMN_LINES = 3
+_SHORT_COLUMN_LINES = 2
+"""The fewest lines of two columns side by side: of the longer one, and of the shorter one."""
 _COLUMN_WIDTH = 6.0
 """The minimum width of a column of prose, in line heights: a table's columns are often narrower."""
 _COLUMN_FILL = 0.6
 """The minimum share of a prose column's width that its median line fills: a table's cells fill less."""
-_GUTTER = 0.7
-"""The minimum gap between two columns, in line heights."""
+_GUTTER = 0.25
+"""The minimum gap between two columns, in line heights. Detectors draw boxes larger than the print."""
+_OVERHANG = 1.0
+"""A line is part of a column if it reaches at most this far beyond the gutter, in line heights."""
+_STRAY = 0.1
+"""The maximum share of lines that reach into the gutter."""
+_LOOSE_ROWS = 1.0
+"""Rows further apart than this, in line heights, are a table's if they are level in both columns."""
+_APART = 1.25
+"""The minimum space between columns and a page's header or footer, in line heights."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,7 +56,7 @@ def reading_order(lines: Sequence[Line]) -> list[Line]:
         return []
     angle = _text_direction(lines)
     placed = sorted(_place(index, line, angle) for index, line in enumerate(lines))
-    return [lines[item.index] for section in _sections(placed) for item in section]
+    return [lines[item.index] for row in _sections(placed) for item in row]
 
 
 def _text_direction(lines: Iterable[Line]) -> float:
@@ -83,54 +93,142 @@ def _place(index: int, line: Line, angle: float) -> _Placed:
     )
 
 
-def _sections(placed: Sequence[_Placed]) -> list[list[_Placed]]:
-    """The page's sections, which are read one after another; `placed` is sorted."""
-    extent = max(item.right for item in placed) - min(item.left for item in placed)
-    spanning = [item for item in placed if item.width > _SPANNING * extent]
-    bands: list[list[_Placed]] = [[] for _ in range(len(spanning) + 1)]
-    between = 0
-    for item in placed:
-        if between < len(spanning) and item is spanning[between]:
-            between += 1
-        else:
-            bands[between].append(item)
-    sections: list[list[_Placed]] = []
-    loose: list[_Placed] = []
-    for number, band in enumerate(bands):
-        columns = _columns(band)
-        if columns:
-            sections += _rows(loose)
-            loose = []
-            for column in columns:
-                sections += _rows(column)
-        else:
-            loose += band
-        if number < len(spanning):
-            loose.append(spanning[number])
-    return sections + _rows(loose)
+@dataclass(frozen=True)
+class _Band:
+    """Columns side by side: `items[first:last]` of a sorted list; one of the columns begins at `start`."""
+
+    first: int
+    last: int
+    start: float
+
+    def overlaps(self, other: _Band) -> bool:
+        return self.first < other.last and other.first < self.last
 
 
-def _columns(band: Sequence[_Placed]) -> list[list[_Placed]]:
-    """The columns of prose in a band, from left to right; empty if the band has none."""
-    if len(band) < 2 * _COLUMN_LINES:
+def _sections(items: Sequence[_Placed]) -> list[list[_Placed]]:
+    """The page's rows in the order in which they are read; `items` is sorted."""
+    rows: list[list[_Placed]] = []
+    done = 0
+    for band in _bands(items):
+        left, right = _halves(items[band.first : band.last], band.start)
+        rows += [*_rows(items[done : band.first]), *_sections(left), *_sections(right)]
+        done = band.last
+    return rows + _rows(items[done:])
+
+
+def _bands(items: Sequence[_Placed]) -> list[_Band]:
+    """The bands of columns among `items`, from top to bottom. Of two that overlap, the one with more lines."""
+    if len(items) < _COLUMN_LINES + _SHORT_COLUMN_LINES:
         return []
-    height = sorted(item.height for item in band)[len(band) // 2]
+    height = sorted(item.height for item in items)[len(items) // 2]
+    found = []
+    for start in _column_starts(items, height):
+        for first, last in _runs(items, start, _OVERHANG * height):
+            if not _is_gutter(items[first:last], start, height):
+                continue
+            first, last = _without_margins(items, first, last, height)
+            if _is_band(items[first:last], start, height):
+                found.append(_Band(first, last, start))
+    chosen: list[_Band] = []
+    for band in sorted(found, key=lambda band: band.first - band.last):
+        if not any(band.overlaps(other) for other in chosen):
+            chosen.append(band)
+    return sorted(chosen, key=lambda band: band.first)
+
+
+def _column_starts(items: Sequence[_Placed], height: float) -> list[float]:
+    """The positions along x where two or more long lines start."""
+    starts: dict[int, list[float]] = {}
+    for item in items:
+        if item.width >= _COLUMN_FILL * _COLUMN_WIDTH * height:
+            starts.setdefault(round(item.left / (0.5 * height)), []).append(item.left)
+    near = {cell: [*lefts, *starts.get(cell + 1, [])] for cell, lefts in sorted(starts.items())}
+    return sorted({min(lefts) for lefts in near.values() if len(lefts) >= _SHORT_COLUMN_LINES})
+
+
+def _runs(items: Sequence[_Placed], start: float, overhang: float) -> list[tuple[int, int]]:
+    """The stretches of `items` without a line across `start`; such a line ends columns."""
+    runs, first = [], 0
+    for index, item in enumerate(items):
+        if item.left < start - overhang and item.right > start + overhang:
+            runs.append((first, index))
+            first = index + 1
+    runs.append((first, len(items)))
+    return [(first, last) for first, last in runs if last - first >= _COLUMN_LINES + _SHORT_COLUMN_LINES]
+
+
+def _without_margins(items: Sequence[_Placed], first: int, last: int, height: float) -> tuple[int, int]:
+    """The range without a header's row at its start and a footer's row at its end."""
+    rows = _rows(items[first:last])
+    if len(rows) > 2 and _space(rows[0], rows[1]) >= _APART * height:
+        first += len(rows[0])
+        rows = rows[1:]
+    if len(rows) > 2 and _space(rows[-2], rows[-1]) >= _APART * height:
+        last -= len(rows[-1])
+    return first, last
+
+
+def _space(above: Iterable[_Placed], below: Iterable[_Placed]) -> float:
+    return min(item.y - item.height / 2 for item in below) - max(item.y + item.height / 2 for item in above)
+
+
+def _halves(items: Sequence[_Placed], start: float) -> tuple[list[_Placed], list[_Placed]]:
+    """The lines left of `start`, and the others."""
+    left: list[_Placed] = []
+    right: list[_Placed] = []
+    for item in items:
+        (left if item.left + item.right < 2 * start else right).append(item)
+    return left, right
+
+
+def _is_band(items: Sequence[_Placed], start: float, height: float) -> bool:
+    """Whether `items` are columns of prose side by side, one of which starts at `start`."""
+    starts = _column_starts(items, height)
+    others = [other for other in starts if abs(other - start) > _OVERHANG * height]
+    if len(others) == len(starts):
+        return False
     columns: list[list[_Placed]] = []
-    reach = -math.inf
-    for item in sorted(band, key=lambda item: (item.left, item)):
-        if item.left - reach >= _GUTTER * height:
-            columns.append([])
-        columns[-1].append(item)
-        reach = max(reach, item.right)
-    if len(columns) < 2 or not all(_is_prose(column, height) for column in columns):
-        return []
-    return columns
+    rest = list(items)
+    beside = 0
+    for other in sorted([start, *others]):
+        if other == start or _is_gutter(items, other, height):
+            column, rest = _halves(rest, other)
+            columns += [column] if column else []
+            beside = len(columns) if other == start else beside
+    columns += [rest] if rest else []
+    if not 0 < beside < len(columns) or not all(_is_prose(column, height) for column in columns):
+        return False
+    pair = columns[beside - 1], columns[beside]
+    return max(map(len, pair)) >= _COLUMN_LINES and not _is_table(*pair, height)
+
+
+def _is_gutter(items: Sequence[_Placed], start: float, height: float) -> bool:
+    """Whether the lines left of `start` end before it, and the others do not start before it."""
+    edge = start - _GUTTER * height
+    # A line that reaches over the edge is in the way, whichever side it is on.
+    strays = sum(1 for item in items if item.left < edge < item.right)
+    return strays <= max(1, _STRAY * len(items))
+
+
+def _is_table(left: Sequence[_Placed], right: Sequence[_Placed], height: float) -> bool:
+    """Whether two columns have rows that are level and far apart."""
+    ys = [item.y for item in left]
+    level = 0
+    for item in right:
+        nearest = bisect_left(ys, item.y)
+        level += any(_same_row([item], other) for other in left[max(nearest - 1, 0) : nearest + 1])
+    spaces = sorted(_space([above], [below]) for above, below in pairwise(left))
+    return 2 * level >= len(right) and spaces[len(spaces) // 2] > _LOOSE_ROWS * height
 
 
 def _is_prose(column: Sequence[_Placed], height: float) -> bool:
     width = max(item.right for item in column) - min(item.left for item in column)
     middle = sorted(item.width for item in column)[len(column) // 2]
-    return len(column) >= _COLUMN_LINES and width >= _COLUMN_WIDTH * height and middle >= _COLUMN_FILL * width
+    return (
+        len(column) >= _SHORT_COLUMN_LINES
+        and width >= _COLUMN_WIDTH * height
+        and middle >= _COLUMN_FILL * width
+    )
 
 
 def _rows(items: Iterable[_Placed]) -> list[list[_Placed]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
@@ -11,14 +10,7 @@ from hypothesis import strategies as st
 
 from inferq.consumers.ocr import Line
 from inferq.consumers.ocr.layout import reading_order
-
-
-def line(text: str, left: float, top: float, width: float, height: float = 20, *, angle: float = 0) -> Line:
-    """A line whose text runs at `angle` (degrees, clockwise) when the page is turned about its origin."""
-    corners = [(left, top), (left + width, top), (left + width, top + height), (left, top + height)]
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    turned = tuple((x * cos - y * sin, x * sin + y * cos) for x, y in corners)
-    return Line.model_construct(text=text, score=0.9, box=turned)
+from tests.ocr.layouts import layouts, line
 
 
 def form(angle: float = 0) -> list[Line]:
@@ -42,6 +34,16 @@ def two_columns(angle: float = 0) -> list[Line]:
 @pytest.mark.parametrize("make", [form, two_columns])
 def test_the_order_holds_however_the_page_is_turned(make: object, angle: float) -> None:
     expected = make(angle)  # type: ignore[operator]
+    shuffled = random.Random(7).sample(expected, len(expected))
+    assert [item.text for item in reading_order(shuffled)] == [item.text for item in expected]
+
+
+@pytest.mark.parametrize(
+    "angle", [0, 2, 90, 183], ids=["upright", "skewed", "tiers of vertical text", "over"]
+)
+@pytest.mark.parametrize("name", layouts())
+def test_the_order_is_a_readers(name: str, angle: float) -> None:
+    expected = layouts(angle)[name]
     shuffled = random.Random(7).sample(expected, len(expected))
     assert [item.text for item in reading_order(shuffled)] == [item.text for item in expected]
 
