@@ -37,12 +37,11 @@ from inferq.consumers.ocr.direction import (
     upside_down,
     ways,
 )
+from inferq.consumers.ocr.long_lines import joined, parts
 from inferq.schemas import EngineInfo, InstallationError
 
 _CERTAIN = 0.9
 """The minimum score at which the orientation classifier's answer counts."""
-_WIDEST_LINE = 60
-"""Recognition's time and memory grow with a line's ratio of width to height: wider ones are compressed."""
 
 
 class RapidBackend:
@@ -170,11 +169,16 @@ class RapidBackend:
             return []
         from rapidocr.ch_ppocr_rec import TextRecInput
 
-        result = self._ocr.text_rec(TextRecInput(img=[bgr(_squeeze(line)) for line in lines]))
-        return [
-            Reading(text, min(max(float(score), 0.0), 1.0))
-            for text, score in zip(result.txts, result.scores, strict=True)
-        ]
+        cutouts = [parts(line) for line in lines]
+        pictures = [bgr(part.picture) for found in cutouts for part in found]
+        result = self._ocr.text_rec(TextRecInput(img=pictures))
+        readings = iter(
+            [
+                Reading(text, min(max(float(score), 0.0), 1.0))
+                for text, score in zip(result.txts, result.scores, strict=True)
+            ]
+        )
+        return [joined([(part, next(readings)) for part in found]) for found in cutouts]
 
 
 def _load(parameters: dict[str, Any]) -> Any:
@@ -196,12 +200,3 @@ def _load(parameters: dict[str, Any]) -> Any:
             f"RapidOCR's models cannot be loaded: {error}", code="engine_not_loadable"
         ) from error
     return ocr
-
-
-def _squeeze(line: RgbPage) -> RgbPage:
-    height, width = line.shape[:2]
-    if width <= height * _WIDEST_LINE:
-        return line
-    return np.asarray(
-        cv2.resize(line, (height * _WIDEST_LINE, height), interpolation=cv2.INTER_AREA), np.uint8
-    )
