@@ -55,6 +55,10 @@ _JPEG_PROCESSES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 """The frame headers of JPEG (ITU-T T.81, table B.1) that libjpeg decodes; others are lossless or hierarchical."""
 _AVIF_LONGEST_SIDE, _AVIF_PIXELS = 32_768, 16_384**2
 """libavif's own limits."""
+_VISIBLE = 64
+"""The lowest alpha of a pixel that counts as print."""
+_SIMILAR = 63
+"""Print whose grey level differs by this or less from its ground is hard to see."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -162,8 +166,10 @@ class Picture:
             self._image.seek(0)
         return pages or [0]
 
-    def decode(self, frame: int = 0, *, name: str = "the image") -> RgbImage:
+    def decode(self, frame: int = 0, *, name: str = "the image", contrasting: bool = False) -> RgbImage:
         """The pixels of a frame, upright. Transparent pixels become white.
+
+        With `contrasting`, they become white, black or grey: the one in which the fewest visible pixels vanish.
 
         Raises InvalidTask: `truncated_image` for damaged data, `unsupported_image` for a variant that cannot be
         decoded, `image_too_large` before a frame that is too large is decoded.
@@ -179,7 +185,7 @@ class Picture:
                 if (complete := _without_end_marker(self._file)) is None:
                     raise
                 self._image = complete
-            return _rgb(self._image)
+            return _rgb(self._image, contrasting=contrasting)
 
     @property
     def colour_profile(self) -> bytes | None:
@@ -331,7 +337,7 @@ def _own_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = kept
 
 
-def _rgb(image: Image.Image) -> RgbImage:
+def _rgb(image: Image.Image, *, contrasting: bool) -> RgbImage:
     """A decoded picture as upright RGB."""
     turn = _turn(image)
     if image.mode == "CMYK" and image.format in {"JPEG", "MPO"} and "adobe" not in image.info:
@@ -345,10 +351,21 @@ def _rgb(image: Image.Image) -> RgbImage:
         image = image.getchannel("L")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(coloured, mask=coloured.getchannel("A"))
-        image = white
+        grey = _contrasting(coloured) if contrasting else 255
+        ground = Image.new("RGB", image.size, (grey, grey, grey))
+        ground.paste(coloured, mask=coloured.getchannel("A"))
+        image = ground
     return np.array(image.convert("RGB"), np.uint8)
+
+
+def _contrasting(image: Image.Image) -> int:
+    """The grey level of a ground for an RGBA picture: the one with the fewest similar pixels beside it."""
+    transparent = image.getchannel("A").point(lambda alpha: 255 if alpha < _VISIBLE else 0)
+    beside = transparent
+    for across, down in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        beside = ImageChops.lighter(beside, ImageChops.offset(transparent, across, down))
+    counts = image.convert("L").histogram(ImageChops.subtract(beside, transparent))
+    return min((255, 0, 128), key=lambda level: sum(counts[max(level - _SIMILAR, 0) : level + _SIMILAR + 1]))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -21,6 +21,9 @@ TALL = 1.5
 
 _MARGIN = 16
 """The border added to a page, in pixels: detectors miss text that touches the edge."""
+_SMALL_PAGE = 736
+"""The shorter side in pixels up to which a page is enlarged, as in RapidOCR."""
+_MOST_ENLARGED = 2.5
 _CUBIC = 2
 """The pixels that cubic interpolation reads beyond a box."""
 _LONGEST_CUTOUT = 32_000
@@ -44,8 +47,12 @@ class Backend(Protocol):
 
 
 def detection_scale(height: int, width: int, megapixels: float) -> float:
-    """The factor (at most 1) by which a page is scaled before detection."""
-    return min(1.0, float(np.sqrt(megapixels * 1e6 / (height * width))))
+    """The factor by which a page is scaled before detection.
+
+    A small page is enlarged, because detectors miss small print. A large one is shrunk to `megapixels`.
+    """
+    enlarged = min(_MOST_ENLARGED, max(1.0, _SMALL_PAGE / min(height, width)))
+    return min(enlarged, float(np.sqrt(megapixels * 1e6 / (height * width))))
 
 
 def pad(page: RgbPage) -> tuple[RgbPage, int, int]:

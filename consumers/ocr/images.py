@@ -45,8 +45,9 @@ class Document(ABC):
 
     @abstractmethod
     def page(self, number: int) -> RgbPage:
-        """Page `number` (from 1), upright, `(height, width, 3) uint8` RGB. Transparent pixels become white.
+        """Page `number` (from 1), upright, `(height, width, 3) uint8` RGB.
 
+        Transparent pixels get a colour that contrasts with the visible ones: white if possible.
         Raises InvalidTask: `truncated_image` for damaged data, `unsupported_image`, `missing_font`,
         `image_too_large` before a page that is too large is decoded.
         """
@@ -90,7 +91,7 @@ class _Picture(Document):
         self.page_count = len(self._frames)
 
     def page(self, number: int) -> RgbPage:
-        return self._picture.decode(self._frames[number - 1], name=f"page {number}")
+        return self._picture.decode(self._frames[number - 1], name=f"page {number}", contrasting=True)
 
     def close(self) -> None:
         self._picture.close()

@@ -103,10 +103,9 @@ class RapidBackend:
     def _detect(self, page: RgbPage) -> NDArray[np.float32]:
         """The lines' corners, `(n, 4, 2)`, clockwise from the top left, in pixels of the page."""
         scale = detection_scale(page.shape[0], page.shape[1], self._detect_megapixels)
-        if scale < 1:
-            page = np.asarray(
-                cv2.resize(page, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8
-            )
+        if scale != 1:
+            filtered = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+            page = np.asarray(cv2.resize(page, None, fx=scale, fy=scale, interpolation=filtered), np.uint8)
         padded, left, top = pad(page)
         boxes = self._ocr.text_det(bgr(padded)).boxes
         if boxes is None:

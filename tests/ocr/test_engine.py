@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from inferq.consumers.engine import Context, TaskAborted
 from inferq.consumers.ocr import Line, OcrOutput
-from inferq.consumers.ocr.backend import cut, out_of_memory
+from inferq.consumers.ocr.backend import cut, detection_scale, out_of_memory
 from inferq.consumers.ocr.engine import OcrEngine, load_backend
 from inferq.consumers.ocr.settings import OcrSettings
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask, TransientFailure
@@ -99,6 +99,26 @@ def test_small_print_on_a_large_scan_is_found(read: Read, tmp_path: Path) -> Non
     assert output.text.splitlines() == expected
     for number, line in enumerate(output.pages[0].lines):
         assert np.abs(np.array(line.box[0]) - (150 + 400 * number, 150 + 330 * number)).max() < 14
+
+
+def test_small_print_on_a_small_photo_is_found(engine: OcrEngine) -> None:
+    large = Image.new("RGB", (1720, 1000), (205, 200, 190))
+    pen = ImageDraw.Draw(large)
+    for row in range(1, 18):
+        text = f"Clause {row}: the small print counts"
+        pen.text((40 + 50 * row, 20 + 57 * row), text, font=ImageFont.load_default(16), fill=(60, 60, 70))
+    photo = np.array(large.resize((430, 250), Image.Resampling.LANCZOS))
+    assert len(engine._backend._detect(photo)) == 17  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"),
+    [(368, 900, 2.0), (200, 300, 2.5), (1000, 1240, 1.0), (4000, 5000, 0.5), (400, 20_000, 0.79)],
+)
+def test_small_pages_are_enlarged_and_large_ones_shrunk_for_detection(
+    height: int, width: int, scale: float
+) -> None:
+    assert detection_scale(height, width, 5.0) == pytest.approx(scale, abs=0.005)
 
 
 def strip(width: int, height: int, size: int, text: str) -> Image.Image:

@@ -155,6 +155,23 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     assert (page[:, 60:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("inks", "ground"),
+    [([255], 0), ([230], 0), ([0], 255), ([120], 255), ([255, 0], 128)],
+    ids=["white", "light", "black", "grey", "white and black"],
+)
+def test_the_ground_of_transparent_pixels_contrasts_with_what_is_visible(
+    tmp_path: Path, inks: list[int], ground: int
+) -> None:
+    image = Image.new("RGBA", SIZE, (255, 255, 255, 0))
+    for number, ink in enumerate(inks):
+        image.paste((ink, ink, ink, 255), (20 + 40 * number, 20, 40 + 40 * number, 60))
+    image.save(tmp_path / "a.png")
+    page = only_page(tmp_path / "a.png")
+    assert (page[0, 0] == ground).all()
+    assert [int(page[40, 30 + 40 * number, 0]) for number in range(len(inks))] == inks
+
+
 def test_half_transparent_ink_is_blended(tmp_path: Path) -> None:
     Image.new("RGBA", SIZE, (0, 0, 0, 128)).save(tmp_path / "a.png")
     assert abs(int(only_page(tmp_path / "a.png")[0, 0, 0]) - 127) <= 1
