@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick lint docs bench \
-	generate image-check release-check clean system
+	ocr-quality generate image-check release-check clean system
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -79,6 +79,9 @@ docs: .make/docs ## build the pages and the Python reference into site/; a broke
 
 bench: .make/bench | system ## measure what the queue itself costs
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+ocr-quality: .make/run ## measure what OCR reads of pictures that are hard for RapidOCR
+	@$(BIN)/python -m tests.ocr.quality $(ARGS)
 
 image-check: .make/test ## install what each container image installs, and start it; writes docs/images.md
 	@$(BIN)/python -m tests.images $(ARGS)

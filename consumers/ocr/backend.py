@@ -23,6 +23,8 @@ _MARGIN = 16
 """The border added to a page, in pixels: detectors miss text that touches the edge."""
 _SMALL_PAGE = 736
 """The shorter side in pixels up to which a page is enlarged, as in RapidOCR."""
+_SMALL_PAGE_LONGER = 1600
+"""The same for the longer side: detectors split the long lines of an enlarged strip."""
 _MOST_ENLARGED = 2.5
 _CUBIC = 2
 """The pixels that cubic interpolation reads beyond a box."""
@@ -51,7 +53,8 @@ def detection_scale(height: int, width: int, megapixels: float) -> float:
 
     A small page is enlarged, because detectors miss small print. A large one is shrunk to `megapixels`.
     """
-    enlarged = min(_MOST_ENLARGED, max(1.0, _SMALL_PAGE / min(height, width)))
+    shorter, longer = sorted((height, width))
+    enlarged = max(1.0, min(_MOST_ENLARGED, _SMALL_PAGE / shorter, _SMALL_PAGE_LONGER / longer))
     return min(enlarged, float(np.sqrt(megapixels * 1e6 / (height * width))))
 
 

@@ -1,14 +1,25 @@
-"""Pages whose reading order is known: each is a list of lines in the order in which a person reads them."""
+"""Texts and pages to draw. The lines of a page are in the order in which a person reads them."""
 
 from __future__ import annotations
 
 import math
+import random
 
 from inferq.consumers.ocr import Line
 
 HEIGHT = 24
 _PITCH = 36
 _TOP = 300
+_WORDS = ["new", "their", "data", "message", "per", "first", "to", "process", "these", "that", "it", "be", "results",
+          "into", "the", "queue", "worker", "of", "is", "and", "reads", "each", "task"]  # fmt: skip
+
+
+def sentence(choice: random.Random, characters: int) -> str:
+    """A text of at least `characters` characters."""
+    text = ""
+    while len(text) < characters:
+        text += choice.choice(_WORDS) + " "
+    return text.strip()
 
 
 def line(

@@ -113,7 +113,14 @@ def test_small_print_on_a_small_photo_is_found(engine: OcrEngine) -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "scale"),
-    [(368, 900, 2.0), (200, 300, 2.5), (1000, 1240, 1.0), (4000, 5000, 0.5), (400, 20_000, 0.79)],
+    [
+        (368, 700, 2.0),
+        (200, 300, 2.5),
+        (80, 3000, 1.0),
+        (1000, 1240, 1.0),
+        (4000, 5000, 0.5),
+        (400, 20_000, 0.79),
+    ],
 )
 def test_small_pages_are_enlarged_and_large_ones_shrunk_for_detection(
     height: int, width: int, scale: float

@@ -13,40 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from inferq.consumers.ocr import OcrOutput
 from inferq.consumers.ocr.direction import Reading
 from inferq.consumers.ocr.long_lines import Part, joined, parts
-
-_WORDS = [
-    "new",
-    "their",
-    "data",
-    "message",
-    "per",
-    "first",
-    "to",
-    "process",
-    "these",
-    "that",
-    "it",
-    "be",
-    "results",
-    "into",
-    "the",
-    "queue",
-    "worker",
-    "of",
-    "is",
-    "and",
-    "reads",
-    "each",
-    "task",
-]
-
-
-def long_text(seed: int, characters: int) -> str:
-    choice = random.Random(seed)
-    text = ""
-    while len(text) < characters:
-        text += choice.choice(_WORDS) + " "
-    return text.strip()
+from tests.ocr.layouts import sentence
 
 
 # Squeezed to 4:1, the first two look upside down to the classifier. The third is twice as wide as the
@@ -55,7 +22,7 @@ def long_text(seed: int, characters: int) -> str:
 def test_a_long_line_is_read_to_the_letter(
     read: Callable[..., OcrOutput], tmp_path: Path, seed: int, characters: int, size: int
 ) -> None:
-    text = long_text(seed, characters)
+    text = sentence(random.Random(seed), characters)
     font = ImageFont.load_default(size)
     page = Image.new("L", (int(font.getlength(text)) + 40, 80), 255)
     ImageDraw.Draw(page).text((20, 20), text, font=font)
