@@ -129,7 +129,13 @@ def _load(parameters: dict[str, Any], *, check: Callable[[], None]) -> Any:
     logging.getLogger("paddlex").setLevel(logging.WARNING)
     check()
     try:
-        return PaddleOCR(**parameters)
+        ocr = PaddleOCR(**parameters)
+        # PaddleX reads the lowest 1,000 boxes of a page, and shrinks pages of more than 4,000 pixels a side for
+        # detection, without an error. PaddleOCR has no parameters for these limits.
+        pipeline = ocr.paddlex_pipeline._pipeline
+        pipeline.text_det_max_side_limit = 1_000_000
+        pipeline.text_det_model.post_op.max_candidates = 10_000_000
+        return ocr
     except Exception as error:
         raise InstallationError(
             f"PaddleOCR's models cannot be loaded: {error}; set INFERQ_OCR_MODEL_DIR to a folder that has "

@@ -185,6 +185,18 @@ def test_two_models_for_one_role_are_not_guessed_between(tmp_path: Path) -> None
         backend(tmp_path, device="cpu", computes_with=None)
 
 
+@with_paddleocr
+def test_a_page_may_have_any_number_of_boxes_and_any_length(paddle_engine: OcrEngine) -> None:
+    found_text = np.zeros((1, 800, 1000), np.float32)
+    for row in range(40):
+        for column in range(30):
+            found_text[0, 20 * row + 4 : 20 * row + 14, 33 * column + 4 : 33 * column + 24] = 1
+    pipeline = paddle_engine._backend._ocr.paddlex_pipeline  # type: ignore[attr-defined]
+    boxes, _ = pipeline.text_det_model.post_op([found_text[None]], [np.array([800, 1000, 1.0, 1.0])])
+    assert len(boxes[0]) == 1200
+    assert pipeline.get_text_det_params()["max_side_limit"] > 65_500
+
+
 class StandIn:
     """In paddleocr's place: keeps what it is asked, and reads the same four lines off every page."""
 
@@ -205,6 +217,9 @@ class StandIn:
 
     def __init__(self, **asked: Any) -> None:
         StandIn.asked = asked
+        detector = SimpleNamespace(post_op=SimpleNamespace(max_candidates=1000))
+        pipeline = SimpleNamespace(text_det_max_side_limit=4000, text_det_model=detector)
+        self.paddlex_pipeline = SimpleNamespace(_pipeline=pipeline)
         if "fail" in str(asked.get("text_detection_model_name")):
             raise RuntimeError("bad weights")
 
