@@ -235,7 +235,7 @@ def test_keys_are_made_listed_and_removed(tmp_path: Path) -> None:
 
 def test_every_setting_is_documented() -> None:
     documented = Path(__file__).parents[2] / "docs" / "settings.md"
-    made = inferq_here(dict(os.environ), "settings", "--markdown").stdout
+    made = inferq(dict(os.environ), "settings", "--markdown").stdout  # tests define settings of their own
     assert made == documented.read_text("utf-8")
     rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| `")]
     assert len(rows) > 40

@@ -99,7 +99,15 @@ def test_a_redis_url_that_would_lead_elsewhere_is_refused_without_showing_it(url
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["redis://host", "rediss://:p%23@host:1/2", "unix:///run/redis.sock?db=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host",
+        "rediss://:p%23@host:1/2",
+        "unix:///run/redis.sock?db=1",
+        "rediss://host?ssl_ca_certs=/ca.pem",
+    ],
+)
 def test_a_sound_redis_url_is_taken(url: str) -> None:
     StatusIndex.from_settings(StorageSettings(redis_url=url)).close()
 
