@@ -48,7 +48,7 @@ from inferq.schemas.errors import (
 from inferq.schemas.night import Night, NightEvent
 from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import Artifact, EndState, EngineInfo, ErrorInfo, Result, Timings
-from inferq.schemas.settings import Settings, check_server_url
+from inferq.schemas.settings import Settings, check_server_url, expand_home
 from inferq.schemas.status import (
     END_STATES,
     EVENT_OF_STATE,
@@ -147,6 +147,7 @@ __all__ = [
     "check_server_url",
     "describe_faults",
     "end_callback",
+    "expand_home",
     "get_type",
     "input_fields",
     "installed_types",

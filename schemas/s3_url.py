@@ -23,8 +23,12 @@ def split_s3_url(url: str) -> tuple[str, str]:
         raise _bad("an s3: URL looks like s3://bucket/key")
     bucket, key = match[1], match[2]
     # Some clients and servers resolve such segments, and would read another object.
-    if any(segment in {"", ".", ".."} for segment in key.rstrip("/").split("/")) or _CONTROL.search(key):
-        raise _bad("the key of an s3: URL has an empty, '.' or '..' segment, or a control character")
+    if (
+        any(segment in {".", ".."} for segment in key.split("/"))
+        or not key.strip("/")
+        or _CONTROL.search(key)
+    ):
+        raise _bad("the key of an s3: URL is empty, or has a '.' or '..' segment or a control character")
     return bucket, key
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -56,6 +57,17 @@ class Settings(BaseSettings):
                 for fault in error.errors(include_url=False, include_input=False)
             )
             raise InstallationError("; ".join(faults), code="bad_settings") from error
+
+
+def expand_home(variable: str, path: Path) -> Path:
+    """The path with its `~` expanded. Raises InstallationError, which names the `variable`, without a home folder."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InstallationError(
+            f"{variable} is {path}, and this user has no home folder: set HOME, or give an absolute path",
+            code="bad_settings",
+        ) from error
 
 
 def check_server_url(variable: str, url: str, *, schemes: tuple[str, ...], form: str) -> None:

@@ -22,7 +22,14 @@ from inferq.consumers.facefusion import FaceChoice, group_runner
 from inferq.consumers.facefusion.backend import Swap, no_face_found
 from inferq.consumers.media.pictures import PixelLimit, RgbImage, open_picture
 from inferq.engine import Context
-from inferq.schemas import EngineInfo, InferqError, InstallationError, InvalidTask, TransientFailure
+from inferq.schemas import (
+    EngineInfo,
+    InferqError,
+    InstallationError,
+    InvalidTask,
+    TransientFailure,
+    expand_home,
+)
 
 _LOOK_SECONDS = 0.1
 """How often a run checks whether it has to stop, in seconds."""
@@ -284,7 +291,7 @@ def _checked_home(home: Path | None) -> Path:
             "INFERQ_FACEFUSION_BACKEND=preview",
             code="engine_not_installed",
         )
-    home = home.expanduser().absolute()
+    home = expand_home("INFERQ_FACEFUSION_HOME", home).absolute()
     if not home.is_dir():
         raise InstallationError(
             f"INFERQ_FACEFUSION_HOME {home} is not a folder: set it to FaceFusion's folder",
@@ -301,7 +308,7 @@ def _checked_home(home: Path | None) -> Path:
 def _find_python(home: Path, setting: str | None) -> str:
     own = home / ".venv" / "bin" / "python"
     wanted = setting or (str(own) if own.is_file() else "python3")
-    found = shutil.which(Path(wanted).expanduser())
+    found = shutil.which(expand_home("INFERQ_FACEFUSION_PYTHON", Path(wanted)))
     if found is None:
         raise InstallationError(
             f"FaceFusion's Python {wanted} is missing or cannot be run: set INFERQ_FACEFUSION_PYTHON to "

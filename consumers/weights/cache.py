@@ -33,7 +33,7 @@ from inferq.consumers.weights.manifest import (
     check_signature,
     read_manifest,
 )
-from inferq.schemas import Settings, TransientFailure
+from inferq.schemas import Settings, TransientFailure, expand_home
 
 _CHUNK_BYTES = 1 << 20
 _CONNECT_SECONDS = 30.0
@@ -117,7 +117,7 @@ class WeightsCache:
 
     def __init__(self, settings: WeightsSettings) -> None:
         self._settings = settings
-        self._root = settings.weights_cache.expanduser()
+        self._root = expand_home("INFERQ_WEIGHTS_CACHE", settings.weights_cache)
 
     def manifest(self) -> Manifest:
         """The current manifest. Its signature is checked if a public key is set."""
@@ -297,7 +297,7 @@ class WeightsCache:
 
     def _read(self, where: str) -> bytes:
         if "://" not in where:
-            where = Path(where).expanduser().absolute().as_uri()
+            where = expand_home("INFERQ_WEIGHTS_MANIFEST", Path(where)).absolute().as_uri()
         with self._open(where) as source:
             return source.read()
 

@@ -31,6 +31,7 @@ class Given:
     def value(self, client: Client) -> JsonValue:
         if self.file is not None:
             return client.upload(self.file)
+        _check_text(self.text)
         return _read(self.text) if self.as_json else self.text
 
 
@@ -44,6 +45,7 @@ def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[s
     known = task_type.task.model_fields
     known_options = _options_of(task_type)
     for assignment in assignments:
+        _check_text(assignment)
         name, sign, text = assignment.partition("=")
         if not sign or not name:
             raise InvalidTask(f"--set {assignment!r} is not of the form name=value")
@@ -58,6 +60,16 @@ def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[s
                 f"--set {name}: {task_type.name} has no such field or option; it has {', '.join(names)}"
             )
     return fields | ({"options": options} if options else {})
+
+
+def _check_text(text: str) -> None:
+    """Raise InvalidTask for an argument that is not UTF-8: Python puts lone surrogates in the place of its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidTask(
+            f"the argument {text[:80]!r} is not UTF-8: give it in UTF-8, or as a file"
+        ) from error
 
 
 def _options_of(task_type: TaskType) -> Mapping[str, FieldInfo]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from inferq.producer.cli.output import complain
+from inferq.producer.cli.output import complain, escape_unprintable
 from inferq.producer.cli.parts import LazyGroup
 from inferq.producer.client.errors import Unauthorized
 from inferq.schemas import InferqError
@@ -44,11 +44,15 @@ def main() -> None:
     """Run the command line. An expected error is one line on standard error, and exit status 1."""
     open_standard_streams()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    escape_unprintable()
     try:
         app()
     except InferqError as error:
         refused = isinstance(error, Unauthorized)
         complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)
+        sys.exit(1)
+    except UnicodeEncodeError as error:  # an argument, such as an id, or a name that comes from one
+        complain(f"{error.object!r} is not UTF-8: give it in UTF-8")
         sys.exit(1)
     except OSError as error:  # a file of the user's; a reader who has gone is seen to by typer
         complain(f"{error.filename}: {error.strerror}" if error.filename else error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -48,7 +49,26 @@ _PIPE_WIDTH = 10_000
 
 def print_json(value: Any) -> None:
     """Print one JSON document without colours, wrapping or shortening."""
-    sys.stdout.write(harmless(json.dumps(_plain(value), ensure_ascii=False, indent=2)) + "\n")
+    text = harmless(json.dumps(_plain(value), ensure_ascii=False, indent=2))
+    if not _can_print(text):
+        text = json.dumps(_plain(value), indent=2)
+    sys.stdout.write(text + "\n")
+
+
+def _can_print(text: str) -> bool:
+    """Whether standard output's encoding, such as latin-1, has all characters of the text."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def escape_unprintable() -> None:
+    """Escape characters that the encoding of standard output or standard error lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ InferqError
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -110,7 +111,13 @@ class ObjectStore(ABC):
         """The object's URL for people and tools: `s3://bucket/...` or `file:///...`."""
 
     def holds(self, url: str) -> bool:
-        """Whether a URL like those of `location` points into this store."""
+        """Whether a URL like those of `location` points into this store.
+
+        Some S3 servers read `a//b` as `a/b`, so that repeated slashes count as one.
+        """
+        scheme, sign, rest = url.partition("://")
+        if scheme == "s3":
+            url = scheme + sign + re.sub("/+", "/", rest)
         return url.startswith(self.location("x").removesuffix("x"))
 
     @abstractmethod

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.text import Text
 
+from inferq.consumers.weights.cache import WeightsCache, WeightsSettings
 from inferq.producer.cli import output
+from inferq.schemas import InstallationError
 
 EVIL = "a\x1b]0;title\x07\x9b31mb\x7f\udcff"
 
@@ -88,3 +94,46 @@ def test_what_does_not_fit_is_told_field_by_field(
 def test_a_pipe_is_given_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_records(["callback", "id", "last", "url"], [ROW, ROW])
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def run_cli(*arguments: str | bytes, **environment: str) -> tuple[int, str, str]:
+    code = "from inferq.producer.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **environment},
+        capture_output=True,
+    )
+    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+
+
+def test_an_encoding_without_all_characters_ends_nothing() -> None:
+    status, printed, said = run_cli("topology", "show", "--types", "echo", PYTHONIOENCODING="latin-1")
+    assert (status, said) == (0, "")
+    assert "celery_delayed_1 \\u2192 celery_delayed_0" in printed
+
+
+def test_json_is_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    output.print_json({"a": "\u674e\u00e9", "b": EVIL})
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue().decode("latin-1"))["a"] == "\u674e\u00e9"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("submit", "ner", b"\xff"), ("submit", "ner", "--set", b"text=\xff"), ("status", b"\xff")]
+)
+def test_an_argument_that_is_not_utf_8_is_named_as_such(arguments: tuple[str | bytes, ...]) -> None:
+    status, _, said = run_cli(*arguments, INFERQ_API_KEY="k", INFERQ_API_URL="http://127.0.0.1:9")
+    assert status == 1
+    assert said.startswith("error:")
+    assert "is not UTF-8" in said
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", absent)
+    with pytest.raises(InstallationError, match=r"INFERQ_WEIGHTS_CACHE is .*: set HOME"):
+        WeightsCache(WeightsSettings())

@@ -6,6 +6,7 @@ import base64
 import socket
 from ipaddress import ip_network
 from typing import Any
+from unittest.mock import Mock
 
 import httpcore
 import pytest
@@ -17,6 +18,7 @@ from inferq.schemas.http_url import HttpUrl, parse_http_url
 from inferq.schemas.s3_url import split_s3_url
 from inferq.storage.fetch.addresses import AddressPolicy, AddressRefused, GuardedBackend
 from inferq.storage.fetch.urls import read_data_url, redacted, redirect_url
+from inferq.storage.objects.store import ObjectStore
 
 PUBLIC = [
     "8.8.8.8",
@@ -219,7 +221,7 @@ def test_s3_keys_are_taken_literally() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://", "s3://b", "s3://bucket", "s3://bucket/", "s3:bucket/k", "s3://bu cket/k", "s3://user@bucket/k", "s3://bucket//k",
+    ["s3://", "s3://b", "s3://bucket", "s3://bucket/", "s3:bucket/k", "s3://bu cket/k", "s3://user@bucket/k", "s3://bucket//",
      "s3://bucket/a/../b", "s3://bucket/./b", "s3://bucket/a\nb", "s3://../k"],
 )  # fmt: skip
 def test_odd_s3_urls_are_refused(url: str) -> None:
@@ -247,3 +249,10 @@ def test_secrets_are_not_shown(url: str, shown: str) -> None:
 def test_what_follows_a_question_mark_or_precedes_an_at_is_never_shown(text: str) -> None:
     assert "SECRET" not in redacted(f"https://user:SECRET@h/{text.replace('#', '')}?SECRET#{text}SECRET")
     assert len(redacted("http://h/" + text * 50)) <= 200
+
+
+def test_a_key_may_have_empty_segments_and_still_not_lead_into_the_store() -> None:
+    assert split_s3_url("s3://bucket//in//a.png") == ("bucket", "/in//a.png")
+    store = Mock(spec=ObjectStore, location=lambda key: f"s3://bucket/own/{key}")
+    for key, own in (("/own/tasks/x", True), ("own//x", True), ("//own/x", True), ("in//own/x", False)):
+        assert ObjectStore.holds(store, f"s3://bucket/{key}") == own
