@@ -205,10 +205,11 @@ def test_reading_takes_no_round_trip_for_each_and_stops_at_the_match(
 
     monkeypatch.setattr(pika.adapters.blocking_connection.BlockingChannel, "basic_get", refused)
     with DeadLetters(settings, "echo") as letters:
+        assert [letter.task_id for letter in letters.read(Filter(task_id="bad3", limit=1))] == ["bad3"]
         found = letters._matching(letters._sent_ahead(letters._open()), Filter(task_id="bad3", limit=1))
-        assert [letter.task_id for letter in found] == ["bad3"]
+        assert len(list(found)) == 1
         left = channel.queue_declare(dead_queue("echo"), passive=True).method.message_count
-        assert left >= 150, "it went on reading after the match"
+        assert left >= 150, "it reads on after the match"
     with DeadLetters(settings, "echo") as letters:
         eventually(
             lambda: channel.queue_declare(dead_queue("echo"), passive=True).method.message_count == 250,
