@@ -29,7 +29,14 @@ from inferq.storage.fetch.addresses import Resolver, system_resolver
 from inferq.storage.fetch.http import HttpSource
 from inferq.storage.fetch.urls import read_data_url, redacted
 from inferq.storage.objects.results import upload_key
-from inferq.storage.objects.store import DEFAULT_TYPE, ObjectNotFound, ObjectStore, StoreOutage, clean_type
+from inferq.storage.objects.store import (
+    DEFAULT_TYPE,
+    ObjectNotFound,
+    ObjectStore,
+    StoreOutage,
+    StoreUnreachable,
+    clean_type,
+)
 from inferq.storage.settings import StorageSettings
 
 _log = logging.getLogger(__name__)
@@ -162,11 +169,10 @@ class Fetcher:
         except CredentialsRefused:
             raise  # this machine's fault, which would fail every such task
         except StoreOutage as error:
-            # Not our own store: a bucket that refuses us must not stop the worker. An answer of S3 is explained to the
-            # sender; the text of a failed connection has the endpoint's address, and stays in the log.
+            # Not our own store: a bucket that refuses us must not stop the worker.
             _log.warning("bucket %r: %s", bucket, error)
-            answered = hasattr(error.__cause__, "response")
-            reason = str(error) if answered else f"bucket {bucket!r} cannot be read now; the log says why"
+            hidden = isinstance(error, StoreUnreachable)
+            reason = f"bucket {bucket!r} cannot be read now; the log says why" if hidden else str(error)
             raise TransientFailure(reason, code="download_failed") from error
 
     def _save(self, source: Source, path: Path, checkpoint: Callable[[], None] | None) -> Fetched:

@@ -37,6 +37,7 @@ from inferq.storage.objects.store import (
     ObjectStore,
     Pieces,
     StoreOutage,
+    StoreUnreachable,
     check_key,
     check_prefix,
     clean_type,
@@ -382,7 +383,7 @@ def s3_errors(bucket: str, key: str, *, may_be_absent: bool = False) -> Iterator
     except _NO_CREDENTIALS as error:
         raise CredentialsRefused(_unusable(bucket, error)) from error
     except (BotoCoreError, Boto3Error) as error:
-        raise StoreOutage(_unusable(bucket, error)) from error
+        raise StoreUnreachable(_unusable(bucket, error)) from error
 
 
 def _explained(error: ClientError, bucket: str, key: str) -> StoreOutage:

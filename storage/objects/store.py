@@ -47,6 +47,10 @@ class StoreOutage(Outage):
     code = "store_unavailable"
 
 
+class StoreUnreachable(StoreOutage):
+    """The object store gave no answer. The message may have its address, which is for operators only."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """An object's properties. `content_type` is empty in a listing, since S3 does not list it."""

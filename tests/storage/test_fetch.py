@@ -580,14 +580,21 @@ def test_a_dead_address_is_passed_over_for_the_next(make_fetch: Callable[..., Fe
 
 
 @pytest.mark.parametrize(
-    "error", [socket.gaierror(-2, "Name or service not known"), OSError("resolver away")]
+    "error",
+    [socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), OSError("resolver away")],
 )
-def test_a_name_that_does_not_resolve_is_transient(make_fetch: Callable[..., Fetch], error: OSError) -> None:
+def test_a_name_that_does_not_resolve_now_is_transient(
+    make_fetch: Callable[..., Fetch], error: OSError
+) -> None:
     def fail(host: str, port: int) -> list[str]:
         raise error
 
     assert "nowhere.example" in failed(make_fetch(world={"resolver": fail}), "http://nowhere.example/")
-    failed(make_fetch(world={"resolver": lambda h, p: []}), "http://nothing.example/")
+
+
+def test_a_name_without_an_address_is_refused_like_an_internal_one(make_fetch: Callable[..., Fetch]) -> None:
+    """The difference would tell which internal names exist."""
+    refused(make_fetch(world={"resolver": lambda h, p: []}), "http://nothing.example/", "address_refused")
 
 
 def test_a_name_that_no_resolver_takes_is_invalid(make_fetch: Callable[..., Fetch]) -> None:
