@@ -354,7 +354,7 @@ class BrokerThread:
             declaring = channel is not self._channel
             inequivalent = reason.reply_code == 406 and "inequivalent arg" in reason.reply_text
             if declaring and reason.reply_code == ACCESS_REFUSED and not self._only_check:
-                # Whoever may configure may have declared everything.
+                # Another user, with the right to declare, may have declared everything already.
                 self._only_check = True
                 self.last_error = BrokerUnavailable(
                     f"{reason.reply_text}: this broker user may not declare; checking what exists"

@@ -277,7 +277,7 @@ def _name(part: int | str) -> str:
 def _shown(value: object, kind: str) -> str:
     """A wrong value as a fault may show it: faults reach logs, which no text, URL or secret of a sender may reach.
 
-    Numbers are shown, and the text in the place of one of a few names, if it looks like a name.
+    Numbers are shown. So is a text that looks like a name, in a field that takes only certain names.
     """
     match value:
         case None | bool() | int() | float():

@@ -23,7 +23,7 @@ _BATCH_CHARACTERS = 8192
 """The most characters in one batch. It bounds memory, and a run can stop only between two batches."""
 
 _ZEROS = {"○", "◯"}
-"""Circles in the place of 〇, zero."""
+"""Circles that people write instead of 〇 (zero)."""
 
 _PARTS_OF_ONE = {"LOC", "TIME"}
 """Types whose adjacent spans are joined: models sometimes split addresses and dates."""

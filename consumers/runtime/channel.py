@@ -1,7 +1,7 @@
-"""Messages over a stream socket. No call waits for longer than it is told, whatever the other process does.
+"""Messages over a stream socket. Each call has a deadline, whatever the other process does.
 
-A process that is killed in the middle of a message leaves a part of it, and a fork of that process keeps the
-socket open. A reader that waits for the rest would wait for ever. Here, a message exists once all of it is here.
+A process that is killed while it sends leaves part of a message, and a fork of it keeps the socket open. A reader that
+waits for the rest would wait for ever. This one keeps the part and goes on.
 """
 
 from __future__ import annotations

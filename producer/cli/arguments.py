@@ -63,7 +63,7 @@ def parse_assignments(task_type: TaskType, assignments: Sequence[str]) -> dict[s
 
 
 def _check_text(text: str) -> None:
-    """Raise InvalidTask for an argument that is not UTF-8: Python puts lone surrogates in the place of its bytes."""
+    """Raise InvalidTask for an argument that is not UTF-8. Python replaces its bytes with lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

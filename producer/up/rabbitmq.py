@@ -152,7 +152,7 @@ log.console.level = warning
 
 
 def _write_cookie(file: Path) -> None:
-    """Write a cookie that cannot be guessed; whoever knows it can run code in the node.
+    """Write a cookie that cannot be guessed. It is the password for running code in the node.
 
     Erlang makes a missing one from the time at which it starts: 20 capital letters. Such a one is replaced.
     """

@@ -409,7 +409,7 @@ def _explained(error: ClientError, bucket: str, key: str) -> StoreOutage:
     if not named and status < 500:
         return StoreOutage(
             f"the answer {status} for {key!r} in bucket {bucket!r} has no S3 error code: a proxy or an ingress "
-            "answered in the place of S3; check INFERQ_S3_ENDPOINT_URL and what runs behind it"
+            "answered instead of S3; check INFERQ_S3_ENDPOINT_URL and what runs behind it"
         )
     return StoreOutage(f"S3 answered {code} ({status}) for {key!r} in bucket {bucket!r}: {error}")
 

@@ -313,7 +313,7 @@ def test_a_cancel_of_a_task_that_only_the_broker_knows_waits_for_it(index: Statu
     index.submit(job("t2"))
     index.confirm(job("t2"))
     assert not begin(index, job("t2")).cancel_requested
-    # Recorded late, because Redis was unavailable as it was submitted.
+    # Recorded late: Redis was unavailable at the submission.
     assert index.request_cancel("default", "t3") is None
     index.confirm(job("t3"))
     assert begin(index, job("t3")).cancel_requested

@@ -86,7 +86,7 @@ def test_secrets_are_readable_by_their_owner_only(shared_rabbitmq, shared_redis)
 
 
 def test_the_erlang_cookie_cannot_be_guessed(tmp_path: Path) -> None:
-    """Erlang makes one of 36 bits from the time; whoever guesses it runs code as the node's user."""
+    """Erlang derives a missing one from the time (36 bits), and it lets its owner run code as the node's user."""
     cookies = []
     for made_by_erlang in (None, "QWERTYUIOPASDFGHJKLZ"):
         folder = tmp_path / str(made_by_erlang)

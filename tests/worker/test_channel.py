@@ -1,4 +1,4 @@
-"""The channel to an engine process: it gives whole messages, and waits no longer than it is told."""
+"""The channel to an engine process: whole messages only, and a deadline for each call."""
 
 from __future__ import annotations
 
