@@ -177,16 +177,20 @@ def test_a_publisher_without_a_broker_raises_within_its_limit() -> None:
     publisher.close()
 
 
-def test_nothing_is_sent_after_the_caller_was_told_that_it_failed(rabbit_node: RabbitMQ) -> None:
-    settings = BrokerSettings(amqp_url=rabbit_node.url)
-    publisher = Publisher(settings, name="test", topology=topology_for(["echo"]))
+def test_nothing_is_sent_after_the_caller_was_told_that_it_failed(
+    settings: BrokerSettings, proxied: Callable[[str], tuple[str, TcpProxy]]
+) -> None:
+    url, proxy = proxied(settings.amqp_url)
+    publisher = Publisher(
+        settings.model_copy(update={"amqp_url": url}), name="test", topology=topology_for(["echo"])
+    )
     publisher.start()
     publisher.wait_connected(10)
-    rabbit_node.kill()
+    proxy.refuse()
     with pytest.raises(BrokerUnavailable):
         publisher.publish(message(1), timeout=0.3).result(10)
     late = publisher.publish(message(2), timeout=60)
-    rabbit_node.start()
+    proxy.refuse(False)
     late.result(60)
     publisher.close()
     assert set(drained(settings, 1)) == {"t2"}  # the first one would stand before it

@@ -261,7 +261,7 @@ def test_listing_is_in_the_utf8_order_of_the_whole_key(store: ObjectStore) -> No
 
 
 def test_long_listings_come_in_pages(store: ObjectStore, race: Race) -> None:
-    keys = [f"many/{number:05d}" for number in range(1510)]
+    keys = [f"many/{number:05d}" for number in range(1010)]  # a page of S3 has 1,000
 
     def put(thread: int) -> object:
         for key in keys[thread::4]:

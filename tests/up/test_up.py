@@ -341,7 +341,7 @@ def test_down_insists_on_a_supervisor_that_hangs(data: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(data)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    assert commands.stop_supervisor(DataFolder(data), process.pid, patience=0.2, insist=20)
+    assert commands.stop_supervisor(DataFolder(data), process.pid, patience=0.2, insist=2)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
