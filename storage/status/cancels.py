@@ -1,0 +1,39 @@
+"""Requests to cancel a task, also one that Redis does not know yet."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from inferq.schemas import TaskStatus
+from inferq.storage.status.fields import as_text, micros, read_status
+from inferq.storage.status.keys import record_key
+from inferq.storage.status.script_calls import ScriptCalls
+
+
+class Cancels(ScriptCalls):
+    """Request a cancel, and ask for one."""
+
+    def request_cancel(self, tenant: str, task_id: str) -> TaskStatus | None:
+        """Request a task's cancellation; None if it is unknown. An ended task stays unchanged.
+
+        An unknown task may wait in a queue. It is then cancelled when a worker gets it.
+        """
+        fields = self._change("cancel", tenant, task_id, [])
+        return read_status(tenant, task_id, fields) if fields else None
+
+    def cancel_requested(
+        self, tenant: str, task_id: str, batch_id: str | None = None, line: int | None = None
+    ) -> bool:
+        """Whether the task, its line, or its whole batch is to be cancelled."""
+        arguments = [batch_id or "", "" if line is None else line]
+        return bool(self._change("cancel_requested", tenant, task_id, arguments))
+
+    def untaken_cancel(self, tenant: str, task_id: str, seconds: float) -> str | None:
+        """The digest of a task whose cancel was requested `seconds` ago or earlier; None for any other task."""
+        ((digest, since),) = self.read(("HMGET", record_key(tenant, task_id), "d", "x"))
+        if since is None:
+            return None
+        age = int(micros(datetime.now(UTC))) - int(since)
+        if 0 <= age < seconds * 1e6:  # negative: the clock was ahead
+            return None
+        return str(as_text(digest)) or None

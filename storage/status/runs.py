@@ -1,0 +1,137 @@
+"""How a task's runs are recorded: their beginning, their progress and their end."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from inferq.schemas import SCHEMA_VERSION, ErrorInfo, Event, Result, State, Task
+from inferq.schemas.encoding import clean, to_json
+from inferq.storage.status.fields import batch_place, event_json, micros, task_fields
+from inferq.storage.status.script_calls import ScriptCalls
+
+_MAX_NOTE = 500
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The record of a task when a run begins. `digest` is None if the task had no record.
+
+    `orphaned_runs` counts the consecutive runs of this attempt that began before this one and never ended: no
+    result, no retry, no requeue. Most likely their workers died. None: this run was not counted, because the
+    record is already past its attempt.
+    """
+
+    cancel_requested: bool
+    digest: str | None
+    state: State
+    orphaned_runs: int | None = None
+
+
+class Runs(ScriptCalls):
+    """The changes that a worker makes."""
+
+    def begin_pipelined(
+        self,
+        task: Task,
+        *,
+        attempt: int,
+        redrives: int,
+        worker: str,
+        started_at: datetime,
+        digest: str,
+        run: str,
+    ) -> Callable[[], Begun]:
+        """Record that a run begins. The request is sent; calling the result waits for the reply.
+
+        Work can go on in between. A task whose digest differs from the recorded one changes nothing. `run`
+        names the run: a repeated call counts it once.
+        """
+        event = event_json("task.started", task, "running", attempt=attempt, redrives=redrives, at=started_at)
+        answer = self._start(
+            "begin",
+            task.tenant,
+            task.task_id,
+            [*task_fields(task, digest), attempt, redrives, clean(worker), micros(started_at), event, run],
+        )
+
+        def begun() -> Begun:
+            recorded, cancel, state, lost = answer()
+            return Begun(
+                cancel_requested=bool(cancel),
+                digest=recorded or None,
+                state=state,
+                orphaned_runs=None if lost < 0 else lost,
+            )
+
+        return begun
+
+    def released(self, task: Task, *, attempt: int, redrives: int, run: str) -> None:
+        """A run was requeued in good order: it and the runs before it are not orphaned.
+
+        Does nothing if `run` is not the latest one that began.
+        """
+        self._change("released", task.tenant, task.task_id, [attempt, redrives, run])
+
+    def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
+        """The progress of a running task, from 0 to 1. Ignored if the task is not running, or if it would decrease."""
+        fraction = min(max(fraction, 0.0), 1.0) if fraction == fraction else 0.0
+        timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        self._change(
+            "progress",
+            tenant,
+            task_id,
+            [repr(round(fraction, 4)), clean(note or "")[:_MAX_NOTE], timestamp, SCHEMA_VERSION],
+        )
+
+    def retrying(
+        self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo, digest: str | None = None
+    ) -> None:
+        """The attempt failed; the next one waits in a retry level. `digest` is made here if absent."""
+        event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
+        self._change(
+            "retrying",
+            task.tenant,
+            task.task_id,
+            [*task_fields(task, digest), attempt, redrives, to_json(error), event],
+        )
+
+    def ended(self, result: Result) -> bool:
+        """The task ended. True if this call ended it, False if it had already ended.
+
+        A failure ends any recorded attempt of the same redrive; only a later redrive or a success supersedes it.
+        Nothing supersedes a success.
+        """
+        return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
+
+    def ended_pipelined(self, result: Result, output: bytes | None = None) -> Callable[[], bool]:
+        """Like `ended`, but the request is only sent: calling the result waits for the reply.
+
+        `output` is the output as JSON text, if the result leaves it out.
+        """
+        answer = self._start("ended", result.tenant, result.task_id, self._end(result, output))
+        return lambda: bool(answer())
+
+    def _end(self, result: Result, output: bytes | None = None) -> Sequence[Any]:
+        facts = [
+            result.task_type,
+            "",
+            batch_place(result.batch_id, result.batch_line),
+            result.digest or "",
+            micros(result.created_at),
+        ]
+        return [
+            *facts,
+            result.attempts,
+            result.redrives,
+            result.status,
+            micros(result.started_at),
+            micros(result.finished_at),
+            clean(result.worker or ""),
+            to_json(result.error) if result.error else "",
+            to_json(Event.of_result(result, output)),
+            secrets.token_hex(6),
+        ]
