@@ -85,7 +85,7 @@ class _Chunk:
     fed: list[int] = field(default_factory=list)
     invalid: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    recorded: list[Task] = field(default_factory=list)
+    recorded: list[tuple[Task, str]] = field(default_factory=list)
     confirmed: Future[None] | None = None
 
 
@@ -433,9 +433,10 @@ class _Feeding:
                 chunk.invalid.append(line.number)
                 continue
             chunk.fed.append(line.number)
-            chunk.messages.append(task_message(task, digest=task.digest()))
+            digest = task.digest()
+            chunk.messages.append(task_message(task, digest=digest))
             if self._recording:
-                chunk.recorded.append(task)
+                chunk.recorded.append((task, digest))
         if chunk.cursor != self._read:
             self._read = chunk.cursor
             if chunk.recorded:

@@ -57,7 +57,7 @@ class Submitter:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._in_flight: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
-        self._unrecorded: OrderedDict[tuple[str, str], Task] = OrderedDict()
+        self._unrecorded: OrderedDict[tuple[str, str], tuple[Task, str]] = OrderedDict()
         self._recording: asyncio.Task[None] | None = None
 
     async def submit(self, task: Task, *, own_id: bool, traceparent: str | None = None) -> TaskStatus:
@@ -90,20 +90,20 @@ class Submitter:
         decision = admit(facts)
         if isinstance(decision, Publish):
             await self._publish(task, digest, traceparent)
-            await self._confirm(task)
+            await self._confirm(task, digest)
         elif not facts.record_decides:
-            await self._withdraw(task)
+            await self._withdraw(task, digest)
         if isinstance(decision, Refuse):
             raise decision.problem
         return decision.status
 
     async def _gather(self, task: Task, digest: str, own_id: bool) -> Facts:
-        facts = Facts(task, digest, record=await self._reserve(task))
+        facts = Facts(task, digest, record=await self._reserve(task, digest))
         look_up = own_id and may_be_in_use(task.task_id, datetime.now(UTC))
         uploads = {field: url for field, url in task.inputs().items() if url.startswith("inferq:")}
         if facts.record_decides or not (look_up or uploads):
             return facts
-        async with self._withdrawn_on_error(task):
+        async with self._withdrawn_on_error(task, digest):
             result, is_queued_line, unusable_inputs = await asyncio.gather(
                 self._find_result(task) if look_up else _value(None),
                 self._is_queued_line(task) if look_up else _value(False),
@@ -111,9 +111,9 @@ class Submitter:
             )
         return replace(facts, result=result, is_queued_line=is_queued_line, unusable_inputs=unusable_inputs)
 
-    async def _reserve(self, task: Task) -> Submission | None:
+    async def _reserve(self, task: Task, digest: str) -> Submission | None:
         try:
-            return await self._services.on_redis(self._services.status.submit, task)
+            return await self._services.on_redis(self._services.status.submit, task, digest)
         except StatusOutage as error:
             # Redis is an index: the task runs without it, and the worker makes the record.
             _log.warning(
@@ -157,7 +157,7 @@ class Submitter:
     async def _publish(self, task: Task, digest: str, traceparent: str | None) -> None:
         metrics = self._services.metrics
         begun = time.perf_counter()
-        async with self._withdrawn_on_error(task):
+        async with self._withdrawn_on_error(task, digest):
             try:
                 await self._services.publisher.confirm(
                     task_message(task, digest=digest, traceparent=traceparent),
@@ -171,35 +171,35 @@ class Submitter:
         metrics.publish_seconds.observe(time.perf_counter() - begun)
         metrics.tasks_submitted.labels(task.task_type).inc()
 
-    async def _confirm(self, task: Task) -> None:
+    async def _confirm(self, task: Task, digest: str) -> None:
         try:
-            confirmed = await self._services.on_redis(self._services.status.confirm, task)
+            confirmed = await self._services.on_redis(self._services.status.confirm, task, digest)
         except StatusOutage as error:
             _log.warning("task %s: queued without a record, as Redis is unavailable: %s", task.task_id, error)
-            self._record_later(task)
+            self._record_later(task, digest)
         else:
             if not confirmed:
                 raise id_conflict(task)
 
     @asynccontextmanager
-    async def _withdrawn_on_error(self, task: Task) -> AsyncIterator[None]:
+    async def _withdrawn_on_error(self, task: Task, digest: str) -> AsyncIterator[None]:
         try:
             yield
         except Exception:
-            await self._withdraw(task)
+            await self._withdraw(task, digest)
             raise
 
-    async def _withdraw(self, task: Task) -> None:
+    async def _withdraw(self, task: Task, digest: str) -> None:
         """Delete the record that `_reserve` made."""
         try:
-            await self._services.on_redis(self._services.status.forget, task)
+            await self._services.on_redis(self._services.status.forget, task, digest)
         except StatusOutage as error:
             # The record stays unconfirmed, so the next submission of this id publishes.
             _log.warning("task %s: its unconfirmed record stays in Redis: %s", task.task_id, error)
 
-    def _record_later(self, task: Task) -> None:
+    def _record_later(self, task: Task, digest: str) -> None:
         """Record the task once Redis is back: until a worker begins it, nobody else would."""
-        self._unrecorded[task.tenant, task.task_id] = task
+        self._unrecorded[task.tenant, task.task_id] = task, digest
         if len(self._unrecorded) > _MAX_UNRECORDED:
             self._unrecorded.popitem(last=False)
         if self._recording is None or self._recording.done():
@@ -210,8 +210,8 @@ class Submitter:
             await asyncio.sleep(_RETRY_SECONDS)
             with suppress(StatusOutage):
                 while self._unrecorded:
-                    key, task = next(iter(self._unrecorded.items()))
-                    await self._services.on_redis(self._services.status.confirm, task)
+                    key, (task, digest) = next(iter(self._unrecorded.items()))
+                    await self._services.on_redis(self._services.status.confirm, task, digest)
                     self._unrecorded.pop(key, None)
 
 

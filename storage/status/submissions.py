@@ -23,31 +23,32 @@ class Submission:
 
 
 class Submissions(ScriptCalls):
-    """The changes that a producer makes."""
+    """The changes that a producer makes. A task's `digest` is computed here if absent."""
 
-    def submit(self, task: Task, *, attempt: int = 1) -> Submission:
+    def submit(self, task: Task, digest: str | None = None) -> Submission:
         """Record a task as not yet confirmed, unless it has a record."""
-        reply = self._change(
-            "submit", task.tenant, task.task_id, [*task_fields(task), attempt, secrets.token_hex(6)]
-        )
+        arguments = [*task_fields(task, digest), secrets.token_hex(6)]
+        reply = self._change("submit", task.tenant, task.task_id, arguments)
         new, confirmed, conflict, *fields = reply
         status = read_status(task.tenant, task.task_id, fields)
         return Submission(new=bool(new), confirmed=bool(confirmed), conflict=bool(conflict), status=status)
 
-    def confirm(self, task: Task) -> bool:
+    def confirm(self, task: Task, digest: str | None = None) -> bool:
         """The broker has confirmed the task: publish `task.queued`, once. False if another task has its id."""
         event = event_json("task.queued", task, "queued")
-        confirmed: int = self._change("confirm", task.tenant, task.task_id, [*task_fields(task), event])
+        confirmed: int = self._change(
+            "confirm", task.tenant, task.task_id, [*task_fields(task, digest), event]
+        )
         return confirmed >= 0
 
-    def confirm_all(self, tasks: Iterable[Task]) -> None:
-        """Like `confirm`, for many tasks in one round trip."""
+    def confirm_all(self, tasks: Iterable[tuple[Task, str]]) -> None:
+        """Like `confirm`, for many tasks and their digests in one round trip."""
         script = self._scripts["confirm"]
         calls = []
-        for task in tasks:
+        for task, digest in tasks:
             tenant, task_id = task.tenant, task.task_id
             event = event_json("task.queued", task, "queued")
-            arguments = [*self._head(tenant, task_id), *task_fields(task), event]
+            arguments = [*self._head(tenant, task_id), *task_fields(task, digest), event]
             calls.append((record_key(tenant, task_id), arguments))
 
         def confirm() -> None:
@@ -58,6 +59,6 @@ class Submissions(ScriptCalls):
 
         self._call(confirm)
 
-    def forget(self, task: Task) -> None:
+    def forget(self, task: Task, digest: str | None = None) -> None:
         """Undo `submit` after a failed publish. Does nothing once the task is confirmed or has begun."""
-        self._change("forget", task.tenant, task.task_id, [task.digest()])
+        self._change("forget", task.tenant, task.task_id, [digest or task.digest()])

@@ -1,9 +1,9 @@
-local attempt, call = ARGV[10], ARGV[11]
+local call = ARGV[10]
 local new = 0
 if not known then
   -- A cancel request for this id was for an earlier task.
   redis.call('DEL', cancelled_early)
-  create(ty, priority, batch, digest, created, 'queued', order_of(0, attempt, 0), attempt)
+  create(ty, priority, batch, digest, created, 'queued', order_of(0, 1, 0), 1)
   redis.call('HSET', key, 'k', call)
   new = 1
 elseif redis.call('HGET', key, 'k') == call then

@@ -21,7 +21,7 @@ from inferq.broker.errors import BrokerUnavailable, PublishRejected, Unroutable
 from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.services import Services
 from inferq.producer.gateway.settings import GatewaySettings
-from inferq.schemas import MAX_BODY_BYTES, parse_task
+from inferq.schemas import MAX_BODY_BYTES, Task, parse_task
 from tests.conftest import RabbitMQ, Redis
 from tests.gateway.conftest import FakePublisher, Gateway, published, running, wait_until
 
@@ -38,6 +38,20 @@ def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     assert document["title"]
     assert document["detail"]
     return document
+
+
+def test_a_submission_computes_its_digest_once(
+    lone_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+
+    def counted(task: Task, digest: Callable[[Task], str] = Task.digest) -> str:
+        computed.append(task.task_id)
+        return digest(task)
+
+    monkeypatch.setattr(Task, "digest", counted)
+    assert lone_gateway.http.put("/v1/tasks/once", json=ECHO).status_code == 202
+    assert computed == ["once"]
 
 
 def test_a_posted_task_is_on_the_queue_when_it_is_answered(
