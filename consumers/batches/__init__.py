@@ -5,4 +5,5 @@ recount   the state of a batch, recounted from the object store
 assembly  output.jsonl and errors.jsonl, once all lines have ended
 jobs      the jobs `batches.feed` and `batches.assemble`
 retry     how a failed job is published again
+services  the stores, index and publisher that all jobs of a process share
 """

@@ -10,8 +10,8 @@ from pydantic import JsonValue, NonNegativeInt
 from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, delayed, feed_message
 from inferq.consumers.batches.assembly import Unfinished, end
 from inferq.consumers.batches.feeder import AGAIN, Assemble, GoOn, Nothing, Slice
-from inferq.consumers.batches.retry import SOURCE_DOUBTS, load_services, resend_unless_done
-from inferq.consumers.batches.services import BatchServices
+from inferq.consumers.batches.retry import SOURCE_DOUBTS, resend_unless_done
+from inferq.consumers.batches.services import BatchServices, load_services
 from inferq.schemas import BatchId
 from inferq.schemas.task import Tenant
 from inferq.storage.batches.sources import Cursor

@@ -1,4 +1,4 @@
-"""Retries of batch and nightly jobs, and the services that they share.
+"""Retries of batch and nightly jobs.
 
 A job publishes its successor (confirmed) and is then acknowledged. If it fails, it publishes itself again with a
 delay: a batch waits out any outage and is never dropped. It waits in the broker: waiting on a thread, a few broken
@@ -13,11 +13,9 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from functools import cache
 
 from celery import Task
 from celery.exceptions import Reject
-from celery.signals import worker_shutting_down
 
 from inferq.broker import Message, delayed, job_message
 from inferq.consumers.batches.services import BatchServices
@@ -36,19 +34,6 @@ _RECORD_DOUBTS = 150
 """How often a job looks again for the record of its batch, before it is dropped: about a day."""
 
 _log = logging.getLogger(__name__)
-
-
-@cache
-def load_services() -> BatchServices:
-    """The process's services, from the environment. Raises InstallationError for a bad setting or a Redis Cluster.
-
-    Loaded before the first job arrives, so that a bad setting ends the process at its start.
-    """
-    services = BatchServices.load()
-    services.index, services.store  # noqa: B018 - reports a bad URL now
-    services.status.require_supported()
-    worker_shutting_down.connect(lambda **_: services.stopping.set(), weak=False)
-    return services
 
 
 def resend_unless_done(task: Task, services: BatchServices, what: str, call: Callable[[], object]) -> None:

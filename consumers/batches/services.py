@@ -1,4 +1,4 @@
-"""The services that batch jobs of one process share: stores, index, publisher."""
+"""The services that the jobs of one process share: stores, index, publisher."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
+
+from celery.signals import worker_shutting_down
 
 from inferq.broker import BrokerSettings, Message, Publisher, topology_for
 from inferq.consumers.batches.settings import BatchSettings
@@ -101,3 +103,16 @@ class BatchServices:
     def close(self) -> None:
         if "_publisher" in self.__dict__:
             self._publisher.close()
+
+
+@cache
+def load_services() -> BatchServices:
+    """The process's services, from the environment. Raises InstallationError for a bad setting or a Redis Cluster.
+
+    Loaded before the first job arrives, so that a bad setting ends the process at its start.
+    """
+    services = BatchServices.load()
+    services.index, services.store  # noqa: B018 - reports a bad URL now
+    services.status.require_supported()
+    worker_shutting_down.connect(lambda **_: services.stopping.set(), weak=False)
+    return services

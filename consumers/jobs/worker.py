@@ -26,7 +26,7 @@ from inferq.broker import (
     job_topology,
 )
 from inferq.broker.celery_app import celery_app
-from inferq.consumers.batches.retry import load_services
+from inferq.consumers.batches.services import load_services
 from inferq.consumers.jobs.dropped import DroppedTasks
 from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY

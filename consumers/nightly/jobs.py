@@ -12,8 +12,8 @@ from celery import Celery, Task
 from pydantic import JsonValue
 
 from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message, delayed, job_message
-from inferq.consumers.batches.retry import load_services, resend_unless_done
-from inferq.consumers.batches.services import BatchServices
+from inferq.consumers.batches.retry import resend_unless_done
+from inferq.consumers.batches.services import BatchServices, load_services
 from inferq.consumers.nightly.night import (
     Ended,
     day_of,
