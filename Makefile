@@ -45,7 +45,7 @@ coverage: ## the same, and which lines no test runs: takes half as long again, f
 	@$(MAKE) test ARGS="--cov --cov-fail-under=90 $(ARGS)"
 
 test-engines: .make/test-engines ## run the tests that need the engines' own large packages, in .venv-engines
-	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -m engines $(ENGINE_TESTS) $(ARGS)
+	@.venv-engines/bin/python -m pytest -m engines $(ENGINE_TESTS) $(ARGS)
 
 test-lowest: ## run the tests of the core with the oldest releases that setup.cfg allows; PYTHON=python3.13 picks a Python
 test-newest: ## the same with the newest releases, without constraints.txt

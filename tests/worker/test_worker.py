@@ -71,7 +71,7 @@ def test_a_large_output_becomes_an_artifact(site: Site) -> None:
 
 
 def test_the_parent_is_light_and_loads_no_framework(site: Site) -> None:
-    worker = site.worker("ocr", INFERQ_OCR_THREADS="1")
+    worker = site.worker("ocr")
     parent = psutil.Process(worker.process.pid)
     maps = {Path(m.path).name for m in parent.memory_maps()}
     for framework in ("onnxruntime", "torch", "paddle", "cv2"):

@@ -115,10 +115,10 @@ class FaultyEngine(Engine[FaultyTask]):
             case "swell":
                 swollen = []
                 for _ in range(task.options.megabytes // 10):
-                    swollen.append(os.urandom(10 * 2**20))
+                    swollen.append(b"\1" * (10 * 2**20))
                     time.sleep(0.02)
             case "grow":
-                self._kept.append(os.urandom(task.options.megabytes * 2**20))
+                self._kept.append(b"\1" * (task.options.megabytes * 2**20))
             case "artifact":
                 context.artifact("note.txt", "text/plain").write_text("a note")
             case "missing_artifact":
