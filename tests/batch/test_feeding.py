@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -243,34 +243,42 @@ def test_what_is_on_its_way_as_a_slice_ends_goes_out_once(
     assert (len(sent), set(sent.values())) == (4000, {1})
 
 
+class FullQueue:
+    """Stands in for `publish_all`: counts the tasks sent, and refuses one of them.
+
+    `refuses` gets how often that one was sent.
+    """
+
+    def __init__(
+        self, publish_all: Callable[..., Future[None]], late: str, refuses: Callable[[int], bool]
+    ) -> None:
+        self.sent: Counter[str | None] = Counter()
+        self._publish_all = publish_all
+        self._late = late
+        self._refuses = refuses
+
+    def __call__(self, messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
+        self.sent.update(message.message_id for message in messages if message.type == "echo")
+        late = [message for message in messages if message.message_id == self._late]
+        if not late or not self._refuses(self.sent[self._late]):
+            return self._publish_all(messages, timeout=timeout)
+        self._publish_all([message for message in messages if message not in late]).result()
+        refused: Future[None] = Future()
+        refused.set_exception(PublishRejected("the queue is full", refused=late))
+        return refused
+
+
 def test_only_what_a_full_queue_refuses_is_sent_on_and_on(
     site: BatchSite, worker: QuickWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.change(pauses=Pauses(rejected=0.05))
     batch = site.batch(lines(10))
-    sent: Counter[str | None] = Counter()
-    publish_all = site.services.publisher.publish_all
     late = batch.task_id(4)
-
-    def refuse(messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
-        sent.update(message.message_id for message in messages if message.type == "echo")
-        taken = [message for message in messages if message.message_id != late or sent[late] > 3]
-        confirmed = publish_all(taken, timeout=timeout)
-        if len(taken) == len(messages):
-            return confirmed
-        confirmed.result()
-        refused: Future[None] = Future()
-        refused.set_exception(
-            PublishRejected(
-                "the queue is full", refused=[message for message in messages if message not in taken]
-            )
-        )
-        return refused
-
-    monkeypatch.setattr(site.services.publisher, "publish_all", refuse)
+    queue = FullQueue(site.services.publisher.publish_all, late, refuses=lambda sent: sent <= 3)
+    monkeypatch.setattr(site.services.publisher, "publish_all", queue)
     assert site.finish(batch).counts.succeeded == 10
-    assert sent.pop(late) == 4
-    assert set(sent.values()) == {1}
+    assert queue.sent.pop(late) == 4
+    assert set(queue.sent.values()) == {1}
 
 
 def test_a_slice_that_ends_at_a_full_queue_leaves_only_the_refused_to_the_next(
@@ -278,29 +286,22 @@ def test_a_slice_that_ends_at_a_full_queue_leaves_only_the_refused_to_the_next(
 ) -> None:
     site.change(pauses=Pauses(rejected=0.05))
     batch = site.batch(lines(10))
-    sent: Counter[str | None] = Counter()
-    publish_all = site.services.publisher.publish_all
     late = batch.task_id(4)
 
-    def refuse(messages: Sequence[Message], *, timeout: float | None = None) -> Future[None]:
-        sent.update(message.message_id for message in messages)
-        if sent[late] != 1:
-            return publish_all(messages, timeout=timeout)
-        publish_all([message for message in messages if message.message_id != late]).result()
-        site.services.stopping.set()
-        refused: Future[None] = Future()
-        only = [message for message in messages if message.message_id == late]
-        refused.set_exception(PublishRejected("the queue is full", refused=only))
-        return refused
+    def refuses(sent: int) -> bool:
+        if sent == 1:
+            site.services.stopping.set()
+        return sent == 1
 
-    monkeypatch.setattr(site.services.publisher, "publish_all", refuse)
+    queue = FullQueue(site.services.publisher.publish_all, late, refuses)
+    monkeypatch.setattr(site.services.publisher, "publish_all", queue)
     cursor = Cursor()
     with pytest.raises(PublishRejected):
         site.slice(batch, cursor)
     site.services.stopping.clear()
     assert site.finish(batch).counts.succeeded == 10
-    assert sent.pop(late) == 2
-    assert set(sent.values()) == {1}
+    assert queue.sent.pop(late) == 2
+    assert set(queue.sent.values()) == {1}
 
 
 def test_an_abandoned_slice_is_begun_again_and_nothing_runs_twice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from celery import Celery, Task
@@ -26,12 +26,28 @@ def app(services: BatchServices) -> Celery:
     return celery_app(services.broker)
 
 
-def failing(app: Celery, here: BatchServices, fail: Callable[[int], None]) -> None:
+@dataclass
+class Runs:
+    """The runs of a job: how often it had failed before each of them, and whether one has succeeded."""
+
+    failures: list[int] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+def failing(app: Celery, here: BatchServices, fail: Callable[[int], None]) -> Runs:
     """Add `test.fails`; `fail` gets how often the job has failed before."""
+    runs = Runs()
+
+    def run(failures: int) -> None:
+        runs.failures.append(failures)
+        fail(failures)
+        runs.done.set()
 
     @app.task(name="test.fails", bind=True, shared=False)
     def fails(self: Task, number: int) -> None:
-        resend_unless_done(self, here, f"batch {number}", lambda: fail(self.request.retries))
+        resend_unless_done(self, here, f"batch {number}", lambda: run(self.request.retries))
+
+    return runs
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), InvalidTask("broken"), Outage("away")])
@@ -68,20 +84,15 @@ def test_broken_batches_hold_up_no_other(
 def test_a_job_that_failed_comes_again_as_it_was(
     app: Celery, services: BatchServices, caplog: pytest.LogCaptureFixture
 ) -> None:
-    came: list[int] = []
-    done = threading.Event()
-
     def fail(failures: int) -> None:
-        came.append(failures)
         if failures < 2:
             raise ValueError("as you wish")
-        done.set()
 
-    failing(app, services, fail)
+    runs = failing(app, services, fail)
     services.confirm(job_message("test.fails", "inference.batches", {"number": 7}, job_id="b7"))
     with working(app):
-        assert done.wait(60)
-    assert came == [0, 1, 2]
+        assert runs.done.wait(60)
+    assert runs.failures == [0, 1, 2]
     told = [record for record in caplog.records if "as you wish" in record.getMessage()]
     assert [(bool(record.exc_info), "batch 7" in record.getMessage()) for record in told] == [
         (True, True),
@@ -92,25 +103,19 @@ def test_a_job_that_failed_comes_again_as_it_was(
 def test_a_missing_record_is_looked_for_again_and_given_up_after_a_day(
     app: Celery, services: BatchServices, caplog: pytest.LogCaptureFixture
 ) -> None:
-    came: list[int] = []
-    done = threading.Event()
-
     def fail(failures: int) -> None:
-        came.append(failures)
-        if failures == 1:
-            done.set()
-            return
-        raise RecordMissing("its record is missing")
+        if failures != 1:
+            raise RecordMissing("its record is missing")
 
-    failing(app, services, fail)
+    runs = failing(app, services, fail)
     for number, retries in ((7, 150), (8, 0)):
         message = job_message(
             "test.fails", "inference.batches", {"number": number}, job_id=f"b{number}", retries=retries
         )
         services.confirm(message)
     with working(app):
-        assert done.wait(60)
-    assert sorted(came) == [0, 1, 150]
+        assert runs.done.wait(60)
+    assert sorted(runs.failures) == [0, 1, 150]
     assert [line for line in caplog.messages if "given up" in line] == [
         "batch 7: given up: its record is missing"
     ]
@@ -122,7 +127,6 @@ def test_a_job_that_cannot_be_sent_again_is_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: list[object] = []
-    done = threading.Event()
     confirm = BatchServices.confirm
 
     def refuse(here: BatchServices, message: object) -> None:
@@ -132,13 +136,12 @@ def test_a_job_that_cannot_be_sent_again_is_given_back(
     def fail(_failures: int) -> None:
         if len(sent) < 2:
             raise ValueError("as you wish")
-        done.set()
 
-    failing(app, services, fail)
+    runs = failing(app, services, fail)
     confirm(services, job_message("test.fails", "inference.batches", {"number": 7}, job_id="b7"))
     monkeypatch.setattr(BatchServices, "confirm", refuse)
     with working(app):
-        assert done.wait(60)
+        assert runs.done.wait(60)
 
 
 def test_the_pause_grows_to_minutes_and_is_short_while_something_is_away() -> None:
