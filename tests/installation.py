@@ -18,6 +18,7 @@ from inferq.producer.cli.main import main
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
 from tests.conftest import RabbitMQ
+from tests.forked import ForkedPart
 from tests.waiting import eventually
 
 
@@ -70,14 +71,7 @@ def installation(
     processes = []
     try:
         for command, probe in zip(commands, ports, strict=True):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-P", "-m", "inferq.producer.cli", *command],
-                    env=env | {"INFERQ_PROBE_PORT": str(probe)},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-            )
+            processes.append(ForkedPart(*command, env=env | {"INFERQ_PROBE_PORT": str(probe)}))
 
         def ready(number: int) -> bool:
             try:

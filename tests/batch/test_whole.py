@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -25,6 +23,7 @@ from inferq.schemas import BatchStatus, CountsNow
 from inferq.storage import ResultStore, StorageSettings, WebhookSecrets, errors_key, open_store, output_key
 from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ
+from tests.forked import ForkedPart
 from tests.installation import inferq, inferq_here, installation
 from tests.waiting import eventually
 
@@ -54,10 +53,7 @@ class Feeder:
         self.start()
 
     def start(self) -> None:
-        argv = [sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--threads", "4"]
-        self.process = subprocess.Popen(
-            argv, env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self.process = ForkedPart("callbacks", "--threads", "4", env=self._env)
 
     def kill(self) -> None:
         self.process.kill()

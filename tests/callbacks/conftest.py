@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from inferq.producer.up.part import free_ports
 from inferq.schemas import Callback, Event, Result, task_callback
 from inferq.storage import CallbackRecords, WebhookSecrets
 from tests.conftest import RabbitMQ
+from tests.forked import ForkedPart
 from tests.waiting import eventually
 from tests.worker.conftest import Site, site_at
 
@@ -155,27 +154,13 @@ class Caller:
         }
         self.publisher = Publisher(site.broker, name="test", topology=topology_for(["echo"]))
         self.publisher.start()
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[ForkedPart] = []
         self.port = free_ports(1)[0]
         self.log = site.folder / "callbacks.log"
 
-    def start(self, *arguments: str, ready: bool = True, **settings: str) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "inferq.producer.cli",
-                    "callbacks",
-                    "--queues",
-                    "callbacks",
-                    *arguments,
-                ],
-                env=self.env | {"INFERQ_PROBE_PORT": str(self.port), **settings},
-                stdout=log,
-                stderr=log,
-            )
+    def start(self, *arguments: str, ready: bool = True, **settings: str) -> ForkedPart:
+        env = self.env | {"INFERQ_PROBE_PORT": str(self.port), **settings}
+        process = ForkedPart("callbacks", "--queues", "callbacks", *arguments, env=env, log=self.log)
         self.processes.append(process)
         if ready:
             eventually(self.ready, "a ready callbacks process")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from inferq.producer.up.part import free_ports
 from inferq.schemas import BatchCounts, BatchSummary
 from inferq.storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
 from inferq.storage.runs import Run, RunLog, Snapshot
+from tests.forked import ForkedPart
 from tests.installation import inferq, inferq_here
 from tests.waiting import eventually
 
@@ -70,12 +70,9 @@ class Desk:
         return found
 
     @contextmanager
-    def beating(self) -> Iterator[subprocess.Popen[bytes]]:
+    def beating(self) -> Iterator[ForkedPart]:
         """A beat that is ready; killed where it still runs."""
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "inferq.producer.cli", "beat"],
-            env=self.env | {"INFERQ_PROBE_PORT": str(self.port)},
-        )
+        process = ForkedPart("beat", env=self.env | {"INFERQ_PROBE_PORT": str(self.port)})
         try:
             eventually(self._ready)
             yield process

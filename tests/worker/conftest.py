@@ -28,6 +28,7 @@ from inferq.producer.up.part import free_ports
 from inferq.schemas import Result, TaskStatus
 from inferq.storage import ObjectStore, ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import RabbitMQ
+from tests.forked import ForkedPart
 from tests.waiting import eventually
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -110,17 +111,18 @@ class Site:
 class WorkerProcess:
     """`inferq worker` as a process."""
 
-    def __init__(self, site: Site, type_name: str, settings: dict[str, str]) -> None:
+    def __init__(self, site: Site, type_name: str, settings: dict[str, str], *, forked: bool = True) -> None:
         self.type_name = type_name
         self.port = free_ports(1)[0]
         self.log = site.folder / f"worker-{uuid.uuid4().hex[:6]}.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "inferq.producer.cli", "worker", type_name],
-                env=site.env | {"INFERQ_PROBE_PORT": str(self.port), **settings},
-                stdout=log,
-                stderr=log,
-            )
+        env = site.env | {"INFERQ_PROBE_PORT": str(self.port), **settings}
+        self.process: ForkedPart | subprocess.Popen[bytes]
+        if forked:
+            self.process = ForkedPart("worker", type_name, env=env, log=self.log)
+        else:
+            command = [sys.executable, "-P", "-m", "inferq.producer.cli", "worker", type_name]
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5, verify=False)

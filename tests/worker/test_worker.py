@@ -71,7 +71,9 @@ def test_a_large_output_becomes_an_artifact(site: Site) -> None:
 
 
 def test_the_parent_is_light_and_loads_no_framework(site: Site) -> None:
-    worker = site.worker("ocr")
+    worker = WorkerProcess(site, "ocr", {}, forked=False)
+    site.workers.append(worker)
+    worker.wait_ready()
     parent = psutil.Process(worker.process.pid)
     maps = {Path(m.path).name for m in parent.memory_maps()}
     for framework in ("onnxruntime", "torch", "paddle", "cv2"):
