@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, JsonValue
 
 from inferq.schemas.record import SCHEMA_VERSION, Record
 from inferq.schemas.result import OUTPUT_ARTIFACT, ErrorInfo, Result
-from inferq.schemas.task import Priority
+from inferq.schemas.task import Priority, Task
 
 State = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
 END_STATES: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
@@ -134,17 +134,12 @@ class Event(Record):
         return cls(
             type=EVENT_OF_STATE[result.status],
             timestamp=result.finished_at,
-            data=EventData(
-                task_id=result.task_id,
-                task_type=result.task_type,
-                tenant=result.tenant,
-                state=result.status,
+            data=EventData.of(
+                result,
+                result.status,
                 attempt=max(result.attempts, 1),
-                sequence=sequence_of(
-                    result.status, attempt=max(result.attempts, 1), redrives=result.redrives
-                ),
+                redrives=result.redrives,
                 progress=1.0 if result.status == "succeeded" else None,
-                batch_id=result.batch_id,
                 error=result.error,
                 output=value if small else None,
                 metadata=result.metadata,
@@ -171,6 +166,30 @@ class EventData(Record):
     truncated: tuple[Truncated, ...] = Field(
         (), description="Fields that were left out to keep the event small; `error` is shortened."
     )
+
+    @classmethod
+    def of(
+        cls,
+        task: Task | TaskStatus | Result,
+        state: State,
+        *,
+        attempt: int,
+        redrives: int,
+        progress: float | None = None,
+        **more: Any,
+    ) -> Self:
+        """The data of an event of the task. `more`: other fields."""
+        return cls(
+            task_id=task.task_id,
+            task_type=task.task_type,
+            tenant=task.tenant,
+            state=state,
+            attempt=attempt,
+            sequence=sequence_of(state, attempt=attempt, redrives=redrives, progress=progress),
+            progress=progress,
+            batch_id=task.batch_id,
+            **more,
+        )
 
 
 Event.model_rebuild()

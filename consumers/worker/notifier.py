@@ -26,7 +26,6 @@ from inferq.schemas import (
     Result,
     Task,
     end_callback,
-    sequence_of,
     task_callback,
 )
 
@@ -66,16 +65,7 @@ class Notifier:
         """Report that a run begins, without waiting; `settle` makes sure that the broker has the message."""
         if self._url is None or "started" not in self._events:
             return
-        data = EventData(
-            task_id=task.task_id,
-            task_type=task.task_type,
-            tenant=task.tenant,
-            state="running",
-            attempt=attempt,
-            sequence=sequence_of("running", attempt=attempt, redrives=redrives),
-            batch_id=task.batch_id,
-            metadata=task.metadata,
-        )
+        data = EventData.of(task, "running", attempt=attempt, redrives=redrives, metadata=task.metadata)
         event = Event(type="task.started", timestamp=at, data=data)
         message = callback_message(task_callback(event, self._url, redrives, attempt))
         self._started = message, self._publish_pipelined(message)
@@ -91,16 +81,13 @@ class Notifier:
             return
         self._reported_percent = percent
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
-        data = EventData(
-            task_id=task.task_id,
-            task_type=task.task_type,
-            tenant=task.tenant,
-            state="running",
+        data = EventData.of(
+            task,
+            "running",
             attempt=attempt,
-            sequence=sequence_of("running", attempt=attempt, redrives=redrives, progress=percent / 100),
+            redrives=redrives,
             progress=percent / 100,
             note=note[:_MOST_NOTES],
-            batch_id=task.batch_id,
             metadata=task.metadata,
         )
         event = Event(type="task.progress", timestamp=at, data=data)

@@ -20,7 +20,6 @@ from inferq.schemas import (
     Result,
     TaskId,
     TaskStatus,
-    sequence_of,
 )
 from inferq.storage.objects.results import UnreadableResult
 from inferq.storage.status.index import StatusOutage
@@ -131,21 +130,13 @@ def event_of_status(status: TaskStatus) -> Event:
     return Event(
         type=type_,
         timestamp=status.finished_at or datetime.now(UTC),
-        data=EventData(
-            task_id=status.task_id,
-            task_type=status.task_type,
-            tenant=status.tenant,
-            state=status.state,
+        data=EventData.of(
+            status,
+            status.state,
             attempt=status.attempt,
-            sequence=sequence_of(
-                status.state,
-                attempt=status.attempt,
-                redrives=status.redrives,
-                progress=status.progress,
-            ),
+            redrives=status.redrives,
             progress=status.progress,
             note=status.progress_note,
-            batch_id=status.batch_id,
             error=status.error,
         ),
     )

@@ -15,7 +15,6 @@ from inferq.schemas import (
     State,
     Task,
     TaskStatus,
-    sequence_of,
 )
 from inferq.schemas.encoding import to_json
 
@@ -50,17 +49,7 @@ def event_json(
     error: ErrorInfo | None = None,
 ) -> str:
     """The JSON of an event of an unfinished task."""
-    data = EventData(
-        task_id=task.task_id,
-        task_type=task.task_type,
-        tenant=task.tenant,
-        state=state,
-        attempt=attempt,
-        sequence=sequence_of(state, attempt=attempt, redrives=redrives),
-        batch_id=task.batch_id,
-        error=error,
-        metadata=task.metadata,
-    )
+    data = EventData.of(task, state, attempt=attempt, redrives=redrives, error=error, metadata=task.metadata)
     return to_json(Event(type=kind, timestamp=at or datetime.now(UTC), data=data))
 
 
