@@ -23,10 +23,7 @@ class BrokerUnavailable(Outage):
     """RabbitMQ cannot be reached, is blocked by an alarm, or did not confirm in time."""
 
     code = "broker_unavailable"
-
-    def __init__(self, message: str, *, retry_after: float = 5.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    retry_after = 5.0
 
 
 class PublishRejected(Outage):
@@ -36,11 +33,11 @@ class PublishRejected(Outage):
     """
 
     code = "publish_rejected"
+    retry_after = 30.0
 
-    def __init__(self, message: str, *, refused: Sequence[Message] = (), retry_after: float = 30.0) -> None:
+    def __init__(self, message: str, *, refused: Sequence[Message] = ()) -> None:
         super().__init__(message)
         self.refused = list(refused)
-        self.retry_after = retry_after
 
 
 class Unroutable(Outage):

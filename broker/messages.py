@@ -177,23 +177,14 @@ def _is_digest(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and _IS_DIGEST(value) is not None
 
 
-def task_message(
-    task: Task,
-    *,
-    digest: str | None = None,
-    attempt: int = 1,
-    redrives: int = 0,
-    traceparent: str | None = None,
-) -> Message:
+def task_message(task: Task, *, digest: str | None = None, traceparent: str | None = None) -> Message:
     """The message that submits a task.
 
     A part that accepts tasks passes their `digest`, so that it travels with the task.
     """
-    headers: dict[str, Any] = {ATTEMPT: attempt, VERSION: SCHEMA_VERSION}
+    headers: dict[str, Any] = {ATTEMPT: 1, VERSION: SCHEMA_VERSION}
     if digest is not None:
         headers[DIGEST] = digest
-    if redrives:
-        headers[REDRIVES] = redrives
     if traceparent:
         headers[TRACEPARENT] = traceparent
     return Message(

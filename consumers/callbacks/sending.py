@@ -16,7 +16,7 @@ from inferq.consumers.callbacks.decision import retry_after_seconds
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import Callback, CallbackAttempt, InvalidTask
 from inferq.schemas.http_url import HttpUrl, parse_http_url
-from inferq.storage.fetch.addresses import AddressPolicy, Resolver, system_resolver
+from inferq.storage.fetch.addresses import AddressPolicy
 from inferq.storage.fetch.pool import HttpPool, header_of
 
 _RESPONSE_BYTES = 1024
@@ -37,22 +37,14 @@ class Sent:
 
 
 class Sender:
-    """Sends callbacks; safe from many threads. Tests replace `resolver` and `ssl_context`."""
+    """Sends callbacks; safe from many threads."""
 
-    def __init__(
-        self,
-        settings: CallbackSettings,
-        *,
-        resolver: Resolver = system_resolver,
-        ssl_context: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, settings: CallbackSettings) -> None:
         self._timeout = settings.callback_timeout
         policy = AddressPolicy(settings.callback_allowed_networks, setting="INFERQ_CALLBACK_ALLOWED_NETWORKS")
         agent = f"inferq/{version('inferq')}"
         self._pool = HttpPool(
             policy,
-            resolver=resolver,
-            ssl_context=ssl_context,
             agent=agent,
             patience=self._timeout,  # the deadline of the whole attempt applies
             connections=None,  # a thread uses one at a time; a wait here would count as the target's delay

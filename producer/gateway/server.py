@@ -72,8 +72,6 @@ def serve(
     host: str | None = None,
     port: int | None = None,
     *,
-    settings: GatewaySettings | None = None,
-    app: FastAPI | None = None,
     on_listening: Callable[[str], None] | None = None,
 ) -> None:
     """Run the gateway until SIGTERM or SIGINT; requests in flight get `shutdown_grace` seconds to finish.
@@ -81,7 +79,7 @@ def serve(
     Port 0 takes a free port; `on_listening` is called with the URL. Raises InstallationError if the address is
     in use or not allowed.
     """
-    settings = settings or GatewaySettings.load()
+    settings = GatewaySettings.load()
     host = settings.gateway_host if host is None else host
     port = settings.gateway_port if port is None else port
     listener = listen(host, port)
@@ -89,7 +87,7 @@ def serve(
         # When it is done, uvicorn raises the signal that stopped it again; SIGTERM would kill the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
-        server = Server(app or create_app(settings), grace=settings.shutdown_grace)
+        server = Server(create_app(settings), grace=settings.shutdown_grace)
         if on_listening is not None:
             on_listening(url_of(listener))
         server.run(sockets=[listener])

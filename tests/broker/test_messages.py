@@ -72,7 +72,7 @@ def test_a_message_without_a_version_is_of_the_first(given: dict[str, Any], vers
 
 
 def test_a_deferral_is_no_attempt_and_is_counted_until_the_task_is_read() -> None:
-    delivery = delivered(task_message(TASK, digest=DIGEST, attempt=2))
+    delivery = delivered(**{"x-attempt": 2, "x-digest": DIGEST})
     for number in range(3):
         assert (delivery.attempt, delivery.deferrals) == (2, number)
         delivery = delivered(deferred_message(delivery, seconds=5, **ABOUT))

@@ -135,7 +135,8 @@ async def test_a_broker_outage_shorter_than_the_retries_is_no_error(
     client: AnyClient, publisher: FakePublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     confirm = publisher.confirm
-    outage = [BrokerUnavailable("away", retry_after=0.5)]
+    outage = [BrokerUnavailable("away")]
+    outage[0].retry_after = 0.5
 
     async def after_the_outage(message: Message, *, timeout: float | None = None) -> None:
         if outage:

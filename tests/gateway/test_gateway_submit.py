@@ -348,7 +348,7 @@ def test_fifty_submissions_through_the_real_broker(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (BrokerUnavailable("away", retry_after=7), "broker_unavailable"),
+        (BrokerUnavailable("away"), "broker_unavailable"),
         (PublishRejected("full"), "publish_rejected"),
         (Unroutable("nowhere"), "unroutable"),
     ],
