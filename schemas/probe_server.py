@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -15,7 +17,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from inferq.schemas.errors import InstallationError
 
-_REQUEST_SECONDS = 5.0
+REQUEST_SECONDS = 5.0
 """How long a connection may last, from its first byte to its last. Kubernetes itself waits a second."""
 
 _MOST_CONNECTIONS = 32
@@ -47,17 +49,42 @@ def listen(host: str, port: int, *, what: str, settings: str, backlog: int = _BA
         ) from error
 
 
-class ProbeListener:
-    """Serves a WSGI application of short answers to GET and HEAD, on threads of its own.
+@dataclass(frozen=True)
+class Health:
+    """Whether the process makes progress: what hinders it for good, and for how many seconds each run goes on."""
 
-    Each connection ends after a few seconds, whatever its client does. If there are too many, the oldest ends: a
+    faults: tuple[str, ...] = ()
+    running: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether the process is ready, and if not, what it waits for."""
+
+    ready: bool
+    waiting_for: tuple[str, ...] = ()
+
+
+class ProbeServer:
+    """Serves the probes, on threads of its own.
+
+    Each connection ends after `seconds`, whatever its client does. If there are too many, the oldest ends: a
     probe that is answered at once always finds room.
     """
 
-    def __init__(self, host: str, port: int, application: WSGIApplication) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        readiness: Callable[[], Readiness],
+        health: Callable[[], Health] = Health,
+        metrics: WSGIApplication | None = None,
+        seconds: float = REQUEST_SECONDS,
+    ) -> None:
         """Listen at `host`:`port`; port 0 chooses a free one, see `port`. Raises InstallationError."""
         listener = listen(host, port, what="the probes", settings="INFERQ_PROBE_HOST and INFERQ_PROBE_PORT")
-        self._server = _Server(listener, _reads_only(application))
+        self._server = _Server(listener, _reads_only(_probes(readiness, health, metrics)), seconds)
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
 
@@ -68,6 +95,32 @@ class ProbeListener:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _probes(
+    readiness: Callable[[], Readiness], health: Callable[[], Health], metrics: WSGIApplication | None
+) -> WSGIApplication:
+    paths = "/healthz and /readyz" if metrics is None else "/healthz, /readyz and /metrics"
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/metrics" if metrics is not None:
+                return metrics(environ, start_response)
+            case "/healthz":
+                now = health()
+                good = not now.faults
+                content: object = {"healthy": good, "faults": now.faults, "running": now.running}
+            case "/readyz":
+                state = readiness()
+                good, content = state.ready, {"ready": state.ready, "waiting_for": state.waiting_for}
+            case _:
+                start_response("404 Not Found", [("Content-Type", "text/plain")])
+                return [f"There are {paths}.\n".encode()]
+        status = "200 OK" if good else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "application/json")])
+        return [json.dumps(content).encode() + b"\n"]
+
+    return answer
 
 
 def _reads_only(application: WSGIApplication) -> WSGIApplication:
@@ -86,8 +139,6 @@ def _reads_only(application: WSGIApplication) -> WSGIApplication:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _REQUEST_SECONDS
-
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         _log.debug("probe: " + format, *args)  # probes come every few seconds
 
@@ -95,7 +146,8 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    def __init__(self, listener: socket.socket, application: WSGIApplication) -> None:
+    def __init__(self, listener: socket.socket, application: WSGIApplication, seconds: float) -> None:
+        self.seconds = seconds
         host, port = listener.getsockname()[:2]
         super().__init__((host, port), _Handler, bind_and_activate=False)
         self.socket.close()
@@ -108,10 +160,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def get_request(self) -> tuple[Any, Any]:
         try:
-            return super().get_request()
+            connection, address = super().get_request()
         except OSError:
             time.sleep(_PAUSE_SECONDS)  # no descriptor is free: the connection stays in the queue
             raise
+        connection.settimeout(self.seconds)
+        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
@@ -126,7 +180,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def service_actions(self) -> None:
         """End connections that are over their time; the server's loop calls this twice a second."""
-        over = time.monotonic() - _REQUEST_SECONDS
+        over = time.monotonic() - self.seconds
         self._end(sum(began < over for began in self._open.copy().values()))
 
     def _end(self, count: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery, bootsteps, signals
 from pika.exceptions import AMQPConnectionError
+from prometheus_client import make_wsgi_app
 
 from inferq.broker import (
     JOB_ENTRY_POINTS,
@@ -30,9 +31,9 @@ from inferq.consumers.batches.services import load_services
 from inferq.consumers.jobs.dropped import DroppedTasks
 from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY
-from inferq.consumers.probes.server import Health, ProbeServer, Readiness
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError, Outage
+from inferq.schemas.probe_server import ProbeServer, Readiness
 from inferq.storage import StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
@@ -99,9 +100,8 @@ def work(
         server = ProbeServer(
             probes.probe_host,
             probes.probe_port,
-            health=Health,
             readiness=lambda: consuming.readiness(store.waiting_for),
-            registry=REGISTRY,
+            metrics=make_wsgi_app(REGISTRY),
         )
         server.start()
         store.start()

@@ -1,6 +1,5 @@
-"""/healthz, /readyz and /metrics of a process that serves no other HTTP.
+"""/healthz, /readyz and /metrics of a process that serves no other HTTP; inferq.schemas.probe_server answers.
 
-server    the thread that answers
 settings  where it listens
 registry  the metrics of the process that runs the light jobs
 """

@@ -12,8 +12,9 @@ import time
 from contextlib import suppress
 from typing import Literal
 
+from prometheus_client import make_wsgi_app
+
 from inferq.broker import BrokerSettings, Publisher, topology_for
-from inferq.consumers.probes.server import Health, ProbeServer, Readiness
 from inferq.consumers.runtime.device_memory import DeviceMemory
 from inferq.consumers.runtime.process_tree import adopt_orphans, end_orphans
 from inferq.consumers.worker.metrics import WorkerMetrics
@@ -22,9 +23,8 @@ from inferq.consumers.worker.scratch import ScratchFolder
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.slot import Slot
-from inferq.schemas import (
-    TaskType,
-)
+from inferq.schemas import TaskType
+from inferq.schemas.probe_server import Health, ProbeServer, Readiness
 from inferq.storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Worker:
                 settings.probe_port,
                 health=self.health,
                 readiness=self.readiness,
-                registry=self.metrics.registry,
+                metrics=make_wsgi_app(self.metrics.registry),
             )
 
     def run(self) -> None:

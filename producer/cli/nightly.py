@@ -15,6 +15,7 @@ from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_
 from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from inferq.producer.nightly.settings import NightlySettings
 from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
+from inferq.schemas.probe_server import ProbeServer
 from inferq.schemas.window import moment_of
 from inferq.storage import BatchStore, StatusOutage, StorageSettings, open_store
 
@@ -285,7 +286,6 @@ def beat(
 
     from inferq.broker.celery_app import celery_app
     from inferq.producer.nightly.beat import Beat, keep_beating
-    from inferq.producer.nightly.probes import serve_probes
 
     settings = NightlySettings.load()
     path = _path(file)
@@ -302,7 +302,7 @@ def beat(
 
     runner = Beat(path, store, publish, schedules)
     if settings.probe_port is not None:
-        serve_probes(settings.probe_host, settings.probe_port, lambda: runner.state)
+        ProbeServer(settings.probe_host, settings.probe_port, readiness=lambda: runner.state).start()
     try:
         keep_beating(celery_app(broker), runner)
     finally:

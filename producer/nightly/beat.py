@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import JsonValue
 from inferq.broker import NIGHT_START_JOB, Message, job_message
 from inferq.producer.nightly.schedules import SchedulesUnusable, read_schedules
 from inferq.schemas import InferqError
+from inferq.schemas.probe_server import Readiness
 from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage import ObjectStore
 from inferq.storage.runs import RunLog, known_schedules
@@ -43,14 +43,6 @@ def start_message(schedule: Schedule, scheduled_at: datetime) -> Message:
         "scheduled_at": scheduled_at.astimezone(UTC).isoformat(),
     }
     return job_message(NIGHT_START_JOB, "inference.batches", arguments, job_id=run_id)
-
-
-@dataclass(frozen=True)
-class BeatState:
-    """Whether beat can start the due runs; if not, `waiting_for` names the reasons."""
-
-    ready: bool
-    waiting_for: tuple[str, ...] = ()
 
 
 class Beat:
@@ -78,7 +70,7 @@ class Beat:
         self._bad = False
         self._tidy = True
         self._processed: dict[str, tuple[Schedule, datetime, datetime | None]] = {}
-        self.state = BeatState(False, ("the first tick",))
+        self.state = Readiness(False, ("the first tick",))
 
     def tick(self, now: datetime) -> float:
         """Start the runs that are due at `now` (aware); gives the seconds until the next tick."""
@@ -99,7 +91,7 @@ class Beat:
             coming = next(schedule.times.after(now), None)
             if coming is not None:
                 wait = min(wait, (coming - now).total_seconds())
-        self.state = BeatState(not waiting, tuple(dict.fromkeys(waiting)))
+        self.state = Readiness(not waiting, tuple(dict.fromkeys(waiting)))
         return _RETRY_SECONDS if waiting else max(wait, 0.0)
 
     def _look_at(self, schedule: Schedule, now: datetime) -> None:

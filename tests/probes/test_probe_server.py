@@ -5,21 +5,18 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 
-from inferq.consumers.probes.server import Health, ProbeServer, Readiness
-from inferq.schemas import InstallationError, probe_server
+from inferq.schemas import InstallationError
+from inferq.schemas.probe_server import REQUEST_SECONDS, ProbeServer, Readiness
 from tests.waiting import eventually
 
 
-def probes_at(host: str) -> ProbeServer:
-    server = ProbeServer(
-        host, 0, health=Health, readiness=lambda: Readiness(False, ("Redis",)), registry=CollectorRegistry()
-    )
+def probes_at(host: str, *, seconds: float = REQUEST_SECONDS) -> ProbeServer:
+    server = ProbeServer(host, 0, readiness=lambda: Readiness(False, ("Redis",)), seconds=seconds)
     server.start()
     return server
 
@@ -48,9 +45,8 @@ def test_silent_clients_in_any_number_delay_nothing(probes: ProbeServer) -> None
         assert answers(probes)
 
 
-def test_a_client_that_drips_is_cut_off_in_time(probes: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_server, "_REQUEST_SECONDS", 0.3)
-    with connected(probes) as dripping:
+def test_a_client_that_drips_is_cut_off_in_time() -> None:
+    with closing(probes_at("127.0.0.1", seconds=0.3)) as probes, connected(probes) as dripping:
         began = time.monotonic()
 
         def dripped() -> bool:
@@ -88,10 +84,4 @@ def test_they_listen_on_ipv6_and_on_every_address() -> None:
 def test_an_address_that_cannot_be_listened_on_names_its_settings(probes: ProbeServer) -> None:
     for host, port in (("127.0.0.1", probes.port), ("192.0.2.1", 0), ("no-such-host.invalid", 0)):
         with pytest.raises(InstallationError, match="INFERQ_PROBE_HOST and INFERQ_PROBE_PORT"):
-            ProbeServer(
-                host,
-                port,
-                health=Health,
-                readiness=lambda: Readiness(True),
-                registry=CollectorRegistry(),
-            )
+            ProbeServer(host, port, readiness=lambda: Readiness(True))
