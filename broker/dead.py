@@ -13,6 +13,7 @@ from typing import Self, cast
 
 import pika
 from pika import spec
+from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import (
     AMQPError,
     ChannelClosedByBroker,
@@ -205,7 +206,7 @@ class DeadLetters:
         self._requeue_rest(channel, taken=len(gone))
         return gone
 
-    def _open(self) -> pika.adapters.blocking_connection.BlockingChannel:
+    def _open(self) -> BlockingChannel:
         channel = self._connection.channel()
         try:
             self._count = channel.queue_declare(self._queue, passive=True).method.message_count or 0
@@ -220,9 +221,7 @@ class DeadLetters:
             ) from error
         return channel
 
-    def _requeue_rest(
-        self, channel: pika.adapters.blocking_connection.BlockingChannel, *, taken: int
-    ) -> None:
+    def _requeue_rest(self, channel: BlockingChannel, *, taken: int) -> None:
         """Requeue the messages that were read and not taken, and wait a moment until they are back.
 
         Otherwise the next reader, perhaps the same script, would find the queue empty.
@@ -248,7 +247,7 @@ class DeadLetters:
                 if found == wanted.limit:
                     return
 
-    def _one_by_one(self, channel: pika.adapters.blocking_connection.BlockingChannel) -> Iterator[_Received]:
+    def _one_by_one(self, channel: BlockingChannel) -> Iterator[_Received]:
         """The messages, one round trip each: an interrupted command then holds back no message that it has not read."""
         for _ in range(self._count):
             method, properties, body = channel.basic_get(self._queue)
@@ -256,7 +255,7 @@ class DeadLetters:
                 return
             yield method, properties, cast(bytes, body)
 
-    def _sent_ahead(self, channel: pika.adapters.blocking_connection.BlockingChannel) -> Iterator[_Received]:
+    def _sent_ahead(self, channel: BlockingChannel) -> Iterator[_Received]:
         """The messages, sent by RabbitMQ in windows, without a round trip for each.
 
         The prefetch limit of a consumer bounds a window. The next window needs another consumer, because the
@@ -274,11 +273,7 @@ class DeadLetters:
             left -= window
             window = min(2 * window, _LARGEST_WINDOW)
 
-    def _arrives(
-        self,
-        channel: pika.adapters.blocking_connection.BlockingChannel,
-        received: deque[_Received],
-    ) -> bool:
+    def _arrives(self, channel: BlockingChannel, received: deque[_Received]) -> bool:
         """Wait for the next message; False if the queue has none left, since others read it too."""
         end = time.monotonic() + _SILENT_SECONDS
         empty = False

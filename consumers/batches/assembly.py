@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from urllib.parse import quote
 
 from inferq.broker import callback_message
@@ -29,6 +29,7 @@ from inferq.schemas import (
     BatchSummary,
     EndState,
     ErrorInfo,
+    InferqError,
     InvalidTask,
     Outage,
     Result,
@@ -45,24 +46,25 @@ _JSONL = "application/x-ndjson"
 _log = logging.getLogger(__name__)
 
 
+_LineEnd = EndState | Literal["invalid"]
+
+
 @dataclass
 class _Tally:
+    """How many lines ended in each state, and how many failed or were invalid for each reason."""
+
     total: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    invalid: int = 0
     pages: int | None = None
+    ends: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
 
+    def add(self, state: _LineEnd, code: str) -> None:
+        self.ends[state] += 1
+        if state in ("failed", "invalid"):
+            self.failures[code] += 1
+
     def counts(self) -> BatchCounts:
-        return BatchCounts(
-            total=self.total,
-            succeeded=self.succeeded,
-            failed=self.failed,
-            cancelled=self.cancelled,
-            invalid=self.invalid,
-        )
+        return BatchCounts(total=self.total, **self.ends)
 
 
 class _Read(NamedTuple):
@@ -180,9 +182,8 @@ class Assembly:
         # A listing cannot find tasks with ids of their own; Redis may know them.
         standing = self._services.index.look(*self._name) if source.own_ids else None
         if standing is not None and standing.known:
-            counts = standing.counts
-            tally.succeeded, tally.failed = counts.succeeded, counts.failed
-            tally.cancelled, tally.invalid = counts.cancelled, counts.invalid
+            for state in (*get_args(EndState), "invalid"):
+                tally.ends[state] = getattr(standing.counts, state)
             return
         prefix = f"{self._batch.batch_id}."
         others: list[str] = []
@@ -190,18 +191,12 @@ class Assembly:
             if not task_id.removeprefix(prefix).isdigit():
                 continue
             if success:
-                tally.succeeded += 1
+                tally.ends["succeeded"] += 1
             else:
                 others.append(task_id)
         with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
             for state, code in threads.map(self._ending, others):
-                if state == "succeeded":
-                    tally.succeeded += 1
-                elif state == "cancelled":
-                    tally.cancelled += 1
-                else:
-                    tally.failed += 1
-                    tally.failures[code] += 1
+                tally.add(state, code)
 
     def _ending(self, task_id: str) -> tuple[EndState, str]:
         try:
@@ -217,34 +212,26 @@ class Assembly:
         tally.total += 1
         number = entry.line.number
         if isinstance(entry.found, InvalidTask):
-            error = entry.found
-            tally.invalid += 1
-            tally.failures[error.code] += 1
             named = {"task_id": task_id} if (task_id := named_id(entry.line.content)) else {}
-            return {"line": number, **named, "status": "invalid", "error": _error(ErrorInfo.of(error))}, False
+            return _unsuccessful({"line": number, **named}, "invalid", entry.found, tally)
         task, coming = entry.found
         about = {"line": number, "task_id": task.task_id, "task_type": task.task_type}
         try:
             result, pages = coming.result()
         except UnreadableResult as unreadable:
             # Nothing may overwrite it; waiting for a repair would block the batch forever.
-            tally.failed += 1
-            tally.failures[unreadable.code] += 1
-            return {**about, "status": "failed", "error": _error(ErrorInfo.of(unreadable))}, False
+            return _unsuccessful(about, "failed", unreadable, tally)
         if result is not None and not belongs(result, self._batch, number):
             taken = InvalidTask(
                 f"task id {task.task_id!r} belongs to another task, submitted before this line; choose another id",
                 code="id_conflict",
             )
-            tally.failed += 1
-            tally.failures[taken.code] += 1
-            return {**about, "status": "failed", "error": _error(ErrorInfo.of(taken))}, False
+            return _unsuccessful(about, "failed", taken, tally)
         if result is None:
             if not self._cancelled:
                 raise Unfinished
-            tally.cancelled += 1
             error = InvalidTask("the batch was cancelled before the task was started", code="cancelled")
-            return {**about, "status": "cancelled", "error": _error(ErrorInfo.of(error))}, False
+            return _unsuccessful(about, "cancelled", error, tally)
         if pages is not None:
             tally.pages = (tally.pages or 0) + pages
         return self._ended(about, result, tally)
@@ -259,15 +246,11 @@ class Assembly:
         for artifact in kept.get("artifacts", ()):
             artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
         if result.status == "succeeded":
-            tally.succeeded += 1
+            tally.ends["succeeded"] += 1
             return {**about, "status": "succeeded", "output": result.output, **kept}, True
         error = result.error or ErrorInfo(code="unknown", message="", retryable=True)
-        if result.status == "cancelled":
-            tally.cancelled += 1
-        else:
-            tally.failed += 1
-            tally.failures[error.code] += 1
-        return {**about, "status": result.status, "error": _error(error), **kept}, False
+        tally.add(result.status, error.code)
+        return {**about, "status": result.status, "error": error.model_dump(mode="json"), **kept}, False
 
     def _summary(self, tally: _Tally, error: str | None) -> BatchSummary:
         batch, now = self._batch, self._services.clock()
@@ -277,7 +260,7 @@ class Assembly:
             state = "cancelled"
         elif error is not None:
             state = "failed"
-        ended = tally.succeeded + tally.failed
+        ended = tally.ends["succeeded"] + tally.ends["failed"]
         return BatchSummary(
             batch_id=batch.batch_id,
             tenant=batch.tenant,
@@ -313,8 +296,12 @@ def pages_of(results: ResultStore, result: Result) -> int | None:
     return len(pages) if isinstance(pages, list) else None
 
 
-def _error(error: ErrorInfo) -> dict[str, Any]:
-    return error.model_dump(mode="json")
+def _unsuccessful(
+    about: dict[str, Any], state: _LineEnd, error: InferqError, tally: _Tally
+) -> tuple[dict[str, Any], bool]:
+    """The document of a line without a result, as `_document` gives it."""
+    tally.add(state, error.code)
+    return {**about, "status": state, "error": ErrorInfo.of(error).model_dump(mode="json")}, False
 
 
 def _line(document: dict[str, Any]) -> bytes:

@@ -213,11 +213,8 @@ class Delivery:
         try:
             self.records.drop(_record(job, "delivered"))
         except Outage as error:
-            _log.warning(
-                "%s was delivered, but its failure record could not be deleted: %s",
-                job.callback.callback_id,
-                error,
-            )
+            what = job.callback.callback_id
+            _log.warning("%s was delivered, but its failure record could not be deleted: %s", what, error)
 
 
 def _internal(error: Exception) -> str:
@@ -237,19 +234,12 @@ def _carried(attempt: CallbackAttempt) -> CallbackAttempt:
 def _record(
     job: Job, state: CallbackState, *, next_at: datetime | None = None, reason: str | None = None
 ) -> CallbackRecord:
-    callback = job.callback
     return CallbackRecord(
-        callback_id=callback.callback_id,
-        tenant=callback.tenant,
-        subject_kind=callback.subject_kind,
-        subject_id=callback.subject_id,
-        event=callback.event,
-        url=callback.url,
+        **job.callback.model_dump(include=set(Callback.model_fields)),
         state=state,
         attempts=job.attempts,
         next_at=next_at,
         reason=reason,
         resent_at=job.resent_at,
         updated_at=datetime.now(UTC),
-        body=callback.body,
     )

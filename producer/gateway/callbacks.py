@@ -202,16 +202,8 @@ async def _rebuilt(services: Services, record: CallbackRecord) -> Callback:
 
     Raises ProblemError (409) if it is neither.
     """
-    fields = {
-        "callback_id": record.callback_id,
-        "tenant": record.tenant,
-        "subject_kind": record.subject_kind,
-        "subject_id": record.subject_id,
-        "event": record.event,
-        "url": record.url,
-    }
     if record.body is not None:
-        return Callback.model_validate({**fields, "body": record.body})
+        return Callback.model_validate(record.model_dump(include=set(Callback.model_fields)))
     rebuilt: Callback | None = None
     if record.subject_kind == "task":
         result = await find_result(services, record.tenant, record.subject_id)
