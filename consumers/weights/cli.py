@@ -27,7 +27,7 @@ Names = Annotated[
 _PIPE_WIDTH = 10_000
 """The width of a table that is not printed to a terminal: nothing wraps."""
 
-_console = Console(highlight=False, markup=False)
+_console = Console(highlight=False, markup=False, emoji=False)
 
 
 @weights.command("list")

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -95,7 +96,7 @@ def submit(
         )
         if not as_json or follow or out:
             errors_or_output = errors if as_json else console
-            errors_or_output.print(status.batch_id, markup=False, highlight=False)
+            errors_or_output.print(status.batch_id)
         if skipped:
             complain(f"skipped {skipped} files or folders, named above; the batch has the others")
         if follow or out:
@@ -178,7 +179,6 @@ def _finish(client: Client, batch_id: str, out: Path | None, as_json: bool) -> N
     except KeyboardInterrupt:
         errors.print(
             f"batch {batch_id} is still running; to follow it again: inferq batch status {batch_id} --follow",
-            markup=False,
             soft_wrap=True,
         )
         raise
@@ -228,9 +228,7 @@ def _with_lines(client: Client, batch_id: str) -> BatchStatus:
         if status.state != printed or now - at >= _LINE_SECONDS:
             counts = status.counts
             done = "/".join("?" if count is None else str(count) for count in (counts.done, counts.total))
-            errors.print(
-                f"{status.state} {done} {_note(status)}", markup=False, highlight=False, soft_wrap=True
-            )
+            errors.print(f"{status.state} {done} {_note(status)}", soft_wrap=True)
             printed, at = status.state, now
     return status
 
@@ -244,9 +242,7 @@ def _looks(client: Client, batch_id: str, *, pause: float = _LOOK_SECONDS) -> It
         except Unavailable as error:
             if not unavailable:
                 errors.print(
-                    f"{error}; the batch keeps running; waiting until the gateway answers",
-                    markup=False,
-                    soft_wrap=True,
+                    f"{error}; the batch keeps running; waiting until the gateway answers", soft_wrap=True
                 )
             unavailable = True
         else:
@@ -330,7 +326,7 @@ def cancel(batch_id: BatchId, as_json: JsonFlag = False) -> None:
         print_json(found)
     else:
         what = "cancelled" if found.ended else "will be cancelled"
-        console.print(f"{found.batch_id}: {what}", markup=False, highlight=False)
+        console.print(f"{found.batch_id}: {what}")
 
 
 @app.command()
@@ -369,9 +365,7 @@ def list_(
 ) -> None:
     """List batches, the newest first."""
     with Client() as client:
-        found = [
-            status for _, status in zip(range(limit), client.batches(page_size=min(limit, 50)), strict=False)
-        ]
+        found = list(islice(client.batches(page_size=min(limit, 50)), limit))
     if as_json:
         print_json(found)
         return

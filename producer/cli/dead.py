@@ -81,7 +81,7 @@ def list_(
     if not found and not as_json:
         console.print("none")
     if len(found) == limit:
-        errors.print(f"stopped after {limit}; there may be more: set --limit", highlight=False)
+        errors.print(f"stopped after {limit}; there may be more: set --limit")
 
 
 @app.command()

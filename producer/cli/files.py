@@ -145,4 +145,4 @@ def _url_of(path: Path, uploading: Future[str]) -> tuple[Path, str | None]:
 
 
 def _print_skipped(path: Path, reason: str) -> None:
-    errors.print(f"skipped {path}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"skipped {path}: {reason}", soft_wrap=True)

@@ -30,8 +30,8 @@ def add(
 ) -> None:
     """Make a key and print it once; the file keeps only its hash."""
     kept = file or GatewaySettings.load().api_keys_file
-    console.print(KeyFile(kept).add(tenant, name=name), markup=False, highlight=False, soft_wrap=True)
-    errors.print(f"the key's hash is in {kept}", markup=False, highlight=False, soft_wrap=True)
+    console.print(KeyFile(kept).add(tenant, name=name), soft_wrap=True)
+    errors.print(f"the key's hash is in {kept}", soft_wrap=True)
 
 
 @app.command("list")

@@ -69,9 +69,7 @@ def listen(
             console.print(Text(harmless(line, keep="")), soft_wrap=True)
 
     listener = Listener(show, secrets=secrets, host=host, port=port, fail=fail, status=status)
-    errors.print(
-        f"listening; submit with: --callback {listener.url}", markup=False, highlight=False, soft_wrap=True
-    )
+    errors.print(f"listening; submit with: --callback {listener.url}", soft_wrap=True)
     if not secrets():
         errors.print(
             "no secrets to verify with: set INFERQ_WEBHOOK_SECRETS_FILE or give --secret", style="yellow"

@@ -67,12 +67,12 @@ def check(file: File = None, as_json: JsonFlag = False) -> None:
         print_json(found)
     else:
         for facts in found:
-            console.print(facts["name"], style="bold", markup=False, highlight=False)
+            console.print(facts["name"], style="bold")
             for start in facts["next"]:
-                console.print(f"  {start['local']}   {start['utc']}", markup=False, highlight=False)
-            console.print(f"  source: {facts['source']}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"  {start['local']}   {start['utc']}")
+            console.print(f"  source: {facts['source']}", soft_wrap=True)
         if not found:
-            console.print(f"{_path(file)} has no schedules", markup=False, soft_wrap=True)
+            console.print(f"{_path(file)} has no schedules", soft_wrap=True)
     faults = [facts for facts in found if not facts["ok"]]
     for facts in faults:
         complain(f"{facts['name']}: {facts['source']}")
@@ -222,7 +222,7 @@ def run(
             line = f"{'queued' if wait else 'started'} {run_id}"
     if window is not None and wait:
         line += f"; outside its window: it feeds from {window.start} {window.time_zone}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None:

@@ -33,7 +33,11 @@ def harmless(text: str, *, keep: str = "\n\t") -> str:
 
 
 class _Harmless(Console):
-    """A console that escapes control characters in all text, so that the terminal executes none."""
+    """A console that prints text as it is, and escapes control characters, so that the terminal executes none."""
+
+    def __init__(self, **settings: Any) -> None:
+        # Brackets are no markup, and ":cat:" in a task id is no emoji.
+        super().__init__(markup=False, highlight=False, emoji=False, **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -119,4 +123,4 @@ def _cell(value: object) -> Text:
 def complain(error: BaseException | str) -> None:
     """Print an error on standard error."""
     errors.print("error:", style="bold red", end=" ")
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    errors.print(str(error), soft_wrap=True)

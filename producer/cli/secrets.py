@@ -34,7 +34,7 @@ def rotate(
 ) -> None:
     """Make a new secret and print it. The earlier secrets sign callbacks, too, until they expire."""
     made = _secrets(file).rotate(tenant, keep=keep)
-    console.print(made.secret.get_secret_value(), markup=False, highlight=False, soft_wrap=True)
+    console.print(made.secret.get_secret_value(), soft_wrap=True)
 
 
 @app.command("list")
@@ -67,7 +67,7 @@ def show(tenant: Tenant = "default", file: File = None) -> None:
             code="unknown_secret",
         )
     for secret in found:
-        console.print(secret, markup=False, highlight=False, soft_wrap=True)
+        console.print(secret, soft_wrap=True)
 
 
 @app.command()

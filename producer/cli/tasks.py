@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -90,7 +91,7 @@ def submit(
             )
             labels[submitted[-1].task_id] = " ".join(part.text for part in parts.values())
             if printed_at_once:
-                console.print(submitted[-1].task_id, markup=False, highlight=False)
+                console.print(submitted[-1].task_id)
         if wait or out:
             _finish(client, labels, out, as_json)
         elif as_json:
@@ -106,12 +107,7 @@ def _accepted_printed_on_error(accepted: Mapping[str, object]) -> Iterator[None]
         raise
     except BaseException:
         if accepted:
-            errors.print(
-                f"accepted already, and still running: {' '.join(accepted)}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            errors.print(f"accepted already, and still running: {' '.join(accepted)}", soft_wrap=True)
         raise
 
 
@@ -179,9 +175,9 @@ def _show(result: Result, label: str = "") -> None:
     text = result.output.get("text") if isinstance(result.output, dict) else None
     shown = text if isinstance(text, str) else json.dumps(result.output, ensure_ascii=False, indent=2)
     console.rule(Text(name))
-    console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    console.print(shown, soft_wrap=True)
     for artifact in result.artifacts:
-        console.print(f"{artifact.name}: {artifact.url}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{artifact.name}: {artifact.url}", soft_wrap=True)
 
 
 @app.command()
@@ -226,7 +222,7 @@ def cancel(task_id: TaskId, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(found)
     else:
-        console.print(f"{found.task_id}: {'cancelled' if found.ended else 'will be cancelled'}", markup=False)
+        console.print(f"{found.task_id}: {'cancelled' if found.ended else 'will be cancelled'}")
 
 
 @app.command("list")
@@ -242,12 +238,11 @@ def list_(
         raise InvalidTask(f"--status {state!r} is not one of {', '.join(get_args(State))}")
     with Client() as client:
         pages = client.list(task_type=task_type, status=state, batch_id=batch_id)  # type: ignore[arg-type]
-        found = list(_first(pages, limit))
+        found = list(islice(pages, limit))
     if batch_id is not None:
         errors.print(
             "only the running tasks of a batch are listed; for those that ended: "
             f"inferq batch output {batch_id}, inferq batch errors {batch_id}",
-            markup=False,
             soft_wrap=True,
         )
     if as_json:
@@ -260,8 +255,3 @@ def list_(
             for t in found
         ],
     )
-
-
-def _first(tasks: Iterator[TaskStatus], count: int) -> Iterator[TaskStatus]:
-    for _, task in zip(range(count), tasks, strict=False):
-        yield task

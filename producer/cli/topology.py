@@ -93,7 +93,7 @@ def check(types: Types = None, as_json: JsonFlag = False) -> None:
         print_json([{"kind": d.kind, "name": d.name, "problem": d.problem} for d in found])
     else:
         for difference in found:
-            console.print(str(difference), markup=False, soft_wrap=True)
+            console.print(str(difference), soft_wrap=True)
         if not found:
             console.print("the broker has all exchanges and queues, with the right arguments")
     if found:

@@ -43,7 +43,7 @@ def follow() -> None:
     [
         lambda: output.print_table(["id", EVIL], [("1", EVIL)]),
         lambda: output.complain(EVIL),
-        lambda: output.console.print(EVIL, markup=False),
+        lambda: output.console.print(EVIL),
         lambda: output.console.rule(Text(EVIL)),
         follow,
     ],
@@ -57,8 +57,14 @@ def test_a_terminal_is_sent_no_commands_of_others(screen: io.StringIO, told: Cal
 
 
 def test_lines_stay_lines(screen: io.StringIO) -> None:
-    output.console.print("李明\nb", markup=False)
+    output.console.print("李明\nb")
     assert screen.getvalue() == "李明\nb\n"
+
+
+def test_a_task_id_is_printed_as_it_is(screen: io.StringIO) -> None:
+    output.console.print("x:cat:y [b]")
+    output.complain("x:cat:y [b]")
+    assert screen.getvalue() == "x:cat:y [b]\nerror: x:cat:y [b]\n"
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
