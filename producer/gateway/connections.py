@@ -52,7 +52,16 @@ class ConnectionGuard:
     503, and answers to probes.
     """
 
-    def __init__(self, limit: int, per_address: int) -> None:
+    def __init__(
+        self,
+        limit: int,
+        per_address: int,
+        *,
+        head_seconds: float = HEAD_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        self.head_seconds = head_seconds
+        self.stall_seconds = stall_seconds
         self._limit = limit
         self._per_address = per_address
         self._open: dict[GuardedProtocol, None] = {}
@@ -122,7 +131,7 @@ class GuardedProtocol(H11Protocol):
 
     def too_slow(self, now: float) -> bool:
         """Whether the client takes too long for a request's head, or to read its answer."""
-        if self._head_since is not None and now - self._head_since > HEAD_SECONDS:
+        if self._head_since is not None and now - self._head_since > self._guard.head_seconds:
             return True
         unread = self.transport.get_write_buffer_size()
         if unread == 0:
@@ -131,9 +140,10 @@ class GuardedProtocol(H11Protocol):
             self._stalled = now, unread
         else:
             since, before = self._stalled
-            if now - since > STALL_SECONDS:
+            stall = self._guard.stall_seconds
+            if now - since > stall:
                 self._stalled = now, unread
-                return unread > before - _SLOWEST_READER * STALL_SECONDS
+                return unread > before - _SLOWEST_READER * stall
         return False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

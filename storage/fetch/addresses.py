@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from ssl import SSLContext
 from typing import Any, overload
@@ -26,10 +27,8 @@ from inferq.storage.settings import Network
 _log = logging.getLogger(__name__)
 
 SLOWEST_BYTES = 1024
-"""Bytes per second that a server has to send of an input, on average, once it has had _PATIENCE_SECONDS."""
+"""Bytes per second that a server has to send of an input, on average, once it has had `Pace.patience`."""
 
-_PATIENCE_SECONDS = 30.0
-_LOOK_SECONDS = 0.5
 _MOST_HEAD_BYTES = 256 * 1024
 
 Resolver = Callable[[str, int], Sequence[str]]
@@ -55,6 +54,20 @@ _SPECIAL_V6 = tuple(
     for network in ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20")
 )
 _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How an exchange with a checkpoint waits for its server, in seconds.
+
+    `patience`: before it ends if the server sends too little. `look`: from one call of the checkpoint to the next.
+    """
+
+    patience: float = 30.0
+    look: float = 0.5
+
+
+USUAL_PACE = Pace()
 
 
 class AddressRefused(InvalidTask):
@@ -117,17 +130,19 @@ class GuardedBackend(httpcore.NetworkBackend):
     together, so a server that sends a byte at a time cannot prolong it.
     """
 
-    def __init__(self, policy: AddressPolicy, resolver: Resolver = system_resolver) -> None:
+    def __init__(
+        self, policy: AddressPolicy, resolver: Resolver = system_resolver, pace: Pace = USUAL_PACE
+    ) -> None:
         self._policy = policy
         self._resolver = resolver
         self._backend = httpcore.SyncBackend()
-        self._clock = _Clock()
+        self._clock = _Clock(pace)
 
     @contextmanager
     def deadline(self, seconds: float, checkpoint: Callable[[], None] | None = None) -> Iterator[None]:
         """Bound everything that the calling thread does within the block, to so many seconds.
 
-        `checkpoint` is called before each read and twice a second while a read waits; it may raise to give up. With
+        `checkpoint` is called before each read and while a read waits; it may raise to give up. With
         it, a server that sends less than SLOWEST_BYTES per second ends the exchange as well (httpcore.ReadTimeout).
         """
         clock = self._clock
@@ -189,7 +204,7 @@ class GuardedBackend(httpcore.NetworkBackend):
             if self._clock.checkpoint is not None:
                 self._clock.checkpoint()
             try:
-                answer = answers.get(timeout=max(0.0, min(_LOOK_SECONDS, ends - time.monotonic())))
+                answer = answers.get(timeout=max(0.0, min(self._clock.pace.look, ends - time.monotonic())))
                 break
             except queue.Empty as error:
                 if time.monotonic() >= ends:
@@ -212,6 +227,9 @@ class _Clock(threading.local):
     checkpoint: Callable[[], None] | None = None
     head_left: int | None = None
 
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+
     def count(self, size: int) -> None:
         """Count bytes of the server. Raises an httpcore error if they are too many for a head, or too few."""
         self.received += size
@@ -220,7 +238,7 @@ class _Clock(threading.local):
             if self.head_left < 0:
                 raise httpcore.RemoteProtocolError(f"its head has more than {_MOST_HEAD_BYTES} bytes")
         if self.checkpoint is not None:
-            late = time.monotonic() - self.began - _PATIENCE_SECONDS
+            late = time.monotonic() - self.began - self.pace.patience
             if late > 0 and self.received < SLOWEST_BYTES * late:
                 raise httpcore.ReadTimeout(f"the server sends less than {SLOWEST_BYTES} bytes per second")
 
@@ -252,7 +270,7 @@ class _TimedStream(httpcore.NetworkStream):
             left = clock.left(max(0.0, ends - time.monotonic()), httpcore.ReadTimeout)
             if clock.checkpoint is not None:
                 clock.checkpoint()
-                left = min(left, _LOOK_SECONDS)
+                left = min(left, clock.pace.look)
             try:
                 piece = self._stream.read(max_bytes, None if left == math.inf else left)
             except httpcore.ReadTimeout:

@@ -25,7 +25,7 @@ from ssl import SSLContext
 
 from inferq.schemas import InvalidTask, TransientFailure
 from inferq.schemas.s3_url import split_s3_url
-from inferq.storage.fetch.addresses import Resolver, system_resolver
+from inferq.storage.fetch.addresses import USUAL_PACE, Pace, Resolver, system_resolver
 from inferq.storage.fetch.http import HttpSource
 from inferq.storage.fetch.urls import read_data_url, redacted
 from inferq.storage.objects.results import upload_key
@@ -83,10 +83,13 @@ class Fetcher:
         *,
         resolver: Resolver = system_resolver,
         ssl_context: SSLContext | None = None,
+        pace: Pace = USUAL_PACE,
     ) -> None:
         self._store = store
         self._settings = settings
-        self._http = HttpSource(settings.fetch_allowed_networks, resolver=resolver, ssl_context=ssl_context)
+        self._http = HttpSource(
+            settings.fetch_allowed_networks, resolver=resolver, ssl_context=ssl_context, pace=pace
+        )
 
     def fetch(
         self, url: str, folder: Path, name: str, *, tenant: str, checkpoint: Callable[[], None] | None = None

@@ -14,7 +14,7 @@ import httpcore
 
 from inferq.schemas import InvalidTask, TransientFailure
 from inferq.schemas.http_url import HttpUrl, parse_http_url
-from inferq.storage.fetch.addresses import AddressPolicy, Resolver
+from inferq.storage.fetch.addresses import AddressPolicy, Pace, Resolver
 from inferq.storage.fetch.pool import HttpPool, header_of
 from inferq.storage.fetch.urls import redacted, redirect_url
 from inferq.storage.settings import Network
@@ -44,10 +44,11 @@ class HttpSource:
         allowed: Iterable[Network],
         *,
         resolver: Resolver,
-        ssl_context: ssl.SSLContext | None = None,
+        ssl_context: ssl.SSLContext | None,
+        pace: Pace,
     ) -> None:
         policy = AddressPolicy(allowed, setting="INFERQ_FETCH_ALLOWED_NETWORKS")
-        self._pool = HttpPool(policy, resolver=resolver, ssl_context=ssl_context)
+        self._pool = HttpPool(policy, resolver=resolver, ssl_context=ssl_context, pace=pace)
 
     def close(self) -> None:
         self._pool.close()

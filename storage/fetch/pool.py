@@ -11,7 +11,14 @@ import certifi
 import httpcore
 
 from inferq.schemas.http_url import HttpUrl
-from inferq.storage.fetch.addresses import AddressPolicy, GuardedBackend, Resolver, system_resolver
+from inferq.storage.fetch.addresses import (
+    USUAL_PACE,
+    AddressPolicy,
+    GuardedBackend,
+    Pace,
+    Resolver,
+    system_resolver,
+)
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 30.0
@@ -36,8 +43,9 @@ class HttpPool:
         agent: str = "inferq",
         patience: float = _READ_SECONDS,
         connections: int | None = 256,
+        pace: Pace = USUAL_PACE,
     ) -> None:
-        self._backend = GuardedBackend(policy, resolver)
+        self._backend = GuardedBackend(policy, resolver, pace)
         self._ssl_context = ssl_context
         self._agent = agent
         connect = max(_CONNECT_SECONDS, patience / 3)

@@ -33,7 +33,6 @@ from inferq.storage.objects.store import (
     clean_type,
 )
 
-_FSTAB = "/etc/fstab"
 _TYPE_ATTRIBUTE = "user.inferq.content_type"
 _STALE_SECONDS = 86400.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -55,7 +54,9 @@ class LocalStore(ObjectStore):
     checks that the identity is the one it began with. A folder without it is an outage, and nothing is written.
     """
 
-    def __init__(self, root: Path, *, fsync: bool = True, create: bool = True) -> None:
+    def __init__(
+        self, root: Path, *, fsync: bool = True, create: bool = True, fstab: str = "/etc/fstab"
+    ) -> None:
         self._root = os.path.abspath(root)
         self._base = self._root.rstrip("/") + "/"
         self._own = self._base + RESERVED_FOLDER
@@ -65,6 +66,7 @@ class LocalStore(ObjectStore):
         self._identity_file: tuple[int, int] | None = None
         self._identifying = threading.Lock()
         self._may_create = create
+        self._fstab = fstab
         self._fsync = fsync
         self._serial = count()
         self._token = secrets.token_hex(6)
@@ -213,9 +215,9 @@ class LocalStore(ObjectStore):
             if found is None and self._identity is None:
                 if not self._may_create:
                     raise self._unmounted("it has no identity, and INFERQ_STORE_CREATE is false")
-                if (point := _unmounted_point(self._root)) is not None:
+                if (point := _unmounted_point(self._root, self._fstab)) is not None:
                     raise self._unmounted(
-                        f"{_FSTAB} names {point}, which is not mounted, and it has no identity"
+                        f"{self._fstab} names {point}, which is not mounted, and it has no identity"
                     )
                 if writing:
                     self._identify()
@@ -399,11 +401,11 @@ class LocalStore(ObjectStore):
         return StoreOutage(f"the local store {self._root} cannot be used: {what}")
 
 
-def _unmounted_point(path: str) -> str | None:
+def _unmounted_point(path: str, fstab: str) -> str | None:
     """The mount point at or above `path` that fstab(5) lists and that is not mounted."""
     path = os.path.realpath(path)
     try:
-        with open(_FSTAB, encoding="utf-8", errors="surrogateescape") as file:
+        with open(fstab, encoding="utf-8", errors="surrogateescape") as file:
             entries = [line.split() for line in file if not line.lstrip().startswith("#")]
     except OSError:
         return None

@@ -6,7 +6,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -118,12 +118,14 @@ class S3Store(ObjectStore):
         *,
         endpoint_url: str | None = None,
         client: S3Client | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bucket = bucket
         self.prefix = "/".join(part for part in prefix.split("/") if part)
         self._base = f"{self.prefix}/" if self.prefix else ""
         self._endpoint_url = endpoint_url
         self._given = client
+        self._clock = clock
         self._lock = threading.Lock()
         self._proven_until = 0.0
         if self._base:
@@ -267,7 +269,7 @@ class S3Store(ObjectStore):
         """
         try:
             with self._calling(_PROOF):
-                if time.monotonic() < self._proven_until:
+                if self._clock() < self._proven_until:
                     self._client.list_objects_v2(
                         Bucket=self.bucket, Prefix=f"{self._base}{RESERVED_FOLDER}/", MaxKeys=1
                     )
@@ -275,7 +277,7 @@ class S3Store(ObjectStore):
                 self._prove()
         except (S3Refused, CredentialsRefused) as error:
             raise type(error)(error.message, code="store_refused") from error
-        self._proven_until = time.monotonic() + _PROOF_SECONDS
+        self._proven_until = self._clock() + _PROOF_SECONDS
 
     def _prove(self) -> None:
         # Nothing deletes the object. So the first process of all writes it, and then nobody can again.

@@ -15,7 +15,6 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from inferq.producer.gateway import connections
 from inferq.producer.gateway.connections import ConnectionGuard, GuardedProtocol, default_limit
 from inferq.producer.gateway.server import listen, url_of
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
@@ -96,12 +95,8 @@ async def stream_much(_scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def test_a_slow_head_and_an_answer_that_nobody_reads_end_their_connections(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(connections, "STALL_SECONDS", 0.3)
-    guard = ConnectionGuard(10, 10)
+async def test_a_slow_head_and_an_answer_that_nobody_reads_end_their_connections() -> None:
+    guard = ConnectionGuard(10, 10, head_seconds=0.3, stall_seconds=0.3)
     config = uvicorn.Config(stream_much, log_config=None, lifespan="off")
     loop, state = asyncio.get_running_loop(), ServerState()
     server = await loop.create_server(lambda: GuardedProtocol(config, state, {}, guard=guard), "127.0.0.1", 0)

@@ -19,8 +19,7 @@ import pytest
 
 from inferq.schemas import InferqError, InvalidTask, TransientFailure
 from inferq.storage import Fetched, Fetcher, ScratchUnavailable, StorageSettings, StoreOutage, upload_key
-from inferq.storage.fetch import addresses
-from inferq.storage.fetch.addresses import system_resolver
+from inferq.storage.fetch.addresses import Pace, system_resolver
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.s3 import S3Store
 from tests.certificates import certificate
@@ -291,7 +290,7 @@ def test_a_server_that_drips_is_cut_off_by_the_time_limit(
 
 
 def test_a_server_that_sends_too_little_is_cut_off_early(
-    fetch: Fetch, server: Server, monkeypatch: pytest.MonkeyPatch
+    make_fetch: Callable[..., Fetch], server: Server
 ) -> None:
     def drip(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
@@ -299,8 +298,7 @@ def test_a_server_that_sends_too_little_is_cut_off_early(
             connection.sendall(b"x")
             time.sleep(0.02)
 
-    monkeypatch.setattr(addresses, "_PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(addresses, "_LOOK_SECONDS", 0.05)
+    fetch = make_fetch(world={"pace": Pace(patience=0.2, look=0.05)})
     server.answers["/"] = drip
     began = time.monotonic()
     assert "1024 bytes per second" in failed(fetch, server.url())
@@ -311,7 +309,7 @@ def test_a_server_that_sends_too_little_is_cut_off_early(
     "answer", [b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 100 C\r\n\r\n" * 500]
 )
 def test_a_fetch_that_waits_for_a_server_can_be_given_up(
-    fetch: Fetch, server: Server, monkeypatch: pytest.MonkeyPatch, answer: bytes
+    make_fetch: Callable[..., Fetch], server: Server, answer: bytes
 ) -> None:
     class GivenUp(Exception):
         pass
@@ -328,7 +326,7 @@ def test_a_fetch_that_waits_for_a_server_can_be_given_up(
             time.sleep(0.05)
         connection.recv(1)
 
-    monkeypatch.setattr(addresses, "_LOOK_SECONDS", 0.05)
+    fetch = make_fetch(world={"pace": Pace(look=0.05)})
     server.answers["/"] = send
     with pytest.raises(GivenUp):
         fetch(server.url(), checkpoint=checkpoint)

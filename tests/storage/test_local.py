@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from inferq.storage import BadObjectKey, StoreOutage
-from inferq.storage.objects import local
 from inferq.storage.objects.local import LocalStore
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
@@ -228,23 +227,20 @@ def test_processes_that_begin_together_agree_on_the_identity(tmp_path: Path, rac
         store.ping()
 
 
-def test_no_store_is_made_where_a_disk_of_fstab_is_not_mounted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_store_is_made_where_a_disk_of_fstab_is_not_mounted(tmp_path: Path) -> None:
     disk = tmp_path / "a disk"
     disk.mkdir()
     table = tmp_path / "fstab"
-    monkeypatch.setattr(local, "_FSTAB", str(table))
     escaped = str(disk).replace(" ", "\\040")
     table.write_text(
         f"# a comment\n\nUUID=1 / ext4 defaults 0 1\nUUID=2 {escaped} ext4 defaults 0 2\nUUID=3 none swap sw\n"
     )
-    store = LocalStore(disk / "store")
+    store = LocalStore(disk / "store", fstab=str(table))
     for use in USES.values():
         with pytest.raises(StoreOutage, match=f"{disk}, which is not mounted"):
             use(store)
     assert list(disk.iterdir()) == []
-    LocalStore(tmp_path / "a disk of another name").ping()
+    LocalStore(tmp_path / "a disk of another name", fstab=str(table)).ping()
     table.write_text(f"UUID=2 {escaped} ext4 noauto,ro 0 2\n")
     store.ping()
     table.write_text(f"UUID=2 {escaped} ext4 defaults 0 2\n")

@@ -80,7 +80,6 @@ def moody() -> Iterator[Moody]:
 def moody_store(moody: Moody, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     impatient = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)
     monkeypatch.setattr(botocore.endpoint, "time", impatient)
-    monkeypatch.setattr(s3_module, "time", impatient)
     return S3Store("bucket", endpoint_url=moody.url)
 
 
@@ -250,23 +249,21 @@ def test_credentials_that_only_read_are_not_enough(moody: Moody, moody_store: S3
         assert caught.value.code == "store_refused"
 
 
-def test_that_a_store_writes_is_proven_again_after_a_while(
-    moody: Moody, moody_store: S3Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_that_a_store_writes_is_proven_again_after_a_while(moody: Moody) -> None:
     now = 1000.0
-    monkeypatch.setattr(s3_module, "time", SimpleNamespace(monotonic=lambda: now))
+    store = S3Store("bucket", endpoint_url=moody.url, clock=lambda: now)
     written, refused, listed = (
         (200, {"etag": '"e"'}),
         (412, "PreconditionFailed"),
         (200, "<ListBucketResult/>"),
     )
     moody.answers = [refused, written, listed, refused, written]
-    moody_store.ping()
+    store.ping()
     now += 29
-    moody_store.ping()
+    store.ping()
     assert len(moody.answers) == 2
     now += 2
-    moody_store.ping()
+    store.ping()
     assert [method for method, _ in moody.requests] == ["PUT", "PUT", "GET", "PUT", "PUT"]
 
 
