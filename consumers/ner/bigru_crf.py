@@ -15,10 +15,6 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-_CLOSE_CALL = 0.002
-"""Up to this lead over the second best path, rounding may decide which path wins. In another batch, a path's
-score differs by less than a hundredth of this."""
-
 _HALF = np.float32(0.5)
 
 
@@ -47,19 +43,24 @@ class Crf:
 
 @dataclass(frozen=True)
 class BiGruCrf:
-    """The network: `embedding` is `(n, d)`, `output` `(2h, k)`, `output_bias` `(k,)`."""
+    """The network: `embedding` is `(n, d)`, `output` `(2h, k)`, `output_bias` `(k,)`.
+
+    `close_call`: up to this lead over the second best path, rounding may decide which path wins. In another
+    batch, a path's score differs by less than a hundredth of this.
+    """
 
     embedding: Floats
     layers: tuple[BiGru, ...]
     output: Floats
     output_bias: Floats
     crf: Crf
+    close_call: float = 0.002
 
     def tag(self, sequences: Sequence[Ids]) -> list[Ids]:
         """The best tags of each sequence of ids, computed together. No sequence may be empty.
 
         The tags equal those of each sequence alone. A matrix product of another shape may round its last
-        bit differently. So a path with a lead of at most _CLOSE_CALL is computed again, alone.
+        bit differently. So a path with a lead of at most `close_call` is computed again, alone.
         """
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         packing = _Packing([len(sequences[index]) for index in order])
@@ -68,7 +69,7 @@ class BiGruCrf:
         result: list[Ids] = [np.empty(0, np.int64)] * len(sequences)
         for index, path, lead in zip(order, paths, leads, strict=True):
             alone = len(sequences) == 1
-            result[index] = path if alone or lead > _CLOSE_CALL else self.tag([sequences[index]])[0]
+            result[index] = path if alone or lead > self.close_call else self.tag([sequences[index]])[0]
         return result
 
     def _emissions(self, ids: Ids, packing: _Packing) -> Floats:

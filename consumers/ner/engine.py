@@ -41,9 +41,10 @@ class _Piece:
 class NerEngine(Engine[NerTask]):
     """Reads texts sentence by sentence, many sentences at a time."""
 
-    def __init__(self) -> None:
-        self._settings = NerSettings.load()
-        self._loaded: Backend | None = None
+    def __init__(self, settings: NerSettings | None = None, *, backend: Backend | None = None) -> None:
+        """`settings` default to the environment's. `backend`: a loaded one; else `load` loads it."""
+        self._settings = settings or NerSettings.load()
+        self._loaded = backend
 
     def load(self) -> EngineInfo:
         """Load the model that INFERQ_NER_BACKEND names onto the device that INFERQ_DEVICE names."""

@@ -25,9 +25,10 @@ _DECODING_SHARE = 0.5
 class OcrEngine(Engine[OcrTask]):
     """Reads documents page by page; one page is in memory at a time."""
 
-    def __init__(self) -> None:
-        settings = self._settings = OcrSettings.load()
-        self._loaded: Backend | None = None
+    def __init__(self, settings: OcrSettings | None = None, *, backend: Backend | None = None) -> None:
+        """`settings` default to the environment's. `backend`: a loaded one; else `load` loads it."""
+        settings = self._settings = settings or OcrSettings.load()
+        self._loaded = backend
         self._decoder = Decoder(
             "inferq.consumers.ocr.images:open_with",
             {"max_pixels": settings.ocr_max_pixels, "dpi": settings.ocr_dpi},

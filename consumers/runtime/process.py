@@ -107,9 +107,15 @@ class EngineProcess:
     """One engine process, for one thread at a time. The thread that starts it must outlive it."""
 
     def __init__(
-        self, type_name: str, limits: MemoryLimits = MemoryLimits(), *, idle_seconds: float = 0.005
+        self,
+        type_name: str,
+        limits: MemoryLimits = MemoryLimits(),
+        *,
+        idle_seconds: float = 0.005,
+        total_memory: Callable[[], int] = total_memory,
     ) -> None:
         """`prepare` wakes the process only if it has been idle for `idle_seconds`."""
+        self._total_memory = total_memory
         self._type_name = type_name
         self._limits = limits
         self.kill_at = limits.kill_at
@@ -211,7 +217,7 @@ class EngineProcess:
             case Ready(engine=info):
                 self._check_limits()
                 if self._limits.kill_at is None:
-                    self.kill_at = _default_limit(self.memory(), total_memory())
+                    self.kill_at = _default_limit(self.memory(), self._total_memory())
                 self.info = info
                 return info
             case LoadFailed(permanent=True):

@@ -196,9 +196,7 @@ def test_an_abort_is_seen_before_anything_is_computed(
         engine.run(ner_task(text=TEXT), make_context(abort=lambda: True))
 
 
-def test_batches_are_bounded_in_sentences_and_in_characters(
-    engine: NerEngine, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_bounded_in_sentences_and_in_characters(make_context: Callable[..., Context]) -> None:
     seen: list[list[int]] = []
 
     class Watching:
@@ -209,7 +207,7 @@ def test_batches_are_bounded_in_sentences_and_in_characters(
             seen.append([len(piece) for piece in pieces])
             return [[Span(0, 1, "PER", "x", 0.5)] for _ in pieces]
 
-    monkeypatch.setattr(engine, "_loaded", Watching())
+    engine = NerEngine(backend=Watching())
     text = "甲" * 3000 + "。" + "".join("乙" * (n % 40 + 1) + "。" for n in range(1000))
     output = engine.run(ner_task(text=text), make_context())
     check(output, text)

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,11 @@ def test_a_path_that_leads_by_next_to_nothing_is_decided_alone(
 
     alone = [lac._network.tag([one])[0].tolist() for one in ids]
     monkeypatch.setattr(BiGruCrf, "_emissions", with_an_error)
-    monkeypatch.setattr(bigru_crf, "_CLOSE_CALL", 0.0)
-    assert [path.tolist() for path in lac._network.tag(ids)] != alone  # the error is one that shows
+    hasty = replace(lac._network, close_call=0.0)
+    assert [path.tolist() for path in hasty.tag(ids)] != alone  # the error is one that shows
     # Two paths of 60 steps come nearer to each other by this much at most.
-    monkeypatch.setattr(bigru_crf, "_CLOSE_CALL", 2 * 60 * error)
-    assert [path.tolist() for path in lac._network.tag(ids)] == alone
+    careful = replace(lac._network, close_call=2 * 60 * error)
+    assert [path.tolist() for path in careful.tag(ids)] == alone
 
 
 def test_rounding_is_far_below_what_counts_as_a_close_call(lac: LacBackend) -> None:
@@ -70,7 +71,7 @@ def test_rounding_is_far_below_what_counts_as_a_close_call(lac: LacBackend) -> N
         alone = bigru_crf._Packing([len(one)])
         rows = np.asarray(packing.starts)[: len(one)] + number
         difference = np.abs(together[rows] - lac._network._emissions(alone.pack([one]), alone))
-        assert difference.max() < bigru_crf._CLOSE_CALL / 50
+        assert difference.max() < lac._network.close_call / 50
 
 
 @given(

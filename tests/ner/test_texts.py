@@ -9,11 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inferq.consumers.engine import Context
 from inferq.consumers.ner import NerOutput
 from inferq.consumers.ner.engine import NerEngine
+from inferq.consumers.ner.lac import LacBackend
 from inferq.consumers.ner.settings import NerSettings
 from inferq.consumers.ner.texts import read_text
 from inferq.schemas import InvalidTask
+from tests.ner.conftest import ner_task
 
 Read = Callable[..., NerOutput]
 CHINESE = "患者张伟因糖尿病入院。" * 20
@@ -66,18 +69,20 @@ def test_a_file_that_is_too_large_is_never_read(tmp_path: Path) -> None:
 
 
 def test_longer_texts_may_be_allowed_and_shorter_ones_asked_for(
-    read: Read, engine: NerEngine, monkeypatch: pytest.MonkeyPatch
+    lac: LacBackend, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine, "_settings", NerSettings(ner_max_characters=10))
+    engine = NerEngine(NerSettings(ner_max_characters=10), backend=lac)
     for fields, name in (({"text": "甲" * 11}, "text"), ({"texts": ["甲", "乙" * 11]}, r"texts\[1\]")):
         with pytest.raises(
             InvalidTask, match=rf"^{name} has 11 characters, but a text may have at most 10"
         ) as caught:
-            read(**fields)
+            engine.run(ner_task(**fields), make_context())
         assert caught.value.code == "text_too_long"
-    assert read(text="甲" * 10).texts[0].characters == 10
-    monkeypatch.setattr(engine, "_settings", NerSettings(ner_max_characters=11))
-    assert read(("甲" * 11).encode()).texts[0].characters == 11
+    assert engine.run(ner_task(text="甲" * 10), make_context()).texts[0].characters == 10
+    engine = NerEngine(NerSettings(ner_max_characters=11), backend=lac)
+    (tmp_path / "input").write_text("甲" * 11)
+    output = engine.run(ner_task(text_url="data:,x"), make_context(tmp_path / "input"))
+    assert output.texts[0].characters == 11
 
 
 @pytest.mark.parametrize("content", ["\ufeff张伟\r\n", "张\0伟", "a\tb\fc\v\x1b[0m", "\u2028张"])

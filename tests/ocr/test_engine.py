@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -227,15 +228,29 @@ def test_a_bad_page_does_not_cost_the_good_ones(read: Read, tmp_path: Path) -> N
     assert caught.value.code == "truncated_image"
 
 
+class Fixed:
+    """A backend that reads the same two lines on every page, and keeps the shapes of the pages."""
+
+    info = EngineInfo(name="fixed", version="1", model="none", device="cpu")
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def read(self, page: np.ndarray) -> list[Line]:
+        self.shapes.append(page.shape)
+        return [Line(text="b", score=0.9, box=((0, 50), (9, 50), (9, 60), (0, 60))),
+                Line(text="a", score=0.9, box=((0, 10), (9, 10), (9, 20), (0, 20)))]  # fmt: skip
+
+
 def test_more_pages_than_one_task_may_read_are_refused(
-    read: Read, engine: OcrEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
     make_document(tmp_path / "a.pdf")
-    monkeypatch.setattr(engine, "_settings", OcrSettings(ocr_max_pages=2))
-    with pytest.raises(InvalidTask, match=r"4 pages.*may read at most 2.*options\.pages") as caught:
-        read(tmp_path / "a.pdf")
-    assert caught.value.code == "too_many_pages"
-    assert len(read(tmp_path / "a.pdf", pages="1-2").pages) == 2
+    with closing(OcrEngine(OcrSettings(ocr_max_pages=2), backend=Fixed())) as engine:
+        with pytest.raises(InvalidTask, match=r"4 pages.*may read at most 2.*options\.pages") as caught:
+            engine.run(ocr_task(), make_context(tmp_path / "a.pdf"))
+        assert caught.value.code == "too_many_pages"
+        assert len(engine.run(ocr_task(pages="1-2"), make_context(tmp_path / "a.pdf")).pages) == 2
 
 
 def test_a_run_stops_between_pages_when_it_is_asked_to(
@@ -361,15 +376,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
 
 def test_any_backend_will_do(make_context: Callable[..., Context], invoice: Sample) -> None:
-    class Fixed:
-        info = EngineInfo(name="fixed", version="1", model="none", device="cpu")
-
-        def read(self, page: np.ndarray) -> list[Line]:
-            assert page.shape == (1000, 1240, 3)
-            return [Line(text="b", score=0.9, box=((0, 50), (9, 50), (9, 60), (0, 60))),
-                    Line(text="a", score=0.9, box=((0, 10), (9, 10), (9, 20), (0, 20)))]  # fmt: skip
-
-    engine = OcrEngine()
-    engine._loaded = Fixed()
-    assert engine.run(ocr_task(), make_context(invoice.path)).text == "a\nb"
-    engine.close()
+    fixed = Fixed()
+    with closing(OcrEngine(backend=fixed)) as engine:
+        assert engine.run(ocr_task(), make_context(invoice.path)).text == "a\nb"
+    assert fixed.shapes == [(1000, 1240, 3)]

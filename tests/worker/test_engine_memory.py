@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inferq.consumers import machine
+from inferq.consumers.machine import total_memory
 from inferq.consumers.runtime.child import _failed, out_of_memory
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.schemas import InvalidTask, TransientFailure, get_type
@@ -179,12 +179,10 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not out_of_memory(error)
 
 
-def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_left(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_left(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000000\n")
-    monkeypatch.setattr(machine, "_CGROUP_LIMITS", (tmp_path / "memory.max", tmp_path / "missing"))
-    engine = EngineProcess("echo")
+    limits = (tmp_path / "memory.max", tmp_path / "missing")
+    engine = EngineProcess("echo", total_memory=lambda: total_memory(limits))
     engine.spawn()
     try:
         engine.wait_ready(limit=30)
@@ -194,12 +192,9 @@ def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_lef
         engine.close()
 
 
-def test_a_machine_without_a_limit_has_all_its_memory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_machine_without_a_limit_has_all_its_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(machine, "_CGROUP_LIMITS", (tmp_path / "memory.max",))
-    assert machine.total_memory() > 1 << 28
+    assert total_memory([tmp_path / "memory.max"]) > 1 << 28
 
 
 def test_the_text_of_an_engines_error_is_for_the_log_only(caplog: pytest.LogCaptureFixture) -> None:
