@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from inferq.broker import Message, PublishRejected, task_message
-from inferq.consumers.batches.lost_lines import LostLines, refeed_due
+from inferq.consumers.batches.lost_lines import LostLines, messages_in, refeed_due
 from inferq.consumers.batches.recount import Recount
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
@@ -241,7 +242,8 @@ class Slice:
         recount.in_flight()
         now = self._now()
         if self.step().ended == stall.ended and refeed_due(stall, now):
-            lost = LostLines(self._services, now - stall.since)
+            count_in = partial(messages_in, self._services.broker)
+            lost = LostLines(self._services, now - stall.since, count_in)
             if count := lost.feed_again(recount.unended_tasks()):
                 _log.warning(
                     "batch %s: fed %d lines again, which have neither a result nor a message",

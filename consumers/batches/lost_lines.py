@@ -8,12 +8,20 @@ lines are fixed, and the second message of a task finds the first one's result.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
+from functools import cache
 
 from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker
 
-from inferq.broker import BrokerUnavailable, PublishRejected, connect, task_message, work_queue
+from inferq.broker import (
+    BrokerSettings,
+    BrokerUnavailable,
+    PublishRejected,
+    connect,
+    task_message,
+    work_queue,
+)
 from inferq.consumers.batches.services import BatchServices
 from inferq.schemas import Task
 from inferq.storage import Stall
@@ -32,12 +40,15 @@ def refeed_due(stall: Stall, now: float) -> bool:
 
 
 class LostLines:
-    """The lost lines of a batch; `lasted` is how many seconds ago one of its tasks last ended."""
+    """The lost lines of a batch; `lasted` is how many seconds ago one of its tasks last ended.
 
-    def __init__(self, services: BatchServices, lasted: float) -> None:
+    `count` is `messages_in` for one broker; each queue is counted once.
+    """
+
+    def __init__(self, services: BatchServices, lasted: float, count: Callable[[str], int | None]) -> None:
         self._services = services
         self._lasted = lasted
-        self._waiting: dict[str, int | None] = {}
+        self._messages = cache(count)
 
     def feed_again(self, unended: Iterable[Sequence[Task]]) -> int:
         """Publish those of the `unended` tasks that are lost; gives how many."""
@@ -60,17 +71,13 @@ class LostLines:
         held = known is not None and known.state in ("running", "retrying")
         return not held or self._lasted >= _HELD_SECONDS
 
-    def _messages(self, queue: str) -> int | None:
-        """How many messages wait in the queue, asked once; None if it does not exist or cannot be asked."""
-        if queue not in self._waiting:
-            self._waiting[queue] = self._ask(queue)
-        return self._waiting[queue]
 
-    def _ask(self, queue: str) -> int | None:
-        try:
-            with closing(connect(self._services.broker, name="batches")) as connection:
-                declared = connection.channel().queue_declare(queue, passive=True)
-        except (BrokerUnavailable, AMQPConnectionError, ChannelClosedByBroker) as error:
-            _log.debug("queue %s cannot be counted: %s", queue, error)
-            return None
-        return int(declared.method.message_count or 0)
+def messages_in(broker: BrokerSettings, queue: str) -> int | None:
+    """How many messages wait in the queue; None if it does not exist or cannot be counted."""
+    try:
+        with closing(connect(broker, name="batches")) as connection:
+            declared = connection.channel().queue_declare(queue, passive=True)
+    except (BrokerUnavailable, AMQPConnectionError, ChannelClosedByBroker) as error:
+        _log.debug("queue %s cannot be counted: %s", queue, error)
+        return None
+    return int(declared.method.message_count or 0)

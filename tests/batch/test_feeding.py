@@ -391,15 +391,15 @@ def test_a_result_that_is_deleted_before_assembly_is_made_again(site: BatchSite,
     ],
 )
 def test_a_line_is_lost_if_neither_a_queue_nor_a_worker_seems_to_have_it(
-    monkeypatch: pytest.MonkeyPatch, waiting: int | None, state: State | None, lasted: float, lost: bool
+    waiting: int | None, state: State | None, lasted: float, lost: bool
 ) -> None:
     task = parse_task({"task_id": "b.1", "task_type": "echo", "payload": 1})
     known = (
         None if state is None else TaskStatus(task_id="b.1", task_type="echo", tenant="default", state=state)
     )
     status = SimpleNamespace(get=lambda _tenant, _task_id: known)
-    monkeypatch.setattr(LostLines, "_ask", lambda _self, queue: waiting if "echo.normal" in queue else None)
-    lines = LostLines(cast(BatchServices, SimpleNamespace(status=status)), lasted)
+    services = cast(BatchServices, SimpleNamespace(status=status))
+    lines = LostLines(services, lasted, lambda queue: waiting if "echo.normal" in queue else None)
     assert lines.is_lost(task) == lost
 
 
