@@ -38,7 +38,7 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 quick: .make/test ## run the tests that need no service, no process and no model: under a minute
 	@$(BIN)/python -m pytest --quick -q -r fE -n 2 $(addprefix --ignore=tests/,$(MODEL_TESTS)) $(ARGS)
 
-test: .make/test | system ## run the tests, against a real RabbitMQ and Redis
+test: .make/test .make/client | system ## run the tests, against a real RabbitMQ and Redis
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: ## the same, and which lines no test runs: takes half as long again, fails where that is over a tenth
@@ -49,7 +49,7 @@ test-engines: .make/test-engines ## run the tests that need the engines' own lar
 
 test-lowest: ## run the tests of the core with the oldest releases that setup.cfg allows; PYTHON=python3.13 picks a Python
 test-newest: ## the same with the newest releases, without constraints.txt
-test-lowest test-newest: test-%: .make/test-%-$(PYTHON_STAMP) | system
+test-lowest test-newest: test-%: .make/test-%-$(PYTHON_STAMP) .make/client | system
 	@.venv-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE_TESTS) $(ARGS)
 
 chaos: .make/test | system ## break everything that can break, count what was lost, write docs/reliability.md
@@ -123,6 +123,13 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	.venv-engines/bin/python -m pip install -qq --no-input -c constraints-engines.txt -e '.[test-engines]'
 	touch $@
 
+# One for the generator of a client, which does not fit beside today's typer.
+.make/client: constraints-client.txt .venv-client/pyvenv.cfg
+	@mkdir -p .make
+	echo "Installing openapi-python-client into .venv-client (the first time takes some seconds)"
+	.venv-client/bin/python -m pip install -qq --no-input -c constraints-client.txt openapi-python-client
+	touch $@
+
 # Two more, without an engine, made anew for another Python. uv resolves to the lowest versions; pip cannot.
 .make/test-lowest-$(PYTHON_STAMP): RESOLUTION := lowest-direct
 .make/test-newest-$(PYTHON_STAMP): RESOLUTION := highest
@@ -136,8 +143,8 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) -e '.[up,test]'
 	touch $@
 
-.venv-engines/pyvenv.cfg: | .venv/pyvenv.cfg
-	@$(BIN)/python -m venv .venv-engines
+.venv-engines/pyvenv.cfg .venv-client/pyvenv.cfg: | .venv/pyvenv.cfg
+	@$(BIN)/python -m venv $(@D)
 
 define SUDO_OR_SAY
 may_install() { [ "$$(id -u)" = 0 ] && as_root() { "$$@"; } || { sudo -n true 2>/dev/null && as_root() { sudo -n "$$@"; }; }; }

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from inferq.schemas.batch import Batch, BatchEvent, BatchStatus
+from inferq.schemas.json_schema import SchemaGenerator
 from inferq.schemas.night import NightEvent
 from inferq.schemas.record import SCHEMA_VERSION
 from inferq.schemas.result import Result
@@ -51,7 +52,7 @@ def documents(types: Mapping[str, TaskType]) -> dict[str, str]:
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    return {"$schema": _DIALECT, **model.model_json_schema()}
+    return {"$schema": _DIALECT, **model.model_json_schema(schema_generator=SchemaGenerator)}
 
 
 def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
@@ -61,7 +62,9 @@ def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
     """
     models: list[type[BaseModel]] = [*(t.task for t in types.values()), *(e for e, _ in _EVENTS.values())]
     named, shared = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in models],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=SchemaGenerator,
     )
     channels: dict[str, Any] = {}
     messages: dict[str, Any] = {}

@@ -90,6 +90,8 @@ def create_app(
         redirect_slashes=False,
         root_path_in_servers=False,
         servers=[{"url": storage.api_url.rstrip("/")}],
+        generate_unique_id_function=openapi.operation_id,
+        **openapi.ABOUT,
     )
     app.state.services = services
     app.state.submitter = Submitter(services)

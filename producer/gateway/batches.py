@@ -31,7 +31,8 @@ from inferq.storage.batches.store import errors_key, output_key
 from inferq.storage.status.fields import CURSOR_PATTERN, micros, read_cursor, write_cursor
 from inferq.storage.status.index import StatusOutage
 
-_JSONL_TYPES = ("application/x-ndjson", "application/jsonl", "application/gzip")
+# A client generated from the OpenAPI document declares a body of bytes as the last of them.
+_JSONL_TYPES = ("application/gzip", "application/jsonl", "application/x-ndjson")
 _MAX_PAGE = 200
 
 _log = logging.getLogger(__name__)
@@ -89,7 +90,10 @@ async def post_batch(
     request: Request,
     tenant: CurrentTenant,
     services: ServicesDep,
-    spec: Annotated[str | None, Query(max_length=MAX_BODY_BYTES)] = None,
+    spec: Annotated[
+        str | None,
+        Query(max_length=MAX_BODY_BYTES, json_schema_extra={"contentMediaType": "application/json"}),
+    ] = None,
 ) -> Response:
     """The body is one of two things.
 
@@ -140,6 +144,7 @@ async def list_batches(
     cursor: Annotated[str | None, Query(json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 50,
 ) -> Response:
+    """All batches of the tenant."""
     before = _place(*read_cursor(cursor)) if cursor else None
 
     def older() -> list[tuple[int, str]]:
@@ -162,6 +167,7 @@ def _place(made: str, batch_id: str) -> tuple[int, str]:
 
 @router.get("/batches/{batch_id}", response_model=BatchAnswer, summary="Get a batch's status")
 async def get_batch(batch_id: str, tenant: CurrentTenant, services: ServicesDep) -> Response:
+    """Its state, the number of its tasks in each state, and how fast it proceeds."""
     return _answer(services.paths, await require_batch(services, tenant, batch_id))
 
 

@@ -32,7 +32,12 @@ router = Router(prefix="/v1", tags=["tasks"])
     "/tasks/{task_id}/events",
     summary="Follow a task's events",
     response_class=EventSourceResponse,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"}},
+    responses={
+        200: {
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "description": "Server-sent events",
+        }
+    },
 )
 async def task_events(task_id: str, tenant: CurrentTenant, services: ServicesDep) -> EventSourceResponse:
     """Server-sent events; each has the event's type as its name and an Event as JSON data.

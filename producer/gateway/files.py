@@ -136,9 +136,9 @@ async def store_upload(
     )
 
 
-def as_file(content_type: str) -> dict[str, Any]:
+def as_file(*content_types: str) -> dict[str, Any]:
     """The arguments of a route that answers with a file, for the OpenAPI document."""
-    file = {"content": {content_type: {"schema": {"type": "string", "format": "binary"}}}}
+    file = {"content": {name: {"schema": {"type": "string", "format": "binary"}} for name in content_types}}
     return {
         "response_class": StreamingResponse,
         "responses": {
@@ -158,11 +158,13 @@ def _extension(filename: str, content_type: str) -> str:
 @router.get(
     "/tasks/{task_id}/artifacts/{name}",
     summary="Download an artifact of a task",
-    **as_file("*/*"),
+    # Generators of clients cannot read a range of types alone.
+    **as_file(DEFAULT_TYPE, "*/*"),
 )
 async def get_artifact(
     task_id: str, name: str, request: Request, tenant: CurrentTenant, services: ServicesDep
 ) -> Response:
+    """`name` is one of the names in the result's `artifacts`."""
     checked_task_id(task_id)
     result = await find_result(services, tenant, task_id)
     if result is None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from typing import Literal
 
 from fastapi import Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from inferq.producer.gateway.routing import Router
@@ -86,6 +86,7 @@ async def _check_of(ping: Awaitable[None]) -> Check:
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Check that the process is alive")
 async def healthz() -> dict[str, str]:
+    """Checks no other service, as a restart of the gateway does not help an unavailable broker."""
     return {"status": "ok"}
 
 
@@ -105,6 +106,7 @@ async def readyz(request: Request) -> Response:
 
 
 @router.head("/metrics", include_in_schema=False)
-@router.get("/metrics", summary="Get metrics for Prometheus", response_class=Response)
+@router.get("/metrics", summary="Get metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(services: ServicesDep) -> Response:
+    """In Prometheus' text format."""
     return Response(services.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")

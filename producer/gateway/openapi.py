@@ -6,11 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from inferq.producer.gateway.problems import MEDIA_TYPE, Problem
 from inferq.schemas import Batch, BatchId, TaskId, installed_types
+from inferq.schemas.json_schema import SchemaGenerator
 
 _REF = "#/components/schemas/{model}"
 _SET_IF_ABSENT = {"task_id", "batch_id", "created_at"}
@@ -19,6 +21,33 @@ _SET_IF_ABSENT = {"task_id", "batch_id", "created_at"}
 _REFUSED = ("batch_line", "schedule")
 """Fields that only other parts than a client may set."""
 
+_PROBLEMS = {
+    "4XX": ("Refused", "The request is refused; `code` says why (RFC 9457)"),
+    "5XX": (
+        "Failed",
+        "The request failed; send it again after the seconds of the header Retry-After, if any",
+    ),
+}
+"""The answers of every operation beside its own: status codes, component, description."""
+
+ABOUT: dict[str, Any] = {
+    "contact": {"name": "The operator of this gateway"},
+    "license_info": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
+    "openapi_tags": [
+        {"name": "tasks", "description": "Submit tasks, follow them, and get their results."},
+        {"name": "batches", "description": "Submit many tasks at once, as JSONL or a prefix in S3."},
+        {"name": "callbacks", "description": "See which callbacks were delivered, and send them again."},
+        {"name": "files", "description": "Upload inputs, and download the files that tasks made."},
+        {"name": "health", "description": "Probes and metrics. They need no API key."},
+    ],
+}
+"""Arguments of the FastAPI application that describe it."""
+
+
+def operation_id(route: APIRoute) -> str:
+    """The name of a route's function: generated clients name their functions after it."""
+    return route.name
+
 
 def build(app: FastAPI) -> dict[str, Any]:
     """The document of `app`'s routes, with the schema of each task type."""
@@ -26,10 +55,14 @@ def build(app: FastAPI) -> dict[str, Any]:
         title=app.title,
         version=app.version,
         description=app.description,
+        contact=app.contact,
+        license_info=app.license_info,
+        tags=app.openapi_tags,
         routes=app.routes,
         servers=app.servers,
     )
-    schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+    components: dict[str, Any] = document.setdefault("components", {})
+    schemas: dict[str, Any] = components.setdefault("schemas", {})
     types = installed_types()
     models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
         (Problem, "serialization"),
@@ -37,30 +70,30 @@ def build(app: FastAPI) -> dict[str, Any]:
     ]
     for task_type in types.values():
         models += [(task_type.task, "validation"), (task_type.output, "serialization")]
-    references, definitions = models_json_schema(models, ref_template=_REF)
+    references, definitions = models_json_schema(models, ref_template=_REF, schema_generator=SchemaGenerator)
     schemas |= definitions.get("$defs", {})
     _as_requested(schemas["Batch"])
     mapping = {}
     for task_type in types.values():
         reference = references[task_type.task, "validation"]["$ref"]
         mapping[task_type.name] = reference
-        schema = schemas[reference.rpartition("/")[2]]
-        _as_requested(schema)
-        schema["x-inferq-output"] = references[task_type.output, "serialization"]
+        _as_requested(schemas[reference.rpartition("/")[2]])
     task = {
         "oneOf": [{"$ref": reference} for reference in mapping.values()],
         "discriminator": {"propertyName": "task_type", "mapping": mapping},
     }
     schemas["AnyTask"] = task
+    outputs = {name: references[t.output, "serialization"] for name, t in types.items()}
+    schemas["Result"] |= _output_by_type(outputs)
     body = {
         "required": True,
         "content": {"application/json": {"schema": {"$ref": _REF.format(model="AnyTask")}}},
     }
     document["paths"]["/v1/tasks"]["post"]["requestBody"] = body
     document["paths"]["/v1/tasks/{task_id}"]["put"]["requestBody"] = body
-    problem = {
-        "description": "Any error: a problem document (RFC 9457)",
-        "content": {MEDIA_TYPE: {"schema": references[Problem, "serialization"]}},
+    problem = {"content": {MEDIA_TYPE: {"schema": references[Problem, "serialization"]}}}
+    components["responses"] = {
+        name: {"description": description, **problem} for name, description in _PROBLEMS.values()
     }
     ids = {
         "task_id": TypeAdapter(TaskId).json_schema(),
@@ -68,11 +101,18 @@ def build(app: FastAPI) -> dict[str, Any]:
     }
     for path in document["paths"].values():
         for operation in path.values():
+            operation.setdefault("security", [])
             for parameter in operation.get("parameters", ()):
                 if parameter["in"] == "path":
                     parameter["schema"] |= ids.get(parameter["name"], {})
-            operation["responses"].pop("422", None)
-            operation["responses"]["default"] = problem
+            responses = operation["responses"]
+            responses.pop("422", None)
+            for code, response in responses.items():
+                if int(code) >= 400:
+                    response.setdefault("content", problem["content"])
+            responses |= {
+                code: {"$ref": f"#/components/responses/{name}"} for code, (name, _) in _PROBLEMS.items()
+            }
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return document
@@ -85,3 +125,15 @@ def _as_requested(schema: dict[str, Any]) -> None:
         schema["properties"].pop(name, None)
     # The default is the API key's tenant. Generated clients send the defaults that they know.
     schema["properties"]["tenant"].pop("default", None)
+
+
+def _output_by_type(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result's schema that says which output a task type has."""
+    schema: dict[str, Any] = {}
+    for name, output in reversed(outputs.items()):
+        schema = {
+            "if": {"properties": {"task_type": {"const": name}}},
+            "then": {"properties": {"output": {"anyOf": [output, {"type": "null"}]}}},
+            **({"else": schema} if schema else {}),
+        }
+    return schema

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 MAX_WAIT = 60
+
+WAITS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "Prefer",
+            "in": "header",
+            "description": f"`wait=20` waits up to 20 seconds for the task's end, at most {MAX_WAIT}.",
+            "schema": {"type": "string", "examples": ["wait=20"]},
+        }
+    ]
+}
+"""The `openapi_extra` of a route that waits."""
 
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:;.*)?", re.IGNORECASE)
 

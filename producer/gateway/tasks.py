@@ -15,7 +15,7 @@ from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.body import read_json
 from inferq.producer.gateway.events import wait_for_end
 from inferq.producer.gateway.paths import Paths
-from inferq.producer.gateway.prefer import preference_applied, wait_seconds
+from inferq.producer.gateway.prefer import WAITS, preference_applied, wait_seconds
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.ranges import requested_part
 from inferq.producer.gateway.responses import page_path, page_response
@@ -74,6 +74,7 @@ class TaskPage(BaseModel):
     status_code=202,
     response_model=TaskAnswer,
     summary="Submit a task",
+    openapi_extra=WAITS,
     responses={200: {"model": TaskAnswer, "description": "The task has ended"}},
 )
 async def post_task(request: Request, tenant: CurrentTenant, services: ServicesDep) -> Response:
@@ -89,6 +90,7 @@ async def post_task(request: Request, tenant: CurrentTenant, services: ServicesD
     status_code=202,
     response_model=TaskAnswer,
     summary="Submit a task under an id of your choice",
+    openapi_extra=WAITS,
     responses={200: {"model": TaskAnswer, "description": "The task has ended"}},
 )
 async def put_task(task_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep) -> Response:
@@ -129,7 +131,7 @@ async def _result_if_known(services: Services, status: TaskStatus) -> Result | N
     return None if result is None else with_public_urls(services, result)
 
 
-@router.get("/tasks/{task_id}", response_model=TaskAnswer, summary="Get a task's status")
+@router.get("/tasks/{task_id}", response_model=TaskAnswer, summary="Get a task's status", openapi_extra=WAITS)
 async def get_task(task_id: str, request: Request, tenant: CurrentTenant, services: ServicesDep) -> Response:
     """With `Prefer: wait=20` the answer waits up to 20 seconds (at most 60) for the task's end."""
     status = await require_status(services, tenant, task_id)
@@ -143,6 +145,7 @@ async def get_task(task_id: str, request: Request, tenant: CurrentTenant, servic
     "/tasks/{task_id}/result",
     response_model=Result,
     summary="Get a task's result",
+    openapi_extra=WAITS,
     responses={409: {"description": "The task has not ended yet (`not_ended`)"}},
 )
 async def get_result(
