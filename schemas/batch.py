@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from inferq.schemas.record import SCHEMA_VERSION, Record
+from inferq.schemas.s3_url import S3_BUCKET
 from inferq.schemas.task import CallbackUrl, Priority, Tenant, TypeName
 from inferq.schemas.window import Window
 
@@ -39,6 +40,11 @@ SOURCE_SCHEMES = ("inferq", "s3")
 SET_BY_FEEDER = ("batch_id", "batch_line", "tenant")
 """Task fields that the lines and defaults of a batch cannot set."""
 
+_NO_DEFAULTS = (*SET_BY_FEEDER, "task_id")
+
+_SOURCE = rf"^(inferq:.+|s3://{S3_BUCKET.replace('a-z', 'A-Za-z')}(/.*)?$)"
+"""What sources look like, as JSON Schema. Checks in code explain what is wrong with an S3 URL."""
+
 
 class Batch(BaseModel):
     """The request for a batch: its source, and the common fields of its tasks.
@@ -54,6 +60,7 @@ class Batch(BaseModel):
     source: str = Field(
         pattern=rf"^({'|'.join(SOURCE_SCHEMES)}):.+",
         max_length=2048,
+        json_schema_extra={"pattern": _SOURCE},
         description="`inferq:` (an uploaded JSONL file, perhaps gzipped), `s3://bucket/file.jsonl`, or "
         "`s3://bucket/prefix`, each of whose objects is an input.",
     )
@@ -61,7 +68,11 @@ class Batch(BaseModel):
         None, description="SHA-256 of an uploaded source. The same content is the same source."
     )
     task_type: TypeName | None = Field(None, description="The type of the lines that name none.")
-    defaults: dict[str, JsonValue] = Field({}, description="Task fields that a line may override.")
+    defaults: dict[str, JsonValue] = Field(
+        {},
+        description="Task fields that a line may override.",
+        json_schema_extra={"propertyNames": {"not": {"enum": [*_NO_DEFAULTS]}}},
+    )
     priority: Priority = "normal"
     max_in_flight: int = Field(
         DEFAULT_IN_FLIGHT, ge=1, le=1_000_000, description="The most tasks that are fed and have not ended."
@@ -77,7 +88,7 @@ class Batch(BaseModel):
     @field_validator("defaults")
     @classmethod
     def _leaves_to_the_feeder(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        for name in (*SET_BY_FEEDER, "task_id"):
+        for name in _NO_DEFAULTS:
             if name in value:
                 raise ValueError(f"{name} cannot be a default: it differs by line, or the batch says it")
         return value

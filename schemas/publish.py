@@ -108,7 +108,6 @@ def asyncapi(types: Mapping[str, TaskType]) -> dict[str, Any]:
             "payload": named[(model, "validation")],
         }
     channels["callbacks"] = {
-        "address": None,
         "description": "The `callback_url` of a task or batch, or the `callback` of a nightly run: events in "
         "the form of Standard Webhooks, told apart by their `type`.",
         "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in _EVENTS},

@@ -19,7 +19,6 @@ from pydantic import (
     GetCoreSchemaHandler,
     JsonValue,
     StringConstraints,
-    field_validator,
 )
 from pydantic_core import PydanticCustomError, core_schema
 
@@ -62,6 +61,13 @@ InputUrl = Annotated[
 ]
 
 
+def _within_the_calendar(value: datetime) -> datetime:
+    # A time with an offset near year 1 or 9999 overflows when it is converted to UTC.
+    if not 1970 <= value.year <= 9000:
+        raise ValueError("the year must lie between 1970 and 9000")
+    return value
+
+
 def _check_callback_url(url: str) -> str:
     try:
         parse_http_url(url)
@@ -69,6 +75,11 @@ def _check_callback_url(url: str) -> str:
         raise ValueError(error.message) from error
     return url
 
+
+_YEARS = {"pattern": "^(19[7-9][0-9]|[2-8][0-9]{3}|9000)-"}
+"""The years 1970 to 9000, as JSON Schema."""
+
+Moment = Annotated[AwareDatetime, AfterValidator(_within_the_calendar), Field(json_schema_extra=_YEARS)]
 
 HttpText = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+\S*$", max_length=2048)]
 CallbackUrl = Annotated[HttpText, AfterValidator(_check_callback_url)]
@@ -132,7 +143,7 @@ class Task(_Checked):
     tenant: Tenant = "default"
     callback_url: CallbackUrl | None = Field(None, description="The URL to notify.")
     callback_events: tuple[CallbackEvent, ...] = Field(("completed",), description="The events to notify of.")
-    expires_at: AwareDatetime | None = Field(None, description="Not started after this time.")
+    expires_at: Moment | None = Field(None, description="Not started after this time.")
     time_limit: float | None = Field(
         None, gt=0, le=86400, description="Seconds that one run may take. The task type has a default."
     )
@@ -149,15 +160,7 @@ class Task(_Checked):
         description="Repeated in the result and in callbacks.",
         json_schema_extra={"default": {}},
     )
-    created_at: AwareDatetime | None = None
-
-    @field_validator("expires_at", "created_at", mode="after")
-    @classmethod
-    def _within_the_calendar(cls, value: datetime | None) -> datetime | None:
-        # A time with an offset near year 1 or 9999 overflows when it is converted to UTC.
-        if value is not None and not 1970 <= value.year <= 9000:
-            raise ValueError("the year must lie between 1970 and 9000")
-        return value
+    created_at: Moment | None = None
 
     def body(self) -> bytes:
         """The UTF-8 JSON for the queue: the fields that were given, without defaults.

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-_CLOCK = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
+_CLOCK = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _NEAR = 3
 
 
@@ -59,7 +59,9 @@ def _is_clock(value: str) -> str:
 
 
 TimeZoneName = Annotated[str, AfterValidator(_is_time_zone)]
-TimeOfDay = Annotated[str, AfterValidator(_is_clock)]
+TimeOfDay = Annotated[
+    str, AfterValidator(_is_clock), Field(json_schema_extra={"pattern": f"^{_CLOCK.pattern}$"})
+]
 
 
 class Window(BaseModel):

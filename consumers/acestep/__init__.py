@@ -11,7 +11,12 @@ from inferq.schemas import Options, Task, TaskType
 
 AudioFormat = Literal["wav", "flac", "mp3"]
 
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=5, max_length=2000)]
+Prompt = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=5, max_length=2000),
+    # White space around it does not count.
+    Field(json_schema_extra={"pattern": r"\S[\s\S]{3,}\S"}),
+]
 Lyrics = Annotated[str, StringConstraints(strip_whitespace=True, max_length=4096)]
 
 

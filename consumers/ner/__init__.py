@@ -35,7 +35,13 @@ def _check_term(term: str) -> str:
     return term
 
 
-Term = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TERM), AfterValidator(_check_term)]
+Term = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_TERM),
+    AfterValidator(_check_term),
+    Field(json_schema_extra={"pattern": r"^\S([\s\S]*\S)?$"}),
+]
+Text = Annotated[str, Field(json_schema_extra={"pattern": r"\S"})]
 TypeOfTerms = Annotated[str, StringConstraints(pattern=r"^[^\W\d_][\w-]{0,31}$")]
 
 
@@ -84,13 +90,13 @@ class NerTask(Task):
     model_config = ConfigDict(json_schema_extra={"not": {"anyOf": _NOT_ONE_SOURCE}})
 
     task_type: Literal["ner"]
-    text: str | None = Field(None, description="The text.")
+    text: Text | None = Field(None, description="The text.")
     text_url: InputUrl | None = Field(
         None,
         description="A file of UTF-8 text: `https:`, `http:`, `s3:`, `data:`, or `inferq:` (an uploaded "
         "file). A byte order mark counts as a character, as do CR and LF.",
     )
-    texts: tuple[str, ...] | None = Field(
+    texts: tuple[Text, ...] | None = Field(
         None, min_length=1, max_length=MAX_TEXTS, description="Several texts, computed together."
     )
     options: NerOptions = NerOptions()

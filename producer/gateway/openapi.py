@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from inferq.producer.gateway.problems import MEDIA_TYPE, Problem
-from inferq.schemas import Batch, BatchId, TaskId, installed_types
+from inferq.schemas import RUN_ID, Batch, BatchId, TaskId, installed_types
 from inferq.schemas.json_schema import SchemaGenerator
 
 _REF = "#/components/schemas/{model}"
@@ -73,6 +73,9 @@ def build(app: FastAPI) -> dict[str, Any]:
     references, definitions = models_json_schema(models, ref_template=_REF, schema_generator=SchemaGenerator)
     schemas |= definitions.get("$defs", {})
     _as_requested(schemas["Batch"])
+    batch = schemas["Batch"]["properties"]
+    batch["batch_id"]["not"] = {"pattern": f"^{RUN_ID.pattern}$"}
+    batch["task_type"]["anyOf"][0] = {"type": "string", "enum": [*types]}
     mapping = {}
     for task_type in types.values():
         reference = references[task_type.task, "validation"]["$ref"]

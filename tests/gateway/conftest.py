@@ -190,6 +190,15 @@ def published(gateway: Gateway) -> list[str | None]:
 
 
 @pytest.fixture(scope="session")
+def openapi_document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The OpenAPI document of an application that no server runs and that reaches no Redis."""
+    folder = tmp_path_factory.mktemp("openapi")
+    stored = StorageSettings(store_url=(folder / "store").as_uri(), redis_url="redis://127.0.0.1:1")
+    gateway_settings = GatewaySettings(api_keys_file=folder / "keys.json")
+    return create_app(gateway_settings, storage=stored, publisher=FakePublisher()).openapi()
+
+
+@pytest.fixture(scope="session")
 def shared_gateway(
     tmp_path_factory: pytest.TempPathFactory, shared_rabbitmq: RabbitMQ, redis_url: str
 ) -> Iterator[Gateway]:

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the rules of linters that matter, and whether it agrees with the gateway's own checks."""
+"""The OpenAPI document, checked by the rules of linters that matter."""
 
 from __future__ import annotations
 
@@ -6,23 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
-
-from inferq.producer.gateway.app import create_app
-from inferq.producer.gateway.settings import GatewaySettings
-from inferq.storage.settings import StorageSettings
-from tests.gateway.conftest import FakePublisher
-
-
-@pytest.fixture(scope="module")
-def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The document, from an application that no server runs and that reaches no Redis."""
-    folder = tmp_path_factory.mktemp("openapi")
-    storage = StorageSettings(store_url=(folder / "store").as_uri(), redis_url="redis://127.0.0.1:1")
-    settings = GatewaySettings(api_keys_file=folder / "keys.json")
-    return create_app(settings, storage=storage, publisher=FakePublisher()).openapi()
 
 
 def operations_of(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -40,21 +25,21 @@ def parts_of(value: Any, where: str = "#") -> Iterator[tuple[str, Any]]:
             yield from parts_of(part, f"{where}/{name}")
 
 
-def test_the_document_is_openapi_3_1(document: dict[str, Any]) -> None:
-    assert [error.message for error in OpenAPIV31SpecValidator(document).iter_errors()] == []
+def test_the_document_is_openapi_3_1(openapi_document: dict[str, Any]) -> None:
+    assert [error.message for error in OpenAPIV31SpecValidator(openapi_document).iter_errors()] == []
 
 
-def test_the_document_says_who_serves_it_and_under_which_license(document: dict[str, Any]) -> None:
-    assert document["servers"][0]["url"] == "http://127.0.0.1:8000"
-    assert document["info"]["license"]["identifier"] == "Apache-2.0"
-    assert document["info"]["contact"]["name"]
-    assert document["info"]["description"]
+def test_the_document_says_who_serves_it_and_under_which_license(openapi_document: dict[str, Any]) -> None:
+    assert openapi_document["servers"][0]["url"] == "http://127.0.0.1:8000"
+    assert openapi_document["info"]["license"]["identifier"] == "Apache-2.0"
+    assert openapi_document["info"]["contact"]["name"]
+    assert openapi_document["info"]["description"]
 
 
-def test_each_operation_is_described(document: dict[str, Any]) -> None:
-    tags = {tag["name"] for tag in document["tags"] if tag["description"]}
+def test_each_operation_is_described(openapi_document: dict[str, Any]) -> None:
+    tags = {tag["name"] for tag in openapi_document["tags"] if tag["description"]}
     names = []
-    for path, method, operation in operations_of(document):
+    for path, method, operation in operations_of(openapi_document):
         where = f"{method} {path}"
         names.append(operation["operationId"])
         assert re.fullmatch("[a-z]+(_[a-z]+)*", operation["operationId"]), where
@@ -71,8 +56,8 @@ def test_each_operation_is_described(document: dict[str, Any]) -> None:
     assert len(names) == len(set(names)) > 20
 
 
-def test_paths_and_their_parameters_fit(document: dict[str, Any]) -> None:
-    for path, method, operation in operations_of(document):
+def test_paths_and_their_parameters_fit(openapi_document: dict[str, Any]) -> None:
+    for path, method, operation in operations_of(openapi_document):
         assert not path.endswith("/"), path
         assert "?" not in path
         parameters = [(parameter["in"], parameter["name"]) for parameter in operation.get("parameters", ())]
@@ -81,27 +66,29 @@ def test_paths_and_their_parameters_fit(document: dict[str, Any]) -> None:
         assert in_path == set(re.findall(r"\{(\w+)\}", path)), (method, path)
 
 
-def test_each_component_is_used(document: dict[str, Any]) -> None:
+def test_each_component_is_used(openapi_document: dict[str, Any]) -> None:
     used = {
         reference.removeprefix("#/components/")
-        for _, part in parts_of(document)
+        for _, part in parts_of(openapi_document)
         if isinstance(part, dict)
         for reference in [part.get("$ref")]
         if isinstance(reference, str)
     }
-    components = document["components"]
+    components = openapi_document["components"]
     defined = {f"{kind}/{name}" for kind in ("schemas", "responses") for name in components[kind]}
     assert defined == used
 
 
-def test_arrays_have_items_and_examples_and_defaults_fit_their_schemas(document: dict[str, Any]) -> None:
+def test_arrays_have_items_and_examples_and_defaults_fit_their_schemas(
+    openapi_document: dict[str, Any],
+) -> None:
     checked = 0
-    for where, part in parts_of(document["components"]["schemas"]):
+    for where, part in parts_of(openapi_document["components"]["schemas"]):
         if not isinstance(part, dict) or where.endswith(("/properties", "/default")):
             continue
         if part.get("type") == "array":
             assert "items" in part, where
-        validator = Draft202012Validator(part | {"components": document["components"]})
+        validator = Draft202012Validator(part | {"components": openapi_document["components"]})
         examples = part.get("examples", [])
         for value in [*examples, *([part["default"]] if "default" in part else [])]:
             assert validator.is_valid(value), (where, value)
@@ -109,8 +96,8 @@ def test_arrays_have_items_and_examples_and_defaults_fit_their_schemas(document:
     assert checked > 20
 
 
-def test_a_result_has_the_output_of_its_task_type(document: dict[str, Any]) -> None:
-    schema = {"$ref": "#/components/schemas/Result", "components": document["components"]}
+def test_a_result_has_the_output_of_its_task_type(openapi_document: dict[str, Any]) -> None:
+    schema = {"$ref": "#/components/schemas/Result", "components": openapi_document["components"]}
     validator = Draft202012Validator(schema)
     result = {
         "task_id": "a", "tenant": "t", "status": "succeeded", "attempts": 1, "finished_at": "2030-01-01T00:00:00Z"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferq.schemas import InvalidTask, get_type, installed_types, new_task_id, parse_task
-from inferq.schemas.publish import asyncapi, documents
+from inferq.schemas.publish import documents
 from inferq.schemas.task import MAX_BODY_BYTES, input_fields
 
 BARE = {"task_id": "ocr_001", "image_url": "https://example.com/images/id_card.jpg", "task_type": "ocr"}
@@ -260,37 +260,13 @@ def test_inputs_are_found_in_optional_fields_too() -> None:
     assert input_fields(Many) == ("one", "two")
 
 
-def test_published_schemas_are_valid_and_agree_with_the_models() -> None:
+def test_published_schemas_agree_with_the_models() -> None:
     published = documents(installed_types())
-    for name, text in published.items():
-        if name.endswith(".schema.json"):
-            jsonschema.Draft202012Validator.check_schema(json.loads(text))
     schema = jsonschema.Draft202012Validator(json.loads(published["task.ocr.schema.json"]))
     assert schema.is_valid(BARE)
     assert not schema.is_valid({**BARE, "colour": "red"})
     assert not schema.is_valid({**BARE, "task_id": "a b"})
     assert not schema.is_valid({k: v for k, v in BARE.items() if k != "image_url"})
-
-
-def test_every_reference_of_the_asyncapi_document_leads_somewhere() -> None:
-    document = asyncapi(installed_types())
-
-    def references(node: object) -> list[str]:
-        if isinstance(node, dict):
-            own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
-            return own + [r for value in node.values() for r in references(value)]
-        if isinstance(node, list):
-            return [r for value in node for r in references(value)]
-        return []
-
-    found = references(document)
-    assert len(found) > 10
-    for reference in found:
-        node: object = document
-        for part in reference.removeprefix("#/").split("/"):
-            assert isinstance(node, dict), reference
-            assert part in node, reference
-            node = node[part]
 
 
 def test_the_published_folder_is_checked(tmp_path: Path) -> None:
