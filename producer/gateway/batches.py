@@ -20,7 +20,7 @@ from inferq.producer.gateway.batch_lookup import find_batch, require_batch, stat
 from inferq.producer.gateway.batch_request import SEND_JSONL_AS, requested_batch
 from inferq.producer.gateway.batch_submission import submit_batch
 from inferq.producer.gateway.body import body_chunks, decode_json, read_json
-from inferq.producer.gateway.files import EmptyUpload, as_file, download, store_upload
+from inferq.producer.gateway.files import SENT_FILE, EmptyUpload, as_file, download, store_upload
 from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.responses import json_response, page_path, page_response
@@ -73,7 +73,7 @@ _BODIES: dict[str, Any] = {
         "required": True,
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/Batch"}},
-            **{name: {"schema": {"type": "string", "format": "binary"}} for name in _JSONL_TYPES},
+            **{name: {"schema": SENT_FILE} for name in _JSONL_TYPES},
         },
     }
 }
@@ -141,7 +141,7 @@ async def _stream_source(
 async def list_batches(
     tenant: CurrentTenant,
     services: ServicesDep,
-    cursor: Annotated[str | None, Query(json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
+    cursor: Annotated[str | None, Query(min_length=1, json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 50,
 ) -> Response:
     """All batches of the tenant."""

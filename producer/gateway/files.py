@@ -55,15 +55,18 @@ class EmptyUpload(ProblemError):
     """The upload has no bytes."""
 
 
+SENT_FILE = {"type": "string", "format": "binary", "minLength": 1}
+"""The schema of a body that is a file, for the OpenAPI document. An empty one is refused."""
+
 _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/octet-stream": {"schema": SENT_FILE},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "properties": {"file": {"type": "string", "format": "binary"}},
+                    "properties": {"file": SENT_FILE},
                     "required": ["file"],
                 }
             },

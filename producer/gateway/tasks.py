@@ -238,7 +238,7 @@ async def list_tasks(
     task_type: Annotated[TypeName | None, Query()] = None,
     status: Annotated[State | None, Query()] = None,
     batch_id: Annotated[TaskId | None, Query()] = None,
-    cursor: Annotated[str | None, Query(json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
+    cursor: Annotated[str | None, Query(min_length=1, json_schema_extra={"pattern": CURSOR_PATTERN})] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Response:
     """Recent tasks: those that the status index still holds.

@@ -111,3 +111,12 @@ def test_a_result_has_the_output_of_its_task_type(openapi_document: dict[str, An
         ("of-a-later-version", {"model": "m"}, True),
     ]:
         assert validator.is_valid(result | {"task_type": task_type, "output": output}) == good, task_type
+
+
+def test_no_body_may_be_empty(openapi_document: dict[str, Any]) -> None:
+    empty = {"application/json": {}, "multipart/form-data": {"file": ""}}
+    for path in ("/v1/files", "/v1/batches", "/v1/tasks"):
+        content = openapi_document["paths"][path]["post"]["requestBody"]["content"]
+        for name, media in content.items():
+            schema = media["schema"] | {"components": openapi_document["components"]}
+            assert not Draft202012Validator(schema).is_valid(empty.get(name, "")), (path, name)
