@@ -76,7 +76,7 @@ class _Place(Record):
 def known_schedules(store: ObjectStore) -> Iterator[tuple[str, str]]:
     """Tenant and name of every known schedule. Each costs one listing, however many runs it had."""
     key = ""
-    while (first := next(store.list("nightly/", start_after=key), None)) is not None:
+    while (first := next(store.list("nightly/", start_after=key, limit=1), None)) is not None:
         key = first.key
         match key.split("/"):
             case [_, tenant, name, *rest] if rest:

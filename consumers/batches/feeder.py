@@ -129,6 +129,8 @@ class Slice:
             raise RecordMissing(f"batch {self._name[1]!r}: its record is missing, so it cannot be fed")
         if services.batches.summary(*self._name) is not None:
             return Nothing()
+        if self._part == 0:
+            services.batches.enlist(batch)  # an older version may have recorded it
         match services.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
             case "outdated":
                 return Nothing()

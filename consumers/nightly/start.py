@@ -66,6 +66,7 @@ class Starter:
         """
         log = RunLog(self.store, schedule.tenant, schedule.name)
         run_id = run_id_of(schedule.name, scheduled_at)
+        self.batches.begin(schedule.tenant)
         place = log.claim(Run(run_id=run_id, scheduled_at=scheduled_at, schedule=schedule))
         run = log.at(place)
         taken = self._settled(log, place)

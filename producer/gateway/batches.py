@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 import secrets
 from contextlib import aclosing
@@ -28,7 +27,8 @@ from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
 from inferq.schemas import MAX_BODY_BYTES, BatchStatus, InvalidTask
 from inferq.storage.batches.store import errors_key, output_key
-from inferq.storage.status.fields import CURSOR_PATTERN, micros, read_cursor, write_cursor
+from inferq.storage.batches.times import Created
+from inferq.storage.status.fields import CURSOR_PATTERN, read_cursor, write_cursor
 from inferq.storage.status.index import StatusOutage
 
 # A client generated from the OpenAPI document declares a body of bytes as the last of them.
@@ -145,24 +145,22 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 50,
 ) -> Response:
     """All batches of the tenant."""
-    before = _place(*read_cursor(cursor)) if cursor else None
-
-    def older() -> list[tuple[int, str]]:
-        places = (_place(micros(made), batch_id) for made, batch_id in services.batches.made(tenant))
-        return heapq.nlargest(limit + 1, (place for place in places if before is None or place < before))
-
-    places = await services.on_store(older)
-    more, places = len(places) > limit, places[:limit]
-    found = [await find_batch(services, tenant, name) for _, name in places]
-    last = write_cursor(str(places[-1][0]), places[-1][1]) if more else None
+    before = None
+    if cursor:
+        at, batch_id = read_cursor(cursor)
+        before = Created(int(at), batch_id)
+    found = await services.on_store(services.batches.newest, tenant, before=before, limit=limit + 1)
+    more, found = len(found) > limit, found[:limit]
+    statuses = [(entry, await find_batch(services, tenant, entry.batch_id)) for entry in found]
+    # A batch that was submitted again after its deletion is listed once, with its present time.
+    items = tuple(
+        status
+        for entry, status in statuses
+        if status is not None and Created.of(status.batch_id, status.created_at) == entry
+    )
+    last = write_cursor(str(found[-1].at), found[-1].batch_id) if more else None
     next_path = page_path(services.paths.batches, {"cursor": last, "limit": limit})
-    items = tuple(status for status in found if status is not None)
     return page_response(BatchPage(items=items, cursor=last, next=next_path), next_path)
-
-
-def _place(made: str, batch_id: str) -> tuple[int, str]:
-    """The key that a list sorts by."""
-    return int(made), batch_id
 
 
 @router.get("/batches/{batch_id}", response_model=BatchAnswer, summary="Get a batch's status")

@@ -7,19 +7,18 @@ batches/<tenant>/<batch_id>/cancel.json     a request to cancel it
 batches/<tenant>/<batch_id>/output.jsonl    the results of tasks that succeeded, in line order
 batches/<tenant>/<batch_id>/errors.jsonl    failed, cancelled and invalid lines, in line order
 batches/<tenant>/<batch_id>/summary.json    how it ended, written once, after the two
+batches/<tenant>/~times/                    the batches by time (inferq.storage.batches.times)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import datetime
 from typing import TypeVar
-from urllib.parse import unquote
 
 from pydantic import BaseModel, ValidationError
 
 from inferq.schemas import Batch, BatchSummary, InferqError, Record, describe_faults
 from inferq.schemas.encoding import to_json
+from inferq.storage.batches.times import BatchTimes, Created
 from inferq.storage.objects.results import segment
 from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
 
@@ -75,34 +74,40 @@ class BatchStore:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        self._times = BatchTimes(store)
+
+    def begin(self, tenant: str) -> None:
+        """Call it before anything of a tenant's first batch is stored. `create` does."""
+        self._times.begin(tenant)
 
     def create(self, batch: Batch) -> Batch:
         """Record a batch and return the record, which may be that of the same batch, recorded earlier.
 
         Raises BatchConflict if the id belongs to another batch.
         """
+        self.begin(batch.tenant)
         kept = self._once(_place(batch.tenant, batch.batch_id) + _BATCH, batch)
         if not kept.same_as(batch):
             raise BatchConflict(
                 f"batch {batch.batch_id!r} was submitted before with another content; choose another id"
             )
+        self.enlist(kept)
         return kept
+
+    def enlist(self, batch: Batch) -> None:
+        """Add a recorded batch to the tenant's list. `create` does; older versions do not."""
+        self._times.add(batch.tenant, batch.batch_id, batch.created_at)
 
     def load(self, tenant: str, batch_id: str) -> Batch | None:
         return self._load(_place(tenant, batch_id) + _BATCH, Batch)
 
-    def list(self, tenant: str) -> Iterator[Batch]:
-        """The tenant's batches, by their ids."""
-        for info in self._store.list(f"batches/{segment(tenant)}/"):
-            if info.key.endswith(f"/{_BATCH}") and (found := self._load(info.key, Batch)) is not None:
-                yield found
+    def newest(self, tenant: str, *, before: Created | None = None, limit: int) -> list[Created]:
+        """The newest of the tenant's batches, at most `limit`, without reading them.
 
-    def made(self, tenant: str) -> Iterator[tuple[datetime, str]]:
-        """The creation time and the id of each of the tenant's batches, without reading them."""
-        base = f"batches/{segment(tenant)}/"
-        for info in self._store.list(base):
-            if info.key.endswith(f"/{_BATCH}"):
-                yield info.modified, unquote(info.key.removeprefix(base).partition("/")[0])
+        `before` is the last of the page before. A batch that was deleted may still be named, and one that was
+        submitted again since also with its earlier time.
+        """
+        return self._times.newest(tenant, before=before, limit=limit, load=self.load)
 
     def source(self, tenant: str, batch_id: str) -> BatchSource | None:
         return self._load(_place(tenant, batch_id) + "source.json", BatchSource)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -134,9 +134,11 @@ class LocalStore(ObjectStore):
             content_type = os.getxattr(path, _TYPE_ATTRIBUTE).decode()
         return _info(key, found, content_type)
 
-    def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, start_after: str = "", limit: int | None = None
+    ) -> Iterator[ObjectInfo]:
         folder, slash, _ = check_prefix(prefix).rpartition("/")
-        return self._walk(folder + slash, prefix, start_after)
+        return islice(self._walk(folder + slash, prefix, start_after), limit)
 
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         names: list[str] = []

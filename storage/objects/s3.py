@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -52,6 +53,8 @@ _FILE = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PAR
 # With threads, boto3 reads ahead of the network and keeps up to ten parts of a stream in memory.
 _STREAM = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
 _CONFLICT_TRIES = 6
+_PAGE_KEYS = 1000
+"""The most keys in one answer to a listing."""
 _PROOF = "written-once"
 _PROOF_SECONDS = 30.0
 """How long a proof that S3 writes is valid. Not for ever: credentials and servers change."""
@@ -233,14 +236,20 @@ class S3Store(ObjectStore):
         chunks.close()
         return replace(found, key=key)
 
-    def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, start_after: str = "", limit: int | None = None
+    ) -> Iterator[ObjectInfo]:
         check_prefix(prefix)
-        return self._listing(prefix, start_after)
+        # islice() stops at the limit without asking for another page.
+        return islice(self._listing(prefix, start_after, limit or _PAGE_KEYS), limit)
 
-    def _listing(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+    def _listing(self, prefix: str, start_after: str, page_keys: int) -> Iterator[ObjectInfo]:
         with self._calling(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self._base + prefix, StartAfter=self._base + start_after
+                Bucket=self.bucket,
+                Prefix=self._base + prefix,
+                StartAfter=self._base + start_after,
+                PaginationConfig={"PageSize": min(page_keys, _PAGE_KEYS)},
             )
             for page in pages:
                 for found in page.get("Contents", ()):

@@ -103,8 +103,13 @@ class ObjectStore(ABC):
         """Raises ObjectNotFound."""
 
     @abstractmethod
-    def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
-        """The objects whose keys begin with `prefix`, in the UTF-8 order of their keys."""
+    def list(
+        self, prefix: str = "", *, start_after: str = "", limit: int | None = None
+    ) -> Iterator[ObjectInfo]:
+        """The objects whose keys begin with `prefix`, in the UTF-8 order of their keys; the first `limit` of them.
+
+        Give a `limit` if you need few: S3 otherwise answers with a thousand.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:

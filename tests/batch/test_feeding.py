@@ -607,6 +607,19 @@ def test_the_same_batch_is_one_batch_and_another_is_refused(site: BatchSite) -> 
         site.services.batches.create(again.model_copy(update={"priority": "high"}))
 
 
+def test_a_batch_that_an_older_version_accepted_is_listed_once_it_is_fed(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    site.batch(lines(1), batch_id="first")
+    batches = site.services.batches
+    batch = site.batch(lines(1), batch_id="older")
+    for info in site.services.store.list("batches/default/~times/"):
+        site.services.store.delete(info.key)
+    assert batches.newest("default", limit=9) == []
+    site.finish(batch)
+    assert [entry.batch_id for entry in batches.newest("default", limit=9)] == ["older"]
+
+
 def test_a_batch_of_a_later_version_is_fed_by_what_this_one_knows(
     site: BatchSite, worker: QuickWorker
 ) -> None:

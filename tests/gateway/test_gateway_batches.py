@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from inferq.producer.gateway.services import BatchCache
 from inferq.schemas import Batch, BatchCounts, BatchSummary, Outage
-from inferq.storage import BatchIndex, BatchStore, ObjectStore
+from inferq.storage import BatchIndex, BatchStore, ObjectInfo, ObjectStore
 from tests.gateway.conftest import FakePublisher, Gateway, as_new_tenant, wait_until
 
 PATH = "/v1/batches/b"
@@ -85,6 +86,41 @@ def test_the_status_of_a_batch_being_fed_costs_no_object_store_read(
     assert (first["state"], first["counts"]["queued"], first["cancel_requested"]) == ("feeding", 2, False)
     assert (second["state"], second["counts"]["queued"], second["cancel_requested"]) == ("feeding", 3, True)
     assert second["source"] == "inferq:x"
+
+
+def test_a_page_of_batches_costs_the_same_however_many_there_are(
+    lone_gateway: Gateway, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: ObjectStore = lone_gateway.server.config.app.state.services.store  # type: ignore[union-attr]
+    listed: list[str] = []
+    real = store.list
+
+    def noted(*args: Any, **kwargs: Any) -> Iterator[ObjectInfo]:
+        for info in real(*args, **kwargs):
+            listed.append(info.key)
+            yield info
+
+    monkeypatch.setattr(store, "list", noted)
+    costs = []
+    for numbers in (range(4), range(4, 12)):
+        for number in numbers:
+            batch = Batch(
+                batch_id=f"b{number}",
+                tenant=lone_gateway.tenant,
+                source="inferq:x",
+                created_at=datetime.now(UTC),
+            )
+            BatchStore(lone_gateway.store).create(batch)
+            for other in range(5):
+                key = f"batches/{lone_gateway.tenant}/b{number}/callbacks/{other}.json"
+                lone_gateway.store.put(key, b"")
+        asked.clear()
+        listed.clear()
+        page = lone_gateway.http.get("/v1/batches?limit=3").json()
+        assert [item["batch_id"] for item in page["items"]] == [f"b{numbers[-1] - n}" for n in range(3)]
+        costs.append((len(asked), len(listed)))
+    assert costs[0] == costs[1]
+    assert costs[0][1] == 4  # the batches of the page, and whether there is another page
 
 
 def test_cancelling_a_batch_without_a_feeder_publishes_its_feed_message(

@@ -321,6 +321,21 @@ def test_batches_are_listed_newest_first_whatever_their_ids(gateway: Gateway) ->
     assert gateway.http.get("/v1/batches?cursor=z").json()["code"] == "bad_cursor"
 
 
+def test_a_batch_submitted_again_after_its_deletion_is_listed_once(gateway: Gateway) -> None:
+    store = BatchStore(gateway.store)
+    made = [
+        Batch(batch_id=name, tenant=gateway.tenant, source="inferq:x", created_at=datetime.now(UTC))
+        for name in ("again", "gone", "other")
+    ]
+    for batch in made:
+        store.create(batch)
+    for name in ("again", "gone"):
+        gateway.store.delete(f"batches/{gateway.tenant}/{name}/batch.json")
+    store.create(made[0].model_copy(update={"created_at": datetime.now(UTC)}))
+    page = gateway.http.get("/v1/batches").json()
+    assert [item["batch_id"] for item in page["items"]] == ["again", "other"]
+
+
 @pytest.mark.parametrize("state", ["queued", "retrying"])
 def test_a_cancelled_task_whose_message_is_lost_ends(lone_gateway: Gateway, state: str) -> None:
     created = (datetime.now(UTC) - timedelta(minutes=2)).isoformat()

@@ -111,7 +111,7 @@ def test_a_starter_that_stalls_gives_a_run_no_second_place(
 
 
 @pytest.mark.parametrize("other_first", [False, True])
-@pytest.mark.parametrize("writes", range(9))
+@pytest.mark.parametrize("writes", range(11))
 def test_a_start_that_is_cut_off_anywhere_loses_nothing_and_takes_nothing_twice(
     site: NightSite, writes: int, other_first: bool
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_start_that_is_cut_off_anywhere_loses_nothing_and_takes_nothing_twice(
         cut_off = False
     except CutOff:
         pass
-    assert cut_off == (writes < 8)
+    assert cut_off == (writes < 10)
     site.put("c")
     if other_first:
         second = site.start(SECOND)
