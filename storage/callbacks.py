@@ -83,16 +83,21 @@ class CallbackRecords:
         (text,) = self._index.read(("HGET", key, callback.callback_id))
         return _read(text) if text is not None else None
 
-    def indexed(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
-        """The index's records of a task's or batch's callbacks."""
-        (texts,) = self._index.read(("HVALS", _key(tenant, kind, subject_id)))
-        return tuple(record for text in texts if (record := _read(text)) is not None)
+    def indexed(
+        self, tenant: str, kind: SubjectKind, subject_id: str, only: str | None = None
+    ) -> tuple[CallbackRecord, ...]:
+        """The index's records of a task's or batch's callbacks; with `only`, of the callback with that id."""
+        key = _key(tenant, kind, subject_id)
+        (texts,) = self._index.read(("HVALS", key) if only is None else ("HMGET", key, only))
+        return tuple(record for text in texts if text is not None and (record := _read(text)) is not None)
 
-    def kept(self, tenant: str, kind: SubjectKind, subject_id: str) -> tuple[CallbackRecord, ...]:
-        """The callbacks of a task or batch that were given up, from the object store."""
+    def kept(
+        self, tenant: str, kind: SubjectKind, subject_id: str, only: str | None = None
+    ) -> tuple[CallbackRecord, ...]:
+        """The callbacks of a task or batch that were given up, from the object store; `only` as in `indexed`."""
         place = _place(tenant, kind, subject_id)
         found = []
-        for info in self._store.list(place):
+        for info in self._store.list(place if only is None else f"{place}{only}.json"):
             try:
                 record = _read(self._store.get(info.key))
             except ObjectNotFound:  # delivered meanwhile

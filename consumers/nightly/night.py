@@ -182,9 +182,7 @@ def ended_between(
         return _end(results, store.get(key), batch.batch_id)
 
     def own_end(task_id: str) -> Ended | None:
-        place = folder(batch.tenant, task_id)
-        # Deeper keys are artifacts and callbacks.
-        key = last_of(info for info in store.list(place) if "/" not in info.key.removeprefix(place))
+        key = last_of(results.records(batch.tenant, task_id))
         return end_of(key) if key is not None else None
 
     prefix = folder(batch.tenant, f"{batch.batch_id}.").rstrip("/")

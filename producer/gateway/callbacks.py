@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
@@ -27,6 +28,8 @@ from inferq.schemas import (
     end_callback,
 )
 from inferq.storage.status.index import StatusOutage
+
+_CALLBACK_ID = re.compile(r"msg_[0-9a-f]{32}")
 
 _log = logging.getLogger(__name__)
 
@@ -113,13 +116,14 @@ async def _resent(
     services: Services, tenant: str, kind: SubjectKind, subject_id: str, callback_id: str | None = None
 ) -> CallbackList:
     """Send one callback again, or all failed ones. Raises ProblemError."""
-    known = await _load(services, tenant, kind, subject_id)
     if callback_id is None:
+        known = await _load(services, tenant, kind, subject_id)
         chosen = [record for record in known if record.state == "failed"]
         if not chosen:
             await _require(services, tenant, kind, subject_id)
     else:
-        chosen = [record for record in known if record.callback_id == callback_id]
+        valid = _CALLBACK_ID.fullmatch(callback_id) is not None
+        chosen = list(await _load(services, tenant, kind, subject_id, callback_id)) if valid else []
         if not chosen:
             raise not_found(f"callback {callback_id[:80]!r} of {kind} {subject_id!r}")
     return CallbackList(items=tuple([await _resend(services, record) for record in chosen]))
@@ -134,21 +138,22 @@ async def _require(services: Services, tenant: str, kind: SubjectKind, subject_i
 
 
 async def _load(
-    services: Services, tenant: str, kind: SubjectKind, subject_id: str
+    services: Services, tenant: str, kind: SubjectKind, subject_id: str, only: str | None = None
 ) -> tuple[CallbackRecord, ...]:
-    """The callbacks of a task or batch, oldest first.
+    """The callbacks of a task or batch, oldest first; with `only`, the callback with that id.
 
     Raises Outage if both Redis and the object store are unavailable.
     """
     outage: Outage | None = None
     known: dict[str, CallbackRecord] = {}
     try:
-        kept = await services.on_store(services.callbacks.kept, tenant, kind, subject_id)
+        kept = await services.on_store(services.callbacks.kept, tenant, kind, subject_id, only)
         known = {record.callback_id: record for record in kept}
     except Outage as error:
         outage = error
     try:
-        for record in await services.on_redis(services.callbacks.indexed, tenant, kind, subject_id):
+        indexed = await services.on_redis(services.callbacks.indexed, tenant, kind, subject_id, only)
+        for record in indexed:
             failed = known.get(record.callback_id)
             if failed is None:
                 known[record.callback_id] = record

@@ -26,7 +26,7 @@ from pydantic import JsonValue, ValidationError
 from inferq.schemas import Artifact, InferqError, InvalidTask, Result, describe_faults
 from inferq.schemas.encoding import result_json
 from inferq.schemas.result import OUTPUT_ARTIFACT
-from inferq.storage.objects.store import ObjectNotFound, ObjectStore, vanished
+from inferq.storage.objects.store import ObjectInfo, ObjectNotFound, ObjectStore, vanished
 
 _RESULT = "result.json"
 _FAILURE = "failure.json"
@@ -57,12 +57,16 @@ class ResultStore:
         One round trip if neither exists. Raises UnreadableResult.
         """
         place = folder(tenant, task_id)
-        listing = self._store.list(place, start_after=place + _BEFORE_RECORDS)
-        found = {info.key.removeprefix(place) for info in listing}
+        found = {info.key.removeprefix(place) for info in self.records(tenant, task_id)}
         for name in (_RESULT, _FAILURE):
             if name in found:
                 return self._read_known(place + name)
         return None
+
+    def records(self, tenant: str, task_id: str) -> Iterator[ObjectInfo]:
+        """The task's failure and its success, as far as they exist; the last one counts."""
+        place = folder(tenant, task_id)
+        return self._store.list(place, start_after=place + _BEFORE_RECORDS)
 
     def save(self, result: Result, output: bytes | None = None) -> Result:
         """Record how a task ended; return the record that is kept, perhaps an earlier one.

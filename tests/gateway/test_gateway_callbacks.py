@@ -201,6 +201,25 @@ def test_a_delivered_callback_that_is_sent_again_shows_its_new_state(
     assert shown() == "delivered"
 
 
+def test_sending_one_callback_again_reads_no_other(
+    lone_gateway: Gateway, publisher: FakePublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, callback, records = ended(lone_gateway, "t11")
+    records.keep(record(callback, "failed"))
+    for number in range(5):
+        records.keep(record(callback.model_copy(update={"callback_id": f"msg_{number:032x}"}), "failed"))
+    store = lone_gateway.server.config.app.state.services.store  # type: ignore[union-attr]
+    read: list[str] = []
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda key: (read.append(key), get(key))[1])
+    answer = lone_gateway.http.post(f"/v1/tasks/t11/callbacks/{callback.callback_id}/resend")
+    assert [item["callback_id"] for item in answer.json()["items"]] == [callback.callback_id]
+    assert [key.rpartition("/")[2] for key in read] == [f"{callback.callback_id}.json"]
+    assert len(publisher.messages) == 1
+    for unknown in (f"msg_{9:032x}", "msg_", "%2E%2E", "a%00b"):
+        assert lone_gateway.http.post(f"/v1/tasks/t11/callbacks/{unknown}/resend").status_code == 404
+
+
 def ended_batch(gateway: Gateway, batch_id: str) -> tuple[Callback, CallbackRecords]:
     now = datetime.now(UTC)
     summary = BatchSummary(
