@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
-from urllib.parse import quote
 
 from inferq.broker import callback_message
 from inferq.consumers.batches.recount import belongs
@@ -36,6 +35,7 @@ from inferq.schemas import (
     Task,
     batch_callback,
 )
+from inferq.schemas.paths import artifact_url
 from inferq.storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
 from inferq.storage.batches.lines import Line, LineParser, SourceRefused, SourceUnusable, named_id
 
@@ -242,9 +242,8 @@ class Assembly:
             exclude_defaults=True,
             include={"artifacts", "attempts", "timings", "metadata", "finished_at"},
         )
-        base = f"{self._services.storage.api_url.rstrip('/')}/v1/tasks/{quote(result.task_id, safe=':')}/artifacts"
         for artifact in kept.get("artifacts", ()):
-            artifact["url"] = f"{base}/{quote(artifact['name'], safe='')}"
+            artifact["url"] = artifact_url(self._services.storage.api_url, result.task_id, artifact["name"])
         if result.status == "succeeded":
             tally.ends["succeeded"] += 1
             return {**about, "status": "succeeded", "output": result.output, **kept}, True

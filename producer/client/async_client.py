@@ -25,8 +25,6 @@ from inferq.producer.client.requests import (
     Request,
     Sleep,
     UploadedFile,
-    artifact_path,
-    batch_path,
 )
 from inferq.producer.client.transfers import (
     CHUNK_BYTES,
@@ -48,6 +46,7 @@ from inferq.schemas import (
     TaskStatus,
     new_task_id,
 )
+from inferq.schemas.paths import artifact_path, batch_path
 
 __all__ = ["AsyncClient"]
 

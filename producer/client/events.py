@@ -12,9 +12,9 @@ from inferq.producer.client.requests import (
     error_of,
     is_retriable,
     retry_delay,
-    task_path,
 )
 from inferq.schemas import END_STATES, Event
+from inferq.schemas.paths import task_path
 
 _READ_SECONDS = 60.0
 """The gateway sends a comment more often than this when there is no event."""

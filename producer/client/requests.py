@@ -30,6 +30,7 @@ from inferq.producer.client.errors import (
     Unavailable,
 )
 from inferq.schemas import BatchStatus, CallbackRecord, Result, SubjectKind, TaskStatus
+from inferq.schemas.paths import batch_path, task_path
 
 MIN_POLL_SECONDS = 0.5
 """A gateway that is shutting down answers a wait at once, and one of less than a second does not wait."""
@@ -341,22 +342,5 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
 
 
-def task_path(task_id: str) -> str:
-    return f"/v1/tasks/{_segment(task_id)}"
-
-
-def batch_path(batch_id: str) -> str:
-    return f"/v1/batches/{_segment(batch_id)}"
-
-
-def artifact_path(task_id: str, name: str) -> str:
-    return f"{task_path(task_id)}/artifacts/{quote(name, safe='')}"
-
-
 def _callbacks_path(subject_id: str, kind: SubjectKind) -> str:
     return f"{task_path(subject_id) if kind == 'task' else batch_path(subject_id)}/callbacks"
-
-
-def _segment(identifier: str) -> str:
-    # `.` and `..` are valid ids, but in a URL they would be folders.
-    return "%2E" * len(identifier) if identifier in (".", "..") else quote(identifier, safe=":")

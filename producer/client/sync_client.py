@@ -22,8 +22,6 @@ from inferq.producer.client.requests import (
     Request,
     Sleep,
     UploadedFile,
-    artifact_path,
-    batch_path,
 )
 from inferq.producer.client.sync_io import chunks_of, sleep, write_chunk
 from inferq.producer.client.transfers import (
@@ -46,6 +44,7 @@ from inferq.schemas import (
     TaskStatus,
     new_task_id,
 )
+from inferq.schemas.paths import artifact_path, batch_path
 
 __all__ = ["Client"]
 

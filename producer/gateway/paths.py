@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import unquote, urlsplit
 
+from inferq.schemas.paths import artifact_url, batch_path, task_path
+
 
 class Paths:
     """Builds the paths that answers hold. All start with the path of the gateway's address, if it has one.
@@ -13,9 +15,8 @@ class Paths:
     """
 
     def __init__(self, api_url: str) -> None:
-        address = api_url.rstrip("/")
-        self._prefix = urlsplit(address).path
-        self.origin = address.removesuffix(self._prefix)
+        self._address = api_url.rstrip("/")
+        self._prefix = urlsplit(self._address).path
         self.root_path = unquote(self._prefix)
         """The prefix as ASGI has it: decoded."""
 
@@ -28,16 +29,11 @@ class Paths:
         return f"{self._prefix}/v1/batches"
 
     def task(self, task_id: str) -> str:
-        return f"{self.tasks}/{_segment(task_id)}"
+        return f"{self._prefix}{task_path(task_id)}"
 
     def batch(self, batch_id: str) -> str:
-        return f"{self.batches}/{_segment(batch_id)}"
+        return f"{self._prefix}{batch_path(batch_id)}"
 
-    def task_url(self, task_id: str) -> str:
-        """The URL of a task."""
-        return f"{self.origin}{self.task(task_id)}"
-
-
-def _segment(name: str) -> str:
-    # `.` and `..` are valid ids; unescaped, HTTP clients would resolve them as folders.
-    return "%2E" * len(name) if name in (".", "..") else name
+    def artifact_url(self, task_id: str, name: str) -> str:
+        """The URL of an artifact."""
+        return artifact_url(self._address, task_id, name)

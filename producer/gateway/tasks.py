@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from typing import Annotated
-from urllib.parse import quote
 
 from fastapi import Query, Request
 from fastapi.responses import Response
@@ -268,9 +267,8 @@ async def list_tasks(
 
 def with_public_urls(services: Services, result: Result) -> Result:
     """The result, with URLs of its artifacts on the gateway."""
-    base = f"{services.paths.task_url(result.task_id)}/artifacts"
     artifacts = tuple(
-        artifact.model_copy(update={"url": f"{base}/{quote(artifact.name, safe='')}"})
+        artifact.model_copy(update={"url": services.paths.artifact_url(result.task_id, artifact.name)})
         for artifact in result.artifacts
     )
     return result.model_copy(update={"artifacts": artifacts})

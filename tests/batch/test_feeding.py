@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -630,6 +631,29 @@ def test_a_batch_of_a_later_version_is_fed_by_what_this_one_knows(
     site.services.store.put(key, json.dumps(record).encode())
     assert site.services.batches.create(batch) == site.services.batches.load("default", batch.batch_id)
     assert site.finish(batch).counts.succeeded == 3
+
+
+@pytest.mark.parametrize(("task_id", "segment"), [("..", "%2E%2E"), ("scan:1", "scan:1")])
+def test_an_artifacts_url_in_the_output_is_safe_for_any_id(
+    site: BatchSite, tmp_path: Path, task_id: str, segment: str
+) -> None:
+    batch = site.batch(json.dumps({"task_id": task_id, "payload": 1}).encode())
+    services = site.services
+    services.sources.settle(batch)
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    artifact = services.results.save_artifact(
+        "default", task_id, "a/b c.txt", file, "text/plain", attempt_token="1-a"
+    )
+    done = Result(
+        task_id=task_id, task_type="echo", tenant="default", attempts=1, finished_at=datetime.now(UTC),
+        batch_id=batch.batch_id, batch_line=1, digest="d", status="succeeded", artifacts=(artifact,),
+    )  # fmt: skip
+    services.results.save(done)
+    end(services, batch)
+    ((told,),) = (line["artifacts"] for line in site.output(batch))
+    address = services.storage.api_url.rstrip("/")
+    assert told["url"] == f"{address}/v1/tasks/{segment}/artifacts/a%2Fb%20c.txt"
 
 
 def test_assembling_twice_gives_the_same_files_and_one_summary(site: BatchSite, worker: QuickWorker) -> None:

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferq.producer.client.errors import ApiError, Conflict, InvalidRequest, NotEnded, Unavailable
-from inferq.producer.client.requests import Api, Flow, Request, Sleep, retry_delay, task_path
+from inferq.producer.client.requests import Api, Flow, Request, Sleep, retry_delay
 from inferq.schemas import InferqError
+from inferq.schemas.paths import task_path
 
 TASK = {"task_id": "a", "task_type": "echo", "priority": "normal"}
 
