@@ -245,6 +245,7 @@ def test_this_version_takes_over_what_the_last_one_left(place: Installation) -> 
     callbacks = place.start("new", "callbacks")
     ready(gateway, callbacks)
     client = place.client(gateway)
+    assert [each.batch_id for each in client.batches()] == [batch.batch_id]
     # Before a worker runs: what the last version accepted is the same task to this one, in other words, too.
     again = client.submit(
         "faulty", task_id=queued[0].task_id, fault="none", priority="high", metadata={"n": 0},
