@@ -22,7 +22,7 @@ from inferq.schemas import PRIORITIES, Priority
 TASKS = "inference.tasks"
 DEAD = "inference.dead"
 DROPPED = "inference.dropped"
-"""The queue that gets a copy of every dead letter, so that a message that RabbitMQ itself drops gets a record."""
+"""The headers exchange and the queue of copies of the messages that RabbitMQ itself dead-letters."""
 UNROUTABLE = "inference.unroutable"
 JOBS = "inference.jobs"
 """The topic exchange of the light jobs, which Celery runs. A job queue's name is its routing key."""
@@ -101,24 +101,32 @@ class Queue:
 
 @dataclass(frozen=True)
 class Binding:
-    """Routes from `exchange` to `queue` by routing key. `to_exchange`: `queue` names an exchange."""
+    """Routes from `exchange` to `queue` by routing key. `to_exchange`: `queue` names an exchange.
+
+    `arguments` are for a headers exchange. A `removed` binding to a queue is one of an earlier version.
+    """
 
     exchange: str
     queue: str
     routing_key: str = ""
     to_exchange: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    removed: bool = False
 
     def declaration(self) -> tuple[str, dict[str, Any]]:
+        arguments = {"arguments": self.arguments} if self.arguments else {}
         if self.to_exchange:
             return "exchange_bind", {
                 "destination": self.queue,
                 "source": self.exchange,
                 "routing_key": self.routing_key,
+                **arguments,
             }
-        return "queue_bind", {
+        return "queue_unbind" if self.removed else "queue_bind", {
             "queue": self.queue,
             "exchange": self.exchange,
             "routing_key": self.routing_key,
+            **arguments,
         }
 
 
@@ -188,7 +196,8 @@ class Topology:
         """Declare everything, or check that it exists, on an asynchronous channel; then call `done`.
 
         Only the last declaration asks for an answer, so that all take one round trip: pika sends nothing before the
-        answer to an earlier one. At a difference the broker closes the channel; `mismatch` explains the error.
+        answer to an earlier one. A removed binding always asks, so it stands last. At a difference the broker closes
+        the channel; `mismatch` explains the error.
         """
         declarations = self.checks() if only_check else self.declarations()
         for method, arguments in declarations[:-1]:
@@ -265,9 +274,10 @@ def topology_for(type_names: Iterable[str]) -> Topology:
         Exchange(UNROUTABLE, "fanout"),
         Exchange(TASKS, "topic", {"alternate-exchange": UNROUTABLE}),
         _dead_exchange(),
+        _DROPPED_EXCHANGE,
     ]
     queues = [_unroutable_queue(), _dropped_queue()]
-    bindings = [Binding(UNROUTABLE, UNROUTABLE), _DROPPED_BINDING]
+    bindings = [Binding(UNROUTABLE, UNROUTABLE), *_DROPPED_BINDINGS]
     exchanges.append(Exchange(JOBS, "topic"))
     for job_queue in JOB_QUEUES:
         queues.append(_job_queue(job_queue))
@@ -297,6 +307,7 @@ def topology_for(type_names: Iterable[str]) -> Topology:
             bindings.append(Binding(TASKS, queue, key))
             if priority == "normal":
                 bindings.append(Binding(TASKS, queue, f"task_type.{type_name}"))
+    bindings.append(_COPIES_OF_ALL)
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
 
 
@@ -310,11 +321,12 @@ def job_topology() -> Topology:
     exchanges = [
         Exchange(UNROUTABLE, "fanout"),
         _dead_exchange(),
+        _DROPPED_EXCHANGE,
         Exchange(JOBS, "topic"),
         Exchange(DELAYED, "topic"),
     ]
     queues = [_unroutable_queue(), _dropped_queue()]
-    bindings = [Binding(UNROUTABLE, UNROUTABLE), _DROPPED_BINDING]
+    bindings = [Binding(UNROUTABLE, UNROUTABLE), *_DROPPED_BINDINGS]
     for job_queue in JOB_QUEUES:
         queues.append(_job_queue(job_queue))
         bindings += [
@@ -330,6 +342,7 @@ def job_topology() -> Topology:
         skipped = "*." * (DELAY_LEVELS - 1 - level)
         bindings.append(Binding(name, name, f"{skipped}1.#"))
         bindings.append(Binding(name, below, f"{skipped}0.#", to_exchange=True))
+    bindings.append(_COPIES_OF_ALL)
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
 
 
@@ -352,7 +365,15 @@ def _dropped_queue() -> Queue:
     return Queue(DROPPED, {"x-delivery-limit": NO_DELIVERY_LIMIT})
 
 
-_DROPPED_BINDING = Binding(DEAD, DROPPED, "task_type.#")
+_DROPPED_EXCHANGE = Exchange(DROPPED, "headers")
+_DROPPED_BINDINGS = (
+    Binding(DEAD, DROPPED, "task_type.#", to_exchange=True),
+    # RabbitMQ sets this header on what it dead-letters, and workers' dead letters never have it. A void value matches
+    # any value. `any-with-x` needs RabbitMQ 3.10: https://www.rabbitmq.com/docs/exchanges#headers
+    Binding(DROPPED, DROPPED, arguments={"x-match": "any-with-x", "x-first-death-reason": None}),
+)
+_COPIES_OF_ALL = Binding(DEAD, DROPPED, "task_type.#", removed=True)
+"""Copies workers' dead letters, too. Without `inferq callbacks` they filled the queue."""
 
 
 def _unroutable_queue() -> Queue:

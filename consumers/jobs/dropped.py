@@ -2,7 +2,7 @@
 
 A message expires by its AMQP `expiration` or by a policy, is rejected by a foreign consumer, exceeds the delivery
 limit, or falls out of a full queue. RabbitMQ then puts it into the dead-letter queue of its type, as workers do with
-failed tasks, and a copy of every dead letter into `inference.dropped`.
+failed tasks, and a copy into `inference.dropped`.
 """
 
 from __future__ import annotations

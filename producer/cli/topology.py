@@ -30,7 +30,8 @@ def _topology(types: str | None) -> Topology:
     return Topology(
         _once(tasks.exchanges, jobs.exchanges),
         _once(tasks.queues, jobs.queues),
-        _once(tasks.bindings, jobs.bindings),
+        # Those that are removed stay last.
+        tuple(sorted(_once(tasks.bindings, jobs.bindings), key=lambda binding: binding.removed)),
     )
 
 
@@ -63,7 +64,9 @@ def show(types: Types = None, as_json: JsonFlag = False) -> None:
     for queue in wanted.queues:
         rows.append(("quorum queue", queue.name, _arguments(queue.arguments)))
     for binding in wanted.bindings:
-        rows.append(("binding", f"{binding.exchange} → {binding.queue}", binding.routing_key))
+        if not binding.removed:
+            told = binding.routing_key or _arguments(binding.arguments)
+            rows.append(("binding", f"{binding.exchange} → {binding.queue}", told))
     print_table(["kind", "name", "arguments"], rows)
 
 

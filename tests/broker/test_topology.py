@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 from urllib.parse import urlsplit
 
+import pika
 import pytest
 
 from inferq.broker import (
@@ -120,6 +121,42 @@ def test_a_message_that_the_broker_gives_up_is_dead_lettered_under_its_type(sett
     dead = eventually(given_up, "the dead letter")
     connection.close()
     assert dead.routing_key == "task_type.echo.normal"
+
+
+def test_only_what_the_broker_dead_letters_is_copied_also_where_all_once_was(
+    settings: BrokerSettings,
+) -> None:
+    topology = topology_for(["echo"])
+    apply(settings, topology)
+    with closing(connect(settings, name="test")) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        channel.queue_bind("inference.dropped", "inference.dead", "task_type.#")  # as an earlier version did
+        apply(settings, topology)
+        for body, headers in ((b"failed", {"x-dead-reason": "invalid"}), (b"retried", {"x-attempt": 2})):
+            properties = pika.BasicProperties(headers=headers)
+            channel.basic_publish("inference.dead", "task_type.echo.low", body, properties, mandatory=True)
+        channel.basic_publish("inference.tasks", "task_type.echo.low", b"rejected", mandatory=True)
+        method = eventually(lambda: channel.basic_get("inference.echo.low")[0])
+        channel.basic_reject(method.delivery_tag, requeue=False)
+        expiring = pika.BasicProperties(expiration="1")
+        for name in ("task_type.echo", "task_type.echo.high"):
+            channel.basic_publish("inference.tasks", name, b"expired", expiring, mandatory=True)
+
+        def copies() -> list[bytes] | None:
+            body = channel.basic_get("inference.dropped", auto_ack=True)[2]
+            if body is not None:
+                found.append(body)
+            return found if len(found) >= 3 else None
+
+        found: list[bytes] = []
+        assert sorted(eventually(copies, "copies of what the broker dropped")) == [
+            b"expired", b"expired", b"rejected",
+        ]  # fmt: skip
+        # The letters themselves are all there.
+        eventually(
+            lambda: channel.queue_declare("inference.dead.echo", passive=True).method.message_count == 5
+        )
 
 
 def test_each_failure_waits_longer_up_to_the_last_level() -> None:

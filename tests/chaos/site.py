@@ -18,15 +18,7 @@ import httpx
 import redis
 from pika.exceptions import AMQPError
 
-from inferq.broker import (
-    DROPPED,
-    BrokerSettings,
-    BrokerUnavailable,
-    DeadLetters,
-    connect,
-    dead_queue,
-    topology_for,
-)
+from inferq.broker import BrokerSettings, BrokerUnavailable, DeadLetters, connect, dead_queue, topology_for
 from inferq.producer.cli.listener import Heard, Listener
 from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.redis import RedisServer
@@ -308,12 +300,8 @@ class Site:
             self._watchers.pop().stop()
 
     def _depths(self) -> dict[str, int]:
-        """How many messages wait in each queue but that of the dead letters.
-
-        Without `inferq callbacks`, nobody takes the copies of dead letters either.
-        """
-        kept = {dead_queue("witness")} | ({DROPPED} if self.callbacks is None else set())
-        names = [queue.name for queue in self._topology.queues if queue.name not in kept]
+        """How many messages wait in each queue but that of the dead letters."""
+        names = [queue.name for queue in self._topology.queues if queue.name != dead_queue("witness")]
         try:
             connection = connect(BrokerSettings(amqp_url=self.amqp_url), name="chaos")
             channel = connection.channel()
