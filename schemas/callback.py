@@ -57,7 +57,10 @@ class CallbackAttempt(Record):
     seconds: float
     status: int | None = None
     error: str | None = None
-    response: str | None = Field(None, description="The start of the answer's body, made printable.")
+    response: str | None = Field(
+        None,
+        description="The start of the answer's body, made printable. It is kept of public addresses alone.",
+    )
 
 
 CallbackState = Literal["waiting", "delivered", "failed"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from ipaddress import ip_network
 
 import httpcore
 from standardwebhooks import Webhook
@@ -18,7 +19,10 @@ from inferq.schemas import Callback, CallbackAttempt, InvalidTask
 from inferq.schemas.http_url import HttpUrl, parse_http_url
 from inferq.storage.fetch.addresses import AddressPolicy
 from inferq.storage.fetch.pool import HttpPool, header_of
+from inferq.storage.settings import Network
 
+_LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+_PUBLIC = AddressPolicy()
 _RESPONSE_BYTES = 1024
 _ERROR_CHARACTERS = 300
 
@@ -37,18 +41,32 @@ class Sent:
 
 
 class Sender:
-    """Sends callbacks; safe from many threads."""
+    """Sends callbacks; safe from many threads. Tests replace `public`.
 
-    def __init__(self, settings: CallbackSettings) -> None:
+    A tenant reads the answers to its callbacks, so only those of `public` addresses are kept: an allowed private
+    network may hold services that answer anybody on it.
+    """
+
+    def __init__(self, settings: CallbackSettings, *, public: AddressPolicy = _PUBLIC) -> None:
         self._timeout = settings.callback_timeout
-        policy = AddressPolicy(settings.callback_allowed_networks, setting="INFERQ_CALLBACK_ALLOWED_NETWORKS")
-        agent = f"inferq/{version('inferq')}"
-        self._pool = HttpPool(
-            policy,
-            agent=agent,
-            patience=self._timeout,  # the deadline of the whole attempt applies
-            connections=None,  # a thread uses one at a time; a wait here would count as the target's delay
-        )
+        self._public = public
+        self._local_tenants = settings.callback_loopback_tenants
+
+        def pool(*more: Network) -> HttpPool:
+            allowed = (*settings.callback_allowed_networks, *more)
+            return HttpPool(
+                AddressPolicy(allowed, setting="INFERQ_CALLBACK_ALLOWED_NETWORKS"),
+                agent=f"inferq/{version('inferq')}",
+                patience=self._timeout,  # the deadline of the whole attempt applies
+                connections=None,  # a thread uses one at a time; a wait here would count as the target's delay
+            )
+
+        # Addresses are checked when a connection is made, so tenants with different rules share no connections.
+        self._pool, self._local_pool = pool(), pool(*_LOOPBACK)
+
+    def close(self) -> None:
+        self._pool.close()
+        self._local_pool.close()
 
     def send(self, callback: Callback, secrets: Sequence[str]) -> Sent:
         """Make one attempt, signed with each of the secrets (at least one)."""
@@ -56,17 +74,20 @@ class Sender:
         began = time.monotonic()
         status = error = response = retry_after = None
         timed_out = False
+        pool = self._local_pool if callback.tenant in self._local_tenants else self._pool
         try:
             url = parse_http_url(callback.url)
             with (
-                self._pool.deadline(self._timeout),
-                self._pool.exchange(
+                pool.deadline(self._timeout),
+                pool.exchange(
                     "POST", url, _headers(callback, secrets, url, now), callback.body.encode()
                 ) as answer,
             ):
                 status = answer.status
                 retry_after = retry_after_seconds(header_of(answer, b"retry-after"), now)
-                response = _beginning(answer)
+                address = _address(answer)
+                beginning = _beginning(answer)
+                response = beginning if self._public.permits(address) else None
         except httpcore.TimeoutException:
             timed_out = True
             if status is None:
@@ -83,8 +104,10 @@ class Sender:
                 error = f"certificate_refused: the server's certificate is invalid: {cause.verify_message}"
             else:
                 error = f"the connection failed: {failed}"
-        except (httpcore.NetworkError, httpcore.ProtocolError) as failed:
+        except httpcore.NetworkError as failed:
             error = f"the connection was lost: {failed}"
+        except httpcore.ProtocolError:  # its text quotes what the server sent
+            error = "the server's answer is not HTTP, or incomplete"
         attempt = CallbackAttempt(
             at=now,
             seconds=round(time.monotonic() - began, 3),
@@ -111,6 +134,14 @@ def _headers(callback: Callback, secrets: Sequence[str], url: HttpUrl, now: date
     if url.credentials:
         headers["Authorization"] = f"Basic {url.credentials.decode()}"
     return headers
+
+
+def _address(answer: httpcore.Response) -> str:
+    """The IP address that answers; empty if the connection is gone."""
+    try:
+        return str(answer.extensions["network_stream"].get_extra_info("server_addr")[0])
+    except OSError:
+        return ""
 
 
 def _beginning(answer: httpcore.Response) -> str | None:

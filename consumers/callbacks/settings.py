@@ -31,6 +31,11 @@ class CallbackSettings(Settings):
         (),
         description="Private networks that callbacks may go to: CIDRs, separated by commas.",
     )
+    callback_loopback_tenants: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Tenants whose callbacks may go to loopback addresses of the machine that delivers them, separated "
+        "by commas. `inferq up` sets it to `default`, its owner's tenant.",
+    )
     callback_target_limit: int = Field(
         8,
         ge=1,
@@ -53,9 +58,9 @@ class CallbackSettings(Settings):
             raise ValueError("the first value must be 0, as in 0,5,300")
         return value
 
-    @field_validator("callback_allowed_networks", mode="before")
+    @field_validator("callback_allowed_networks", "callback_loopback_tenants", mode="before")
     @classmethod
-    def _cidrs(cls, value: Any) -> Any:
+    def _parts(cls, value: Any) -> Any:
         return _split(value)
 
 

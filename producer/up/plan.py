@@ -128,9 +128,8 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
     env = os.environ | variables
     parts.append(_gateway(port, env, services))
     parts += [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
-    # So that callbacks reach `inferq listen` on this machine.
-    allowed = os.environ.get("INFERQ_CALLBACK_ALLOWED_NETWORKS", "127.0.0.0/8,::1/128")
-    env = env | {"INFERQ_CALLBACK_ALLOWED_NETWORKS": allowed}
+    # So that callbacks of this folder's owner reach `inferq listen` on this machine.
+    env = {"INFERQ_CALLBACK_LOOPBACK_TENANTS": TENANT} | env
     parts += [_jobs(name, ports[f"probe-{name}"], env, services) for name in _JOB_PARTS]
     if schedules is not None:
         parts.append(_beat(ports["probe-beat"], env, services))

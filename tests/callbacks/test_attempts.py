@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
+from ipaddress import IPv4Network, ip_network
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +24,8 @@ from inferq.consumers.callbacks.sending import Sender, Sent
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import Callback, CallbackAttempt, CallbackRecord, InvalidTask
 from inferq.storage import StorageSettings, StoreOutage, WebhookSettings
-from tests.callbacks.conftest import callback
+from inferq.storage.fetch.addresses import AddressPolicy
+from tests.callbacks.conftest import Receiver, callback, say
 from tests.waiting import eventually
 
 SECRETS = ("whsec_" + "A" * 32,)
@@ -287,6 +291,42 @@ def test_what_cannot_be_put_aside_is_taken_again_or_kept_apart(
         line.broker_fault = fault
         line.arrive(new_job())
     assert line.settled == ["requeue", "reject"]
+
+
+def test_only_tenants_that_may_reach_loopback(receiver: Receiver) -> None:
+    receiver.answer = say(404, b"secrets of a local service")
+    with closing(Sender(CallbackSettings(callback_loopback_tenants=("owner",)))) as sender:
+        for host in ("127.0.0.1", "localhost"):
+            url = f"http://{host}:{receiver.port}/admin"
+            attempt = sender.send(callback(url, tenant="owner"), SECRETS).attempt
+            assert (attempt.status, attempt.error, attempt.response) == (404, None, None)
+            # The connection that is kept for the owner is not for others.
+            attempt = sender.send(callback(url, tenant="guest"), SECRETS).attempt
+            assert (attempt.status, attempt.response) == (None, None)
+            assert "address_refused" in str(attempt.error)
+    assert len(receiver.got) == 2
+
+
+@pytest.mark.parametrize(("public", "kept"), [((), None), ((ip_network("127.0.0.0/8"),), "oh  no")])
+def test_only_the_answer_of_a_public_address_is_kept(
+    receiver: Receiver, public: tuple[IPv4Network, ...], kept: str | None
+) -> None:
+    receiver.answer = say(500, b"oh\x00 no")
+    settings = CallbackSettings(callback_allowed_networks=(ip_network("127.0.0.0/8"),))
+    with closing(Sender(settings, public=AddressPolicy(public))) as sender:
+        attempt = sender.send(callback(receiver.url), SECRETS).attempt
+    assert (attempt.status, attempt.response) == (500, kept)
+
+
+def test_the_banner_of_a_server_without_http_is_not_kept(receiver: Receiver) -> None:
+    def banner(handler: BaseHTTPRequestHandler, _number: int) -> None:
+        handler.wfile.write(b"SSH-2.0-OpenSSH_9.2p1\r\n\r\n")
+
+    receiver.answer = banner
+    settings = CallbackSettings(callback_allowed_networks=(ip_network("127.0.0.0/8"),))
+    with closing(Sender(settings)) as sender:
+        attempt = sender.send(callback(receiver.url), SECRETS).attempt
+    assert (attempt.status, attempt.error) == (None, "the server's answer is not HTTP, or incomplete")
 
 
 def test_an_attempt_has_its_whole_time_and_as_many_connections_as_threads() -> None:

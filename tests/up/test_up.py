@@ -273,6 +273,23 @@ def test_data_folder_that_cannot_be_used_is_one_line(tmp_path: Path, more: tuple
     assert "Traceback" not in up.stdout
 
 
+def test_callbacks_to_this_machine_are_for_the_owner_unless_the_operator_allows_more(
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings() -> tuple[str | None, str | None]:
+        plan = make_plan(folder, port=0, types=("echo",))
+        (env,) = (part.env for part in plan.parts if part.name == "callbacks")
+        return env.get("INFERQ_CALLBACK_LOOPBACK_TENANTS"), env.get("INFERQ_CALLBACK_ALLOWED_NETWORKS")
+
+    folder = DataFolder(data)
+    folder.hold()
+    assert settings() == ("default", None)
+    monkeypatch.setenv("INFERQ_CALLBACK_LOOPBACK_TENANTS", "")
+    monkeypatch.setenv("INFERQ_CALLBACK_ALLOWED_NETWORKS", "127.0.0.0/8")
+    assert settings() == ("", "127.0.0.0/8")
+    folder.release()
+
+
 def test_api_key_is_kept_while_it_is_valid(data: Path, services: None) -> None:
     folder = DataFolder(data)
     folder.hold()
