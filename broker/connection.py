@@ -12,6 +12,7 @@ from typing import Any
 import pika
 import pika.data as pika_data  # type: ignore[import-untyped]
 from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.channel import Channel
 from pika.exceptions import (
     AMQPConnectionError,
@@ -433,5 +434,6 @@ def connect(settings: BrokerSettings, *, name: str) -> pika.BlockingConnection:
         raise BrokerUnavailable(
             f"RabbitMQ at {where} refuses the user, password or virtual host; check INFERQ_AMQP_URL"
         ) from error
-    except (AMQPConnectionError, OSError) as error:
+    except (AMQPConnectionError, AMQPConnectorException, OSError) as error:
+        # AMQPConnectorException: it accepts the connection, and then does not answer.
         raise BrokerUnavailable(f"RabbitMQ at {where} cannot be reached: {_reason(error)}") from error

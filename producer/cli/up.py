@@ -34,7 +34,9 @@ def up(
     ] = 8000,
     types: Annotated[
         str | None,
-        typer.Option(help="Task types to start a worker for, separated by commas (default: all)."),
+        typer.Option(
+            help="Task types to start a worker for, separated by commas (default: all whose engines can start)."
+        ),
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once everything is ready; `inferq down` stops it.")
@@ -48,7 +50,7 @@ def up(
 
     screen = _Screen(Console(), data, detach=detach)
     try:
-        wish = Wish(data, port, choose_types(types))
+        wish = Wish(data, port, choose_types(types), required=types is not None)
         if detach:
             screen.ready(start_detached(wish, report=screen.report))
         else:
@@ -132,6 +134,9 @@ class _Screen:
                 self._line(f"  {name} {report.text}", f"and starts again in {report.seconds:.1f} s")
             case "failing":
                 self._line(f"  {name} keeps failing: it {report.text}; still retrying", style="red")
+            case "left out":
+                self._starting = [each for each in self._starting if each != name]
+                self._line(f"  {name} is left out: it {report.text}", style="red")
             case "stopping":
                 self._status.update("Stopping")
                 self._status.start()

@@ -6,7 +6,6 @@ uvicorn waits for a request's head, and for a client to read its answer, as long
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections import Counter
 from typing import Any
@@ -27,17 +26,6 @@ _RESERVE = 32
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _OWN_DESCRIPTORS = 200
-_MOST_DESCRIPTORS = 65536
-
-
-def raise_descriptor_limit() -> int:
-    """Raise this process's limit of open files as far as that is allowed and useful; gives the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
-    return _MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 def default_limit(descriptors: int) -> int:

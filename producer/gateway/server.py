@@ -13,13 +13,9 @@ from functools import partial
 import uvicorn
 from fastapi import FastAPI
 
+from inferq.producer.descriptors import raise_descriptor_limit
 from inferq.producer.gateway.app import create_app
-from inferq.producer.gateway.connections import (
-    ConnectionGuard,
-    GuardedProtocol,
-    default_limit,
-    raise_descriptor_limit,
-)
+from inferq.producer.gateway.connections import ConnectionGuard, GuardedProtocol, default_limit
 from inferq.producer.gateway.services import Services
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import probe_server

@@ -64,7 +64,13 @@ def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mappin
 
 
 def _start(wish: Wish, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    order = {"data": str(wish.data), "port": wish.port, "types": wish.types, "bound": bound}
+    order = {
+        "data": str(wish.data),
+        "port": wish.port,
+        "types": wish.types,
+        "required": wish.required,
+        "bound": bound,
+    }
     log = _log(wish)
     with DataFolder(wish.data).in_use():
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +126,7 @@ def main(arguments: list[str]) -> int:
     channel = socket.socket(fileno=int(arguments[0]))
     os.set_inheritable(channel.fileno(), False)
     order = json.loads(arguments[1])
-    wish = Wish(Path(order["data"]), order["port"], tuple(order["types"]))
+    wish = Wish(Path(order["data"]), order["port"], tuple(order["types"]), order["required"])
     state = _Starter(channel, bound=order["bound"])
     try:
         keep_up(wish, report=state.report, when_ready=state.ready, watch=state.watch)

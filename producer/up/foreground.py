@@ -6,21 +6,29 @@ import asyncio
 import secrets
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from inferq.producer.descriptors import raise_descriptor_limit
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.plan import Plan, make_plan
-from inferq.producer.up.supervisor import Report, Supervisor
+from inferq.producer.up.supervisor import PartFailed, Report, Supervisor
+
+FEW_DESCRIPTORS = 1024
+"""With fewer open files, RabbitMQ may stop answering new connections, and does not say why."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """The options of `inferq up`. `types` are checked names; a `port` of 0 takes a free one."""
+    """The options of `inferq up`. `types` are checked names; a `port` of 0 takes a free one.
+
+    Unless all types are `required`, those whose engines are not installed are left out.
+    """
 
     data: Path
     port: int
     types: tuple[str, ...]
+    required: bool = True
 
 
 def keep_up(
@@ -50,7 +58,10 @@ async def _keep_up(
     when_ready: Callable[[Plan], None],
     watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None,
 ) -> None:
-    plan = make_plan(folder, port=wish.port, types=wish.types)
+    limit = raise_descriptor_limit()  # the parts inherit it
+    plan = make_plan(folder, port=wish.port, types=wish.types, required=wish.required)
+    if limit < FEW_DESCRIPTORS:
+        plan = replace(plan, facts={**plan.facts, "open files": _few(limit)})
     supervisor = Supervisor(plan.parts, folder.logs, mark=secrets.token_hex(16), report=report, held=held)
     loop = asyncio.get_running_loop()
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -60,4 +71,18 @@ async def _keep_up(
         loop.add_signal_handler(number, supervisor.request_stop)
     if watch is not None:
         watch(loop, supervisor)
-    await supervisor.run(lambda: when_ready(plan))
+    try:
+        await supervisor.run(lambda: when_ready(plan.without(supervisor.left_out)))
+    except PartFailed as error:
+        if limit < FEW_DESCRIPTORS:
+            raise PartFailed(
+                f"{error.message}\nThe cause may be the limit of open files: {_few(limit)}"
+            ) from error
+        raise
+
+
+def _few(limit: int) -> str:
+    return (
+        f"a process may open {limit}, and RabbitMQ needs {FEW_DESCRIPTORS} or more; raise the hard limit "
+        "(ulimit -Hn, or LimitNOFILE= in a systemd unit)"
+    )

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inferq.broker import BrokerSettings, BrokerUnavailable, connect
@@ -22,6 +22,7 @@ from inferq.storage import StatusIndex, StorageSettings, WebhookSecrets, open_st
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
 _JOB_PARTS = ("callbacks", "batches")
 """Each is a process of its own, so that feeding a batch never delays a callback."""
+_WORKER = "worker-"
 _KEYS = "api-keys.json"
 TENANT = "default"
 
@@ -33,6 +34,17 @@ class Plan:
     parts: tuple[Part, ...]
     variables: Mapping[str, str]
     facts: Mapping[str, str]
+
+    def without(self, left_out: Sequence[str]) -> Plan:
+        """The plan without the parts that were left out."""
+        if not left_out:
+            return self
+        parts = tuple(part for part in self.parts if part.name not in left_out)
+        workers = [part.name.removeprefix(_WORKER) for part in parts if part.name.startswith(_WORKER)]
+        told = (
+            ", ".join(workers) + f" (left out: {', '.join(name.removeprefix(_WORKER) for name in left_out)})"
+        )
+        return replace(self, parts=parts, facts={**self.facts, "workers": told})
 
 
 def choose_types(names: str | None) -> tuple[str, ...]:
@@ -54,9 +66,10 @@ def choose_types(names: str | None) -> tuple[str, ...]:
     return chosen
 
 
-def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
+def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: bool = True) -> Plan:
     """Prepare `folder` (which the caller holds) for the gateway on `port` and a worker for each type.
 
+    Unless all workers are `required`, those that cannot start are optional parts.
     A `port` of 0 takes a free one and keeps it. If the environment names a broker, a Redis or an object store, that
     one is used instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
@@ -127,7 +140,8 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str]) -> Plan:
 
     env = os.environ | variables
     parts.append(_gateway(port, env, services))
-    parts += [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
+    workers = [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
+    parts += [replace(worker, optional=not required) for worker in workers]
     # So that callbacks of this folder's owner reach `inferq listen` on this machine.
     env = {"INFERQ_CALLBACK_LOOPBACK_TENANTS": TENANT} | env
     parts += [_jobs(name, ports[f"probe-{name}"], env, services) for name in _JOB_PARTS]
@@ -161,7 +175,7 @@ def _gateway(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
 
 def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
-        name=f"worker-{task_type}",
+        name=f"{_WORKER}{task_type}",
         argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "worker", task_type),
         env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
         probe=lambda: http_ready(port),

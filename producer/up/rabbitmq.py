@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pika
 import pika.exceptions
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 from inferq.broker.consumer import HOLD_SECONDS
 from inferq.producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
@@ -187,6 +188,8 @@ def handshake(url: str, *, seconds: float = 5.0) -> str | None:
         return "the broker refuses the user or the password"
     except pika.exceptions.ProbableAccessDeniedError:
         return "the broker refuses the virtual host"
+    except AMQPConnectorException:
+        return f"the broker accepts a connection, and does not answer within {seconds:g} s"
     except (pika.exceptions.AMQPError, OSError) as error:
         return f"AMQP: {error!r}"
     return None

@@ -21,7 +21,7 @@ from inferq.schemas import InferqError
 
 LOG_LOOK_SECONDS = 60.0
 
-Stage = Literal["starting", "ready", "ended", "failing", "stopping"]
+Stage = Literal["starting", "ready", "ended", "failing", "left out", "stopping"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Supervisor:
         self._running: dict[str, _Running] = {}
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self.left_out: list[str] = []
+        """The optional parts that do not run, by name."""
 
     def request_stop(self) -> None:
         if self._stop.is_set():
@@ -105,8 +107,8 @@ class Supervisor:
     async def run(self, when_ready: Callable[[], None]) -> None:
         """Start everything, call `when_ready`, and return once all has been stopped.
 
-        Raises PartFailed if a part does not become ready; everything has stopped then. `when_ready` is not called
-        if a stop was requested first.
+        Raises PartFailed if a part does not become ready, or none of the optional ones; everything has stopped then.
+        `when_ready` is not called if a stop was requested first.
         """
         self._reaper = _start_reaper(self._mark, self._held)
         self._ready = {name: asyncio.Event() for name in self._parts}
@@ -148,10 +150,16 @@ class Supervisor:
         ends = 0
         while True:
             reason, worked = await self._live(part)
-            if not self._ready[part.name].is_set():
-                raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
-            if part.name in self._running:
+            if part.name in self._running and (part.optional or self._ready[part.name].is_set()):
                 await self._end(part.name)
+            if not self._ready[part.name].is_set():
+                if not self._is_dispensable(part):
+                    raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
+                self.left_out.append(part.name)
+                self._report(Report(part.name, "left out", f"{reason}\n{self._excerpt(part)}"))
+                self._ready[part.name].set()  # the others are ready without it
+                await self._stop.wait()
+                return
             ends = 1 if worked > self._backoff.steady else ends + 1
             delay = self._backoff.delay(ends)
             if ends < self._backoff.patience:
@@ -159,6 +167,10 @@ class Supervisor:
             elif ends == self._backoff.patience:
                 self._report(Report(part.name, "failing", f"{reason}\n{self._excerpt(part)}", delay))
             await asyncio.sleep(delay)
+
+    def _is_dispensable(self, part: Part) -> bool:
+        optional = {name for name, each in self._parts.items() if each.optional}
+        return part.optional and bool(optional - {part.name, *self.left_out})
 
     async def _live(self, part: Part) -> tuple[str, float]:
         """Run a part once, until its process ends or does not become ready.

@@ -47,6 +47,7 @@ def part(folder: Path, order: dict) -> Part:
         grace=order.get("grace", 5),
         start_limit=order.get("limit", 20),
         gentle=order.get("gentle", False),
+        optional=order.get("optional", False),
     )
 
 

@@ -10,6 +10,7 @@ import pika
 import pytest
 import redis
 
+from inferq.broker import BrokerSettings, BrokerUnavailable, connect
 from inferq.producer.up import rabbitmq
 from inferq.producer.up import redis as private_redis
 from inferq.producer.up.part import (
@@ -64,6 +65,14 @@ def test_rabbitmq_refuses_guest_and_wrong_passwords(shared_rabbitmq) -> None:
     assert rabbitmq.handshake(f"amqp://guest:guest@127.0.0.1:{port}/") == reason
     assert rabbitmq.handshake(f"amqp://{rabbitmq.USER}:wrong@127.0.0.1:{port}/") == reason
     assert rabbitmq.handshake(shared_rabbitmq.url) is None
+
+
+def test_a_server_that_accepts_and_is_silent_is_no_broker() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"amqp://127.0.0.1:{server.getsockname()[1]}/"
+        assert "does not answer" in rabbitmq.handshake(url, seconds=0.2)
+        with pytest.raises(BrokerUnavailable, match="cannot be reached"):
+            connect(BrokerSettings(amqp_url=url, amqp_connect_timeout=0.5), name="test")
 
 
 def test_handshake_names_a_virtual_host_that_is_not_there(shared_rabbitmq) -> None:

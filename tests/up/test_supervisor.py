@@ -224,6 +224,33 @@ def test_start_fails_when_a_part_is_never_ready(driven: Driven) -> None:
     assert driven.left() == []
 
 
+def test_optional_part_that_cannot_start_is_left_out(driven: Driven) -> None:
+    driven.start(
+        {"name": "ocr", "optional": True, "options": {"fails": 1}},
+        {"name": "ner", "optional": True, "limit": 0.2, "options": {"never": 1}},
+        {"name": "echo", "optional": True},
+    )
+    driven.read_until("ready")
+    reports = {m["part"]: m["text"] for m in driven.messages if m.get("stage") == "left out"}
+    assert reports["ocr"].startswith("ended with exit code 1\n    ocr cannot find its weights")
+    assert reports["ner"].startswith("was not ready within")
+    eventually(lambda: len(driven.left()) == 1, "only the part that works")
+    driven.process.send_signal(signal.SIGTERM)
+    assert driven.finish() == 0
+    assert driven.journal().count("start ocr") == 1
+    assert driven.left() == []
+
+
+def test_start_fails_when_no_optional_part_can_start(driven: Driven) -> None:
+    driven.start(
+        {"name": "gateway"},
+        *({"name": name, "optional": True, "options": {"fails": 1}} for name in ("ocr", "ner")),
+    )
+    assert "ended with exit code 1" in driven.read_until("failed")["failed"]
+    assert driven.finish() == 1
+    assert driven.left() == []
+
+
 def test_start_fails_when_a_program_is_not_there(driven: Driven) -> None:
     driven.start({"name": "worker", "argv": ["/no/such/program"]}, {"name": "broker"})
     assert "/no/such/program" in driven.read_until("failed")["failed"]

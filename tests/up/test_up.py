@@ -329,6 +329,19 @@ def test_types_are_checked_and_each_is_started_once() -> None:
         assert refused.value.code == "unknown_task_type"
 
 
+def test_workers_of_all_types_are_optional_and_those_left_out_are_named(data: Path, services: None) -> None:
+    folder = DataFolder(data)
+    folder.hold()
+    plan = make_plan(folder, port=0, types=("echo", "ocr"), required=False)
+    assert {part.name for part in plan.parts if part.optional} == {"worker-echo", "worker-ocr"}
+    assert plan.without(()) == plan
+    less = plan.without(["worker-ocr"])
+    assert less.facts["workers"] == "echo (left out: ocr)"
+    assert len(less.parts) == len(plan.parts) - 1
+    assert not [part for part in make_plan(folder, port=0, types=("echo",)).parts if part.optional]
+    folder.release()
+
+
 def test_unready_server_says_why() -> None:
     assert "refused" in http_ready(9)
     with socket.socket() as server:
