@@ -87,6 +87,10 @@ def check_server_url(variable: str, url: str, *, schemes: tuple[str, ...], form:
         raise InstallationError(f"{variable} must start with {starts}; {advice}", code="bad_settings")
     if not parts.hostname:
         raise InstallationError(f"{variable} names no host; {advice}", code="bad_settings")
+    if "/" in parts.path[1:].rstrip("/"):
+        raise InstallationError(
+            f"{variable} has more than one slash after the host; {advice}", code="bad_settings"
+        )
     if parts.fragment or "@" in parts.path + parts.query:
         raise InstallationError(
             f"{variable} has a character that ends the password early; {advice}", code="bad_settings"

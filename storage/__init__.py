@@ -25,6 +25,7 @@ from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.open import open_store
 from inferq.storage.objects.results import ResultStore, UnreadableResult, cache_entry_key, folder, upload_key
 from inferq.storage.objects.store import BadObjectKey, ObjectInfo, ObjectNotFound, ObjectStore, StoreOutage
+from inferq.storage.objects.watch import StoreWatch
 from inferq.storage.settings import StorageSettings
 from inferq.storage.status.index import Begun, StatusIndex, StatusOutage
 from inferq.storage.webhook_secrets import WebhookSecrets, WebhookSettings
@@ -53,6 +54,7 @@ __all__ = [
     "Step",
     "StorageSettings",
     "StoreOutage",
+    "StoreWatch",
     "UnreadableResult",
     "WebhookSecrets",
     "WebhookSettings",

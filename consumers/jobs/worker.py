@@ -29,12 +29,11 @@ from inferq.broker import (
 from inferq.broker.celery_app import celery_app
 from inferq.consumers.batches.services import load_services
 from inferq.consumers.jobs.dropped import DroppedTasks
-from inferq.consumers.jobs.store_watch import StoreWatch
 from inferq.consumers.probes.registry import REGISTRY
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError, Outage
 from inferq.schemas.probe_server import ProbeServer, Readiness
-from inferq.storage import StorageSettings, open_store
+from inferq.storage import StorageSettings, StoreWatch, open_store
 
 _log = logging.getLogger(__name__)
 

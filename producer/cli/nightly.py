@@ -17,7 +17,7 @@ from inferq.producer.nightly.settings import NightlySettings
 from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
 from inferq.schemas.probe_server import ProbeServer
 from inferq.schemas.window import moment_of
-from inferq.storage import BatchStore, StatusOutage, StorageSettings, open_store
+from inferq.storage import BatchStore, StatusOutage, StorageSettings, StoreWatch, open_store
 
 if TYPE_CHECKING:
     from inferq.schemas.schedule import Schedule
@@ -286,6 +286,7 @@ def beat(
 
     from inferq.broker.celery_app import celery_app
     from inferq.producer.nightly.beat import Beat, keep_beating
+    from inferq.producer.nightly.readiness import beat_readiness
 
     settings = NightlySettings.load()
     path = _path(file)
@@ -302,7 +303,13 @@ def beat(
 
     runner = Beat(path, store, publish, schedules)
     if settings.probe_port is not None:
-        ProbeServer(settings.probe_host, settings.probe_port, readiness=lambda: runner.state).start()
+        watch = StoreWatch(store)
+        watch.start()
+        ProbeServer(
+            settings.probe_host,
+            settings.probe_port,
+            readiness=lambda: beat_readiness(runner, publisher, watch),
+        ).start()
     try:
         keep_beating(celery_app(broker), runner)
     finally:

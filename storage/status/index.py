@@ -8,6 +8,7 @@ repeated message never moves a task backwards. The scripts compute some of their
 from __future__ import annotations
 
 from typing import Self
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -32,6 +33,11 @@ class StatusIndex(Submissions, Runs, Cancels, Lookup):
         form = "redis://[:password@]host:port/database"
         if not settings.redis_url.startswith("unix:"):
             check_server_url("INFERQ_REDIS_URL", settings.redis_url, schemes=("redis", "rediss"), form=form)
+            database = urlsplit(settings.redis_url).path.strip("/")
+            if database and not database.isdecimal():  # redis-py would use database 0
+                raise InstallationError(
+                    f"INFERQ_REDIS_URL names no database by its number; give {form}", code="bad_settings"
+                )
         try:
             client = redis.Redis.from_url(
                 settings.redis_url,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from inferq.broker import BrokerUnavailable, Message
 from inferq.producer.nightly import read_schedules
 from inferq.producer.nightly.beat import Beat
+from inferq.producer.nightly.readiness import beat_readiness
 from inferq.storage import LocalStore, StoreOutage
 from inferq.storage.runs import Run, RunLog, known_schedules
 
@@ -307,3 +310,20 @@ def test_a_clock_that_is_set_back_starts_nothing_anew(site: BeatSite) -> None:
     site.run(site.beat, NOON + minutes(30), NOON + minutes(62))
     site.run(site.beat, NOON + minutes(50), NOON + minutes(62))
     assert site.started == ["a13:00"]
+
+
+def test_beat_is_ready_only_while_it_could_start_a_run(site: BeatSite) -> None:
+    site.beat.tick(NOON)
+    publisher: Any = SimpleNamespace(connected=True, blocked_reason=None)
+    store: Any = SimpleNamespace(waiting_for=None)
+    assert beat_readiness(site.beat, publisher, store).ready
+    store.waiting_for = "object store: it only reads"
+    publisher.blocked_reason = "low on disk"
+    found = beat_readiness(site.beat, publisher, store)
+    assert not found.ready
+    assert found.waiting_for == (
+        "RabbitMQ: it takes no messages (low on disk)",
+        "object store: it only reads",
+    )
+    publisher.connected, publisher.blocked_reason = False, None
+    assert beat_readiness(site.beat, publisher, store).waiting_for[0] == "RabbitMQ"

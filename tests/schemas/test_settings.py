@@ -62,6 +62,7 @@ def test_white_space_around_a_value_is_not_part_of_it(monkeypatch: pytest.Monkey
         '"amqp://u:secret@host/"',
         "amqp://u:secret@[::1/",
         "amqp://u:secret@host:99999/",
+        "amqp://u:secret@host/a/b",
     ],
 )
 def test_a_broker_url_that_would_lead_elsewhere_is_refused_without_showing_it(url: str) -> None:
@@ -91,6 +92,8 @@ def test_a_sound_broker_url_is_taken(url: str) -> None:
         "secret@host",
         "redis:///secret",
         "rediss://:secret",
+        "redis://:secret@host/zero",
+        "redis://:secret@host/1/2",
     ],
 )
 def test_a_redis_url_that_would_lead_elsewhere_is_refused_without_showing_it(url: str) -> None:
@@ -103,6 +106,7 @@ def test_a_redis_url_that_would_lead_elsewhere_is_refused_without_showing_it(url
     "url",
     [
         "redis://host",
+        "redis://host/1/",
         "rediss://:p%23@host:1/2",
         "unix:///run/redis.sock?db=1",
         "rediss://host?ssl_ca_certs=/ca.pem",
