@@ -55,7 +55,8 @@ class RedisServer:
         return refused if refused is not None else ping(self.url)
 
     def _configuration(self) -> str:
-        # The status is only an index: a second of it may be lost if the machine stops.
+        # The status is only an index: a second of it may be lost if the machine stops. Dropped keys would lose cancels
+        # and the counts of runs, so a full Redis refuses writes, which the parts report, before the machine is full.
         return f"""\
 bind {LOOPBACK}
 port {self.port}
@@ -67,8 +68,14 @@ dir ./data
 appendonly yes
 appendfsync everysec
 save ""
+maxmemory {_most_memory()}
 maxmemory-policy noeviction
 """
+
+
+def _most_memory() -> int:
+    """A quarter of the machine's memory, in bytes. Every key expires, so it suffices for a week of tasks."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 def ping(url: str, *, seconds: float = 3.0) -> str | None:

@@ -93,11 +93,18 @@ class RedisConnection:
     def require_supported(self) -> None:
         """Raises InstallationError if INFERQ_REDIS_URL leads to a node of a Redis Cluster or to a Sentinel.
 
-        Redis may be unavailable; then nothing is known, and nothing is raised.
+        Redis may be unavailable; then nothing is known, and nothing is raised. A Redis that drops keys is warned of.
         """
         with suppress(StatusOutage):
             if (unsupported := self._call(self._unsupported)) is not None:
                 raise InstallationError(unsupported, code="bad_settings")
+            if (policy := self._call(self._eviction)) is not None:
+                _log.warning(
+                    "Redis at %s drops keys when its memory is full (maxmemory-policy %s): tasks can vanish from the "
+                    "status, with their cancels and counts; set maxmemory-policy noeviction",
+                    self._address(),
+                    policy,
+                )
 
     def close(self) -> None:
         self._redis.close()
@@ -165,6 +172,17 @@ class RedisConnection:
             f"INFERQ_REDIS_URL leads to {kind} at {self._address()}, which inferq does not support; "
             "give the address of a single Redis, or one that always leads to the current master"
         )
+
+    def _eviction(self) -> str | None:
+        """The policy by which Redis drops keys; None if it drops none, or does not say."""
+        try:
+            memory: Any = self._redis.info("memory")
+        except _UNREACHABLE:
+            raise
+        except redis.RedisError:  # a user without the right to ask
+            return None
+        policy = str(memory.get("maxmemory_policy", "noeviction"))
+        return policy if memory.get("maxmemory") and policy != "noeviction" else None
 
     def _unreachable(self, error: redis.RedisError) -> StatusOutage:
         return self._down(

@@ -974,6 +974,24 @@ def test_a_redis_that_only_reads_is_away_for_reads_as_well(
         assert index.away_for is None
 
 
+def test_a_redis_that_drops_keys_is_warned_of(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis.Redis(port=own_redis.port, decode_responses=True) as client:
+        index = StatusIndex(client, retention=60)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        index.require_supported()  # without a limit nothing is dropped
+        assert caplog.records == []
+        client.config_set("maxmemory", "100mb")
+        index.require_supported()
+        assert "maxmemory-policy allkeys-lru" in caplog.text
+        assert "set maxmemory-policy noeviction" in caplog.text
+        client.config_set("maxmemory-policy", "noeviction")
+        caplog.clear()
+        index.require_supported()
+        assert caplog.records == []
+
+
 def test_after_a_failover_old_connections_to_the_former_master_are_dropped(
     own_redis: RedisServer, shared_redis: RedisServer, redis_client: redis.Redis
 ) -> None:
@@ -1018,6 +1036,7 @@ def test_a_node_of_a_redis_cluster_is_refused_at_the_start(tmp_path: Path) -> No
         with pytest.raises(StatusOutage, match=r"node of a Redis Cluster .* does not support"):
             index.submit(job())
     finally:
+        index.close()
         server.kill()
 
 
@@ -1030,6 +1049,7 @@ def test_a_sentinel_is_refused_at_the_start(tmp_path: Path) -> None:
         try:
             eventually(lambda: _is_refused(index))
         finally:
+            index.close()
             sentinel.kill()
 
 

@@ -79,6 +79,13 @@ def test_handshake_names_a_virtual_host_that_is_not_there(shared_rabbitmq) -> No
     assert "virtual host" in rabbitmq.handshake(shared_rabbitmq.node.url_of("nowhere"))
 
 
+def test_full_redis_refuses_writes_before_the_machine_is_full(shared_redis) -> None:
+    with redis.Redis.from_url(shared_redis.url) as client:
+        memory = client.info("memory")
+    assert memory["maxmemory_policy"] == "noeviction"
+    assert 0 < memory["maxmemory"] < memory["total_system_memory"] / 2
+
+
 def test_redis_refuses_whoever_has_no_password(shared_redis) -> None:
     assert private_redis.ping(shared_redis.url) is None
     assert "uthenticat" in private_redis.ping(f"redis://127.0.0.1:{shared_redis.port}/0")
