@@ -6,6 +6,7 @@ batch, night     batches and nightly runs; batch_source, schedule, cron, window
 callback         callbacks in the form of Standard Webhooks
 errors           why something fails, in classes that say what happens next
 encoding         JSON that holds any text
+logs             the log of a part
 paths            the paths of tasks, batches and artifacts on the gateway
 publish          JSON Schema and AsyncAPI documents; json_schema
 """

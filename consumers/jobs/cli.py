@@ -15,6 +15,7 @@ from inferq.consumers.batches.settings import BatchSettings  # noqa: F401
 from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
+from inferq.schemas.logs import start_log
 
 app = typer.Typer()
 
@@ -45,7 +46,7 @@ def callbacks(
         names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_log()
     # At INFO, Celery logs every job with its arguments.
     logging.getLogger("celery").setLevel(logging.WARNING)
     if chosen == ("inference.batches",):

@@ -53,6 +53,7 @@ from inferq.schemas import (
     parse_task,
     report_incident,
 )
+from inferq.schemas.logs import start_log
 from inferq.schemas.result import OUTPUT_ARTIFACT
 from inferq.schemas.standard_streams import open_standard_streams
 
@@ -83,7 +84,7 @@ def main() -> None:
     adopt_descendants()  # so that the worker finds them when it ends this process
     # The worker decides when a run ends, even if Ctrl-C interrupts all processes of its terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=os.environ.get("INFERQ_LOG_LEVEL", "INFO"), format="%(message)s")
+    start_log(os.environ.get("INFERQ_LOG_LEVEL", "INFO"), form="%(message)s")
     # Frameworks print to standard output, which belongs to the worker's caller.
     os.dup2(2, 1)
     os.set_inheritable(fd, False)  # a program that the engine starts would hold it open

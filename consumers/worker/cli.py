@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from inferq.broker import BrokerSettings
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import InstallationError, TaskType, get_type
+from inferq.schemas.logs import start_log
 from inferq.storage import StorageSettings
 
 app = typer.Typer()
@@ -32,7 +32,7 @@ def worker(
 
     given = {"lanes": lanes, "slots": slots}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    start_log(settings.log_level)
     engine_type, broker, storage = get_type(task_type), BrokerSettings.load(), StorageSettings.load()
     if check:
         _check_engine(engine_type)

@@ -12,8 +12,9 @@ import typer
 from rich.text import Text
 
 from inferq.producer.cli.listener_settings import ListenSettings
-from inferq.producer.cli.output import JsonFlag, console, errors, harmless
+from inferq.producer.cli.output import JsonFlag, console, errors
 from inferq.schemas import InstallationError
+from inferq.schemas.logs import harmless
 from inferq.storage.webhook_secrets import WebhookSecrets, WebhookSettings
 
 app = typer.Typer()

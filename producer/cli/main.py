@@ -13,6 +13,7 @@ from inferq.producer.cli.output import complain, escape_unprintable
 from inferq.producer.cli.parts import LazyGroup
 from inferq.producer.client.errors import Unauthorized
 from inferq.schemas import InferqError
+from inferq.schemas.logs import LineFormatter
 from inferq.schemas.standard_streams import open_standard_streams
 
 app = typer.Typer(
@@ -45,6 +46,8 @@ def main() -> None:
     open_standard_streams()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     escape_unprintable()
+    if isinstance(logging.lastResort, logging.Handler):  # what a command logs that is no part
+        logging.lastResort.setFormatter(LineFormatter())
     try:
         app()
     except InferqError as error:

@@ -15,6 +15,7 @@ from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_
 from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from inferq.producer.nightly.settings import NightlySettings
 from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
+from inferq.schemas.logs import start_log
 from inferq.schemas.probe_server import ProbeServer
 from inferq.schemas.window import moment_of
 from inferq.storage import BatchStore, StatusOutage, StorageSettings, StoreWatch, open_store
@@ -295,7 +296,7 @@ def beat(
     if check:
         typer.echo(f"beat: settings are in order; schedules: {', '.join(schedules) or 'none'}")
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_log()
     publisher = _publisher("beat")
 
     def publish(message: Message) -> None:

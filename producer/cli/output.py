@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -18,18 +17,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from inferq.schemas.logs import harmless
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def harmless(text: str, *, keep: str = "\n\t") -> str:
-    """The text with its control characters escaped as in JSON, except those in `keep`.
-
-    Much of the text comes from others, and a terminal executes control sequences. Lone surrogates, which
-    Python puts into file names that are not UTF-8, cannot be printed at all.
-    """
-    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
 class _Harmless(Console):

@@ -9,6 +9,7 @@ import typer
 
 from inferq.broker import BrokerSettings
 from inferq.producer.gateway.settings import GatewaySettings
+from inferq.schemas.logs import start_log
 from inferq.storage import StorageSettings
 
 app = typer.Typer()
@@ -30,5 +31,5 @@ def gateway(
             settings.load()
         typer.echo("gateway: settings are in order")
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_log()
     serve(host, port, on_listening=lambda url: logging.getLogger(__name__).info("listening on %s", url))
