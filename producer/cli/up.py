@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from inferq.producer.cli.output import console
 from inferq.producer.up.folder import DataFolder
 from inferq.schemas import InferqError
 
@@ -48,7 +49,7 @@ def up(
     from inferq.producer.up.foreground import Wish, keep_up
     from inferq.producer.up.plan import choose_types
 
-    screen = _Screen(Console(), data, detach=detach)
+    screen = _Screen(console, data, detach=detach)
     try:
         wish = Wish(data, port, choose_types(types), required=types is not None)
         if detach:
@@ -67,16 +68,15 @@ def up(
 @app.command()
 def down(data: Data = Path(".inferq")) -> None:
     """Stop `inferq up`, and wait for its end. The data folder names the one to stop."""
-    console = Console(soft_wrap=True)
     folder = DataFolder(data)
     pid = folder.holder()
     if not folder.held() or pid is None:
-        console.print(Text(f"inferq is not up on {folder.path}"))
+        console.print(Text(f"inferq is not up on {folder.path}"), soft_wrap=True)
         return
     if not stop_supervisor(folder, pid):
-        console.print(Text(f"inferq (pid {pid}) on {folder.path} does not stop"), style="red")
+        console.print(Text(f"inferq (pid {pid}) on {folder.path} does not stop"), style="red", soft_wrap=True)
         raise typer.Exit(1)
-    console.print(Text(f"inferq on {folder.path} has stopped"))
+    console.print(Text(f"inferq on {folder.path} has stopped"), soft_wrap=True)
 
 
 def stop_supervisor(folder: DataFolder, pid: int, *, patience: float = 120.0, insist: float = 40.0) -> bool:

@@ -17,10 +17,12 @@ from typer import Exit
 
 from inferq.producer.cli import up as commands
 from inferq.producer.client.sync_client import Client
+from inferq.producer.up import foreground
 from inferq.producer.up.detached import while_up
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.foreground import Wish
 from inferq.producer.up.plan import choose_types, http_ready, make_plan
+from inferq.producer.up.supervisor import PartFailed
 from inferq.schemas import InferqError, InstallationError
 from tests.waiting import eventually
 
@@ -340,6 +342,20 @@ def test_workers_of_all_types_are_optional_and_those_left_out_are_named(data: Pa
     assert len(less.parts) == len(plan.parts) - 1
     assert not [part for part in make_plan(folder, port=0, types=("echo",)).parts if part.optional]
     folder.release()
+
+
+def test_the_log_of_a_part_cannot_control_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_about: object, **_more: object) -> None:
+        raise PartFailed("worker-ocr ended\n    \x1b[2J (from its log)")
+
+    monkeypatch.setattr(foreground, "keep_up", fail)
+    with pytest.raises(Exit):
+        commands.up(tmp_path, port=0, types="echo")
+    shown = capsys.readouterr().out
+    assert r"\u001b[2J" in shown
+    assert "\x1b" not in shown
 
 
 def test_unready_server_says_why() -> None:
