@@ -22,7 +22,7 @@ from inferq.producer.gateway.paths import Paths
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.producer.gateway.threads import Threads
-from inferq.schemas import Batch
+from inferq.schemas import Batch, Task
 from inferq.storage.batches.index import BatchIndex
 from inferq.storage.batches.store import BatchStore
 from inferq.storage.callbacks import CallbackRecords
@@ -86,6 +86,9 @@ class BatchCache:
 class Services:
     """One gateway's services. `closing` is set when the gateway stops; event streams and waits end then.
 
+    `unrecorded`: accepted tasks that Redis has no record of yet, because it was unavailable: by tenant and id, with
+    their digests.
+
     Redis, the object store and uploads each have threads of their own, so that a slow one never delays the
     others.
     """
@@ -105,6 +108,7 @@ class Services:
     batch_index: BatchIndex
     batch_cache: BatchCache = field(default_factory=BatchCache)
     store_breaker: StoreBreaker = field(default_factory=StoreBreaker)
+    unrecorded: OrderedDict[tuple[str, str], tuple[Task, str]] = field(default_factory=OrderedDict)
     _redis_threads: Threads = field(init=False)
     _store_threads: Threads = field(init=False)
     _ping_threads: tuple[Threads, Threads] = field(init=False)
@@ -127,6 +131,16 @@ class Services:
     async def on_redis(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a blocking Redis call on a thread. Raises StatusOutage if it takes too long."""
         return await self._redis_threads.run(partial(call, *args, **kwargs))
+
+    async def record_accepted(self, tenant: str, task_id: str) -> None:
+        """Record an accepted task, if it is unrecorded. Raises StatusOutage.
+
+        Called before Redis is asked about a task: Redis may be back, and then lacks it for up to a second.
+        """
+        unrecorded = self.unrecorded.get((tenant, task_id))
+        if unrecorded is not None:
+            await self.on_redis(self.status.confirm, *unrecorded)
+            self.unrecorded.pop((tenant, task_id), None)
 
     async def on_store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a blocking object store call on a thread. Raises StoreOutage if it takes too long."""

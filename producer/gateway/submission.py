@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -57,7 +56,6 @@ class Submitter:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._in_flight: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
-        self._unrecorded: OrderedDict[tuple[str, str], tuple[Task, str]] = OrderedDict()
         self._recording: asyncio.Task[None] | None = None
 
     async def submit(self, task: Task, *, own_id: bool, traceparent: str | None = None) -> TaskStatus:
@@ -199,20 +197,20 @@ class Submitter:
 
     def _record_later(self, task: Task, digest: str) -> None:
         """Record the task once Redis is back: until a worker begins it, nobody else would."""
-        self._unrecorded[task.tenant, task.task_id] = task, digest
-        if len(self._unrecorded) > _MAX_UNRECORDED:
-            self._unrecorded.popitem(last=False)
+        unrecorded = self._services.unrecorded
+        unrecorded[task.tenant, task.task_id] = task, digest
+        if len(unrecorded) > _MAX_UNRECORDED:
+            unrecorded.popitem(last=False)
         if self._recording is None or self._recording.done():
             self._recording = asyncio.create_task(self._record_all())
 
     async def _record_all(self) -> None:
-        while self._unrecorded:
+        services = self._services
+        while services.unrecorded:
             await asyncio.sleep(_RETRY_SECONDS)
             with suppress(StatusOutage):
-                while self._unrecorded:
-                    key, (task, digest) = next(iter(self._unrecorded.items()))
-                    await self._services.on_redis(self._services.status.confirm, task, digest)
-                    self._unrecorded.pop(key, None)
+                while services.unrecorded:
+                    await services.record_accepted(*next(iter(services.unrecorded)))
 
 
 async def _value(value: T) -> T:

@@ -63,6 +63,7 @@ async def find_status(
     outage: Outage | None = None
     status: TaskStatus | None = None
     try:
+        await services.record_accepted(tenant, task_id)
         status = await services.on_redis(services.status.get, tenant, task_id)
     except StatusOutage as error:
         outage = error

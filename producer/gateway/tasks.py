@@ -198,6 +198,7 @@ async def cancel_task(task_id: str, tenant: CurrentTenant, services: ServicesDep
     outage: StatusOutage | None = None
     status: TaskStatus | None = None
     try:
+        await services.record_accepted(tenant, task_id)
         status = await services.on_redis(services.status.request_cancel, tenant, task_id)
     except StatusOutage as error:
         outage = error

@@ -445,6 +445,21 @@ def test_a_task_is_recorded_once_redis_is_back(
         assert gateway.http.post("/v1/tasks/a/cancel").status_code == 202
 
 
+def test_a_task_that_redis_missed_is_known_as_soon_as_redis_is_back(
+    tmp_path: Path, redis_node: Redis, publisher: FakePublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferq.producer.gateway.submission._RETRY_SECONDS", 3600.0)
+    with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
+        redis_node.kill()
+        for task_id in ("a", "b"):
+            assert gateway.http.put(f"/v1/tasks/{task_id}", json=ECHO).status_code == 202
+        redis_node.start()
+        wait_until(lambda: gateway.http.get("/v1/tasks/a").status_code != 503)
+        assert gateway.http.get("/v1/tasks/a").json()["state"] == "queued"
+        assert gateway.http.post("/v1/tasks/b/cancel").status_code == 202
+        assert gateway.http.get("/v1/tasks/b").json()["cancel_requested"]
+
+
 def test_a_store_that_hangs_delays_one_submission_only(
     tmp_path: Path, redis_url: str, publisher: FakePublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
