@@ -319,7 +319,7 @@ def open_object(endpoint_url: str | None, bucket: str, key: str) -> tuple[Object
     client = _shared_client(endpoint_url)
     try:
         return _opened(client, bucket, key, CHUNK_BYTES)
-    except CredentialsRefused as error:
+    except CredentialsRefused:
         try:
             with s3_errors(bucket, ""):
                 client.list_objects_v2(Bucket=bucket, MaxKeys=1)
@@ -327,6 +327,9 @@ def open_object(endpoint_url: str | None, bucket: str, key: str) -> tuple[Object
             raise
         except StoreOutage:
             pass
+    try:
+        return _opened(client, bucket, key, CHUNK_BYTES)  # S3 may just have begun to accept the credentials
+    except CredentialsRefused as error:
         raise StoreOutage(error.message) from error
 
 

@@ -15,7 +15,7 @@ import pytest
 from botocore.exceptions import NoCredentialsError
 
 from inferq.schemas import Outage, TransientFailure
-from inferq.storage import Fetcher, LocalStore, ObjectNotFound, StorageSettings, StoreOutage
+from inferq.storage import Fetched, Fetcher, LocalStore, ObjectNotFound, StorageSettings, StoreOutage
 from inferq.storage.objects import s3 as s3_module
 from inferq.storage.objects.s3 import CredentialsRefused, S3Refused, S3Store
 
@@ -186,7 +186,7 @@ def test_an_absent_object_is_absent_by_the_code_of_s3(moody: Moody, moody_store:
             call(moody_store)
 
 
-def fetched(moody: Moody, folder: Path) -> object:
+def fetched(moody: Moody, folder: Path) -> Fetched:
     settings = StorageSettings(s3_endpoint_url=moody.url, fetch_s3_buckets=("scans",))
     fetcher = Fetcher(LocalStore(folder / "store"), settings)
     return fetcher.fetch("s3://scans/in/1.txt", folder, "text_url", tenant="default")
@@ -201,6 +201,16 @@ def test_an_input_is_not_blamed_for_the_credentials_and_the_clock_of_the_worker(
             fetched(moody, tmp_path)
 
 
+def test_an_input_is_fetched_though_its_credentials_were_refused_a_moment_before(
+    moody: Moody, tmp_path: Path
+) -> None:
+    moody.answers = [(403, "InvalidAccessKeyId"), (200, "<ListBucketResult/>"), (200, _HEAD)]
+    assert fetched(moody, tmp_path).bytes == 0
+
+
+_UNSIGNED = (403, "SignatureDoesNotMatch")
+
+
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
@@ -209,8 +219,8 @@ def test_an_input_is_not_blamed_for_the_credentials_and_the_clock_of_the_worker(
         ([(404, "<html>404</html>")], "404"),
         ([(403, "<html>403</html>")], "403"),
         # A proxy that rewrites this key: S3 takes any other request.
-        ([(403, "SignatureDoesNotMatch"), (200, "<ListBucketResult/>")], "SignatureDoesNotMatch"),
-        ([(403, "SignatureDoesNotMatch"), (403, "AccessDenied")], "SignatureDoesNotMatch"),
+        ([_UNSIGNED, (200, "<ListBucketResult/>"), _UNSIGNED], "SignatureDoesNotMatch"),
+        ([_UNSIGNED, (403, "AccessDenied"), _UNSIGNED], "SignatureDoesNotMatch"),
     ],
 )
 def test_an_input_that_s3_refuses_is_tried_again_later(
