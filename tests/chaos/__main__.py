@@ -61,7 +61,7 @@ def main() -> int:
     tasks, faults = sum(row.tasks for row in rows), sum(row.fault_count for row in rows)
     print(
         f"{tasks:,} tasks, {faults} faults, {sum(r.lost for r in rows)} lost, "
-        f"{sum(r.second_results for r in rows)} second results"
+        f"{sum(r.second_results for r in rows)} second results, {sum(r.burnt for r in rows)} attempts burnt"
     )
     for path in log_tracebacks(folder):
         print(f"a traceback stands in {path}")

@@ -48,6 +48,11 @@ class Broker(Protocol):
 
     def remove_vhost(self, name: str) -> None: ...
 
+    def set_policy(self, vhost: str, name: str, pattern: str, definition: Mapping[str, object]) -> None:
+        """Have this policy govern the queues whose names match."""
+
+    def clear_policy(self, vhost: str, name: str) -> None: ...
+
 
 @dataclass
 class _Member:
@@ -130,8 +135,7 @@ class PrivateRabbit:
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
         self._ask("PUT", f"/permissions/{name}/{USER}", everything)
         # Of a queue's own time to live and a policy's the shorter holds.
-        hurry = {"pattern": r"^inference\.retry\.", "apply-to": "queues", "definition": {"message-ttl": 1000}}
-        self._ask("PUT", f"/policies/{name}/hurry", hurry)
+        self.set_policy(name, "hurry", r"^inference\.retry\.", {"message-ttl": 1000})
         connection = connect(BrokerSettings(amqp_url=self.url(name)), name="chaos")
         topology.apply(connection.channel())
         connection.close()
@@ -139,6 +143,13 @@ class PrivateRabbit:
 
     def remove_vhost(self, name: str) -> None:
         self._ask("DELETE", f"/vhosts/{name}")
+
+    def set_policy(self, vhost: str, name: str, pattern: str, definition: Mapping[str, object]) -> None:
+        policy = {"pattern": pattern, "apply-to": "queues", "definition": definition}
+        self._ask("PUT", f"/policies/{vhost}/{name}", policy)
+
+    def clear_policy(self, vhost: str, name: str) -> None:
+        self._ask("DELETE", f"/policies/{vhost}/{name}")
 
     def _complete(self) -> bool:
         """Whether every node runs in the cluster, and every queue has a member on each."""

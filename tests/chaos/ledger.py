@@ -19,6 +19,8 @@ Kind = Literal[
     "event",  # the status index told of its end; `what` is the event's type
     "callback",  # its end was called back, signed; `run` is the webhook-id, `what` the event's type
     "dead",  # it lies among the dead letters; `what` is the reason
+    "denied",  # the gateway refused the task, or said that it does not exist; `what` is the request and the answer
+    "helper",  # the engine started a process; `what` is its id, `content` the id of the engine's process
     "fault",  # something was broken on purpose; `what` says what, `run` which time
     "mended",  # the fault of that `run` is over
 ]

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from inferq.schemas import PRIORITIES, Priority
 
-Trouble = Literal["none", "transient", "hopeless", "invalid", "crash", "poison", "container"]
-"""What a task does to its engine: `transient` and `crash` befall its first run only, the others every one."""
+Trouble = Literal["none", "transient", "hopeless", "invalid", "crash", "poison", "container", "expiring"]
+"""What a task does to its engine: `transient` and `crash` befall its first run only, the others every one.
+
+`expiring` spares the engine: the message has an AMQP `expiration`, so that RabbitMQ may drop it."""
 
 _ALWAYS = 1_000_000
 _FAULT_OF: Mapping[Trouble, tuple[str, int]] = {
@@ -23,6 +25,7 @@ _FAULT_OF: Mapping[Trouble, tuple[str, int]] = {
     "crash": ("crash", 1),
     "poison": ("crash", _ALWAYS),
     "container": ("container", _ALWAYS),
+    "expiring": ("none", 0),
 }
 _CODE_OF: Mapping[Trouble, str] = {
     "hopeless": "not_now",
@@ -37,7 +40,10 @@ _STARTS_OF: Mapping[Trouble, int] = {"transient": 2, "crash": 2, "hopeless": 5, 
 class PlannedTask:
     """A task to submit, `due` seconds after the beginning; `seconds` is how long a run computes.
 
-    `callback`: whether its end is to be called back."""
+    `callback`: whether its end is to be called back. `input_url`: an input to fetch. `helpers`: whether its run
+    starts processes that outlive it. `droppable`: whether RabbitMQ may drop its message, so that it fails.
+    `line`: whether it is a line of the batch, which nobody else submits.
+    """
 
     id: str
     due: float = 0.0
@@ -46,6 +52,10 @@ class PlannedTask:
     trouble: Trouble = "none"
     copies: int = 1
     callback: bool = False
+    input_url: str = ""
+    helpers: bool = False
+    droppable: bool = False
+    line: bool = False
 
     @property
     def code(self) -> str | None:
@@ -67,7 +77,12 @@ class PlannedTask:
             "priority": self.priority,
             "fault": fault,
             "options": {"times": times},
-        }
+            "helpers": self.helpers,
+        } | ({"input_url": self.input_url} if self.input_url else {})
+
+    def line_of_batch(self) -> str:
+        """The task as a line of a batch, which names it."""
+        return json.dumps({name: value for name, value in self.body().items() if name != "task_id"}) + "\n"
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,11 @@ class Kept:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def log(self) -> Path:
+        """What all its processes wrote, one after the other."""
+        return self._process.log
+
     def running(self) -> bool:
         return self._process.ended is None
 

@@ -10,7 +10,11 @@ from typing import Literal
 from tests.chaos.ledger import Entry, Kind
 from tests.chaos.plan import PlannedTask
 
-Fault = Literal["lost", "second result", "unexpected"]
+Fault = Literal["lost", "second result", "attempt burnt", "unexpected"]
+
+
+_DROPPED = {"expired": "expired", "dropped": "maxlen"}
+"""The codes of tasks whose messages RabbitMQ dropped, and the reasons that their dead letters give."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def reckon(entries: Iterable[Entry], plan: Mapping[str, PlannedTask]) -> Reckoni
     for entry in entries:
         faults += entry.kind == "fault"
         spares_engines &= not (entry.kind == "fault" and entry.what == "engine killed")
-        if entry.task and entry.kind not in ("fault", "mended"):
+        if entry.task and entry.kind not in ("fault", "mended", "helper"):
             histories[entry.task][entry.kind].append(entry)
     findings: list[Finding] = []
     recovered: list[str] = []
@@ -68,8 +72,8 @@ def reckon(entries: Iterable[Entry], plan: Mapping[str, PlannedTask]) -> Reckoni
         if has_ended and history["sent"] and not history["confirmed"]:
             unconfirmed.append(task)
         found = list(_findings(task, history, plan.get(task)))
-        if spares_engines and task in plan and plan[task].trouble == "none":
-            found += [_burnt(task, entry) for entry in history["attempts"][:1]]
+        if spares_engines and task in plan:
+            found += _burnt(task, history, plan[task])
         findings += found
         planned = plan[task].starts if task in plan else None
         additional = len(history["start"]) - planned if planned is not None else 0
@@ -93,11 +97,13 @@ def _findings(
         dead = f"; its dead letter says {letters[0].what!r}" if letters else ""
         yield Finding("lost", task, f"it was confirmed and never ended{dead}")
     yield from _second(task, history)
+    for answer in sorted({entry.what for entry in history["denied"]}):
+        yield Finding("unexpected", task, f"the gateway refused it, or said that it does not exist: {answer}")
     if planned.callback and (results or failures):
         yield from _callbacks(task, history)
     if results and failures:
         yield Finding("unexpected", task, f"it failed ({failures[0].what}) and succeeded")
-    if results and letters:
+    if results and letters and not planned.droppable:
         yield Finding("unexpected", task, f"it succeeded, and has a dead letter ({letters[0].what})")
     started = {entry.run for entry in history["start"]}
     for run in sorted({entry.run for entry in results} - started):
@@ -105,15 +111,21 @@ def _findings(
     if results and planned.code is not None:
         yield Finding("unexpected", task, f"it succeeded, and was to fail with {planned.code!r}")
     for code in sorted({entry.what for entry in failures}):
-        if code != planned.code:
+        if code != planned.code and not (planned.droppable and code in _DROPPED):
             yield Finding("unexpected", task, f"it failed with {code!r}, and was to {_end(planned)}")
-        if code not in {entry.what for entry in letters}:
+        if _DROPPED.get(code, code) not in {entry.what for entry in letters}:
             yield Finding("unexpected", task, f"it failed with {code!r}, and no dead letter says so")
 
 
-def _burnt(task: str, entry: Entry) -> Finding:
+def _burnt(task: str, history: Mapping[Kind, list[Entry]], planned: PlannedTask) -> Iterator[Finding]:
     """No outage costs an attempt: only a task's own fault does, or the death of its engine."""
-    return Finding("unexpected", task, f"it took {entry.what} attempts, and none of its engines died")
+    taken = max((int(entry.what) for entry in history["attempts"]), default=0)
+    if planned.starts is not None and taken > planned.starts:
+        yield Finding(
+            "attempt burnt",
+            task,
+            f"it took {taken} attempts of {planned.starts}, and none of its engines was killed",
+        )
 
 
 def _second(task: str, history: Mapping[Kind, list[Entry]]) -> Iterator[Finding]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import redis
 
 from inferq.schemas import END_STATES
@@ -116,3 +119,25 @@ class EventWatch(Watcher):
         data = event["data"]
         if data["state"] in END_STATES:
             self._ledger.note("event", data["task_id"], run=_run(data), what=event["type"])
+
+
+class Asker(Watcher):
+    """Asks the gateway about those of the tasks that it accepted, and notes each that it says does not exist."""
+
+    def __init__(self, ledger: Ledger, gateway: httpx.Client, tasks: Iterable[str]) -> None:
+        super().__init__("asker", 0.1)
+        self._ledger = ledger
+        self._gateway = gateway
+        self._tasks = frozenset(tasks)
+
+    def look(self) -> None:
+        known = sorted(self._ledger.confirmed() & self._tasks)
+        # Those that were accepted last have not ended: nothing but the record tells of them.
+        for task in {*random.sample(known, min(1, len(known))), *known[-2:]}:
+            with suppress(httpx.HTTPError):
+                self._ask(task)
+
+    def _ask(self, task: str) -> None:
+        answer = self._gateway.get(f"/v1/tasks/{task}")
+        if answer.status_code == 404:
+            self._ledger.note("denied", task, what="GET, 404")

@@ -27,15 +27,16 @@ When all is mended the ledger is held against what was submitted:
 
 - **lost**: confirmed by the broker, and never ended in a result or a failure;
 - **second results**: a kept record was replaced, or told of otherwise than it stands;
-- **unexpected**: ended otherwise than it had to, used up an attempt in an outage, or record and dead letter
-  contradict each other;
+- **burnt**: an outage used up an attempt: the task took more than its own faults need, and no engine was killed;
+- **unexpected**: ended otherwise than it had to, record and dead letter contradict each other, or the gateway
+  refused it or answered 404 for it;
 - **run again**: engine starts beyond those needed. The queue delivers at least once, so a run that was cut
   short is begun anew; its owner sees one end all the same;
 - **back after**: seconds from the end of a fault (or, for a kill, from the kill) to the next start of an
   engine, at the median and at most.
 
 At the end no message may be left in a work queue or a retry level, nor among the unroutable. Any lost task,
-second result or unexpected end makes the run fail. What is broken, and when, is drawn from the seed.
+second result, burnt attempt or unexpected end makes the run fail. What is broken, and when, is drawn from the seed.
 """
 
 
@@ -45,18 +46,29 @@ def write_page(rows: Sequence[Row]) -> None:
 
 def _lines(rows: Sequence[Row]) -> Iterable[str]:
     yield _HEAD
-    titles = ["scenario", "RabbitMQ", "seed", "tasks", "faults", "lost", "second results", "unexpected"]
+    titles = [
+        "scenario",
+        "RabbitMQ",
+        "seed",
+        "tasks",
+        "faults",
+        "lost",
+        "second results",
+        "burnt",
+        "unexpected",
+    ]
     yield f"| {' | '.join(titles)} | run again | back after s |"
-    yield f"| --- {'| ---: ' * 9}|"
+    yield f"| --- {'| ---: ' * 10}|"
     for row in rows:
         yield (
             f"| {row.title} | {row.rabbitmq} | {row.seed} | {row.tasks} | {row.fault_count} | {row.lost} | "
-            f"{row.second_results} | {row.unexpected} | {row.repeated} | {_spread(row.recovery)} |"
+            f"{row.second_results} | {row.burnt} | {row.unexpected} | {row.repeated} | {_spread(row.recovery)} |"
         )
     yield (
         f"| **all** | | | **{sum(r.tasks for r in rows)}** | **{sum(r.fault_count for r in rows)}** | "
         f"**{sum(r.lost for r in rows)}** | **{sum(r.second_results for r in rows)}** | "
-        f"**{sum(r.unexpected for r in rows)}** | **{sum(r.repeated for r in rows)}** | |"
+        f"**{sum(r.burnt for r in rows)}** | **{sum(r.unexpected for r in rows)}** | "
+        f"**{sum(r.repeated for r in rows)}** | |"
     )
     yield ""
     yield "Faults: " + ", ".join(f"{what} {count}" for what, count in _faults(rows)) + "."

@@ -34,6 +34,7 @@ class Row:
     faults: dict[str, int]
     lost: int
     second_results: int
+    burnt: int
     unexpected: int
     recovered: int
     repeated: int
@@ -46,7 +47,7 @@ class Row:
 
     @property
     def green(self) -> bool:
-        return not (self.lost or self.second_results or self.unexpected or self.problems)
+        return not (self.lost or self.second_results or self.burnt or self.unexpected or self.problems)
 
     @property
     def fault_count(self) -> int:
@@ -58,7 +59,8 @@ class Row:
         most = f"{self.recovery[-1]:.2f}" if self.recovery else "-"
         return (
             f"{'ok ' if self.green else 'RED'} {self.scenario:15} {self.tasks:5} tasks {self.fault_count:4} "
-            f"faults  lost {self.lost}  second results {self.second_results}  unexpected {self.unexpected}  "
+            f"faults  lost {self.lost}  second results {self.second_results}  attempts burnt {self.burnt}  "
+            f"unexpected {self.unexpected}  "
             f"recovered {self.recovered}  repeated starts {self.repeated}  "
             f"back after {median} s (most {most})  {self.seconds:.0f} s"
         )
@@ -73,8 +75,7 @@ def play(scenario: Scenario, ground: Ground, seed: int, *, quick: bool) -> tuple
     problems: list[str] = []
     with Site(scenario.name, ground, scenario.needs, tasks, load.seconds, random, quick=quick) as site:
         try:
-            parts = [*site.workers, *([site.callbacks] if site.callbacks else [])]
-            eventually(lambda: all(part.ready() for part in parts), "ready workers")
+            eventually(lambda: all(part.ready() for part in site.parts), "ready workers")
             site.send()
             scenario.breaks(site)
             site.settle(SETTLE_SECONDS)
@@ -92,6 +93,7 @@ def play(scenario: Scenario, ground: Ground, seed: int, *, quick: bool) -> tuple
         faults=dict(Counter(entry.what for entry in entries if entry.kind == "fault")),
         lost=reckoning.count("lost"),
         second_results=reckoning.count("second result"),
+        burnt=reckoning.count("attempt burnt"),
         unexpected=reckoning.count("unexpected"),
         recovered=len(reckoning.recovered),
         repeated=reckoning.repeated,

@@ -15,17 +15,34 @@ from inferq.producer.up.part import Part, free_ports, port_answers
 from tests.chaos.ledger import Ledger
 from tests.chaos.records import note_record
 
-Mode = Literal["pass", "error", "hang", "lose", "foreign", "skewed"]
+Mode = Literal[
+    "pass",
+    "error",
+    "hang",
+    "lose",
+    "absent",
+    "forbidden",
+    "skewed",
+    "unknown_key",
+    "bad_signature",
+    "expired",
+]
 """What becomes of a request: served; answered 500; never answered; served without the answer coming back; answered
-404 by a proxy that finds no S3; refused for the clock."""
+404 or 403 by a proxy in front of S3; refused for the clock, or for the credentials."""
 
 _REFUSALS: dict[Mode, tuple[int, bytes]] = {
     "error": (500, b"<Error><Code>InternalError</Code></Error>"),
-    "foreign": (404, b"<html><body>404 page not found</body></html>"),
+    "absent": (404, b"<html><body>404 page not found</body></html>"),
+    "forbidden": (403, b"<html><body>403 Forbidden</body></html>"),
     "skewed": (403, b"<Error><Code>RequestTimeTooSkewed</Code></Error>"),
+    "unknown_key": (403, b"<Error><Code>InvalidAccessKeyId</Code></Error>"),
+    "bad_signature": (403, b"<Error><Code>SignatureDoesNotMatch</Code></Error>"),
+    "expired": (400, b"<Error><Code>ExpiredToken</Code></Error>"),
 }
 
 BUCKET = "results"
+INPUTS = "inputs"
+"""The bucket of inputs that tasks name by an `s3:` URL."""
 
 _HOP_HEADERS = {"connection", "expect", "host", "keep-alive", "transfer-encoding"}
 _HANG_SECONDS = 10.0

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import partial
 
 from inferq.broker import BrokerSettings, Message, Publisher, routing_key
+from inferq.producer.up.part import free_ports, private_text
+from inferq.schemas.schedule import run_id_of
+from tests.chaos.moved_clock import MovedClock
 from tests.chaos.plan import Load, PlannedTask, Trouble
+from tests.chaos.processes import Kept
 from tests.chaos.s3 import Mode
 from tests.chaos.site import Needs, Site
 from tests.waiting import eventually
@@ -126,8 +132,6 @@ def fail_s3(site: Site) -> None:
         ("error", "answers 500"),
         ("hang", "hangs"),
         ("lose", "loses its answers"),
-        ("foreign", "is replaced by a proxy's 404"),
-        ("skewed", "refuses the clock"),
     ]
     for _ in site.moments(every=1.5):
         mode, what = site.random.choice(modes)
@@ -141,6 +145,168 @@ def fail_s3(site: Site) -> None:
             site.kill(site.random.choice(site.workers), "worker")
             time.sleep(site.random.uniform(0.2, 0.8))
             site.s3.mode = "pass"
+
+
+def answer_for_s3(site: Site) -> None:
+    """A proxy in front of S3 answers by itself, as one does whose service is being replaced."""
+    _refuse_by_s3(
+        site, [("absent", "a proxy answers 404 for S3"), ("forbidden", "a proxy answers 403 for S3")]
+    )
+
+
+def refuse_credentials(site: Site) -> None:
+    _refuse_by_s3(
+        site,
+        [
+            ("skewed", "S3 refuses the clock"),
+            ("unknown_key", "S3 does not know the key"),
+            ("bad_signature", "S3 refuses the signature"),
+            ("expired", "S3 refuses an expired token"),
+        ],
+    )
+
+
+def _refuse_by_s3(site: Site, modes: Sequence[tuple[Mode, str]]) -> None:
+    for number, _ in enumerate(site.moments(every=2.5)):
+        mode, what = modes[number % len(modes)]
+        with site.fault(what):
+            site.s3.mode = mode
+            time.sleep(site.random.uniform(0.5, 3.0))
+            if site.random.random() < 0.3:
+                site.kill(site.random.choice(site.workers), "worker")
+            site.s3.mode = "pass"
+
+
+def refuse_writes(site: Site) -> None:
+    """Redis answers reads and refuses writes: it is full, or a read-only replica.
+
+    Workers live on: the status of an end is written after the ack, and a kill before that costs it a minute.
+    """
+    (nobody,) = free_ports(1)
+    breaks = {
+        "Redis full": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+        "Redis a read-only replica": (
+            ("REPLICAOF", "127.0.0.1", str(nobody)),
+            ("REPLICAOF", "NO", "ONE"),
+        ),
+    }
+    for number, _ in enumerate(site.moments(every=2.5)):
+        what = list(breaks)[number % len(breaks)]
+        broken, mended = breaks[what]
+        with site.fault(what):
+            site.ground.ask_redis(*broken)
+            try:
+                time.sleep(site.random.uniform(1.5, 3.5))
+                _must_say_so(site, what)
+            finally:
+                site.ground.ask_redis(*mended)
+
+
+def _must_say_so(site: Site, what: str) -> None:
+    assert site.gateway is not None
+    said = site.gateway.get("/readyz").text
+    if json.loads(said)["checks"]["redis"]["ok"]:
+        site.problems.append(f"{what}, and the gateway said: {said}")
+
+
+def drop_messages(site: Site) -> None:
+    """RabbitMQ drops tasks that wait: by their own `expiration`, by a policy's TTL, or by its length limit."""
+    policies: dict[str, dict[str, object]] = {
+        "message TTL of 0.2 s": {"message-ttl": 200},
+        "queue limited to 3 messages": {"max-length": 3, "overflow": "drop-head"},
+    }
+    assert site.callbacks is not None
+    for number, _ in enumerate(site.moments(every=2.0)):
+        what = list(policies)[number % len(policies)]
+        with site.fault(what):
+            site.broker.set_policy(site.vhost, "drops", r"^inference\.witness\.", policies[what])
+            time.sleep(site.random.uniform(0.5, 1.5))
+            if site.random.random() < 0.5:
+                # What is dropped meanwhile waits for it.
+                site.kill(site.callbacks, "callbacks")
+            site.broker.clear_policy(site.vhost, "drops")
+    eventually(lambda: _failures(site, "expired"), "a task that RabbitMQ dropped")
+
+
+def _failures(site: Site, code: str) -> int:
+    return sum(entry.kind == "failure" and entry.what == code for entry in site.ledger.read())
+
+
+_MINUTE = 4.0
+"""Seconds that a minute of beat's clock takes."""
+_BEAT_SECONDS = 4.0
+"""How long beat may take to look at its clock, and to start a run."""
+_RUN_LINES = 5
+
+
+def set_clock(site: Site) -> None:
+    """Beat's clock is ahead by a month, and right again: each run that is due after that has to be started.
+
+    One schedule is known before. The other is first seen by the wrong clock.
+    """
+    source = site.put_source([PlannedTask("", seconds=0.05)] * _RUN_LINES)
+    schedule = f'cron = "* * * * *"\nsource = "{source}"\n'
+    schedules = site.folder / "schedules.toml"
+    schedules.write_text(f"[early]\n{schedule}")
+    clock = MovedClock(time.time(), 60 / _MINUTE)
+    file = site.folder / "clock.json"
+    clock.write(file)
+    beat = site.keep(
+        "beat", str(file), program="tests.chaos.moved_clock", INFERQ_SCHEDULES_FILE=str(schedules)
+    )
+    site.others.append(beat)
+    eventually(beat.ready, "a beat that is ready")
+    moments = site.moments(every=5.0)
+    next(moments)
+    with site.fault("beat's clock 30 days ahead"):
+        replace(clock, days=30).write(file)
+        private_text(schedules, f"[early]\n{schedule}\n[late]\n{schedule}")
+        time.sleep(site.random.uniform(6, 8))
+        if site.random.random() < 0.5:
+            site.kill(beat, "beat")
+        clock.write(file)
+    eventually(beat.ready, "a beat that is ready again")
+    right = time.time()
+    for _ in moments:
+        pass
+    time.sleep(max(0.0, right + 5 * _MINUTE - time.time()))
+    _expect_runs(site, clock, right)
+    beat.stop()
+    for run in _runs_of(site, beat):
+        site.expect(_lines_of(run))
+
+
+def _expect_runs(site: Site, clock: MovedClock, right: float) -> None:
+    """Plan the lines of each run that has been due since the clock was right."""
+    due = clock.at(right).replace(second=0, microsecond=0)
+    while clock.when(due) < time.time() - _BEAT_SECONDS:
+        if clock.when(due) > right + _BEAT_SECONDS:
+            for name in ("early", "late"):
+                site.expect(_lines_of(run_id_of(name, due)))
+        due += timedelta(minutes=1)
+
+
+def _lines_of(run: str) -> list[PlannedTask]:
+    return [PlannedTask(f"{run}.{n}", seconds=0.05, line=True) for n in range(1, _RUN_LINES + 1)]
+
+
+def _runs_of(site: Site, beat: Kept) -> set[str]:
+    """The runs that beat started, by its log."""
+    said = re.findall(r"(\w+): started the run of (\S+)", beat.log.read_text("utf-8"))
+    return {run_id_of(name, datetime.fromisoformat(due)) for name, due in said}
+
+
+def kill_engines_with_helpers(site: Site) -> None:
+    """The processes that an engine started have to end with it, those in sessions of their own as well."""
+    for number, _ in enumerate(site.moments(every=3.0)):
+        worker = site.random.choice(site.workers)
+        if number % 3 == 2:
+            with site.fault("worker stopped"):
+                worker.signal(signal.SIGTERM)
+        elif engines := worker.children():
+            with site.fault("engine killed"), suppress(ProcessLookupError):
+                os.kill(site.random.choice(engines), signal.SIGKILL)
+        site.await_end_of_orphans()
 
 
 def kill_sender(site: Site) -> None:
@@ -279,12 +445,63 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "s3",
-        "S3 answering 500 or a proxy's 404, hanging, losing its answers, refusing the clock; connections cut and a "
-        "worker killed meanwhile",
+        "S3 answering 500, hanging, losing its answers; connections cut and a worker killed meanwhile",
         fail_s3,
         _load(500, 40, busy=2.0),
         _load(100, 11, busy=2.0),
         Needs(workers=3, store="s3", proxied=True),
+    ),
+    Scenario(
+        "s3-proxy",
+        "a proxy in front of S3 answering 404 or 403 for it, while a batch is fed and the gateway takes tasks with "
+        "uploaded inputs",
+        answer_for_s3,
+        _load(160, 24),
+        None,
+        Needs(store="s3", gateway=True, inputs=("inferq",), batch=50),
+    ),
+    Scenario(
+        "s3-credentials",
+        "S3 refusing the clock, the key, the signature or an expired token, also for inputs",
+        refuse_credentials,
+        _load(160, 24),
+        None,
+        Needs(store="s3", gateway=True, inputs=("inferq", "s3"), batch=50),
+    ),
+    Scenario(
+        "redis-refuses",
+        "Redis that reads and refuses writes: full, or a read-only replica; tasks submitted to the gateway, which is "
+        "asked about them",
+        refuse_writes,
+        _load(400, 28),
+        _load(60, 6),
+        Needs(gateway=True, batch=50),
+    ),
+    Scenario(
+        "dropped",
+        "messages that RabbitMQ drops, by `expiration`, by a policy's TTL or length limit; and `kill -9` of the "
+        "delivery of callbacks",
+        drop_messages,
+        _load(500, 26, busy=2.0, expiring=60),
+        None,
+        Needs(callbacks=True, dropping=True),
+    ),
+    Scenario(
+        "beat-clock",
+        "nightly runs: beat's clock ahead by 30 days, and right again",
+        set_clock,
+        _load(150, 40, busy=0.4),
+        None,
+        Needs(store="s3", batches=True),
+    ),
+    Scenario(
+        "engine-helpers",
+        "`kill -9` of engine processes that started programs and daemons, none of which may live on; workers stopped "
+        "and started",
+        kill_engines_with_helpers,
+        _load(200, 24),
+        None,
+        Needs(helpers=True),
     ),
     Scenario(
         "sender-kills",

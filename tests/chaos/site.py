@@ -7,37 +7,59 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Literal
 
 import httpx
+import psutil
 import redis
 from pika.exceptions import AMQPError
 
-from inferq.broker import BrokerSettings, BrokerUnavailable, DeadLetters, connect, dead_queue, topology_for
+from inferq.broker import (
+    BrokerSettings,
+    BrokerUnavailable,
+    DeadLetters,
+    Message,
+    Publisher,
+    connect,
+    dead_queue,
+    topology_for,
+)
+from inferq.producer.batch.start import start
 from inferq.producer.cli.listener import Heard, Listener
+from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.redis import RedisServer
-from inferq.schemas import END_STATES
-from inferq.storage import ObjectStore, StorageSettings, WebhookSecrets, open_store
+from inferq.schemas import END_STATES, Batch
+from inferq.storage import BatchStore, ObjectStore, StorageSettings, WebhookSecrets, open_store
+from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.s3 import s3_client
 from tests.chaos import plan, s3, sender
 from tests.chaos.broker import Broker, ports_of, through
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import PlannedTask
 from tests.chaos.processes import Crew, Kept, Process
-from tests.chaos.records import EventWatch, FolderWatch, Watcher, note_record
+from tests.chaos.records import Asker, EventWatch, FolderWatch, Watcher, note_record
 from tests.proxy import TcpProxy
+from tests.waiting import eventually
 
 HERE = Path(__file__).parent
 STORES = Literal["folder", "s3"]
+INPUTS = Literal["inferq", "s3"]
 
 _STUCK_SECONDS = 20.0
 """With empty queues and no task ending for so long, nothing more will come."""
+
+_GONE_SECONDS = 10.0
+"""How long what an engine started may outlive it."""
+
+_REPAIR_SECONDS = 10.0
+"""How long the gateway may still call a task unfinished that has ended."""
 
 
 class Ground:
@@ -55,7 +77,8 @@ class Ground:
         self.start_redis()
         broker.start()
         self._s3.wait_ready()
-        s3_client(self.s3_url).create_bucket(Bucket=s3.BUCKET)
+        for bucket in (s3.BUCKET, s3.INPUTS):
+            s3_client(self.s3_url).create_bucket(Bucket=bucket)
 
     @property
     def s3_url(self) -> str:
@@ -73,16 +96,31 @@ class Ground:
         with redis.Redis.from_url(self.redis_url) as connection:
             connection.flushall()
 
+    def ask_redis(self, *command: str) -> None:
+        with redis.Redis.from_url(self.redis_url) as connection:
+            connection.execute_command(*command)
+
 
 @dataclass(frozen=True)
 class Needs:
-    """What a scenario needs of its site."""
+    """What a scenario needs of its site.
+
+    `gateway`: the tasks are submitted there, and it is asked about them. `inputs`: each third task has an input, by a
+    URL of one of these schemes. `batch`: lines of a batch that is fed beside the other tasks. `batches`: the process
+    that feeds batches runs. `dropping`: RabbitMQ may drop any task. `helpers`: engines start programs and daemons.
+    """
 
     workers: int = 2
     slots: int = 1
     store: STORES = "folder"
     proxied: bool = False
     callbacks: bool = False
+    gateway: bool = False
+    inputs: tuple[INPUTS, ...] = ()
+    batch: int = 0
+    batches: bool = False
+    dropping: bool = False
+    helpers: bool = False
 
 
 class Site:
@@ -103,7 +141,15 @@ class Site:
         self.ground = ground
         self.broker = ground.broker
         self.random = random
-        self.tasks = {task.id: replace(task, callback=needs.callbacks) for task in tasks}
+        self.tasks = {
+            task.id: replace(
+                task,
+                callback=needs.callbacks,
+                helpers=needs.helpers,
+                droppable=needs.dropping or task.trouble == "expiring",
+            )
+            for task in tasks
+        }
         self.vhost = f"{name}-{secrets.token_hex(3)}"
         self.folder = ground.folder / self.vhost
         self.folder.mkdir()
@@ -130,6 +176,7 @@ class Site:
             clients_url = through(self.amqp_url, by_port)
         self.s3 = s3.FaultyS3(self.ground.s3_port, self.ledger)
         store_url, self.store = self._open_store()
+        self._add_inputs()
         self._watchers.append(EventWatch(self.ledger, self.ground.redis_url))
         if self._needs.store == "folder":
             self._watchers.append(FolderWatch(self.ledger, self.folder / "store"))
@@ -142,17 +189,73 @@ class Site:
             "INFERQ_REDIS_URL": self.ground.redis_url,
             "INFERQ_STORE_URL": store_url,
             "INFERQ_S3_ENDPOINT_URL": self.s3.url,
+            "INFERQ_FETCH_S3_BUCKETS": s3.INPUTS,
             "INFERQ_SCRATCH_DIR": str(self.folder),
             "INFERQ_GRACE_SECONDS": "10",
             "INFERQ_SLOTS": str(self._needs.slots),
             "WITNESS_LEDGER": str(self.ledger.path),
         }
-        self.workers = [Kept(self.ground.crew, self._worker(n)) for n in range(self._needs.workers)]
+        self.workers = [
+            self.keep(f"worker-{n}", "worker", "witness", INFERQ_WORKER_NAME=f"worker-{n}")
+            for n in range(self._needs.workers)
+        ]
+        self.others: list[Kept] = []
         self.callbacks: Kept | None = None
         if self._needs.callbacks:
             self._listen()
+        self.batches: Kept | None = None
+        if self._needs.batches or self._needs.batch:
+            self.batches = self.keep(
+                "batches", "callbacks", "--queues", "batches", INFERQ_BATCH_SLICE="2", INFERQ_BATCH_DOUBT="3"
+            )
+            self.others.append(self.batches)
+        self.gateway: httpx.Client | None = None
+        if self._needs.gateway:
+            self._serve()
         self.sender: Kept | None = None
         return self
+
+    @property
+    def parts(self) -> list[Kept]:
+        """Everything of inferq that runs here."""
+        return [*self.workers, *([self.callbacks] if self.callbacks else []), *self.others]
+
+    def keep(self, name: str, *command: str, program: str = "inferq.producer.cli", **settings: str) -> Kept:
+        """Start a part of inferq, and keep it."""
+        (port,) = free_ports(1)
+        part = Part(
+            name=f"{self.vhost}-{name}",
+            argv=(sys.executable, "-P", "-m", program, *command),
+            env=self._env | {"INFERQ_PROBE_PORT": str(port), "INFERQ_GATEWAY_PORT": str(port)} | settings,
+            probe=lambda: _not_ready(port),
+        )
+        return Kept(self.ground.crew, part)
+
+    def _serve(self) -> None:
+        """Start a gateway, and somebody who asks it about accepted tasks."""
+        keys = self.folder / "api-keys.json"
+        headers = {"Authorization": f"Bearer {(key := KeyFile(keys).add('default'))}"}
+        served = self.keep("gateway", "gateway", INFERQ_API_KEYS_FILE=str(keys))
+        self.others.append(served)
+        url = f"http://127.0.0.1:{served.part.env['INFERQ_GATEWAY_PORT']}"
+        self._env |= {sender.GATEWAY_URL: url, "INFERQ_API_KEY": key}
+        self.gateway = httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False)
+        asking = httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False)
+        asker = Asker(self.ledger, asking, self.tasks)
+        self._watchers.append(asker)
+        asker.start()
+
+    def _add_inputs(self) -> None:
+        """Give each third task an input."""
+        for number, task in enumerate([*self.tasks.values()][::3] if self._needs.inputs else []):
+            name, text = f"{self.vhost}-{number}", f"the input of {task.id}".encode()
+            scheme = self._needs.inputs[number % len(self._needs.inputs)]
+            if scheme == "inferq":
+                self.store.put(upload_key("default", name), text)
+            else:
+                s3_client(self.ground.s3_url).put_object(Bucket=s3.INPUTS, Key=name, Body=text)
+            url = f"inferq:{name}" if scheme == "inferq" else f"s3://{s3.INPUTS}/{name}"
+            self.tasks[task.id] = replace(task, input_url=url)
 
     def _listen(self) -> None:
         """Start the delivery of callbacks, and receive them."""
@@ -168,28 +271,25 @@ class Site:
 
         self._listener = Listener(heard, secrets=lambda: secrets.of("default"))
         threading.Thread(target=self._listener.serve, daemon=True).start()
-        (port,) = free_ports(1)
         self._env |= {
             sender.CALLBACK_URL: self._listener.url,
             "INFERQ_WEBHOOK_SECRETS_FILE": str(file),
             "INFERQ_CALLBACK_ALLOWED_NETWORKS": "127.0.0.0/8",
             "INFERQ_CALLBACK_SCHEDULE": "0,1,1,2,5,10",
         }
-        part = Part(
-            name=f"{self.vhost}-callbacks",
-            argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "callbacks", "--queues", "callbacks"),
-            env=self._env | {"INFERQ_PROBE_PORT": str(port)},
-            probe=lambda: _not_ready(port),
-        )
-        self.callbacks = Kept(self.ground.crew, part)
+        self.callbacks = self.keep("callbacks", "callbacks", "--queues", "callbacks")
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         for kept in [*([self.sender] if self.sender else []), *self.workers]:
             kept.stop(hurry=kind is not None)
+        for other in self.others:
+            other.stop(hurry=kind is not None)
         if self.callbacks is not None:
             self.callbacks.stop(hurry=kind is not None)
             self._listener.close()
         self._stop_watching()
+        if self.gateway is not None:
+            self.gateway.close()
         self.s3.close()
         for proxy in self.proxies:
             proxy.close()
@@ -204,21 +304,12 @@ class Site:
             url = f"s3://{s3.BUCKET}/{self.vhost}"
         return url, open_store(StorageSettings(store_url=url, s3_endpoint_url=self.ground.s3_url))
 
-    def _worker(self, number: int) -> Part:
-        (port,) = free_ports(1)
-        return Part(
-            name=f"{self.vhost}-worker-{number}",
-            argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "worker", "witness"),
-            env=self._env | {"INFERQ_PROBE_PORT": str(port), "INFERQ_WORKER_NAME": f"worker-{number}"},
-            probe=lambda: _not_ready(port),
-        )
-
     # The run.
 
     def send(self) -> None:
         """Start the sender: the tasks fall due from now on."""
         file = self.folder / "plan.jsonl"
-        plan.write(file, list(self.tasks.values()))
+        plan.write(file, [task for task in self.tasks.values() if not task.line])
         self._began = time.time()
         part = Part(
             name=f"{self.vhost}-sender",
@@ -230,6 +321,40 @@ class Site:
             probe=lambda: None,
         )  # fmt: skip
         self.sender = Kept(self.ground.crew, part, until_success=True)
+        if self._needs.batch:
+            self._start_batch()
+
+    def _start_batch(self) -> None:
+        """Start a batch, whose lines are tasks that are confirmed with it."""
+        name = f"{self.name}-batch"
+        lines = [PlannedTask(f"{name}.{n}", seconds=0.1, line=True) for n in range(1, self._needs.batch + 1)]
+        text = "".join(line.line_of_batch() for line in lines)
+        self.store.put(upload_key("default", name), text.encode())
+        batch = Batch(batch_id=name, source=f"inferq:{name}", max_in_flight=8, created_at=datetime.now(UTC))
+        self.expect(lines)
+        publisher = Publisher(BrokerSettings(amqp_url=self.amqp_url), name="chaos")
+        publisher.start()
+
+        def publish(message: Message) -> None:
+            publisher.publish(message).result()
+
+        start(batch, BatchStore(self.store), publish)
+        publisher.close()
+
+    def put_source(self, lines: Sequence[PlannedTask]) -> str:
+        """Put the lines of nightly runs into the bucket of inputs, and give their URL."""
+        key, text = f"{self.vhost}.jsonl", "".join(line.line_of_batch() for line in lines)
+        s3_client(self.ground.s3_url).put_object(Bucket=s3.INPUTS, Key=key, Body=text.encode())
+        return f"s3://{s3.INPUTS}/{key}"
+
+    def expect(self, tasks: Sequence[PlannedTask]) -> None:
+        """Plan tasks that others than the sender submit, and for whose end somebody has answered."""
+        for task in tasks:
+            if task.id in self.tasks:
+                continue
+            self.tasks[task.id] = task
+            self.ledger.note("sent", task.id)
+            self.ledger.note("confirmed", task.id)
 
     def moments(self, every: float) -> Iterator[None]:
         """Comes back about every so many seconds, until the time of the scenario is over."""
@@ -265,7 +390,7 @@ class Site:
                 count, since = ended, time.monotonic()
             empty = not any(self._depths().values())
             sent = self.sender is None or self.sender.succeeded
-            if empty and sent and ended == len(self.tasks) and self._called_back():
+            if empty and sent and ended == len(self.tasks) and self._called_back() and self._batch_ended():
                 return
             if empty and sent and time.monotonic() > since + _STUCK_SECONDS:
                 break
@@ -276,12 +401,66 @@ class Site:
         called = {entry.task for entry in self.ledger.read() if entry.kind == "callback"}
         return all(task.id in called for task in self.tasks.values() if task.callback)
 
+    def _batch_ended(self) -> bool:
+        summary = None
+        if self._needs.batch:
+            summary = BatchStore(self.store).summary("default", f"{self.name}-batch")
+        return not self._needs.batch or summary is not None
+
+    def _check_batch(self) -> None:
+        summary = BatchStore(self.store).summary("default", f"{self.name}-batch")
+        if summary is None:
+            self.problems.append("the batch never ended")
+        elif summary.state != "completed" or summary.counts.succeeded != self._needs.batch:
+            self.problems.append(f"the batch ended otherwise than it had to: {summary}")
+
+    def _ask_for_all(self) -> None:
+        """The gateway has to know of each task that ended that it did."""
+        left = self.ended()
+
+        def known() -> bool:
+            left.difference_update([task for task in sorted(left) if self._state(task) in END_STATES])
+            return not left
+
+        try:
+            eventually(known, "all ends known to the gateway", seconds=_REPAIR_SECONDS)
+        except TimeoutError:
+            task = min(left)
+            self.problems.append(
+                f"the gateway calls {len(left)} tasks unfinished that have ended: {task} is {self._state(task)}"
+            )
+
+    def _state(self, task: str) -> str:
+        assert self.gateway is not None
+        answer = self.gateway.get(f"/v1/tasks/{task}")
+        return str(answer.json()["state"]) if answer.status_code == 200 else f"answered {answer.status_code}"
+
+    def orphans(self) -> list[int]:
+        """The living processes that engines started which have ended."""
+        helpers = [entry for entry in self.ledger.read() if entry.kind == "helper"]
+        return [int(e.what) for e in helpers if _lives(e.what, e.at) and not _lives(e.content, e.at)]
+
+    def await_end_of_orphans(self) -> None:
+        """Whatever engines started has to end with them."""
+        try:
+            eventually(lambda: not self.orphans(), "the end of what engines started", seconds=_GONE_SECONDS)
+        except TimeoutError:
+            self.problems.append(f"{len(self.orphans())} processes outlive the engines that started them")
+            for pid in self.orphans():
+                with suppress(psutil.Error):
+                    psutil.Process(pid).kill()
+
     def close_books(self) -> None:
         """Stop everybody in good order, and enter what stands in the store and among the dead letters."""
+        if self._needs.batch:
+            self._check_batch()
+        if self.gateway is not None:
+            self._ask_for_all()
         if self.sender is not None:
             self.sender.stop()
         for worker in self.workers:
             worker.stop()
+        self.await_end_of_orphans()
         self._stop_watching()
         for info in self.store.list("tasks/default/"):
             note_record(self.ledger, info.key, self.store.get(info.key), seen_by="the end")
@@ -310,6 +489,13 @@ class Site:
         except (BrokerUnavailable, AMQPError) as error:
             return {f"(cannot be asked: {error})": 1}
         return depths
+
+
+def _lives(pid: str, at: float) -> bool:
+    """Whether the process runs that had this id at this time; one that nobody has reaped counts."""
+    with suppress(psutil.Error):
+        return psutil.Process(int(pid)).create_time() <= at + 1.0
+    return False
 
 
 def _not_ready(port: int) -> str | None:

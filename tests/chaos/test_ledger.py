@@ -143,11 +143,12 @@ def test_an_end_without_its_cause_is_unexpected(lines: tuple[str, ...]) -> None:
     assert "unexpected" in faults(reckon(entries(*lines), A))
 
 
-def test_an_attempt_that_an_outage_used_up_is_unexpected() -> None:
+def test_an_attempt_that_an_outage_used_up_is_burnt() -> None:
     again = (*GOOD, "attempts 2")
-    assert faults(reckon(entries(*again), A)) == {"unexpected"}
+    assert faults(reckon(entries(*again), A)) == {"attempt burnt"}
     own = {"a": PlannedTask("a", trouble="transient")}
     assert reckon(entries(*again), own).findings == ()
+    assert faults(reckon(entries(*GOOD, "attempts 3"), own)) == {"attempt burnt"}
     killed = [*entries(*again), Entry("fault", "", 0.5, "1", "engine killed")]
     assert reckon(killed, A).findings == ()
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from inferq.schemas import Options, Task, TaskType
+from inferq.schemas import InputUrl, Options, Task, TaskType
 
 Fault = Literal["none", "transient", "invalid", "crash", "container"]
 
@@ -16,10 +16,12 @@ class WitnessOptions(Options):
 
 
 class WitnessTask(Task):
-    """Computes for `seconds`, and then meets `fault`."""
+    """Computes for `seconds`, and then meets `fault`. `helpers`: starts processes that outlive the run."""
 
     task_type: Literal["witness"]
     seconds: float = Field(0.0, ge=0, le=60)
+    input_url: InputUrl | None = None
+    helpers: bool = False
     fault: Fault = "none"
     options: WitnessOptions = WitnessOptions()
 

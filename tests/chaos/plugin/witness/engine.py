@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class WitnessEngine(Engine[WitnessTask]):
     def run(self, task: WitnessTask, context: Context) -> WitnessOutput:
         run = secrets.token_hex(6)
         self._note("start", task.task_id, run, str(os.getppid()))
+        if task.helpers:
+            self._start_helpers(task.task_id, run)
         end = time.monotonic() + task.seconds
         while (left := end - time.monotonic()) > 0:
             context.check_abort()
@@ -56,12 +59,23 @@ class WitnessEngine(Engine[WitnessTask]):
                 os.kill(os.getppid(), signal.SIGKILL)
                 time.sleep(60)
 
+    def _start_helpers(self, task_id: str, run: str) -> None:
+        """Start a program in the engine's process group, and a daemon in a session of its own."""
+        with subprocess.Popen(
+            ["sh", "-c", "sleep 600 > /dev/null 2>&1 & echo $!; setsid sleep 600 > /dev/null 2>&1 & echo $!"],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as shell:
+            pids = shell.communicate()[0].split()
+        for pid in pids:
+            self._note("helper", task_id, run, pid, content=str(os.getpid()))
+
     def _starts(self, task_id: str) -> int:
         """How many runs of this task have begun, by the ledger."""
         needle = json.dumps({"kind": "start", "task": task_id})[1:-1]
         return self._ledger.read_text("utf-8").count(needle)
 
-    def _note(self, kind: str, task: str, run: str, what: str) -> None:
+    def _note(self, kind: str, task: str, run: str, what: str, content: str = "") -> None:
         # One write to a file opened for appending: lines of several processes never mix.
-        entry = {"kind": kind, "task": task, "at": time.time(), "run": run, "what": what}
+        entry = {"kind": kind, "task": task, "at": time.time(), "run": run, "what": what, "content": content}
         os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
