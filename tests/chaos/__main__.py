@@ -50,6 +50,7 @@ def main() -> int:
                     key = home, scenario.nodes
                     if key not in grounds:
                         grounds[key] = _ground(crew, folder / f"ground-{len(grounds)}", *key)
+                    print(f"{len(rows) + 1} of {len(seeds) * len(chosen)}: {scenario.title}", flush=True)
                     row, told = play(scenario, grounds[key], seed, quick=given.quick)
                     print(row.line(), *told, sep="\n", flush=True)
                     rows.append(row)

@@ -147,6 +147,8 @@ class Site:
                 callback=needs.callbacks,
                 helpers=needs.helpers,
                 droppable=needs.dropping or task.trouble == "expiring",
+                # A copy that is dropped while another one runs fails its task, which then succeeds.
+                copies=1 if needs.dropping else task.copies,
             )
             for task in tasks
         }

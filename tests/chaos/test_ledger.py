@@ -153,6 +153,35 @@ def test_an_attempt_that_an_outage_used_up_is_burnt() -> None:
     assert reckon(killed, A).findings == ()
 
 
+def test_a_task_that_the_gateway_denies_is_unexpected() -> None:
+    assert faults(reckon(entries(*GOOD, "denied 404"), A)) == {"unexpected"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "right"),
+    [
+        (("failure expired", "dead expired"), True),
+        (("failure dropped", "dead maxlen"), True),
+        ((*GOOD[2:], "dead maxlen"), True),  # a second copy of the message
+        (("failure dropped", "dead expired"), False),
+        (("failure expired",), False),
+        (("failure never", "dead never"), False),
+        ((*GOOD[2:], "failure expired", "dead expired"), False),
+        (("dead expired",), False),
+    ],
+)
+def test_a_task_whose_message_was_dropped_fails_and_its_dead_letter_says_why(
+    lines: tuple[str, ...], right: bool
+) -> None:
+    log = entries("sent", "confirmed", *lines)
+    assert (reckon(log, {"a": PlannedTask("a", droppable=True)}).findings == ()) is right
+    assert right is False or reckon(log, A).findings != ()
+
+
+def test_what_an_engine_started_is_no_part_of_a_task_s_history() -> None:
+    assert reckon([*entries(*GOOD), Entry("helper", "a", 1.0, "r1", "77", "76")], A).findings == ()
+
+
 @pytest.mark.parametrize("trouble", TROUBLED)
 def test_a_troubled_task_has_to_fail_in_its_own_way_and_leave_a_dead_letter(trouble: Trouble) -> None:
     task = PlannedTask("a", trouble=trouble)
