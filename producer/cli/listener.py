@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +50,13 @@ def fault_of(body: bytes, headers: dict[str, str], secrets: Sequence[str]) -> st
         else:
             return None
     return faults[0]
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore a connection that breaks: the sender of a callback sends it again."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Listener:
@@ -99,7 +107,7 @@ class Listener:
                 return
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _Server((host, port), Handler)
         except OSError as error:
             raise InstallationError(
                 f"cannot listen at {host}:{port}: {error.strerror}; choose another --port (0: a free one)"

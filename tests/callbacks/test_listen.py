@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 
 from inferq.consumers.callbacks.sending import signatures
 from inferq.producer.cli import app
+from inferq.producer.cli.listener import Listener
 from inferq.storage import WebhookSecrets
 from tests.callbacks.conftest import Caller, callback
 from tests.waiting import eventually
@@ -125,6 +129,24 @@ def test_a_stranger_writes_no_lines_and_no_commands(tmp_path: Path) -> None:
         (line,) = eventually(lambda: out.read_text().splitlines())
     assert line.startswith(r"\u001b[2Ja\u000atask.succeeded t #1 verified msg_1 ? NOT VERIFIED")
     assert "\x1b" not in line
+
+
+def test_a_caller_that_breaks_off_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    listener = Listener(lambda _: None, secrets=tuple)
+    threading.Thread(target=listener.serve, daemon=True).start()
+
+    def serving() -> bool:
+        return any("process_request_thread" in thread.name for thread in threading.enumerate())
+
+    with socket.create_connection(("127.0.0.1", listener.port)) as line:
+        line.sendall(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
+        eventually(serving, "a request that is being served")
+        line.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )  # a reset, as of a killed one
+    eventually(lambda: not serving(), "the end of the request")
+    listener.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_secret_that_is_none_is_refused(tmp_path: Path) -> None:
