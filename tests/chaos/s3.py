@@ -71,12 +71,14 @@ def moto() -> tuple[Part, int]:
 class FaultyS3:
     """Forwards a free loopback port to the server on `target_port`; `mode` says what it does instead.
 
-    With `only_writes` the mode befalls those, while whoever reads is served.
+    With `only_writes` the mode befalls those, while whoever reads is served. With `only_inputs` it befalls the
+    bucket of inputs.
     """
 
     def __init__(self, target_port: int, ledger: Ledger) -> None:
         self.mode: Mode = "pass"
         self.only_writes = False
+        self.only_inputs = False
         self._target_port = target_port
         self._ledger = ledger
         # moto looks for a key and then writes it, which two requests at once could both pass.
@@ -112,7 +114,11 @@ class FaultyS3:
         return Handler
 
     def _serve(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
-        mode = "pass" if self.only_writes and request.command != "PUT" else self.mode
+        mode = self.mode
+        if self.only_writes and request.command != "PUT":
+            mode = "pass"
+        if self.only_inputs and not request.path.startswith(f"/{INPUTS}"):
+            mode = "pass"
         if mode == "hang":
             end = time.monotonic() + _HANG_SECONDS
             while self.mode == "hang" and time.monotonic() < end:

@@ -163,13 +163,16 @@ def refuse_credentials(site: Site) -> None:
             ("bad_signature", "S3 refuses the signature"),
             ("expired", "S3 refuses an expired token"),
         ],
+        of_inputs=0.6,
     )
 
 
-def _refuse_by_s3(site: Site, modes: Sequence[tuple[Mode, str]]) -> None:
+def _refuse_by_s3(site: Site, modes: Sequence[tuple[Mode, str]], *, of_inputs: float = 0.0) -> None:
+    """`of_inputs`: how many of the faults befall inputs alone."""
     for number, _ in enumerate(site.moments(every=2.5)):
         mode, what = modes[number % len(modes)]
         with site.fault(what):
+            site.s3.only_inputs = site.random.random() < of_inputs
             site.s3.mode = mode
             time.sleep(site.random.uniform(0.5, 3.0))
             if site.random.random() < 0.3:

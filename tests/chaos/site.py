@@ -105,8 +105,8 @@ class Ground:
 class Needs:
     """What a scenario needs of its site.
 
-    `gateway`: the tasks are submitted there, and it is asked about them. `inputs`: each third task has an input, by a
-    URL of one of these schemes. `batch`: lines of a batch that is fed beside the other tasks. `batches`: the process
+    `gateway`: the tasks are submitted there, and it is asked about them. `inputs`: each task has an input, by a URL
+    of one of these schemes. `batch`: lines of a batch that is fed beside the other tasks. `batches`: the process
     that feeds batches runs. `dropping`: RabbitMQ may drop any task. `helpers`: engines start programs and daemons.
     """
 
@@ -248,8 +248,8 @@ class Site:
         asker.start()
 
     def _add_inputs(self) -> None:
-        """Give each third task an input."""
-        for number, task in enumerate([*self.tasks.values()][::3] if self._needs.inputs else []):
+        """Give each task an input."""
+        for number, task in enumerate([*self.tasks.values()] if self._needs.inputs else []):
             name, text = f"{self.vhost}-{number}", f"the input of {task.id}".encode()
             scheme = self._needs.inputs[number % len(self._needs.inputs)]
             if scheme == "inferq":
