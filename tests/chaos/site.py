@@ -249,13 +249,14 @@ class Site:
 
     def _add_inputs(self) -> None:
         """Give each task an input."""
+        client = s3_client(self.ground.s3_url)
         for number, task in enumerate([*self.tasks.values()] if self._needs.inputs else []):
             name, text = f"{self.vhost}-{number}", f"the input of {task.id}".encode()
             scheme = self._needs.inputs[number % len(self._needs.inputs)]
             if scheme == "inferq":
                 self.store.put(upload_key("default", name), text)
             else:
-                s3_client(self.ground.s3_url).put_object(Bucket=s3.INPUTS, Key=name, Body=text)
+                client.put_object(Bucket=s3.INPUTS, Key=name, Body=text)
             url = f"inferq:{name}" if scheme == "inferq" else f"s3://{s3.INPUTS}/{name}"
             self.tasks[task.id] = replace(task, input_url=url)
 
