@@ -37,6 +37,7 @@ from inferq.broker.messages import (
     named_id,
     retry_message,
     task_message,
+    waiting_message,
 )
 from inferq.broker.publisher import Publisher
 from inferq.broker.retry import RETRY_LEVELS, backoff, retry_level
@@ -96,6 +97,7 @@ __all__ = [
     "routing_key",
     "task_message",
     "topology_for",
+    "waiting_message",
     "work_queue",
 ]
 

@@ -218,6 +218,15 @@ def deferred_message(delivery: Delivery, *, type_name: str, priority: Priority, 
     return Message(retry_exchange(seconds), key, delivery.body, headers, named_id(delivery), type_name)
 
 
+def waiting_message(
+    delivery: Delivery, *, type_name: str, priority: Priority, seconds: int, digest: str | None = None
+) -> Message:
+    """A copy of a delivery that returns to its queue in `seconds`, with all its counts unchanged."""
+    headers = _kept(delivery.headers, digest)
+    key = routing_key(type_name, priority)
+    return Message(retry_exchange(seconds), key, delivery.body, headers, named_id(delivery), type_name)
+
+
 def dead_message(
     delivery: Delivery,
     *,

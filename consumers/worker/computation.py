@@ -70,27 +70,36 @@ class Computation:
         return self._from_cache(inputs) or self._compute(inputs)
 
     def abort_reason(self) -> AbortReason | None:
-        """Why the run has to stop; None if it may go on. Releases the run once its delivery is lost."""
+        """Why the run has to stop; None if it may go on. Renews the run's lease."""
         services, task = self._services, self._task
         if services.grace_passed:
             return "shutdown"
         if self._held and not self._consumer.holds(self._delivery):
-            # Another worker may begin it while this run goes on: a lost connection is not a lost run.
+            # RabbitMQ delivers it again while this run goes on: a lost connection is not a lost run.
             self._held = False
-            self.release_run()
+            self.release_run(goes_on=True)
         cancel_requested = partial(
-            services.status.cancel_requested, task.tenant, task.task_id, task.batch_id, task.batch_line
+            services.status.cancel_requested,
+            task.tenant,
+            task.task_id,
+            task.batch_id,
+            task.batch_line,
+            run=self._run,
         )
         return "cancelled" if services.best_effort(cancel_requested) else None
 
-    def release_run(self) -> None:
-        """Say that this run is not orphaned, now that another worker may begin the task."""
+    def release_run(self, *, goes_on: bool = False) -> None:
+        """Say that this run is not orphaned, now that another worker may get the task.
+
+        Its lease ends, unless the run itself `goes_on`.
+        """
         released = partial(
             self._services.status.released,
             self._task,
             attempt=self._delivery.attempt,
             redrives=self._delivery.redrives,
             run=self._run,
+            goes_on=goes_on,
         )
         self._services.best_effort(released)
 

@@ -49,6 +49,13 @@ class Retry:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """Another run of the task is in progress: look again in `seconds`, as the same attempt."""
+
+    seconds: int
+
+
+@dataclass(frozen=True)
 class Defer:
     """Put the same attempt off for `seconds`: a worker of another version may read the task."""
 
@@ -70,6 +77,18 @@ MAX_ORPHANED_RUNS = 5
 Above MAX_ENGINE_DEATHS, because workers also end for reasons that are not the task's (a lost node, a machine
 out of memory). Well below MAX_DELIVERIES, because each further try costs all tasks a worker."""
 
+LEASE_SECONDS = 10.0
+"""A run holds its task's lease until it ends, or gives no sign of life for this long.
+
+It gives one at each check for a cancel, several times a second. A message that comes for the first time waits for so
+long a silence: the message of the run in progress is not acknowledged, so if its worker dies, RabbitMQ delivers that
+one again. A silent run is most likely storing a result."""
+
+TAKE_OVER_SECONDS = 1.0
+"""The same for a redelivered message, which may be that of the silent run.
+
+Its worker was killed, or only lost its connection. A killed worker's task is to start again soon."""
+
 MAX_DELIVERIES = 25
 """The same by the broker's count, for when Redis lost its own. RabbitMQ before 4.3 counts requeues as well, so
 this is well above their number; it is well below the broker's delivery limit."""
@@ -90,6 +109,7 @@ class Facts:
     `ended` is an earlier result; `recorded_digest` and `cancel_requested` come from the status index.
     `orphaned_runs`: how many runs of this attempt began in a row and neither ended nor were requeued, by the
     status index; None if it did not count this run. `deliveries`: how often the broker delivered this copy before.
+    `other_run`: the lease of another run that is in progress, empty if there is none.
     """
 
     task: Task
@@ -102,9 +122,10 @@ class Facts:
     cancel_requested: bool = False
     orphaned_runs: int | None = None
     deliveries: int = 0
+    other_run: str = ""
 
 
-def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter:
+def before_run(facts: Facts) -> Run | AlreadyDone | Wait | Cancel | Expire | DeadLetter:
     """Whether to run a delivery, and if not, what else to do with it."""
     task = facts.task
     if task.task_type != facts.type_name:
@@ -126,6 +147,10 @@ def before_run(facts: Facts) -> Run | AlreadyDone | Cancel | Expire | DeadLetter
         and (facts.ended.status == "succeeded" or facts.ended.redrives >= facts.redrives)
     ):
         return AlreadyDone(facts.ended)
+    if facts.other_run:
+        # Wait rather than drop the copy: that run may be of another attempt or redrive, or its worker may die. Once the
+        # task has ended, the copy is acknowledged. Only the run in progress decides on a cancel or an expiry.
+        return Wait(retry_level(1))
     if facts.cancel_requested:
         return Cancel()
     if task.expires_at is not None and task.expires_at <= facts.now:

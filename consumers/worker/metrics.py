@@ -26,6 +26,8 @@ class WorkerMetrics:
     engine_replacements: Counter = field(init=False)
     without_redis: Gauge = field(init=False)
     status_outages: Counter = field(init=False)
+    repeated_runs: Counter = field(init=False)
+    unleased_runs: Counter = field(init=False)
     _stages: dict[tuple[str, str], Histogram] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,7 +40,7 @@ class WorkerMetrics:
             Counter(
                 "inferq_worker_tasks",
                 "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back, "
-                "deferred.",
+                "deferred, duplicate.",
                 ["task_type", "outcome"],
                 registry=registry,
             ),
@@ -93,6 +95,25 @@ class WorkerMetrics:
         add(
             "status_outages",
             Counter("inferq_status_outages", "Status changes that Redis did not take.", registry=registry),
+        )
+
+        add(
+            "repeated_runs",
+            Counter(
+                "inferq_worker_repeated_runs",
+                "Runs that succeeded after another run of the task: their results were discarded.",
+                ["task_type"],
+                registry=registry,
+            ),
+        )
+        add(
+            "unleased_runs",
+            Counter(
+                "inferq_worker_unleased_runs",
+                "Runs that began without a lease, because Redis was unavailable.",
+                ["task_type"],
+                registry=registry,
+            ),
         )
 
     def observe(self, task_type: str, timings: Timings) -> None:

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from inferq.broker import Delivery, Message, dead_message, deferred_message, named_id, retry_message
-from inferq.consumers.worker.decision import Defer, Retry
+from inferq.broker import (
+    Delivery,
+    Message,
+    dead_message,
+    deferred_message,
+    named_id,
+    retry_message,
+    waiting_message,
+)
+from inferq.consumers.worker.decision import Defer, Retry, Wait
 from inferq.schemas import (
     Artifact,
     EngineInfo,
@@ -147,6 +155,12 @@ class Records:
         """The same attempt once more, for its retry level."""
         return deferred_message(
             self.delivery, type_name=self.type_name, priority=self.lane, seconds=defer.seconds
+        )
+
+    def waiting(self, wait: Wait, *, digest: str) -> Message:
+        """The delivery unchanged, for a retry level: another run of the task is in progress."""
+        return waiting_message(
+            self.delivery, type_name=self.type_name, priority=self.lane, seconds=wait.seconds, digest=digest
         )
 
     def dead_letter(self, error: InferqError, *, digest: str | None = None) -> Message:

@@ -25,6 +25,8 @@ from inferq.consumers.runtime.messages import Done, FileRef
 from inferq.consumers.runtime.process import LOOK_SECONDS, EngineDied, RunAborted
 from inferq.consumers.worker.computation import Computation
 from inferq.consumers.worker.decision import (
+    LEASE_SECONDS,
+    TAKE_OVER_SECONDS,
     AlreadyDone,
     Cancel,
     DeadLetter,
@@ -33,6 +35,7 @@ from inferq.consumers.worker.decision import (
     Facts,
     Retry,
     Run,
+    Wait,
     after_failure,
     after_unreadable,
     before_run,
@@ -61,9 +64,12 @@ from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["succeeded", "failed", "cancelled", "skipped", "retried", "given_back", "deferred"]
+Outcome = Literal[
+    "succeeded", "failed", "cancelled", "skipped", "retried", "given_back", "deferred", "duplicate"
+]
 """How a delivery ended, as the metric `inferq_worker_tasks_total` says it. `given_back` is a requeue; `deferred`
-is a task that waits for a worker of another version."""
+is a task that waits for a worker of another version; `duplicate` is a copy that waits while another run of its task is
+in progress."""
 
 _CONNECTION_LOST = "its connection was lost"
 
@@ -92,6 +98,7 @@ class TaskRun:
         self._started_at = datetime.now(UTC)
         self._digest = ""
         self._begun: Computation | None = None
+        self._leased = False
 
     def complete(self) -> None:
         """Do everything that this delivery needs, and settle it."""
@@ -197,6 +204,8 @@ class TaskRun:
             if facts.ended is None and facts.orphaned_runs is None:
                 # The index did not count the run: another copy of the task may have ended meanwhile.
                 facts = replace(facts, ended=self._endings.load(task.tenant, task.task_id))
+        if facts.other_run and delivery.redelivered and facts.ended is None:
+            facts = self._watch_other_run(facts, computation)
         verdict = before_run(facts)
         if not isinstance(verdict, Run):
             self._lease.release()
@@ -206,6 +215,8 @@ class TaskRun:
                     return self._cancelled(task)
                 if not self._consumer.holds(delivery):
                     raise NotStarted(_CONNECTION_LOST)  # another worker may have begun it
+                if not self._leased:
+                    services.metrics.unleased_runs.labels(task.task_type).inc()
                 self._endings.notifier.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
                 )
@@ -215,6 +226,14 @@ class TaskRun:
                 ended = ended if ended.metadata else ended.model_copy(update={"metadata": task.metadata})
                 self._endings.report(ended, digest=self._digest)
                 return "skipped"
+            case Wait():
+                _log.info(
+                    "%s: another run of it is in progress; looking again in %d s",
+                    self._records.name, verdict.seconds,
+                )  # fmt: skip
+                # First the copy, then the ack: the task never depends on the other run alone.
+                self._endings.publish(self._records.waiting(verdict, digest=self._digest))
+                return "duplicate"
             case Cancel():
                 return self._cancelled(task)
             case Expire(error):
@@ -228,7 +247,7 @@ class TaskRun:
         services, delivery = self._services, self._delivery
         reply = None
         if task.task_type == services.task_type.name:
-            self._begun = computation
+            first, self._begun = self._begun is None, computation
             reply = services.best_effort(
                 partial(
                     services.status.begin_pipelined,
@@ -239,23 +258,41 @@ class TaskRun:
                     started_at=self._started_at,
                     digest=self._digest,
                     run=self._token,
+                    silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
                 )
             )
-            if self._lease.held:
+            if first and self._lease.held:
                 self._lease.engine.prepare(delivery.body.decode())
 
         def with_record(facts: Facts) -> Facts:
             begun = services.call_or_skip(reply) if reply else None
             if begun is None:
-                return facts
+                return replace(facts, other_run="")
+            self._leased = not begun.other_run
             return replace(
                 facts,
                 recorded_digest=begun.digest,
                 cancel_requested=begun.cancel_requested,
                 orphaned_runs=begun.orphaned_runs,
+                other_run=begun.other_run,
             )
 
         return with_record
+
+    def _watch_other_run(self, facts: Facts, computation: Computation) -> Facts:
+        """Look again until the other run gives a sign of life, or is silent for so long that this one begins.
+
+        The message was redelivered: the worker of the other run was killed, or it lost its connection and goes on.
+        """
+        task, seen = facts.task, facts.other_run
+        while facts.other_run == seen:
+            if not self._consumer.holds(self._delivery):
+                raise NotStarted(_CONNECTION_LOST)
+            self._services.sleep(LOOK_SECONDS, self._services.unless_stopping)
+            self._started_at = datetime.now(UTC)
+            facts = self._begin(task, computation)(replace(facts, now=self._started_at))
+        # It may have ended meanwhile.
+        return replace(facts, ended=self._endings.load(task.tenant, task.task_id))
 
     def _gather_and_fetch(
         self, facts: Facts, computation: Computation, with_record: Callable[[Facts], Facts]
@@ -322,7 +359,7 @@ class TaskRun:
     def _succeeded(
         self, task: Task, computation: Computation, done: Done, timings: dict[str, float | None]
     ) -> Outcome:
-        began = time.monotonic()
+        services, began = self._services, time.monotonic()
         artifacts = tuple(self._upload(task, name, file) for name, file in done.artifacts.items())
         timings["upload"] = time.monotonic() - began
         result = self._records.success(
@@ -344,7 +381,10 @@ class TaskRun:
             _log.exception("%s: recorded, but not everything after that was done", self._records.name)
         if kept.digest is not None and kept.digest != self._digest:
             return self._dead_letter(task, id_conflict(task))  # the other task ended during this run
-        return "succeeded" if kept is result else "skipped"
+        if kept is result:
+            return "succeeded"
+        services.metrics.repeated_runs.labels(task.task_type).inc()
+        return "skipped"
 
     def _tidy_up(self, result: Result, kept: Result, computation: Computation) -> None:
         """Delete artifacts that no record names, and put the result into the cache."""
@@ -412,6 +452,7 @@ class TaskRun:
                 redrives=self._delivery.redrives,
                 error=ErrorInfo.of(retry.error),
                 digest=self._digest,
+                run=self._token,
             )
         )
         return "retried"

@@ -1,8 +1,12 @@
 local attempt, redrives, worker, started, event = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
-local run = ARGV[15]
+local run, silence = ARGV[15], tonumber(ARGV[16])
 local begins = order_of(redrives, attempt, RUNNING)
-local lost = -1
-if not conflict and begins >= order then
+local lost, other = -1, ''
+-- After the end of the task nothing runs: the object store has the end as well.
+local may_run = not conflict and (begins >= order or order % 10 ~= ENDED)
+if may_run then other = lease_of_another(run, silence) end
+local begins_now = may_run and other == ''
+if begins_now and begins >= order then
   local runs = 1
   if begins == order then
     -- The attempt began before and has not ended or been retried since: an orphaned run.
@@ -20,9 +24,10 @@ if not conflict and begins >= order then
   redis.call('HDEL', key, 'g', 'n', 'e')
   if begins > order then publish(event) end
 end
+if begins_now then renew(run) end
 local state, cancel = unpack(redis.call('HMGET', key, 's', 'x'))
 if batch ~= '' then
   local whole, own = unpack(redis.call('HMGET', batch_key(batch), 'x', 'x:' .. line))
   cancel = cancel or whole or (line ~= '' and own)
 end
-return {known or '', cancel and 1 or 0, state, lost}
+return {known or '', cancel and 1 or 0, state, lost, other}

@@ -1,4 +1,6 @@
-local batch, line = ARGV[5], ARGV[6]
+local batch, line, run = ARGV[5], ARGV[6], ARGV[7]
+-- Who asks is alive.
+if holds(run) then renew(run) end
 if redis.call('HEXISTS', key, 'x') == 1 then return 1 end
 if batch == '' then return 0 end
 local whole, own = unpack(redis.call('HMGET', batch_key(batch), 'x', 'x:' .. line))

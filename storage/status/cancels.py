@@ -22,10 +22,16 @@ class Cancels(ScriptCalls):
         return read_status(tenant, task_id, fields) if fields else None
 
     def cancel_requested(
-        self, tenant: str, task_id: str, batch_id: str | None = None, line: int | None = None
+        self,
+        tenant: str,
+        task_id: str,
+        batch_id: str | None = None,
+        line: int | None = None,
+        *,
+        run: str = "",
     ) -> bool:
-        """Whether the task, its line, or its whole batch is to be cancelled."""
-        arguments = [batch_id or "", "" if line is None else line]
+        """Whether the task, its line, or its whole batch is to be cancelled. Renews the lease of `run`."""
+        arguments = [batch_id or "", "" if line is None else line, run]
         return bool(self._change("cancel_requested", tenant, task_id, arguments))
 
     def untaken_cancel(self, tenant: str, task_id: str, seconds: float) -> str | None:

@@ -30,7 +30,7 @@ redis.call('HSET', key, 'f', finished, 'k', call)
 if started ~= '' then redis.call('HSET', key, 'st', started) end
 if worker ~= '' then redis.call('HSET', key, 'w', worker) end
 -- Progress is of a run. The same as TaskStatus.of_result.
-redis.call('HDEL', key, 'e', 'l', 'g', 'n')
+redis.call('HDEL', key, 'e', 'h', 'l', 'g', 'n')
 if failure ~= '' then redis.call('HSET', key, 'e', failure) end
 if state == 'succeeded' then redis.call('HSET', key, 'g', '1') end
 publish(event)

@@ -23,12 +23,16 @@ class Begun:
     `orphaned_runs` counts the consecutive runs of this attempt that began before this one and never ended: no
     result, no retry, no requeue. Most likely their workers died. None: this run was not counted, because the
     record is already past its attempt.
+
+    `other_run`: the lease of another run that is in progress, so that this one has not begun; its text changes with
+    each sign of life of that run. Empty: this run has begun.
     """
 
     cancel_requested: bool
     digest: str | None
     state: State
     orphaned_runs: int | None = None
+    other_run: str = ""
 
 
 class Runs(ScriptCalls):
@@ -44,37 +48,51 @@ class Runs(ScriptCalls):
         started_at: datetime,
         digest: str,
         run: str,
+        silence: float = 0.0,
     ) -> Callable[[], Begun]:
         """Record that a run begins. The request is sent; calling the result waits for the reply.
 
         Work can go on in between. A task whose digest differs from the recorded one changes nothing. `run`
-        names the run: a repeated call counts it once.
+        names the run: a repeated call counts it once. The run does not begin while another one holds the task's
+        lease, unless that gave no sign of life for `silence` seconds. `cancel_requested` renews the lease.
         """
         event = event_json("task.started", task, "running", attempt=attempt, redrives=redrives, at=started_at)
         answer = self._start(
             "begin",
             task.tenant,
             task.task_id,
-            [*task_fields(task, digest), attempt, redrives, clean(worker), micros(started_at), event, run],
+            [
+                *task_fields(task, digest),
+                attempt,
+                redrives,
+                clean(worker),
+                micros(started_at),
+                event,
+                run,
+                round(silence * 1000),
+            ],
         )
 
         def begun() -> Begun:
-            recorded, cancel, state, lost = answer()
+            recorded, cancel, state, lost, other_run = answer()
             return Begun(
                 cancel_requested=bool(cancel),
                 digest=recorded or None,
                 state=state,
                 orphaned_runs=None if lost < 0 else lost,
+                other_run=other_run,
             )
 
         return begun
 
-    def released(self, task: Task, *, attempt: int, redrives: int, run: str) -> None:
-        """A run was requeued in good order: it and the runs before it are not orphaned.
+    def released(self, task: Task, *, attempt: int, redrives: int, run: str, goes_on: bool = False) -> None:
+        """A run was requeued in good order: it and the runs before it are not orphaned, and its lease ends.
 
-        Does nothing if `run` is not the latest one that began.
+        With `goes_on`, only its message was lost: it keeps the lease. The orphaned runs stay unless `run` is the
+        latest one that began.
         """
-        self._change("released", task.tenant, task.task_id, [attempt, redrives, run])
+        arguments = [attempt, redrives, run, int(goes_on)]
+        self._change("released", task.tenant, task.task_id, arguments)
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:
         """The progress of a running task, from 0 to 1. Ignored if the task is not running, or if it would decrease."""
@@ -88,15 +106,25 @@ class Runs(ScriptCalls):
         )
 
     def retrying(
-        self, task: Task, *, attempt: int, redrives: int, error: ErrorInfo, digest: str | None = None
+        self,
+        task: Task,
+        *,
+        attempt: int,
+        redrives: int,
+        error: ErrorInfo,
+        digest: str | None = None,
+        run: str = "",
     ) -> None:
-        """The attempt failed; the next one waits in a retry level. `digest` is made here if absent."""
+        """The attempt failed; the next one waits in a retry level. `digest` is made here if absent.
+
+        Ends the lease of `run`.
+        """
         event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
         self._change(
             "retrying",
             task.tenant,
             task.task_id,
-            [*task_fields(task, digest), attempt, redrives, to_json(error), event],
+            [*task_fields(task, digest), attempt, redrives, to_json(error), event, run],
         )
 
     def ended(self, result: Result) -> bool:

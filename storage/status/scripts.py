@@ -4,6 +4,7 @@ A task is a hash under `inferq:t:<tenant>:<task_id>` with short field names:
     ty type  p priority  b batch  d digest  c created  s state  o order  a attempt  r redrives
     w worker  st started  f finished  g progress  n note  e error (JSON)  x when a cancel was requested
     k the call that created or ended it, so that a repeated call gets the same reply
+    h the run that holds the task, and when it last gave a sign of life (see lease.lua)
     l the number of consecutive orphaned runs of the recorded attempt, and the last run's token
 Times are microseconds since 1970. Sorted sets, scored by creation time, index the tasks of a tenant
 (`inferq:l:<tenant>`), of a batch (`inferq:b:<tenant>:<batch>`), and of each state (`inferq:s:<tenant>:<state>`)
@@ -30,6 +31,7 @@ BATCH_LINES = _HERE / "batch_lines"
 """Lua functions for the lines of a batch; they need `tenant` and `retention`."""
 
 _RECORD = (_HERE / "head", BATCH_LINES, _HERE / "record")
+_LEASE = _HERE / "lease"
 _TASK = _HERE / "task"
 _BY_WORKER = _HERE / "by_worker"
 
@@ -37,13 +39,13 @@ SOURCES = {
     "submit": read_lua(*_RECORD, _TASK, _HERE / "submit"),
     "confirm": read_lua(*_RECORD, _TASK, _HERE / "confirm"),
     "forget": read_lua(*_RECORD, _HERE / "forget"),
-    "begin": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "begin"),
-    "released": read_lua(*_RECORD, _HERE / "released"),
+    "begin": read_lua(*_RECORD, _LEASE, _BY_WORKER, _TASK, _HERE / "begin"),
+    "released": read_lua(*_RECORD, _LEASE, _HERE / "released"),
     "progress": read_lua(*_RECORD, _HERE / "progress"),
-    "retrying": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "retrying"),
+    "retrying": read_lua(*_RECORD, _LEASE, _BY_WORKER, _TASK, _HERE / "retrying"),
     "ended": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "ended"),
     "cancel": read_lua(*_RECORD, _HERE / "cancel"),
-    "cancel_requested": read_lua(_HERE / "head", BATCH_LINES, _HERE / "cancel_requested"),
+    "cancel_requested": read_lua(_HERE / "head", _LEASE, BATCH_LINES, _HERE / "cancel_requested"),
     "get": read_lua(_HERE / "head", _HERE / "get"),
     "list": read_lua(_HERE / "list"),
 }
