@@ -18,6 +18,7 @@ def begin_run(
     worker: str = "w1",
     started_at: datetime | None = None,
     run: str | None = None,
+    silence: float = 0.0,
 ) -> Begun:
     """Record that a run of the task begins."""
     return status.begin_pipelined(
@@ -28,4 +29,5 @@ def begin_run(
         started_at=started_at or datetime.now(UTC),
         digest=task.digest(),
         run=run or secrets.token_hex(6),
+        silence=silence,
     )()

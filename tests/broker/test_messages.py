@@ -14,6 +14,7 @@ from inferq.broker import (
     deferred_message,
     retry_message,
     task_message,
+    waiting_message,
 )
 from inferq.broker.messages import redriven_message
 from inferq.schemas import SCHEMA_VERSION, InvalidTask, parse_task
@@ -36,6 +37,7 @@ def copies(delivery: Delivery, digest: str | None) -> dict[str, Message]:
         "dead": dead_message(delivery, error=error, worker="w", digest=digest, **ABOUT),
         "redriven": redriven_message(delivery),
         "deferred": deferred_message(delivery, seconds=5, **ABOUT),
+        "waiting": waiting_message(delivery, seconds=5, digest=digest, **ABOUT),
     }
 
 
@@ -44,7 +46,7 @@ def test_an_accepted_task_says_its_digest_and_the_version() -> None:
     assert (delivery.digest, delivery.version) == (DIGEST, SCHEMA_VERSION)
 
 
-@pytest.mark.parametrize("copy", ["retry", "dead", "redriven", "deferred"])
+@pytest.mark.parametrize("copy", ["retry", "dead", "redriven", "deferred", "waiting"])
 def test_every_copy_keeps_the_digest_and_the_version_that_the_task_came_with(copy: str) -> None:
     message = task_message(TASK, digest=DIGEST)
     newer = message._replace(headers={**message.headers, "x-version": SCHEMA_VERSION + 1})
@@ -52,7 +54,7 @@ def test_every_copy_keeps_the_digest_and_the_version_that_the_task_came_with(cop
     assert (again.digest, again.version) == (DIGEST, SCHEMA_VERSION + 1)
 
 
-@pytest.mark.parametrize("copy", ["retry", "dead"])
+@pytest.mark.parametrize("copy", ["retry", "dead", "waiting"])
 def test_the_digest_that_a_worker_had_to_make_goes_on(copy: str) -> None:
     assert delivered(copies(delivered(), DIGEST)[copy]).digest == DIGEST
 
@@ -78,6 +80,13 @@ def test_a_deferral_is_no_attempt_and_is_counted_until_the_task_is_read() -> Non
         delivery = delivered(deferred_message(delivery, seconds=5, **ABOUT))
     assert delivered(copies(delivery, None)["retry"]).deferrals == 0
     assert delivered(copies(delivery, None)["redriven"]).deferrals == 0
+
+
+def test_a_copy_that_waits_keeps_all_counts() -> None:
+    counts = {"x-attempt": 3, "x-redrives": 1, "x-engine-deaths": 2, "x-deferrals": 4, "x-version": 1}
+    waiting = waiting_message(delivered(**counts), seconds=5, **ABOUT)
+    assert waiting.headers == counts
+    assert (waiting.exchange, waiting.body) == ("inference.retry.5s", TASK.body())
 
 
 def test_each_message_travels_with_its_own_digest() -> None:

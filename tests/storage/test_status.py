@@ -69,8 +69,9 @@ def begin(
     redrives: int = 0,
     worker: str = "w1",
     run: str | None = None,
+    silence: float = 0.0,
 ) -> Any:
-    return begin_run(index, task, attempt=attempt, redrives=redrives, worker=worker, run=run)
+    return begin_run(index, task, attempt=attempt, redrives=redrives, worker=worker, run=run, silence=silence)
 
 
 def known(index: StatusIndex, task: Task) -> TaskStatus:
@@ -430,6 +431,115 @@ def test_in_any_order_of_calls_only_runs_in_a_row_without_an_end_are_counted(
                 index.ended(end(job(), status, attempts=attempt, redrives=redrives))
                 ends = (redrives if status == "failed" else 99, 99999, 4)
                 furthest = max(furthest, ends)
+
+
+def test_of_runs_that_begin_at_once_one_holds_the_lease(index: StatusIndex, race: Race) -> None:
+    index.submit(job())
+    found: list[Any] = race(16, lambda n: begin(index, job(), worker=f"w{n}", run=f"run {n}", silence=600))
+    (holder,) = {begun.other_run for begun in found} - {""}
+    assert [f"run {n}" for n, begun in enumerate(found) if not begun.other_run] == [holder.partition(" ")[2]]
+    # One that does not begin changes nothing.
+    assert known(index, job()).worker == f"w{holder.rpartition(' ')[2]}"
+    assert {begun.orphaned_runs for begun in found} == {0, None}
+
+
+def test_a_lease_changes_with_each_sign_of_life_of_its_run(index: StatusIndex) -> None:
+    begin(index, job(), run="a")
+
+    def seen() -> str:
+        return str(begin(index, job(), run="b", silence=600).other_run)
+
+    before = seen()
+    index.cancel_requested("default", "t1", run="b")
+    index.cancel_requested("default", "t1")
+    assert seen() == before
+
+    def renewed() -> bool:
+        index.cancel_requested("default", "t1", run="a")
+        return seen() != before
+
+    eventually(renewed)  # once the clock's next millisecond has begun
+
+
+def test_a_check_for_a_cancel_makes_no_record(index: StatusIndex, redis_client: redis.Redis) -> None:
+    index.cancel_requested("default", "t1", run="a")
+    assert not redis_client.exists(record_key("default", "t1"))
+
+
+@settings(
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    "begin",
+                    "begin",
+                    "renew",
+                    "age",
+                    "ahead",
+                    "lost",
+                    "released",
+                    "retrying",
+                    "failed",
+                    "succeeded",
+                ]
+            ),
+            st.integers(1, 2),
+            st.integers(0, 1),
+            st.sampled_from("abc"),
+            st.sampled_from([60, 600]),
+        ),
+        max_size=30,
+    )
+)
+def test_in_any_order_of_calls_a_run_begins_only_where_no_other_is_alive(
+    index: StatusIndex, redis_client: redis.Redis, calls: list[tuple[str, int, int, str, int]]
+) -> None:
+    redis_client.flushall()
+    key = record_key("default", "t1")
+    holder, silent = "", 0  # the run that holds the lease, and for how many seconds it gave no sign of life
+    ended = -1  # the redrive whose end is on record
+
+    def shift(seconds: int) -> None:
+        if lease := redis_client.hget(key, "h"):
+            at, _, run = str(lease).partition(" ")
+            redis_client.hset(key, "h", f"{int(at) - seconds * 1000} {run}")
+
+    for name, attempt, redrives, run, seconds in calls:
+        match name:
+            case "begin":
+                begun = begin(index, job(), attempt, redrives, run=run, silence=seconds)
+                over = redrives <= ended
+                alive = not over and holder not in ("", run) and 0 <= silent < seconds
+                assert bool(begun.other_run) == alive
+                if alive:
+                    assert begun.other_run.partition(" ")[2] == holder
+                    assert begun.orphaned_runs is None
+                elif not over:
+                    holder, silent = run, 0
+            case "renew":
+                index.cancel_requested("default", "t1", run=run)
+                silent = 0 if run == holder else silent
+            case "age":
+                shift(120)
+                silent += 120
+            case "ahead":
+                shift(-240)
+                silent -= 240
+            case "lost" | "released":
+                index.released(job(), attempt=attempt, redrives=redrives, run=run, goes_on=name == "lost")
+                holder = "" if run == holder and name == "released" else holder
+            case "retrying":
+                index.retrying(job(), attempt=attempt, redrives=redrives, error=ERROR, run=run)
+                holder = "" if run == holder else holder
+            case status:
+                if index.ended(end(job(), status, attempts=attempt, redrives=redrives)):
+                    holder = ""
+                    ended = redrives if status == "failed" else 99
 
 
 def test_a_run_releases_no_run_that_began_after_it(index: StatusIndex) -> None:

@@ -23,6 +23,7 @@ from inferq.consumers.worker.decision import (
     Facts,
     Retry,
     Run,
+    Wait,
     after_failure,
     after_unreadable,
     before_run,
@@ -245,6 +246,7 @@ def facts(draw: st.DrawFn) -> Facts:
         cancel_requested=draw(st.booleans()),
         orphaned_runs=draw(st.none() | st.integers(0, 2 * MAX_ORPHANED_RUNS)),
         deliveries=draw(st.integers(0, MAX_DELIVERIES + 5)),
+        other_run=draw(st.sampled_from(["", "", "1 run"])),
     )
 
 
@@ -262,7 +264,7 @@ def is_poison(verdict: object) -> bool:
 def test_the_same_facts_lead_to_the_same_decision(known: Facts) -> None:
     first, second = before_run(known), before_run(known)
     assert type(first) is type(second)
-    assert isinstance(first, Run | AlreadyDone | Cancel | Expire | DeadLetter)
+    assert isinstance(first, Run | AlreadyDone | Wait | Cancel | Expire | DeadLetter)
 
 
 @given(facts())
@@ -312,6 +314,7 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
     if before_run(known) == Run():
         assert owned(known)
         assert not known.cancel_requested
+        assert not known.other_run
         assert known.task.expires_at is None or known.task.expires_at > NOW
         assert min(known.orphaned_runs or 0, known.deliveries) < MAX_ORPHANED_RUNS
         if known.orphaned_runs is None or known.recorded_digest is None:
@@ -322,7 +325,7 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
 def test_what_nothing_speaks_against_runs(known: Facts) -> None:
     clean = replace(
         known, type_name="echo", ended=None, recorded_digest=None, cancel_requested=False, orphaned_runs=0,
-        deliveries=0, task=task(),
+        deliveries=0, task=task(), other_run="",
     )  # fmt: skip
     assert before_run(clean) == Run()
 
@@ -352,12 +355,21 @@ def test_a_cancel_is_heeded_unless_the_task_has_ended_or_is_not_the_one_meant(kn
     ):
         assert verdict == Cancel()
     else:
-        assert isinstance(verdict, AlreadyDone | DeadLetter)
+        assert isinstance(verdict, AlreadyDone | DeadLetter | Wait)
+
+
+@given(facts())
+def test_a_copy_waits_for_a_run_in_progress_unless_the_task_has_ended_or_is_another(known: Facts) -> None:
+    verdict = before_run(replace(known, other_run="1 run"))
+    without = before_run(replace(known, other_run=""))
+    settled = isinstance(without, AlreadyDone) or (isinstance(without, DeadLetter) and not is_poison(without))
+    assert type(verdict) is (type(without) if settled else Wait)
+    assert not isinstance(without, Wait)
 
 
 @given(facts(), st.integers(5, 9))
 def test_a_redrive_gives_a_failed_task_another_chance(known: Facts, redrives: int) -> None:
-    redriven = replace(known, redrives=redrives, orphaned_runs=0, deliveries=0)
+    redriven = replace(known, redrives=redrives, orphaned_runs=0, deliveries=0, other_run="")
     if owned(known) and known.ended is not None and known.ended.status != "succeeded":
         assert isinstance(before_run(redriven), Run | Cancel | Expire)
 
