@@ -107,52 +107,53 @@ class Slice:
         cursor: Cursor,
         doubtful: bool = False,
     ) -> None:
-        self._services = services
-        self._name = (tenant, batch_id)
+        self.services = services
+        self.name = (tenant, batch_id)
         self._chain = chain
         self._part = part
-        self._cursor = cursor
+        self.cursor = cursor
         self._doubtful = doubtful
         self._token = f"{chain}-{part}-{secrets.token_hex(4)}"
+        self.step = partial(services.index.step, *self.name, token=self._token)
         self._ends = time.monotonic() + services.settings.batch_slice
         self._state: BatchState | None = None
-        self._reached = 0
+        self.reached = 0  # the highest line that may have been fed before this slice
         self._stall: Stall | None = None
         self._kept = time.monotonic()
         self._asked = time.monotonic()
 
     def run(self) -> Next:
         """Feed until the slice ends."""
-        services = self._services
-        batch = services.batches.load(*self._name)
+        services = self.services
+        batch = services.batches.load(*self.name)
         if batch is None:
-            raise RecordMissing(f"batch {self._name[1]!r}: its record is missing, so it cannot be fed")
-        if services.batches.summary(*self._name) is not None:
+            raise RecordMissing(f"batch {self.name[1]!r}: its record is missing, so it cannot be fed")
+        if services.batches.summary(*self.name) is not None:
             return Nothing()
         if self._part == 0:
             services.batches.enlist(batch)  # an older version may have recorded it
-        match services.index.take(*self._name, chain=self._chain, part=self._part, token=self._token):
+        match services.index.take(*self.name, chain=self._chain, part=self._part, token=self._token):
             case "outdated":
                 return Nothing()
             case "another" if not self._chain.startswith(AGAIN):
                 return Nothing()
             case "another" | "held":
-                return GoOn(self._cursor, _HELD_DELAY)
+                return GoOn(self.cursor, _HELD_DELAY)
         try:
             return self._settled(batch)
         except LeaseLost:
-            return GoOn(self._cursor, _HELD_DELAY)
+            return GoOn(self.cursor, _HELD_DELAY)
         except IndexLost:
             _log.warning("batch %s: Redis has lost its state, recounting", batch.batch_id)
-            return GoOn(self._cursor)
+            return GoOn(self.cursor)
         finally:
             with suppress(Outage):
-                services.index.release(*self._name, self._token)
+                services.index.release(*self.name, self._token)
 
     def _settled(self, batch: Batch) -> Next:
-        services = self._services
-        cancelled = services.batches.cancel_requested(*self._name)
-        if services.batches.source(*self._name) is None:
+        services = self.services
+        cancelled = services.batches.cancel_requested(*self.name)
+        if services.batches.source(*self.name) is None:
             if cancelled:
                 return Assemble()
             self._set_state("preparing")
@@ -169,31 +170,31 @@ class Slice:
 
     def _open(self, batch: Batch, source: BatchSource, *, cancelled: bool) -> None:
         """Make the index correct up to the cursor, and advance the cursor if the index is ahead."""
-        index = self._services.index
-        standing = index.look(*self._name)
+        index = self.services.index
+        standing = index.look(*self.name)
         if standing is not None and standing.known:
-            if standing.line > self._cursor.line:
-                self._cursor = Cursor(standing.line, standing.offset)
-            self._reached = standing.high_water
+            if standing.line > self.cursor.line:
+                self.cursor = Cursor(standing.line, standing.offset)
+            self.reached = standing.high_water
             self._stall = standing.stall
             if cancelled and not standing.cancel_requested:
-                index.request_cancel(*self._name)
+                index.request_cancel(*self.name)
             return
-        index.forget(*self._name, high_water=self._cursor.line, token=self._token)
-        line, offset = self._cursor
+        index.forget(*self.name, high_water=self.cursor.line, token=self._token)
+        line, offset = self.cursor
         if line:
-            Recount(self._services, batch, source, self._renew).all(self._cursor)
+            Recount(self.services, batch, source, self._renew).all(self.cursor)
         index.open(
-            *self._name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
+            *self.name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
         )
 
     def _fed(self, batch: Batch, source: BatchSource) -> Next:
-        services = self._services
+        services = self.services
         step = self.step()
         looked, pause = step.ended, _LOOK_SECONDS
         with (
-            services.sources.lines(source, self._cursor) as lines,
-            services.sources.taken(source, after=self._cursor.line) as taken,
+            services.sources.lines(source, self.cursor) as lines,
+            services.sources.taken(source, after=self.cursor.line) as taken,
         ):
             feeding = _Feeding(self, LineParser(batch), lines, taken, source=source)
             while True:
@@ -236,20 +237,20 @@ class Slice:
         with suppress(PublishRejected):
             feeding.drain()
         if self._stall is not None:
-            self._services.index.note_stall(*self._name, self._stall)
-        return GoOn(self._cursor, seconds)
+            self.services.index.note_stall(*self.name, self._stall)
+        return GoOn(self.cursor, seconds)
 
     def _recheck(self, recount: Recount, stall: Stall) -> None:
         """Look for ends that Redis has missed; if there are none, look for lost lines after some rechecks."""
         recount.in_flight()
         now = self._now()
         if self.step().ended == stall.ended and refeed_due(stall, now):
-            count_in = partial(messages_in, self._services.broker)
-            lost = LostLines(self._services, now - stall.since, count_in)
+            count_in = partial(messages_in, self.services.broker)
+            lost = LostLines(self.services, now - stall.since, count_in)
             if count := lost.feed_again(recount.unended_tasks()):
                 _log.warning(
                     "batch %s: fed %d lines again, which have neither a result nor a message",
-                    self._name[1], count,
+                    self.name[1], count,
                 )  # fmt: skip
                 stall = replace(stall, fed_again=now - stall.since)
         self._stall = replace(stall, asked=now - stall.since)
@@ -267,14 +268,14 @@ class Slice:
         while (step := self.step()).in_flight > 0 and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)  # a shutdown must not cut this short
         if step.in_flight > 0:
-            recount = Recount(self._services, batch, source, self._renew)
+            recount = Recount(self.services, batch, source, self._renew)
             recount.in_flight()
             recount.cancel_in_flight()
         return Assemble()
 
     def _now(self) -> float:
         """Unix seconds."""
-        return self._services.clock().timestamp()
+        return self.services.clock().timestamp()
 
     def _renew(self) -> None:
         with suppress(IndexLost):
@@ -283,63 +284,32 @@ class Slice:
     def _go_on_settling(self) -> None:
         """Renew the lease and check for a cancel, if due."""
         now = time.monotonic()
-        if now - self._asked >= self._services.pauses.cancel_look:
+        if now - self._asked >= self.services.pauses.cancel_look:
             self._asked = now
             # From the object store: Redis has no record of the batch before its lines are counted.
             with suppress(Outage):
-                if self._services.batches.cancel_requested(*self._name):
+                if self.services.batches.cancel_requested(*self.name):
                     raise _CancelledEarly
         # While Redis is unavailable, no other slice can take the lease.
-        if now - self._kept > self._services.settings.batch_lease / 4:
+        if now - self._kept > self.services.settings.batch_lease / 4:
             self._kept = now
             with suppress(Outage):
                 self._renew()
 
     def _set_state(self, state: BatchState) -> None:
         if state != self._state:
-            self._services.index.set_state(*self._name, state)
+            self.services.index.set_state(*self.name, state)
             self._state = state
 
     # What `_Feeding` needs.
 
-    def step(self) -> Step:
-        return self._services.index.step(*self._name, token=self._token)
-
     def mark(self, chunk: _Chunk, high_water: int) -> Step:
-        step = self._services.index.step(
-            *self._name,
-            token=self._token,
-            high_water=high_water,
-            line=chunk.cursor.line,
-            offset=chunk.cursor.offset,
-            fed=chunk.fed,
-            invalid=chunk.invalid,
+        line, offset = chunk.cursor
+        step = self.step(
+            high_water=high_water, line=line, offset=offset, fed=chunk.fed, invalid=chunk.invalid
         )
-        self._cursor = chunk.cursor
+        self.cursor = chunk.cursor
         return step
-
-    def reach(self, line: int) -> Step:
-        return self._services.index.step(*self._name, token=self._token, high_water=line)
-
-    def processed(self, first: int, last: int) -> frozenset[int]:
-        return self._services.index.processed(*self._name, first, last)
-
-    @property
-    def cursor(self) -> Cursor:
-        return self._cursor
-
-    @property
-    def reached(self) -> int:
-        """The highest line that may have been fed before this slice."""
-        return self._reached
-
-    def publish(self, chunk: _Chunk) -> None:
-        """Publish a chunk; `wait` waits for its confirms."""
-        chunk.confirmed = self._services.publisher.publish_all(chunk.messages)
-
-    def record(self, chunk: _Chunk) -> None:
-        """Record tasks before they are published: afterwards a worker may already have finished them."""
-        self._services.status.confirm_all(chunk.recorded)
 
     def wait(self, chunk: _Chunk) -> None:
         """Wait until all messages of the chunk are confirmed. Those that a full queue refuses are published again."""
@@ -348,12 +318,12 @@ class Slice:
                 chunk.confirmed.result()
                 return
             except PublishRejected as rejected:
-                if self._services.stopping.is_set() or time.monotonic() > self._ends:
+                if self.services.stopping.is_set() or time.monotonic() > self._ends:
                     raise
-                _log.info("batch %s: a queue is full, waiting: %s", self._name[1], rejected)
-                self._services.stopping.wait(self._services.pauses.rejected)
+                _log.info("batch %s: a queue is full, waiting: %s", self.name[1], rejected)
+                self.services.stopping.wait(self.services.pauses.rejected)
                 again = rejected.refused or chunk.messages
-            chunk.confirmed = self._services.publisher.publish_all(again)
+            chunk.confirmed = self.services.publisher.publish_all(again)
 
     def mark_confirmed(self, chunk: _Chunk, high_water: int) -> None:
         """Mark the confirmed tasks of a chunk that a full queue refused in part, so that no later slice feeds them."""
@@ -369,7 +339,7 @@ class Slice:
             for line, message in zip(chunk.fed, chunk.messages, strict=True)
             if message.message_id not in unfed
         ]
-        self._services.index.step(*self._name, token=self._token, high_water=high_water, fed=fed)
+        self.step(high_water=high_water, fed=fed)
 
 
 class _Feeding:
@@ -410,14 +380,15 @@ class _Feeding:
         """Publish the next lines, up to `count`. Returns False once all lines are read."""
         if self._exhausted:
             return False
+        services = self._slice.services
         last = self._read.line
         if self._high_water < last + 2 * _CHUNK:
             # A worker may finish a line before it is marked; the index must accept its end.
             self._high_water = last + 8 * _CHUNK
-            self._slice.reach(self._high_water)
+            self._slice.step(high_water=self._high_water)
         processed: frozenset[int] = frozenset()
         if last < self._slice.reached:
-            processed = self._slice.processed(last + 1, last + count)
+            processed = services.index.processed(*self._slice.name, last + 1, last + count)
         chunk = _Chunk(self._read)
         size = 0
         for _ in range(count):
@@ -444,8 +415,9 @@ class _Feeding:
         if chunk.cursor != self._read:
             self._read = chunk.cursor
             if chunk.recorded:
-                self._slice.record(chunk)
-            self._slice.publish(chunk)
+                # Before they are published: afterwards a worker may already have finished them.
+                services.status.confirm_all(chunk.recorded)
+            chunk.confirmed = services.publisher.publish_all(chunk.messages)
             self._chunks.append(chunk)
         return True
 
