@@ -39,7 +39,7 @@ quick: .make/test ## run the tests that need no service, no process and no model
 	@$(BIN)/python -m pytest --quick -q -r fE -n 2 $(addprefix --ignore=tests/,$(MODEL_TESTS)) $(ARGS)
 
 test: .make/test .make/client | system ## run the tests, against a real RabbitMQ and Redis
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: ## the same, and which lines no test runs: takes half as long again, fails where that is over a tenth
 	@$(MAKE) test ARGS="--cov --cov-fail-under=90 $(ARGS)"
@@ -50,7 +50,7 @@ test-engines: .make/test-engines ## run the tests that need the engines' own lar
 test-lowest: ## run the tests of the core with the oldest releases that setup.cfg allows; PYTHON=python3.13 picks a Python
 test-newest: ## the same with the newest releases, without constraints.txt
 test-lowest test-newest: test-%: .make/test-%-$(PYTHON_STAMP) .make/client | system
-	@.venv-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(CORE_TESTS) $(ARGS)
+	@.venv-$*/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(CORE_TESTS) $(ARGS)
 
 chaos: .make/test | system ## break everything that can break, count what was lost, write docs/reliability.md
 	@exec $(BIN)/python -m tests.chaos $(ARGS)
