@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from celery import Celery, Task
 from celery.worker.consumer import Consumer
+from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from kombu.entity import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport.pyamqp import SSLTransport
@@ -69,12 +70,28 @@ class UnreadableJob(Exception):
     """The message is not a job of this process."""
 
 
+class DelayedQueues(DelayedDelivery):  # type: ignore[misc]
+    """Declares the queues of delayed delivery, unless the broker user may not declare: then they exist already.
+
+    Celery would log as critical that delayed delivery is not available.
+    """
+
+    def include_if(self, c: Consumer) -> bool:
+        return super().include_if(c) and not any(queue.no_declare for queue in c.app.amqp.queues.values())
+
+
 class KeepingConsumer(Consumer):  # type: ignore[misc]
     """Rejects a message that is not a job of this process, so RabbitMQ keeps it.
 
     Celery's own consumer acknowledges messages that it cannot decode, and some malformed messages end it
     (tests/jobs/test_unreadable.py).
     """
+
+    class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
+        default_steps = (
+            *(step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")),
+            DelayedQueues,
+        )
 
     def create_task_handler(self, *args: Any, **more: Any) -> Callable[[Any], None]:
         handle: Callable[[Any], None] = super().create_task_handler(*args, **more)

@@ -1,0 +1,497 @@
+"""docs/rights.md is true: with its rights the parts do their work, and with one right less they are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler
+from typing import Any, BinaryIO, cast
+
+import pika
+import pytest
+from pika.exceptions import ChannelClosedByBroker
+
+from inferq.broker import BrokerSettings, DeadLetters, Filter, Publisher, connect, job_topology, topology_for
+from inferq.producer.nightly.beat import Beat
+from inferq.producer.nightly.schedules import read_schedules
+from inferq.schemas import InvalidTask, Result, installed_types, parse_task, types
+from inferq.schemas.schedule import Schedule
+from inferq.storage import BatchIndex, ResultStore, StatusIndex, StatusOutage, StorageSettings, WebhookSecrets
+from inferq.storage import callbacks as callback_records
+from inferq.storage.batches import scripts as batch_scripts
+from inferq.storage.lua import read_lua
+from inferq.storage.objects.s3 import S3Refused, S3Store
+from inferq.storage.runs import RunLog
+from inferq.storage.status import scripts as status_scripts
+from tests.callbacks.conftest import Receiver, say
+from tests.conftest import RabbitMQ, Redis
+from tests.installation import inferq_here
+from tests.rights.page import listed, read_page
+from tests.rights.site import PARTS, PASSWORD, PLUGIN, TYPE, Site, prepare, site_in
+from tests.runs import begin_run
+from tests.waiting import eventually
+
+
+class Hook:
+    """Answers callbacks: 500 to the first one at `/once`, 410 at `/gone` until `healed`."""
+
+    def __init__(self) -> None:
+        self.healed = False
+        self._failed = False
+
+    def __call__(self, handler: BaseHTTPRequestHandler, number: int) -> None:
+        status = 200
+        if handler.path == "/once" and not self._failed:
+            status, self._failed = 500, True
+        elif handler.path == "/gone" and not self.healed:
+            status = 410
+        say(status)(handler, number)
+
+
+@pytest.fixture(scope="module")
+def site(shared_rabbitmq: RabbitMQ, aws: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    redis = Redis(tmp_path_factory.mktemp("rights-redis"))
+    try:
+        redis.start()
+        with site_in(tmp_path_factory.mktemp("rights"), shared_rabbitmq, redis) as site:
+            yield site
+    finally:
+        redis.discard()
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Iterator[None]:
+    """The test's own type, in this process too."""
+
+    def look_again() -> None:
+        for cached in (types.installed_types, types._reader, types._union):
+            cached.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PLUGIN))
+        look_again()
+        yield
+    look_again()
+
+
+@pytest.fixture(scope="module")
+def worked(site: Site, plugin: None) -> Site:
+    """The site after all its parts have done their work."""
+    prepare(site, {"in/a.txt": b"a", "in/b.txt": b"b", "held.jsonl": b'{"fault": "hang"}\n' * 2})
+    _run(site, "topology", "topology", "apply")
+    WebhookSecrets(site.folder / "secrets.json").rotate("default")
+    site.start()
+    hook = Hook()
+    with Receiver(hook) as receiver:
+        base = receiver.url.removesuffix("/hook")
+        _tasks(site, base)
+        _batches(site, base)
+        _callbacks(site, hook)
+        _dead_letters(site)
+        _dropped(site, base)
+        _nights(site)
+    site.stop()
+    return site
+
+
+def _run(site: Site, user: str, *arguments: str) -> None:
+    ran = inferq_here(site.env(user), *arguments)
+    assert ran.returncode == 0, ran.stderr
+
+
+def _ok(answer: Any) -> Any:
+    assert answer.status_code in (200, 201, 202), answer.text
+    return answer
+
+
+def _reaches(site: Site, task_id: str, state: str) -> None:
+    headers = {} if state == "running" else {"Prefer": "wait=20"}
+
+    def look() -> bool:
+        answer = site.http.get(f"/v1/tasks/{task_id}", headers=headers)
+        assert answer.status_code in (200, 404), answer.text  # a line that is not fed yet
+        return bool(answer.status_code == 200 and answer.json()["state"] == state)
+
+    eventually(look, f"{task_id} {state}")
+
+
+def _tasks(site: Site, base: str) -> None:
+    http = site.http
+    upload = _ok(http.post("/v1/files", content=b"x" * (9 << 20))).json()["url"]  # in two parts
+    task = {"task_type": TYPE, "file_url": upload, "fault": "artifact"}
+    _ok(http.post("/v1/tasks", json={"task_id": "made", "callback_url": f"{base}/once", **task}))
+    _reaches(site, "made", "succeeded")
+    result = _ok(http.get("/v1/tasks/made/result")).json()
+    _ok(http.get(f"/v1/tasks/made/artifacts/{result['artifacts'][0]['name']}"))
+    _ok(http.post("/v1/tasks", json={"task_id": "again", **task}))  # from the result cache
+    _reaches(site, "again", "succeeded")
+    once = {"times": 1, "marker": str(site.folder / "retried")}
+    _ok(
+        http.post(
+            "/v1/tasks", json={"task_id": "retried", "task_type": TYPE, "fault": "transient", "options": once}
+        )
+    )
+    _reaches(site, "retried", "succeeded")
+    held = {"task_id": "held", "task_type": TYPE, "fault": "hang", "file_url": "s3://scans/in/a.txt"}
+    _ok(http.post("/v1/tasks", json=held))
+    _reaches(site, "held", "running")
+    _ok(http.post("/v1/tasks/held/cancel"))
+    _reaches(site, "held", "cancelled")
+    bad = {"task_id": "bad", "task_type": TYPE, "fault": "invalid", "callback_url": f"{base}/gone"}
+    _ok(http.post("/v1/tasks", json=bad))
+    _reaches(site, "bad", "failed")
+    assert len(_ok(http.get("/v1/tasks")).json()["items"]) == 5
+
+
+def _batches(site: Site, base: str) -> None:
+    http = site.http
+    lines = b'{"fault": "none"}\n{"fault": "invalid"}\n{"fault": "none", "task_id": "mine"}\n'
+    upload = _ok(http.post("/v1/files", content=lines)).json()["url"]
+    batch = {"batch_id": "lines", "source": upload, "task_type": TYPE, "callback_url": f"{base}/gone"}
+    _ok(http.post("/v1/batches", json=batch))
+    _batch_reaches(site, "lines", "completed")
+    assert len(_ok(http.get("/v1/batches/lines/output")).text.splitlines()) == 2
+    held = {"batch_id": "held", "source": "s3://scans/held.jsonl", "task_type": TYPE}
+    _ok(http.post("/v1/batches", json=held))
+    _reaches(site, "held.1", "running")
+    _ok(http.post("/v1/tasks/held.1/cancel"))
+    _reaches(site, "held.1", "cancelled")
+    _ok(http.post("/v1/batches/held/cancel"))
+    _batch_reaches(site, "held", "cancelled")
+    assert len(_ok(http.get("/v1/batches")).json()["items"]) == 2
+
+
+def _batch_reaches(site: Site, batch_id: str, state: str) -> None:
+    def look() -> bool:
+        answer = site.http.get(f"/v1/batches/{batch_id}")
+        assert answer.status_code in (200, 404), answer.text  # a run that has no batch yet
+        return bool(answer.status_code == 200 and answer.json()["state"] == state)
+
+    eventually(look, f"batch {batch_id} {state}")
+
+
+def _callbacks(site: Site, hook: Hook) -> None:
+    """Callbacks that were given up are sent again."""
+
+    def reach(state: str, *subjects: str) -> None:
+        def look() -> bool:
+            found = [_ok(site.http.get(f"/v1/{subject}/callbacks")).json()["items"] for subject in subjects]
+            return all([record["state"] for record in records] == [state] for records in found)
+
+        eventually(look, f"{state} callbacks")
+
+    reach("delivered", "tasks/made")
+    reach("failed", "tasks/bad", "batches/lines")
+    assert len(_ok(site.http.get("/v1/callbacks")).json()["items"]) == 2
+    hook.healed = True
+    for subject in ("tasks/bad", "batches/lines"):
+        _ok(site.http.post(f"/v1/{subject}/callbacks/resend"))
+    reach("delivered", "tasks/bad", "batches/lines")
+
+
+def _dead_letters(site: Site) -> None:
+    """What `inferq dead` does."""
+    settings = BrokerSettings(amqp_url=site.amqp_url("dead"))
+    with DeadLetters(settings, TYPE) as letters:
+        assert len(letters.read()) == 2
+        assert len(letters.redrive(Filter(task_id="bad"))) == 1
+        assert len(eventually(lambda: letters.purge(Filter(task_id="bad")))) == 1
+
+
+def _dropped(site: Site, base: str) -> None:
+    """A task that expires in its queue, twice: the second time its end is on record."""
+    with closing(connect(BrokerSettings(amqp_url=site.amqp_url("producer")), name="test")) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for _ in range(2):
+            task = json.dumps(
+                {"task_id": "late", "task_type": "echo", "callback_url": f"{base}/late"}
+            ).encode()
+            soon = pika.BasicProperties(delivery_mode=2, expiration="1")
+            channel.basic_publish("inference.tasks", "task_type.echo", task, soon, mandatory=True)
+            _reaches(site, "late", "failed")
+
+
+def _nights(site: Site) -> None:
+    """A run that was due a minute ago, a schedule that is new, one that is in the file no longer, another run."""
+    due = datetime.now(UTC) - timedelta(minutes=1)
+    given = {"cron": f"{due.minute} {due.hour} * * *", "source": "s3://scans/in/", "task_type": TYPE}
+    file = site.folder / "schedules.toml"
+    tables = (("night", given), ("new", {**given, "cron": "0 0 1 1 *"}))
+    file.write_text(
+        "".join(
+            f"[{name}]\n" + "".join(f'{key} = "{value}"\n' for key, value in table.items())
+            for name, table in tables
+        )
+    )
+    store = site.store("admin")
+    for name in ("night", "old"):
+        schedule = Schedule.model_validate({"name": name, **given})
+        RunLog(store, "default", name).know(due - timedelta(minutes=1), schedule)
+    publisher = Publisher(
+        BrokerSettings(amqp_url=site.amqp_url("beat")), name="beat", topology=topology_for(installed_types())
+    )
+    publisher.start()
+    try:
+        beat = Beat(
+            file,
+            site.store("beat"),
+            lambda message: publisher.publish(message).result(60),
+            read_schedules(file),
+        )
+        for seconds in (0, 3):
+            beat.tick(datetime.now(UTC) + timedelta(seconds=seconds))
+        assert beat.state.ready, beat.state
+    finally:
+        publisher.close()
+
+    def run() -> str:
+        """The last run, once it has ended."""
+        last = RunLog(store, "default", "night").last()
+        assert last is not None
+        _batch_reaches(site, last.run_id, "completed")
+        return last.run_id
+
+    eventually(lambda: RunLog(store, "default", "night").last())
+    first = run()
+    _run(site, "nightly", "nightly", "run", "night")
+    eventually(lambda: (last := RunLog(store, "default", "night").last()) and last.run_id != first)
+    for command in ("check", "list"):
+        _run(site, "nightly", "nightly", command)
+
+
+def test_no_part_is_refused_anything(worked: Site) -> None:
+    refused = [(user, what) for user, used in worked.used_objects().items() for what in used if not what[2]]
+    assert refused == []
+    assert worked.redis.execute_command("ACL", "LOG") == []
+    for part in PARTS:
+        for line in worked.log(part).read_text().splitlines():
+            assert "REFUSED" not in line or "this broker user may not declare; checking" in line, part
+            assert "CRITICAL" not in line, part
+
+
+class _Broken:
+    """A file that breaks off after its first part was uploaded."""
+
+    def __init__(self) -> None:
+        self._left = 9 << 20
+
+    def read(self, count: int) -> bytes:
+        if not self._left:
+            raise OSError("the client went away")
+        size = min(count, self._left)
+        self._left -= size
+        return b"x" * size
+
+
+def _do_what_is_rare(site: Site) -> None:
+    """What the parts do only after a failure, done by the code that they call."""
+    broken = (("worker", "tasks/default/t/artifacts/1/a"), ("gateway", "files/default/f"))
+    for user, key in (
+        *broken,
+        ("batches", "batches/default/b/output.jsonl"),
+        ("batches", "nightly/default/n/seen/t"),
+    ):
+        with closing(site.s3(user)), pytest.raises(OSError, match="went away"):
+            site.store(user).put(key, cast(BinaryIO, _Broken()))
+    task = parse_task({"task_id": "lost", "task_type": "echo"})
+    for user in ("gateway", "batches"):  # a cancelled task whose message is lost
+        error = InvalidTask("it was cancelled", code="cancelled")
+        end = Result.failure(task, error, attempts=0, finished_at=datetime.now(UTC), status="cancelled")
+        ResultStore(site.store(user)).save(end.model_copy(update={"task_id": f"lost-{user}"}))
+    # The run that lost a race deletes its artifacts, and the start of a night that lost one its list.
+    file = site.folder / "artifact"
+    file.write_bytes(b"x")
+    results = ResultStore(site.store("worker"))
+    results.save_artifact("default", "lost", "a", file, "text/plain", attempt_token="t")
+    results.discard("default", "lost", attempt_token="t")
+    site.store("batches").delete("batches/default/night/input/t")
+    for user in ("worker", "gateway", "callbacks", "batches"):  # after an answer to the proof was lost
+        site.s3(user).head_object(Bucket="results", Key="inferq/.inferq/written-once")
+
+
+_FOR_404 = {
+    ("nightly", "s3:ListBucket", "arn:aws:s3:::results"),
+    ("worker", "s3:ListBucket", "arn:aws:s3:::scans"),
+}
+"""Rights without which S3 answers 403 for an object that does not exist; moto answers 404 all the same."""
+
+
+def test_every_right_to_objects_is_used(worked: Site) -> None:
+    _do_what_is_rare(worked)
+    used = worked.used_objects()
+    unused = {
+        (user, action, pattern)
+        for user, rights in worked.page.items()
+        for action, pattern in rights.statements()
+        if not any(did == action and fnmatch(resource, pattern) for did, resource, _ in used[user])
+    }
+    assert unused == _FOR_404
+
+
+def test_every_right_to_queues_is_used(worked: Site) -> None:
+    tasks, topology = topology_for(installed_types()), job_topology()
+    exchanges = {exchange.name for exchange in (*tasks.exchanges, *topology.exchanges)}
+    queues = {queue.name for queue in (*tasks.queues, *topology.queues)}
+    used = worked.used_queues()
+    for user, rights in worked.page.items():
+        configure, write, read = rights.permissions
+        if configure == "^$":
+            allowed = {f"publish.{name}" for name in exchanges if re.search(write, name)}
+            allowed |= {f"deliver.{name}" for name in queues if re.search(read, name)}
+            assert {_kind(name) for name in used[user]} == {_kind(name) for name in allowed}, user
+
+
+def _kind(name: str) -> str:
+    """The name without a level, a priority, and the type of a dead letter."""
+    name = re.sub(r"(?<=retry\.)\d+s$|(?<=delayed_)\d+$|(?<=dead\.)\w+$", "*", name)
+    return re.sub(r"\.(high|normal|low)$", ".*", name)
+
+
+_STATUS, _BATCHES = status_scripts.SOURCES, batch_scripts.SOURCES
+_SCRIPTS = {
+    "worker": [
+        _STATUS[name]
+        for name in ("begin", "released", "progress", "retrying", "ended", "cancel_requested", "get")
+    ],
+    "gateway": [
+        *(
+            _STATUS[name]
+            for name in ("submit", "confirm", "forget", "cancel", "get", "list", "ended", "cancel_requested")
+        ),
+        *(_BATCHES[name] for name in ("look", "processed")),
+        callback_records._SAVE,
+    ],
+    "callbacks": [_STATUS["ended"], _STATUS["get"], callback_records._SAVE],
+    "batches": [_STATUS["confirm"], _STATUS["ended"], _STATUS["get"], *_BATCHES.values()],
+}
+"""The scripts that each part runs."""
+_DIRECT = {
+    "worker": {"evalsha", "script|load"},
+    "gateway": {
+        *(
+            "evalsha",
+            "script|load",
+            "script|exists",
+            "multi",
+            "exec",
+            "hset",
+            "expire",
+            "subscribe",
+            "unsubscribe",
+        ),
+        *("ping", "hget", "hvals", "hmget", "zrevrange"),
+    },
+    "callbacks": {"evalsha", "script|load", "script|exists", "hget"},
+    "batches": {"evalsha", "script|load", "script|exists", "multi", "exec", "hset", "expire"},
+}
+"""The commands that each part sends itself."""
+
+
+def test_the_lists_of_commands_are_those_of_the_scripts() -> None:
+    for user, rights in read_page(task_type=TYPE).items():
+        scripts = [read_lua(), *_SCRIPTS[user]] if rights.acl else []
+        called = {name.lower() for text in scripts for name in re.findall(r"redis\.call\('(\w+)'", text)}
+        assert rights.commands() == called | _DIRECT.get(user, set()), user
+
+
+_LESS: list[tuple[str, str, Callable[[StatusIndex], object]]] = [
+    ("worker", "+evalsha", lambda index: index.ping()),
+    ("worker", "+script|load", lambda index: index.warm_up()),
+    ("worker", "+set", lambda index: index.ping()),
+    ("worker", "+hset", lambda index: _begin(index)),
+    ("worker", "+publish", lambda index: _begin(index)),
+    ("worker", "~inferq:*", lambda index: _begin(index)),
+    ("worker", "&inferq:events:*", lambda index: _begin(index)),
+    ("gateway", "+multi", lambda index: BatchIndex(index).request_cancel("default", "b")),
+    ("gateway", "+exec", lambda index: BatchIndex(index).request_cancel("default", "b")),
+    ("gateway", "+script|exists", lambda index: index.untaken_cancel("default", "t", 1)),
+    ("gateway", "+hmget", lambda index: index.untaken_cancel("default", "t", 1)),
+    ("gateway", "+zrevrange", lambda index: index.list("default")),
+    ("batches", "+multi", lambda index: BatchIndex(index).set_state("default", "b", "completed")),
+    ("batches", "+bitop", lambda index: BatchIndex(index).unended("default", "b")),
+    ("batches", "+setrange", lambda index: _feed(index)),
+    ("callbacks", "+script|exists", lambda index: index.read(("HGET", "inferq:c:t:task:x", "c"))),
+]
+
+
+def _begin(index: StatusIndex) -> None:
+    # An event that is refused does not undo its change, so the repeated call succeeds; progress says each time.
+    begin_run(index, parse_task({"task_id": "t", "task_type": "echo"}))
+    index.progress("default", "t", 0.5, None)
+
+
+def _feed(index: StatusIndex) -> None:
+    BatchIndex(index).mark("default", "b", "fed", range(1, 100))
+
+
+@pytest.mark.parametrize(
+    ("user", "right", "call"), _LESS, ids=[f"{user} {right}" for user, right, _ in _LESS]
+)
+def test_redis_refuses_a_part_with_one_right_less(
+    site: Site, user: str, right: str, call: Callable[[StatusIndex], object]
+) -> None:
+    acl = site.page[user].acl
+    assert right in acl
+    for words, refused in ((acl, False), (tuple(word for word in acl if word != right), True)):
+        site.redis.flushall()
+        site.redis.script_flush()
+        site.set_acl("less", words)
+        url = f"redis://less:{PASSWORD}@127.0.0.1:{site.redis_port}/0"
+        index = StatusIndex.from_settings(StorageSettings(redis_url=url))
+        try:
+            if refused:
+                with pytest.raises(StatusOutage, match=r"refused a command|refuses writes"):
+                    call(index)
+            else:
+                call(index)
+        finally:
+            index.close()
+
+
+@pytest.mark.parametrize("user", ["gateway", "worker", "callbacks", "batches", "beat", "producer"])
+def test_rabbitmq_refuses_a_part_with_one_right_less(worked: Site, user: str) -> None:
+    configure, write, read = worked.page[user].permissions
+    settings = BrokerSettings(amqp_url=worked.amqp_url("less"))
+    names = [exchange.name for exchange in (*topology_for([TYPE]).exchanges, *job_topology().exchanges)]
+    allowed = {_kind(name): name for name in names if re.search(write, name)}
+    for name in allowed.values():
+        for pattern, refused in ((write, False), (f"^(?!{re.escape(name)}$).*", True)):
+            worked.permit("less", (configure, pattern, read))
+            with closing(connect(settings, name="test")) as connection:
+                channel = connection.channel()
+                channel.confirm_delivery()
+                try:
+                    channel.basic_publish(name, "nowhere", b"")
+                except ChannelClosedByBroker as error:
+                    assert (refused, error.reply_code) == (True, 403), name
+                else:
+                    assert not refused, name
+
+
+def test_s3_refuses_a_part_with_one_right_less(worked: Site) -> None:
+    policy = worked.page["worker"].policy
+    assert policy is not None
+    for lost, call in _STORE_CALLS.items():
+        left = [
+            {**statement, "Action": [action for action in listed(statement["Action"]) if action != lost]}
+            for statement in policy["Statement"]
+        ]
+        less = [statement for statement in left if statement["Action"]]
+        worked.set_policy("less", {**policy, "Statement": less})
+        with pytest.raises(S3Refused, match="AccessDenied"):
+            call(worked.store("less"))
+        worked.set_policy("less", policy)
+        call(worked.store("less"))
+
+
+_STORE_CALLS: dict[str, Callable[[S3Store], object]] = {
+    "s3:ListBucket": lambda store: list(store.list("tasks/")),
+    "s3:PutObject": lambda store: store.put("tasks/t", b""),
+    "s3:GetObject": lambda store: store.get("tasks/t"),
+    "s3:DeleteObject": lambda store: store.delete("tasks/t"),
+}
