@@ -15,7 +15,16 @@ import pika
 import pytest
 from pika.exceptions import ChannelClosedByBroker
 
-from inferq.broker import BrokerSettings, DeadLetters, Filter, Publisher, connect, job_topology, topology_for
+from inferq.broker import (
+    BrokerSettings,
+    BrokerUnavailable,
+    DeadLetters,
+    Filter,
+    Publisher,
+    connect,
+    job_topology,
+    topology_for,
+)
 from inferq.producer.nightly.beat import Beat
 from inferq.producer.nightly.schedules import read_schedules
 from inferq.schemas import InvalidTask, Result, installed_types, parse_task, types
@@ -82,7 +91,8 @@ def plugin() -> Iterator[None]:
 def worked(site: Site, plugin: None) -> Site:
     """The site after all its parts have done their work."""
     prepare(site, {"in/a.txt": b"a", "in/b.txt": b"b", "held.jsonl": b'{"fault": "hang"}\n' * 2})
-    _run(site, "topology", "topology", "apply")
+    for command in ("apply", "check"):
+        _run(site, "topology", "topology", command)
     WebhookSecrets(site.folder / "secrets.json").rotate("default")
     site.start()
     hook = Hook()
@@ -453,6 +463,20 @@ def test_redis_refuses_a_part_with_one_right_less(
             index.close()
 
 
+def test_another_database_of_redis_needs_select(site: Site) -> None:
+    url = f"redis://less:{PASSWORD}@127.0.0.1:{site.redis_port}/1"
+    acl = site.page["worker"].acl
+    for words in (acl, (*acl, "+select")):
+        site.set_acl("less", words)
+        index = StatusIndex.from_settings(StorageSettings(redis_url=url))
+        if words == acl:
+            with pytest.raises(StatusOutage, match="select"):
+                index.ping()
+        else:
+            index.ping()
+        index.close()
+
+
 @pytest.mark.parametrize("user", ["gateway", "worker", "callbacks", "batches", "beat", "producer"])
 def test_rabbitmq_refuses_a_part_with_one_right_less(worked: Site, user: str) -> None:
     configure, write, read = worked.page[user].permissions
@@ -471,6 +495,18 @@ def test_rabbitmq_refuses_a_part_with_one_right_less(worked: Site, user: str) ->
                     assert (refused, error.reply_code) == (True, 403), name
                 else:
                     assert not refused, name
+
+
+def test_dead_letters_are_read_and_purged_without_a_right_to_write(worked: Site) -> None:
+    configure, _, read = worked.page["dead"].permissions
+    worked.permit("less", (configure, "^$", read))
+    settings = BrokerSettings(amqp_url=worked.amqp_url("less"))
+    with DeadLetters(settings, TYPE) as letters:
+        assert [letter.task_id for letter in letters.read()] == ["lines.2"]
+    with pytest.raises(BrokerUnavailable, match="ACCESS_REFUSED"), DeadLetters(settings, TYPE) as letters:
+        letters.redrive()
+    with DeadLetters(settings, TYPE) as letters:
+        assert len(eventually(letters.purge)) == 1
 
 
 def test_s3_refuses_a_part_with_one_right_less(worked: Site) -> None:

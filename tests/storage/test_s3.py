@@ -18,6 +18,7 @@ from inferq.schemas import Outage, TransientFailure
 from inferq.storage import Fetched, Fetcher, LocalStore, ObjectNotFound, StorageSettings, StoreOutage
 from inferq.storage.objects import s3 as s3_module
 from inferq.storage.objects.s3 import CredentialsRefused, S3Refused, S3Store
+from tests.certificates import certificate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -275,6 +276,20 @@ def test_that_a_store_writes_is_proven_again_after_a_while(moody: Moody) -> None
     now += 2
     store.ping()
     assert [method for method, _ in moody.requests] == ["PUT", "PUT", "GET", "PUT", "PUT"]
+
+
+def test_a_private_ca_is_named_by_the_bundle_of_aws(
+    moody: Moody, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, _ = certificate(tmp_path, "localhost")
+    moody.server.socket = serving.wrap_socket(moody.server.socket, server_side=True)
+    address = moody.url.replace("http://127.0.0.1", "https://localhost")
+    moody.answers = [(404, "NoSuchKey")]
+    with pytest.raises(StoreOutage, match="certificate verify failed"):
+        S3Store("bucket", endpoint_url=address).get("k")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "localhost.pem"))
+    with pytest.raises(ObjectNotFound):
+        S3Store("bucket", endpoint_url=address).get("k")
 
 
 def test_a_body_that_breaks_off_is_an_outage(moody: Moody, moody_store: S3Store) -> None:
