@@ -1,7 +1,11 @@
-"""The memory of this machine, or of the container that this process runs in."""
+"""The memory of this machine, or of the container that this process runs in; and the end of its processes."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,3 +23,12 @@ def total_memory(limits: Sequence[Path] = CGROUP_LIMITS) -> int:
         with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
             total = min(total, int(path.read_text()))
     return total
+
+
+def die_with(parent: int) -> bool:
+    """Have the kernel kill this process when its parent ends (Linux). Gives whether the parent still lives."""
+    if sys.platform != "linux":
+        return True
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    return os.getppid() == parent

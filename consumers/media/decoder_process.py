@@ -7,7 +7,6 @@ it is safe and quick.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import math
@@ -27,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import AvifImagePlugin, Image
 
+from inferq.consumers.machine import die_with
 from inferq.consumers.media.pictures import RgbImage
 from inferq.schemas import InferqError, InvalidTask
 
@@ -71,14 +71,8 @@ def main() -> None:
             continue
         ended: dict[str, Any] = {"file": number, "signal": -code}
         if code > 0:
-            message = "the decoder process failed; its log has the reason"
-            ended = {
-                "file": number,
-                "alive": False,
-                "error": "engine_error",
-                "message": message,
-                "invalid": False,
-            }
+            fault = _fault("engine_error", "the decoder process failed; its log has the reason")
+            ended = {"file": number, "alive": False, **fault}
         with suppress(OSError):  # the next process finds the pipe closed
             pipe.send_bytes(json.dumps(ended).encode())
 
@@ -90,7 +84,8 @@ def _fork(open_file: Opener, pipe: Connection, pixels: int, opened: mmap.mmap) -
     if child == 0:
         code = 1
         try:
-            _die_with(server)
+            if not die_with(server):
+                os._exit(0)
             request = json.loads(pipe.recv_bytes())
             # Anything else is for a file whose process has ended, as the sender knows by now.
             while "open" not in request:
@@ -105,15 +100,6 @@ def _fork(open_file: Opener, pipe: Connection, pixels: int, opened: mmap.mmap) -
         finally:
             os._exit(code)
     return os.waitpid(child, 0)[1]
-
-
-def _die_with(server: int) -> None:
-    """Have the kernel kill this process when the server ends (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != server:
-            os._exit(0)
 
 
 def _serve(open_file: Opener, request: dict[str, Any], pipe: Connection, pixels: int) -> None:
@@ -135,27 +121,23 @@ def _serve(open_file: Opener, request: dict[str, Any], pipe: Connection, pixels:
                 answer = {"shape": page.shape[:2], "profile": _profile(document)}
                 del page
         except InferqError as error:
-            answer = {
-                "error": error.code,
-                "message": error.message,
-                "invalid": isinstance(error, InvalidTask),
-            }
+            answer = _fault(error.code, error.message, invalid=isinstance(error, InvalidTask))
         except MemoryError:
             needs = f"the file needs more than {memory >> 20} MiB to decode: send it in a simpler form"
-            answer = {"error": "decoding_limit", "message": needs, "invalid": True}
+            answer = _fault("decoding_limit", needs, invalid=True)
         except OSError as error:
             answer = {"errno": error.errno or 5}
         except Exception as error:
-            answer = {
-                "error": "engine_error",
-                "message": f"{type(error).__name__}: {error}",
-                "invalid": False,
-            }
+            answer = _fault("engine_error", f"{type(error).__name__}: {error}")
         answer |= {"file": number, "seconds": _cpu_seconds() - before, "alive": document is not None}
         pipe.send_bytes(json.dumps(answer).encode())
         if document is None:
             return
         request = json.loads(pipe.recv_bytes())
+
+
+def _fault(code: str, message: str, *, invalid: bool = False) -> dict[str, Any]:
+    return {"error": code, "message": message, "invalid": invalid}
 
 
 def _limit(memory: int, page_bytes: int) -> None:

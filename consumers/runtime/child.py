@@ -6,7 +6,6 @@ does not outlive the worker.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import logging
@@ -22,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from inferq.consumers.engine import Context, Engine, InputFile, TaskAborted
+from inferq.consumers.machine import die_with
 from inferq.consumers.runtime.channel import Channel
 from inferq.consumers.runtime.messages import (
     INLINE_OUTPUT_BYTES,
@@ -80,7 +80,8 @@ def main() -> None:
     """Run the engine of the type and on the pipe that the command line names."""
     open_standard_streams()
     type_name, fd, worker_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    _die_with(worker_pid)
+    if not die_with(worker_pid):
+        sys.exit("the worker is gone")
     adopt_descendants()  # so that the worker finds them when it ends this process
     # The worker decides when a run ends, even if Ctrl-C interrupts all processes of its terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -93,16 +94,6 @@ def main() -> None:
         _serve(get_type(type_name), pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _die_with(worker_pid: int) -> None:
-    """Have the kernel kill this process when its worker ends (Linux)."""
-    if sys.platform != "linux":
-        return  # elsewhere the closed pipe ends it, after the run in hand
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != worker_pid:
-        sys.exit("the worker is gone")
 
 
 def _serve(task_type: TaskType, pipe: Channel) -> None:
