@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -187,7 +187,10 @@ class Publisher(BrokerThread):
         super().close(timeout)
         with self._gate:
             self._closed = True
-        self._fail_all(BrokerUnavailable("the publisher was closed before the broker confirmed"))
+        late = BrokerUnavailable("the publisher was closed before the broker confirmed")
+        self._resolve([*self._waiting, *self._unconfirmed.values()], late)
+        self._waiting.clear()
+        self._unconfirmed.clear()
 
     def _busy(self) -> bool:
         return bool(self._waiting or self._unconfirmed)
@@ -339,27 +342,18 @@ class Publisher(BrokerThread):
         now = time.monotonic()
         blocked = self._blocked_since
         too_long = blocked is not None and now - blocked > self._settings.amqp_blocked_limit
-        self._expire(lambda pending: too_long or pending.deadline <= now)
-
-    def _expire(self, due: Callable[[_Pending], bool]) -> None:
         for _ in range(len(self._waiting)):
             pending = self._waiting.popleft()
-            if due(pending):
+            if too_long or pending.deadline <= now:
                 after = " after it was sent once" if pending.sent else ""
                 self._resolve([pending], self._late(f"the broker did not take the message in time{after}"))
             else:
                 self._waiting.append(pending)
-        now = time.monotonic()
         for tag, pending in list(self._unconfirmed.items()):
             # Forget the tag, too, so that a late confirm is ignored.
             if pending.deadline <= now:
                 del self._unconfirmed[tag]
                 self._resolve([pending], self._late("the broker did not confirm the message in time"))
-
-    def _fail_all(self, error: BrokerUnavailable) -> None:
-        self._resolve([*self._waiting, *self._unconfirmed.values()], error)
-        self._waiting.clear()
-        self._unconfirmed.clear()
 
     def _resolve(self, burst: Sequence[_Pending], error: Exception | None) -> None:
         """Resolve messages that have slots in the window."""

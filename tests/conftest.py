@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import Popen
@@ -179,6 +180,13 @@ class RabbitMQ(Node):
     def remove_vhost(self, name: str) -> None:
         self.management.delete(f"/vhosts/{name}").raise_for_status()
 
+    @contextmanager
+    def vhost(self, prefix: str) -> Iterator[str]:
+        """The AMQP URL of a new virtual host, for as long as the block lasts."""
+        name = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        yield self.add_vhost(name)
+        self.remove_vhost(name)
+
 
 class Redis(Node):
     def __init__(self, folder: Path) -> None:
@@ -214,9 +222,8 @@ def amqp_url(shared_rabbitmq: RabbitMQ) -> str:
 @pytest.fixture
 def fresh_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
     """A virtual host of the test's own on the shared node."""
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    yield shared_rabbitmq.add_vhost(name)
-    shared_rabbitmq.remove_vhost(name)
+    with shared_rabbitmq.vhost("test") as url:
+        yield url
 
 
 @pytest.fixture

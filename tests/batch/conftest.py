@@ -158,9 +158,8 @@ class QuickWorker(threading.Thread):
 @pytest.fixture(scope="package")
 def batches_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
     """A virtual host for all tests of batches: its queues take a second to declare."""
-    name = f"batches-{uuid.uuid4().hex[:12]}"
-    yield shared_rabbitmq.add_vhost(name)
-    shared_rabbitmq.remove_vhost(name)
+    with shared_rabbitmq.vhost("batches") as url:
+        yield url
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,9 +155,8 @@ class Site:
 @pytest.fixture(scope="module")
 def nights_amqp_url(shared_rabbitmq: RabbitMQ) -> Iterator[str]:
     """A virtual host for all tests of this file: the queues of delays take seconds to declare."""
-    name = f"nights-{uuid.uuid4().hex[:12]}"
-    yield shared_rabbitmq.add_vhost(name)
-    shared_rabbitmq.remove_vhost(name)
+    with shared_rabbitmq.vhost("nights") as url:
+        yield url
 
 
 @pytest.fixture
