@@ -459,17 +459,17 @@ SCENARIOS: tuple[Scenario, ...] = (
         "a proxy in front of S3 answering 404 or 403 for it, while a batch is fed and the gateway takes tasks with "
         "uploaded inputs",
         answer_for_s3,
-        _load(160, 24),
+        _load(160, 20),
         None,
-        Needs(store="s3", gateway=True, inputs=("inferq",), batch=50),
+        Needs(store="s3", gateway=True, inputs=("inferq",), batch=40),
     ),
     Scenario(
         "s3-credentials",
         "S3 refusing the clock, the key, the signature or an expired token, also for inputs",
         refuse_credentials,
-        _load(160, 24),
+        _load(160, 20),
         None,
-        Needs(store="s3", gateway=True, inputs=("inferq", "s3"), batch=50),
+        Needs(store="s3", gateway=True, inputs=("inferq", "s3"), batch=40),
     ),
     Scenario(
         "redis-refuses",
@@ -478,7 +478,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         refuse_writes,
         _load(400, 28),
         _load(60, 6),
-        Needs(gateway=True, batch=50),
+        Needs(gateway=True, batch=40),
     ),
     Scenario(
         "dropped",
