@@ -2,8 +2,9 @@ local attempt, redrives, worker, started, event = ARGV[10], ARGV[11], ARGV[12], 
 local run, silence = ARGV[15], tonumber(ARGV[16])
 local begins = order_of(redrives, attempt, RUNNING)
 local lost, other = -1, ''
--- After the end of the task nothing runs: the object store has the end as well.
-local may_run = not conflict and (begins >= order or order % 10 ~= ENDED)
+-- After the end of the task, or of this redrive, nothing runs: the object store has the end as well.
+local over = begins < order and (order % 10 == ENDED or math.floor(begins / 1e6) < math.floor(order / 1e6))
+local may_run = not conflict and not over
 if may_run then other = lease_of_another(run, silence) end
 local begins_now = may_run and other == ''
 if begins_now and begins >= order then
