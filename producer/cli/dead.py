@@ -15,7 +15,9 @@ app = typer.Typer(name="dead", help="List, redrive and purge dead letters.", no_
 
 Type = Annotated[str, typer.Argument(metavar="TYPE", help="The task type.")]
 Reason = Annotated[str | None, typer.Option(help="Only those with this reason, e.g. not_an_image.")]
-Since = Annotated[str | None, typer.Option(help="Only newer ones: 30m, 12h or 7d, or a date and time.")]
+Since = Annotated[
+    str | None, typer.Option(help="Only those newer than this: 30m, 12h or 7d, or a date and time.")
+]
 TaskId = Annotated[str | None, typer.Option("--id", help="Only this task.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="The most dead letters to take.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the selected dead letters; change nothing.")]

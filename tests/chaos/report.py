@@ -23,12 +23,12 @@ _HEAD = """\
 Made by `make chaos`. Each scenario runs a real broker, Redis, object store, publisher and workers, breaks
 something again and again while tasks are published and computed, and keeps a ledger: every submission sent
 and confirmed, every start of an engine, every record in the object store, every end event, every dead letter.
-When all is mended the ledger is held against what was submitted:
+After the last fault the ledger is compared with the submissions:
 
 - **lost**: confirmed by the broker, and never ended in a result or a failure;
-- **second results**: a kept record was replaced, or told of otherwise than it stands;
+- **second results**: a kept record was replaced, or reported differently from the record;
 - **burnt**: an outage used up an attempt: the task took more than its own faults need, and no engine was killed;
-- **unexpected**: ended otherwise than it had to, record and dead letter contradict each other, or the gateway
+- **unexpected**: ended differently than planned, record and dead letter contradict each other, or the gateway
   refused it or answered 404 for it;
 - **run again**: engine starts beyond those needed. The queue delivers at least once, so a run that was cut
   short is begun anew; its owner sees one end all the same;
