@@ -2,12 +2,14 @@
 
 objects          objects in S3 or a folder, and results, which are written once
 status           the status index in Redis, which may be lost
+lua              Lua scripts, put together from pieces
 batches          a batch's records, source and counts
 fetch            fetching inputs by URL
-runs             which runs a nightly schedule had
+nightly_runs     the runs of a nightly schedule
 callbacks        the records of callbacks
 webhook_secrets  the secrets that callbacks are signed with
 json_file        a private JSON file that many processes change
+settings         the settings of the object store, Redis, and input fetching
 """
 
 from inferq.storage.batches.index import BatchIndex, IndexLost, LeaseLost, Stall, Step

@@ -29,7 +29,7 @@ from inferq.schemas import Night
 from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage.batches.lines import SourceUnusable
 from inferq.storage.batches.store import RecordMissing
-from inferq.storage.runs import Run, RunLog
+from inferq.storage.nightly_runs import Run, RunLog
 
 _WATCH_SECONDS = 15
 """The longest time from the end of a run to its summary, in seconds."""

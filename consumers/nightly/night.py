@@ -21,7 +21,7 @@ from inferq.consumers.batches.assembly import pages_of
 from inferq.schemas import Batch, BatchSummary, Callback, EndState, Night, NightEvent, Result, callback_id
 from inferq.schemas.encoding import to_json
 from inferq.storage import ObjectInfo, ObjectStore, ResultStore, UnreadableResult, folder
-from inferq.storage.runs import Run
+from inferq.storage.nightly_runs import Run
 
 _RECORDS = ("failure.json", "result.json")
 """In listing order; the last one counts."""

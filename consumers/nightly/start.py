@@ -31,7 +31,7 @@ from inferq.storage import (
 )
 from inferq.storage.batches.lines import SourceUnusable, read_lines, unpacked
 from inferq.storage.batches.sources import Sources
-from inferq.storage.runs import Run, RunLog, Snapshot
+from inferq.storage.nightly_runs import Run, RunLog, Snapshot
 
 _JSONL = "application/x-ndjson"
 _GZIP = "application/gzip"

@@ -22,7 +22,7 @@ from inferq.storage import BatchStore, StatusOutage, StorageSettings, StoreWatch
 
 if TYPE_CHECKING:
     from inferq.schemas.schedule import Schedule
-    from inferq.storage.runs import Run
+    from inferq.storage.nightly_runs import Run
 
 app = typer.Typer()
 nightly = typer.Typer(no_args_is_help=True)
@@ -126,7 +126,7 @@ def list_(file: File = None, as_json: JsonFlag = False) -> None:
 
 
 def _facts(schedule: Schedule, now: datetime) -> dict[str, Any]:
-    from inferq.storage.runs import RunLog
+    from inferq.storage.nightly_runs import RunLog
 
     settings = StorageSettings.load()
     store = open_store(settings)
@@ -228,7 +228,7 @@ def run(
 
 def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None:
     """The state of a run that was started before; None if it was not."""
-    from inferq.storage.runs import RunLog
+    from inferq.storage.nightly_runs import RunLog
 
     store = open_store(StorageSettings.load())
     if not RunLog(store, schedule.tenant, schedule.name).has(run_id):

@@ -24,7 +24,7 @@ from inferq.schemas import InferqError
 from inferq.schemas.probe_server import Readiness
 from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage import ObjectStore
-from inferq.storage.runs import RunLog, known_schedules
+from inferq.storage.nightly_runs import RunLog, known_schedules
 
 LOOK_SECONDS = 2.0
 """Seconds between two looks at the file, at most; also the age at which a change of it is accepted."""

@@ -17,7 +17,7 @@ from inferq.schemas.schedule import Schedule
 from inferq.storage import BatchStore, LocalStore, ObjectStore, StorageSettings
 from inferq.storage.batches.lines import read_lines
 from inferq.storage.batches.sources import Sources
-from inferq.storage.runs import RunLog
+from inferq.storage.nightly_runs import RunLog
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -15,7 +15,7 @@ from inferq.producer.nightly import read_schedules
 from inferq.producer.nightly.beat import Beat
 from inferq.producer.nightly.readiness import beat_readiness
 from inferq.storage import LocalStore, StoreOutage
-from inferq.storage.runs import Run, RunLog, known_schedules
+from inferq.storage.nightly_runs import Run, RunLog, known_schedules
 
 HOURLY = '[a]\ncron = "0 * * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
 NOON = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)

@@ -19,7 +19,7 @@ from inferq.producer.nightly import read_schedules
 from inferq.producer.up.part import free_ports
 from inferq.schemas import BatchCounts, BatchSummary
 from inferq.storage import BatchIndex, BatchStore, LocalStore, StatusIndex, StorageSettings
-from inferq.storage.runs import Run, RunLog, Snapshot
+from inferq.storage.nightly_runs import Run, RunLog, Snapshot
 from tests.forked import ForkedPart
 from tests.installation import inferq, inferq_here
 from tests.waiting import eventually

@@ -20,7 +20,7 @@ from inferq.consumers.nightly.night import Ended, ended_between
 from inferq.schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Night, Result
 from inferq.schemas.schedule import Schedule
 from inferq.storage import BatchSource, ObjectInfo, StorageSettings
-from inferq.storage.runs import Run, RunLog
+from inferq.storage.nightly_runs import Run, RunLog
 
 START = "2026-11-25T01:30"
 EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)

@@ -37,7 +37,7 @@ from inferq.schemas import (
 )
 from inferq.schemas.schedule import Schedule, run_id_of
 from inferq.storage import StatusIndex, StorageSettings, errors_key, output_key
-from inferq.storage.runs import Run, RunLog
+from inferq.storage.nightly_runs import Run, RunLog
 from tests.celery_worker import working
 from tests.conftest import RabbitMQ
 from tests.waiting import consistently, eventually

@@ -14,7 +14,7 @@ from inferq.consumers.nightly.start import Starter
 from inferq.schemas.schedule import run_id_of
 from inferq.storage import BatchStore, ObjectStore, StoreOutage
 from inferq.storage.batches.sources import Sources
-from inferq.storage.runs import Run
+from inferq.storage.nightly_runs import Run
 
 from .conftest import FIRST, SECOND, THIRD, CutOff, CutStore, NightSite
 

@@ -33,8 +33,8 @@ from inferq.storage import BatchIndex, ResultStore, StatusIndex, StatusOutage, S
 from inferq.storage import callbacks as callback_records
 from inferq.storage.batches import scripts as batch_scripts
 from inferq.storage.lua import read_lua
+from inferq.storage.nightly_runs import RunLog
 from inferq.storage.objects.s3 import S3Refused, S3Store
-from inferq.storage.runs import RunLog
 from inferq.storage.status import scripts as status_scripts
 from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ, Redis

@@ -34,7 +34,7 @@ from inferq.schemas import (
 from inferq.schemas.publish import asyncapi, documents
 from inferq.schemas.result import OUTPUT_ARTIFACT
 from inferq.schemas.schedule import Schedule
-from inferq.storage.runs import Run
+from inferq.storage.nightly_runs import Run
 
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 URL = "https://example.com/hook"
