@@ -49,8 +49,8 @@ from inferq.storage import (
     open_store,
     output_key,
 )
+from inferq.storage.nightly_runs import RunLog
 from inferq.storage.objects.s3 import s3_client
-from inferq.storage.runs import RunLog
 
 _WORDS = ("amber", "bridge", "candle", "dragon", "ember", "forest", "garden", "harbor", "island", "jungle")
 _WIDTH, _ROW_HEIGHT, _MARGIN = 420, 50, 15

@@ -8,6 +8,8 @@ messages          tasks, retries and dead letters as AMQP messages
 retry             the retry levels
 dead              listing, redriving and purging dead letters
 jobs, celery_app  light jobs: callbacks, batches, nightly runs
+errors            the errors of all these
+settings          the address of RabbitMQ, and time limits
 """
 
 from inferq.broker.connection import connect

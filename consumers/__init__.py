@@ -7,11 +7,12 @@ ocr, ner, facefusion, acestep, echo
                    the task types that inferq brings, each a folder that nothing imports
 media, weights     what engines share: reading pictures, and model weights
 testing            the tests that every engine has to pass (public as inferq.testing)
+machine            the memory of the machine or container
 callbacks          delivers callbacks
 batches            feeds batches and assembles their results
 nightly            starts nightly runs and reports their nights
 jobs               the Celery worker that runs the three above
-probes             /healthz, /readyz and /metrics
+probes             where a process serves its probes, and the metrics of the jobs
 """
 
 if __name__ != "inferq.consumers":

@@ -1,14 +1,21 @@
-"""What travels: tasks, results, events, batches and callbacks, and the installed task types.
+"""Messages and task types, and the base of every part: settings, errors, logs, probes.
 
-task, types      a task, and what a task type says of its own
-result, status   how a task ended, and where it stands
-batch, night     batches and nightly runs; batch_source, schedule, cron, window
-callback         callbacks in the form of Standard Webhooks
-errors           why something fails, in classes that say what happens next
-encoding         JSON that holds any text
-logs             the log of a part
-paths            the paths of tasks, batches and artifacts on the gateway
-publish          JSON Schema and AsyncAPI documents; json_schema
+task, types             a task, and what a task type says of its own
+result, status          how a task ended, and its state
+record                  the base of records and events: neighbouring versions understand each other
+batch, batch_source     a batch, and what is known of its tasks before its source is read
+window                  the hours in which a batch is fed
+night, schedule, cron   a night of a nightly run, its schedule, and the schedule's times
+callback                callbacks in the form of Standard Webhooks
+errors                  why something fails, in classes that say what happens next
+encoding                JSON that holds any text
+http_url, s3_url        URLs, parsed strictly
+paths                   the paths of tasks, batches and artifacts on the gateway
+publish, json_schema    JSON Schema and AsyncAPI documents
+settings                the base of all settings
+logs                    the log of a part
+probe_server            /healthz, /readyz and /metrics of a process
+standard_streams        standard streams that the parent process may have closed
 """
 
 from inferq.schemas.batch import (

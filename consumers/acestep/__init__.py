@@ -1,4 +1,17 @@
-"""acestep: generates music from a description, and sings lyrics if the model can."""
+"""acestep: generates music from a description, and sings lyrics if the model can.
+
+engine    a description in, audio and its waveform out, with any of the backends
+backend   the protocol of music backends
+pipeline  the ACE-Step model
+preview   a small synthesizer without AI
+plan      tempo, key, mood and instruments from a prompt
+score     the preview's chords, bass, melody and drums
+voices    the preview's instruments
+mixer     renders notes as stereo audio
+audio     writes audio files, and measures their peak
+waveform  draws the waveform of a piece
+settings  the settings of the music engine
+"""
 
 from __future__ import annotations
 

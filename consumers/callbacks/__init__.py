@@ -1,1 +1,10 @@
-"""Callbacks: signed, sent, retried for days, and never delayed by another receiver's dead server."""
+"""Delivers callbacks.
+
+sending   signs and sends one attempt (Standard Webhooks)
+decision  what follows an attempt: a pure function
+delivery  one attempt, its record, and the next attempt
+targets   limits callbacks in flight per receiver
+jobs      the Celery job `callbacks.deliver`
+metrics   attempts, seconds and callbacks in flight, for Prometheus
+settings  time limit, schedule, allowed networks
+"""

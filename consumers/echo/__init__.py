@@ -1,4 +1,7 @@
-"""echo: returns its payload. Use it to check a deployment and to measure the queue's overhead."""
+"""echo: returns its payload. Use it to check a deployment and to measure the queue's overhead.
+
+engine  the echo engine
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""facefusion: replaces faces on one picture with the face of another."""
+"""facefusion: replaces faces on one picture with the face of another.
+
+engine        two pictures in, one out, with any of the backends
+backend       the protocol of face swappers
+headless      FaceFusion, one headless run per task
+group_runner  runs a command in a process group, and kills the group when the caller ends
+preview       swaps faces by their landmarks, without a face-swapping model
+landmarks     finds faces and their landmarks
+warp          warps one face into the shape of another
+blend         blends a warped face into a picture
+settings      the settings of the face-swapping engine
+"""
 
 from __future__ import annotations
 

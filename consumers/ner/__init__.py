@@ -1,4 +1,17 @@
-"""ner: finds the people, places, organisations and times in Chinese text, with their offsets."""
+"""ner: finds the people, places, organisations and times in Chinese text, with their offsets.
+
+engine     texts in, entities out, with any of the models
+backend    the protocol of NER models, and the types of their labels
+lac        LAC with the small model in jieba's package
+bigru_crf  the network of LAC, in NumPy
+taskflow   PaddleNLP
+texts      reads the text of a file
+reading    the text as a model should read it
+segments   splits a text into pieces that fit a model's window
+folding    maps equivalent characters to one form
+terms      finds a user's own terms
+settings   the settings of the NER engine
+"""
 
 from __future__ import annotations
 

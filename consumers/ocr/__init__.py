@@ -1,4 +1,17 @@
-"""ocr: reads the text on a picture or a document, line by line, with boxes."""
+"""ocr: reads the text on a picture or a document, line by line, with boxes.
+
+engine        pages in, lines out, with any of the OCR libraries
+backend       the protocol of OCR libraries, and the geometry that they share
+rapid         RapidOCR
+paddle        PaddleOCR
+images        pictures and documents as upright pages
+selection     page selections such as `1-3,7`
+direction     the direction of a page's lines
+long_lines    cuts very long lines, and joins their texts
+layout        the reading order of a page's lines
+annotate      draws the lines onto a page
+settings      the settings of the OCR engine
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""/healthz, /readyz and /metrics of a process that serves no other HTTP; inferq.schemas.probe_server answers.
+"""The probes of the worker and of the light jobs; inferq.schemas.probe_server answers them.
 
-settings  where it listens
+settings  the address that they listen on
 registry  the metrics of the process that runs the light jobs
 """

@@ -4,6 +4,12 @@
 
 With this line in a test module, pytest runs each of CHECKS on the engine. The engine is loaded once, in pytest's
 own process. The checks are plain functions, so that other test runners can call them. Needs the extra `contract`.
+
+bench    a subject under test, its samples, and the bench that runs them
+checks   the checks; the worker relies on each of them
+content  whether a file holds what its content type says
+files    the files that a piece of code made and left
+memory   the memory that this process holds
 """
 
 from __future__ import annotations

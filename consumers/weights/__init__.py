@@ -1,1 +1,6 @@
-"""Model weights: listed in a manifest, fetched once, and verified before each load."""
+"""Model weights: listed in a manifest, fetched once, and verified before each load.
+
+manifest  names, versions, sources and checksums of files, and the signature
+cache     the cache that the processes of a machine share
+cli       the command `inferq weights`
+"""

@@ -28,6 +28,10 @@ responses, paths  JSON answers, pages of lists, and the paths of tasks and batch
 prefer            the `Prefer: wait` header
 openapi           the OpenAPI document, with every installed task type
 access            access log, request metrics, and headers of every answer
+connections       which connections the server keeps, and which it closes at a limit
+routing           routes that answer HEAD too, and the methods of a path
+ranges            the part of a file that a request asks for
+threads           threads for blocking calls, each with a deadline
 health, metrics   liveness, readiness, Prometheus metrics
 settings          the gateway's settings
 """

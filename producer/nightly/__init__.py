@@ -1,4 +1,10 @@
-"""Nightly schedules: reads `schedules.toml`, and starts runs when they are due. consumers/nightly carries them out."""
+"""Nightly schedules: reads `schedules.toml`, and starts runs when they are due. consumers/nightly carries them out.
+
+schedules  the file of schedules
+beat       starts each run at its time
+readiness  whether beat could start a run now
+settings   the settings of beat
+"""
 
 from inferq.producer.nightly.schedules import SchedulesUnusable, read_schedules
 
