@@ -1,4 +1,7 @@
-"""The delays before another try: retry levels for tasks, and backoff for calls."""
+"""The delays before another try: retry levels for tasks, and backoff for calls.
+
+Whether a task is retried: inferq.consumers.worker.decision.
+"""
 
 from __future__ import annotations
 

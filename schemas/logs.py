@@ -1,4 +1,7 @@
-"""The log of a part: one line per event, and none that the text of others could forge."""
+"""Logging of every part: one line per event.
+
+Control characters are escaped, so that logged text cannot forge a line.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,10 @@ def listen(host: str, port: int, *, what: str, settings: str, backlog: int = _BA
 
 @dataclass(frozen=True)
 class Health:
-    """Whether the process makes progress: what hinders it for good, and for how many seconds each run goes on."""
+    """Whether the process makes progress.
+
+    `faults`: why it makes none. `running`: seconds of each run in progress.
+    """
 
     faults: tuple[str, ...] = ()
     running: Mapping[str, float] = field(default_factory=dict)

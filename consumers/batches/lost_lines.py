@@ -1,8 +1,8 @@
-"""Feeds the lost lines of a batch again: those with a result nowhere and a message nowhere.
+"""Feeds the lost lines of a batch again: those with neither a result nor a message.
 
 A purge or a deletion of a queue loses messages. A lifecycle rule may delete a result before the batch is assembled.
-Nobody can look for a message in a queue, so a line counts as lost by doubt. A wrong guess is harmless: the ids of
-lines are fixed, and the second message of a task finds the first one's result.
+A queue cannot be searched, so a line counts as lost after a time without progress. A wrong guess is harmless: the ids
+of lines are fixed, and the second message of a task finds the first one's result.
 """
 
 from __future__ import annotations

@@ -77,24 +77,23 @@ MAX_ORPHANED_RUNS = 5
 Above MAX_ENGINE_DEATHS, because workers also end for reasons that are not the task's (a lost node, a machine
 out of memory). Well below MAX_DELIVERIES, because each further try costs all tasks a worker."""
 
-LEASE_SECONDS = 10.0
-"""A run holds its task's lease until it ends, or gives no sign of life for this long.
-
-It gives one at each check for a cancel, several times a second. A message that comes for the first time waits for so
-long a silence: the message of the run in progress is not acknowledged, so if its worker dies, RabbitMQ delivers that
-one again. A silent run is most likely storing a result."""
-
-TAKE_OVER_SECONDS = 1.0
-"""The same for a redelivered message, which may be that of the silent run.
-
-Its worker was killed, or only lost its connection. A killed worker's task is to start again soon."""
-
 MAX_DELIVERIES = 25
-"""The same by the broker's count, for when Redis lost its own. RabbitMQ before 4.3 counts requeues as well, so
-this is well above their number; it is well below the broker's delivery limit."""
+"""A task that RabbitMQ delivered this often is poison; used when Redis has lost its count of orphaned runs.
+
+RabbitMQ before 4.3 counts requeues as well, so this is well above their number. It is well below the broker's
+delivery limit."""
 
 MAX_DEFERRALS = 24
 """How often a task is put off that this version cannot read: about 20 hours in all, to upgrade every worker."""
+
+LEASE_SECONDS = 10.0
+"""Seconds after which the lease of a silent run is free for a message delivered for the first time.
+
+A run renews its lease at each check for a cancel, several times a second; it is silent while it stores its result.
+The wait can be long: if the run's worker dies, RabbitMQ redelivers its own message."""
+
+TAKE_OVER_SECONDS = 1.0
+"""The same for a redelivered message. Short, since its worker may have been killed."""
 
 _ENDS_WORKERS = (
     "it most likely ends its worker; find out why the workers ended (out of memory?), fix that, "

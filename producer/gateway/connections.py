@@ -34,7 +34,7 @@ def default_limit(descriptors: int) -> int:
 
 
 class ConnectionGuard:
-    """The open connections of one server, and who has to go. For the event loop's thread alone.
+    """The open connections of one server, and which to close at a limit. For the event loop's thread alone.
 
     At a limit, the oldest connection without a request in progress makes room. If all are busy, the new one gets
     503, and answers to probes.

@@ -9,7 +9,10 @@ from inferq.storage import StoreWatch
 
 
 def beat_readiness(beat: Beat, publisher: Publisher, store: StoreWatch) -> Readiness:
-    """What beat waits for. It uses the store and RabbitMQ only when a run is due, so they are asked."""
+    """The services that beat waits for.
+
+    Beat uses RabbitMQ and the object store only when a run is due; this check finds an outage before that.
+    """
     broker = None if publisher.connected else "RabbitMQ"
     if publisher.blocked_reason is not None:
         broker = f"RabbitMQ: it takes no messages ({publisher.blocked_reason})"

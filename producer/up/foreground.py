@@ -22,7 +22,7 @@ FEW_DESCRIPTORS = 1024
 class Wish:
     """The options of `inferq up`. `types` are checked names; a `port` of 0 takes a free one.
 
-    Unless all types are `required`, those whose engines are not installed are left out.
+    Unless all types are `required`, those whose engines cannot start are left out.
     """
 
     data: Path

@@ -1,4 +1,4 @@
-"""Checks the object store for a process that uses it, so that its readiness says whether it can."""
+"""Checks the object store once a minute for a readiness probe."""
 
 from __future__ import annotations
 

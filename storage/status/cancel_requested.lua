@@ -1,5 +1,5 @@
 local batch, line, run = ARGV[5], ARGV[6], ARGV[7]
--- Who asks is alive.
+-- A run that checks is alive: renew its lease.
 if holds(run) then renew(run) end
 if redis.call('HEXISTS', key, 'x') == 1 then return 1 end
 if batch == '' then return 0 end

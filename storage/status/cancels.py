@@ -11,7 +11,7 @@ from inferq.storage.status.script_calls import ScriptCalls
 
 
 class Cancels(ScriptCalls):
-    """Request a cancel, and ask for one."""
+    """Requests a cancel, and checks for one."""
 
     def request_cancel(self, tenant: str, task_id: str) -> TaskStatus | None:
         """Request a task's cancellation; None if it is unknown. An ended task stays unchanged.
@@ -30,7 +30,10 @@ class Cancels(ScriptCalls):
         *,
         run: str = "",
     ) -> bool:
-        """Whether the task, its line, or its whole batch is to be cancelled. Renews the lease of `run`."""
+        """Whether the task, its line, or its whole batch is to be cancelled.
+
+        With `run`, also renews the lease of that run: this is a run's only sign of life.
+        """
         arguments = [batch_id or "", "" if line is None else line, run]
         return bool(self._change("cancel_requested", tenant, task_id, arguments))
 
