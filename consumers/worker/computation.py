@@ -29,7 +29,7 @@ class Computation:
         self,
         services: WorkerServices,
         consumer: Consumer,
-        lease: EngineLease,
+        engine_lease: EngineLease,
         delivery: Delivery,
         task: Task,
         *,
@@ -39,7 +39,7 @@ class Computation:
     ) -> None:
         self._services = services
         self._consumer = consumer
-        self._lease = lease
+        self._engine_lease = engine_lease
         self._delivery = delivery
         self._task = task
         self._run = run
@@ -77,7 +77,7 @@ class Computation:
         if self._held and not self._consumer.holds(self._delivery):
             # RabbitMQ delivers it again while this run goes on: a lost connection is not a lost run.
             self._held = False
-            self.release_run(goes_on=True)
+            self.release_run(keep_lease=True)
         cancel_requested = partial(
             services.status.cancel_requested,
             task.tenant,
@@ -88,10 +88,10 @@ class Computation:
         )
         return "cancelled" if services.best_effort(cancel_requested) else None
 
-    def release_run(self, *, goes_on: bool = False) -> None:
+    def release_run(self, *, keep_lease: bool = False) -> None:
         """Say that this run is not orphaned, now that another worker may get the task.
 
-        Its lease ends, unless the run itself `goes_on`.
+        Its lease ends, unless `keep_lease`: the run itself continues.
         """
         released = partial(
             self._services.status.released,
@@ -99,12 +99,12 @@ class Computation:
             attempt=self._delivery.attempt,
             redrives=self._delivery.redrives,
             run=self._run,
-            goes_on=goes_on,
+            keep_lease=keep_lease,
         )
         self._services.best_effort(released)
 
     def _from_cache(self, inputs: dict[str, FileRef]) -> Done | None:
-        cache, engine = self._services.cache, self._lease.info
+        cache, engine = self._services.cache, self._engine_lease.info
         if cache is None or engine is None:
             return None
         self.cache_key = cache.key(self._task, inputs, engine)
@@ -117,7 +117,7 @@ class Computation:
 
     def _compute(self, inputs: dict[str, FileRef]) -> Done | Failed:
         services, task = self._services, self._task
-        return self._lease.engine.run(
+        return self._engine_lease.engine.run(
             self._delivery.body.decode(),
             self._scratch,
             inputs,

@@ -49,7 +49,7 @@ class Retry:
 
 
 @dataclass(frozen=True)
-class Wait:
+class WaitForOtherRun:
     """Another run of the task is in progress: look again in `seconds`, as the same attempt."""
 
     seconds: int
@@ -124,7 +124,7 @@ class Facts:
     other_run: str = ""
 
 
-def before_run(facts: Facts) -> Run | AlreadyDone | Wait | Cancel | Expire | DeadLetter:
+def before_run(facts: Facts) -> Run | AlreadyDone | WaitForOtherRun | Cancel | Expire | DeadLetter:
     """Whether to run a delivery, and if not, what else to do with it."""
     task = facts.task
     if task.task_type != facts.type_name:
@@ -149,7 +149,7 @@ def before_run(facts: Facts) -> Run | AlreadyDone | Wait | Cancel | Expire | Dea
     if facts.other_run:
         # Wait rather than drop the copy: that run may be of another attempt or redrive, or its worker may die. Once the
         # task has ended, the copy is acknowledged. Only the run in progress decides on a cancel or an expiry.
-        return Wait(retry_level(1))
+        return WaitForOtherRun(retry_level(1))
     if facts.cancel_requested:
         return Cancel()
     if task.expires_at is not None and task.expires_at <= facts.now:

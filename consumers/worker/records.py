@@ -17,7 +17,7 @@ from inferq.broker import (
     retry_message,
     waiting_message,
 )
-from inferq.consumers.worker.decision import Defer, Retry, Wait
+from inferq.consumers.worker.decision import Defer, Retry, WaitForOtherRun
 from inferq.schemas import (
     Artifact,
     EngineInfo,
@@ -157,7 +157,7 @@ class Records:
             self.delivery, type_name=self.type_name, priority=self.lane, seconds=defer.seconds
         )
 
-    def waiting(self, wait: Wait, *, digest: str) -> Message:
+    def waiting(self, wait: WaitForOtherRun, *, digest: str) -> Message:
         """The delivery unchanged, for a retry level: another run of the task is in progress."""
         return waiting_message(
             self.delivery, type_name=self.type_name, priority=self.lane, seconds=wait.seconds, digest=digest

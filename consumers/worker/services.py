@@ -67,7 +67,7 @@ class WorkerServices:
         self._background = ThreadPoolExecutor(at_a_time, thread_name_prefix="background")
         self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
         self.metrics.without_redis.set_function(
-            lambda: float(self.status.away_for is not None and self.redis_patience_left == 0)
+            lambda: float(self.status.unavailable_for is not None and self.redis_patience_left == 0)
         )
 
     @property
@@ -88,14 +88,14 @@ class WorkerServices:
         """The services that the worker waits for, each with the reason."""
         waiting = [f"{service}: {reason}" for service, reason in list(self._pauses.items())]
         if (left := self.redis_patience_left) > 0:
-            reason = self.status.away_reason
+            reason = self.status.unavailable_reason
             waiting.append(f"{_REDIS}: {reason}; the worker goes on without it in {left:.0f} s")
         return waiting
 
     @property
     def redis_patience_left(self) -> float:
         """Seconds that the worker still waits for Redis, from when it became unavailable; 0 while it answers."""
-        away = self.status.away_for
+        away = self.status.unavailable_for
         return 0.0 if away is None else max(0.0, self.settings.redis_patience - away)
 
     @property
@@ -180,7 +180,7 @@ class WorkerServices:
     def look_for_redis(self) -> None:
         """Find out whether Redis can be used: now and then, and at every call while it is unavailable."""
         now = time.monotonic()
-        if self.status.away_for is not None or now >= self._next_look:
+        if self.status.unavailable_for is not None or now >= self._next_look:
             self._next_look = now + _IDLE_LOOK_SECONDS
             self.best_effort(self.status.ping)
 
@@ -213,7 +213,7 @@ class WorkerServices:
                 self.metrics.status_outages.inc()
                 left = self.redis_patience_left
                 if left == 0:
-                    if self.status.away_for is not None and not self._goes_on_without_redis:
+                    if self.status.unavailable_for is not None and not self._goes_on_without_redis:
                         self._goes_on_without_redis = True
                         _log.warning("going on without Redis until it answers: %s", error)
                     return None

@@ -35,7 +35,7 @@ from inferq.consumers.worker.decision import (
     Facts,
     Retry,
     Run,
-    Wait,
+    WaitForOtherRun,
     after_failure,
     after_unreadable,
     before_run,
@@ -81,13 +81,13 @@ class TaskRun:
         self,
         services: WorkerServices,
         consumer: Consumer,
-        lease: EngineLease,
+        engine_lease: EngineLease,
         delivery: Delivery,
         lane: Priority,
     ) -> None:
         self._services = services
         self._consumer = consumer
-        self._lease = lease
+        self._engine_lease = engine_lease
         self._delivery = delivery
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
         self._scratch = f"{services.scratch.path}/{self._token}"
@@ -98,7 +98,7 @@ class TaskRun:
         self._started_at = datetime.now(UTC)
         self._digest = ""
         self._begun: Computation | None = None
-        self._leased = False
+        self._has_task_lease = False
 
     def complete(self) -> None:
         """Do everything that this delivery needs, and settle it."""
@@ -112,10 +112,10 @@ class TaskRun:
             outcome = "given_back"
         except Exception as error:
             # A delivery is settled whatever happens: one that ends its worker would end the next one, too.
-            self._lease.release()
+            self._engine_lease.release()
             refused = refuse_after_fault(self._records, self._endings, error, started_at=self._started_at)
             outcome, why = ("failed" if refused else "given_back"), "it failed unexpectedly"
-        self._lease.release()
+        self._engine_lease.release()
         if outcome == "given_back":
             if self._begun is not None:
                 self._begun.release_run()
@@ -124,8 +124,8 @@ class TaskRun:
         else:
             self._consumer.ack(
                 self._delivery,
-                more=self._lease.usable and self._services.takes_more,
-                low_priority=self._lease.shared,
+                more=self._engine_lease.usable and self._services.takes_more,
+                low_priority=self._engine_lease.shared,
             )
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         self._endings.wait_for_replies()
@@ -151,7 +151,7 @@ class TaskRun:
 
     def _unreadable(self, error: InvalidTask) -> Outcome:
         """Put off a task that only this version cannot read; refuse any other message that is no task."""
-        self._lease.release()
+        self._engine_lease.release()
         delivery = self._delivery
         verdict = after_unreadable(
             error,
@@ -177,7 +177,7 @@ class TaskRun:
         self._digest = self._records.digest(task)
         self._endings.use_callbacks_of(task)
         computation = Computation(
-            services, self._consumer, self._lease, delivery, task,
+            services, self._consumer, self._engine_lease, delivery, task,
             run=self._token, scratch=self._scratch, notifier=self._endings.notifier,
         )  # fmt: skip
         facts = Facts(
@@ -190,12 +190,12 @@ class TaskRun:
         )
         # A download must not keep the engine from a task that is ready for it.
         fetches_first = services.settings.take_ahead and bool(task.inputs())
-        if not fetches_first and self._lease.acquire():
+        if not fetches_first and self._engine_lease.acquire():
             # The engine reads the task, and the store is asked, while Redis answers.
             facts, fetched = self._gather_and_fetch(facts, computation, self._begin(task, computation))
         else:
             # The run begins once the engine is this task's. Everything that needs no engine is done before.
-            self._lease.step_aside()
+            self._engine_lease.step_aside()
             facts, fetched = self._gather_and_fetch(facts, computation, lambda facts: facts)
             if isinstance(before_run(facts), Run) and not _failed_to_fetch(fetched):
                 self._await_engine(computation)
@@ -208,14 +208,16 @@ class TaskRun:
             facts = self._watch_other_run(facts, computation)
         verdict = before_run(facts)
         if not isinstance(verdict, Run):
-            self._lease.release()
+            self._engine_lease.release()
         match verdict:
             case Run():
-                if not (self._lease.held or _failed_to_fetch(fetched) or self._await_engine(computation)):
+                if not (
+                    self._engine_lease.held or _failed_to_fetch(fetched) or self._await_engine(computation)
+                ):
                     return self._cancelled(task)
                 if not self._consumer.holds(delivery):
                     raise NotStarted(_CONNECTION_LOST)  # another worker may have begun it
-                if not self._leased:
+                if not self._has_task_lease:
                     services.metrics.unleased_runs.labels(task.task_type).inc()
                 self._endings.notifier.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
@@ -226,7 +228,7 @@ class TaskRun:
                 ended = ended if ended.metadata else ended.model_copy(update={"metadata": task.metadata})
                 self._endings.report(ended, digest=self._digest)
                 return "skipped"
-            case Wait():
+            case WaitForOtherRun():
                 _log.info(
                     "%s: another run of it is in progress; looking again in %d s",
                     self._records.name, verdict.seconds,
@@ -261,14 +263,14 @@ class TaskRun:
                     silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
                 )
             )
-            if first and self._lease.held:
-                self._lease.engine.prepare(delivery.body.decode())
+            if first and self._engine_lease.held:
+                self._engine_lease.engine.prepare(delivery.body.decode())
 
         def with_record(facts: Facts) -> Facts:
             begun = services.call_or_skip(reply) if reply else None
             if begun is None:
                 return replace(facts, other_run="")
-            self._leased = not begun.other_run
+            self._has_task_lease = not begun.other_run
             return replace(
                 facts,
                 recorded_digest=begun.digest,
@@ -319,7 +321,7 @@ class TaskRun:
                 raise NotStarted("the worker is stopping")
             if not self._consumer.holds(self._delivery):
                 raise NotStarted(_CONNECTION_LOST)
-            if self._lease.acquire(LOOK_SECONDS):
+            if self._engine_lease.acquire(LOOK_SECONDS):
                 return True
             if computation.abort_reason() == "cancelled":
                 return False
@@ -334,7 +336,7 @@ class TaskRun:
             inputs = computation.fetch() if fetched is None else fetched.result()
             timings["fetch"] = inputs.seconds
             answer = computation.answer(inputs.files)
-            self._lease.release()
+            self._engine_lease.release()
             timings["inference"] = answer.seconds
             if isinstance(answer, Done):
                 return self._succeeded(task, computation, answer, timings)
@@ -368,7 +370,7 @@ class TaskRun:
             started_at=self._started_at,
             artifacts=artifacts,
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
-            engine=self._lease.info,
+            engine=self._engine_lease.info,
             cached=computation.cached,
         )
         kept = self._endings.record(result, done.output)
@@ -390,9 +392,7 @@ class TaskRun:
         """Delete artifacts that no record names, and put the result into the cache."""
         services = self._services
         if kept is not result and result.artifacts:
-            discard = partial(
-                services.results.discard, result.tenant, result.task_id, attempt_token=self._token
-            )
+            discard = partial(services.results.discard, result.tenant, result.task_id, run=self._token)
             services.retry_until_available("object store", discard)
         if services.cache is not None and computation.cache_key and kept is result and not computation.cached:
             with suppress(Outage):  # a later task is computed, and that is all
@@ -409,7 +409,7 @@ class TaskRun:
                 name,
                 Path(file.path),
                 file.content_type,
-                attempt_token=self._token,
+                run=self._token,
             ),
         )
 
@@ -436,7 +436,7 @@ class TaskRun:
                 return self._dead_letter(task, verdict, timings)
 
     def _retry(self, task: Task, retry: Retry) -> Outcome:
-        self._lease.release()
+        self._engine_lease.release()
         attempt = self._delivery.attempt
         _log.warning(
             "%s: attempt %d failed, next in %d s: %s", self._records.name, attempt, retry.seconds, retry.error
@@ -458,7 +458,7 @@ class TaskRun:
         return "retried"
 
     def _dead_letter(self, task: Task, verdict: DeadLetter, timings: Timings | None = None) -> Outcome:
-        self._lease.release()
+        self._engine_lease.release()
         _log.warning("%s: failed: %s", self._records.name, verdict.error)
         # The dead letter first: if only the record survived a crash, the redelivery would be skipped as done.
         self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
@@ -474,7 +474,7 @@ class TaskRun:
         return "failed"
 
     def _cancelled(self, task: Task) -> Outcome:
-        self._lease.release()
+        self._engine_lease.release()
         error = InvalidTask("the task was cancelled", code="cancelled")
         self._endings.record(self._failure(task, error).model_copy(update={"status": "cancelled"}))
         return "cancelled"
@@ -485,7 +485,7 @@ class TaskRun:
             error,
             digest=self._digest,
             started_at=self._started_at,
-            engine=self._lease.info,
+            engine=self._engine_lease.info,
             timings=timings,
         )
 

@@ -227,7 +227,7 @@ class BatchIndex:
                 pipeline.expire(key, self._status.retention)
                 pipeline.execute()
 
-        self._status.ask(both)
+        self._status.write(both)
 
 
 def _rate(sample: str | None, ended: int) -> float | None:

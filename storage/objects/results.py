@@ -2,12 +2,12 @@
 
     tasks/<tenant>/<task_id>/result.json                  a success: the first writer wins
     tasks/<tenant>/<task_id>/failure.json                 a failure, superseded by a success
-    tasks/<tenant>/<task_id>/artifacts/<attempt>/<name>   the files of one attempt
+    tasks/<tenant>/<task_id>/artifacts/<run>/<name>       the files of one run
     tasks/<tenant>/<task_id>/callbacks/<id>.json          a failed callback (inferq.storage.callbacks)
     files/<tenant>/<file_id>                              an uploaded input
     cache/<tenant>/<key>.json                             the task whose result is reused
 
-Each attempt has its own folder of artifacts. Two runs of one task never write to the same key, and the result that
+Each run has its own folder of artifacts. Two runs of one task never write to the same key, and the result that
 is kept names files that no other run has written.
 """
 
@@ -126,7 +126,7 @@ class ResultStore:
         kept = result or self.load(tenant, task_id)
         for artifact in kept.artifacts if kept else ():
             if artifact.name == name:
-                return _key(tenant, task_id, _attempt_of(artifact), name)
+                return _key(tenant, task_id, _run_of(artifact), name)
         raise ObjectNotFound(f"task {task_id!r} has no artifact {name!r}")
 
     def output(self, result: Result) -> JsonValue:
@@ -150,12 +150,12 @@ class ResultStore:
         path: Path,
         content_type: str,
         *,
-        attempt_token: str,
+        run: str,
     ) -> Artifact:
-        """Upload one file of an attempt. Each run has its own `attempt_token`."""
+        """Upload one file of a run; `run` is its token."""
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        key = _key(tenant, task_id, attempt_token, name)
+        key = _key(tenant, task_id, run, name)
         info = self._store.put(key, path, content_type=content_type)
         return Artifact(
             name=name,
@@ -165,11 +165,11 @@ class ResultStore:
             sha256=sha256,
         )
 
-    def discard(self, tenant: str, task_id: str, *, attempt_token: str) -> None:
-        """Delete the artifacts of an attempt, except those that the kept result names."""
+    def discard(self, tenant: str, task_id: str, *, run: str) -> None:
+        """Delete the artifacts of a run, except those that the kept result names."""
         kept = self.load(tenant, task_id)
-        named = {_key(tenant, task_id, _attempt_of(a), a.name) for a in kept.artifacts} if kept else set()
-        for info in self._store.list(_key(tenant, task_id, attempt_token, "")):
+        named = {_key(tenant, task_id, _run_of(a), a.name) for a in kept.artifacts} if kept else set()
+        for info in self._store.list(_key(tenant, task_id, run, "")):
             if info.key not in named:
                 self._store.delete(info.key)
 
@@ -212,14 +212,14 @@ def cache_entry_key(tenant: str, key: str) -> str:
     return f"cache/{segment(tenant)}/{key}.json"
 
 
-def _key(tenant: str, task_id: str, attempt_token: str, name: str) -> str:
-    if not _TOKEN.fullmatch(attempt_token):
-        raise ValueError(f"attempt token {attempt_token!r} is not a plain name")
-    return f"{folder(tenant, task_id)}{_ARTIFACTS}{attempt_token}/{name}"
+def _key(tenant: str, task_id: str, run: str, name: str) -> str:
+    if not _TOKEN.fullmatch(run):
+        raise ValueError(f"run token {run!r} is not a plain name")
+    return f"{folder(tenant, task_id)}{_ARTIFACTS}{run}/{name}"
 
 
-def _attempt_of(artifact: Artifact) -> str:
-    # Only the URL has the token. The rest of it may be outdated if the store has moved.
+def _run_of(artifact: Artifact) -> str:
+    # Only the URL has it. The rest of it may be outdated if the store has moved.
     return artifact.url.rsplit("/", 2)[-2]
 
 

@@ -50,17 +50,17 @@ class RedisConnection:
         self._prove = redis.register_script(read_lua())
 
     @property
-    def away_for(self) -> float | None:
+    def unavailable_for(self) -> float | None:
         """Seconds since Redis became unavailable; None while it is available, as far as known."""
         since = self._down_since
         return None if since is None else self._clock() - since
 
     @property
-    def away_reason(self) -> str:
+    def unavailable_reason(self) -> str:
         """Why Redis was unavailable, the last time that it was; empty if it never was."""
         return self._down_reason
 
-    def ask(self, call: Callable[[redis.Redis], T]) -> T:
+    def write(self, call: Callable[[redis.Redis], T]) -> T:
         """Make a call that writes to the same Redis, with the same handling of an outage.
 
         It may be made twice. For a call that only reads, use `read`.

@@ -13,7 +13,7 @@ local function holds(run)
   return run ~= '' and string.match(redis.call('HGET', key, 'h') or '', '^%d+ (.*)$') == run
 end
 
-local function free(run)
+local function release(run)
   if holds(run) then redis.call('HDEL', key, 'h') end
 end
 

@@ -1,6 +1,6 @@
 local attempt, redrives, failure, event, run = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
 local retries = order_of(redrives, attempt, RETRYING)
-if not conflict then free(run) end
+if not conflict then release(run) end
 if conflict or retries <= order then return 0 end
 if not known then create(ty, priority, batch, digest, created, 'retrying', retries, attempt) end
 move('retrying', retries, attempt, redrives)

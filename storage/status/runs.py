@@ -85,13 +85,15 @@ class Runs(ScriptCalls):
 
         return begun
 
-    def released(self, task: Task, *, attempt: int, redrives: int, run: str, goes_on: bool = False) -> None:
+    def released(
+        self, task: Task, *, attempt: int, redrives: int, run: str, keep_lease: bool = False
+    ) -> None:
         """A run was requeued in good order: it and the runs before it are not orphaned, and its lease ends.
 
-        With `goes_on`, only its message was lost: it keeps the lease. The orphaned runs stay unless `run` is the
+        With `keep_lease`, only its message was lost, and the run continues. The orphaned runs stay unless `run` is the
         latest one that began.
         """
-        arguments = [attempt, redrives, run, int(goes_on)]
+        arguments = [attempt, redrives, run, int(keep_lease)]
         self._change("released", task.tenant, task.task_id, arguments)
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:

@@ -642,9 +642,7 @@ def test_an_artifacts_url_in_the_output_is_safe_for_any_id(
     services.sources.settle(batch)
     file = tmp_path / "file"
     file.write_bytes(b"x")
-    artifact = services.results.save_artifact(
-        "default", task_id, "a/b c.txt", file, "text/plain", attempt_token="1-a"
-    )
+    artifact = services.results.save_artifact("default", task_id, "a/b c.txt", file, "text/plain", run="1-a")
     done = Result(
         task_id=task_id, task_type="echo", tenant="default", attempts=1, finished_at=datetime.now(UTC),
         batch_id=batch.batch_id, batch_line=1, digest="d", status="succeeded", artifacts=(artifact,),

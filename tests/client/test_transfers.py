@@ -104,9 +104,7 @@ async def test_downloads_appear_whole(client: AnyClient, lone_gateway: Gateway, 
     file.write_bytes(data)
     task = lone_gateway.began("d")
     name = "ü 1.bin"
-    artifact = lone_gateway.results.save_artifact(
-        task.tenant, "d", name, file, "application/zip", attempt_token="t"
-    )
+    artifact = lone_gateway.results.save_artifact(task.tenant, "d", name, file, "application/zip", run="t")
     lone_gateway.end(task, artifacts=(artifact,))
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -290,7 +290,7 @@ def test_files_and_artifacts_through_s3(
         file = tmp_path / "file"
         file.write_bytes(data)
         artifact = gateway.results.save_artifact(
-            gateway.tenant, "a", "a.bin", file, "application/zip", attempt_token="t"
+            gateway.tenant, "a", "a.bin", file, "application/zip", run="t"
         )
         gateway.end(task, artifacts=(artifact,))
         response = gateway.http.get("/v1/tasks/a/artifacts/a.bin")

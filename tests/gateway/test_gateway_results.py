@@ -30,9 +30,7 @@ def with_artifact(
     task = gateway.task("task-with-artifact", payload="hello")
     file = tmp_path / "artifact"
     file.write_bytes(data)
-    artifact = gateway.results.save_artifact(
-        task.tenant, task.task_id, name, file, content_type, attempt_token="t1"
-    )
+    artifact = gateway.results.save_artifact(task.tenant, task.task_id, name, file, content_type, run="t1")
     gateway.end(task, artifacts=(artifact,))
     return task
 
@@ -348,7 +346,7 @@ def test_a_cancelled_task_whose_message_is_lost_ends(lone_gateway: Gateway, stat
     assert lone_gateway.http.post("/v1/tasks/gone/cancel").status_code == 202
     assert lone_gateway.http.get("/v1/tasks/gone").json()["state"] == state  # a worker may still take it
     key = record_key(lone_gateway.tenant, "gone")
-    lone_gateway.status.ask(lambda client: client.hset(key, "x", "1"))
+    lone_gateway.status.write(lambda client: client.hset(key, "x", "1"))
     assert lone_gateway.http.get("/v1/tasks/gone").json()["state"] == "cancelled"
     result = lone_gateway.http.get("/v1/tasks/gone/result").json()
     assert (result["status"], result["error"]["code"]) == ("cancelled", "cancelled")

@@ -161,9 +161,7 @@ def test_pages_count_in_an_output_that_is_an_artifact_and_a_spoilt_record_is_a_f
     large.write_text(json.dumps({"pages": [{}] * 400}))
     results, store = run.services.results, run.services.store
     first, second, third = (run.batch.task_id(line) for line in (1, 2, 3))
-    artifact = results.save_artifact(
-        "default", third, "output.json", large, "application/json", attempt_token="1-a"
-    )
+    artifact = results.save_artifact("default", third, "output.json", large, "application/json", run="1-a")
     kept = results.load("default", first)
     assert kept is not None
     results.save(kept.model_copy(update={"task_id": third, "output": None, "artifacts": (artifact,)}))

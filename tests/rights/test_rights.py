@@ -317,8 +317,8 @@ def _do_what_is_rare(site: Site) -> None:
     file = site.folder / "artifact"
     file.write_bytes(b"x")
     results = ResultStore(site.store("worker"))
-    results.save_artifact("default", "lost", "a", file, "text/plain", attempt_token="t")
-    results.discard("default", "lost", attempt_token="t")
+    results.save_artifact("default", "lost", "a", file, "text/plain", run="t")
+    results.discard("default", "lost", run="t")
     site.store("batches").delete("batches/default/night/input/t")
     for user in ("worker", "gateway", "callbacks", "batches"):  # after an answer to the proof was lost
         site.s3(user).head_object(Bucket="results", Key="inferq/.inferq/written-once")

@@ -80,9 +80,9 @@ def test_the_rate_is_measured_again_after_a_clock_that_was_ahead(
 ) -> None:
     ahead = f"{int((datetime.now(UTC).timestamp() + 30 * 86400) * 1e6)} 0"
     key = batch_key(*B)
-    status.ask(lambda client: client.hset(key, "then", ahead))
+    status.write(lambda client: client.hset(key, "then", ahead))
     index.look(*B)
-    assert status.ask(lambda client: client.hmget(key, "then", "before"))[0] != ahead
+    assert status.write(lambda client: client.hmget(key, "then", "before"))[0] != ahead
 
 
 def test_lines_are_counted_where_they_are(status: StatusIndex, index: BatchIndex) -> None:

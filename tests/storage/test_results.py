@@ -167,7 +167,7 @@ def test_many_artifacts_do_not_hide_the_result(
 def save(results: ResultStore, tmp_path: Path, name: str, data: bytes, token: str) -> Artifact:
     path = tmp_path / "artifact"
     path.write_bytes(data)
-    return results.save_artifact("default", "t1", name, path, "image/png", attempt_token=token)
+    return results.save_artifact("default", "t1", name, path, "image/png", run=token)
 
 
 @pytest.mark.parametrize("name", ["out.png", "名 前+%2F?#.png", "result.json.png", "x" * 255])
@@ -203,18 +203,18 @@ def test_the_loser_discards_its_own_artifacts_and_only_those(
     kept = results.save(result("succeeded", worker="me", artifacts=(mine,)))
     lost = result("succeeded", worker="they", artifacts=(theirs,))
     assert results.save(lost) == kept
-    results.discard("default", "t1", attempt_token="ab")
+    results.discard("default", "t1", run="ab")
     assert store.get(results.artifact_key("default", "t1", "out.png")) == b"mine"
     assert keys(store) == ["tasks/default/t1/artifacts/a/out.png", "tasks/default/t1/result.json"]
-    results.discard("default", "t1", attempt_token="a")
-    results.discard("default", "t1", attempt_token="never-ran")
+    results.discard("default", "t1", run="a")
+    results.discard("default", "t1", run="never-ran")
     assert store.get(results.artifact_key("default", "t1", "out.png")) == b"mine", "the winner's stay"
 
 
 @pytest.mark.parametrize("token", ["", ".", "..", "a/b", ".hidden", "../../other"])
-def test_an_attempt_token_is_a_plain_name(results: ResultStore, token: str) -> None:
+def test_a_run_is_a_plain_name(results: ResultStore, token: str) -> None:
     with pytest.raises(ValueError, match="token"):
-        results.discard("default", "t1", attempt_token=token)
+        results.discard("default", "t1", run=token)
 
 
 @pytest.mark.parametrize("name", ["..", "a/../../b", "", "nul\0"])

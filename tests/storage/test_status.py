@@ -523,7 +523,7 @@ def test_in_any_order_of_calls_a_run_begins_only_where_no_other_is_alive(
                 shift(-240)
                 silent -= 240
             case "lost" | "released":
-                index.released(job(), attempt=attempt, redrives=redrives, run=run, goes_on=name == "lost")
+                index.released(job(), attempt=attempt, redrives=redrives, run=run, keep_lease=name == "lost")
                 holder = "" if run == holder and name == "released" else holder
             case "retrying":
                 index.retrying(job(), attempt=attempt, redrives=redrives, error=ERROR, run=run)
@@ -945,20 +945,20 @@ def test_how_long_redis_is_away_counts_from_the_first_failure(
     with redis.Redis(port=own_redis.port, decode_responses=True) as client:
         index = StatusIndex(client, retention=60, clock=lambda: now[0])
         index.ping()
-        assert index.away_for is None
+        assert index.unavailable_for is None
         own_redis.kill()
         for _ in range(3):
             with pytest.raises(StatusOutage):
                 index.ping()
             now[0] += 2.0
-        assert index.away_for == 6.0
+        assert index.unavailable_for == 6.0
         own_redis.start()
         index.ping()
-        assert index.away_for is None
+        assert index.unavailable_for is None
         client.set(record_key("default", "t1"), "not a hash")
         with pytest.raises(StatusOutage):
             begin(index, job())
-        assert index.away_for is None, "a Redis that answers is not away"
+        assert index.unavailable_for is None, "a Redis that answers is not away"
 
 
 def test_a_restart_between_two_calls_goes_unnoticed(own_redis: RedisServer, doomed: StatusIndex) -> None:
@@ -1068,11 +1068,11 @@ def test_a_redis_that_only_reads_is_away_for_reads_as_well(
             with pytest.raises(StatusOutage, match=f"refuses writes: .*{reason}"):
                 read()
             now[0] += 1.0
-        assert index.away_for == len(reads)
+        assert index.unavailable_for == len(reads)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         client.config_set(setting, "0")
         assert known(index, job()).state == "queued"
-        assert index.away_for is None
+        assert index.unavailable_for is None
 
 
 def test_a_redis_that_drops_keys_is_warned_of(
@@ -1111,7 +1111,7 @@ def test_after_a_failover_old_connections_to_the_former_master_are_dropped(
         old.replicaof("127.0.0.1", shared_redis.port)
     master = shared_redis.port
     assert index.submit(job()).new
-    assert index.away_for is None
+    assert index.unavailable_for is None
     assert known(index, job()).state == "queued"
 
 
@@ -1122,7 +1122,7 @@ def test_one_refused_command_does_not_make_redis_unavailable(
     for _ in range(2):
         with pytest.raises(StatusOutage, match="refused a command"):
             index.get("default", "t1")
-    assert index.away_for is None
+    assert index.unavailable_for is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

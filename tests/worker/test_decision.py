@@ -23,7 +23,7 @@ from inferq.consumers.worker.decision import (
     Facts,
     Retry,
     Run,
-    Wait,
+    WaitForOtherRun,
     after_failure,
     after_unreadable,
     before_run,
@@ -264,7 +264,7 @@ def is_poison(verdict: object) -> bool:
 def test_the_same_facts_lead_to_the_same_decision(known: Facts) -> None:
     first, second = before_run(known), before_run(known)
     assert type(first) is type(second)
-    assert isinstance(first, Run | AlreadyDone | Wait | Cancel | Expire | DeadLetter)
+    assert isinstance(first, Run | AlreadyDone | WaitForOtherRun | Cancel | Expire | DeadLetter)
 
 
 @given(facts())
@@ -355,7 +355,7 @@ def test_a_cancel_is_heeded_unless_the_task_has_ended_or_is_not_the_one_meant(kn
     ):
         assert verdict == Cancel()
     else:
-        assert isinstance(verdict, AlreadyDone | DeadLetter | Wait)
+        assert isinstance(verdict, AlreadyDone | DeadLetter | WaitForOtherRun)
 
 
 @given(facts())
@@ -363,8 +363,8 @@ def test_a_copy_waits_for_a_run_in_progress_unless_the_task_has_ended_or_is_anot
     verdict = before_run(replace(known, other_run="1 run"))
     without = before_run(replace(known, other_run=""))
     settled = isinstance(without, AlreadyDone) or (isinstance(without, DeadLetter) and not is_poison(without))
-    assert type(verdict) is (type(without) if settled else Wait)
-    assert not isinstance(without, Wait)
+    assert type(verdict) is (type(without) if settled else WaitForOtherRun)
+    assert not isinstance(without, WaitForOtherRun)
 
 
 @given(facts(), st.integers(5, 9))

@@ -307,7 +307,7 @@ def index(services: WorkerServices) -> Iterator[BatchIndex]:
     index.open("default", "b", token="t", line=7, offset=0, total=7, cancelled=False)
     index.mark("default", "b", "fed", [7])
     yield index
-    services.status.ask(lambda redis: redis.delete("inferq:t:default:b.7"))
+    services.status.write(lambda redis: redis.delete("inferq:t:default:b.7"))
 
 
 def test_a_line_whose_id_an_ended_task_has_ends_without_a_trace(

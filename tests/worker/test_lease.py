@@ -240,8 +240,8 @@ def bench(redis_url: str, tmp_path: Path) -> Iterator[Bench]:
 def age_lease(status: StatusIndex, seconds: float) -> None:
     """Let the lease look as if its run gave no sign of life for so long."""
     key = record_key("default", "t")
-    at, _, run = str(status.ask(lambda client: client.hget(key, "h"))).partition(" ")
-    status.ask(lambda client: client.hset(key, "h", f"{int(at) - round(seconds * 1000)} {run}"))
+    at, _, run = str(status.write(lambda client: client.hget(key, "h"))).partition(" ")
+    status.write(lambda client: client.hset(key, "h", f"{int(at) - round(seconds * 1000)} {run}"))
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "taken ahead"])
