@@ -47,7 +47,7 @@ from rich.text import Text
 from inferq import Client
 from inferq.producer.cli.listener import Heard, Listener
 from inferq.producer.up.detached import while_up
-from inferq.producer.up.foreground import Wish
+from inferq.producer.up.foreground import UpOptions
 from inferq.producer.up.part import port_free
 from inferq.producer.up.plan import TENANT
 from inferq.producer.up.supervisor import Report
@@ -149,7 +149,7 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
     begun = time.monotonic()
     shown = exhibits()
     types = tuple(sorted({exhibit.task_type for exhibit in shown}))
-    wish = Wish(DATA, PORT if port_free(PORT) else 0, types)
+    options = UpOptions(DATA, PORT if port_free(PORT) else 0, types)
     starting = f"Starting RabbitMQ, Redis, the gateway and {len(types)} workers"
     if not console.is_terminal:
         console.print(starting)
@@ -162,7 +162,7 @@ def run(console: Console) -> tuple[list[tuple[Exhibit, Result]], list[Heard]]:
             else:
                 console.print(f"  {line}")
 
-        with while_up(wish, report=show_start) as env:
+        with while_up(options, report=show_start) as env:
             status.stop()
             console.print(f"inferq is up at {env['INFERQ_API_URL']} after {time.monotonic() - begun:.1f} s")
             secrets = WebhookSecrets(Path(env["INFERQ_WEBHOOK_SECRETS_FILE"]))

@@ -46,16 +46,16 @@ def up(
     """Start everything here, with a private RabbitMQ and Redis."""
     # `inferq down` does not need these modules.
     from inferq.producer.up.detached import start_detached
-    from inferq.producer.up.foreground import Wish, keep_up
+    from inferq.producer.up.foreground import UpOptions, run_until_stopped
     from inferq.producer.up.plan import choose_types
 
     screen = _Screen(console, data, detach=detach)
     try:
-        wish = Wish(data, port, choose_types(types), required=types is not None)
+        options = UpOptions(data, port, choose_types(types), required=types is not None)
         if detach:
-            screen.ready(start_detached(wish, report=screen.report))
+            screen.ready(start_detached(options, report=screen.report))
         else:
-            keep_up(wish, report=screen.report, when_ready=lambda plan: screen.ready(plan.facts))
+            run_until_stopped(options, report=screen.report, when_ready=lambda plan: screen.ready(plan.facts))
             screen.stopped()
     except InferqError as error:
         screen.failed(error)

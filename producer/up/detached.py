@@ -18,22 +18,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 from inferq.producer.up.folder import DataFolder
-from inferq.producer.up.foreground import Wish, keep_up
+from inferq.producer.up.foreground import UpOptions, run_until_stopped
 from inferq.producer.up.plan import Plan
 from inferq.producer.up.supervisor import Report, Supervisor
 from inferq.schemas import InferqError
 
 
-def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[str, str]:
+def start_detached(options: UpOptions, *, report: Callable[[Report], None]) -> Mapping[str, str]:
     """Start a supervisor that outlives this process; returns once all parts are ready.
 
     Gives the plan's facts. Raises InferqError if the start fails; nothing runs then. If this process is
     interrupted or killed while it waits, the supervisor stops everything that it started.
     """
-    channel, process = _start(wish, bound=False)
+    channel, process = _start(options, bound=False)
     with channel:
         try:
-            return _until_ready(channel, process, wish, report)
+            return _until_ready(channel, process, options, report)
         except (InferqError, KeyboardInterrupt):
             channel.close()
             process.wait()
@@ -44,16 +44,16 @@ def start_detached(wish: Wish, *, report: Callable[[Report], None]) -> Mapping[s
 
 
 @contextmanager
-def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mapping[str, str]]:
+def while_up(options: UpOptions, *, report: Callable[[Report], None]) -> Iterator[Mapping[str, str]]:
     """Keep everything up for the length of a `with` block, or until this process ends in any way.
 
     Gives the INFERQ_ variables of `<data>/env`. Raises InferqError if the start fails.
     """
-    channel, process = _start(wish, bound=True)
+    channel, process = _start(options, bound=True)
     try:
         with channel:
-            _until_ready(channel, process, wish, report)
-            yield DataFolder(wish.data).kept_env()
+            _until_ready(channel, process, options, report)
+            yield DataFolder(options.data).kept_env()
     finally:
         try:
             process.wait()
@@ -63,16 +63,16 @@ def while_up(wish: Wish, *, report: Callable[[Report], None]) -> Iterator[Mappin
             raise
 
 
-def _start(wish: Wish, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def _start(options: UpOptions, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     order = {
-        "data": str(wish.data),
-        "port": wish.port,
-        "types": wish.types,
-        "required": wish.required,
+        "data": str(options.data),
+        "port": options.port,
+        "types": options.types,
+        "required": options.required,
         "bound": bound,
     }
-    log = _log(wish)
-    with DataFolder(wish.data).in_use():
+    log = _log(options)
+    with DataFolder(options.data).in_use():
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
     ours, theirs = socket.socketpair()
@@ -88,20 +88,20 @@ def _start(wish: Wish, *, bound: bool) -> tuple[socket.socket, subprocess.Popen[
     return ours, process
 
 
-def _log(wish: Wish) -> Path:
-    return DataFolder(wish.data).logs / "up.log"
+def _log(options: UpOptions) -> Path:
+    return DataFolder(options.data).logs / "up.log"
 
 
 def _until_ready(
     channel: socket.socket,
     process: subprocess.Popen[bytes],
-    wish: Wish,
+    options: UpOptions,
     report: Callable[[Report], None],
 ) -> Mapping[str, str]:
     facts = _follow(channel, report)
     if facts is None:
         raise InferqError(
-            f"the supervisor ended (exit code {process.wait()}) before it was ready; see {_log(wish)}",
+            f"the supervisor ended (exit code {process.wait()}) before it was ready; see {_log(options)}",
             code="up_failed",
         )
     return facts
@@ -122,14 +122,14 @@ def _follow(channel: socket.socket, report: Callable[[Report], None]) -> Mapping
 
 
 def main(arguments: list[str]) -> int:
-    """The supervisor's side. The arguments are the socket's descriptor and the wish as JSON."""
+    """The supervisor's side. The arguments are the socket's descriptor and the options as JSON."""
     channel = socket.socket(fileno=int(arguments[0]))
     os.set_inheritable(channel.fileno(), False)
     order = json.loads(arguments[1])
-    wish = Wish(Path(order["data"]), order["port"], tuple(order["types"]), order["required"])
+    options = UpOptions(Path(order["data"]), order["port"], tuple(order["types"]), order["required"])
     state = _Starter(channel, bound=order["bound"])
     try:
-        keep_up(wish, report=state.report, when_ready=state.ready, watch=state.watch)
+        run_until_stopped(options, report=state.report, when_ready=state.ready, watch=state.watch)
     except InferqError as error:
         print(f"inferq up: {error}", flush=True)  # noqa: T201 - this is its log
         state.send({"failed": error.message, "code": error.code})

@@ -19,7 +19,7 @@ FEW_DESCRIPTORS = 1024
 
 
 @dataclass(frozen=True)
-class Wish:
+class UpOptions:
     """The options of `inferq up`. `types` are checked names; a `port` of 0 takes a free one.
 
     Unless all types are `required`, those whose engines cannot start are left out.
@@ -31,8 +31,8 @@ class Wish:
     required: bool = True
 
 
-def keep_up(
-    wish: Wish,
+def run_until_stopped(
+    options: UpOptions,
     *,
     report: Callable[[Report], None],
     when_ready: Callable[[Plan], None],
@@ -44,22 +44,22 @@ def keep_up(
     `watch` may look for other reasons to stop. Call it on the main thread. Raises InferqError if the start fails;
     everything has stopped then.
     """
-    folder = DataFolder(wish.data)
+    folder = DataFolder(options.data)
     held = folder.hold()
     # Held until this process ends: when the folder is free, everything is gone.
-    asyncio.run(_keep_up(folder, held, wish, report, when_ready, watch))
+    asyncio.run(_run_until_stopped(folder, held, options, report, when_ready, watch))
 
 
-async def _keep_up(
+async def _run_until_stopped(
     folder: DataFolder,
     held: int,
-    wish: Wish,
+    options: UpOptions,
     report: Callable[[Report], None],
     when_ready: Callable[[Plan], None],
     watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None,
 ) -> None:
     limit = raise_descriptor_limit()  # the parts inherit it
-    plan = make_plan(folder, port=wish.port, types=wish.types, required=wish.required)
+    plan = make_plan(folder, port=options.port, types=options.types, required=options.required)
     if limit < FEW_DESCRIPTORS:
         plan = replace(plan, facts={**plan.facts, "open files": _few(limit)})
     supervisor = Supervisor(plan.parts, folder.logs, mark=secrets.token_hex(16), report=report, held=held)

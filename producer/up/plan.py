@@ -41,10 +41,10 @@ class Plan:
             return self
         parts = tuple(part for part in self.parts if part.name not in left_out)
         workers = [part.name.removeprefix(_WORKER) for part in parts if part.name.startswith(_WORKER)]
-        told = (
+        workers_text = (
             ", ".join(workers) + f" (left out: {', '.join(name.removeprefix(_WORKER) for name in left_out)})"
         )
-        return replace(self, parts=parts, facts={**self.facts, "workers": told})
+        return replace(self, parts=parts, facts={**self.facts, "workers": workers_text})
 
 
 def choose_types(names: str | None) -> tuple[str, ...]:

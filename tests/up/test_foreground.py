@@ -21,7 +21,7 @@ from inferq.schemas import InferqError
 
 part = Part("broker", sys.argv[2:], os.environ, lambda: "no answer", start_limit=5)
 foreground.make_plan = lambda folder, **_: Plan((part,) if sys.argv[2:] else (), {}, {})
-wish = foreground.Wish(Path(sys.argv[1]), 0, ())
+options = foreground.UpOptions(Path(sys.argv[1]), 0, ())
 
 
 def ready(plan):
@@ -29,7 +29,7 @@ def ready(plan):
 
 
 try:
-    foreground.keep_up(wish, report=lambda report: None, when_ready=ready)
+    foreground.run_until_stopped(options, report=lambda report: None, when_ready=ready)
 except InferqError as error:
     print(error.message.replace("\\n", " "), flush=True)
 """

@@ -20,7 +20,7 @@ from inferq.producer.client.sync_client import Client
 from inferq.producer.up import foreground
 from inferq.producer.up.detached import while_up
 from inferq.producer.up.folder import DataFolder
-from inferq.producer.up.foreground import Wish
+from inferq.producer.up.foreground import UpOptions
 from inferq.producer.up.plan import choose_types, http_ready, make_plan
 from inferq.producer.up.supervisor import PartFailed
 from inferq.schemas import InferqError, InstallationError
@@ -193,7 +193,7 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
 
 
 def test_while_up_lasts_as_long_as_its_block(data: Path, services: None) -> None:
-    with while_up(Wish(data, 0, ("echo",)), report=lambda report: None) as env:
+    with while_up(UpOptions(data, 0, ("echo",)), report=lambda report: None) as env:
         assert httpx.get(f"{env['INFERQ_API_URL']}/readyz").status_code == 200
         assert DataFolder(data).held()
     assert processes_of(data) == []
@@ -203,8 +203,8 @@ def test_while_up_lasts_as_long_as_its_block(data: Path, services: None) -> None
 def test_while_up_ends_with_its_process(data: Path, services: None) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from inferq.producer.up.detached import while_up; from inferq.producer.up.foreground import Wish\n"
-        "with while_up(Wish(Path(sys.argv[1]), 0, ('echo',)), report=lambda report: None):\n"
+        "from inferq.producer.up.detached import while_up; from inferq.producer.up.foreground import UpOptions\n"
+        "with while_up(UpOptions(Path(sys.argv[1]), 0, ('echo',)), report=lambda report: None):\n"
         "    print('up', flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(data)], stdout=subprocess.PIPE, text=True)
@@ -350,7 +350,7 @@ def test_the_log_of_a_part_cannot_control_the_terminal(
     def fail(*_about: object, **_more: object) -> None:
         raise PartFailed("worker-ocr ended\n    \x1b[2J (from its log)")
 
-    monkeypatch.setattr(foreground, "keep_up", fail)
+    monkeypatch.setattr(foreground, "run_until_stopped", fail)
     with pytest.raises(Exit):
         commands.up(tmp_path, port=0, types="echo")
     shown = capsys.readouterr().out
