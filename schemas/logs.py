@@ -14,7 +14,7 @@ PART_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def harmless(text: str, *, keep: str = "\n\t") -> str:
+def escape_control(text: str, *, keep: str = "\n\t") -> str:
     """The text with its control characters escaped as in JSON, except those in `keep`.
 
     Much of the text comes from others, and a terminal executes control sequences. Lone surrogates, which
@@ -34,17 +34,17 @@ class LineFormatter(logging.Formatter):
             record.exc_text = kept
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return harmless(super().formatMessage(record), keep="\t")
+        return escape_control(super().formatMessage(record), keep="\t")
 
     def formatException(self, ei: object) -> str:  # noqa: N802
-        return _below(super().formatException(ei))  # type: ignore[arg-type] # a private type
+        return _indented(super().formatException(ei))  # type: ignore[arg-type] # a private type
 
     def formatStack(self, stack_info: str) -> str:  # noqa: N802
-        return _below(super().formatStack(stack_info))
+        return _indented(super().formatStack(stack_info))
 
 
-def _below(lines: str) -> str:
-    return textwrap.indent(harmless(lines), "  ")
+def _indented(lines: str) -> str:
+    return textwrap.indent(escape_control(lines), "  ")
 
 
 def start_log(level: int | str = logging.INFO, *, form: str = PART_FORMAT) -> None:

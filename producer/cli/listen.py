@@ -14,7 +14,7 @@ from rich.text import Text
 from inferq.producer.cli.listener_settings import ListenSettings
 from inferq.producer.cli.output import JsonFlag, console, errors
 from inferq.schemas import InstallationError
-from inferq.schemas.logs import harmless
+from inferq.schemas.logs import escape_control
 from inferq.storage.webhook_secrets import WebhookSecrets, WebhookSettings
 
 app = typer.Typer()
@@ -58,7 +58,7 @@ def listen(
         with lock:
             if as_json:
                 facts = vars(heard) | {"verified": heard.verified}
-                sys.stdout.write(harmless(json.dumps(facts, ensure_ascii=False)) + "\n")
+                sys.stdout.write(escape_control(json.dumps(facts, ensure_ascii=False)) + "\n")
                 sys.stdout.flush()
                 return
             word = "verified" if heard.verified else f"NOT VERIFIED ({heard.fault})"
@@ -67,7 +67,7 @@ def listen(
             answer = "" if heard.answered < 300 else f", answered {heard.answered}"
             line = f"{heard.type} {heard.subject_id}{number} {word}{answer} {heard.webhook_id}"
             # Anyone may have sent it: a line feed in it could forge a line that says "verified".
-            console.print(Text(harmless(line, keep="")), soft_wrap=True)
+            console.print(Text(escape_control(line, keep="")), soft_wrap=True)
 
     listener = Listener(show, secrets=secrets, host=host, port=port, fail=fail, status=status)
     errors.print(f"listening; submit with: --callback {listener.url}", soft_wrap=True)

@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from inferq.schemas.logs import harmless
+from inferq.schemas.logs import escape_control
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -31,7 +31,7 @@ class _Harmless(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=harmless(segment.text))
+            yield segment if segment.control else segment._replace(text=escape_control(segment.text))
 
 
 console: Console = _Harmless()
@@ -43,7 +43,7 @@ _PIPE_WIDTH = 10_000
 
 def print_json(value: Any) -> None:
     """Print one JSON document without colours, wrapping or shortening."""
-    text = harmless(json.dumps(_plain(value), ensure_ascii=False, indent=2))
+    text = escape_control(json.dumps(_plain(value), ensure_ascii=False, indent=2))
     if not _can_print(text):
         text = json.dumps(_plain(value), indent=2)
     sys.stdout.write(text + "\n")
@@ -107,7 +107,7 @@ def _cell(value: object) -> Text:
     """A cell as Text, because rich reads brackets in a str as a style. Escaped, so that its width is right."""
     if isinstance(value, datetime):
         return Text(f"{value.astimezone():%Y-%m-%d %H:%M:%S}")
-    return Text("" if value is None else harmless(str(value)))
+    return Text("" if value is None else escape_control(str(value)))
 
 
 def complain(error: BaseException | str) -> None:
