@@ -119,8 +119,8 @@ class Slice:
         self._state: BatchState | None = None
         self.reached = 0  # the highest line that may have been fed before this slice
         self._stall: Stall | None = None
-        self._kept = time.monotonic()
-        self._asked = time.monotonic()
+        self._renewed_at = time.monotonic()
+        self._cancel_checked_at = time.monotonic()
 
     def run(self) -> Next:
         """Feed until the slice ends."""
@@ -140,7 +140,7 @@ class Slice:
             case "another" | "held":
                 return GoOn(self.cursor, _HELD_DELAY)
         try:
-            return self._settled(batch)
+            return self._prepare_and_feed(batch)
         except LeaseLost:
             return GoOn(self.cursor, _HELD_DELAY)
         except IndexLost:
@@ -150,7 +150,7 @@ class Slice:
             with suppress(Outage):
                 services.index.release(*self.name, self._token)
 
-    def _settled(self, batch: Batch) -> Next:
+    def _prepare_and_feed(self, batch: Batch) -> Next:
         services = self.services
         cancelled = services.batches.cancel_requested(*self.name)
         if services.batches.source(*self.name) is None:
@@ -160,7 +160,7 @@ class Slice:
         try:
             source = services.sources.settle(batch, self._go_on_settling)
             self._open(batch, source, cancelled=cancelled)
-            return self._fed(batch, source)
+            return self._feed_slice(batch, source)
         except _CancelledEarly:
             return Assemble()
         except SourceUnusable as error:
@@ -188,7 +188,7 @@ class Slice:
             *self.name, token=self._token, line=line, offset=offset, total=source.total, cancelled=cancelled
         )
 
-    def _fed(self, batch: Batch, source: BatchSource) -> Next:
+    def _feed_slice(self, batch: Batch, source: BatchSource) -> Next:
         services = self.services
         step = self.step()
         looked, pause = step.ended, _LOOK_SECONDS
@@ -284,15 +284,15 @@ class Slice:
     def _go_on_settling(self) -> None:
         """Renew the lease and check for a cancel, if due."""
         now = time.monotonic()
-        if now - self._asked >= self.services.pauses.cancel_look:
-            self._asked = now
+        if now - self._cancel_checked_at >= self.services.pauses.cancel_look:
+            self._cancel_checked_at = now
             # From the object store: Redis has no record of the batch before its lines are counted.
             with suppress(Outage):
                 if self.services.batches.cancel_requested(*self.name):
                     raise _CancelledEarly
         # While Redis is unavailable, no other slice can take the lease.
-        if now - self._kept > self.services.settings.batch_lease / 4:
-            self._kept = now
+        if now - self._renewed_at > self.services.settings.batch_lease / 4:
+            self._renewed_at = now
             with suppress(Outage):
                 self._renew()
 

@@ -138,12 +138,12 @@ class Delivery:
 
     def _send(self, job: Job) -> Sent:
         try:
-            return self._signed(job.callback)
+            return self._sign_and_send(job.callback)
         except Exception as error:
             _log.exception("%s: internal error during an attempt", job.callback.callback_id)
             return _unsent(_internal(error))
 
-    def _signed(self, callback: Callback) -> Sent:
+    def _sign_and_send(self, callback: Callback) -> Sent:
         try:
             secrets = self.secrets.of(callback.tenant)
         except InferqError as error:
