@@ -1,7 +1,8 @@
 """One delivery from its arrival to its acknowledgement.
 
-The story: parse → gather the facts → decide → compute → record → ack. Beside it stand `computation` (inputs and
-engine), `records` (what is made), `endings` (how an end is recorded and reported), and `refusal`.
+The story: parse → gather the facts → decide → compute → record → ack. Beside it stand `preparation` (the facts, and
+the beginning of the run), `computation` (inputs and engine), `records` (what is made), `endings` (how an end is
+recorded and reported), and `refusal`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,17 +21,14 @@ from typing import Literal
 
 from inferq.broker import Consumer, Delivery
 from inferq.consumers.runtime.messages import Done, FileRef
-from inferq.consumers.runtime.process import LOOK_SECONDS, EngineDied, RunAborted
+from inferq.consumers.runtime.process import EngineDied, RunAborted
 from inferq.consumers.worker.computation import Computation
 from inferq.consumers.worker.decision import (
-    LEASE_SECONDS,
-    TAKE_OVER_SECONDS,
     AlreadyDone,
     Cancel,
     DeadLetter,
     Defer,
     Expire,
-    Facts,
     Retry,
     Run,
     WaitForOtherRun,
@@ -44,6 +40,7 @@ from inferq.consumers.worker.decision import (
 from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
+from inferq.consumers.worker.preparation import Preparation, failed_to_fetch
 from inferq.consumers.worker.records import Records
 from inferq.consumers.worker.refusal import refuse_after_fault, refuse_unreadable, worker_fault
 from inferq.consumers.worker.services import GracePassed, WorkerServices
@@ -71,8 +68,6 @@ Outcome = Literal[
 is a task that waits for a worker of another version; `duplicate` is a copy that waits while another run of its task is
 in progress."""
 
-_CONNECTION_LOST = "its connection was lost"
-
 
 class TaskRun:
     """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
@@ -95,10 +90,13 @@ class TaskRun:
             delivery, lane, type_name=services.task_type.name, worker=services.settings.worker_name
         )
         self._endings = Endings(services)
-        self._started_at = datetime.now(UTC)
+        self._arrived_at = datetime.now(UTC)
         self._digest = ""
-        self._begun: Computation | None = None
-        self._has_task_lease = False
+        self._preparation: Preparation | None = None
+
+    @property
+    def _started_at(self) -> datetime:
+        return self._arrived_at if self._preparation is None else self._preparation.started_at
 
     def complete(self) -> None:
         """Do everything that this delivery needs, and settle it."""
@@ -117,8 +115,8 @@ class TaskRun:
             outcome, why = ("failed" if refused else "given_back"), "it failed unexpectedly"
         self._engine_lease.release()
         if outcome == "given_back":
-            if self._begun is not None:
-                self._begun.release_run()
+            if self._preparation is not None:
+                self._preparation.release_run()
             self._consumer.requeue(self._delivery)
             _log.info("%s: requeued: %s", self._records.name, why)
         else:
@@ -170,7 +168,7 @@ class TaskRun:
                 )
                 return "failed"
 
-    # Before the run: gather the facts, and decide.
+    # Before the run.
 
     def _decide(self, task: Task) -> Outcome:
         services, delivery = self._services, self._delivery
@@ -180,44 +178,21 @@ class TaskRun:
             services, self._consumer, self._engine_lease, delivery, task,
             run=self._token, scratch=self._scratch, notifier=self._endings.notifier,
         )  # fmt: skip
-        facts = Facts(
-            task=task,
-            digest=self._digest,
-            type_name=services.task_type.name,
-            redrives=delivery.redrives,
-            now=self._started_at,
-            deliveries=delivery.deliveries,
-        )
-        # A download must not keep the engine from a task that is ready for it.
-        fetches_first = services.settings.take_ahead and bool(task.inputs())
-        if not fetches_first and self._engine_lease.acquire():
-            # The engine reads the task, and the store is asked, while Redis answers.
-            facts, fetched = self._gather_and_fetch(facts, computation, self._begin(task, computation))
-        else:
-            # The run begins once the engine is this task's. Everything that needs no engine is done before.
-            self._engine_lease.step_aside()
-            facts, fetched = self._gather_and_fetch(facts, computation, lambda facts: facts)
-            if isinstance(before_run(facts), Run) and not _failed_to_fetch(fetched):
-                self._await_engine(computation)
-            self._started_at = datetime.now(UTC)
-            facts = self._begin(task, computation)(replace(facts, now=self._started_at))
-            if facts.ended is None and facts.orphaned_runs is None:
-                # The index did not count the run: another copy of the task may have ended meanwhile.
-                facts = replace(facts, ended=self._endings.load(task.tenant, task.task_id))
-        if facts.other_run and delivery.redelivered and facts.ended is None:
-            facts = self._watch_other_run(facts, computation)
+        preparation = self._preparation = Preparation(
+            services, self._consumer, self._engine_lease, delivery, computation,
+            task=task, digest=self._digest, run=self._token, endings=self._endings,
+            started_at=self._started_at,
+        )  # fmt: skip
+        facts, fetched = preparation.facts()
         verdict = before_run(facts)
         if not isinstance(verdict, Run):
             self._engine_lease.release()
         match verdict:
             case Run():
-                if not (
-                    self._engine_lease.held or _failed_to_fetch(fetched) or self._await_engine(computation)
-                ):
+                if not (self._engine_lease.held or failed_to_fetch(fetched) or preparation.await_engine()):
                     return self._cancelled(task)
-                if not self._consumer.holds(delivery):
-                    raise NotStarted(_CONNECTION_LOST)  # another worker may have begun it
-                if not self._has_task_lease:
+                preparation.require_message()  # another worker may have begun it
+                if not preparation.has_task_lease:
                     services.metrics.unleased_runs.labels(task.task_type).inc()
                 self._endings.notifier.started(
                     task, attempt=delivery.attempt, redrives=delivery.redrives, at=self._started_at
@@ -243,88 +218,6 @@ class TaskRun:
                 return "failed"
             case DeadLetter() as dead_letter:
                 return self._dead_letter(task, dead_letter)
-
-    def _begin(self, task: Task, computation: Computation) -> Callable[[Facts], Facts]:
-        """Record in the status index that a run begins. Returns a function that adds the index's reply."""
-        services, delivery = self._services, self._delivery
-        reply = None
-        if task.task_type == services.task_type.name:
-            first, self._begun = self._begun is None, computation
-            reply = services.best_effort(
-                partial(
-                    services.status.begin_pipelined,
-                    task,
-                    attempt=delivery.attempt,
-                    redrives=delivery.redrives,
-                    worker=services.settings.worker_name,
-                    started_at=self._started_at,
-                    digest=self._digest,
-                    run=self._token,
-                    silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
-                )
-            )
-            if first and self._engine_lease.held:
-                self._engine_lease.engine.prepare(delivery.body.decode())
-
-        def with_record(facts: Facts) -> Facts:
-            begun = services.call_or_skip(reply) if reply else None
-            if begun is None:
-                return replace(facts, other_run="")
-            self._has_task_lease = not begun.other_run
-            return replace(
-                facts,
-                recorded_digest=begun.digest,
-                cancel_requested=begun.cancel_requested,
-                orphaned_runs=begun.orphaned_runs,
-                other_run=begun.other_run,
-            )
-
-        return with_record
-
-    def _watch_other_run(self, facts: Facts, computation: Computation) -> Facts:
-        """Look again until the other run gives a sign of life, or is silent for so long that this one begins.
-
-        The message was redelivered: the worker of the other run was killed, or it lost its connection and goes on.
-        """
-        task, seen = facts.task, facts.other_run
-        while facts.other_run == seen:
-            if not self._consumer.holds(self._delivery):
-                raise NotStarted(_CONNECTION_LOST)
-            self._services.sleep(LOOK_SECONDS, self._services.unless_stopping)
-            self._started_at = datetime.now(UTC)
-            facts = self._begin(task, computation)(replace(facts, now=self._started_at))
-        # It may have ended meanwhile.
-        return replace(facts, ended=self._endings.load(task.tenant, task.task_id))
-
-    def _gather_and_fetch(
-        self, facts: Facts, computation: Computation, with_record: Callable[[Facts], Facts]
-    ) -> tuple[Facts, Future[Inputs] | None]:
-        """Add an earlier result and `with_record` to the facts, and fetch the inputs at the same time.
-
-        Mostly there is no earlier result. The inputs are None if there are none, or if no run will need them.
-        """
-        task = facts.task
-        load = partial(self._endings.load, task.tenant, task.task_id)
-        if not task.inputs():
-            # Another thread would cost a small task more than it saves.
-            ended = load()
-            return replace(with_record(facts), ended=ended), None
-        looked_up = self._services.in_background(load)
-        facts = with_record(facts)
-        fetched = computation.fetch_early() if isinstance(before_run(facts), Run) else None
-        return replace(facts, ended=looked_up.result()), fetched
-
-    def _await_engine(self, computation: Computation) -> bool:
-        """Wait until the engine is held; False if the task is cancelled first. Raises NotStarted."""
-        while True:
-            if self._services.stopping:
-                raise NotStarted("the worker is stopping")
-            if not self._consumer.holds(self._delivery):
-                raise NotStarted(_CONNECTION_LOST)
-            if self._engine_lease.acquire(LOOK_SECONDS):
-                return True
-            if computation.abort_reason() == "cancelled":
-                return False
 
     # The run.
 
@@ -497,8 +390,3 @@ class TaskRun:
             return
         except OSError:
             shutil.rmtree(self._scratch, ignore_errors=True)
-
-
-def _failed_to_fetch(fetched: Future[Inputs] | None) -> bool:
-    """Whether the inputs were fetched early and that failed: the engine is not needed to say so."""
-    return fetched is not None and fetched.exception() is not None

@@ -1,0 +1,183 @@
+"""What comes before a run: gathers the facts, fetches inputs early, and records that the run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+
+from inferq.broker import Consumer, Delivery
+from inferq.consumers.runtime.process import LOOK_SECONDS
+from inferq.consumers.worker.computation import Computation
+from inferq.consumers.worker.decision import LEASE_SECONDS, TAKE_OVER_SECONDS, Facts, Run, before_run
+from inferq.consumers.worker.endings import Endings
+from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
+from inferq.consumers.worker.inputs import Inputs
+from inferq.consumers.worker.services import WorkerServices
+from inferq.schemas import Task
+
+
+class Preparation:
+    """Prepares one run; `run` is its token.
+
+    `started_at` is the time of the run's latest beginning. `has_task_lease` says whether the status index gave the
+    run the lease of its task.
+    """
+
+    def __init__(
+        self,
+        services: WorkerServices,
+        consumer: Consumer,
+        engine_lease: EngineLease,
+        delivery: Delivery,
+        computation: Computation,
+        *,
+        task: Task,
+        digest: str,
+        run: str,
+        endings: Endings,
+        started_at: datetime,
+    ) -> None:
+        self._services = services
+        self._consumer = consumer
+        self._engine_lease = engine_lease
+        self._delivery = delivery
+        self._computation = computation
+        self._task = task
+        self._digest = digest
+        self._run = run
+        self._load_end = partial(endings.load, task.tenant, task.task_id)
+        self._begun = False
+        self.started_at = started_at
+        self.has_task_lease = False
+
+    def facts(self) -> tuple[Facts, Future[Inputs] | None]:
+        """The facts that decide whether to run, and the inputs if they were fetched early.
+
+        Raises NotStarted, GracePassed and UnreadableResult.
+        """
+        services, task, delivery = self._services, self._task, self._delivery
+        facts = Facts(
+            task=task,
+            digest=self._digest,
+            type_name=services.task_type.name,
+            redrives=delivery.redrives,
+            now=self.started_at,
+            deliveries=delivery.deliveries,
+        )
+        # A download must not keep the engine from a task that is ready for it.
+        fetches_first = services.settings.take_ahead and bool(task.inputs())
+        if not fetches_first and self._engine_lease.acquire():
+            # The engine reads the task, and the store is asked, while Redis answers.
+            facts, fetched = self._gather_and_fetch(facts, self._begin())
+        else:
+            # The run begins once the engine is this task's. Everything that needs no engine is done before.
+            self._engine_lease.step_aside()
+            facts, fetched = self._gather_and_fetch(facts, lambda facts: facts)
+            if isinstance(before_run(facts), Run) and not failed_to_fetch(fetched):
+                self.await_engine()
+            facts = self._begin_now(facts)
+            if facts.ended is None and facts.orphaned_runs is None:
+                # The index did not count the run: another copy of the task may have ended meanwhile.
+                facts = replace(facts, ended=self._load_end())
+        if facts.other_run and delivery.redelivered and facts.ended is None:
+            facts = self._watch_other_run(facts)
+        return facts, fetched
+
+    def await_engine(self) -> bool:
+        """Wait until the engine is held; False if the task is cancelled first. Raises NotStarted."""
+        while True:
+            if self._services.stopping:
+                raise NotStarted("the worker is stopping")
+            self.require_message()
+            if self._engine_lease.acquire(LOOK_SECONDS):
+                return True
+            if self._computation.abort_reason() == "cancelled":
+                return False
+
+    def require_message(self) -> None:
+        """Raises NotStarted if RabbitMQ may give the message to another worker."""
+        if not self._consumer.holds(self._delivery):
+            raise NotStarted("its connection was lost")
+
+    def release_run(self) -> None:
+        """Say that the run is not orphaned, if it has begun."""
+        if self._begun:
+            self._computation.release_run()
+
+    def _begin_now(self, facts: Facts) -> Facts:
+        self.started_at = datetime.now(UTC)
+        return self._begin()(replace(facts, now=self.started_at))
+
+    def _begin(self) -> Callable[[Facts], Facts]:
+        """Record in the status index that a run begins. Returns a function that adds the index's reply."""
+        services, task, delivery = self._services, self._task, self._delivery
+        reply = None
+        if task.task_type == services.task_type.name:
+            first, self._begun = not self._begun, True
+            reply = services.best_effort(
+                partial(
+                    services.status.begin_pipelined,
+                    task,
+                    attempt=delivery.attempt,
+                    redrives=delivery.redrives,
+                    worker=services.settings.worker_name,
+                    started_at=self.started_at,
+                    digest=self._digest,
+                    run=self._run,
+                    silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
+                )
+            )
+            if first and self._engine_lease.held:
+                self._engine_lease.engine.prepare(delivery.body.decode())
+
+        def with_record(facts: Facts) -> Facts:
+            begun = services.call_or_skip(reply) if reply else None
+            if begun is None:
+                return replace(facts, other_run="")
+            self.has_task_lease = not begun.other_run
+            return replace(
+                facts,
+                recorded_digest=begun.digest,
+                cancel_requested=begun.cancel_requested,
+                orphaned_runs=begun.orphaned_runs,
+                other_run=begun.other_run,
+            )
+
+        return with_record
+
+    def _watch_other_run(self, facts: Facts) -> Facts:
+        """Look again until the other run gives a sign of life, or is silent for so long that this one begins.
+
+        The message was redelivered: the worker of the other run was killed, or it lost its connection and goes on.
+        """
+        seen = facts.other_run
+        while facts.other_run == seen:
+            self.require_message()
+            self._services.sleep(LOOK_SECONDS, self._services.unless_stopping)
+            facts = self._begin_now(facts)
+        # It may have ended meanwhile.
+        return replace(facts, ended=self._load_end())
+
+    def _gather_and_fetch(
+        self, facts: Facts, with_record: Callable[[Facts], Facts]
+    ) -> tuple[Facts, Future[Inputs] | None]:
+        """Add an earlier result and `with_record` to the facts, and fetch the inputs at the same time.
+
+        Mostly there is no earlier result. The inputs are None if there are none, or if no run will need them.
+        """
+        if not facts.task.inputs():
+            # Another thread would cost a small task more than it saves.
+            ended = self._load_end()
+            return replace(with_record(facts), ended=ended), None
+        looked_up = self._services.in_background(self._load_end)
+        facts = with_record(facts)
+        fetched = self._computation.fetch_early() if isinstance(before_run(facts), Run) else None
+        return replace(facts, ended=looked_up.result()), fetched
+
+
+def failed_to_fetch(fetched: Future[Inputs] | None) -> bool:
+    """Whether the inputs were fetched early and that failed: the engine is not needed to say so."""
+    return fetched is not None and fetched.exception() is not None
