@@ -11,6 +11,9 @@ from __future__ import annotations
 import logging
 import secrets
 
+EXIT_NOT_INSTALLED = 78
+"""The exit status of a command that misses a package: `EX_CONFIG` of sysexits.h. A restart does not help."""
+
 
 class InferqError(Exception):
     """The root of all errors that inferq raises.
@@ -52,6 +55,11 @@ class InstallationError(InferqError):
     """What is installed or configured on this machine cannot work; the message says what to change."""
 
     code = "installation"
+
+    @property
+    def exit_status(self) -> int:
+        """The status of a command that this error ends: EXIT_NOT_INSTALLED if a package is missing, else 1."""
+        return EXIT_NOT_INSTALLED if self.code == "engine_not_installed" else 1
 
 
 def report_incident(log: logging.Logger, what: str, error: BaseException) -> str:

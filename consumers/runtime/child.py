@@ -109,6 +109,8 @@ def _serve(task_type: TaskType, pipe: Channel) -> None:
         else:
             _log.exception("engine %s cannot be loaded", task_type.engine)
             code, message = "engine_load_failed", f"{type(error).__name__}: {error}"
+            if isinstance(error, ImportError):
+                code = "engine_not_installed"
         permanent = isinstance(error, InstallationError | ImportError)
         if out_of_memory(error):  # another process may hold the memory for now
             code, permanent = "out_of_memory", False

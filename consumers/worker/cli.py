@@ -61,7 +61,7 @@ def _check_engine(task_type: TaskType) -> None:
         raise InstallationError(
             f"the {task_type.name} engine cannot be imported: {error}; "
             f"install its packages: pip install '{task_type.distribution}[{task_type.name}]'",
-            code="engine_load_failed",
+            code="engine_not_installed",
         ) from error
     if task_type.settings is not None:
         task_type.settings.load()

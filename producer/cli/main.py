@@ -12,7 +12,7 @@ import typer
 from inferq.producer.cli.output import complain, escape_unprintable
 from inferq.producer.cli.parts import LazyGroup
 from inferq.producer.client.errors import Unauthorized
-from inferq.schemas import InferqError
+from inferq.schemas import InferqError, InstallationError
 from inferq.schemas.logs import LineFormatter
 from inferq.schemas.standard_streams import open_standard_streams
 
@@ -42,7 +42,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. An expected error is one line on standard error, and exit status 1."""
+    """Run the command line. An expected error is one line on standard error, and exit status 1.
+
+    A missing package is EXIT_NOT_INSTALLED.
+    """
     open_standard_streams()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     escape_unprintable()
@@ -53,7 +56,7 @@ def main() -> None:
     except InferqError as error:
         refused = isinstance(error, Unauthorized)
         complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)
-        sys.exit(1)
+        sys.exit(error.exit_status if isinstance(error, InstallationError) else 1)
     except UnicodeEncodeError as error:  # an argument, such as an id, or a name that comes from one
         complain(f"{error.object!r} is not UTF-8: give it in UTF-8")
         sys.exit(1)

@@ -36,7 +36,7 @@ def up(
     types: Annotated[
         str | None,
         typer.Option(
-            help="Task types to start a worker for, separated by commas (default: all whose engines can start)."
+            help="Task types to start a worker for, separated by commas (default: all whose engines are installed)."
         ),
     ] = None,
     detach: Annotated[
@@ -134,6 +134,9 @@ class _Screen:
                 self._line(f"  {name} {report.text}", f"and starts again in {report.seconds:.1f} s")
             case "failing":
                 self._line(f"  {name} keeps failing: it {report.text}; still retrying", style="red")
+            case "late":
+                self._starting = [each for each in self._starting if each != name]
+                self._line(f"  {name} is not ready yet: it {report.text}; still retrying", style="red")
             case "left out":
                 self._starting = [each for each in self._starting if each != name]
                 self._line(f"  {name} is left out: it {report.text}", style="red")

@@ -72,7 +72,7 @@ async def _run_until_stopped(
     if watch is not None:
         watch(loop, supervisor)
     try:
-        await supervisor.run(lambda: when_ready(plan.without(supervisor.left_out)))
+        await supervisor.run(lambda: when_ready(plan.without(supervisor.left_out, late=supervisor.late)))
     except PartFailed as error:
         if limit < FEW_DESCRIPTORS:
             raise PartFailed(

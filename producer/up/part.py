@@ -27,8 +27,9 @@ class Part:
     `env` is its whole environment. `probe` checks once, within a second or two, whether it works, and gives
     the reason if it does not, or None. `needs` names the parts that must be ready before it starts. Parts are
     stopped by ascending `stop_rank`, those of one rank together. `grace` and `start_limit` are in seconds.
-    A `gentle` part is asked to stop even if its supervisor was killed; all others are killed with it. Without an
-    `optional` part that does not become ready at first, the others start all the same.
+    A `gentle` part is asked to stop even if its supervisor was killed; all others are killed with it. The others do
+    not wait for an `optional` part that does not become ready at first. It is not started again if it ends with
+    EXIT_NOT_INSTALLED.
     """
 
     name: str

@@ -35,16 +35,22 @@ class Plan:
     variables: Mapping[str, str]
     facts: Mapping[str, str]
 
-    def without(self, left_out: Sequence[str]) -> Plan:
-        """The plan without the parts that were left out."""
-        if not left_out:
+    def without(self, left_out: Sequence[str], *, late: Sequence[str] = ()) -> Plan:
+        """The plan without the parts that were left out. Its facts name these, and those that are not ready yet."""
+        if not left_out and not late:
             return self
         parts = tuple(part for part in self.parts if part.name not in left_out)
-        workers = [part.name.removeprefix(_WORKER) for part in parts if part.name.startswith(_WORKER)]
-        workers_text = (
-            ", ".join(workers) + f" (left out: {', '.join(name.removeprefix(_WORKER) for name in left_out)})"
-        )
+        ready = [part.name for part in parts if part.name.startswith(_WORKER) and part.name not in late]
+        workers_text = _types(ready)
+        if late:
+            workers_text += f"; not ready yet, still retrying: {_types(late)}"
+        if left_out:
+            workers_text += f"; left out, not installed: {_types(left_out)}"
         return replace(self, parts=parts, facts={**self.facts, "workers": workers_text})
+
+
+def _types(workers: Sequence[str]) -> str:
+    return ", ".join(name.removeprefix(_WORKER) for name in workers)
 
 
 def choose_types(names: str | None) -> tuple[str, ...]:
@@ -69,7 +75,7 @@ def choose_types(names: str | None) -> tuple[str, ...]:
 def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: bool = True) -> Plan:
     """Prepare `folder` (which the caller holds) for the gateway on `port` and a worker for each type.
 
-    Unless all workers are `required`, those that cannot start are optional parts.
+    Unless all workers are `required`, they are optional parts.
     A `port` of 0 takes a free one and keeps it. If the environment names a broker, a Redis or an object store, that
     one is used instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """

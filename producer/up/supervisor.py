@@ -18,10 +18,11 @@ from inferq.producer.up import orphan_reaper
 from inferq.producer.up.part import Part
 from inferq.producer.up.process import last_lines, set_aside, spawn
 from inferq.schemas import InferqError
+from inferq.schemas.errors import EXIT_NOT_INSTALLED
 
 LOG_LOOK_SECONDS = 60.0
 
-Stage = Literal["starting", "ready", "ended", "failing", "left out", "stopping"]
+Stage = Literal["starting", "ready", "late", "ended", "failing", "left out", "stopping"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self.left_out: list[str] = []
-        """The optional parts that do not run, by name."""
+        """The optional parts that do not run because something is not installed, by name."""
+        self.late: list[str] = []
+        """The optional parts that are not ready yet and did not delay the others, by name."""
 
     def request_stop(self) -> None:
         if self._stop.is_set():
@@ -108,6 +111,7 @@ class Supervisor:
         """Start everything, call `when_ready`, and return once all has been stopped.
 
         Raises PartFailed if a part does not become ready, or none of the optional ones; everything has stopped then.
+        It does not wait for an optional part that is `late`, which is still retried, or that is `left_out`.
         `when_ready` is not called if a stop was requested first.
         """
         self._reaper = _start_reaper(self._mark, self._held)
@@ -150,19 +154,21 @@ class Supervisor:
         ends = 0
         while True:
             reason, worked = await self._live(part)
+            missing = part.optional and self._exit_code(part) == EXIT_NOT_INSTALLED
             if part.name in self._running and (part.optional or self._ready[part.name].is_set()):
                 await self._end(part.name)
-            if not self._ready[part.name].is_set():
-                if not self._is_dispensable(part):
-                    raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
-                self.left_out.append(part.name)
-                self._report(Report(part.name, "left out", f"{reason}\n{self._excerpt(part)}"))
-                self._ready[part.name].set()  # the others are ready without it
+            first = not self._ready[part.name].is_set()
+            if first and not self._is_dispensable(part):
+                raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
+            if missing and (first or part.name in self.late):
+                self._give_up(part, reason)
                 await self._stop.wait()
                 return
             ends = 1 if worked > self._backoff.steady else ends + 1
             delay = self._backoff.delay(ends)
-            if ends < self._backoff.patience:
+            if first:
+                self._go_on_without(part, reason)
+            elif ends < self._backoff.patience:
                 self._report(Report(part.name, "ended", reason, delay))
             elif ends == self._backoff.patience:
                 self._report(Report(part.name, "failing", f"{reason}\n{self._excerpt(part)}", delay))
@@ -170,12 +176,29 @@ class Supervisor:
 
     def _is_dispensable(self, part: Part) -> bool:
         optional = {name for name, each in self._parts.items() if each.optional}
-        return part.optional and bool(optional - {part.name, *self.left_out})
+        return part.optional and bool(optional - {part.name, *self.left_out, *self.late})
+
+    def _give_up(self, part: Part, reason: str) -> None:
+        self.late = [name for name in self.late if name != part.name]
+        self.left_out.append(part.name)
+        self._report(Report(part.name, "left out", f"{reason}\n{self._excerpt(part)}"))
+        self._ready[part.name].set()
+
+    def _go_on_without(self, part: Part, reason: str) -> None:
+        """Let the others be ready while this part, which may be loading a model, is still tried."""
+        self.late.append(part.name)
+        self._report(Report(part.name, "late", f"{reason}\n{self._excerpt(part)}"))
+        self._ready[part.name].set()
+
+    def _exit_code(self, part: Part) -> int | None:
+        running = self._running.get(part.name)
+        return running.process.returncode if running is not None and running.ended.is_set() else None
 
     async def _live(self, part: Part) -> tuple[str, float]:
-        """Run a part once, until its process ends or does not become ready.
+        """Run a part once, until its process ends or does not become ready in time.
 
-        Gives the reason, and for how many seconds it was ready.
+        Gives the reason, and for how many seconds it was ready. An optional part that starts late has no time limit:
+        a worker itself restarts an engine that does not load.
         """
         try:
             running = self._start(part)
@@ -186,11 +209,16 @@ class Supervisor:
         while (reason := await asyncio.to_thread(part.probe)) is not None or running.ended.is_set():
             if running.ended.is_set():
                 return _how_it_ended(running.process), 0
-            if time.monotonic() > end:
-                return f"was not ready within {part.start_limit:.0f} s ({reason})", 0
+            if time.monotonic() > end and part.name not in self.late:
+                late = f"was not ready within {part.start_limit:.0f} s ({reason})"
+                if self._ready[part.name].is_set() or not self._is_dispensable(part):
+                    return late, 0
+                self._go_on_without(part, late)
+                continue
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(running.ended.wait(), 0.1)
         self._ready[part.name].set()
+        self.late = [name for name in self.late if name != part.name]
         ready_since = time.monotonic()
         self._report(Report(part.name, "ready", seconds=ready_since - running.since))
         await running.ended.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -17,7 +18,8 @@ from rich.text import Text
 
 from inferq.consumers.weights.cache import WeightsCache, WeightsSettings
 from inferq.producer.cli import output
-from inferq.schemas import InstallationError
+from inferq.schemas import InferqError, InstallationError
+from inferq.schemas.errors import EXIT_NOT_INSTALLED
 
 EVIL = "a\x1b]0;title\x07\x9b31mb\x7f\udcff"
 
@@ -100,6 +102,28 @@ def test_what_does_not_fit_is_told_field_by_field(
 def test_a_pipe_is_given_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_records(["callback", "id", "last", "url"], [ROW, ROW])
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InstallationError("pip install 'inferq[ocr]'", code="engine_not_installed"), EXIT_NOT_INSTALLED),
+        (InstallationError("no such GPU", code="device_unavailable"), 1),
+        (InferqError("the gateway does not answer"), 1),
+    ],
+)
+def test_a_missing_package_has_an_exit_status_of_its_own(
+    error: InferqError, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    main = importlib.import_module("inferq.producer.cli.main")  # the package has its function under this name
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(main, "open_standard_streams", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == status
 
 
 def run_cli(*arguments: str | bytes, **environment: str) -> tuple[int, str, str]:

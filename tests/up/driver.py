@@ -1,6 +1,6 @@
 """A supervisor over dummy parts, in a process of its own: `driver.py FOLDER MARK PARTS`, PARTS as JSON.
 
-It prints one JSON line for each report, `{"ready": true}`, and `{"failed": MESSAGE}`.
+It prints one JSON line for each report, `{"ready": true, …}`, and `{"failed": MESSAGE}`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ async def main() -> int:
         asyncio.get_running_loop().add_signal_handler(number, driven.request_stop)
     say(armed=True)
     try:
-        await driven.run(lambda: say(ready=True))
+        await driven.run(lambda: say(ready=True, left_out=driven.left_out, late=driven.late))
     except PartFailed as error:
         say(failed=str(error))
         return 1

@@ -17,6 +17,7 @@ import pytest
 from inferq.producer.up import orphan_reaper
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.supervisor import Backoff
+from inferq.schemas.errors import EXIT_NOT_INSTALLED
 from tests.waiting import eventually
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -224,20 +225,37 @@ def test_start_fails_when_a_part_is_never_ready(driven: Driven) -> None:
     assert driven.left() == []
 
 
-def test_optional_part_that_cannot_start_is_left_out(driven: Driven) -> None:
+def test_optional_part_that_is_not_installed_is_left_out(driven: Driven) -> None:
     driven.start(
-        {"name": "ocr", "optional": True, "options": {"fails": 1}},
-        {"name": "ner", "optional": True, "limit": 0.2, "options": {"never": 1}},
+        {"name": "ocr", "optional": True, "options": {"fails": EXIT_NOT_INSTALLED}},
         {"name": "echo", "optional": True},
     )
-    driven.read_until("ready")
+    assert driven.read_until("ready") == {"ready": True, "left_out": ["ocr"], "late": []}
     reports = {m["part"]: m["text"] for m in driven.messages if m.get("stage") == "left out"}
-    assert reports["ocr"].startswith("ended with exit code 1\n    ocr cannot find its weights")
-    assert reports["ner"].startswith("was not ready within")
+    assert reports["ocr"].startswith("ended with exit code 78\n    ocr cannot find its weights")
     eventually(lambda: len(driven.left()) == 1, "only the part that works")
     driven.process.send_signal(signal.SIGTERM)
     assert driven.finish() == 0
     assert driven.journal().count("start ocr") == 1
+    assert driven.left() == []
+
+
+def test_optional_part_that_fails_for_now_is_retried_and_delays_nothing(driven: Driven) -> None:
+    driven.start(
+        {"name": "ocr", "optional": True, "options": {"fails": 1, "failures": 2}},
+        {"name": "ner", "optional": True, "limit": 0.2, "options": {"loading": 2}},
+        {"name": "echo", "optional": True, "options": {"loading": 0.6}},
+    )
+    ready = driven.read_until("ready")
+    assert (ready["left_out"], "ner" in ready["late"]) == ([], True)
+    reports = {m["part"]: m["text"] for m in driven.messages if m.get("stage") == "late"}
+    assert reports["ocr"].startswith("ended with exit code 1\n    ocr cannot find its weights")
+    assert reports["ner"].startswith("was not ready within 0 s")
+    driven.read_stage("ner", "ready")
+    assert any((m.get("part"), m.get("stage")) == ("ocr", "ready") for m in driven.messages)
+    assert sorted(driven.journal()) == ["start echo", "start ner", *3 * ["start ocr"]]
+    driven.process.send_signal(signal.SIGTERM)
+    assert driven.finish() == 0
     assert driven.left() == []
 
 

@@ -6,17 +6,21 @@ import json
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inferq.consumers.runtime.messages import Done, Failed
+from inferq.consumers.runtime import child
+from inferq.consumers.runtime.channel import Channel
+from inferq.consumers.runtime.messages import Done, Failed, LoadFailed
 from inferq.consumers.runtime.process import (
     AbortReason,
     EngineDied,
@@ -27,7 +31,7 @@ from inferq.consumers.runtime.process import (
     RunHooks,
 )
 from inferq.producer.up import orphan_reaper
-from inferq.schemas import InstallationError, TransientFailure, parse_task
+from inferq.schemas import InstallationError, TransientFailure, get_type, parse_task
 from tests.waiting import eventually
 from tests.worker.conftest import PLUGIN
 
@@ -55,6 +59,14 @@ def computed(engine: EngineProcess, task: str, scratch: Path) -> str:
     payload = json.loads(answer.output)["payload"]
     assert isinstance(payload, str)
     return payload
+
+
+def test_an_engine_without_its_packages_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[LoadFailed] = []
+    monkeypatch.setattr(child, "send", lambda _pipe, answer: sent.append(answer))
+    with socket.socket() as unused:
+        child._serve(replace(get_type("echo"), engine="no_such_package.engine:Engine"), Channel(unused))
+    assert [(answer.code, answer.permanent) for answer in sent] == [("engine_not_installed", True)]
 
 
 @pytest.mark.parametrize("announced", [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["b", "b"]])
