@@ -117,6 +117,7 @@ class Assembly:
         `error` says why feeding failed. Raises Unfinished and SourceUnusable.
         """
         services, batch = self._services, self._batch
+        services.batches.enlist(batch)  # an older version may have recorded and fed it
         summary = services.batches.summary(*self._name)
         if summary is None:
             self._set_state("finishing")

@@ -128,10 +128,9 @@ class Slice:
         batch = services.batches.load(*self.name)
         if batch is None:
             raise RecordMissing(f"batch {self.name[1]!r}: its record is missing, so it cannot be fed")
+        services.batches.enlist(batch)  # an older version may have recorded it and fed the slices before
         if services.batches.summary(*self.name) is not None:
             return Nothing()
-        if self._part == 0:
-            services.batches.enlist(batch)  # an older version may have recorded it
         match services.index.take(*self.name, chain=self._chain, part=self._part, token=self._token):
             case "outdated":
                 return Nothing()

@@ -621,6 +621,21 @@ def test_a_batch_that_an_older_version_accepted_is_listed_once_it_is_fed(
     assert [entry.batch_id for entry in batches.newest("default", limit=9)] == ["older"]
 
 
+@pytest.mark.parametrize("step", ["a later slice", "assembly"])
+def test_a_batch_that_an_older_version_began_is_listed_by_each_later_step(site: BatchSite, step: str) -> None:
+    site.batch(b"", batch_id="first")
+    batches = site.services.batches
+    batch = site.batch(b"", batch_id="older")
+    for info in site.services.store.list("batches/default/~times/"):
+        site.services.store.delete(info.key)
+    assert batches.newest("default", limit=9) == []
+    if step == "assembly":
+        end(site.services, batch)
+    else:
+        site.slice(batch, part=1)
+    assert [entry.batch_id for entry in batches.newest("default", limit=9)] == ["older"]
+
+
 def test_a_batch_of_a_later_version_is_fed_by_what_this_one_knows(
     site: BatchSite, worker: QuickWorker
 ) -> None:
