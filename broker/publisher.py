@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import struct
 import threading
 import time
@@ -34,8 +35,13 @@ _CONTENT = struct.Struct(">HxxQ")
 _END = bytes([spec.FRAME_END])
 _KEPT_METHODS = 1000
 
+_log = logging.getLogger(__name__)
+
 _BURST_BYTES = 256 * 1024
 """Bytes given to the connection at a time."""
+
+_REDECLARE_SECONDS = 5.0
+"""The least time between two declarations of the topology after unroutable messages."""
 
 
 @dataclass(eq=False)
@@ -116,7 +122,8 @@ class Publisher(BrokerThread):
 
     - BrokerUnavailable: no confirm within the limit. If the message was sent, the broker may have it.
     - PublishRejected: the broker refused it.
-    - Unroutable: no queue is bound for its routing key.
+    - Unroutable: no queue is bound for its routing key. Someone may have deleted the queue, so the publisher declares
+      its topology again; publish the message again.
     """
 
     def __init__(self, settings: BrokerSettings, *, name: str, topology: Topology | None = None) -> None:
@@ -130,6 +137,7 @@ class Publisher(BrokerThread):
         self._closed = False
         self._blocked_since: float | None = None
         self._methods: dict[tuple[int, str, str], bytes] = {}
+        self._declare_after = 0.0
 
     def publish(self, message: Message, *, timeout: float | None = None) -> Future[None]:
         """Send a message; the future resolves once the broker has confirmed it.
@@ -335,8 +343,18 @@ class Publisher(BrokerThread):
                 )
             else:
                 error = Unroutable(f"no queue takes {what}; run: inferq topology apply")
+                self._redeclare()
             self._resolve([pending], error)
         self._resolve(taken, None)
+
+    def _redeclare(self) -> None:
+        """Declare the topology again, at times. A user without the right to declare would lose the connection."""
+        channel, now = self._channel, time.monotonic()
+        if self._topology is None or self._only_check or channel is None or now < self._declare_after:
+            return
+        self._declare_after = now + _REDECLARE_SECONDS
+        _log.warning("%s: a queue is missing; declaring all queues again", self.name)
+        self._topology.declare(channel, lambda: None)
 
     def _idle(self) -> None:
         now = time.monotonic()

@@ -128,6 +128,26 @@ def test_a_task_type_without_a_queue_is_kept_as_unroutable(
     assert method.routing_key == "task_type.unheard-of"
 
 
+def test_a_queue_that_is_deleted_while_connected_is_declared_again(
+    publisher: Publisher, settings: BrokerSettings
+) -> None:
+    dead = Message("inference.dead", "task_type.echo.normal", b"{}", message_id="m1")
+    connection = connect(settings, name="test")
+    connection.channel().queue_delete("inference.dead.echo")
+
+    def published() -> bool:
+        try:
+            publisher.publish(dead).result(10)
+        except Unroutable:
+            return False
+        return True
+
+    assert not published()
+    eventually(published, "a queue for dead letters")
+    assert connection.channel().basic_get("inference.dead.echo", auto_ack=True)[2] == b"{}"
+    connection.close()
+
+
 def test_a_full_queue_rejects_what_does_not_fit(
     publisher: Publisher, settings: BrokerSettings, shared_rabbitmq: RabbitMQ
 ) -> None:
