@@ -53,6 +53,7 @@ class Facts:
     """What the gateway knows of a submission before it publishes.
 
     `record`: Redis' record of the id, made by this submission if there was none; None if Redis is unavailable.
+    `accepted`: the digest of the task that this gateway accepted under the id while Redis was unavailable.
     `result`: how a task of this id ended, from the object store. None also if the store was not asked or is
     unavailable: the worker checks again before a run.
     `is_queued_line`: whether the id belongs to a line of a batch that waits in its queue.
@@ -62,6 +63,7 @@ class Facts:
     task: Task
     digest: str
     record: Submission | None = None
+    accepted: str | None = None
     result: Result | None = None
     is_queued_line: bool = False
     unusable_inputs: tuple[UnusableInput, ...] = ()
@@ -85,6 +87,8 @@ def admit(facts: Facts) -> Publish | AlreadyAccepted | Refuse:
         if facts.result.digest != facts.digest:
             return Refuse(id_conflict(task))
         return AlreadyAccepted(TaskStatus.of_result(facts.result))
+    if record is None and facts.accepted is not None:
+        return AlreadyAccepted(_queued(task)) if facts.accepted == facts.digest else Refuse(id_conflict(task))
     if facts.is_queued_line:
         return Refuse(id_conflict(task))
     for unusable in facts.unusable_inputs:

@@ -96,7 +96,8 @@ class Submitter:
         return decision.status
 
     async def _gather(self, task: Task, digest: str, own_id: bool) -> Facts:
-        facts = Facts(task, digest, record=await self._reserve(task, digest))
+        _, accepted = self._services.unrecorded.get((task.tenant, task.task_id), (task, None))
+        facts = Facts(task, digest, record=await self._reserve(task, digest), accepted=accepted)
         look_up = own_id and may_be_in_use(task.task_id, datetime.now(UTC))
         uploads = {field: url for field, url in task.inputs().items() if url.startswith("inferq:")}
         if facts.record_decides or not (look_up or uploads):
@@ -110,8 +111,10 @@ class Submitter:
         return replace(facts, result=result, is_queued_line=is_queued_line, unusable_inputs=unusable_inputs)
 
     async def _reserve(self, task: Task, digest: str) -> Submission | None:
+        services = self._services
         try:
-            return await self._services.on_redis(self._services.status.submit, task, digest)
+            await services.record_accepted(task.tenant, task.task_id)
+            return await services.on_redis(services.status.submit, task, digest)
         except StatusOutage as error:
             # Redis is an index: the task runs without it, and the worker makes the record.
             _log.warning(

@@ -68,6 +68,7 @@ facts = st.builds(
     task=st.just(TASK),
     digest=st.just(DIGEST),
     record=st.none() | st.sampled_from(RECORDS),
+    accepted=st.sampled_from([None, DIGEST, "other"]),
     result=st.none()
     | st.builds(
         result,
@@ -96,13 +97,19 @@ def belongs_to_another(known: Facts) -> bool:
     if known.record_decides:
         return False
     ended = known.result.digest if known.result is not None else None
-    return ended not in (None, DIGEST) or (ended is None and known.is_queued_line)
+    known_digest = ended or accepted_meanwhile(known)
+    return known_digest not in (None, DIGEST) or (known_digest is None and known.is_queued_line)
+
+
+def accepted_meanwhile(known: Facts) -> str | None:
+    return known.accepted if known.record is None else None
 
 
 @given(facts)
 def test_a_task_is_published_if_no_fact_speaks_against_it(known: Facts) -> None:
     ended = known.result is not None and known.result.digest is not None
-    free = not (known.record_decides or ended or known.is_queued_line or known.unusable_inputs)
+    in_use = known.record_decides or ended or accepted_meanwhile(known) or known.is_queued_line
+    free = not (in_use or known.unusable_inputs)
     assert isinstance(admit(known), Publish) == free
 
 
@@ -124,9 +131,11 @@ def test_an_accepted_task_is_answered_with_its_status(known: Facts) -> None:
         if known.record_decides:
             assert known.record is not None
             assert decision.status == known.record.status
-        else:
-            assert known.result is not None
+        elif known.result is not None and known.result.digest is not None:
             assert decision.status == TaskStatus.of_result(known.result)
+        else:
+            assert accepted_meanwhile(known) == DIGEST
+            assert decision.status.state == "queued"
 
 
 @given(facts)

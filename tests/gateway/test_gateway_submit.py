@@ -410,6 +410,10 @@ def test_without_redis_a_task_is_published_nevertheless(
         response = gateway.http.put("/v1/tasks/a", json=ECHO)
         assert (response.status_code, response.json()["state"]) == (202, "queued")
         assert publisher.ids() == ["a"]
+        again = gateway.http.put("/v1/tasks/a", json=ECHO)
+        assert (again.status_code, again.json()["state"]) == (202, "queued")
+        problem(gateway.http.put("/v1/tasks/a", json={**ECHO, "payload": 2}), 409, "id_conflict")
+        assert publisher.ids() == ["a"]
         # Without Redis the gateway cannot say that a task does not exist: 503, not 404.
         problem(gateway.http.get("/v1/tasks/a"), 503, "status_unavailable")
         problem(gateway.http.get("/v1/tasks/a/events"), 503, "status_unavailable")
@@ -451,10 +455,12 @@ def test_a_task_that_redis_missed_is_known_as_soon_as_redis_is_back(
     monkeypatch.setattr("inferq.producer.gateway.submission._RETRY_SECONDS", 3600.0)
     with running(tmp_path, redis_url=redis_node.url, publisher=publisher) as gateway:
         redis_node.kill()
-        for task_id in ("a", "b"):
+        for task_id in ("a", "b", "c"):
             assert gateway.http.put(f"/v1/tasks/{task_id}", json=ECHO).status_code == 202
         redis_node.start()
         wait_until(lambda: gateway.http.get("/v1/tasks/a").status_code != 503)
+        problem(gateway.http.put("/v1/tasks/c", json={**ECHO, "payload": 2}), 409, "id_conflict")
+        assert publisher.ids() == ["a", "b", "c"]
         assert gateway.http.get("/v1/tasks/a").json()["state"] == "queued"
         assert gateway.http.post("/v1/tasks/b/cancel").status_code == 202
         assert gateway.http.get("/v1/tasks/b").json()["cancel_requested"]
