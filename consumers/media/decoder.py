@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from inferq.consumers.machine import total_memory
 from inferq.consumers.media.pictures import RgbImage
 from inferq.schemas import InferqError, InvalidTask, TransientFailure
+from inferq.schemas.memory import total_memory
 
 PAGE_SECONDS = 60.0
 """CPU seconds that a page may take. A JPEG 2000 of 100 megapixels takes 10 to 20."""

@@ -17,7 +17,6 @@ from typing import Literal
 import psutil
 from pydantic import ByteSize
 
-from inferq.consumers.machine import total_memory
 from inferq.consumers.runtime.channel import Channel, Unreadable
 from inferq.consumers.runtime.messages import (
     Abort,
@@ -35,6 +34,7 @@ from inferq.consumers.runtime.messages import (
 )
 from inferq.consumers.runtime.process_tree import kill_engine, start_engine
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
+from inferq.schemas.memory import total_memory
 
 _log = logging.getLogger(__name__)
 

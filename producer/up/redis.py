@@ -10,6 +10,7 @@ import redis
 
 from inferq.producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
 from inferq.schemas import InstallationError
+from inferq.schemas.memory import total_memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class RedisServer:
     def _configuration(self) -> str:
         # The status is only an index: a second of it may be lost if the machine stops. Dropped keys would lose cancels
         # and the counts of runs, so a full Redis refuses writes, which the parts report, before the machine is full.
+        # Every key expires, so a quarter of the memory suffices for a week of tasks.
         return f"""\
 bind {LOOPBACK}
 port {self.port}
@@ -68,14 +70,9 @@ dir ./data
 appendonly yes
 appendfsync everysec
 save ""
-maxmemory {_most_memory()}
+maxmemory {total_memory() // 4}
 maxmemory-policy noeviction
 """
-
-
-def _most_memory() -> int:
-    """A quarter of the machine's memory, in bytes. Every key expires, so it suffices for a week of tasks."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 def ping(url: str, *, seconds: float = 3.0) -> str | None:

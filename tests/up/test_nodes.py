@@ -86,6 +86,15 @@ def test_full_redis_refuses_writes_before_the_machine_is_full(shared_redis) -> N
     assert 0 < memory["maxmemory"] < memory["total_system_memory"] / 2
 
 
+def test_redis_takes_a_quarter_of_what_a_container_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{400 << 20}\n")
+    monkeypatch.setattr("inferq.schemas.memory.CGROUP_LIMITS", (tmp_path / "memory.max",))
+    server = private_redis.RedisServer.prepare(tmp_path / "redis", 1)
+    assert f"maxmemory {100 << 20}\n" in (server.folder / "redis.conf").read_text()
+
+
 def test_redis_refuses_whoever_has_no_password(shared_redis) -> None:
     assert private_redis.ping(shared_redis.url) is None
     assert "uthenticat" in private_redis.ping(f"redis://127.0.0.1:{shared_redis.port}/0")

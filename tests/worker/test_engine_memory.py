@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from inferq.consumers.machine import total_memory
 from inferq.consumers.runtime.child import _failed, out_of_memory
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.schemas import InvalidTask, TransientFailure, get_type
+from inferq.schemas.memory import total_memory
 from tests.waiting import eventually
 from tests.worker.conftest import Site, WorkerProcess
 
