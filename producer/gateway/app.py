@@ -121,6 +121,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         services.closing.set()
+        services.batches.close()
         services.event_bus.wake()
         await app.state.submitter.finish()
         await services.event_bus.close()

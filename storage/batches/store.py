@@ -76,6 +76,10 @@ class BatchStore:
         self._store = store
         self._times = BatchTimes(store)
 
+    def close(self) -> None:
+        """Stop what takes long: adding the batches of an older version to a list."""
+        self._times.close()
+
     def begin(self, tenant: str) -> None:
         """Call it before anything of a tenant's first batch is stored. `create` does."""
         self._times.begin(tenant)

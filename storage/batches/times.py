@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -33,8 +34,10 @@ _TIMES = "~times/"
 _COMPLETE = "~complete"
 _ENTRY = re.compile(r"([0-9]{5})/([0-9]{11})\.(.+)")
 _WRITERS = 8
-_WAIT_SECONDS = 5.0
-"""How long a page waits while another one adds older batches."""
+_CHUNK = 8 * _WRITERS
+"""Older batches added between two looks at whether to stop."""
+_WAIT_SECONDS = 1.0
+"""How long a page waits while another one of its tenant adds older batches."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +61,12 @@ class BatchTimes:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._begun: set[str] = set()
-        self._completing = threading.Lock()
+        self._completing: dict[str, threading.Lock] = {}
+        self._closing = threading.Event()
+
+    def close(self) -> None:
+        """Add no more older batches: the next page of a tenant goes on, here or elsewhere."""
+        self._closing.set()
 
     def begin(self, tenant: str) -> None:
         """Call it before the record of a batch is written: the index of a tenant without batches is complete."""
@@ -85,7 +93,8 @@ class BatchTimes:
         """Add the batches that an older version recorded; once for each tenant."""
         if self._is_complete(tenant):
             return
-        if not self._completing.acquire(timeout=_WAIT_SECONDS):
+        completing = self._completing.setdefault(tenant, threading.Lock())
+        if not completing.acquire(timeout=_WAIT_SECONDS):
             raise StoreOutage("the list of batches is being made for the first time; try again in a minute")
         try:
             if self._is_complete(tenant):
@@ -93,18 +102,26 @@ class BatchTimes:
             missing = self._missing(tenant)
             if missing:
                 _log.info("tenant %s: adding %d batches to its list", tenant, len(missing))
+            remaining = iter(missing)
             with ThreadPoolExecutor(_WRITERS) as threads:
-                for _ in threads.map(partial(self._add_older, tenant, load), missing):
-                    pass
+                while chunk := list(islice(remaining, _CHUNK)):
+                    self._go_on()
+                    for _ in threads.map(partial(self._add_older, tenant, load), chunk):
+                        pass
             self._set_complete(tenant)
         finally:
-            self._completing.release()
+            completing.release()
+
+    def _go_on(self) -> None:
+        if self._closing.is_set():
+            raise StoreOutage("the list of batches is not complete, and this process stops; try again")
 
     def _missing(self, tenant: str) -> set[str]:
         """The ids of recorded batches that the index lacks, from a listing of every object of every batch."""
         base = _base(tenant)
         missing: set[str] = set()
         for info in self._store.list(base):
+            self._go_on()
             folder, _, name = info.key.removeprefix(base).partition("/")
             if name == "batch.json":
                 missing.add(unquote(folder))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +14,11 @@ import pytest
 from inferq.schemas import Batch
 from inferq.schemas.encoding import to_json
 from inferq.storage import BatchStore, ObjectInfo, ObjectStore
+from inferq.storage.batches import times
 from inferq.storage.batches.times import Created
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.s3 import S3Store
+from inferq.storage.objects.store import StoreOutage
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 
@@ -127,6 +132,52 @@ def test_batches_of_an_older_version_are_added_once(store: ObjectStore, cost: Co
     assert every_page(batches, 3) == ids
     again = BatchStore(store)
     assert cost(lambda: again.newest("default", limit=3)) == (2, 3)
+
+
+def test_a_list_that_is_being_made_delays_no_other_tenant(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(times, "_WAIT_SECONDS", 0.01)
+    for tenant in ("default", "another"):
+        local_store.put(f"batches/{tenant}/b/batch.json", to_json(batch(1)).encode())
+    batch_times, entered, released = times.BatchTimes(local_store), threading.Event(), threading.Event()
+
+    def load(tenant: str, _batch_id: str) -> Batch:
+        if tenant == "default":
+            entered.set()
+            released.wait(20)
+        return batch(1)
+
+    page = partial(batch_times.newest, before=None, limit=5, load=load)
+    with ThreadPoolExecutor(1) as threads:
+        making = threads.submit(page, "default")
+        try:
+            assert entered.wait(20)
+            assert len(page("another")) == 1
+            with pytest.raises(StoreOutage, match="for the first time"):
+                page("default")
+        finally:
+            released.set()
+        assert len(making.result(20)) == 1
+
+
+def test_a_list_that_is_being_made_is_left_at_a_close_and_made_by_the_next(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(times, "_CHUNK", 2)
+    for number in range(9):
+        recorded_by_an_older_version(local_store, batch(number))
+    batch_times, loaded = times.BatchTimes(local_store), []
+
+    def load(_tenant: str, batch_id: str) -> Batch:
+        loaded.append(batch_id)
+        batch_times.close()
+        return batch(1, batch_id=batch_id)
+
+    with pytest.raises(StoreOutage, match="stops"):
+        batch_times.newest("default", before=None, limit=5, load=load)
+    assert len(loaded) == 2
+    assert len(every_page(BatchStore(local_store), 5)) == 9
 
 
 def test_a_record_that_cannot_be_read_hides_no_other_batch(
