@@ -48,6 +48,7 @@ class ReadinessProbe:
         self._services = services
         self._lock = asyncio.Lock()
         self._known: tuple[float, Readiness] | None = None
+        self._warned: dict[str, str] = {}
 
     async def readiness(self) -> Readiness:
         async with self._lock:
@@ -59,8 +60,8 @@ class ReadinessProbe:
     async def _check(self) -> Readiness:
         services = self._services
         store, redis = await asyncio.gather(
-            _check_of(services.ping_store()),
-            _check_of(services.ping_redis()),
+            self._check_of("object store", services.ping_store()),
+            self._check_of("Redis", services.ping_redis()),
         )
         publisher = services.publisher
         blocked = publisher.blocked_reason
@@ -73,14 +74,19 @@ class ReadinessProbe:
         degraded = blocked is not None or not redis.ok
         return Readiness(status="degraded" if degraded else "ready", checks=checks)
 
-
-async def _check_of(ping: Awaitable[None]) -> Check:
-    try:
-        await ping
-    except Outage as error:
-        _log.warning("not ready: %s", error)  # not in the answer: it is public, and the message names hosts
-        return Check(ok=False, detail=f"unavailable ({error.code}); see the gateway's log")
-    return Check(ok=True)
+    async def _check_of(self, service: str, ping: Awaitable[None]) -> Check:
+        """The state of a service. The log gets one warning per outage and reason, however often it is asked."""
+        try:
+            await ping
+        except Outage as error:
+            if self._warned.get(service) != (reason := str(error)):
+                self._warned[service] = reason
+                # Not in the answer: it is public, and the reason names hosts.
+                _log.warning("not ready: %s", reason)
+            return Check(ok=False, detail=f"unavailable ({error.code}); see the gateway's log")
+        if self._warned.pop(service, None) is not None:
+            _log.info("%s is available again", service)
+        return Check(ok=True)
 
 
 @router.head("/healthz", include_in_schema=False)
