@@ -144,7 +144,7 @@ class RedisConnection:
         except redis.RedisError as error:
             raise self._down(
                 f"Redis at {self._address()} refuses writes: {_reason(error)}; "
-                "make room or repair it, or set INFERQ_REDIS_URL to the current master"
+                "make room or repair it, or set INFERQ_REDIS_URL to the current master and a database that it has"
             ) from error
         try:
             return command()

@@ -1075,6 +1075,14 @@ def test_a_redis_that_only_reads_is_away_for_reads_as_well(
         assert index.unavailable_for is None
 
 
+def test_a_database_that_redis_lacks_is_an_outage_that_says_what_to_correct(
+    shared_redis: RedisServer,
+) -> None:
+    with redis.Redis(port=shared_redis.port, db=99, decode_responses=True) as client:
+        with pytest.raises(StatusOutage, match=r"out of range; .* and a database that it has"):
+            StatusIndex(client, retention=60).ping()
+
+
 def test_a_redis_that_drops_keys_is_warned_of(
     own_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
