@@ -26,6 +26,7 @@ ATTEMPT = "x-attempt"
 REDRIVES = "x-redrives"
 ENGINE_DEATHS = "x-engine-deaths"
 DEFERRALS = "x-deferrals"
+WAITS = "x-waits"
 DIGEST = "x-digest"
 """The digest of the task, from the part that accepted it. Every copy of the message has it."""
 VERSION = "x-version"
@@ -145,6 +146,11 @@ class Delivery:
         return _count(self.headers, DEFERRALS)
 
     @property
+    def waits(self) -> int:
+        """How often in a row this copy waited for a later attempt of its task."""
+        return _count(self.headers, WAITS)
+
+    @property
     def digest(self) -> str | None:
         """The digest of the task, from the part that accepted it.
 
@@ -219,10 +225,18 @@ def deferred_message(delivery: Delivery, *, type_name: str, priority: Priority, 
 
 
 def waiting_message(
-    delivery: Delivery, *, type_name: str, priority: Priority, seconds: int, digest: str | None = None
+    delivery: Delivery,
+    *,
+    type_name: str,
+    priority: Priority,
+    seconds: int,
+    digest: str | None = None,
+    waits: int = 0,
 ) -> Message:
-    """A copy of a delivery that returns to its queue in `seconds`, with all its counts unchanged."""
+    """A copy of a delivery that returns to its queue in `seconds`, with all its other counts unchanged."""
     headers = _kept(delivery.headers, digest)
+    if waits:
+        headers[WAITS] = waits
     key = routing_key(type_name, priority)
     return Message(retry_exchange(seconds), key, delivery.body, headers, named_id(delivery), type_name)
 

@@ -13,6 +13,7 @@ http_url, s3_url        URLs, parsed strictly
 paths                   the paths of tasks, batches and artifacts on the gateway
 publish, json_schema    JSON Schema and AsyncAPI documents
 settings                the base of all settings
+memory                  the memory of the machine or container
 logs                    the log of a part
 probe_server            /healthz, /readyz and /metrics of a process
 standard_streams        standard streams that the parent process may have closed

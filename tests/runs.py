@@ -19,6 +19,7 @@ def begin_run(
     started_at: datetime | None = None,
     run: str | None = None,
     silence: float = 0.0,
+    repeats: bool = True,
 ) -> Begun:
     """Record that a run of the task begins."""
     return status.begin_pipelined(
@@ -30,4 +31,5 @@ def begin_run(
         digest=task.digest(),
         run=run or secrets.token_hex(6),
         silence=silence,
+        repeats=repeats,
     )()

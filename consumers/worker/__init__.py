@@ -15,5 +15,6 @@ waiting_line       first come, first served
 services           what all slots share, and how an unavailable service is waited for
 inputs, scratch    input files, and the folder for them
 result_cache       answers computed before
+lease_renewer      renews the leases of runs whose threads are in a blocking call
 metrics, settings, cli
 """

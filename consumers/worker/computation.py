@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
@@ -9,8 +11,8 @@ from pathlib import Path
 
 from inferq.broker import Consumer, Delivery
 from inferq.consumers.runtime.messages import Done, Failed, FileRef
-from inferq.consumers.runtime.process import AbortReason, RunHooks
-from inferq.consumers.worker.engine_supervisor import EngineLease
+from inferq.consumers.runtime.process import LOOK_SECONDS, AbortReason, RunAborted, RunHooks
+from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs, fetch_inputs
 from inferq.consumers.worker.notifier import Notifier
 from inferq.consumers.worker.services import WorkerServices
@@ -22,7 +24,7 @@ class Computation:
     which is made once it is needed.
 
     `cache_key` is the task's key in the result cache, if its result can be reused. `cached` says whether the
-    answer came from there.
+    answer came from there. `running`: whether the run has started, with or without a lease.
     """
 
     def __init__(
@@ -46,12 +48,17 @@ class Computation:
         self._scratch = scratch
         self._notifier = notifier
         self._held = True
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        self._renewed_at = time.monotonic()
+        self._renewing = threading.Lock()
+        self._renews = False
+        self.running = False
         self.cache_key: str | None = None
         self.cached = False
 
     def fetch(self) -> Inputs:
-        """Fetch the inputs. Raises InvalidTask, TransientFailure, and RunAborted if the run has to stop."""
-        return fetch_inputs(self._services, self._task, Path(self._scratch), self.abort_reason)
+        """Fetch the inputs. Raises InvalidTask, TransientFailure, and what `checkpoint` raises."""
+        return fetch_inputs(self._services, self._task, Path(self._scratch), self.checkpoint)
 
     def fetch_early(self) -> Future[Inputs]:
         """Fetch the inputs before they are sure to be needed; an error counts only once they are."""
@@ -65,28 +72,70 @@ class Computation:
     def answer(self, inputs: dict[str, FileRef]) -> Done | Failed:
         """What the result cache has, or else what the engine computes.
 
-        Raises EngineDied and OverTime, and RunAborted if the run has to stop.
+        Raises EngineDied and OverTime, RunAborted if the run has to stop, and NotStarted as `checkpoint`.
         """
         return self._from_cache(inputs) or self._compute(inputs)
 
     def abort_reason(self) -> AbortReason | None:
         """Why the run has to stop; None if it may go on. Renews the run's lease."""
-        services, task = self._services, self._task
-        if services.grace_passed:
+        if self._services.grace_passed:
             return "shutdown"
         if self._held and not self._consumer.holds(self._delivery):
             # RabbitMQ delivers it again while this run goes on: a lost connection is not a lost run.
             self._held = False
             self.release_run(keep_lease=True)
+        with self._renewing:
+            return "cancelled" if self._cancel_requested() else None
+
+    def checkpoint(self) -> None:
+        """For the waits before the engine computes: `require_message`, and raise RunAborted if the run has to stop."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        self.require_message()
+        reason = self.abort_reason()
+        if reason is not None:
+            raise RunAborted(reason)
+
+    def require_message(self) -> None:
+        """Raise NotStarted if RabbitMQ delivers the message again.
+
+        Before the engine computes, another worker loses nothing by starting over. This one may wait for long, for a
+        fault that only its machine has.
+        """
+        if not self._consumer.holds(self._delivery):
+            raise NotStarted("its connection was lost")
+
+    def start_renewing(self) -> None:
+        """From now on, the lease is also renewed while the run's thread is in a blocking call."""
+        self._renews = True
+        self._renewed_at = time.monotonic()
+        self._services.lease_renewer.add(self._run, self._renew)
+
+    def stop_renewing(self) -> None:
+        """Let the lease end."""
+        self._services.lease_renewer.remove(self._run)
+        with self._renewing:
+            self._renews = False
+
+    def _renew(self) -> None:
+        with self._renewing:
+            if self._renews and time.monotonic() - self._renewed_at >= LOOK_SECONDS:
+                self._cancel_requested()
+
+    def _cancel_requested(self) -> bool:
+        task = self._task
         cancel_requested = partial(
-            services.status.cancel_requested,
+            self._services.status.cancel_requested,
             task.tenant,
             task.task_id,
             task.batch_id,
             task.batch_line,
             run=self._run,
+            running=self.running,
         )
-        return "cancelled" if services.best_effort(cancel_requested) else None
+        self._renewed_at = time.monotonic()
+        return bool(self._services.best_effort(cancel_requested))
 
     def release_run(self, *, keep_lease: bool = False) -> None:
         """Say that this run is not orphaned, now that another worker may get the task.
@@ -111,7 +160,7 @@ class Computation:
         if self.cache_key is None:
             return None
         find = partial(cache.find, self._task.tenant, self.cache_key, Path(self._scratch))
-        found = self._services.retry_until_available("object store", find)
+        found = self._services.retry_until_available("object store", find, self.checkpoint)
         self.cached = found is not None
         return found
 

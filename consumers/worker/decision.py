@@ -50,9 +50,13 @@ class Retry:
 
 @dataclass(frozen=True)
 class WaitForOtherRun:
-    """Another run of the task is in progress: look again in `seconds`, as the same attempt."""
+    """Another run of the task is in progress, or due: look again in `seconds`, as the same attempt.
+
+    `waits`: how often in a row this copy then waited for a run that is due.
+    """
 
     seconds: int
+    waits: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,16 @@ MAX_DEFERRALS = 24
 LEASE_SECONDS = 10.0
 """Seconds after which the lease of a silent run is free for a message delivered for the first time.
 
-A run renews its lease at each check for a cancel, several times a second; it is silent while it stores its result.
-The wait can be long: if the run's worker dies, RabbitMQ redelivers its own message."""
+A run renews its lease several times a second, from its beginning to its end; a silent one is most likely suspended, or
+cut off from Redis. The wait can be long: if the run's worker dies, RabbitMQ redelivers its own message."""
 
 TAKE_OVER_SECONDS = 1.0
 """The same for a redelivered message. Short, since its worker may have been killed."""
+
+MAX_WAITS = 3
+"""How often a copy of an earlier attempt waits for the later one, which is on record: 155 s in all.
+
+Then it runs, because a purge of the queue may have deleted the later message."""
 
 _ENDS_WORKERS = (
     "it most likely ends its worker; find out why the workers ended (out of memory?), fix that, "
@@ -108,7 +117,8 @@ class Facts:
     `ended` is an earlier result; `recorded_digest` and `cancel_requested` come from the status index.
     `orphaned_runs`: how many runs of this attempt began in a row and neither ended nor were requeued, by the
     status index; None if it did not count this run. `deliveries`: how often the broker delivered this copy before.
-    `other_run`: the lease of another run that is in progress, empty if there is none.
+    `other_run`: the lease of another run that is in progress, empty if there is none. `past`: a later attempt or
+    redrive is on record; `waits`: how often in a row this copy waited for that one.
     """
 
     task: Task
@@ -122,6 +132,8 @@ class Facts:
     orphaned_runs: int | None = None
     deliveries: int = 0
     other_run: str = ""
+    past: bool = False
+    waits: int = 0
 
 
 def before_run(facts: Facts) -> Run | AlreadyDone | WaitForOtherRun | Cancel | Expire | DeadLetter:
@@ -150,6 +162,9 @@ def before_run(facts: Facts) -> Run | AlreadyDone | WaitForOtherRun | Cancel | E
         # Wait rather than drop the copy: that run may be of another attempt or redrive, or its worker may die. Once the
         # task has ended, the copy is acknowledged. Only the run in progress decides on a cancel or an expiry.
         return WaitForOtherRun(retry_level(1))
+    if facts.past:
+        # The later attempt decides. Its message exists: it was published before the index got to know it.
+        return WaitForOtherRun(retry_level(facts.waits + 1), facts.waits + 1)
     if facts.cancel_requested:
         return Cancel()
     if task.expires_at is not None and task.expires_at <= facts.now:

@@ -41,10 +41,10 @@ class Endings:
 
         self._services.retry_until_available("RabbitMQ", confirmed)
 
-    def load(self, tenant: str, task_id: str) -> Result | None:
-        """The record of an earlier end. Raises UnreadableResult."""
+    def load(self, tenant: str, task_id: str, checkpoint: Callable[[], None] | None = None) -> Result | None:
+        """The record of an earlier end. Raises UnreadableResult, and what `checkpoint` raises while it waits."""
         load = partial(self._services.results.load, tenant, task_id)
-        return self._services.retry_until_available("object store", load)
+        return self._services.retry_until_available("object store", load, checkpoint)
 
     def record(self, result: Result, output: bytes | None = None) -> Result:
         """Write how the task ended, once, and report what is kept: the first record wins.

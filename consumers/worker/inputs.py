@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from inferq.consumers.runtime.messages import FileRef
-from inferq.consumers.runtime.process import LOOK_SECONDS, AbortReason, RunAborted
 from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import Task
 
@@ -23,23 +22,13 @@ class Inputs:
 
 
 def fetch_inputs(
-    services: WorkerServices, task: Task, folder: Path, abort_reason: Callable[[], AbortReason | None]
+    services: WorkerServices, task: Task, folder: Path, checkpoint: Callable[[], None]
 ) -> Inputs:
     """Fetch the task's input URLs into `folder`, which is created if there are any.
 
-    Raises InvalidTask or TransientFailure if one cannot be fetched, RunAborted if the run has to stop.
+    Raises InvalidTask or TransientFailure if one cannot be fetched, and what `checkpoint` raises while it waits.
     """
     began = time.monotonic()
-    next_look = began + LOOK_SECONDS
-
-    def checkpoint() -> None:
-        nonlocal next_look
-        if time.monotonic() >= next_look:
-            next_look = time.monotonic() + LOOK_SECONDS
-            reason = abort_reason()
-            if reason is not None:
-                raise RunAborted(reason)
-
     # Otherwise a worker with a full disk would spend the attempts of task after task; also of those without inputs,
     # since engines write their artifacts there.
     services.retry_until_available("scratch folder", services.scratch.check, checkpoint)

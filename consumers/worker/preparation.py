@@ -8,10 +8,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
-from inferq.broker import Consumer, Delivery
+from inferq.broker import Delivery
 from inferq.consumers.runtime.process import LOOK_SECONDS
 from inferq.consumers.worker.computation import Computation
-from inferq.consumers.worker.decision import LEASE_SECONDS, TAKE_OVER_SECONDS, Facts, Run, before_run
+from inferq.consumers.worker.decision import (
+    LEASE_SECONDS,
+    MAX_WAITS,
+    TAKE_OVER_SECONDS,
+    Facts,
+    Run,
+    before_run,
+)
 from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
@@ -29,7 +36,6 @@ class Preparation:
     def __init__(
         self,
         services: WorkerServices,
-        consumer: Consumer,
         engine_lease: EngineLease,
         delivery: Delivery,
         computation: Computation,
@@ -41,14 +47,13 @@ class Preparation:
         started_at: datetime,
     ) -> None:
         self._services = services
-        self._consumer = consumer
         self._engine_lease = engine_lease
         self._delivery = delivery
         self._computation = computation
         self._task = task
         self._digest = digest
         self._run = run
-        self._load_end = partial(endings.load, task.tenant, task.task_id)
+        self._load_end = partial(endings.load, task.tenant, task.task_id, computation.require_message)
         self._begun = False
         self.started_at = started_at
         self.has_task_lease = False
@@ -66,6 +71,7 @@ class Preparation:
             redrives=delivery.redrives,
             now=self.started_at,
             deliveries=delivery.deliveries,
+            waits=delivery.waits,
         )
         # A download must not keep the engine from a task that is ready for it.
         fetches_first = services.settings.take_ahead and bool(task.inputs())
@@ -91,16 +97,11 @@ class Preparation:
         while True:
             if self._services.stopping:
                 raise NotStarted("the worker is stopping")
-            self.require_message()
+            self._computation.require_message()
             if self._engine_lease.acquire(LOOK_SECONDS):
                 return True
             if self._computation.abort_reason() == "cancelled":
                 return False
-
-    def require_message(self) -> None:
-        """Raises NotStarted if RabbitMQ may give the message to another worker."""
-        if not self._consumer.holds(self._delivery):
-            raise NotStarted("its connection was lost")
 
     def release_run(self) -> None:
         """Say that the run is not orphaned, if it has begun."""
@@ -117,6 +118,8 @@ class Preparation:
         reply = None
         if task.task_type == services.task_type.name:
             first, self._begun = not self._begun, True
+            if first:
+                self._computation.start_renewing()
             reply = services.best_effort(
                 partial(
                     services.status.begin_pipelined,
@@ -128,6 +131,7 @@ class Preparation:
                     digest=self._digest,
                     run=self._run,
                     silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
+                    repeats=delivery.waits >= MAX_WAITS,
                 )
             )
             if first and self._engine_lease.held:
@@ -136,14 +140,15 @@ class Preparation:
         def with_record(facts: Facts) -> Facts:
             begun = services.call_or_skip(reply) if reply else None
             if begun is None:
-                return replace(facts, other_run="")
-            self.has_task_lease = not begun.other_run
+                return replace(facts, other_run="", past=False)
+            self.has_task_lease = not (begun.other_run or begun.past)
             return replace(
                 facts,
                 recorded_digest=begun.digest,
                 cancel_requested=begun.cancel_requested,
                 orphaned_runs=begun.orphaned_runs,
                 other_run=begun.other_run,
+                past=begun.past,
             )
 
         return with_record
@@ -155,7 +160,7 @@ class Preparation:
         """
         seen = facts.other_run
         while facts.other_run == seen:
-            self.require_message()
+            self._computation.require_message()
             self._services.sleep(LOOK_SECONDS, self._services.unless_stopping)
             facts = self._begin_now(facts)
         # It may have ended meanwhile.

@@ -158,10 +158,11 @@ class Records:
         )
 
     def waiting(self, wait: WaitForOtherRun, *, digest: str) -> Message:
-        """The delivery unchanged, for a retry level: another run of the task is in progress."""
+        """The same attempt, for a retry level: another run of the task is in progress, or due."""
         return waiting_message(
-            self.delivery, type_name=self.type_name, priority=self.lane, seconds=wait.seconds, digest=digest
-        )
+            self.delivery, type_name=self.type_name, priority=self.lane, seconds=wait.seconds, digest=digest,
+            waits=wait.waits,
+        )  # fmt: skip
 
     def dead_letter(self, error: InferqError, *, digest: str | None = None) -> Message:
         """The delivery for the dead-letter queue, with the reason in its headers."""

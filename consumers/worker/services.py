@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from inferq.broker import Publisher, backoff
+from inferq.consumers.worker.lease_renewer import LeaseRenewer
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
@@ -54,6 +55,7 @@ class WorkerServices:
     metrics: WorkerMetrics
     scratch: ScratchFolder
     cache: ResultCache | None = None
+    lease_renewer: LeaseRenewer = field(default_factory=LeaseRenewer)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)

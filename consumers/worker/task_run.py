@@ -92,6 +92,7 @@ class TaskRun:
         self._endings = Endings(services)
         self._arrived_at = datetime.now(UTC)
         self._digest = ""
+        self._computation: Computation | None = None
         self._preparation: Preparation | None = None
 
     @property
@@ -114,6 +115,8 @@ class TaskRun:
             refused = refuse_after_fault(self._records, self._endings, error, started_at=self._started_at)
             outcome, why = ("failed" if refused else "given_back"), "it failed unexpectedly"
         self._engine_lease.release()
+        if self._computation is not None:
+            self._computation.stop_renewing()
         if outcome == "given_back":
             if self._preparation is not None:
                 self._preparation.release_run()
@@ -174,12 +177,12 @@ class TaskRun:
         services, delivery = self._services, self._delivery
         self._digest = self._records.digest(task)
         self._endings.use_callbacks_of(task)
-        computation = Computation(
+        computation = self._computation = Computation(
             services, self._consumer, self._engine_lease, delivery, task,
             run=self._token, scratch=self._scratch, notifier=self._endings.notifier,
         )  # fmt: skip
         preparation = self._preparation = Preparation(
-            services, self._consumer, self._engine_lease, delivery, computation,
+            services, self._engine_lease, delivery, computation,
             task=task, digest=self._digest, run=self._token, endings=self._endings,
             started_at=self._started_at,
         )  # fmt: skip
@@ -191,7 +194,8 @@ class TaskRun:
             case Run():
                 if not (self._engine_lease.held or failed_to_fetch(fetched) or preparation.await_engine()):
                     return self._cancelled(task)
-                preparation.require_message()  # another worker may have begun it
+                computation.require_message()  # another worker may have begun it
+                computation.running = True
                 if not preparation.has_task_lease:
                     services.metrics.unleased_runs.labels(task.task_type).inc()
                 self._endings.notifier.started(
@@ -205,7 +209,7 @@ class TaskRun:
                 return "skipped"
             case WaitForOtherRun():
                 _log.info(
-                    "%s: another run of it is in progress; looking again in %d s",
+                    "%s: another run of it is in progress or due; looking again in %d s",
                     self._records.name, verdict.seconds,
                 )  # fmt: skip
                 # First the copy, then the ack: the task never depends on the other run alone.
@@ -314,7 +318,8 @@ class TaskRun:
         engine_died: bool = False,
         timings: Timings | None = None,
     ) -> Outcome:
-        """Retry a failed attempt, or end the task."""
+        """Retry a failed attempt, or end the task. Raises NotStarted if that is for another run to decide."""
+        self._require_authority(task)
         verdict = after_failure(
             error,
             attempt=self._delivery.attempt,
@@ -328,6 +333,23 @@ class TaskRun:
             case DeadLetter():
                 return self._dead_letter(task, verdict, timings)
 
+    def _require_authority(self, task: Task) -> None:
+        """Raise NotStarted if another run took over, or may have: only one of them may fail the task.
+
+        A run with the lease decides even if its message was lost. Otherwise a task that fails after the broker's
+        consumer timeout would start again each time, and never end.
+        """
+        if self._computation is None or not self._computation.running:
+            return
+        holder = self._services.best_effort(
+            partial(self._services.status.lease_holder, task.tenant, task.task_id)
+        )
+        if holder == self._token:
+            return
+        if holder:
+            raise NotStarted("another run of it took over")
+        self._computation.require_message()
+
     def _retry(self, task: Task, retry: Retry) -> Outcome:
         self._engine_lease.release()
         attempt = self._delivery.attempt
@@ -337,6 +359,8 @@ class TaskRun:
         self._endings.notifier.settle()
         # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
         self._endings.publish(self._records.retry(task, retry, digest=self._digest))
+        if self._computation is not None:
+            self._computation.stop_renewing()
         self._services.report_end(
             partial(
                 self._services.status.retrying,

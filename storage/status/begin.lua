@@ -1,12 +1,14 @@
 local attempt, redrives, worker, started, event = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
-local run, silence = ARGV[15], tonumber(ARGV[16])
+local run, silence, repeats = ARGV[15], tonumber(ARGV[16]), ARGV[17] == '1'
 local begins = order_of(redrives, attempt, RUNNING)
 local lost, other = -1, ''
--- After the end of the task, or of this redrive, nothing runs: the object store has the end as well.
-local over = begins < order and (order % 10 == ENDED or math.floor(begins / 1e6) < math.floor(order / 1e6))
-local may_run = not conflict and not over
-if may_run then other = lease_of_another(run, silence) end
-local begins_now = may_run and other == ''
+-- After the end of the task nothing runs: the object store has the end as well.
+local ended = begins < order and order % 10 == ENDED
+-- A later attempt or redrive is on record: its message exists, unless a queue was purged.
+local past = not repeats and not conflict and begins < order and not ended
+if not conflict and not ended then other = lease_of_another(run, silence) end
+local earlier_redrive = math.floor(begins / 1e6) < math.floor(order / 1e6)
+local begins_now = not conflict and not ended and not past and not earlier_redrive and other == ''
 if begins_now and begins >= order then
   local runs = 1
   if begins == order then
@@ -31,4 +33,4 @@ if batch ~= '' then
   local whole, own = unpack(redis.call('HMGET', batch_key(batch), 'x', 'x:' .. line))
   cancel = cancel or whole or (line ~= '' and own)
 end
-return {known or '', cancel and 1 or 0, state, lost, other}
+return {known or '', cancel and 1 or 0, state, lost, other, past and 1 or 0}

@@ -29,12 +29,14 @@ class Cancels(ScriptCalls):
         line: int | None = None,
         *,
         run: str = "",
+        running: bool = False,
     ) -> bool:
         """Whether the task, its line, or its whole batch is to be cancelled.
 
-        With `run`, also renews the lease of that run: this is a run's only sign of life.
+        With `run`, also renews the lease of that run: this is a run's only sign of life. With `running` it takes the
+        lease of a task in progress that has none: the run began without Redis.
         """
-        arguments = [batch_id or "", "" if line is None else line, run]
+        arguments = [batch_id or "", "" if line is None else line, run, int(running)]
         return bool(self._change("cancel_requested", tenant, task_id, arguments))
 
     def untaken_cancel(self, tenant: str, task_id: str, seconds: float) -> str | None:

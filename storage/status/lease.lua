@@ -13,6 +13,12 @@ local function holds(run)
   return run ~= '' and string.match(redis.call('HGET', key, 'h') or '', '^%d+ (.*)$') == run
 end
 
+-- Whether the task is in progress and no run has its lease. A task without a record stays without one.
+local function is_free()
+  local order, lease = unpack(redis.call('HMGET', key, 'o', 'h'))
+  return order and not lease and tonumber(order) % 10 ~= ENDED
+end
+
 local function release(run)
   if holds(run) then redis.call('HDEL', key, 'h') end
 end

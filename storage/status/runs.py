@@ -10,7 +10,8 @@ from typing import Any
 
 from inferq.schemas import SCHEMA_VERSION, ErrorInfo, Event, Result, State, Task
 from inferq.schemas.encoding import clean, to_json
-from inferq.storage.status.fields import batch_place, event_json, micros, task_fields
+from inferq.storage.status.fields import as_text, batch_place, event_json, micros, task_fields
+from inferq.storage.status.keys import record_key
 from inferq.storage.status.script_calls import ScriptCalls
 
 _MAX_NOTE = 500
@@ -26,6 +27,8 @@ class Begun:
 
     `other_run`: the lease of another run that is in progress, so that this one has not begun; its text changes with
     each sign of life of that run. Empty: this run has begun.
+
+    `past`: a later attempt or redrive of the task is on record, so that this run has not begun.
     """
 
     cancel_requested: bool
@@ -33,6 +36,7 @@ class Begun:
     state: State
     orphaned_runs: int | None = None
     other_run: str = ""
+    past: bool = False
 
 
 class Runs(ScriptCalls):
@@ -49,12 +53,14 @@ class Runs(ScriptCalls):
         digest: str,
         run: str,
         silence: float = 0.0,
+        repeats: bool = True,
     ) -> Callable[[], Begun]:
         """Record that a run begins. The request is sent; calling the result waits for the reply.
 
         Work can go on in between. A task whose digest differs from the recorded one changes nothing. `run`
         names the run: a repeated call counts it once. The run does not begin while another one holds the task's
         lease, unless that gave no sign of life for `silence` seconds. `cancel_requested` renews the lease.
+        `repeats`: whether it begins although a later attempt is on record.
         """
         event = event_json("task.started", task, "running", attempt=attempt, redrives=redrives, at=started_at)
         answer = self._start(
@@ -70,20 +76,27 @@ class Runs(ScriptCalls):
                 event,
                 run,
                 round(silence * 1000),
+                int(repeats),
             ],
         )
 
         def begun() -> Begun:
-            recorded, cancel, state, lost, other_run = answer()
+            recorded, cancel, state, lost, other_run, past = answer()
             return Begun(
                 cancel_requested=bool(cancel),
                 digest=recorded or None,
                 state=state,
                 orphaned_runs=None if lost < 0 else lost,
                 other_run=other_run,
+                past=bool(past),
             )
 
         return begun
+
+    def lease_holder(self, tenant: str, task_id: str) -> str:
+        """The run that has the task's lease, even if it gives no sign of life; empty if there is none."""
+        (lease,) = self.read(("HGET", record_key(tenant, task_id), "h"))
+        return str(as_text(lease) or "").partition(" ")[2]
 
     def released(
         self, task: Task, *, attempt: int, redrives: int, run: str, keep_lease: bool = False

@@ -89,6 +89,12 @@ def test_a_copy_that_waits_keeps_all_counts() -> None:
     assert (waiting.exchange, waiting.body) == ("inference.retry.5s", TASK.body())
 
 
+def test_waits_are_counted_in_a_row() -> None:
+    waiting = delivered(waiting_message(delivered(), seconds=5, waits=2, **ABOUT))
+    assert waiting.waits == 2
+    assert {delivered(copy).waits for copy in copies(waiting, None).values()} == {0}
+
+
 def test_each_message_travels_with_its_own_digest() -> None:
     for digest in (DIGEST, OTHER, "0" * 64, TASK.digest()):
         message = task_message(TASK, digest=digest)

@@ -15,6 +15,7 @@ from inferq.consumers.worker.decision import (
     MAX_DELIVERIES,
     MAX_ENGINE_DEATHS,
     MAX_ORPHANED_RUNS,
+    MAX_WAITS,
     AlreadyDone,
     Cancel,
     DeadLetter,
@@ -149,6 +150,13 @@ def test_a_task_that_never_comes_to_an_end_is_given_up() -> None:
     assert decide(task(), deliveries=MAX_DELIVERIES, ended=done) == AlreadyDone(done)
 
 
+def test_a_copy_of_an_earlier_attempt_waits_longer_and_longer_for_the_later_one() -> None:
+    waits = [decide(task(), past=True, waits=waits) for waits in range(MAX_WAITS)]
+    assert waits == [WaitForOtherRun(RETRY_LEVELS[n], n + 1) for n in range(MAX_WAITS)]
+    # The run in progress takes as long as it takes; the wait for the attempt after that one begins anew.
+    assert decide(task(), past=True, waits=2, other_run="1 run") == WaitForOtherRun(RETRY_LEVELS[0])
+
+
 def test_what_was_given_back_often_is_no_poison_where_the_runs_are_counted() -> None:
     own = task().digest()
     assert decide(task(), deliveries=1000, recorded_digest=own, orphaned_runs=0) == Run()
@@ -247,6 +255,8 @@ def facts(draw: st.DrawFn) -> Facts:
         orphaned_runs=draw(st.none() | st.integers(0, 2 * MAX_ORPHANED_RUNS)),
         deliveries=draw(st.integers(0, MAX_DELIVERIES + 5)),
         other_run=draw(st.sampled_from(["", "", "1 run"])),
+        past=draw(st.booleans()),
+        waits=draw(st.integers(0, MAX_WAITS)),
     )
 
 
@@ -315,6 +325,7 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
         assert owned(known)
         assert not known.cancel_requested
         assert not known.other_run
+        assert not known.past
         assert known.task.expires_at is None or known.task.expires_at > NOW
         assert min(known.orphaned_runs or 0, known.deliveries) < MAX_ORPHANED_RUNS
         if known.orphaned_runs is None or known.recorded_digest is None:
@@ -325,7 +336,7 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
 def test_what_nothing_speaks_against_runs(known: Facts) -> None:
     clean = replace(
         known, type_name="echo", ended=None, recorded_digest=None, cancel_requested=False, orphaned_runs=0,
-        deliveries=0, task=task(), other_run="",
+        deliveries=0, task=task(), other_run="", past=False,
     )  # fmt: skip
     assert before_run(clean) == Run()
 
@@ -361,7 +372,7 @@ def test_a_cancel_is_heeded_unless_the_task_has_ended_or_is_not_the_one_meant(kn
 @given(facts())
 def test_a_copy_waits_for_a_run_in_progress_unless_the_task_has_ended_or_is_another(known: Facts) -> None:
     verdict = before_run(replace(known, other_run="1 run"))
-    without = before_run(replace(known, other_run=""))
+    without = before_run(replace(known, other_run="", past=False))
     settled = isinstance(without, AlreadyDone) or (isinstance(without, DeadLetter) and not is_poison(without))
     assert type(verdict) is (type(without) if settled else WaitForOtherRun)
     assert not isinstance(without, WaitForOtherRun)
@@ -369,7 +380,7 @@ def test_a_copy_waits_for_a_run_in_progress_unless_the_task_has_ended_or_is_anot
 
 @given(facts(), st.integers(5, 9))
 def test_a_redrive_gives_a_failed_task_another_chance(known: Facts, redrives: int) -> None:
-    redriven = replace(known, redrives=redrives, orphaned_runs=0, deliveries=0, other_run="")
+    redriven = replace(known, redrives=redrives, orphaned_runs=0, deliveries=0, other_run="", past=False)
     if owned(known) and known.ended is not None and known.ended.status != "succeeded":
         assert isinstance(before_run(redriven), Run | Cancel | Expire)
 

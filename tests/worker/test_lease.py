@@ -21,13 +21,14 @@ import redis
 
 from inferq.broker import Delivery, Message
 from inferq.consumers.runtime.messages import Done
+from inferq.consumers.runtime.process import EngineDied
 from inferq.consumers.worker.decision import LEASE_SECONDS, TAKE_OVER_SECONDS
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.scratch import ScratchFolder
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.task_run import TaskRun
-from inferq.schemas import Result, get_type, parse_task
+from inferq.schemas import Outage, Result, get_type, parse_task
 from inferq.storage import Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
 from inferq.storage.status.keys import record_key
 from tests.proxy import TcpProxy
@@ -202,6 +203,7 @@ class Bench:
     def __init__(self, storage: StorageSettings, folder: Path) -> None:
         store = LocalStore(folder / "store", fsync=False)
         self.sent: list[Message] = []
+        self.delivered = True
         self.services = WorkerServices(
             settings=WorkerSettings(redis_patience=0), task_type=get_type("echo"), store=store,
             results=ResultStore(store), fetcher=Fetcher(store, storage),
@@ -216,8 +218,11 @@ class Bench:
         return done
 
     def complete(self, delivery: Delivery, run: Any = lambda: None, *, busy: bool = False) -> int:
-        """Bring a delivery to its end, and give how often the engine ran."""
-        consumer = SimpleNamespace(ack=lambda *_, **__: None, holds=lambda _: True)
+        """Bring a delivery to its end, and give how often the engine ran. `delivered` says whether RabbitMQ still
+        knows the message as this worker's."""
+        consumer = SimpleNamespace(
+            ack=lambda *_, **__: None, requeue=lambda _: None, holds=lambda _: self.delivered
+        )
         engine = Engine(run, busy)
         TaskRun(self.services, cast(Any, consumer), cast(Any, engine), delivery, "normal").complete()
         return engine.runs
@@ -235,6 +240,10 @@ def bench(redis_url: str, tmp_path: Path) -> Iterator[Bench]:
         client.flushdb()
     bench.services.status.close()
     bench.services.scratch.close()
+
+
+def lease(status: StatusIndex) -> str:
+    return str(status.write(lambda client: client.hget(record_key("default", "t"), "h")))
 
 
 def age_lease(status: StatusIndex, seconds: float) -> None:
@@ -324,6 +333,112 @@ def test_a_redelivered_message_finds_the_end_of_the_run_that_it_watched(
     assert bench.complete(replace(DELIVERY, redelivered=True)) == 0
     assert looks == [None, result]
     assert bench.count("tasks", outcome="skipped") == 1
+
+
+@pytest.mark.parametrize("wait", ["scratch.check", "results.load"])
+def test_a_run_that_waits_before_its_engine_ends_its_lease_once_its_message_is_lost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: str
+) -> None:
+    """Otherwise a worker with a full disk would keep the task from the workers that can run it."""
+    part, _, method = wait.partition(".")
+    works = getattr(getattr(bench.services, part), method)
+    failures = []
+
+    def fail(*arguments: Any) -> Any:
+        bench.delivered = False
+        failures.append(Outage("unavailable"))
+        if len(failures) < 5:
+            raise failures[-1]
+        return works(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(bench.services, part), method, fail)
+        assert bench.complete(DELIVERY) == 0
+    assert len(failures) < 5
+    assert bench.count("tasks", outcome="given_back") == 1
+    bench.delivered = True
+    assert bench.complete(DELIVERY) == 1
+    assert bench.count("tasks", outcome="succeeded") == 1
+
+
+@pytest.mark.parametrize("call", ["load", "save"])
+def test_a_run_renews_its_lease_while_the_store_does_not_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    status, works = bench.services.status, getattr(bench.services.results, call)
+    blocked = []
+
+    def block_once(*arguments: Any) -> Any:
+        if not blocked:
+            blocked.append(call)
+            eventually(lambda: lease(status) != "None", "the run has begun")
+            age_lease(status, TAKE_OVER_SECONDS)
+            silent = lease(status)
+            eventually(lambda: lease(status) != silent, "a sign of life")
+            assert bench.complete(replace(DELIVERY, redelivered=True)) == 0
+        return works(*arguments)
+
+    monkeypatch.setattr(bench.services.results, call, block_once)
+    assert bench.complete(DELIVERY) == 1
+    assert bench.count("tasks", outcome="duplicate") == bench.count("tasks", outcome="succeeded") == 1
+    assert bench.count("repeated_runs") == 0
+
+
+def fail() -> None:
+    raise EngineDied("it died")
+
+
+def test_a_copy_of_an_attempt_that_failed_waits_for_the_next_one(bench: Bench) -> None:
+    """Its message was lost during the run, so that both this one and that of the next attempt are on their way."""
+
+    def fail_without_message() -> None:
+        bench.delivered = False
+        fail()
+
+    bench.complete(DELIVERY, fail_without_message)
+    bench.delivered = True
+    (retry,) = bench.sent
+    assert retry.headers["x-attempt"] == 2
+    assert bench.count("tasks", outcome="retried") == 1
+    copy = DELIVERY
+    for level in ("5s", "30s", "120s"):
+        assert bench.complete(copy) == 0
+        waiting = bench.sent[-1]
+        assert (waiting.exchange, waiting.headers.get("x-attempt", 1)) == (f"inference.retry.{level}", 1)
+        copy = replace(DELIVERY, headers=waiting.headers)
+    # Nothing came of the next attempt: its queue may have been purged.
+    assert bench.complete(copy) == 1
+    assert bench.count("tasks", outcome="succeeded") == 1
+
+
+def test_a_failed_run_that_another_one_took_over_ends_nothing(bench: Bench) -> None:
+    """Its worker was suspended: the task's end is the other run's."""
+    last = replace(DELIVERY, headers={"x-attempt": 5})
+
+    def lose_the_lease() -> None:
+        age_lease(bench.services.status, LEASE_SECONDS)
+        begin_run(bench.services.status, parse_task(TASK), attempt=5, run="another")
+        fail()
+
+    bench.complete(last, lose_the_lease)
+    assert bench.sent == []
+    assert bench.services.results.load("default", "t") is None
+    assert bench.count("tasks", outcome="given_back") == 1
+    assert bench.services.status.lease_holder("default", "t") == "another"
+
+
+def test_without_redis_a_failed_run_decides_only_with_its_message(tmp_path: Path) -> None:
+    bench = Bench(StorageSettings(redis_url="redis://127.0.0.1:1/0"), tmp_path)
+
+    def fail_without_message() -> None:
+        bench.delivered = False
+        fail()
+
+    bench.complete(DELIVERY, fail)
+    bench.complete(DELIVERY, fail_without_message)
+    assert bench.count("tasks", outcome="retried") == bench.count("tasks", outcome="given_back") == 1
+    assert len(bench.sent) == 1
+    bench.services.scratch.close()
 
 
 def test_without_redis_runs_go_on_and_are_counted(tmp_path: Path) -> None:
