@@ -748,9 +748,13 @@ def test_nobodys_results_are_to_be_had_as_an_s3_input(
     refused(whole, f"s3://{bucket}/owner/x", "input_refused")
 
 
-def test_an_s3_that_is_away_is_transient_for_an_input(make_fetch: Callable[..., Fetch]) -> None:
+def test_an_s3_that_is_away_is_transient_for_an_input_and_its_address_is_for_the_log_alone(
+    make_fetch: Callable[..., Fetch], caplog: pytest.LogCaptureFixture
+) -> None:
     fetch = make_fetch(s3_endpoint_url="http://127.0.0.1:9", fetch_s3_buckets=("bucket",))
-    failed(fetch, "s3://bucket/k")
+    message = failed(fetch, "s3://bucket/k")
+    assert message == "image_url s3://bucket/k: bucket 'bucket' cannot be read now; the log says why"
+    assert "http://127.0.0.1:9" in caplog.text
 
 
 def test_a_full_scratch_disk_fails_the_attempt_and_not_the_worker(fetch: Fetch, scratch: Path) -> None:
