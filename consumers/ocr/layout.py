@@ -8,7 +8,7 @@ text defines up and down. So a rotated or slightly skewed page is read like an u
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +23,7 @@ _COLUMN_WIDTH = 6.0
 _COLUMN_FILL = 0.6
 """The minimum share of a prose column's width that its median line fills: a table's cells fill less."""
 _GUTTER = 0.25
-"""The minimum gap between two columns, in line heights. Detectors draw boxes larger than the print."""
+"""The minimum gap between two columns at most lines, in line heights. Boxes are larger than the print."""
 _OVERHANG = 1.0
 """A line is part of a column if it reaches at most this far beyond the gutter, in line heights."""
 _STRAY = 0.1
@@ -203,10 +203,16 @@ def _is_band(items: Sequence[_Placed], start: float, height: float) -> bool:
 
 
 def _is_gutter(items: Sequence[_Placed], start: float, height: float) -> bool:
-    """Whether the lines left of `start` end before it, and the others do not start before it."""
-    edge = start - _GUTTER * height
-    # A line that reaches over the edge is in the way, whichever side it is on.
-    strays = sum(1 for item in items if item.left < edge < item.right)
+    """Whether a gutter ends near `start`: few lines reach into it, and most keep their distance from it."""
+    left, right = _halves(items, start)
+    if not left or not right:
+        return False
+    ends, begins = sorted(item.right for item in left), sorted(item.left for item in right)
+    if begins[len(begins) // 2] - ends[len(ends) // 2] < _GUTTER * height:
+        return False
+    # Boxes end and begin unevenly: the gutter is where the fewest reach across.
+    edges = [start, *(edge for edge in ends if abs(edge - start) <= _OVERHANG * height)]
+    strays = min(len(ends) - bisect_right(ends, edge) + bisect_left(begins, edge) for edge in edges)
     return strays <= max(1, _STRAY * len(items))
 
 

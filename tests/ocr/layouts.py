@@ -65,6 +65,12 @@ def layouts(angle: float = 0) -> dict[str, list[Line]]:
     two = columns()
     overhang = columns()
     overhang[5] = at("one line that is longer", 100, _TOP + 5 * _PITCH, 545)
+    jagged = [
+        at(f"column {column} line {row}", left, _TOP + row * _PITCH, right - left)
+        for column in range(2)
+        for row in range(12)
+        for left, right in [[(100, 598 + 5 * row % 7), (602 + (0, 3, 10, 24, 25, 26)[row % 6], 1140)][column]]
+    ]
     uneven = [item for item in columns() if "column 1" not in item.text or item.text.endswith((" 0", " 1"))]
     return {
         "two columns": two,
@@ -79,6 +85,7 @@ def layouts(angle: float = 0) -> dict[str, list[Line]]:
         "three columns, title, page number": [title, *columns(3, width=320), at("3", 630, end + 60, 14)],
         "narrow gutter": columns(gutter=14),
         "line that overhangs the gutter": overhang,
+        "columns whose boxes touch": jagged,
         "second column of two lines": uneven,
         "single column": columns(1, width=1040),
         "form": [
