@@ -69,6 +69,7 @@ class Site:
         key: str | None = None,
         exchange: str = "inference.tasks",
         headers: dict[str, Any] | None = None,
+        declare: bool = True,
     ) -> str:
         """Publish as a producer in any language would; gives the task's id."""
         if isinstance(message, dict):
@@ -77,7 +78,8 @@ class Site:
         body = message if isinstance(message, bytes) else json.dumps(message).encode()
         connection = connect(self.broker, name="test")
         channel = connection.channel()
-        topology_for(["faulty", "echo"]).apply(channel)
+        if declare:
+            topology_for(["faulty", "echo"]).apply(channel)
         channel.confirm_delivery()
         properties = pika.BasicProperties(delivery_mode=2, headers=headers)
         channel.basic_publish(exchange, key or "task_type.faulty", body, properties, mandatory=True)

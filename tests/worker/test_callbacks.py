@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inferq.broker import connect
+import pytest
+
+from inferq.broker import connect, topology_for
+from inferq.producer.up.rabbitmq import USER
 from inferq.schemas import Callback, end_callback, parse_task
+from tests.conftest import RabbitMQ
 from tests.waiting import eventually
 from tests.worker.conftest import Site, starts
 
@@ -92,20 +97,34 @@ def test_a_copy_of_a_task_that_has_ended_is_called_back_under_the_same_id(site: 
     assert len({callback.body for callback in got}) == 2
 
 
-def test_a_worker_killed_between_result_and_ack_repeats_the_callback_under_its_id(site: Site) -> None:
-    """The queue of callbacks is away as the result is kept, so that the worker dies right between the two."""
-    worker = site.worker("echo")
+@pytest.fixture
+def bind_again(site: Site, shared_rabbitmq: RabbitMQ) -> Iterator[Callable[[], None]]:
+    """No callback finds its queue, and the worker may not mend that by declaring it, until this is called."""
+    vhost = site.broker.amqp_url.rpartition("/")[2]
     connection = connect(site.broker, name="test")
     channel = connection.channel()
-    site.publish({"task_id": "k", "task_type": "echo", "delay": 1, "callback_url": URL})
-    channel.queue_unbind("inference.callbacks", "inference.jobs", "inference.callbacks")
+    topology_for(["faulty", "echo"]).apply(channel)
+    rights = {"configure": "^$", "write": ".*", "read": ".*"}
+    shared_rabbitmq.management.put(f"/permissions/{vhost}/{USER}", json=rights).raise_for_status()
+    binding = ("inference.callbacks", "inference.jobs", "inference.callbacks")
+    channel.queue_unbind(*binding)
+    yield lambda: channel.queue_bind(*binding)
+    connection.close()
+
+
+def test_a_worker_killed_between_result_and_ack_repeats_the_callback_under_its_id(
+    site: Site, bind_again: Callable[[], None]
+) -> None:
+    """The queue of callbacks is away as the result is kept, so that the worker dies right between the two."""
+    worker = site.worker("echo")
+    site.publish({"task_id": "k", "task_type": "echo", "callback_url": URL}, declare=False)
     first = site.ended("k")
     eventually(lambda: not worker.ready())
     assert handed_over(site) == []
     worker.discard()
+    bind_again()
     site.worker("echo")
     eventually(lambda: site.depth("inference.callbacks") == 1)
-    connection.close()
     (got,) = handed_over(site)
     assert got == end_callback(first, URL)
 
@@ -137,16 +156,14 @@ def test_starts_and_progress_are_called_back_where_they_were_asked_for(site: Sit
     assert ordered == sorted(set(ordered))
 
 
-def test_a_queue_that_is_not_there_delays_the_ack_and_loses_no_callback(site: Site) -> None:
+def test_a_queue_that_is_not_there_delays_the_ack_and_loses_no_callback(
+    site: Site, bind_again: Callable[[], None]
+) -> None:
     worker = site.worker("echo")
-    connection = connect(site.broker, name="test")
-    channel = connection.channel()
-    site.publish({"task_id": "t", "task_type": "echo", "delay": 1, "callback_url": URL})
-    channel.queue_unbind("inference.callbacks", "inference.jobs", "inference.callbacks")
+    site.publish({"task_id": "t", "task_type": "echo", "callback_url": URL}, declare=False)
     site.ended("t")
     eventually(lambda: not worker.ready())
     assert handed_over(site) == []
-    channel.queue_bind("inference.callbacks", "inference.jobs", "inference.callbacks")
+    bind_again()
     eventually(lambda: site.depth("inference.callbacks") == 1)
-    connection.close()
     assert [c.subject_id for c in handed_over(site)] == ["t"]
