@@ -381,7 +381,7 @@ _SCRIPTS = {
 }
 """The scripts that each part runs."""
 _DIRECT = {
-    "worker": {"evalsha", "script|load"},
+    "worker": {"evalsha", "script|load", "script|exists"},
     "gateway": {
         *(
             "evalsha",
