@@ -26,6 +26,9 @@ GENTLE = "-gentle"
 
 GRACE = 30.0
 
+_MEMORY, _ENVIRONMENT_END = 20, 48
+"""Where `_stat` has the size of the memory, and the address at which the environment ends."""
+
 
 def members(sessions: Collection[int], mark: str) -> list[int]:
     """The pids of all living processes in these sessions, or with this mark in their environment."""
@@ -40,7 +43,7 @@ def members(sessions: Collection[int], mark: str) -> list[int]:
             if state in "ZX":
                 continue
             # Another user's environment cannot be read, but another user's processes are not ours either.
-            if session in sessions or (needle and needle in (entry / "environ").read_bytes().split(b"\0")):
+            if session in sessions or (needle and needle in environment(entry).split(b"\0")):
                 found.append(pid)
     return found
 
@@ -52,11 +55,30 @@ def alive(pid: int) -> bool:
     return False
 
 
+def environment(entry: Path, *, seconds: float = 5.0) -> bytes:
+    """The environment of a process. Waits, at most `seconds`, while the process is between two programs.
+
+    For a moment within execve(2) a process has no environment at all, and would be taken for somebody else's.
+    """
+    end = time.monotonic() + seconds
+    while not (found := (entry / "environ").read_bytes()):
+        stat = _stat(entry)
+        if int(stat[_MEMORY]) == 0 or int(stat[_ENVIRONMENT_END]) != 0 or time.monotonic() > end:
+            break  # it is the kernel's, its environment is empty, or it may not be looked into
+        time.sleep(0.002)
+    return found
+
+
 def _status(entry: Path) -> tuple[str, int]:
     """A process's state and session id."""
-    # The command's name, in parentheses, may hold any character.
-    fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    fields = _stat(entry)
     return fields[0], int(fields[3])
+
+
+def _stat(entry: Path) -> list[str]:
+    """What proc(5) says of a process, from its state on."""
+    # The command's name, in parentheses, may hold any character.
+    return (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def kill_all(sessions: Collection[int], mark: str = "", *, seconds: float = 10.0) -> bool:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,22 @@ def test_what_cannot_be_killed_is_given_up_on(start: Start, monkeypatch) -> None
     process = start(DEAF)
     monkeypatch.setattr(orphan_reaper.os, "kill", lambda pid, number: None)
     assert not orphan_reaper.kill_all({process.pid}, seconds=0.1)
+
+
+def test_a_process_between_two_programs_is_looked_at_again(tmp_path: Path) -> None:
+    """Within execve(2) it has memory, and no environment yet."""
+
+    def write(environment: bytes, end: int) -> None:
+        fields = ["R", *["0"] * 19, "4096", *["0"] * 27, str(end), "0"]
+        (tmp_path / "environ").write_bytes(environment)
+        (tmp_path / "stat").write_text(f"7 (a) b) {' '.join(fields)}\n")
+
+    write(b"", 0)
+    with ThreadPoolExecutor(1) as thread:
+        looking = thread.submit(orphan_reaper.environment, tmp_path, seconds=60)
+        with pytest.raises(TimeoutError):
+            looking.result(0.1)
+        write(b"A=1\0", 4096)
+        assert looking.result(60) == b"A=1\0"
+    write(b"", 4096)
+    assert orphan_reaper.environment(tmp_path, seconds=60) == b""
