@@ -86,7 +86,9 @@ def test_an_engine_that_cannot_work_here_ends_the_worker_with_its_reason(site: S
 def test_an_engine_that_fails_to_load_is_tried_again(site: Site, tmp_path: Path, failure: str) -> None:
     switch = tmp_path / "load"
     switch.write_text(failure)
-    worker = WorkerProcess(site, "faulty", {"FAULTY_LOAD": str(switch), "INFERQ_START_LIMIT": "3"})
+    # Long enough for the sound engine on a busy machine, which takes seconds as well.
+    limit = {"INFERQ_START_LIMIT": "10"} if failure == "slow" else {}
+    worker = WorkerProcess(site, "faulty", {"FAULTY_LOAD": str(switch), **limit})
     site.workers.append(worker)
     eventually(lambda: "next start in" in worker.log.read_text())
     assert not worker.ready()
