@@ -96,7 +96,7 @@ LEASE_SECONDS = 10.0
 A run renews its lease several times a second, from its beginning to its end; a silent one is most likely suspended, or
 cut off from Redis. The wait can be long: if the run's worker dies, RabbitMQ redelivers its own message."""
 
-TAKE_OVER_SECONDS = 1.0
+TAKE_OVER_SECONDS = 0.6
 """The same for a redelivered message. Short, since its worker may have been killed."""
 
 MAX_WAITS = 3
