@@ -69,8 +69,10 @@ def test_a_process_between_two_programs_is_looked_at_again(tmp_path: Path) -> No
 
     def write(environment: bytes, end: int) -> None:
         fields = ["R", *["0"] * 19, "4096", *["0"] * 27, str(end), "0"]
-        (tmp_path / "environ").write_bytes(environment)
-        (tmp_path / "stat").write_text(f"7 (a) b) {' '.join(fields)}\n")
+        stat = f"7 (a) b) {' '.join(fields)}\n"
+        for name, content in (("environ", environment), ("stat", stat.encode())):
+            (tmp_path / "new").write_bytes(content)
+            (tmp_path / "new").replace(tmp_path / name)  # never seen half written
 
     write(b"", 0)
     with ThreadPoolExecutor(1) as thread:
