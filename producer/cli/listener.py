@@ -89,6 +89,9 @@ class Listener:
                     self._answer(413 if length.isdigit() else 411)
                     return
                 body = self.rfile.read(int(length))
+                if len(body) < int(length):  # its sender broke off, and will send it again
+                    self.close_connection = True
+                    return
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 fault = fault_of(body, headers, secrets())
                 answer = 401 if fault else status if next(numbers) < fail else 204

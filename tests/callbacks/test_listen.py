@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from inferq.consumers.callbacks.sending import signatures
 from inferq.producer.cli import app
-from inferq.producer.cli.listener import Listener
+from inferq.producer.cli.listener import Heard, Listener
 from inferq.storage import WebhookSecrets
 from tests.callbacks.conftest import Caller, callback
 from tests.waiting import eventually
@@ -131,22 +131,24 @@ def test_a_stranger_writes_no_lines_and_no_commands(tmp_path: Path) -> None:
     assert "\x1b" not in line
 
 
-def test_a_caller_that_breaks_off_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
-    listener = Listener(lambda _: None, secrets=tuple)
+@pytest.mark.parametrize("resets", [True, False], ids=["by a reset", "in good order"])
+def test_a_caller_that_breaks_off_is_no_error(capfd: pytest.CaptureFixture[str], resets: bool) -> None:
+    heard: list[Heard] = []
+    listener = Listener(heard.append, secrets=tuple)
     threading.Thread(target=listener.serve, daemon=True).start()
 
     def serving() -> bool:
         return any("process_request_thread" in thread.name for thread in threading.enumerate())
 
     with socket.create_connection(("127.0.0.1", listener.port)) as line:
-        line.sendall(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
+        line.sendall(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
         eventually(serving, "a request that is being served")
-        line.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )  # a reset, as of a killed one
+        if resets:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     eventually(lambda: not serving(), "the end of the request")
     listener.close()
     assert capfd.readouterr().err == ""
+    assert heard == []
 
 
 def test_a_secret_that_is_none_is_refused(tmp_path: Path) -> None:
