@@ -71,7 +71,7 @@ def moto() -> tuple[Part, int]:
 class FaultyS3:
     """Forwards a free loopback port to the server on `target_port`; `mode` says what it does instead.
 
-    With `only_writes` the mode befalls those, while whoever reads is served. With `only_inputs` it befalls the
+    With `only_writes` the mode applies to writes, and reads are served. With `only_inputs` it applies to the
     bucket of inputs.
     """
 

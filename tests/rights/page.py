@@ -39,7 +39,7 @@ class Rights:
 
 
 def read_page(*, task_type: str) -> dict[str, Rights]:
-    """The rights of each user, with `task_type` in the place of the page's."""
+    """The rights of each user. `task_type` replaces the page's example of a type."""
     text = _PAGE.read_text("utf-8").replace(r"inference\.ocr\.", rf"inference\.{task_type}\.")
     found = {}
     for section in text.split("\n## ")[1:]:

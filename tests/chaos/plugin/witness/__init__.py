@@ -12,7 +12,7 @@ Fault = Literal["none", "transient", "invalid", "crash", "container"]
 
 
 class WitnessOptions(Options):
-    times: int = Field(1, ge=0, description="How many runs the fault befalls, the first ones.")
+    times: int = Field(1, ge=0, description="In how many runs the fault occurs, the first ones.")
 
 
 class WitnessTask(Task):
