@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import Popen
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -26,6 +26,7 @@ from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.process import last_lines, spawn, stop
 from inferq.producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
 from inferq.producer.up.redis import RedisServer
+from inferq.storage import ObjectInfo, ObjectStore
 from inferq.storage.objects.s3 import s3_client
 
 if TYPE_CHECKING:
@@ -205,6 +206,25 @@ def _started(make: Callable[[Path], Node], folder: Path) -> Iterator[Node]:
         yield node
     finally:
         node.discard()
+
+
+@pytest.fixture
+def keys_listed(monkeypatch: pytest.MonkeyPatch) -> Callable[[ObjectStore], list[str]]:
+    """Notes the keys of all objects that a store lists from now on."""
+
+    def watch(store: ObjectStore) -> list[str]:
+        keys: list[str] = []
+        real = store.list
+
+        def noted(*args: Any, **kwargs: Any) -> Iterator[ObjectInfo]:
+            for info in real(*args, **kwargs):
+                keys.append(info.key)
+                yield info
+
+        monkeypatch.setattr(store, "list", noted)
+        return keys
+
+    return watch
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from inferq.producer.gateway.services import BatchCache
 from inferq.schemas import Batch, BatchCounts, BatchSummary, Outage
-from inferq.storage import BatchIndex, BatchStore, ObjectInfo, ObjectStore
+from inferq.storage import BatchIndex, BatchStore, ObjectStore
 from tests.gateway.conftest import FakePublisher, Gateway, as_new_tenant, wait_until
 
 PATH = "/v1/batches/b"
@@ -89,18 +89,10 @@ def test_the_status_of_a_batch_being_fed_costs_no_object_store_read(
 
 
 def test_a_page_of_batches_costs_the_same_however_many_there_are(
-    lone_gateway: Gateway, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    lone_gateway: Gateway, asked: list[str], keys_listed: Callable[[ObjectStore], list[str]]
 ) -> None:
     store: ObjectStore = lone_gateway.server.config.app.state.services.store  # type: ignore[union-attr]
-    listed: list[str] = []
-    real = store.list
-
-    def noted(*args: Any, **kwargs: Any) -> Iterator[ObjectInfo]:
-        for info in real(*args, **kwargs):
-            listed.append(info.key)
-            yield info
-
-    monkeypatch.setattr(store, "list", noted)
+    listed = keys_listed(store)
     costs = []
     for numbers in (range(4), range(4, 12)):
         for number in numbers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from inferq.consumers.nightly.jobs import Watcher
 from inferq.consumers.nightly.night import Ended, ended_between
 from inferq.schemas import BatchCounts, BatchSummary, EndState, ErrorInfo, Night, Result
 from inferq.schemas.schedule import Schedule
-from inferq.storage import BatchSource, ObjectInfo, StorageSettings
+from inferq.storage import BatchSource, ObjectStore, StorageSettings
 from inferq.storage.nightly_runs import Run, RunLog
 
 START = "2026-11-25T01:30"
@@ -193,22 +193,14 @@ def test_lines_with_ids_of_their_own_count_where_the_result_is_theirs(nights: Ma
 
 
 def test_a_line_with_an_id_of_its_own_costs_the_same_however_many_artifacts_it_has(
-    nights: MakeNights, monkeypatch: pytest.MonkeyPatch
+    nights: MakeNights, keys_listed: Callable[[ObjectStore], list[str]]
 ) -> None:
     run = nights()
     run.ends(1, "2026-11-25T02:00", task_id="mine", pages=5)
     store = run.services.store
     for number in range(30):
         store.put(f"tasks/default/mine/artifacts/1-a/{number}", b"")
-    listed: list[str] = []
-    real = store.list
-
-    def noted(*args: Any, **kwargs: Any) -> Iterator[ObjectInfo]:
-        for info in real(*args, **kwargs):
-            listed.append(info.key)
-            yield info
-
-    monkeypatch.setattr(store, "list", noted)
+    listed = keys_listed(store)
     (end,) = ended_between(store, run.batch, *EVER, readers=2, own_ids=["mine"])
     assert (end.status, end.pages) == ("succeeded", 5)
     assert listed == ["tasks/default/mine/result.json"]

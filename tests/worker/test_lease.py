@@ -113,7 +113,7 @@ def test_of_two_copies_on_two_idle_workers_one_runs_and_the_other_waits(
     waited, skipped = pair.settled("duplicate"), pair.settled("skipped")
     gate.publish()
     gate.publish()
-    eventually(lambda: pair.settled("duplicate") > waited + 1, "a copy that waits", seconds=20)
+    eventually(lambda: pair.settled("duplicate") > waited + 1, "a copy that waits")
     gate.open()
     assert site.ended(gate.task_id).attempts == 1
     eventually(lambda: pair.settled("skipped") == skipped + 1, "the copy found the result")
@@ -129,7 +129,7 @@ def test_a_task_whose_worker_lost_its_connection_is_not_run_by_an_idle_one(
     gate.publish()
     eventually(lambda: gate.starts)
     pair.lines[gate.worker].cut()
-    eventually(lambda: pair.settled("duplicate") > waited, "the redelivered message waits", seconds=20)
+    eventually(lambda: pair.settled("duplicate") > waited, "the redelivered message waits")
     gate.open()
     assert site.ended(gate.task_id).status == "succeeded"
     eventually(lambda: pair.settled("skipped") == skipped + 1, "the message found the result")
@@ -141,7 +141,7 @@ def test_a_killed_workers_task_starts_again_before_its_lease_ends(site: Site, ga
     waited = pair.settled("duplicate")
     gate.publish()
     gate.publish()
-    eventually(lambda: pair.settled("duplicate") > waited, "a copy that waits", seconds=20)
+    eventually(lambda: pair.settled("duplicate") > waited, "a copy that waits")
     name = gate.worker
     killed, at = pair.workers.pop(name), time.monotonic()
     skipped = pair.settled("skipped")
