@@ -4,6 +4,7 @@ process        the worker's end of an engine process
 child          the engine process itself
 channel        messages over a socket, each with a deadline
 messages       what goes over the channel
+memory         the memory of an engine process, against its limits
 process_tree   ends an engine process with everything that it started
 device_memory  GPU memory in use, as a metric
 settings       the settings that the engine process reads itself

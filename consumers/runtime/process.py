@@ -14,10 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
-from pydantic import ByteSize
-
 from inferq.consumers.runtime.channel import Channel, Unreadable
+from inferq.consumers.runtime.memory import EngineMemory, MemoryLimits
 from inferq.consumers.runtime.messages import (
     Abort,
     Aborted,
@@ -34,7 +32,6 @@ from inferq.consumers.runtime.messages import (
 )
 from inferq.consumers.runtime.process_tree import kill_engine, start_engine
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
-from inferq.schemas.memory import total_memory
 
 _log = logging.getLogger(__name__)
 
@@ -76,21 +73,6 @@ class RunAborted(Exception):
 Wear = Literal["max_tasks", "memory", "out_of_memory"]
 """Why a working engine process is replaced: its number of tasks, its growth, or memory that ran out in a run."""
 
-_MEASURE_SECONDS = 1.0
-"""The least time between two measurements of memory after a run; each takes milliseconds."""
-
-
-@dataclass(frozen=True)
-class MemoryLimits:
-    """How much memory an engine process and its children may take, in bytes.
-
-    Beyond `kill_at` it is killed in the middle of a run; None is what it takes when loaded, and nine tenths of the
-    rest of the machine's or container's memory. Beyond `replace_at` it takes no other run; None is no limit.
-    """
-
-    kill_at: int | None = None
-    replace_at: int | None = None
-
 
 @dataclass(frozen=True)
 class RunHooks:
@@ -107,22 +89,14 @@ class EngineProcess:
     """One engine process, for one thread at a time. The thread that starts it must outlive it."""
 
     def __init__(
-        self,
-        type_name: str,
-        limits: MemoryLimits = MemoryLimits(),
-        *,
-        idle_seconds: float = 0.005,
-        total_memory: Callable[[], int] = total_memory,
+        self, type_name: str, limits: MemoryLimits | None = None, *, idle_seconds: float = 0.005
     ) -> None:
         """`prepare` wakes the process only if it has been idle for `idle_seconds`."""
-        self._total_memory = total_memory
         self._type_name = type_name
-        self._limits = limits
-        self.kill_at = limits.kill_at
+        self._memory = EngineMemory(type_name, limits or MemoryLimits())
         self._idle_seconds = idle_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Channel | None = None
-        self._next_measure = 0.0
         self._prepared: str | None = None
         self._answered_at = 0.0
         self._run_began: float | None = None
@@ -150,7 +124,7 @@ class EngineProcess:
 
     def spawn(self) -> None:
         """Start the process; it loads its engine while others go on."""
-        self.tasks, self.worn, self._next_measure = 0, None, 0.0
+        self.tasks, self.worn = 0, None
         self._prepared, self._answered_at = None, 0.0
         if self.alive:
             raise InstallationError(
@@ -165,6 +139,7 @@ class EngineProcess:
                 [*command, str(far.fileno()), str(os.getpid())], pass_fds=[far.fileno()]
             )
         self._pipe = Channel(near)
+        self._memory.watch(self._process.pid)
 
     @property
     def has_answered(self) -> bool:
@@ -215,9 +190,7 @@ class EngineProcess:
             ) from error
         match answer:
             case Ready(engine=info):
-                self._check_limits()
-                if self._limits.kill_at is None:
-                    self.kill_at = _default_limit(self.memory(), self._total_memory())
+                self._memory.check_loaded()
                 self.info = info
                 return info
             case LoadFailed(permanent=True):
@@ -226,20 +199,6 @@ class EngineProcess:
                 raise TransientFailure(answer.message, code=answer.code)
             case _:
                 raise TransientFailure(f"the engine began with {answer.kind!r}", code="engine_load_failed")
-
-    def _check_limits(self) -> None:
-        """Raise InstallationError if the loaded engine alone takes more memory than the limits allow."""
-        limits = {
-            "INFERQ_ENGINE_MEMORY_LIMIT": self._limits.kill_at,
-            "INFERQ_ENGINE_RECYCLE_MEMORY": self._limits.replace_at,
-        }
-        for name, limit in limits.items():
-            if limit is not None and (use := self.memory()) > limit:
-                raise InstallationError(
-                    f"the {self._type_name} engine takes {_size(use)} of memory once it is loaded, more than "
-                    f"{name}={_size(limit)} leaves it: raise the limit, or load a smaller model",
-                    code="engine_memory_limit",
-                )
 
     def prepare(self, task: str) -> None:
         """Send the task (its JSON) that is likely to run next; it may still not run.
@@ -294,8 +253,8 @@ class EngineProcess:
         self.tasks += 1
         if isinstance(answer, Failed) and answer.out_of_memory:
             self.worn = "out_of_memory"
-        elif self._limits.replace_at is not None:
-            self._measure(self._limits.replace_at)
+        elif self._memory.has_grown():
+            self.worn = "memory"
         return answer
 
     def _give(self, pipe: Channel, run: Run) -> None:
@@ -305,28 +264,6 @@ class EngineProcess:
             raise EngineDied(
                 f"the engine process did not take the task within {_SEND_SECONDS:g} s"
             ) from error
-
-    def _measure(self, replace_at: int) -> None:
-        now = time.monotonic()
-        if now < self._next_measure:
-            return
-        self._next_measure = now + _MEASURE_SECONDS
-        if (use := self.memory()) > replace_at:
-            self.worn = "memory"
-            _log.info(
-                "the %s engine process has grown to %s, beyond INFERQ_ENGINE_RECYCLE_MEMORY=%s",
-                self._type_name, _size(use), _size(replace_at),
-            )  # fmt: skip
-
-    def memory(self) -> int:
-        """Resident bytes of the process and its children; shared memory counts for each of them."""
-        use = 0
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            for part in (process, *process.children(recursive=True)):
-                with suppress(psutil.Error):  # it may have ended just now
-                    use += part.memory_info().rss
-        return use
 
     def _await(self, pipe: Channel, watch: RunHooks, time_limit: float, abort_grace: float) -> Done | Failed:
         now = time.monotonic()
@@ -383,15 +320,12 @@ class EngineProcess:
             raise EOFError
 
     def _watch_memory(self) -> None:
-        limit = self.kill_at
-        if limit is not None and (use := self.memory()) > limit:
+        try:
+            self._memory.check_run()
+        except TransientFailure:
             self.kill()
             self.worn = "out_of_memory"
-            raise TransientFailure(
-                f"the run was stopped: its engine process took {_size(use)} of memory, more than "
-                f"INFERQ_ENGINE_MEMORY_LIMIT={_size(limit)}; raise the limit, or submit smaller tasks",
-                code="out_of_memory",
-            )
+            raise
 
     def kill(self) -> None:
         """Kill the process and everything it started; wait until they are gone."""
@@ -457,12 +391,3 @@ class EngineProcess:
             return f"exit status {code}"
         name = signal.Signals(-code).name
         return f"{name}, most likely out of memory" if -code == signal.SIGKILL else name
-
-
-def _default_limit(loaded: int, total: int) -> int | None:
-    """The memory limit of an engine that takes `loaded` bytes when loaded; None if it takes all that there is."""
-    return loaded + (total - loaded) * 9 // 10 if loaded < total else None
-
-
-def _size(count: int) -> str:
-    return ByteSize(count).human_readable(decimal=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from inferq.broker import backoff
-from inferq.consumers.runtime.process import EngineProcess, MemoryLimits, Wear
+from inferq.consumers.runtime.memory import MemoryLimits
+from inferq.consumers.runtime.process import EngineProcess, Wear
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.waiting_line import Place, WaitingLine
 from inferq.schemas import InstallationError, TransientFailure

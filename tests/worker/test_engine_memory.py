@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from inferq.consumers.runtime.child import _failed, out_of_memory
-from inferq.consumers.runtime.process import EngineProcess
+from inferq.consumers.runtime.memory import EngineMemory, MemoryLimits, memory_of
 from inferq.schemas import InvalidTask, TransientFailure, get_type
 from inferq.schemas.memory import total_memory
 from tests.waiting import eventually
@@ -182,14 +183,11 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
 def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_left(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000000\n")
     limits = (tmp_path / "memory.max", tmp_path / "missing")
-    engine = EngineProcess("echo", total_memory=lambda: total_memory(limits))
-    engine.spawn()
-    try:
-        engine.wait_ready(limit=30)
-        loaded = engine.memory()
-        assert engine.kill_at == pytest.approx(loaded + 0.9 * (1e9 - loaded), rel=0.05)
-    finally:
-        engine.close()
+    memory = EngineMemory("echo", MemoryLimits(), total_memory=lambda: total_memory(limits))
+    memory.watch(os.getpid())
+    memory.check_loaded()
+    loaded = memory_of(os.getpid())
+    assert memory.kill_at == pytest.approx(loaded + 0.9 * (1e9 - loaded), rel=0.05)
 
 
 def test_a_machine_without_a_limit_has_all_its_memory(tmp_path: Path) -> None:

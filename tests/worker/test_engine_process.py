@@ -20,12 +20,12 @@ import pytest
 
 from inferq.consumers.runtime import child
 from inferq.consumers.runtime.channel import Channel
+from inferq.consumers.runtime.memory import MemoryLimits
 from inferq.consumers.runtime.messages import Done, Failed, LoadFailed
 from inferq.consumers.runtime.process import (
     AbortReason,
     EngineDied,
     EngineProcess,
-    MemoryLimits,
     OverTime,
     RunAborted,
     RunHooks,
