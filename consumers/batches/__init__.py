@@ -1,6 +1,7 @@
 """Feeds batches and assembles their results.
 
 feeder      feeding a batch, slice by slice, with a bounded number of tasks in flight
+chunks      lines published together, and marked once confirmed
 tasks       the task in a line
 lost_lines  lines without a result and without a message, fed again
 recount     the state of a batch, recounted from the object store

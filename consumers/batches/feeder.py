@@ -10,29 +10,21 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
-from inferq.broker import Message, PublishRejected, task_message
+from inferq.broker import PublishRejected
+from inferq.consumers.batches.chunks import CHUNK, Feeding
 from inferq.consumers.batches.lost_lines import LostLines, messages_in, refeed_due
 from inferq.consumers.batches.recount import Recount
 from inferq.consumers.batches.services import BatchServices
-from inferq.consumers.batches.tasks import task_of
-from inferq.schemas import Batch, BatchState, InvalidTask, Outage, Task
+from inferq.schemas import Batch, BatchState, Outage
 from inferq.storage import BatchSource, IndexLost, LeaseLost, Stall, Step
-from inferq.storage.batches.lines import Line, LineParser, SourceRefused, SourceUnusable
-from inferq.storage.batches.sources import Cursor, DuplicateIds
+from inferq.storage.batches.lines import SourceRefused, SourceUnusable
+from inferq.storage.batches.sources import Cursor
 from inferq.storage.batches.store import RecordMissing
 
-_CHUNK = 500
-"""Lines published, confirmed and marked together."""
-_CHUNK_BYTES = 4 << 20
-"""A chunk ends once its lines exceed this size."""
-_MAX_UNCONFIRMED_CHUNKS = 4
 _LOOK_SECONDS = 0.1
 _SELDOM_SECONDS = 0.5
 """Seconds between two looks at a batch, and the longest interval while little changes."""
@@ -78,16 +70,6 @@ Next = GoOn | Assemble | Nothing
 
 class _CancelledEarly(Exception):
     """The batch was cancelled before its first line was fed."""
-
-
-@dataclass
-class _Chunk:
-    cursor: Cursor
-    fed: list[int] = field(default_factory=list)
-    invalid: list[int] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    recorded: list[tuple[Task, str]] = field(default_factory=list)
-    confirmed: Future[None] | None = None
 
 
 class Slice:
@@ -189,55 +171,64 @@ class Slice:
 
     def _feed_slice(self, batch: Batch, source: BatchSource) -> Next:
         services = self.services
-        step = self.step()
-        looked, pause = step.ended, _LOOK_SECONDS
         with (
             services.sources.lines(source, self.cursor) as lines,
             services.sources.taken(source, after=self.cursor.line) as taken,
         ):
-            feeding = _Feeding(self, LineParser(batch), lines, taken, source=source)
-            while True:
-                step = feeding.settle()
-                stall = self._stall_at(step)
-                if step.cancel_requested:
-                    feeding.drain()
-                    return self._cancelled(batch, source)
-                opens_in = batch.window.opens_in(services.clock()) if batch.window else 0.0
-                if feeding.done and step.in_flight <= 0:
-                    return Assemble()
-                if services.stopping.is_set() or time.monotonic() > self._ends:
-                    return self._go_on(feeding)
-                if not feeding.done and opens_in <= 0:
-                    self._set_state("feeding")
-                    room = batch.max_in_flight - step.in_flight - feeding.unmarked
-                    # In chunks: a single line would cost a confirm and a mark of its own.
-                    if room >= _worthwhile(batch) and feeding.feed(min(room, _CHUNK)):
-                        self._stall = None
-                        continue
-                    if feeding.unmarked:
-                        step = feeding.settle(wait=True)
-                        continue
-                elif not feeding.done:
-                    self._set_state("paused")
-                    if step.in_flight <= 0:
-                        return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
-                else:
-                    self._set_state("running")
-                if _recheck_due(stall, self._now(), services.settings.batch_doubt):
-                    self._recheck(Recount(services, batch, source, self._renew), stall)
-                    return self._go_on(feeding, _IDLE_DELAY)
-                few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
-                pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
-                looked = step.ended
-                services.stopping.wait(pause)
+            feeding = Feeding(
+                services, batch, source, lines, taken,
+                cursor=self.cursor, reached=self.reached, step=self.step, ends=self._ends,
+            )  # fmt: skip
+            try:
+                return self._feed_until_the_end(batch, source, feeding)
+            finally:
+                self.cursor = feeding.cursor
 
-    def _go_on(self, feeding: _Feeding, seconds: int = 0) -> GoOn:
+    def _feed_until_the_end(self, batch: Batch, source: BatchSource, feeding: Feeding) -> Next:
+        services = self.services
+        looked, pause = self.step().ended, _LOOK_SECONDS
+        while True:
+            step = feeding.settle()
+            stall = self._stall_at(step)
+            if step.cancel_requested:
+                feeding.drain()
+                return self._cancelled(batch, source)
+            opens_in = batch.window.opens_in(services.clock()) if batch.window else 0.0
+            if feeding.done and step.in_flight <= 0:
+                return Assemble()
+            if services.stopping.is_set() or time.monotonic() > self._ends:
+                return self._go_on(feeding)
+            if not feeding.done and opens_in <= 0:
+                self._set_state("feeding")
+                room = batch.max_in_flight - step.in_flight - feeding.unmarked
+                # In chunks: a single line would cost a confirm and a mark of its own.
+                if room >= _worthwhile(batch) and feeding.feed(min(room, CHUNK)):
+                    self._stall = None
+                    continue
+                if feeding.unmarked:
+                    feeding.settle(wait=True)
+                    continue
+            elif not feeding.done:
+                self._set_state("paused")
+                if step.in_flight <= 0:
+                    return self._go_on(feeding, max(1, min(int(opens_in) + 1, _PAUSE_DELAY)))
+            else:
+                self._set_state("running")
+            if _recheck_due(stall, self._now(), services.settings.batch_doubt):
+                self._recheck(Recount(services, batch, source, self._renew), stall)
+                return self._go_on(feeding, _IDLE_DELAY)
+            few = step.ended - looked < _worthwhile(batch) // 4 and step.in_flight > _worthwhile(batch)
+            pause = min(2 * pause, _SELDOM_SECONDS) if few else _LOOK_SECONDS
+            looked = step.ended
+            services.stopping.wait(pause)
+
+    def _go_on(self, feeding: Feeding, seconds: int = 0) -> GoOn:
         # Otherwise the next slice publishes the unmarked lines again.
         with suppress(PublishRejected):
             feeding.drain()
         if self._stall is not None:
             self.services.index.note_stall(*self.name, self._stall)
-        return GoOn(self.cursor, seconds)
+        return GoOn(feeding.cursor, seconds)
 
     def _recheck(self, recount: Recount, stall: Stall) -> None:
         """Look for ends that Redis has missed; if there are none, look for lost lines after some rechecks."""
@@ -300,152 +291,6 @@ class Slice:
             self.services.index.set_state(*self.name, state)
             self._state = state
 
-    # What `_Feeding` needs.
-
-    def mark(self, chunk: _Chunk, high_water: int) -> Step:
-        line, offset = chunk.cursor
-        step = self.step(
-            high_water=high_water, line=line, offset=offset, fed=chunk.fed, invalid=chunk.invalid
-        )
-        self.cursor = chunk.cursor
-        return step
-
-    def wait(self, chunk: _Chunk) -> None:
-        """Wait until all messages of the chunk are confirmed. Those that a full queue refuses are published again."""
-        while chunk.confirmed is not None:
-            try:
-                chunk.confirmed.result()
-                return
-            except PublishRejected as rejected:
-                if self.services.stopping.is_set() or time.monotonic() > self._ends:
-                    raise
-                _log.info("batch %s: a queue is full, waiting: %s", self.name[1], rejected)
-                self.services.stopping.wait(self.services.pauses.rejected)
-                again = rejected.refused or chunk.messages
-            chunk.confirmed = self.services.publisher.publish_all(again)
-
-    def mark_confirmed(self, chunk: _Chunk, high_water: int) -> None:
-        """Mark the confirmed tasks of a chunk that a full queue refused in part, so that no later slice feeds them."""
-        refused: list[Message] = []
-        try:
-            if chunk.confirmed is not None:
-                chunk.confirmed.result()
-        except PublishRejected as rejected:
-            refused = rejected.refused or chunk.messages
-        unfed = {message.message_id for message in refused}
-        fed = [
-            line
-            for line, message in zip(chunk.fed, chunk.messages, strict=True)
-            if message.message_id not in unfed
-        ]
-        self.step(high_water=high_water, fed=fed)
-
-
-class _Feeding:
-    """The chunks of one slice: read, published, and marked after their confirms."""
-
-    def __init__(
-        self,
-        slice_: Slice,
-        parser: LineParser,
-        lines: Iterator[Line],
-        taken: DuplicateIds,
-        *,
-        source: BatchSource,
-    ) -> None:
-        self._slice = slice_
-        self._parser = parser
-        self._lines = lines
-        self._taken = taken
-        self._chunks: deque[_Chunk] = deque()
-        self._read = slice_.cursor
-        self._high_water = 0
-        # A queued task with an id of its own is known only by a record; a generated id names its batch and line.
-        self._recording = source.own_ids
-        # Decided without reading, so that a closed window does not hide the end.
-        self._exhausted = self._read.line >= source.lines
-
-    @property
-    def done(self) -> bool:
-        """Whether every line is published and marked."""
-        return self._exhausted and not self._chunks
-
-    @property
-    def unmarked(self) -> int:
-        """The number of tasks published and not yet marked as fed."""
-        return sum(len(chunk.fed) for chunk in self._chunks)
-
-    def feed(self, count: int) -> bool:
-        """Publish the next lines, up to `count`. Returns False once all lines are read."""
-        if self._exhausted:
-            return False
-        services = self._slice.services
-        last = self._read.line
-        if self._high_water < last + 2 * _CHUNK:
-            # A worker may finish a line before it is marked; the index must accept its end.
-            self._high_water = last + 8 * _CHUNK
-            self._slice.step(high_water=self._high_water)
-        processed: frozenset[int] = frozenset()
-        if last < self._slice.reached:
-            processed = services.index.processed(*self._slice.name, last + 1, last + count)
-        chunk = _Chunk(self._read)
-        size = 0
-        for _ in range(count):
-            if size > _CHUNK_BYTES:
-                break
-            line = next(self._lines, None)
-            if line is None:
-                self._exhausted = True
-                break
-            size += line.length
-            chunk.cursor = Cursor(line.number, line.end)
-            if line.blank or line.number in processed:
-                continue
-            try:
-                task = task_of(self._parser, self._taken, line)
-            except InvalidTask:
-                chunk.invalid.append(line.number)
-                continue
-            chunk.fed.append(line.number)
-            digest = task.digest()
-            chunk.messages.append(task_message(task, digest=digest))
-            if self._recording:
-                chunk.recorded.append((task, digest))
-        if chunk.cursor != self._read:
-            self._read = chunk.cursor
-            if chunk.recorded:
-                # Before they are published: afterwards a worker may already have finished them.
-                services.status.confirm_all(chunk.recorded)
-            chunk.confirmed = services.publisher.publish_all(chunk.messages)
-            self._chunks.append(chunk)
-        return True
-
-    def drain(self) -> None:
-        """Wait for all confirms and mark the chunks."""
-        while self._chunks:
-            self.settle(wait=True)
-
-    def settle(self, *, wait: bool = False) -> Step:
-        """Mark the confirmed chunks. Waits for the oldest if too many are unconfirmed."""
-        step = None
-        while self._chunks:
-            oldest = self._chunks[0]
-            confirmed = oldest.confirmed
-            full = len(self._chunks) >= _MAX_UNCONFIRMED_CHUNKS or self._exhausted
-            if not (wait or full or confirmed is None or confirmed.done()):
-                break
-            try:
-                self._slice.wait(oldest)
-            except PublishRejected:
-                # The cursor stays before the refused line.
-                for chunk in self._chunks:
-                    self._slice.mark_confirmed(chunk, self._high_water)
-                raise
-            step = self._slice.mark(oldest, self._high_water)
-            self._chunks.popleft()
-            wait = False
-        return step or self._slice.step()
-
 
 def _recheck_due(stall: Stall, now: float, after: float) -> bool:
     """Whether a recount is due: after `after` seconds, then at doubling intervals."""
@@ -454,4 +299,4 @@ def _recheck_due(stall: Stall, now: float, after: float) -> bool:
 
 
 def _worthwhile(batch: Batch) -> int:
-    return max(1, min(_CHUNK, batch.max_in_flight // 10))
+    return max(1, min(CHUNK, batch.max_in_flight // 10))
