@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeGuard
 import pika
 from pika.exceptions import ShortStringTooLong
 
-from inferq.broker.topology import DEAD, TASKS, retry_exchange, routing_key
+from inferq.broker.topology import DEAD, DROPPED, TASKS, retry_exchange, routing_key
 from inferq.schemas import SCHEMA_VERSION, InferqError, Priority, Task
 
 ATTEMPT = "x-attempt"
@@ -261,6 +261,11 @@ def dead_message(
     }
     key = routing_key(type_name, priority)
     return Message(DEAD, key, delivery.body, headers, named_id(delivery), type_name)
+
+
+def dropped_message(delivery: Delivery) -> Message:
+    """The same copy of a dropped message once more, behind all others in `inference.dropped`."""
+    return Message(DROPPED, delivery.routing_key, delivery.body, dict(delivery.headers))
 
 
 def redriven_message(delivery: Delivery) -> Message:

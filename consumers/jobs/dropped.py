@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 
-from inferq.broker import DROPPED, Consumer, Delivery, backoff, job_topology
+from inferq.broker import DROPPED, Consumer, Delivery, backoff, dropped_message, job_topology
 from inferq.consumers.batches.services import BatchServices
+from inferq.consumers.worker.decision import LEASE_SECONDS
 from inferq.consumers.worker.notifier import Notifier, legible_url
 from inferq.consumers.worker.records import Records
-from inferq.schemas import InferqError, InvalidTask, Outage, Result, TransientFailure, parse_task
+from inferq.schemas import InferqError, InvalidTask, Outage, Result, Task, TransientFailure, parse_task
 from inferq.storage import StatusOutage, UnreadableResult
 
 _LOOK_SECONDS = 0.5
@@ -85,26 +88,45 @@ class DroppedTasks(threading.Thread):
         self._services.close()
 
     def end(self, delivery: Delivery) -> None:
-        """Record the failure of a dropped task and report it to its owner. Raises Outage."""
+        """Record the failure of a dropped task and report it to its owner. Raises Outage.
+
+        While another copy of the task runs, that one decides how it ends: the dropped one waits in its queue.
+        """
         error = drop_error(delivery)
         if error is None:
             return
         type_name = delivery.routing_key.removeprefix("task_type.").partition(".")[0]
         records = Records(delivery, "normal", type_name=type_name, worker="RabbitMQ")
         now = datetime.now(UTC)
-        _log.warning("%s: %s", records.name, error)
         try:
             task = parse_task(delivery.body)
         except InvalidTask:
+            _log.warning("%s: %s", records.name, error)
             failure = records.unreadable(error, started_at=now)
             if failure is not None and self._is_free(failure):
                 self._report(self._services.results.save(failure), legible_url(delivery.body))
             return
+        if self._runs(task):
+            self._services.confirm(dropped_message(delivery))
+            return
+        _log.warning("%s: %s", records.name, error)
         digest = records.digest(task)
         kept = self._services.results.save(records.failure(task, error, digest=digest, started_at=now))
         # Another task's record under this id is not this task's to report.
         url = task.callback_url if kept.digest == digest and "completed" in task.callback_events else None
         self._report(kept, url)
+
+    def _runs(self, task: Task) -> bool:
+        """Whether a run of the task gives a sign of life. Without Redis no run has a lease."""
+        with suppress(StatusOutage):
+            read = partial(self._services.status.lease, task.tenant, task.task_id)
+            lease, end = read(), time.monotonic() + LEASE_SECONDS
+            while lease and time.monotonic() < end:
+                if self._stopping.wait(_LOOK_SECONDS):
+                    return True
+                if (now := read()) != lease:
+                    return bool(now)
+        return False
 
     def _is_free(self, failure: Result) -> bool:
         """Whether no readable task has the id of an unreadable message."""

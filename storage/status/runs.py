@@ -93,10 +93,14 @@ class Runs(ScriptCalls):
 
         return begun
 
+    def lease(self, tenant: str, task_id: str) -> str:
+        """The task's lease, even of a silent run: its text changes with each sign of life. Empty if there is none."""
+        (lease,) = self.read(("HGET", record_key(tenant, task_id), "h"))
+        return str(as_text(lease) or "")
+
     def lease_holder(self, tenant: str, task_id: str) -> str:
         """The run that has the task's lease, even if it gives no sign of life; empty if there is none."""
-        (lease,) = self.read(("HGET", record_key(tenant, task_id), "h"))
-        return str(as_text(lease) or "").partition(" ")[2]
+        return self.lease(tenant, task_id).partition(" ")[2]
 
     def released(
         self, task: Task, *, attempt: int, redrives: int, run: str, keep_lease: bool = False

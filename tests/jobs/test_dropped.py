@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -54,6 +55,56 @@ def test_a_task_that_expires_in_its_queue_fails_with_a_record_and_a_callback(
         )
 
 
+def test_a_copy_that_expires_while_another_runs_leaves_the_end_to_that_run(
+    services: BatchServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = parse_task(TASK)
+    digest, now = task.digest(), datetime.now(UTC)
+    begun = services.status.begin_pipelined(
+        task, attempt=1, redrives=0, worker="w", started_at=now, digest=digest, run="another"
+    )()
+    assert not begun.other_run
+    put_back: list[Message] = []
+    confirm = services.confirm
+
+    def noted(message: Message) -> None:
+        put_back.append(message)
+        confirm(message)
+
+    monkeypatch.setattr(BatchServices, "confirm", lambda _, message: noted(message))
+    dropped = DroppedTasks(services)
+    dropped.start()
+    try:
+        with closing(connect(services.broker, name="test")) as connection:
+            channel = connection.channel()
+            topology_for(["echo"]).apply(channel)
+            channel.basic_publish(
+                "inference.tasks", "task_type.echo", json.dumps(TASK).encode(),
+                pika.BasicProperties(delivery_mode=2, message_id="late", expiration="1"),
+            )  # fmt: skip
+
+            def looked_twice() -> bool:
+                services.status.cancel_requested("default", "late", run="another")  # a sign of life
+                return len(put_back) > 1
+
+            eventually(looked_twice)
+            assert {message.exchange for message in put_back} == {"inference.dropped"}
+            assert services.results.load("default", "late") is None
+            done = Result(
+                task_id="late", task_type="echo", tenant="default", status="succeeded", attempts=1,
+                finished_at=datetime.now(UTC), digest=digest,
+            )  # fmt: skip
+            services.results.save(done)
+            services.status.ended(done)
+            ends = eventually(
+                lambda: [each.body for each in put_back if each.exchange != "inference.dropped"]
+            )
+            assert b"task.succeeded" in ends[0]
+            assert services.results.load("default", "late") == done
+    finally:
+        dropped.stop()
+
+
 def delivery(body: dict[str, Any] = TASK, **headers: Any) -> Delivery:
     death = {"reason": "expired", "queue": "inference.echo.normal", "count": 1}
     return Delivery(
@@ -86,13 +137,13 @@ class Site(SimpleNamespace):
     def __init__(self, folder: Path) -> None:
         self.sent: list[Message] = []
         store = LocalStore(folder / "store", fsync=False)
-        status = SimpleNamespace(ended=self._away, get=lambda *_: None)
+        status = SimpleNamespace(ended=self._away, get=lambda *_: None, lease=self._away)
         super().__init__(
             broker=BrokerSettings(), results=ResultStore(store), publisher=None, status=status,
             confirm=self.sent.append,
         )  # fmt: skip
 
-    def _away(self, _result: Result) -> None:
+    def _away(self, *_: object) -> None:
         raise StatusOutage("Redis is away")
 
     def end(self, dropped: Delivery) -> Result | None:
