@@ -73,7 +73,7 @@ class TcpProxy:
                 near.close()
                 continue
             try:
-                far = socket.create_connection(self._target, timeout=5)
+                far = socket.create_connection(self._target, timeout=60)
             except OSError:
                 near.close()
                 continue

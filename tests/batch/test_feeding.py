@@ -685,7 +685,7 @@ def test_as_many_outputs_are_fetched_at_a_time_as_there_are_readers(
     together = threading.Barrier(readers)
 
     def output(result: Result) -> JsonValue:
-        together.wait(10)
+        together.wait(60)
         return {"pages": [{}] * (result.batch_line or 0)}
 
     monkeypatch.setattr(site.services.results, "output", output)

@@ -40,7 +40,7 @@ def submit(settings: BrokerSettings) -> Iterator[Callable[..., None]]:
 
     def publish(task_id: str, priority: Priority = "normal") -> None:
         task = parse_task({"task_id": task_id, "task_type": "echo", "priority": priority})
-        publisher.publish(task_message(task)).result(10)
+        publisher.publish(task_message(task)).result(60)
 
     yield publish
     publisher.close()
@@ -260,7 +260,7 @@ def test_a_delivery_that_is_held_too_long_for_the_broker_comes_again(
     publisher.start()
     slow.start()
     try:
-        publisher.publish(task_message(parse_task({"task_id": "t", "task_type": "echo"}))).result(10)
+        publisher.publish(task_message(parse_task({"task_id": "t", "task_type": "echo"}))).result(60)
         held = take(slow)
         other.start()
         again = other.next(60 if closes_the_channel else 5)

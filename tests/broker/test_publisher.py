@@ -74,7 +74,7 @@ def test_every_message_of_many_threads_is_confirmed_and_queued_once(
     with ThreadPoolExecutor(8) as threads:
         futures = list(threads.map(lambda n: publisher.publish(message(n)), range(2000)))
     for future in futures:
-        future.result(10)
+        future.result(60)
     seen = drained(settings, 2000)
     assert len(seen) == 2000
     assert set(seen.values()) == {1}
@@ -92,7 +92,7 @@ async def test_asyncio_tasks_can_publish_beyond_the_window(settings: BrokerSetti
 
 
 def test_messages_are_durable_and_say_what_they_are(publisher: Publisher, settings: BrokerSettings) -> None:
-    publisher.publish(message(1)).result(10)
+    publisher.publish(message(1)).result(60)
     connection = connect(settings, name="test")
     method, properties, body = connection.channel().basic_get(QUEUE, auto_ack=True)
     connection.close()
@@ -108,19 +108,19 @@ def test_messages_are_durable_and_say_what_they_are(publisher: Publisher, settin
 
 def test_an_unroutable_message_raises(publisher: Publisher) -> None:
     lost = Message("inference.retry.5s", "x", b"{}")  # a fanout with a queue: routable
-    publisher.publish(lost).result(10)
+    publisher.publish(lost).result(60)
     nowhere = Message("amq.direct", "no.such.key", b"{}", message_id="m1")
     good = publisher.publish(message(1))
     bad = publisher.publish(nowhere)
     with pytest.raises(Unroutable, match=r"no\.such\.key"):
-        bad.result(10)
-    good.result(10)
+        bad.result(60)
+    good.result(60)
 
 
 def test_a_task_type_without_a_queue_is_kept_as_unroutable(
     publisher: Publisher, settings: BrokerSettings
 ) -> None:
-    publisher.publish(Message("inference.tasks", "task_type.unheard-of", b"{}")).result(10)
+    publisher.publish(Message("inference.tasks", "task_type.unheard-of", b"{}")).result(60)
     connection = connect(settings, name="test")
     method, _properties, _body = connection.channel().basic_get("inference.unroutable", auto_ack=True)
     connection.close()
@@ -137,7 +137,7 @@ def test_a_queue_that_is_deleted_while_connected_is_declared_again(
 
     def published() -> bool:
         try:
-            publisher.publish(dead).result(10)
+            publisher.publish(dead).result(60)
         except Unroutable:
             return False
         return True
@@ -159,7 +159,7 @@ def test_a_full_queue_rejects_what_does_not_fit(
 
     def rejected() -> str | None:  # the policy takes a moment to reach the queue
         try:
-            publisher.publish_all([message(1), message(2)]).result(10)
+            publisher.publish_all([message(1), message(2)]).result(60)
         except PublishRejected as error:
             numbers = [refused.message_id for refused in error.refused]
             return error.message if numbers == [message(1).message_id, message(2).message_id] else None
@@ -208,7 +208,7 @@ def test_nothing_is_sent_after_the_caller_was_told_that_it_failed(
     publisher.wait_connected(10)
     proxy.refuse()
     with pytest.raises(BrokerUnavailable):
-        publisher.publish(message(1), timeout=0.3).result(10)
+        publisher.publish(message(1), timeout=0.3).result(60)
     late = publisher.publish(message(2), timeout=60)
     proxy.refuse(False)
     late.result(60)
@@ -238,13 +238,13 @@ def test_a_memory_alarm_makes_publishing_raise_after_its_limit(
     set_memory_alarm(shared_rabbitmq, True)
     try:
         with pytest.raises(BrokerUnavailable, match="blocks publishing"):
-            eventually(lambda: publisher.publish(message(1), timeout=3).result(10), "the alarm's effect")
+            eventually(lambda: publisher.publish(message(1), timeout=3).result(60), "the alarm's effect")
     finally:
         set_memory_alarm(shared_rabbitmq, False)
 
     def resumed() -> bool:
         try:
-            publisher.publish(message(1), timeout=1).result(5)
+            publisher.publish(message(1), timeout=1).result(60)
         except BrokerUnavailable:
             return False
         return True
@@ -259,7 +259,7 @@ def test_closing_fails_what_was_not_confirmed() -> None:
     future = publisher.publish(message(1))
     publisher.close(0.2)
     with pytest.raises(BrokerUnavailable, match="closed"):
-        future.result(5)
+        future.result(60)
     with pytest.raises(BrokerUnavailable, match="closed"):
         publisher.publish(message(2))
 
@@ -279,7 +279,7 @@ def test_what_cannot_be_sent_is_refused_at_once_and_disturbs_nobody(
 ) -> None:
     with pytest.raises(InvalidTask, match="cannot be sent"):
         publisher.publish(bad)
-    publisher.publish(message(1)).result(10)
+    publisher.publish(message(1)).result(60)
 
 
 def test_a_publish_that_waits_for_a_place_while_the_publisher_closes_raises() -> None:
@@ -288,13 +288,13 @@ def test_a_publish_that_waits_for_a_place_while_the_publisher_closes_raises() ->
     publisher.start()
     first = publisher.publish(message(1))
     with ThreadPoolExecutor(1) as threads:
-        second = threads.submit(lambda: publisher.publish(message(2)).result(10))
+        second = threads.submit(lambda: publisher.publish(message(2)).result(60))
         time.sleep(0.1)  # it waits for the window by now; if not, it meets the closed publisher
         publisher.close(0.1)
         with pytest.raises(BrokerUnavailable):
-            first.result(5)
+            first.result(60)
         with pytest.raises(BrokerUnavailable):
-            second.result(5)
+            second.result(60)
 
 
 async def test_a_cancelled_wait_for_a_place_takes_none() -> None:
@@ -351,7 +351,7 @@ def test_of_many_messages_one_without_a_queue_is_told_and_the_others_arrive(
 ) -> None:
     lost = Message("", "nowhere", b"{}", {}, "lost", "echo")
     with pytest.raises(Unroutable, match="lost"):
-        publisher.publish_all([message(1), lost, message(2)]).result(10)
+        publisher.publish_all([message(1), lost, message(2)]).result(60)
     assert drained(settings, 2) == {"t1": 1, "t2": 1}
 
 

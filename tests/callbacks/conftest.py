@@ -174,7 +174,7 @@ class Caller:
             return False
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5, verify=False)
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=60, verify=False)
 
     def send(self, *callbacks: Callback) -> None:
         """Put callbacks on the queue; returns once the broker has them."""

@@ -34,7 +34,7 @@ async def test_a_task_from_its_submission_to_its_result(
     later(lambda: lone_gateway.end(task))
     result = await client.result(status.task_id, wait=10)
     assert result.output == {"payload": 1}
-    assert (await client.wait(status.task_id, timeout=5)).state == "succeeded"
+    assert (await client.wait(status.task_id, timeout=60)).state == "succeeded"
 
 
 async def test_every_field_of_a_task_arrives(client: AnyClient, publisher: FakePublisher) -> None:
@@ -98,7 +98,7 @@ async def test_an_unknown_id_is_not_found(client: AnyClient, tmp_path: Path) -> 
         client.status("none"),
         client.result("none"),
         client.result("none", wait=5),
-        client.wait("none", timeout=5),
+        client.wait("none", timeout=60),
         client.cancel("none"),
         client.events("none"),
         client.download("none", "a", tmp_path / "a"),

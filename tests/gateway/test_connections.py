@@ -150,4 +150,4 @@ def test_two_colons_are_every_address_of_ipv4_too() -> None:
         port = listener.getsockname()[1]
         assert url_of(listener) == f"http://[::]:{port}"
         for host in ("127.0.0.1", "::1"):
-            socket.create_connection((host, port), timeout=5).close()
+            socket.create_connection((host, port), timeout=60).close()

@@ -122,7 +122,7 @@ def test_several_readers_of_one_task_all_see_its_end(gateway: Gateway) -> None:
         streams = [threads.submit(types, gateway, "shared") for _ in range(5)]
         wait_until(lambda: f"{metric}5.0" in gateway.http.get("/metrics").text)
         gateway.end(task)
-        assert [stream.result(10)[-1] for stream in streams] == ["task.succeeded"] * 5
+        assert [stream.result(60)[-1] for stream in streams] == ["task.succeeded"] * 5
     wait_until(lambda: f"{metric}0.0" in gateway.http.get("/metrics").text)
 
 
@@ -149,7 +149,7 @@ def test_a_channel_without_readers_is_unsubscribed(gateway: Gateway, redis_url: 
         with redis.Redis.from_url(redis_url) as client:
             pattern = f"inferq:events:{gateway.tenant}:*"
             wait_until(lambda: len(client.pubsub_channels(pattern)) == 5)
-            assert {wait.result(10).json()["state"] for wait in waits} == {"running"}
+            assert {wait.result(60).json()["state"] for wait in waits} == {"running"}
             wait_until(lambda: client.pubsub_channels(pattern) == [])
 
 

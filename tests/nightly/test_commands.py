@@ -82,7 +82,7 @@ class Desk:
 
     def _ready(self) -> bool:
         try:
-            answer = httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5, verify=False)
+            answer = httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=60, verify=False)
             return answer.status_code == 200
         except httpx.TransportError:
             return False

@@ -118,7 +118,7 @@ def test_decoding_ends_when_the_task_is_cancelled(bad: Decoder, tmp_path: Path) 
         with pytest.raises(TaskAborted):
             document.page(2)
     # Its process ends with its server, before its second of CPU time is over.
-    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=5)
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=60)
     assert not alive
     with bad.open(tmp_path / "a") as document:
         assert document.page(1)[0, 0, 0] == 1

@@ -771,7 +771,7 @@ def test_many_threads_fetch_at_once_each_with_its_own_deadline(
     make_fetch: Callable[..., Fetch], server: Server, local_store: LocalStore, tmp_path: Path
 ) -> None:
     server.ok("/", b"x" * 10_000)
-    with_settings = StorageSettings(fetch_allowed_networks=LOOPBACK, fetch_timeout=5)
+    with_settings = StorageSettings(fetch_allowed_networks=LOOPBACK, fetch_timeout=60)
     fetcher = Fetcher(local_store, with_settings)
     done: list[int] = []
 

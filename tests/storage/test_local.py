@@ -302,7 +302,7 @@ def test_a_folder_that_is_not_ours_is_an_outage(tmp_path: Path) -> None:
     try:
         assert "permission" in told.get(timeout=10)
     finally:
-        process.join(10)
+        process.join(60)
         tmp_path.chmod(0o700)
 
 

@@ -37,7 +37,7 @@ async def test_a_private_ca_is_named_in_the_url(tls_url: str, tmp_path: Path) ->
     index = StatusIndex.from_settings(StorageSettings(redis_url=with_ca))
     index.ping()
     index.close()
-    bus = EventBus(with_ca, timeout=5)
+    bus = EventBus(with_ca, timeout=60)
     bus.start()
     async with bus.subscribe("inferq:events:default:t"):
         assert bus.is_subscribed("inferq:events:default:t")

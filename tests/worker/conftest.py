@@ -127,7 +127,7 @@ class WorkerProcess:
                 self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5, verify=False)
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=60, verify=False)
 
     def ready(self) -> bool:
         try:

@@ -269,8 +269,8 @@ def test_an_engine_that_dies_while_loading_is_missed_though_a_fork_of_it_lives(
     engine = start_faulty()
     eventually(lambda: engine.has_answered)
     with pytest.raises(TransientFailure, match="ended while loading") as raised:
-        engine.wait_ready(limit=10)
+        engine.wait_ready(limit=60)
     assert "exit status 3" in str(raised.value)
     engine = start_faulty()
     with pytest.raises(TransientFailure, match="ended while loading"):
-        engine.wait_ready(limit=10)
+        engine.wait_ready(limit=60)
