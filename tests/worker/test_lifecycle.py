@@ -78,7 +78,7 @@ def test_an_engine_that_cannot_work_here_ends_the_worker_with_its_reason(site: S
     switch.write_text("installation")
     worker = WorkerProcess(site, "faulty", {"FAULTY_LOAD": str(switch)})
     site.workers.append(worker)
-    assert worker.process.wait(20) == 1
+    assert worker.process.wait(60) == 1
     assert "faulty is not installed right; install it" in worker.log.read_text()
 
 
