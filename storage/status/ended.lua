@@ -1,5 +1,5 @@
 local attempts, redrives, state, started, finished = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
-local worker, failure, event, call = ARGV[15], ARGV[16], ARGV[17], ARGV[18]
+local worker, failure, event, call, day, micros = ARGV[15], ARGV[16], ARGV[17], ARGV[18], ARGV[19], ARGV[20]
 local ends = state == 'succeeded' and SUCCEEDED + ENDED or order_of(redrives, MAX_ATTEMPT, ENDED)
 if known and redis.call('HGET', key, 'k') == call then return 1 end
 if conflict then return 0 end
@@ -19,6 +19,7 @@ if line ~= '' then
   elseif not known then
     return 0
   end
+  count_usage(day, ty, state, micros)
   publish(event)
   return 1
 end
@@ -33,5 +34,6 @@ if worker ~= '' then redis.call('HSET', key, 'w', worker) end
 redis.call('HDEL', key, 'e', 'h', 'l', 'g', 'n')
 if failure ~= '' then redis.call('HSET', key, 'e', failure) end
 if state == 'succeeded' then redis.call('HSET', key, 'g', '1') end
+count_usage(day, ty, state, micros)
 publish(event)
 return 1

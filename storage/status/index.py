@@ -21,11 +21,12 @@ from inferq.storage.status.connection import StatusOutage
 from inferq.storage.status.lookup import Lookup
 from inferq.storage.status.runs import Begun, Runs
 from inferq.storage.status.submissions import Submission, Submissions
+from inferq.storage.status.usage import UsageRecords
 
 __all__ = ["Begun", "StatusIndex", "StatusOutage", "Submission"]
 
 
-class StatusIndex(Submissions, Runs, Cancels, Lookup):
+class StatusIndex(Submissions, Runs, Cancels, Lookup, UsageRecords):
     """The status of every task. `retention` is in seconds, from a task's last change."""
 
     @classmethod

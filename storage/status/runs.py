@@ -13,6 +13,7 @@ from inferq.schemas.encoding import clean, to_json
 from inferq.storage.status.fields import as_text, batch_place, event_json, micros, task_fields
 from inferq.storage.status.keys import record_key
 from inferq.storage.status.script_calls import ScriptCalls
+from inferq.storage.status.usage import spent_on
 
 _MAX_NOTE = 500
 
@@ -133,17 +134,26 @@ class Runs(ScriptCalls):
         error: ErrorInfo,
         digest: str | None = None,
         run: str = "",
+        engine_seconds: float = 0.0,
     ) -> None:
         """The attempt failed; the next one waits in a retry level. `digest` is made here if absent.
 
-        Ends the lease of `run`.
+        Ends the lease of `run`. `engine_seconds` counts in the tenant's usage.
         """
         event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
         self._change(
             "retrying",
             task.tenant,
             task.task_id,
-            [*task_fields(task, digest), attempt, redrives, to_json(error), event, run],
+            [
+                *task_fields(task, digest),
+                attempt,
+                redrives,
+                to_json(error),
+                event,
+                run,
+                *spent_on(datetime.now(UTC), engine_seconds),
+            ],
         )
 
     def ended(self, result: Result) -> bool:
@@ -154,15 +164,21 @@ class Runs(ScriptCalls):
         """
         return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
 
-    def ended_pipelined(self, result: Result, output: bytes | None = None) -> Callable[[], bool]:
+    def ended_pipelined(
+        self, result: Result, output: bytes | None = None, *, engine_seconds: float | None = None
+    ) -> Callable[[], bool]:
         """Like `ended`, but the request is only sent: calling the result waits for the reply.
 
-        `output` is the output as JSON text, if the result leaves it out.
+        `output` is the output as JSON text, if the result leaves it out. With `engine_seconds` the task counts in the
+        tenant's usage, if this call ends it.
         """
-        answer = self._start("ended", result.tenant, result.task_id, self._end(result, output))
+        arguments = self._end(result, output, engine_seconds)
+        answer = self._start("ended", result.tenant, result.task_id, arguments)
         return lambda: bool(answer())
 
-    def _end(self, result: Result, output: bytes | None = None) -> Sequence[Any]:
+    def _end(
+        self, result: Result, output: bytes | None = None, engine_seconds: float | None = None
+    ) -> Sequence[Any]:
         facts = [
             result.task_type,
             "",
@@ -181,4 +197,5 @@ class Runs(ScriptCalls):
             to_json(result.error) if result.error else "",
             to_json(Event.of_result(result, output)),
             secrets.token_hex(6),
+            *spent_on(result.finished_at, engine_seconds),
         ]

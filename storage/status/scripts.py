@@ -16,6 +16,9 @@ after everything.
 `inferq:x:<tenant>:<task_id>` is a cancel request for a task without a hash, which may wait in a queue. The task gets
 it with its hash, unless the gateway submits the task only now.
 
+What tenants used (see inferq.storage.status.usage) is a hash for each UTC day under `inferq:usage:<day>`, with the
+fields `<tenant>:<type>:succeeded`, `:failed`, `:cancelled`, `:retried` (attempts), and `:us` (microseconds of engines).
+
 A task with a line in a batch has a hash only while it runs or waits for a retry. Otherwise the batch's bitmaps have
 its line as fed, succeeded, failed or cancelled (see inferq.storage.batches.scripts).
 """
@@ -34,6 +37,7 @@ _RECORD = (_HERE / "head", BATCH_LINES, _HERE / "record")
 _LEASE = _HERE / "lease"
 _TASK = _HERE / "task"
 _BY_WORKER = _HERE / "by_worker"
+_USAGE = _HERE / "usage"
 
 SOURCES = {
     "submit": read_lua(*_RECORD, _TASK, _HERE / "submit"),
@@ -42,8 +46,8 @@ SOURCES = {
     "begin": read_lua(*_RECORD, _LEASE, _BY_WORKER, _TASK, _HERE / "begin"),
     "released": read_lua(*_RECORD, _LEASE, _HERE / "released"),
     "progress": read_lua(*_RECORD, _HERE / "progress"),
-    "retrying": read_lua(*_RECORD, _LEASE, _BY_WORKER, _TASK, _HERE / "retrying"),
-    "ended": read_lua(*_RECORD, _BY_WORKER, _TASK, _HERE / "ended"),
+    "retrying": read_lua(*_RECORD, _LEASE, _USAGE, _BY_WORKER, _TASK, _HERE / "retrying"),
+    "ended": read_lua(*_RECORD, _USAGE, _BY_WORKER, _TASK, _HERE / "ended"),
     "cancel": read_lua(*_RECORD, _HERE / "cancel"),
     "cancel_requested": read_lua(_HERE / "head", _LEASE, BATCH_LINES, _HERE / "cancel_requested"),
     "get": read_lua(_HERE / "head", _HERE / "get"),
