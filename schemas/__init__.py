@@ -15,6 +15,7 @@ publish, json_schema    JSON Schema and AsyncAPI documents
 settings                the base of all settings
 memory                  the memory of the machine or container
 logs                    the log of a part
+metrics                 buckets, and labels with few values
 probe_server            /healthz, /readyz and /metrics of a process
 standard_streams        standard streams that the parent process may have closed
 """

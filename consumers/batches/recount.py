@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
+from inferq.consumers.probes.registry import ENDS
 from inferq.schemas import Batch, EndState, InvalidTask, Result, Task
 from inferq.storage import BatchSource, UnreadableResult
 from inferq.storage.batches.lines import Line, LineParser, named_id
@@ -96,6 +97,8 @@ class Recount:
             kept = self._services.results.save(ended)
         except UnreadableResult:
             return ended
+        if kept is ended:
+            ENDS.count(ended)
         if kept.batch_line != task.batch_line:
             return ended
         if self._source.own_ids:

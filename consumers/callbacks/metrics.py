@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-_SECONDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 15, 30)
+from inferq.schemas.metrics import SECONDS
 
 
 class CallbackMetrics:
@@ -22,7 +22,7 @@ class CallbackMetrics:
         self.seconds = Histogram(
             "inferq_callback_seconds",
             "Duration of an attempt to deliver a callback, in seconds.",
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=registry,
         )
         self.deferred = Counter(

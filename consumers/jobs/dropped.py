@@ -16,6 +16,7 @@ from functools import partial
 
 from inferq.broker import DROPPED, Consumer, Delivery, backoff, dropped_message, job_topology
 from inferq.consumers.batches.services import BatchServices
+from inferq.consumers.probes.registry import ENDS
 from inferq.consumers.worker.decision import LEASE_SECONDS
 from inferq.consumers.worker.notifier import Notifier, legible_url
 from inferq.consumers.worker.records import Records
@@ -104,14 +105,14 @@ class DroppedTasks(threading.Thread):
             _log.warning("%s: %s", records.name, error)
             failure = records.unreadable(error, started_at=now)
             if failure is not None and self._is_free(failure):
-                self._report(self._services.results.save(failure), legible_url(delivery.body))
+                self._report(self._save(failure), legible_url(delivery.body))
             return
         if self._runs(task):
             self._services.confirm(dropped_message(delivery))
             return
         _log.warning("%s: %s", records.name, error)
         digest = records.digest(task)
-        kept = self._services.results.save(records.failure(task, error, digest=digest, started_at=now))
+        kept = self._save(records.failure(task, error, digest=digest, started_at=now))
         # Another task's record under this id is not this task's to report.
         url = task.callback_url if kept.digest == digest and "completed" in task.callback_events else None
         self._report(kept, url)
@@ -127,6 +128,12 @@ class DroppedTasks(threading.Thread):
                 if (now := read()) != lease:
                     return bool(now)
         return False
+
+    def _save(self, failure: Result) -> Result:
+        kept = self._services.results.save(failure)
+        if kept is failure:
+            ENDS.count(failure)
+        return kept
 
     def _is_free(self, failure: Result) -> bool:
         """Whether no readable task has the id of an unreadable message."""

@@ -2,4 +2,6 @@
 
 settings  the address that they listen on
 registry  the metrics of the process that runs the light jobs
+ends      tasks that ended, by their status and error code
+children  the children of a labelled metric
 """

@@ -4,5 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
+from inferq.consumers.probes.ends import TaskEnds
+
 REGISTRY = CollectorRegistry()
 """The metrics of the jobs, as `inferq callbacks` serves them."""
+
+ENDS = TaskEnds(REGISTRY)
+"""The tasks that the jobs end, because no worker does."""

@@ -11,6 +11,7 @@ endings            puts an end on record, once, and reports it
 refusal            messages that are no task, and deliveries that fail unexpectedly
 notifier           a task's callbacks, handed over to the queue that delivers them
 engine_supervisor  a slot's engine process between tasks, and the leases by which one task holds it
+engine_clock       what the engine's seconds go to: computing, or waiting for what
 waiting_line       first come, first served
 services           what all slots share, and how an unavailable service is waited for
 inputs, scratch    input files, and the folder for them

@@ -24,7 +24,8 @@ class Computation:
     which is made once it is needed.
 
     `cache_key` is the task's key in the result cache, if its result can be reused. `cached` says whether the
-    answer came from there. `running`: whether the run has started, with or without a lease.
+    answer came from there. `running`: whether the run has started, with or without a lease. `engine_seconds`: how
+    long the engine computed, also if that failed or was stopped.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Computation:
         self.running = False
         self.cache_key: str | None = None
         self.cached = False
+        self.engine_seconds = 0.0
 
     def fetch(self) -> Inputs:
         """Fetch the inputs. Raises InvalidTask, TransientFailure, and what `checkpoint` raises."""
@@ -162,20 +164,27 @@ class Computation:
         find = partial(cache.find, self._task.tenant, self.cache_key, Path(self._scratch))
         found = self._services.retry_until_available("object store", find, self.checkpoint)
         self.cached = found is not None
+        self._services.metrics.looked_up(self._task.task_type, hit=self.cached)
         return found
 
     def _compute(self, inputs: dict[str, FileRef]) -> Done | Failed:
         services, task = self._services, self._task
-        return self._engine_lease.engine.run(
-            self._delivery.body.decode(),
-            self._scratch,
-            inputs,
-            watch=RunHooks(self._progress, self.abort_reason),
-            time_limit=min(
-                task.time_limit or services.task_type.time_limit, services.settings.max_time_limit
-            ),
-            abort_grace=services.settings.abort_grace,
-        )
+        began = time.monotonic()
+        try:
+            with self._engine_lease.computing():
+                return self._engine_lease.engine.run(
+                    self._delivery.body.decode(),
+                    self._scratch,
+                    inputs,
+                    watch=RunHooks(self._progress, self.abort_reason),
+                    time_limit=min(
+                        task.time_limit or services.task_type.time_limit, services.settings.max_time_limit
+                    ),
+                    abort_grace=services.settings.abort_grace,
+                )
+        finally:
+            self.engine_seconds = time.monotonic() - began
+            services.metrics.computed(task.tenant, task.task_type, self.engine_seconds)
 
     def _progress(self, fraction: float, note: str) -> None:
         task, delivery = self._task, self._delivery

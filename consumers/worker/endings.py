@@ -46,20 +46,36 @@ class Endings:
         load = partial(self._services.results.load, tenant, task_id)
         return self._services.retry_until_available("object store", load, checkpoint)
 
-    def record(self, result: Result, output: bytes | None = None) -> Result:
+    def record(self, result: Result, output: bytes | None = None, *, engine_seconds: float = 0.0) -> Result:
         """Write how the task ended, once, and report what is kept: the first record wins.
 
-        `output` is the output as JSON text, which the result leaves out.
+        `output` is the output as JSON text, which the result leaves out. `engine_seconds` counts for the tenant's
+        usage if the result is the first one.
         """
         save = partial(self._services.results.save, result, output)
         kept = self._services.retry_until_available("object store", save)
-        self.report(kept, output if kept is result else None, digest=result.digest)
+        if kept is not result:
+            self.report(kept, digest=result.digest)
+            return kept
+        self._services.metrics.ended(result)
+        self.report(kept, output, digest=result.digest, engine_seconds=engine_seconds)
         return kept
 
-    def report(self, kept: Result, output: bytes | None = None, *, digest: str | None) -> None:
-        """Report an end that is on record: to the status index and, if it is this task's own, to its owner."""
+    def report(
+        self,
+        kept: Result,
+        output: bytes | None = None,
+        *,
+        digest: str | None,
+        engine_seconds: float | None = None,
+    ) -> None:
+        """Report an end that is on record: to the status index and, if it is this task's own, to its owner.
+
+        With `engine_seconds` it counts in the tenant's usage.
+        """
         services = self._services
-        reply = services.best_effort(partial(services.status.ended_pipelined, kept, output))
+        ended = partial(services.status.ended_pipelined, kept, output, engine_seconds=engine_seconds)
+        reply = services.best_effort(ended)
         if reply is not None:
             self._replies.append(reply)
         # While Redis answers. Another task's record under this id is not this task's to report.

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from inferq.broker import backoff
 from inferq.consumers.runtime.memory import MemoryLimits
 from inferq.consumers.runtime.process import EngineProcess, Wear
+from inferq.consumers.worker.engine_clock import Step
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.waiting_line import Place, WaitingLine
 from inferq.schemas import InstallationError, TransientFailure
@@ -33,7 +34,8 @@ class EngineSupervisor:
     that started it.
     """
 
-    def __init__(self, name: str, services: WorkerServices) -> None:
+    def __init__(self, name: str, services: WorkerServices, *, threads: int = 1) -> None:
+        """`threads`: how many threads of the slot bring tasks."""
         settings = services.settings
         self._name = name
         self._services = services
@@ -44,6 +46,7 @@ class EngineSupervisor:
         self._successor_limit = 0.0
         self._successor_reason: Wear | None = None
         self.engine = EngineProcess(services.task_type.name, self._limits)
+        self.clock = services.metrics.add_engine(services.task_type.name, threads)
         self.ready = False
         self.reload_requested = threading.Event()
 
@@ -75,6 +78,7 @@ class EngineSupervisor:
                 yield lease
             finally:
                 lease.release()
+                self.clock.move(lease.step, "task")
 
     def look(self) -> None:
         """Replace the engine if that is due, unless a task holds it or waits for it."""
@@ -87,6 +91,7 @@ class EngineSupervisor:
         self._swap()
         if not self.engine.alive:  # that costs no task an attempt
             self.engine.kill()
+            self.clock.load(False)
 
     def restore(self) -> None:
         """Load an engine if there is no usable one, and retry until it loads.
@@ -113,12 +118,14 @@ class EngineSupervisor:
     def close(self) -> None:
         """End the engine, and a successor that is loading."""
         self.ready = False
+        self.clock.load(False)
         self.engine.close()
         self._drop_successor()
 
     def _load(self) -> None:
         services = self._services
         self.ready = False
+        self.clock.load(False)
         self._drop_successor()  # two engines may not fit into the GPU's memory
         failures = 0
         while True:
@@ -136,6 +143,7 @@ class EngineSupervisor:
                 _log.error("%s: %s; next start in %.1f s", self._name, error, wait)
                 services.sleep(wait)
         self.ready = True
+        self.clock.load(True)
         services.metrics.engine_starts.inc()
         _log.info(
             "%s: %s %s on %s is ready after %.1f s",
@@ -206,7 +214,7 @@ class EngineSupervisor:
 class EngineLease:
     """One task's claim to a slot's engine: it waits for the engine, holds it for a run, and releases it.
 
-    `engine` and `info` are those that it held last.
+    `engine` and `info` are those that it held last. `step` is where the task is, for the engine's clock.
     """
 
     def __init__(self, supervisor: EngineSupervisor, place: Place) -> None:
@@ -214,6 +222,8 @@ class EngineLease:
         self._place = place
         self.engine = supervisor.engine
         self.info = supervisor.engine.info
+        self.step: Step = "task"
+        self._turn_to("input")
 
     @property
     def held(self) -> bool:
@@ -249,5 +259,22 @@ class EngineLease:
         self._place.step_aside()
 
     def release(self) -> None:
-        """Let another task use the engine; does nothing unless it is held."""
+        """Let another task use the engine, if it is held: this one needs it no more."""
         self._place.release()
+        self._turn_to("result")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """For the time in which the engine computes the task."""
+        self._turn_to("computing")
+        try:
+            yield
+        finally:
+            if not self.engine.usable:
+                self._supervisor.clock.load(False)
+            self._turn_to("result")
+
+    def _turn_to(self, step: Step) -> None:
+        if step != self.step:
+            self._supervisor.clock.move(self.step, step)
+            self.step = step

@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from inferq.schemas import Timings
+from inferq.consumers.probes.children import Children
+from inferq.consumers.probes.ends import TaskEnds
+from inferq.consumers.worker.engine_clock import EngineClock, Step
+from inferq.schemas import Result, Timings
+from inferq.schemas.metrics import SECONDS, BoundedLabel
 
-_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+Stage = Literal["parse", "queued", "fetch", "inference", "upload"]
+"""Where an attempt fails. `queued` is before the run, `upload` everything after it."""
+
+_CODES = 100
+"""How many error codes a worker counts by name. An engine's plug-in chooses its own."""
+
+
+class _EngineTime(Collector):
+    """The seconds of all engines, of each task type."""
+
+    def __init__(self) -> None:
+        self.clocks: list[tuple[str, EngineClock]] = []
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        busy = CounterMetricFamily(
+            "inferq_engine_busy_seconds", "Seconds in which engines computed.", labels=["task_type"]
+        )
+        alive = CounterMetricFamily(
+            "inferq_engine_alive_seconds", "Seconds in which engines were loaded.", labels=["task_type"]
+        )
+        waiting = CounterMetricFamily(
+            "inferq_engine_waiting_seconds",
+            "Seconds in which loaded engines waited for a task, for its input, or for its result to be stored.",
+            labels=["task_type", "for"],
+        )
+        spent: dict[str, dict[Step, float]] = {}
+        for task_type, clock in self.clocks:
+            total = spent.setdefault(task_type, dict.fromkeys(clock.seconds(), 0.0))
+            for step, seconds in clock.seconds().items():
+                total[step] += seconds
+        for task_type, total in spent.items():
+            alive.add_metric([task_type], sum(total.values()))
+            busy.add_metric([task_type], total.pop("computing"))
+            for step, seconds in total.items():
+                waiting.add_metric([task_type, step], seconds)
+        yield from (busy, alive, waiting)
 
 
 @dataclass(frozen=True)
 class WorkerMetrics:
-    """One worker's metrics, in a registry of their own."""
+    """One worker's metrics, in a registry of their own. `tenants`: how many tenants are counted by name."""
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-    tasks: Counter = field(init=False)
+    tenants: int = 50
     stage_seconds: Histogram = field(init=False)
     busy_slots: Gauge = field(init=False)
     ready_slots: Gauge = field(init=False)
@@ -28,22 +71,59 @@ class WorkerMetrics:
     status_outages: Counter = field(init=False)
     repeated_runs: Counter = field(init=False)
     unleased_runs: Counter = field(init=False)
-    _stages: dict[tuple[str, str], Histogram] = field(init=False)
+    _tasks: Children[Counter] = field(init=False)
+    _stages: Children[Histogram] = field(init=False)
+    _failures: Children[Counter] = field(init=False)
+    _cache_requests: Children[Counter] = field(init=False)
+    _tenant_seconds: Children[Counter] = field(init=False)
+    _tenant_tasks: Children[Counter] = field(init=False)
+    _ends: TaskEnds = field(init=False)
+    _engine_time: _EngineTime = field(default_factory=_EngineTime)
 
     def __post_init__(self) -> None:
-        def add(name: str, metric: Counter | Gauge | Histogram) -> None:
+        def add(name: str, metric: object) -> None:
             object.__setattr__(self, name, metric)
 
+        def count(name: str, metric: str, text: str, labels: list[str], **bounds: BoundedLabel) -> None:
+            add(name, Children(Counter(metric, text, labels, registry=registry), **bounds))
+
         registry = self.registry
-        add(
-            "tasks",
-            Counter(
-                "inferq_worker_tasks",
-                "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back, "
-                "deferred, duplicate.",
-                ["task_type", "outcome"],
-                registry=registry,
-            ),
+        registry.register(self._engine_time)
+        tenants = BoundedLabel(self.tenants)
+        add("_ends", TaskEnds(registry))
+        count(
+            "_tasks",
+            "inferq_worker_tasks",
+            "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back, "
+            "deferred, duplicate.",
+            ["task_type", "outcome"],
+        )
+        count(
+            "_failures",
+            "inferq_task_failures",
+            "Attempts that failed, by the stage in which they failed and the error code.",
+            ["task_type", "stage", "error_code"],
+            error_code=BoundedLabel(_CODES),
+        )
+        count(
+            "_cache_requests",
+            "inferq_cache_requests",
+            "Tasks looked up in the result cache, by outcome: hit, miss.",
+            ["task_type", "outcome"],
+        )
+        count(
+            "_tenant_seconds",
+            "inferq_tenant_engine_seconds",
+            "Seconds in which an engine computed for a tenant, whatever came of it.",
+            ["tenant", "task_type"],
+            tenant=tenants,
+        )
+        count(
+            "_tenant_tasks",
+            "inferq_tenant_tasks",
+            "Tasks of a tenant that ended.",
+            ["tenant", "task_type"],
+            tenant=tenants,
         )
         add(
             "stage_seconds",
@@ -51,11 +131,11 @@ class WorkerMetrics:
                 "inferq_worker_stage_seconds",
                 "Seconds per stage of a task that succeeded: queued, fetch, inference, upload.",
                 ["task_type", "stage"],
-                buckets=_SECONDS,
+                buckets=SECONDS,
                 registry=registry,
             ),
         )
-        object.__setattr__(self, "_stages", {})
+        add("_stages", Children(self.stage_seconds))
         add("busy_slots", Gauge("inferq_worker_busy_slots", "Slots with a task in hand.", registry=registry))
         add(
             "ready_slots",
@@ -118,10 +198,33 @@ class WorkerMetrics:
 
     def observe(self, task_type: str, timings: Timings) -> None:
         """Count the stages of a task that succeeded."""
-        for stage, seconds in timings:
-            if seconds is None:
-                continue
-            key = (task_type, stage)
-            if key not in self._stages:
-                self._stages[key] = self.stage_seconds.labels(*key)
-            self._stages[key].observe(seconds)
+        for stage, seconds in vars(timings).items():
+            if seconds is not None:
+                self._stages(task_type, stage).observe(seconds)
+
+    def settled(self, task_type: str, outcome: str) -> None:
+        """Count a delivery that was settled."""
+        self._tasks(task_type, outcome).inc()
+
+    def ended(self, result: Result) -> None:
+        """Count the end of a task."""
+        self._ends.count(result)
+        self._tenant_tasks(result.tenant, result.task_type).inc()
+
+    def failed(self, task_type: str, stage: Stage, code: str) -> None:
+        """Count an attempt that failed."""
+        self._failures(task_type, stage, code).inc()
+
+    def looked_up(self, task_type: str, *, hit: bool) -> None:
+        """Count a task that was looked up in the result cache."""
+        self._cache_requests(task_type, "hit" if hit else "miss").inc()
+
+    def computed(self, tenant: str, task_type: str, seconds: float) -> None:
+        """Count the seconds that an engine computed for a tenant."""
+        self._tenant_seconds(tenant, task_type).inc(seconds)
+
+    def add_engine(self, task_type: str, threads: int) -> EngineClock:
+        """The clock of a further engine, which `threads` threads bring its tasks."""
+        clock = EngineClock(threads)
+        self._engine_time.clocks.append((task_type, clock))
+        return clock

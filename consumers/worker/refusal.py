@@ -14,6 +14,9 @@ from inferq.consumers.worker.services import GracePassed, WorkerServices
 from inferq.schemas import InferqError, Result, TransientFailure, parse_task, report_incident
 from inferq.storage import UnreadableResult
 
+WORKER_ERROR = "worker_error"
+"""The code of a task that failed by a fault of the worker itself."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -68,4 +71,4 @@ def refuse_after_fault(records: Records, endings: Endings, fault: Exception, *, 
 def worker_fault(records: Records, fault: Exception) -> TransientFailure:
     """The failure of a task for a fault of the worker itself, which is logged."""
     incident = report_incident(_log, f"{records.name}: the worker failed", fault)
-    return TransientFailure(f"the worker failed: {incident}", code="worker_error")
+    return TransientFailure(f"the worker failed: {incident}", code=WORKER_ERROR)

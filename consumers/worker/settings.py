@@ -92,6 +92,12 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         default_factory=lambda: Path(tempfile.gettempdir()),
         description="The folder for the inputs and outputs of a run.",
     )
+    metrics_tenants: int = Field(
+        50,
+        ge=0,
+        description="How many tenants the metrics of a worker name: the first that it works for. All later ones count "
+        "as `other`.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="The lowest level that is logged: DEBUG, INFO, WARNING or ERROR."
     )

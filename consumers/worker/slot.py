@@ -41,9 +41,8 @@ class Slot:
 
     def __init__(self, number: int, services: WorkerServices, broker: BrokerSettings) -> None:
         self.name = name = f"slot {number}"
-        supervisor = EngineSupervisor(name, services)
-        self._supervisor = supervisor
         names = [name, f"{name} ahead"] if services.settings.take_ahead else [name]
+        self._supervisor = supervisor = EngineSupervisor(name, services, threads=len(names))
         # The threads end together, since the engine ends with the thread that started it.
         finished = threading.Barrier(len(names), action=supervisor.close)
         self._threads = [

@@ -40,9 +40,15 @@ from inferq.consumers.worker.decision import (
 from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
+from inferq.consumers.worker.metrics import Stage
 from inferq.consumers.worker.preparation import Preparation, failed_to_fetch
 from inferq.consumers.worker.records import Records
-from inferq.consumers.worker.refusal import refuse_after_fault, refuse_unreadable, worker_fault
+from inferq.consumers.worker.refusal import (
+    WORKER_ERROR,
+    refuse_after_fault,
+    refuse_unreadable,
+    worker_fault,
+)
 from inferq.consumers.worker.services import GracePassed, WorkerServices
 from inferq.schemas import (
     Artifact,
@@ -92,6 +98,7 @@ class TaskRun:
         self._endings = Endings(services)
         self._arrived_at = datetime.now(UTC)
         self._digest = ""
+        self._stage: Stage = "parse"
         self._computation: Computation | None = None
         self._preparation: Preparation | None = None
 
@@ -113,6 +120,8 @@ class TaskRun:
             # A delivery is settled whatever happens: one that ends its worker would end the next one, too.
             self._engine_lease.release()
             refused = refuse_after_fault(self._records, self._endings, error, started_at=self._started_at)
+            if refused:
+                self._count_failure(WORKER_ERROR)
             outcome, why = ("failed" if refused else "given_back"), "it failed unexpectedly"
         self._engine_lease.release()
         if self._computation is not None:
@@ -131,7 +140,7 @@ class TaskRun:
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         self._endings.wait_for_replies()
         self._clean_scratch()
-        self._services.metrics.tasks.labels(self._services.task_type.name, outcome).inc()
+        self._services.metrics.settled(self._services.task_type.name, outcome)
 
     def _outcome(self) -> Outcome:
         try:
@@ -141,9 +150,7 @@ class TaskRun:
         try:
             return self._decide(task)
         except UnreadableResult as error:
-            return self._dead_letter(
-                task, DeadLetter(InvalidTask(error.message, code=error.code), record=False)
-            )
+            return self._refuse(task, DeadLetter(InvalidTask(error.message, code=error.code), record=False))
         except (NotStarted, GracePassed, RunAborted):
             raise
         except Exception as error:
@@ -166,6 +173,7 @@ class TaskRun:
                 self._endings.publish(self._records.deferral(verdict))
                 return "deferred"
             case DeadLetter():
+                self._count_failure(verdict.error.code)
                 refuse_unreadable(
                     self._services, self._records, self._endings, verdict.error, started_at=self._started_at
                 )
@@ -175,6 +183,7 @@ class TaskRun:
 
     def _decide(self, task: Task) -> Outcome:
         services, delivery = self._services, self._delivery
+        self._stage = "queued"
         self._digest = self._records.digest(task)
         self._endings.use_callbacks_of(task)
         computation = self._computation = Computation(
@@ -218,10 +227,11 @@ class TaskRun:
             case Cancel():
                 return self._cancelled(task)
             case Expire(error):
+                self._count_failure(error.code)
                 self._endings.record(self._failure(task, error))
                 return "failed"
             case DeadLetter() as dead_letter:
-                return self._dead_letter(task, dead_letter)
+                return self._refuse(task, dead_letter)
 
     # The run.
 
@@ -230,8 +240,10 @@ class TaskRun:
         timings = {"queued": self._records.seconds_queued(task, self._started_at)}
         engine_died = False
         try:
+            self._stage = "fetch"
             inputs = computation.fetch() if fetched is None else fetched.result()
             timings["fetch"] = inputs.seconds
+            self._stage = "inference"
             answer = computation.answer(inputs.files)
             self._engine_lease.release()
             timings["inference"] = answer.seconds
@@ -259,6 +271,7 @@ class TaskRun:
         self, task: Task, computation: Computation, done: Done, timings: dict[str, float | None]
     ) -> Outcome:
         services, began = self._services, time.monotonic()
+        self._stage = "upload"
         artifacts = tuple(self._upload(task, name, file) for name, file in done.artifacts.items())
         timings["upload"] = time.monotonic() - began
         result = self._records.success(
@@ -270,7 +283,7 @@ class TaskRun:
             engine=self._engine_lease.info,
             cached=computation.cached,
         )
-        kept = self._endings.record(result, done.output)
+        kept = self._endings.record(result, done.output, engine_seconds=computation.engine_seconds)
         try:
             self._tidy_up(result, kept, computation)
         except (GracePassed, RunAborted):
@@ -279,7 +292,7 @@ class TaskRun:
             # The task has ended: a fault from here on must not fail it.
             _log.exception("%s: recorded, but not everything after that was done", self._records.name)
         if kept.digest is not None and kept.digest != self._digest:
-            return self._dead_letter(task, id_conflict(task))  # the other task ended during this run
+            return self._refuse(task, id_conflict(task))  # the other task ended during this run
         if kept is result:
             return "succeeded"
         services.metrics.repeated_runs.labels(task.task_type).inc()
@@ -327,6 +340,7 @@ class TaskRun:
             engine_deaths=self._delivery.engine_deaths,
             engine_died=engine_died,
         )
+        self._count_failure(error.code)
         match verdict:
             case Retry():
                 return self._retry(task, verdict)
@@ -370,9 +384,15 @@ class TaskRun:
                 error=ErrorInfo.of(retry.error),
                 digest=self._digest,
                 run=self._token,
+                engine_seconds=self._engine_seconds,
             )
         )
         return "retried"
+
+    def _refuse(self, task: Task, verdict: DeadLetter) -> Outcome:
+        """End a task for what it is, not for how its run failed."""
+        self._count_failure(verdict.error.code)
+        return self._dead_letter(task, verdict)
 
     def _dead_letter(self, task: Task, verdict: DeadLetter, timings: Timings | None = None) -> Outcome:
         self._engine_lease.release()
@@ -381,8 +401,9 @@ class TaskRun:
         self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
         failure = self._failure(task, verdict.error, timings=timings)
         if verdict.record:
-            self._endings.record(failure)
+            self._endings.record(failure, engine_seconds=self._engine_seconds)
             return "failed"
+        self._services.metrics.ended(failure)
         # The record belongs to another task, but this one has ended as well, and its owner is notified.
         if task.batch_line is not None:
             # The index does not touch a record that another task has begun.
@@ -393,8 +414,16 @@ class TaskRun:
     def _cancelled(self, task: Task) -> Outcome:
         self._engine_lease.release()
         error = InvalidTask("the task was cancelled", code="cancelled")
-        self._endings.record(self._failure(task, error).model_copy(update={"status": "cancelled"}))
+        cancelled = self._failure(task, error).model_copy(update={"status": "cancelled"})
+        self._endings.record(cancelled, engine_seconds=self._engine_seconds)
         return "cancelled"
+
+    @property
+    def _engine_seconds(self) -> float:
+        return 0.0 if self._computation is None else self._computation.engine_seconds
+
+    def _count_failure(self, code: str) -> None:
+        self._services.metrics.failed(self._services.task_type.name, self._stage, code)
 
     def _failure(self, task: Task, error: InferqError, *, timings: Timings | None = None) -> Result:
         return self._records.failure(

@@ -51,7 +51,7 @@ class Worker:
         self._task_type = task_type
         self._settings = settings
         self._broker = broker
-        self.metrics = WorkerMetrics()
+        self.metrics = WorkerMetrics(tenants=settings.metrics_tenants)
         self.metrics.registry.register(DeviceMemory())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)

@@ -7,8 +7,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-_REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
-_PUBLISH_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+from inferq.schemas.metrics import SECONDS
 
 
 class Metrics:
@@ -28,7 +27,7 @@ class Metrics:
             "inferq_http_request_seconds",
             "Seconds until an HTTP answer was complete, by method and route template.",
             ["method", "route"],
-            buckets=_REQUEST_SECONDS,
+            buckets=SECONDS,
             registry=self._registry,
         )
         self.tasks_submitted = Counter(
@@ -40,7 +39,7 @@ class Metrics:
         self.publish_seconds = Histogram(
             "inferq_publish_seconds",
             "Seconds until the broker confirmed a task.",
-            buckets=_PUBLISH_SECONDS,
+            buckets=SECONDS,
             registry=self._registry,
         )
         self.uploaded_bytes = Counter(

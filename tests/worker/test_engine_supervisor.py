@@ -76,3 +76,35 @@ def test_a_second_reload_replaces_the_successor_of_the_first(supervisor: EngineS
     supervisor.look()
     assert supervisor.engine is second
     assert not engine.usable
+
+
+def test_a_task_moves_the_clock_of_its_engine_and_a_dead_engine_stops_it(
+    supervisor: EngineSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(supervisor.clock, "_clock", lambda: now[0])
+
+    def after(seconds: float) -> None:
+        now[0] += seconds
+
+    after(100)
+    supervisor.restore()
+    after(8)
+    with supervisor.lease() as lease:
+        after(4)
+        with lease.computing():
+            after(2)
+        lease.release()
+        after(1)
+    assert supervisor.clock.seconds() == {"task": 8, "input": 4, "computing": 2, "result": 1}
+    with supervisor.lease() as lease, lease.computing():
+        after(16)
+        lease.engine.kill()
+    after(100)
+    assert supervisor.clock.seconds() == {"task": 8, "input": 4, "computing": 18, "result": 1}
+    assert (
+        cast(Any, supervisor)._services.metrics.registry.get_sample_value(
+            "inferq_engine_waiting_seconds_total", {"task_type": "fake", "for": "input"}
+        )
+        == 4
+    )

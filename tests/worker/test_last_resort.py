@@ -10,7 +10,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +67,7 @@ class FakeLease:
     """The lease of an engine that is always free."""
 
     usable, info, held = True, None, False
+    computing = nullcontext
 
     def __init__(self, shared: bool, engine: object) -> None:
         self.shared = shared
@@ -278,9 +279,7 @@ def test_a_worker_that_starts_during_anothers_sweep_takes_another_folder(
 def test_a_fault_after_the_record_does_not_fail_the_task(
     services: WorkerServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Frozen, so that only the whole can be replaced.
-    metrics = SimpleNamespace(tasks=services.metrics.tasks, observe=broken)
-    monkeypatch.setattr(services, "metrics", metrics)
+    monkeypatch.setattr(WorkerMetrics, "observe", broken)
     done = Done(output=b'{"payload": 1}', artifacts={}, seconds=0.0)
     delivery = replace(DELIVERY, tag=4)
     assert settled(services, delivery, lambda _body: None, run=lambda *_, **__: done) == ["ack"]

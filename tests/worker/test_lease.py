@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,6 +171,7 @@ class Engine:
     """An engine that is always free, and its lease. `busy`: only from the second time on."""
 
     usable, info, shared = True, None, False
+    computing = nullcontext
 
     def __init__(self, run: Any, busy: bool) -> None:
         self.engine = self
