@@ -285,6 +285,8 @@ def beat(
     """Start nightly runs when they are due, until SIGTERM. Rereads the schedules when they change."""
     schedules = _read(file)
 
+    from prometheus_client import make_wsgi_app
+
     from inferq.broker.celery_app import celery_app
     from inferq.producer.nightly.beat import Beat, keep_beating
     from inferq.producer.nightly.readiness import beat_readiness
@@ -303,15 +305,17 @@ def beat(
         publisher.publish(message).result()
 
     runner = Beat(path, store, publish, schedules)
-    if settings.probe_port is not None:
-        watch = StoreWatch(store)
-        watch.start()
-        ProbeServer(
-            settings.probe_host,
-            settings.probe_port,
-            readiness=lambda: beat_readiness(runner, publisher, watch),
-        ).start()
     try:
+        if settings.probe_port is not None:
+            watch = StoreWatch(store)
+            probes = ProbeServer(
+                settings.probe_host,
+                settings.probe_port,
+                readiness=lambda: beat_readiness(runner, publisher, watch),
+                metrics=make_wsgi_app(runner.metrics.registry),
+            )
+            watch.start()
+            probes.start()
         keep_beating(celery_app(broker), runner)
     finally:
         publisher.close()

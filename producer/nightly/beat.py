@@ -19,6 +19,7 @@ from celery.beat import Scheduler, Service
 from pydantic import JsonValue
 
 from inferq.broker import NIGHT_START_JOB, Message, job_message
+from inferq.producer.nightly.metrics import BeatMetrics
 from inferq.producer.nightly.schedules import SchedulesUnusable, read_schedules
 from inferq.schemas import InferqError
 from inferq.schemas.probe_server import Readiness
@@ -60,6 +61,7 @@ class Beat:
         *,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
+        self.metrics = BeatMetrics()
         self._path = path
         self._store = store
         self._publish = publish
@@ -108,12 +110,21 @@ class Beat:
                 log.know(now, schedule)
         due = schedule.times.latest(after, now)
         if due is not None and due != started:
-            if not log.has(run_id_of(schedule.name, due)):
-                self._publish(start_message(schedule, due))
-                _log.info("%s: started the run of %s", schedule.name, due.isoformat())
+            self._start(log, schedule, due)
             started = due
         # Not the later of the two: after a clock that was ahead, no run would be due for as long.
         self._processed[schedule.name] = (schedule, now, started)
+
+    def _start(self, log: RunLog, schedule: Schedule, due: datetime) -> None:
+        try:
+            known = log.has(run_id_of(schedule.name, due))
+            if not known:
+                self._publish(start_message(schedule, due))
+                _log.info("%s: started the run of %s", schedule.name, due.isoformat())
+        except InferqError:
+            self.metrics.due(schedule.name, due, "failed")
+            raise
+        self.metrics.due(schedule.name, due, "known" if known else "started")
 
     def _read(self, now: datetime) -> bool:
         """Read the file if it has changed; gives whether it is valid. An invalid file changes nothing.
@@ -149,6 +160,7 @@ class Beat:
             _log.info("read %s again: %s", self._path, ", ".join(read) or "no schedules")
         for name in self._schedules.keys() - read.keys():
             self._processed.pop(name, None)
+            self.metrics.forget(name)
         self._schedules = read
         self._tidy = False
 

@@ -327,3 +327,29 @@ def test_beat_is_ready_only_while_it_could_start_a_run(site: BeatSite) -> None:
     )
     publisher.connected, publisher.blocked_reason = False, None
     assert beat_readiness(site.beat, publisher, store).waiting_for[0] == "RabbitMQ"
+
+
+def test_metrics_say_what_became_of_each_run_that_was_due(site: BeatSite) -> None:
+    def value(name: str, schedule: str = "a", **labels: str) -> float | None:
+        return beat.metrics.registry.get_sample_value(f"inferq_beat_{name}", {"schedule": schedule, **labels})
+
+    beat = site.beat
+    beat.tick(NOON + minutes(30))
+    assert value("last_run_timestamp_seconds") is None  # unknown, not 0
+    site.away = True
+    beat.tick(NOON + minutes(60))
+    beat.tick(NOON + minutes(61))
+    assert (value("runs_total", outcome="failed"), value("last_run_timestamp_seconds")) == (2, None)
+    site.away = False
+    site.run(beat, NOON + minutes(62), NOON + minutes(130))
+    assert value("runs_total", outcome="started") == 2
+    assert value("last_run_timestamp_seconds") == (NOON + minutes(120)).timestamp()
+    site.worked_off()
+    beat = site.another()
+    site.run(beat, NOON + minutes(131), NOON + minutes(132))
+    assert (value("runs_total", outcome="known"), value("runs_total", outcome="started")) == (1, None)
+    assert value("last_run_timestamp_seconds") == (NOON + minutes(120)).timestamp()
+    site.write(HOURLY.replace("[a]", "[b]"))
+    site.run(beat, NOON + minutes(133), NOON + minutes(190))
+    assert value("last_run_timestamp_seconds") is None
+    assert value("last_run_timestamp_seconds", "b") == (NOON + minutes(180)).timestamp()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 import httpx
 import pytest
 
+from inferq.producer.up.part import free_ports
 from inferq.schemas import InstallationError
 from inferq.schemas.probe_server import REQUEST_SECONDS, ProbeServer, Readiness
+from tests.forked import ForkedPart
 from tests.waiting import eventually
 
 
@@ -85,3 +89,52 @@ def test_an_address_that_cannot_be_listened_on_names_its_settings(probes: ProbeS
     for host, port in (("127.0.0.1", probes.port), ("192.0.2.1", 0), ("no-such-host.invalid", 0)):
         with pytest.raises(InstallationError, match="INFERQ_PROBE_HOST and INFERQ_PROBE_PORT"):
             ProbeServer(host, port, readiness=lambda: Readiness(True))
+
+
+def alone(folder: Path) -> dict[str, str]:
+    """The environment of a part that reaches no service but a store in the folder."""
+    (folder / "schedules.toml").touch()
+    return os.environ | {
+        "INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1",
+        "INFERQ_REDIS_URL": "redis://127.0.0.1:1/0",
+        "INFERQ_STORE_URL": (folder / "store").as_uri(),
+        "INFERQ_API_KEYS_FILE": str(folder / "keys.json"),
+        "INFERQ_SCHEDULES_FILE": str(folder / "schedules.toml"),
+        "INFERQ_GATEWAY_HOST": "127.0.0.1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        (["worker", "echo"], "INFERQ_PROBE_PORT"), (["callbacks"], "INFERQ_PROBE_PORT"),
+        (["beat"], "INFERQ_PROBE_PORT"), (["gateway"], "INFERQ_GATEWAY_PORT"),
+    ],
+    ids=["worker", "callbacks", "beat", "gateway"],
+)  # fmt: skip
+def test_a_part_whose_port_is_taken_ends_at_once_and_names_the_setting_and_the_port(
+    tmp_path: Path, probes: ProbeServer, part: list[str], setting: str
+) -> None:
+    env = alone(tmp_path) | {setting: str(probes.port)}
+    process = ForkedPart(*part, env=env, log=tmp_path / "log")
+    assert process.wait(60) == 1
+    (error,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error:")]
+    assert f"cannot listen on 127.0.0.1:{probes.port}: Address already in use" in error
+    assert setting in error
+
+
+def test_beat_serves_its_metrics(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    process = ForkedPart("beat", env=alone(tmp_path) | {"INFERQ_PROBE_PORT": str(port)})
+
+    def metrics() -> str:
+        assert process.poll() is None
+        with suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5, verify=False).text
+        return ""
+
+    try:
+        assert "# TYPE inferq_beat_runs_total counter" in eventually(metrics)
+    finally:
+        process.kill()
+        process.wait(30)
