@@ -31,6 +31,7 @@ _OWN = {
     "nightly": "nightly",
     "callback": "callbacks",
     "secrets": "secrets",
+    "usage": "usage",
 }
 """In which module of this folder a command is; the other rooms' announce themselves as entry points."""
 
@@ -54,6 +55,7 @@ HELP = {
         "secrets": "Rotate the secrets that sign callbacks.",
         "settings": "List the settings, their defaults, and their values here.",
         "topology": "Show, declare and check the exchanges and queues.",
+        "usage": "Print engine seconds and tasks by tenant, type and day.",
         "weights": "Fetch, check and sign the engines' weights.",
     },
     "Run parts": {

@@ -13,6 +13,8 @@ _PAGE = Path(__file__).parents[2] / "docs" / "rights.md"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PERMISSIONS = ["rabbitmqctl", "set_permissions", "-p", "inferq"]
 _ACL = ["redis-cli", "ACL", "SETUSER"]
+_NONE = ("^$", "^$", "^$")
+"""The patterns of a user that does not use RabbitMQ."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def read_page(*, task_type: str) -> dict[str, Rights]:
     text = _PAGE.read_text("utf-8").replace(r"inference\.ocr\.", rf"inference\.{task_type}\.")
     found = {}
     for section in text.split("\n## ")[1:]:
-        permissions: tuple[str, str, str] | None = None
+        permissions = _NONE
         user, acl, policy = "", (), None
         for kind, content in _BLOCK.findall(section):
             if kind == "json":
@@ -55,9 +57,10 @@ def read_page(*, task_type: str) -> dict[str, Rights]:
                 permissions = tuple(patterns)
             else:
                 assert words[:3] == _ACL, content
+                user = user or words[3]
                 assert words[3] == user
                 acl = tuple(words[4:])
-        if permissions is not None:
+        if user:
             assert user not in found
             found[user] = Rights(user, permissions, acl, policy)
     return found

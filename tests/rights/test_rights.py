@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler
 from typing import Any, BinaryIO, cast
@@ -378,6 +378,7 @@ _SCRIPTS = {
     ],
     "callbacks": [_STATUS["ended"], _STATUS["get"], callback_records._SAVE],
     "batches": [_STATUS["confirm"], _STATUS["ended"], _STATUS["get"], *_BATCHES.values()],
+    "usage": [],
 }
 """The scripts that each part runs."""
 _DIRECT = {
@@ -398,6 +399,7 @@ _DIRECT = {
     },
     "callbacks": {"evalsha", "script|load", "script|exists", "hget"},
     "batches": {"evalsha", "script|load", "script|exists", "multi", "exec", "hset", "expire"},
+    "usage": {"evalsha", "script|load", "script|exists", "hgetall"},
 }
 """The commands that each part sends itself."""
 
@@ -426,6 +428,8 @@ _LESS: list[tuple[str, str, Callable[[StatusIndex], object]]] = [
     ("batches", "+multi", lambda index: BatchIndex(index).set_state("default", "b", "completed")),
     ("batches", "+bitop", lambda index: BatchIndex(index).unended("default", "b")),
     ("batches", "+setrange", lambda index: _feed(index)),
+    ("usage", "+hgetall", lambda index: index.usage([date(2026, 11, 25)])),
+    ("usage", "~inferq:usage:*", lambda index: index.usage([date(2026, 11, 25)])),
     ("callbacks", "+script|exists", lambda index: index.read(("HGET", "inferq:c:t:task:x", "c"))),
 ]
 
