@@ -6,6 +6,6 @@ channel        messages over a socket, each with a deadline
 messages       what goes over the channel
 memory         the memory of an engine process, against its limits
 process_tree   ends an engine process with everything that it started
-device_memory  GPU memory in use, as a metric
+gpus           how busy and how full the GPUs are, as metrics
 settings       the settings that the engine process reads itself
 """

@@ -62,6 +62,11 @@ class Slot:
         return self._supervisor.busy
 
     @property
+    def engine_pid(self) -> int | None:
+        """The process of its engine; None if none was started."""
+        return self._supervisor.engine.pid
+
+    @property
     def run_seconds(self) -> float | None:
         """How long the run in progress has taken; None if there is none."""
         return self._supervisor.engine.run_seconds

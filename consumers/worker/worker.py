@@ -15,7 +15,7 @@ from typing import Literal
 from prometheus_client import make_wsgi_app
 
 from inferq.broker import BrokerSettings, Publisher, topology_for
-from inferq.consumers.runtime.device_memory import DeviceMemory
+from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.runtime.process_tree import adopt_orphans, end_orphans
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
@@ -52,7 +52,6 @@ class Worker:
         self._settings = settings
         self._broker = broker
         self.metrics = WorkerMetrics(tenants=settings.metrics_tenants)
-        self.metrics.registry.register(DeviceMemory())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)
         results = ResultStore(store)
@@ -72,6 +71,7 @@ class Worker:
             cache=ResultCache(task_type, store, results) if settings.result_cache else None,
         )
         self._slots = [Slot(number, self._services, broker) for number in range(settings.slots)]
+        self.metrics.registry.register(Gpus(self._engine_pids))
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
         self._next_watch = 0.0
@@ -117,6 +117,10 @@ class Worker:
             for slot in self._slots:
                 slot.watch()
             end_orphans()
+
+    def _engine_pids(self) -> dict[str, int]:
+        pids = {str(number): slot.engine_pid for number, slot in enumerate(self._slots)}
+        return {slot: pid for slot, pid in pids.items() if pid is not None}
 
     def _serve(self, request: Request) -> None:
         match request:

@@ -1,0 +1,105 @@
+"""How busy and how full the GPUs are: what NVIDIA's driver says, asked at each scrape."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import pynvml  # type: ignore[import-untyped]
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+_PATIENCE_SECONDS = 1.0
+"""How long a scrape waits for the driver. One that hangs must not take the other metrics along."""
+
+
+class Gpus(Collector):
+    """The GPUs that this machine or container sees; no metric at all where there is none.
+
+    `engines` gives the process id of each slot's engine, by the slot's number. What the driver does not say is
+    absent: a GPU that is shared (MIG) has no utilisation, and a container may not see whose memory it is.
+    """
+
+    def __init__(
+        self, engines: Callable[[], Mapping[str, int]] = dict, *, patience: float = _PATIENCE_SECONDS
+    ) -> None:
+        self._engines = engines
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._reading: Future[Sequence[GaugeMetricFamily]] | None = None
+        self._no_driver = False
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        if self._no_driver:
+            return
+        with self._lock:
+            if self._reading is None or self._reading.done():
+                self._reading = Future()
+                threading.Thread(target=self._read, args=[self._reading], name="gpus", daemon=True).start()
+            reading = self._reading
+        with suppress(TimeoutError):
+            yield from reading.result(self._patience)
+
+    def _read(self, reading: Future[Sequence[GaugeMetricFamily]]) -> None:
+        found: Sequence[GaugeMetricFamily] = ()
+        try:
+            found = self._metrics()
+        except pynvml.NVMLError as error:
+            self._no_driver = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+        finally:
+            reading.set_result(found)
+
+    def _metrics(self) -> Sequence[GaugeMetricFamily]:
+        utilization = GaugeMetricFamily(
+            "inferq_gpu_utilization_ratio",
+            "Share of the last moment in which the GPU computed for any process.",
+            labels=["gpu"],
+        )
+        memory = GaugeMetricFamily(
+            "inferq_gpu_memory_bytes",
+            "GPU memory by state: used (by all processes), free.",
+            labels=["gpu", "state"],
+        )
+        own = GaugeMetricFamily(
+            "inferq_gpu_process_memory_bytes",
+            "GPU memory that the engine of a slot uses.",
+            labels=["gpu", "slot"],
+        )
+        pynvml.nvmlInit()
+        try:
+            slots = {pid: slot for slot, root in self._engines().items() for pid in _with_children(root)}
+            for number in range(pynvml.nvmlDeviceGetCount()):
+                gpu, handle = str(number), pynvml.nvmlDeviceGetHandleByIndex(number)
+                if (rates := _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)) is not None:
+                    utilization.add_metric([gpu], rates.gpu / 100)
+                if (info := _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)) is not None:
+                    memory.add_metric([gpu, "used"], info.used)
+                    memory.add_metric([gpu, "free"], info.free)
+                used: dict[str, int] = {}
+                for process in _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ():
+                    if process.pid in slots and process.usedGpuMemory is not None:
+                        slot = slots[process.pid]
+                        used[slot] = used.get(slot, 0) + process.usedGpuMemory
+                for slot, count in used.items():
+                    own.add_metric([gpu, slot], count)
+        finally:
+            pynvml.nvmlShutdown()
+        return (utilization, memory, own)
+
+
+def _ask(call: Callable[[Any], Any], handle: Any) -> Any:
+    """The driver's answer; None if this GPU does not say it, or has fallen off its bus."""
+    try:
+        return call(handle)
+    except pynvml.NVMLError:
+        return None
+
+
+def _with_children(pid: int) -> Sequence[int]:
+    with suppress(psutil.Error):
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    return [pid]
