@@ -6,6 +6,7 @@ cli          the command `inferq`
 batch        submitting a batch: whether it can work, and its start
 nightly      starts the batches of `schedules.toml` at their times
 up           runs all parts on one machine: `inferq up`
+capacity     how many workers a load needs, and what it costs
 descriptors  the limit of open files of a process
 """
 

@@ -7,7 +7,7 @@ batch, files         `inferq batch`, and the files that it uploads
 callbacks, secrets   callbacks, and the secrets that sign them
 listen, listener     `inferq listen`, a receiver of callbacks for development
 listener_settings    its settings
-usage                what tenants used
+usage, plan          what tenants used; how many workers a load needs
 dead                 list, redrive and purge dead letters
 nightly              nightly runs, and beat
 server, keys         the gateway, and its API keys

@@ -31,6 +31,7 @@ _OWN = {
     "nightly": "nightly",
     "callback": "callbacks",
     "secrets": "secrets",
+    "plan": "plan",
     "usage": "usage",
 }
 """In which module of this folder a command is; the other rooms' announce themselves as entry points."""
@@ -52,6 +53,7 @@ HELP = {
     "Operate": {
         "dead": "List, redrive and purge dead letters.",
         "keys": "Add, list and remove API keys.",
+        "plan": "Work out workers, GPU hours and money for a load.",
         "secrets": "Rotate the secrets that sign callbacks.",
         "settings": "List the settings, their defaults, and their values here.",
         "topology": "Show, declare and check the exchanges and queues.",

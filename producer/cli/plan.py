@@ -1,0 +1,212 @@
+"""inferq plan: how many workers a load needs, how long it takes and what it costs."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferq.producer.capacity import (
+    Capacity,
+    Measured,
+    Plan,
+    parse_number,
+    parse_rate,
+    parse_share,
+    parse_span,
+)
+from inferq.producer.cli.output import JsonFlag, print_json, print_table
+from inferq.schemas import InstallationError, InvalidTask
+
+app = typer.Typer()
+
+_TIMEOUT_SECONDS = 10.0
+_BENCHMARK = re.compile(
+    r"^## (?P<type>\w+), (?P<unit>\w+) per second:.*?^\| inferq, queue to stored result \| (?P<rate>[0-9.,]+) \|",
+    re.MULTILINE | re.DOTALL,
+)
+"""A part of benchmarks/RESULTS.md: what one slot of a worker did in a second."""
+
+
+@app.command()
+def plan(
+    rate: Annotated[str | None, typer.Option(help="Tasks that come all the time: 5/s, 300/min.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="The tasks of a batch.")] = None,
+    within: Annotated[str | None, typer.Option(help="How long the batch may take: 8h.")] = None,
+    by: Annotated[str | None, typer.Option(help="When it has to end: 2026-11-26T06:00+01:00.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Or: how many workers the batch gets.")] = None,
+    seconds: Annotated[str | None, typer.Option(help="Seconds per task.")] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="Or: /metrics of a worker, as a URL or a saved file; several times for several."),
+    ] = None,
+    benchmark: Annotated[
+        Path | None, typer.Option(help="Or: a file that `make bench` wrote. A task is then a page or a text.")
+    ] = None,
+    task_type: Annotated[
+        str | None, typer.Option("--type", help="Which task type of these measurements.")
+    ] = None,
+    reserve: Annotated[str, typer.Option(help="The share of a worker's time to keep free.")] = "20%",
+    slots: Annotated[int, typer.Option(help="Tasks that a worker runs at a time.")] = 1,
+    price: Annotated[str | None, typer.Option(help="Money for a GPU hour.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Work out workers, GPU hours and money for a load.
+
+    Give a --rate, or --tasks with --within, --by or --workers.
+    """
+    capacity = Capacity(
+        _measured(seconds, metrics or [], benchmark, task_type),
+        slots,
+        parse_share("--reserve", reserve),
+        None if price is None else parse_number("--price", price),
+    )
+    made = _plan(capacity, rate, tasks, within, by, workers)
+    if as_json:
+        print_json(_facts(made, capacity.measured))
+    else:
+        print_table(["", "", ""], [[step.name, step.value, step.how] for step in made.steps])
+
+
+def _plan(
+    capacity: Capacity,
+    rate: str | None,
+    tasks: int | None,
+    within: str | None,
+    by: str | None,
+    workers: int | None,
+) -> Plan:
+    ends = [option is not None for option in (within, by, workers)]
+    if rate is not None:
+        if tasks is not None or any(ends):
+            raise InvalidTask("--rate is for tasks that come all the time: leave out the options of a batch")
+        return capacity.for_rate(parse_rate("--rate", rate))
+    if tasks is None or sum(ends) != 1:
+        raise InvalidTask("give a --rate, or --tasks with one of --within, --by and --workers")
+    if workers is not None:
+        return capacity.for_batch(tasks, workers=workers)
+    window = parse_span("--within", within) if within is not None else _until(by or "")
+    return capacity.for_batch(tasks, within=window)
+
+
+def _until(by: str) -> Fraction:
+    try:
+        moment = datetime.fromisoformat(by)
+    except ValueError as error:
+        raise InvalidTask(f"--by {by!r} is not a date and time; write 2026-11-26T06:00+01:00") from error
+    left = int((moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    if left <= 0:
+        raise InvalidTask(f"--by {by!r} is in the past")
+    return Fraction(left)
+
+
+def _facts(made: Plan, measured: Measured) -> dict[str, object]:
+    def number(value: Fraction | None) -> float | None:
+        return None if value is None else float(value)
+
+    return {
+        "seconds_per_task": number(measured.seconds),
+        "source": measured.source,
+        "workers": made.workers,
+        "seconds": number(made.seconds),
+        "gpu_hours": number(made.gpu_hours),
+        "cost": number(made.cost),
+        "cost_per_1000_tasks": number(made.cost_per_1000),
+        "steps": [{"name": step.name, "value": step.value, "how": step.how} for step in made.steps],
+    }
+
+
+# Where the seconds per task come from.
+
+
+def _measured(
+    seconds: str | None, metrics: Sequence[str], benchmark: Path | None, task_type: str | None
+) -> Measured:
+    if [seconds is not None, bool(metrics), benchmark is not None].count(True) != 1:
+        raise InvalidTask("give one of --seconds, --metrics and --benchmark")
+    if seconds is not None:
+        return Measured({"given": parse_number("--seconds", seconds)}, "given")
+    if benchmark is not None:
+        return _from_benchmark(benchmark, task_type)
+    return measured_of([_page(source) for source in metrics], task_type, ", ".join(metrics))
+
+
+def _from_benchmark(path: Path, task_type: str | None) -> Measured:
+    found = {part["type"].lower(): part for part in _BENCHMARK.finditer(path.read_text("utf-8", "replace"))}
+    name = _one_of(found, task_type, f"{path} has no rate of a worker; give a file that `make bench` wrote")
+    part = found[name]
+    rate = parse_number(f"{path}:", part["rate"].replace(",", ""))
+    if not rate:
+        raise InvalidTask(f"{path} has a rate of 0 for {name!r}; run the benchmark again")
+    how = f"1 / {part['rate']} {part['unit']}/s of one slot ({path}); a task is one of the {part['unit']}"
+    return Measured({"measured": 1 / rate}, how)
+
+
+def _page(source: str) -> str:
+    """The text of a page of metrics. Raises InvalidTask."""
+    if not source.startswith(("http://", "https://")):
+        return Path(source).read_text("utf-8", "replace")
+    import httpx
+
+    try:
+        answer = httpx.get(source, timeout=_TIMEOUT_SECONDS)
+        answer.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InvalidTask(
+            f"--metrics {source}: {str(error) or type(error).__name__}; give the /metrics of a worker, on its "
+            "INFERQ_PROBE_PORT"
+        ) from error
+    return answer.text
+
+
+def measured_of(pages: Sequence[str], task_type: str | None, source: str) -> Measured:
+    """What the workers that have these pages measured: seconds of their slots, but for waits for a task, per task."""
+    tasks: dict[str, Fraction] = defaultdict(Fraction)
+    parts: dict[str, dict[str, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
+    for page in pages:
+        for name, labels, value in _samples(page):
+            kind = labels.get("task_type", "")
+            if name == "inferq_worker_tasks_total" and labels.get("outcome") in ("succeeded", "failed"):
+                tasks[kind] += value
+            elif name == "inferq_engine_busy_seconds_total":
+                parts[kind]["computing"] += value
+            elif name == "inferq_engine_waiting_seconds_total" and labels.get("for") != "task":
+                parts[kind][f"waiting for the {labels.get('for')}"] += value
+    known = {kind: count for kind, count in tasks.items() if count and parts.get(kind)}
+    kind = _one_of(known, task_type, f"{source}: no task has ended on these workers since they started")
+    each = {name: spent / known[kind] for name, spent in parts[kind].items()}
+    ended = f"{int(known[kind]):,} task{'' if known[kind] == 1 else 's'}"
+    return Measured(each, f"mean of the {ended} of type {kind} that ended ({source})")
+
+
+def _samples(page: str) -> Iterator[tuple[str, dict[str, str], Fraction]]:
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError as error:
+        raise InstallationError(
+            f"--metrics needs a package that is not installed ({error}); run: pip install 'inferq[worker]'"
+        ) from error
+    try:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                yield sample.name, sample.labels, Fraction(sample.value)
+    except (ValueError, OverflowError, KeyError, IndexError) as error:
+        raise InvalidTask(f"--metrics: this is no page of Prometheus metrics: {error}") from error
+
+
+def _one_of(found: Mapping[str, object], wanted: str | None, none: str) -> str:
+    """The task type to take. Raises InvalidTask if it is not there, or not clear."""
+    if not found:
+        raise InvalidTask(none)
+    if wanted is None and len(found) == 1:
+        return next(iter(found))
+    if wanted is None or wanted not in found:
+        what = "give --type" if wanted is None else f"--type {wanted!r} was not measured"
+        raise InvalidTask(f"{what}; there are measurements of: {', '.join(sorted(found))}")
+    return wanted
