@@ -82,10 +82,12 @@ def test_metrics_have_the_route_template_and_never_the_path_or_unknown_methods(o
     own_gateway.http.get("/v1/tasks/secret-id")
     own_gateway.http.get("/made/up/path")
     own_gateway.http.request("NONSENSE", "/v1/tasks")
+    own_gateway.http.post("/v1/tasks", json=ECHO | {"task_type": "made_up_type"})
     text = own_gateway.get_openly("/metrics").text
     assert "secret-id" not in text
     assert "made/up" not in text
     assert "NONSENSE" not in text
+    assert "made_up_type" not in text
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
