@@ -65,11 +65,9 @@ class EventBus:
     """
 
     def __init__(self, redis_url: str, *, timeout: float) -> None:
+        # Without socket_keepalive, which a Unix socket has not: `_read` pings a silent connection.
         self._redis = redis.asyncio.Redis.from_url(
-            redis_url,
-            socket_connect_timeout=timeout,
-            socket_keepalive=True,
-            retry=Retry(NoBackoff(), 0),
+            redis_url, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
         )
         self._subscriptions: defaultdict[str, set[Subscription]] = defaultdict(set)
         self._acked: dict[str, asyncio.Event] = {}

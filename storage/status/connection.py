@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -185,9 +186,7 @@ class RedisConnection:
         return policy if memory.get("maxmemory") and policy != "noeviction" else None
 
     def _unreachable(self, error: redis.RedisError) -> StatusOutage:
-        return self._down(
-            f"Redis at {self._address()} cannot be reached: {error}; check that it runs, and INFERQ_REDIS_URL"
-        )
+        return self._down(f"Redis at {self._address()} {_fault(error)}")
 
     def _down(self, reason: str) -> StatusOutage:
         """Redis is unavailable from now on. Returns the error to raise."""
@@ -214,6 +213,18 @@ class RedisConnection:
         options = self._redis.connection_pool.connection_kwargs
         path = options.get("path")
         return str(path) if path else f"{options.get('host', '?')}:{options.get('port', '?')}"
+
+
+def _fault(error: redis.RedisError) -> str:
+    """What is wrong with a connection that failed, and what to correct."""
+    if isinstance(error, redis.AuthenticationError):
+        return f"refuses the login: {_reason(error)}; correct the user and password in INFERQ_REDIS_URL"
+    if isinstance(error.__context__, ssl.SSLCertVerificationError):
+        return (
+            f"has a certificate that cannot be trusted: {error.__context__.verify_message}; name the file of its CA in "
+            "INFERQ_REDIS_URL (?ssl_ca_certs=FILE), and the host as the certificate does"
+        )
+    return f"cannot be reached: {_reason(error)}; check that it runs, and INFERQ_REDIS_URL"
 
 
 def _reason(error: redis.RedisError) -> str:
