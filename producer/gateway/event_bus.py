@@ -139,12 +139,15 @@ class EventBus:
             await self._needed.wait()
             try:
                 await self._listen()
-            except (RedisError, OSError) as error:
+            except Exception as error:
                 level = logging.DEBUG if self._disconnected else logging.WARNING
-                _log.log(level, "live events are unavailable, polling the object store instead: %s", error)
+                _log.log(
+                    level,
+                    "live events are unavailable, polling the object store instead: %s",
+                    error,
+                    exc_info=not isinstance(error, RedisError | OSError),
+                )
                 self._disconnected = True
-            except Exception:
-                _log.exception("live events failed")
             self.wake()
             await asyncio.sleep(_RECONNECT_SECONDS)
 

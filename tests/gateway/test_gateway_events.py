@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.events import EventFilter
 from inferq.schemas import END_STATES, ErrorInfo, State, Task
 from tests.conftest import Redis
@@ -252,3 +254,24 @@ def test_events_overtaken_by_a_poll_are_dropped() -> None:
     assert received.is_news("running", 2, None, polled=False)
     assert received.is_news("failed", 2, None, polled=False)
     assert not received.is_news("running", 2, None, polled=False)
+
+
+async def test_whatever_stops_live_events_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("inferq.producer.gateway.event_bus._RECONNECT_SECONDS", 0.001)
+    event_bus = EventBus("redis://127.0.0.1:1", timeout=1)
+    attempts: list[str] = []
+
+    async def fail() -> None:
+        attempts.append("listen")
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(event_bus, "_listen", fail)
+    event_bus.start()
+    async with event_bus.subscribe("channel"):
+        await asyncio.to_thread(wait_until, lambda: len(attempts) > 3)
+    await event_bus.close()
+    (record,) = (record for record in caplog.records if record.levelname != "DEBUG")
+    assert "no such option" in record.getMessage()
+    assert record.exc_info is not None
