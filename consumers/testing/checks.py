@@ -12,7 +12,6 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 
 import jsonschema
 
@@ -26,8 +25,10 @@ from inferq.schemas import InvalidTask
 Check = Callable[[Bench], None]
 """A function that puts the engine of a bench to one test, and raises ContractBroken if it fails."""
 
-_BLOCKS = 4
-"""Memory counts as growing if it grows in each of so many blocks of rounds, twice over."""
+_BLOCKS = 8
+"""The process counts as growing if it grows in each of so many blocks of rounds."""
+_BLOCKS_OF_OBJECTS = 12
+"""The same for what Python allocates: a cache of objects may take so long to fill up."""
 _BLOCK_SECONDS = 0.25
 ROUNDS = range(1, 51)
 """How often all samples are run in a block: as many times as fit into the seconds above."""
@@ -226,36 +227,37 @@ def runs_leave_no_memory(bench: Bench, *, rounds_allowed: range = ROUNDS) -> Non
         _round(bench)
     seconds = max((time.monotonic() - began) / 2, 1e-6)
     rounds = min(max(int(_BLOCK_SECONDS / seconds), rounds_allowed[0]), rounds_allowed[-1])
-    _check_growth(bench, "the process", resident_bytes, rounds, _ALLOWED_RESIDENT * rounds)
+    _check_growth(bench, "the process", resident_bytes, _BLOCKS, rounds, _ALLOWED_RESIDENT * rounds)
     tracemalloc.start()
     try:
         allowed = max(_ALLOWED_OBJECTS * rounds, _ALLOWED_OBJECTS_BLOCK)
-        _check_growth(bench, "what Python allocates", traced_bytes, rounds, allowed)
+        _check_growth(bench, "what Python allocates", traced_bytes, _BLOCKS_OF_OBJECTS, rounds, allowed)
     finally:
         tracemalloc.stop()
 
 
-def _check_growth(bench: Bench, what: str, measure: Callable[[], int], rounds: int, allowed: int) -> None:
-    # Caches fill up in steps, and end; only what grows for twice as long is taken for a leak.
-    growths = []
-    for _ in range(2):
-        growths.append(_least_growth(bench, rounds, measure))
-        if growths[-1] <= allowed:
+def _check_growth(
+    bench: Bench, what: str, measure: Callable[[], int], blocks: int, rounds: int, allowed: int
+) -> None:
+    # Caches fill up in steps, and end. One block without growth shows that: the others need not be run.
+    _rounds(bench, rounds)
+    before, least = measure(), math.inf
+    for _ in range(blocks):
+        _rounds(bench, rounds)
+        after = measure()
+        least = min(least, after - before)
+        if least <= allowed:
             return
+        before = after
     raise ContractBroken(
-        f"{what} grew in each of {2 * _BLOCKS} blocks of {rounds} rounds of the samples, by at least "
-        f"{min(growths) / rounds / 1024:.1f} KiB a round"
+        f"{what} grew in each of {blocks} blocks of {rounds} rounds of the samples, by at least "
+        f"{least / rounds / 1024:.1f} KiB a round"
     )
 
 
-def _least_growth(bench: Bench, rounds: int, measure: Callable[[], int]) -> int:
-    """By how many bytes memory grew in that block of rounds in which it grew least."""
-    sizes = []
-    for _ in range(_BLOCKS + 1):
-        for _ in range(rounds):
-            _round(bench)
-        sizes.append(measure())
-    return min(after - before for before, after in pairwise(sizes))
+def _rounds(bench: Bench, rounds: int) -> None:
+    for _ in range(rounds):
+        _round(bench)
 
 
 def _round(bench: Bench) -> None:

@@ -138,7 +138,7 @@ def test_files_left_anywhere_are_caught(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_cache_that_fills_up_is_no_leak() -> None:
-    # It is full half-way through the second look at Python's memory.
+    # It is full in one of the last blocks in which Python's memory is looked at.
     bench = Bench(subject_of(broken.FillsACache, samples=SAMPLES[:1]))
     checks.runs_leave_no_memory(bench, rounds_allowed=TWENTY)
 
