@@ -29,6 +29,13 @@ class Sample:
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
+    def top(self, lines: int, height: int, folder: Path) -> Sample:
+        """The same page cut off below its first lines, which are read in a fraction of the time."""
+        image = self.image
+        file = folder / f"top-of-{self.path.name}"
+        image.crop((0, 0, image.width, height)).save(file)
+        return Sample(file, self.lines[:lines])
+
 
 def sample(name: str) -> Sample:
     return Sample(PAGES / f"{name}.png", (PAGES / f"{name}.txt").read_text("utf-8").splitlines())
@@ -42,6 +49,12 @@ def invoice() -> Sample:
 @pytest.fixture
 def notice() -> Sample:
     return sample("notice")
+
+
+@pytest.fixture
+def heading(notice: Sample, tmp_path: Path) -> Sample:
+    """The first four lines of the notice."""
+    return notice.top(4, 340, tmp_path)
 
 
 @pytest.fixture(scope="session")
