@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -76,6 +77,7 @@ class ForkedPart:
 
 def _run(command: tuple[str, ...], env: dict[str, str], log: Path | None) -> None:
     """In the new process: become what a new interpreter would be, and run the command line."""
+    gc.freeze()  # the collector would touch, and so copy, all that was there before the fork
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with Path(log or os.devnull).open("ab") as file:
         for stream in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -18,14 +19,19 @@ from inferq.consumers.facefusion.warp import triangulate, warp
 from inferq.schemas import InvalidTask
 from tests.facefusion.conftest import COLLINS, HOPPER, Pixels, pixels
 
-TRIANGLES = triangulate(mesh_edges())
+
+@cache
+def mesh() -> NDArray[np.int32]:
+    """The triangles of a face: making them loads mediapipe, too heavy for those that only collect tests."""
+    return triangulate(mesh_edges())
 
 
 def test_the_mesh_is_closed_but_for_its_rim_and_the_mouth() -> None:
-    assert TRIANGLES.shape == (880, 3)
-    assert set(TRIANGLES.ravel()) == set(range(468))
+    triangles = mesh()
+    assert triangles.shape == (880, 3)
+    assert set(triangles.ravel()) == set(range(468))
     uses = Counter(
-        tuple(sorted(edge)) for triangle in TRIANGLES for edge in combinations(triangle.tolist(), 2)
+        tuple(sorted(edge)) for triangle in triangles for edge in combinations(triangle.tolist(), 2)
     )
     assert set(uses.values()) == {1, 2}
     rims = {vertex for edge, count in uses.items() if count == 1 for vertex in edge}
@@ -128,7 +134,7 @@ def turned_aside(portrait: Pixels, face: Face, degrees: float) -> Pixels:
     )
     points = ((face.points - middle) * (220 / np.ptp(face.points[:, 0]))) @ turn.T
     points = (points + np.array([200, 200, 0])).astype(np.float32)
-    head, covered = warp(portrait, face.points, points, TRIANGLES, (400, 400))
+    head, covered = warp(portrait, face.points, points, mesh(), (400, 400))
     picture = np.full((400, 400, 3), (120, 110, 105), np.uint8)
     rows, columns = np.mgrid[:400, :400]
     picture[((columns - 200) / 125) ** 2 + ((rows - 190) / 170) ** 2 < 1] = (90, 70, 60)
