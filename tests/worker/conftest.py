@@ -50,6 +50,7 @@ class Site:
     results: ResultStore
     status: StatusIndex
     workers: list[WorkerProcess] = field(default_factory=list)
+    _declared: bool = False
 
     def worker(self, type_name: str = "faulty", **settings: str) -> WorkerProcess:
         """Start a worker; returns once it is ready."""
@@ -78,8 +79,9 @@ class Site:
         body = message if isinstance(message, bytes) else json.dumps(message).encode()
         connection = connect(self.broker, name="test")
         channel = connection.channel()
-        if declare:
+        if declare and not self._declared:
             topology_for(["faulty", "echo"]).apply(channel)
+            self._declared = True
         channel.confirm_delivery()
         properties = pika.BasicProperties(delivery_mode=2, headers=headers)
         channel.basic_publish(exchange, key or "task_type.faulty", body, properties, mandatory=True)
