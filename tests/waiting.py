@@ -10,7 +10,7 @@ from typing import TypeVar
 Seen = TypeVar("Seen")
 
 _LOOK_SECONDS = 0.02
-_SELDOM_SECONDS = 0.05
+_SELDOM_SECONDS = 0.1
 """How long it takes to the next look at first, and at most: many looks open a connection."""
 _SHOWN_CHARACTERS = 500
 

@@ -30,7 +30,8 @@ def installation_of_three_types(
     shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("installation")
-    with installation(shared_rabbitmq, redis_url, folder, "echo", "ocr", "ner") as env:
+    # The one page and the few texts that are read here warm the engines up.
+    with installation(shared_rabbitmq, redis_url, folder, "echo", "ocr", "ner", INFERQ_WARMUP="0") as env:
         yield env
 
 
