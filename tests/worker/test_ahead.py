@@ -15,6 +15,7 @@ from inferq.broker import connect
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.consumers.worker.decision import MAX_DELIVERIES
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
+from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.waiting import consistently, eventually
@@ -145,7 +146,9 @@ def test_a_new_engine_that_cannot_be_started_leaves_the_old_one_in_place(
     settings = SimpleNamespace(
         engine_memory_limit=None, engine_recycle_memory=None, engine_max_tasks=None, start_limit=1
     )
-    services = SimpleNamespace(settings=settings, task_type=SimpleNamespace(name="faulty"))
+    services = SimpleNamespace(
+        settings=settings, task_type=SimpleNamespace(name="faulty"), metrics=WorkerMetrics()
+    )
     supervisor = EngineSupervisor("slot", cast(Any, services))
 
     def spawn(_process: EngineProcess) -> None:
