@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,7 +119,7 @@ def submit(site: Site, marker: Path, tenant: str = "default", **fields: Any) -> 
 
 
 def test_a_repeated_task_is_answered_without_the_engine(site: Site, tmp_path: Path) -> None:
-    site.worker(**ON)
+    worker = site.worker(**ON)
     first = site.ended(submit(site, tmp_path / "m", fault="artifact"))
     again = site.ended(submit(site, tmp_path / "m", fault="artifact", file_url="inferq:in2.txt"))
     assert starts(tmp_path / "m") == 1
@@ -131,6 +132,21 @@ def test_a_repeated_task_is_answered_without_the_engine(site: Site, tmp_path: Pa
         site.store.delete(info.key)
     kept = site.results.artifact_key("default", again.task_id, "note.txt")
     assert site.store.get(kept) == b"a note"
+    page = worker.get("/metrics").text
+    for outcome in ("miss", "hit"):
+        assert f'inferq_cache_requests_total{{outcome="{outcome}",task_type="faulty"}} 1.0' in page
+    seconds = {
+        line.split()[0].removeprefix("inferq_engine_"): float(line.split()[1])
+        for line in page.splitlines()
+        if re.match(r"inferq_engine_\w+_seconds_total", line)
+    }
+    alive = seconds.pop('alive_seconds_total{task_type="faulty"}')
+    assert sum(seconds.values()) == pytest.approx(alive)
+    assert seconds['busy_seconds_total{task_type="faulty"}'] > 0
+    (used,) = eventually(
+        lambda: (u := site.status.usage([first.finished_at.date()])) and u[0].tasks == 2 and u
+    )
+    assert (used.succeeded, used.engine_seconds) == (2, pytest.approx(first.timings.inference, abs=0.5))
 
 
 def test_it_is_off_unless_it_is_asked_for(site: Site, tmp_path: Path) -> None:
