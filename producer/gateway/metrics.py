@@ -7,7 +7,10 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from inferq.schemas.metrics import SECONDS
+from inferq.schemas.metrics import SECONDS, BoundedLabel
+
+_TYPES = 100
+"""How many task types of ended tasks are counted by name: they come from records, not from what is installed here."""
 
 
 class Metrics:
@@ -36,6 +39,13 @@ class Metrics:
             ["task_type"],
             registry=self._registry,
         )
+        self._ended = Counter(
+            "inferq_tasks_ended",
+            "Tasks that ended, by status (succeeded, failed, cancelled) and error code, empty for a success.",
+            ["task_type", "status", "error_code"],
+            registry=self._registry,
+        )
+        self._type = BoundedLabel(_TYPES)
         self.publish_seconds = Histogram(
             "inferq_publish_seconds",
             "Seconds until the broker confirmed a task.",
@@ -48,6 +58,10 @@ class Metrics:
         self.event_streams = Gauge(
             "inferq_event_streams", "Event streams that are open now.", registry=self._registry
         )
+
+    def cancelled(self, task_type: str) -> None:
+        """Count a cancelled task that no worker took."""
+        self._ended.labels(self._type(task_type), "cancelled", "cancelled").inc()
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -177,6 +177,8 @@ async def _without_message(services: Services, status: TaskStatus) -> TaskStatus
             redrives=status.redrives,
         )
         kept = await services.try_store(services.results.save, ended)
+        if kept is ended:
+            services.metrics.cancelled(ended.task_type)
     except (Outage, UnreadableResult) as error:
         _log.warning("task %s: its cancel could not be recorded: %s", status.task_id, error)
         return status

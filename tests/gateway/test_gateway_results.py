@@ -347,10 +347,19 @@ def test_a_cancelled_task_whose_message_is_lost_ends(lone_gateway: Gateway, stat
     assert lone_gateway.http.get("/v1/tasks/gone").json()["state"] == state  # a worker may still take it
     key = record_key(lone_gateway.tenant, "gone")
     lone_gateway.status.write(lambda client: client.hset(key, "x", "1"))
+    counted = _cancelled(lone_gateway)
     assert lone_gateway.http.get("/v1/tasks/gone").json()["state"] == "cancelled"
     result = lone_gateway.http.get("/v1/tasks/gone/result").json()
     assert (result["status"], result["error"]["code"]) == ("cancelled", "cancelled")
     assert (result["digest"], result["attempts"]) == (task.digest(), int(state == "retrying"))
+    assert _cancelled(lone_gateway) == counted + 1
+
+
+def _cancelled(gateway: Gateway) -> float:
+    """How many cancelled tasks the gateway ended itself, by its metrics."""
+    name = 'inferq_tasks_ended_total{error_code="cancelled",status="cancelled",task_type="echo"} '
+    lines = gateway.get_openly("/metrics").text.splitlines()
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 def test_a_creation_time_in_the_future_does_not_hide_an_end_that_redis_missed(lone_gateway: Gateway) -> None:

@@ -89,10 +89,11 @@ def test_what_senders_and_plug_ins_choose_makes_no_more_series() -> None:
         worker.failed("echo", "inference", f"code_{number}")
         worker.computed(f"tenant-{number}", "echo", 1.0)
         ends.count(_ended(number, task_type=f"type_{number}"))
+        gateway.cancelled(f"type_{number}")
     asyncio.run(_requests(Access(_answer, metrics=gateway, root_path="")))
     for registry, flooded in (
         (worker.registry, ("tenant", "error_code")), (jobs, ("task_type", "error_code")),
-        (gateway._registry, ("method", "route")),
+        (gateway._registry, ("method", "route", "task_type")),
     ):  # fmt: skip
         values = _most(registry)
         for label in flooded:
