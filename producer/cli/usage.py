@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import sys
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -39,6 +40,7 @@ def usage(
     """
     days = _days(first, last, datetime.now(UTC).date())
     index = StatusIndex.from_settings(StorageSettings.load())
+    logging.getLogger("inferq.storage").addHandler(logging.NullHandler())  # main prints the error, once
     try:
         index.require_supported()
         found = [
