@@ -384,10 +384,12 @@ class Site:
         return {entry.task for entry in self.ledger.read() if entry.kind in ("result", "failure")}
 
     def settle(self, limit: float) -> None:
-        """Wait, at most `limit` seconds, until all tasks are confirmed and ended and the queues empty."""
-        end = time.monotonic() + limit
+        """Wait until all tasks are confirmed and ended and the queues empty, or none ends for `limit` seconds.
+
+        A busy machine may take as long as it needs.
+        """
         count, since = -1, time.monotonic()
-        while time.monotonic() < end:
+        while time.monotonic() < since + limit:
             ended = len(self.ended() & self.tasks.keys())
             if ended != count:
                 count, since = ended, time.monotonic()
