@@ -3,8 +3,8 @@
     tasks/<tenant>/<task_id>/callbacks/<callback_id>.json       (batches/… for a batch's)
 
 Redis holds a hash of records per task or batch (`inferq:c:<tenant>:<kind>:<id>`), without bodies, and the
-newest failures of a tenant (`inferq:cf:<tenant>`); both may be lost. A callback that was given up is kept with
-its body until it is delivered.
+newest failures of a tenant (`inferq:cf:<tenant>`) and of all (`inferq:cf`); these may be lost. A callback that was
+given up is kept with its body until it is delivered.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from inferq.storage.status.index import StatusIndex
 
 MAX_LISTED = 500
 """The most failures that one listing holds."""
+
+ALL_FAILURES = "inferq:cf"
+"""The sorted set of all tenants' failures, for counting them."""
 
 _MOST_FAILURES = 10_000
 _MOST_RECORDS = 300
@@ -46,7 +49,8 @@ class CallbackRecords:
 
         A delivered record stays, unless the callback was resent since; a record of a later resend stays, too.
         """
-        keys = [_key(record.tenant, record.subject_kind, record.subject_id), _failures(record.tenant)]
+        own = _key(record.tenant, record.subject_kind, record.subject_id)
+        keys = [own, _failures(record.tenant), ALL_FAILURES]
         text = to_json(record.model_copy(update={"body": None}))
         member = f"{record.subject_kind}:{record.subject_id}:{record.callback_id}"
         moment = record.updated_at.timestamp()
@@ -62,6 +66,7 @@ class CallbackRecords:
                 _MOST_FAILURES,
                 _MOST_RECORDS if record.event == "task.progress" else _EVERY,
                 _moment(record.resent_at),
+                record.tenant,
             ],
         )
 

@@ -149,6 +149,10 @@ class RunLog:
             return found
         return self.know(now, schedule)
 
+    def since(self) -> Known | None:
+        """Since when the schedule is known, and its times; None if it was forgotten. Writes nothing."""
+        return self._load(_KNOWN, Known)
+
     def know(self, now: AwareDatetime, schedule: Schedule) -> Known:
         """Record that the schedule is known from now on."""
         made = Known(cron=schedule.cron, time_zone=schedule.time_zone, since=now)

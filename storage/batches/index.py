@@ -213,6 +213,11 @@ class BatchIndex:
             stall=_read_stall(fields.get("q"), fields.get("fa")),
         )
 
+    def states(self, names: Sequence[tuple[str, str]]) -> list[BatchState | None]:
+        """The state of each batch, given by tenant and id; None if Redis knows none."""
+        commands = [("HGET", batch_key(tenant, batch_id), "s") for tenant, batch_id in names]
+        return [state or None for state in self._status.read(*commands)]
+
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
         key = batch_key(tenant, batch_id)
         now = micros(datetime.now(UTC))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -32,6 +32,9 @@ _LAST = 10**16 - 1
 _FOLDER_DIGITS = 5
 _TIMES = "~times/"
 _COMPLETE = "~complete"
+_AFTER_ALL = "~~"
+"""Sorts after every key of a tenant."""
+_ALL = "batches/"
 _ENTRY = re.compile(r"([0-9]{5})/([0-9]{11})\.(.+)")
 _WRITERS = 8
 _CHUNK = 8 * _WRITERS
@@ -84,10 +87,22 @@ class BatchTimes:
     def newest(self, tenant: str, *, before: Created | None, limit: int, load: Load) -> list[Created]:
         """The newest batches that are older than `before`, at most `limit`. `load` reads a batch's record."""
         self._complete(tenant, load)
+        return self.listed(tenant, before=before, limit=limit)
+
+    def listed(self, tenant: str, *, before: Created | None = None, limit: int) -> list[Created]:
+        """As `newest`, but only what the index has: it adds no older batches, and writes nothing."""
         times = _base(tenant) + _TIMES
         after = times + _name(before) if before is not None else ""
         infos = self._store.list(times, start_after=after, limit=limit)
         return [entry for info in infos if (entry := _read(info.key.removeprefix(times))) is not None]
+
+    def tenants(self) -> Iterator[str]:
+        """The tenants that have batches. Each costs one listing of one object."""
+        key = ""
+        while (first := next(self._store.list(_ALL, start_after=key, limit=1), None)) is not None:
+            folder = first.key.removeprefix(_ALL).partition("/")[0]
+            yield unquote(folder)
+            key = f"{_ALL}{folder}/{_AFTER_ALL}"
 
     def _complete(self, tenant: str, load: Load) -> None:
         """Add the batches that an older version recorded; once for each tenant."""
@@ -152,7 +167,7 @@ class BatchTimes:
 
 
 def _base(tenant: str) -> str:
-    return f"batches/{segment(tenant)}/"
+    return f"{_ALL}{segment(tenant)}/"
 
 
 def _name(entry: Created) -> str:

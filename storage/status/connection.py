@@ -87,6 +87,24 @@ class RedisConnection:
         script = self._redis.register_script(source)
         return lambda keys, arguments: self._call(lambda: script(keys=keys, args=arguments))
 
+    def quiet_script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], bool]:
+        """Register a Lua script that nothing depends on. Call the result with its keys and arguments.
+
+        It gives whether Redis ran the script. A failure does not count as an outage, and is not logged.
+        """
+        script = self._redis.register_script(source)
+
+        def call(keys: Sequence[str], arguments: Sequence[Any]) -> bool:
+            if self._down_until is not None:
+                return False
+            try:
+                script(keys=keys, args=arguments)
+            except (redis.RedisError, OSError):
+                return False
+            return True
+
+        return call
+
     def ping(self) -> None:
         """Raises StatusOutage if Redis cannot be reached or refuses writes; the message says why."""
         self._call(self._prove)

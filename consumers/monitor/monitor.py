@@ -1,0 +1,228 @@
+"""Reads the figures round by round, serves them as metrics, and leaves them in Redis for the gateway."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import NamedTuple, TypeVar
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from pydantic import TypeAdapter, ValidationError
+
+from inferq.broker import BrokerSettings, work_queue
+from inferq.consumers.monitor.broker_figures import BrokerFigures, BrokerReader
+from inferq.consumers.monitor.metrics import StatsCollector
+from inferq.consumers.monitor.records import RecordFigures, RecordReader
+from inferq.consumers.monitor.settings import MonitorSettings
+from inferq.consumers.monitor.source import Source, Unknown
+from inferq.consumers.monitor.stats import Lane, make_stats
+from inferq.consumers.monitor.waiting import Arrivals, Waiting
+from inferq.schemas import PRIORITIES, Outage, installed_types
+from inferq.schemas.monitor import Stats
+from inferq.schemas.probe_server import ProbeServer, Readiness
+from inferq.storage import BatchIndex, StatusIndex, StorageSettings, open_store
+from inferq.storage.figures import MonitorFigures
+from inferq.storage.workers import Registered, WorkerRegistry
+
+T = TypeVar("T")
+
+_ROUNDS = 4
+"""For how many rounds figures are believed."""
+_PATIENCE_SECONDS = 3.0
+"""How long a round waits for RabbitMQ and Redis."""
+_STORE_PATIENCE_SECONDS = 120.0
+_MOST_TYPES = 200
+
+_WAITING = TypeAdapter(dict[str, Arrivals])
+
+_log = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):
+    """`stop` was called."""
+
+
+class _RedisFigures(NamedTuple):
+    workers: Registered
+    given_up: int
+
+
+class Monitor:
+    """Runs until `stop`. Two monitors do no harm: each has metrics of its own, and the last to save is read."""
+
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        broker: BrokerSettings,
+        storage: StorageSettings,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._index = StatusIndex.from_settings(storage)
+        self._kept = MonitorFigures(self._index)
+        registry = WorkerRegistry(self._index)
+        self._reader = BrokerReader(broker)
+        records = RecordReader(open_store(storage), BatchIndex(self._index))
+        every = settings.monitor_records_interval
+        self._broker: Source[BrokerFigures] = Source(
+            "RabbitMQ", lambda: self._reader.read(self._types), patience=_PATIENCE_SECONDS
+        )
+        self._redis: Source[_RedisFigures] = Source(
+            "Redis",
+            lambda: _RedisFigures(registry.read(), self._kept.callbacks_given_up(clock().timestamp())),
+            patience=_PATIENCE_SECONDS,
+        )
+        self._records: Source[RecordFigures] = Source(
+            "the object store",
+            records.read,
+            patience=_STORE_PATIENCE_SECONDS,
+            keeps=_ROUNDS * every + _STORE_PATIENCE_SECONDS,
+        )
+        self._next_records = 0.0
+        self._types: tuple[str, ...] = tuple(installed_types())
+        self._waiting: dict[str, Waiting] | None = None
+        self._stats: Stats | None = None
+        self._made_at = 0.0
+        self.last_success: float | None = None
+        self.registry = CollectorRegistry()
+        self.registry.register(StatsCollector(lambda: self.stats, lambda: self.last_success))
+        self.probes: ProbeServer | None = None
+        if settings.probe_port is not None:
+            self.probes = ProbeServer(
+                settings.probe_host,
+                settings.probe_port,
+                readiness=self.readiness,
+                metrics=make_wsgi_app(self.registry),
+            )
+
+    @property
+    def stats(self) -> Stats | None:
+        """The figures of the last round; None once they are too old."""
+        fresh = time.monotonic() - self._made_at <= self._believed_for
+        return self._stats if fresh else None
+
+    @property
+    def _believed_for(self) -> float:
+        return _ROUNDS * (self._settings.monitor_interval + _PATIENCE_SECONDS)
+
+    def run(self) -> None:
+        """Read round by round, until stopped. Raises InstallationError for a Redis that cannot be used."""
+        self._index.require_supported()
+        self.start()
+        if self.probes is not None:
+            self.probes.start()
+        try:
+            with suppress(_Stopped):
+                while True:
+                    began = time.monotonic()
+                    self.round()
+                    self._pause(self._settings.monitor_interval - (time.monotonic() - began))
+        finally:
+            if self.probes is not None:
+                self.probes.close()
+
+    def start(self) -> None:
+        """Start the threads that read. `run` does."""
+        for source in (self._broker, self._redis, self._records):
+            source.start()
+
+    def stop(self) -> None:
+        """End `run` after the present round. A signal handler may call it."""
+        self._stops.put(None)
+
+    def _pause(self, seconds: float) -> None:
+        with suppress(queue.Empty):
+            self._stops.get(timeout=max(0.0, seconds))
+            raise _Stopped
+
+    def readiness(self) -> Readiness:
+        """Ready while the figures of every service are known."""
+        stats = self.stats
+        if stats is None:
+            return Readiness(False, ("the first round",))
+        away = tuple(name for name, up in (stats.services or {}).items() if not up)
+        return Readiness(not away, away)
+
+    def round(self) -> None:
+        """Read all figures once; an unavailable service makes its own figures unknown, and no others."""
+        if time.monotonic() >= self._next_records:
+            self._next_records = time.monotonic() + self._settings.monitor_records_interval
+            self._records.ask()
+        # At once, because the age of a message comes from both.
+        self._broker.ask()
+        self._redis.ask()
+        broker = _figures(self._broker, _PATIENCE_SECONDS)
+        redis = _figures(self._redis, _PATIENCE_SECONDS)
+        records = _figures(self._records, 0)
+        now = self._clock()
+        workers = redis if isinstance(redis, Unknown) else redis.workers
+        self._note_types(workers)
+        self._stats = make_stats(
+            at=now,
+            task_types=self._types,
+            broker=broker,
+            workers=workers,
+            given_up=redis if isinstance(redis, Unknown) else redis.given_up,
+            records=records,
+            oldest=self._oldest(now.timestamp(), broker, workers),
+        )
+        self._made_at = time.monotonic()
+        if not isinstance(broker, Unknown):
+            self.last_success = now.timestamp()
+        self._save(self._stats)
+
+    def _note_types(self, workers: Registered | Unknown) -> None:
+        """From the next round on, also read the queues of types that only workers know."""
+        if not isinstance(workers, Unknown):
+            known = dict.fromkeys((*installed_types(), *(worker.task_type for worker in workers.workers)))
+            self._types = tuple(dict.fromkeys((*self._types, *known)))[:_MOST_TYPES]
+
+    def _oldest(
+        self, now: float, broker: BrokerFigures | Unknown, workers: Registered | Unknown
+    ) -> dict[Lane, float]:
+        """How long the first message of each lane has waited; needs the figures of both."""
+        if isinstance(broker, Unknown) or isinstance(workers, Unknown):
+            return {}
+        if self._waiting is None:
+            self._waiting = self._load_waiting()
+        found: dict[Lane, float] = {}
+        for task_type in self._types:
+            for priority in PRIORITIES:
+                name = work_queue(task_type, priority)
+                if (count := broker.queues.get(name)) is not None:
+                    waiting = self._waiting.setdefault(name, Waiting())
+                    taken = workers.taken_of(task_type, priority)
+                    found[task_type, priority] = round(waiting.look(now, count.ready, taken), 1)
+        return found
+
+    def _load_waiting(self) -> dict[str, Waiting]:
+        """What the last monitor knew."""
+        try:
+            text = self._kept.waiting()
+            known = {} if text is None else _WAITING.validate_json(text)
+        except (Outage, ValidationError):
+            return {}
+        return {name: Waiting(arrivals) for name, arrivals in known.items()}
+
+    def _save(self, stats: Stats) -> None:
+        lanes = (self._waiting or {}).items()
+        waiting = {name: known for name, lane in lanes if (known := lane.known()) is not None}
+        try:
+            text = _WAITING.dump_json(waiting).decode()
+            self._kept.save(stats, text, seconds=self._believed_for)
+        except Outage as error:
+            _log.debug("the figures are not saved for the gateway: %s", error)
+
+
+def _figures(source: Source[T], wait: float) -> T | Unknown:
+    try:
+        return source.figures(wait)
+    except Unknown as unknown:
+        return unknown

@@ -1,0 +1,117 @@
+"""What operators see: the queues, the workers, and what waits or is late.
+
+An unknown figure is None, never 0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import AwareDatetime, Field
+
+from inferq.schemas.batch import BatchState
+from inferq.schemas.record import Record
+from inferq.schemas.result import EngineInfo
+from inferq.schemas.task import Priority
+
+Service = Literal["rabbitmq", "redis", "store"]
+Alarm = Literal["disk", "memory"]
+WorkerState = Literal["idle", "busy", "paused", "loading"]
+
+
+class TaskInHand(Record):
+    """A task that a worker has taken and not settled."""
+
+    tenant: str
+    task_id: str
+    priority: Priority
+    since: AwareDatetime
+
+
+class GpuMemory(Record):
+    """The memory of a GPU that a worker sees, in bytes. All processes count."""
+
+    gpu: str
+    used_bytes: int
+    total_bytes: int
+
+
+class WorkerInfo(Record):
+    """A worker, as its last heartbeat reports it."""
+
+    worker_id: str = Field(description="Unique: host, process id and a random part.")
+    name: str = Field(description="The name in results, dead letters and logs.")
+    host: str
+    pid: int
+    task_type: str
+    lanes: tuple[Priority, ...]
+    state: WorkerState
+    slots: int
+    busy: int = Field(description="Slots with a task in hand.")
+    in_hand: dict[Priority, int] = Field({}, description="Tasks taken and not settled, by lane.")
+    tasks: tuple[TaskInHand, ...] = Field((), description="The tasks in hand whose messages are read.")
+    engine: EngineInfo | None = None
+    gpus: tuple[GpuMemory, ...] | None = Field(None, description="None if no GPU is visible.")
+    paused_for: tuple[str, ...] = Field((), description="The services that it waits for.")
+    version: str
+    since: AwareDatetime = Field(description="When the process started.")
+    seen_seconds_ago: float | None = Field(None, description="Seconds since the last heartbeat.")
+
+
+class QueueFigures(Record):
+    """One lane of a task type."""
+
+    task_type: str
+    priority: Priority
+    ready: int | None = Field(None, description="Messages that wait in the queue.")
+    unacked: int | None = Field(None, description="Tasks that workers have in hand.")
+    consumers: int | None = None
+    oldest_seconds: float | None = Field(
+        None, description="How long the first message has been seen waiting; 0 if none waits."
+    )
+    taken: int | None = Field(
+        None, description="Deliveries that workers took so far: two readings give a rate."
+    )
+
+
+class TypeWorkers(Record):
+    """The workers of one task type, by state."""
+
+    task_type: str
+    idle: int = 0
+    busy: int = 0
+    paused: int = 0
+    loading: int = 0
+
+
+class LateNight(Record):
+    """A nightly run that is overdue: it has not started, or its window closed before its end."""
+
+    schedule: str
+    tenant: str
+    seconds: float
+
+
+class Stats(Record):
+    """The figures of `inferq monitor`. `unknown` names the fields that are None, each with the reason."""
+
+    at: AwareDatetime | None = Field(None, description="When the monitor read them; None if it does not run.")
+    services: dict[Service, bool] | None = Field(None, description="Whether each service can be used.")
+    alarms: tuple[Alarm, ...] | None = Field(
+        None, description="Why RabbitMQ blocks publishers; empty if not."
+    )
+    queues: tuple[QueueFigures, ...] | None = None
+    retry_messages: dict[str, int] | None = Field(
+        None, description="Tasks at each retry level, of all types."
+    )
+    dead_letters: dict[str, int] | None = Field(None, description="Dead letters of each task type.")
+    unroutable_messages: int | None = None
+    callbacks_waiting: int | None = Field(None, description="Callbacks to send, and delayed jobs.")
+    callbacks_given_up: int | None = Field(None, description="Callbacks given up and not sent since.")
+    batches: dict[BatchState, int] | None = Field(
+        None, description="Batches that have not ended, and those of the last day that have."
+    )
+    nights: dict[BatchState, int] | None = Field(None, description="The last run of each schedule.")
+    late_nights: tuple[LateNight, ...] | None = None
+    workers: tuple[TypeWorkers, ...] | None = None
+    unknown: dict[str, str] = Field({}, description="Why a field is None, by its name.")

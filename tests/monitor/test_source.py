@@ -1,0 +1,63 @@
+"""Figures of one service: what is believed, and what is unknown."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from inferq.consumers.monitor.source import Source, Unknown
+from inferq.storage import StatusOutage
+from tests.waiting import eventually
+
+
+def test_a_service_that_hangs_is_unknown_until_it_answers() -> None:
+    answer = threading.Event()
+    source = Source("Redis", lambda: answer.wait(60), patience=0.01)
+    source.start()
+    with pytest.raises(Unknown, match="not read yet"):
+        source.figures()
+    source.ask()
+    with pytest.raises(Unknown, match="Redis does not answer"):
+        source.figures(0.05)
+    source.ask()  # begins no second reading
+    answer.set()
+    assert source.figures(30) is True
+
+
+def test_a_failure_hides_the_figures_from_before_and_no_address_is_told() -> None:
+    faults: list[Exception] = []
+
+    def read() -> int:
+        if faults:
+            raise faults.pop()
+        return 7
+
+    source = Source("Redis", read, patience=30)
+    source.start()
+    for fault, said in (
+        (StatusOutage("Redis at 10.0.0.1:6379 cannot be reached"), "Redis is unavailable"),
+        (ValueError("10.0.0.1"), "Redis: the figures cannot be read"),
+    ):
+        source.ask()
+        assert source.figures(30) == 7
+        faults.append(fault)
+        source.ask()
+        with pytest.raises(Unknown) as unknown:
+            source.figures(30)
+        assert str(unknown.value) == said
+
+
+def test_old_figures_are_unknown() -> None:
+    source = Source("the object store", lambda: 7, patience=30, keeps=0.01)
+    source.start()
+    source.ask()
+
+    def lately() -> bool:
+        try:
+            source.figures(30)
+        except Unknown as unknown:
+            return "not read lately" in str(unknown)
+        return False
+
+    assert eventually(lately)
