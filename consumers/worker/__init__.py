@@ -17,5 +17,6 @@ services           what all slots share, and how an unavailable service is waite
 inputs, scratch    input files, and the folder for them
 result_cache       answers computed before
 lease_renewer      renews the leases of runs whose threads are in a blocking call
+heartbeat          reports the worker to the registry in Redis
 metrics, settings, cli
 """

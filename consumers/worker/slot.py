@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -14,10 +16,12 @@ from inferq.consumers.worker.engine_supervisor import EngineSupervisor
 from inferq.consumers.worker.services import GracePassed, WorkerServices
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import (
+    EngineInfo,
     Event,
     InferqError,
     InstallationError,
     InvalidTask,
+    Priority,
     Result,
     Task,
     TaskType,
@@ -65,6 +69,34 @@ class Slot:
     def engine_pid(self) -> int | None:
         """The process of its engine; None if none was started."""
         return self._supervisor.engine.pid
+
+    @property
+    def loading(self) -> bool:
+        """Whether its engine is not loaded yet, or loads again."""
+        return not self._supervisor.ready
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether it waits for RabbitMQ."""
+        return any(thread.disconnected for thread in self._threads)
+
+    @property
+    def engine(self) -> EngineInfo | None:
+        """Its engine; None before the first one is loaded."""
+        return self._supervisor.engine.info
+
+    @property
+    def in_hand(self) -> list[TaskRun]:
+        """The deliveries that it has taken and not settled."""
+        return [run for thread in self._threads if (run := thread.in_hand) is not None]
+
+    @property
+    def taken(self) -> Mapping[Priority, int]:
+        """How many deliveries of each lane it has taken so far."""
+        total: Counter[Priority] = Counter()
+        for thread in self._threads:
+            total.update(thread.taken)
+        return total
 
     @property
     def run_seconds(self) -> float | None:
@@ -138,6 +170,13 @@ class _SlotThread(threading.Thread):
             low_priority=ahead,
         )
         self.fatal: InferqError | None = None
+        self.in_hand: TaskRun | None = None
+        self.taken: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether it tries in vain to connect to RabbitMQ."""
+        return not self._consumer.connected and self._consumer.last_error is not None
 
     @property
     def waiting_for(self) -> str | None:
@@ -204,9 +243,12 @@ class _SlotThread(threading.Thread):
         if self._services.stopping:
             self._consumer.requeue(delivery)
             return
+        lane = self._lane_of[delivery.queue]
+        self.taken[lane] += 1
         with self._supervisor.lease() as lease:
-            lane = self._lane_of[delivery.queue]
-            TaskRun(self._services, self._consumer, lease, delivery, lane).complete()
+            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane)
+            self.in_hand.complete()
+        self.in_hand = None
 
 
 def _warm_up(task_type: TaskType) -> None:

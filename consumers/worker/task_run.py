@@ -76,7 +76,10 @@ in progress."""
 
 
 class TaskRun:
-    """Brings one delivery to its end. `complete` always settles it, whatever happens on the way."""
+    """Brings one delivery to its end. `complete` always settles it, whatever happens on the way.
+
+    `task` is None until the message is read.
+    """
 
     def __init__(
         self,
@@ -96,11 +99,17 @@ class TaskRun:
             delivery, lane, type_name=services.task_type.name, worker=services.settings.worker_name
         )
         self._endings = Endings(services)
+        self.lane = lane
         self._arrived_at = datetime.now(UTC)
+        self.task: Task | None = None
         self._digest = ""
         self._stage: Stage = "parse"
         self._computation: Computation | None = None
         self._preparation: Preparation | None = None
+
+    @property
+    def arrived_at(self) -> datetime:
+        return self._arrived_at
 
     @property
     def _started_at(self) -> datetime:
@@ -183,6 +192,7 @@ class TaskRun:
 
     def _decide(self, task: Task) -> Outcome:
         services, delivery = self._services, self._delivery
+        self.task = task
         self._stage = "queued"
         self._digest = self._records.digest(task)
         self._endings.use_callbacks_of(task)

@@ -17,6 +17,7 @@ from prometheus_client import make_wsgi_app
 from inferq.broker import BrokerSettings, Publisher, topology_for
 from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.runtime.process_tree import adopt_orphans, end_orphans
+from inferq.consumers.worker.heartbeat import Heartbeat
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
@@ -74,6 +75,7 @@ class Worker:
         self.metrics.registry.register(Gpus(self._engine_pids))
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
+        self._heartbeat = Heartbeat(self._services, self._slots)
         self._next_watch = 0.0
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:
@@ -92,6 +94,7 @@ class Worker:
         self._publisher.start()
         for slot in self._slots:
             slot.start()
+        self._heartbeat.start()
         if self.probes is not None:
             self.probes.start()
         try:
@@ -101,6 +104,7 @@ class Worker:
                 self._watch()
         finally:
             self.stop(hurry=True)
+            self._heartbeat.stop()
             self._publisher.close()
             self._services.scratch.close()
             end_orphans()

@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "worker": ("worker", TYPE),
     "callbacks": ("callbacks", "--queues", "callbacks"),
     "batches": ("callbacks", "--queues", "batches"),
+    "monitor": ("monitor",),
 }
 """The users of the parts that run as processes, and their commands."""
 
@@ -108,6 +109,7 @@ class Site:
             "INFERQ_CALLBACK_SCHEDULE": "0,1,1",
             "INFERQ_SCRATCH_DIR": str(self.folder / "scratch"),
             "INFERQ_RESULT_CACHE": "true",
+            "INFERQ_MONITOR_RECORDS_INTERVAL": "1",
             "PYTHONPATH": str(PLUGIN),
         }
 

@@ -25,17 +25,22 @@ from inferq.broker import (
     job_topology,
     topology_for,
 )
+from inferq.consumers.monitor.broker_figures import ALARM_EXCHANGE
 from inferq.producer.nightly.beat import Beat
 from inferq.producer.nightly.schedules import read_schedules
 from inferq.schemas import InvalidTask, Result, installed_types, parse_task, types
+from inferq.schemas.monitor import Stats
 from inferq.schemas.schedule import Schedule
 from inferq.storage import BatchIndex, ResultStore, StatusIndex, StatusOutage, StorageSettings, WebhookSecrets
 from inferq.storage import callbacks as callback_records
+from inferq.storage import workers
 from inferq.storage.batches import scripts as batch_scripts
+from inferq.storage.figures import MonitorFigures
 from inferq.storage.lua import read_lua
 from inferq.storage.nightly_runs import RunLog
 from inferq.storage.objects.s3 import S3Refused, S3Store
 from inferq.storage.status import scripts as status_scripts
+from inferq.storage.workers import WorkerRegistry
 from tests.callbacks.conftest import Receiver, say
 from tests.conftest import RabbitMQ, Redis
 from tests.installation import inferq_here
@@ -104,6 +109,7 @@ def worked(site: Site, plugin: None) -> Site:
         _dead_letters(site)
         _dropped(site, base)
         _nights(site)
+    _figures(site)
     site.stop()
     return site
 
@@ -274,6 +280,18 @@ def _nights(site: Site) -> None:
         _run(site, "nightly", "nightly", command)
 
 
+def _figures(site: Site) -> None:
+    """What operators see, from the monitor and by the gateway."""
+
+    def known() -> bool:
+        stats = _ok(site.http.get("/v1/stats")).json()
+        return not stats["unknown"] and stats["nights"]["completed"] == 1 and stats["late_nights"]
+
+    eventually(known)
+    (worker,) = _ok(site.http.get("/v1/workers")).json()["items"]
+    assert (worker["task_type"], worker["state"]) == (TYPE, "idle")
+
+
 def test_no_part_is_refused_anything(worked: Site) -> None:
     refused = [(user, what) for user, used in worked.used_objects().items() for what in used if not what[2]]
     assert refused == []
@@ -345,7 +363,7 @@ def test_every_right_to_objects_is_used(worked: Site) -> None:
 
 def test_every_right_to_queues_is_used(worked: Site) -> None:
     tasks, topology = topology_for(installed_types()), job_topology()
-    exchanges = {exchange.name for exchange in (*tasks.exchanges, *topology.exchanges)}
+    exchanges = {ALARM_EXCHANGE, *(exchange.name for exchange in (*tasks.exchanges, *topology.exchanges))}
     queues = {queue.name for queue in (*tasks.queues, *topology.queues)}
     used = worked.used_queues()
     for user, rights in worked.page.items():
@@ -367,7 +385,8 @@ _SCRIPTS = {
     "worker": [
         _STATUS[name]
         for name in ("begin", "released", "progress", "retrying", "ended", "cancel_requested", "get")
-    ],
+    ]
+    + [workers.BEAT],
     "gateway": [
         *(
             _STATUS[name]
@@ -375,10 +394,12 @@ _SCRIPTS = {
         ),
         *(_BATCHES[name] for name in ("look", "processed")),
         callback_records._SAVE,
+        workers.LIST,
     ],
     "callbacks": [_STATUS["ended"], _STATUS["get"], callback_records._SAVE],
     "batches": [_STATUS["confirm"], _STATUS["ended"], _STATUS["get"], *_BATCHES.values()],
     "usage": [],
+    "monitor": [workers.LIST],
 }
 """The scripts that each part runs."""
 _DIRECT = {
@@ -395,11 +416,12 @@ _DIRECT = {
             "subscribe",
             "unsubscribe",
         ),
-        *("ping", "hget", "hvals", "hmget", "zrevrange"),
+        *("ping", "get", "hget", "hvals", "hmget", "zrevrange"),
     },
     "callbacks": {"evalsha", "script|load", "script|exists", "hget"},
     "batches": {"evalsha", "script|load", "script|exists", "multi", "exec", "hset", "expire"},
     "usage": {"evalsha", "script|load", "script|exists", "hgetall"},
+    "monitor": {"evalsha", "script|load", "script|exists", "get", "hget", "set", "zcount"},
 }
 """The commands that each part sends itself."""
 
@@ -431,6 +453,8 @@ _LESS: list[tuple[str, str, Callable[[StatusIndex], object]]] = [
     ("usage", "+hgetall", lambda index: index.usage([date(2026, 11, 25)])),
     ("usage", "~inferq:usage:*", lambda index: index.usage([date(2026, 11, 25)])),
     ("callbacks", "+script|exists", lambda index: index.read(("HGET", "inferq:c:t:task:x", "c"))),
+    ("monitor", "+zrange", lambda index: WorkerRegistry(index).read()),
+    ("monitor", "+set", lambda index: MonitorFigures(index).save(Stats(), "{}", seconds=9)),
 ]
 
 

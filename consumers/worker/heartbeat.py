@@ -1,0 +1,157 @@
+"""Reports the worker to the registry in Redis: what it is, what it has in hand, what it waits for.
+
+On a thread of its own, off every task's path. Redis may be unavailable: nothing waits for a heartbeat.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry
+
+from inferq.consumers.worker.services import WorkerServices
+from inferq.consumers.worker.slot import Slot
+from inferq.consumers.worker.task_run import TaskRun
+from inferq.schemas import Priority
+from inferq.schemas.monitor import GpuMemory, TaskInHand, WorkerInfo, WorkerState
+from inferq.storage.workers import HEARTBEAT_SECONDS, Lane, WorkerRegistry
+
+_LOOK_SECONDS = 1.0
+"""The shortest time between two heartbeats, for a worker that changes all the time."""
+_GPU_SECONDS = 10.0
+"""How often the driver is asked for the memory of the GPUs."""
+
+_GPU_METRIC = "inferq_gpu_memory_bytes"
+
+_log = logging.getLogger(__name__)
+
+
+class Heartbeat(threading.Thread):
+    """Sends a heartbeat every few seconds, and within a second of a change."""
+
+    def __init__(self, services: WorkerServices, slots: Sequence[Slot]) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        host, pid = socket.gethostname(), os.getpid()
+        self.worker_id = f"{host}-{pid}-{secrets.token_hex(3)}"
+        self._services = services
+        self._slots = slots
+        self._registry = WorkerRegistry(services.status)
+        self._next_gpus = 0.0
+        self._stopped = threading.Event()
+        self._reported: Counter[Priority] = Counter()
+        self._info = WorkerInfo(
+            worker_id=self.worker_id,
+            name=services.settings.worker_name,
+            host=host,
+            pid=pid,
+            task_type=services.task_type.name,
+            lanes=services.settings.lanes,
+            state="loading",
+            slots=len(slots),
+            busy=0,
+            version=version("inferq"),
+            since=datetime.now(UTC),
+        )
+
+    def run(self) -> None:
+        said, said_at = None, float("-inf")
+        while not self._stopped.is_set():
+            try:
+                info = self.info()
+                if (info != said or time.monotonic() - said_at >= HEARTBEAT_SECONDS) and self._beat(info):
+                    said, said_at = info, time.monotonic()
+            except Exception:
+                _log.exception("a heartbeat was not sent")
+            self._stopped.wait(_LOOK_SECONDS)
+
+    def stop(self) -> None:
+        """Remove the worker from the registry and end the thread."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(5)
+        taken = self._taken()
+        self._registry.end(self.worker_id, self._new(taken))
+
+    def info(self) -> WorkerInfo:
+        """The worker as it is now."""
+        in_hand = [run for slot in self._slots for run in slot.in_hand]
+        busy = sum(slot.busy for slot in self._slots)
+        paused_for = self._paused_for()
+        loading = sum(slot.loading for slot in self._slots)
+        state: WorkerState = "idle"
+        if paused_for:
+            state = "paused"
+        elif busy:
+            state = "busy"
+        elif loading:
+            state = "loading"
+        if time.monotonic() >= self._next_gpus:
+            self._next_gpus = time.monotonic() + _GPU_SECONDS
+            self._info = self._info.model_copy(update={"gpus": gpu_memory(self._services.metrics.registry)})
+        return self._info.model_copy(
+            update={
+                "state": state,
+                "busy": busy,
+                "in_hand": dict(Counter(run.lane for run in in_hand)),
+                "tasks": tuple(task for run in in_hand if (task := _task(run)) is not None),
+                "engine": next((slot.engine for slot in self._slots if slot.engine is not None), None),
+                "paused_for": paused_for,
+            }
+        )
+
+    def _paused_for(self) -> tuple[str, ...]:
+        """The services that it waits for, without the reasons: those name addresses."""
+        names = [text.partition(":")[0] for text in self._services.pauses()]
+        if any(slot.disconnected for slot in self._slots):
+            names.append("RabbitMQ")
+        return tuple(dict.fromkeys(names))
+
+    def _beat(self, info: WorkerInfo) -> bool:
+        taken = self._taken()
+        if not self._registry.beat(info, self._new(taken)):
+            return False
+        self._reported = taken
+        return True
+
+    def _taken(self) -> Counter[Priority]:
+        total: Counter[Priority] = Counter()
+        for slot in self._slots:
+            total.update(slot.taken)
+        return total
+
+    def _new(self, taken: Counter[Priority]) -> dict[Lane, int]:
+        """The deliveries taken since the last heartbeat that Redis took."""
+        task_type = self._info.task_type
+        return {(task_type, lane): count for lane, count in (taken - self._reported).items()}
+
+
+def gpu_memory(registry: CollectorRegistry) -> tuple[GpuMemory, ...] | None:
+    """The memory of each GPU, as the worker's own metrics say it; None if they name no GPU."""
+    bytes_of: dict[str, dict[str, int]] = {}
+    for family in registry.collect():
+        if family.name == _GPU_METRIC:
+            for sample in family.samples:
+                bytes_of.setdefault(sample.labels["gpu"], {})[sample.labels["state"]] = int(sample.value)
+    found = (
+        GpuMemory(gpu=gpu, used_bytes=by["used"], total_bytes=by["used"] + by["free"])
+        for gpu, by in bytes_of.items()
+        if {"used", "free"} <= by.keys()
+    )
+    return tuple(found) or None
+
+
+def _task(run: TaskRun) -> TaskInHand | None:
+    """The task of a run; None while its message is not read."""
+    task = run.task
+    if task is None:
+        return None
+    return TaskInHand(tenant=task.tenant, task_id=task.task_id, priority=run.lane, since=run.arrived_at)

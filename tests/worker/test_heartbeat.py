@@ -1,0 +1,137 @@
+"""What a worker reports of itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from inferq.consumers.worker.heartbeat import Heartbeat, gpu_memory
+from inferq.schemas import EngineInfo
+from inferq.schemas.monitor import GpuMemory, WorkerInfo
+from inferq.storage import StatusIndex, StorageSettings
+from inferq.storage.workers import WorkerRegistry
+from tests.waiting import eventually
+from tests.worker.conftest import Site
+
+ENGINE = EngineInfo(name="e", version="1", model="m", device="cpu")
+
+
+class FakeSlot:
+    """A slot with tasks in hand."""
+
+    def __init__(self) -> None:
+        self.loading = self.disconnected = self.busy = False
+        self.engine: EngineInfo | None = ENGINE
+        self.in_hand: list[Any] = []
+        self.taken: Counter[str] = Counter()
+
+
+class FakeServices:
+    def __init__(self, status: StatusIndex) -> None:
+        self.status = status
+        self.settings = SimpleNamespace(worker_name="w", lanes=("high", "normal"))
+        self.task_type = SimpleNamespace(name="echo")
+        self.metrics = SimpleNamespace(registry=CollectorRegistry())
+        self.waits: list[str] = []
+
+    def pauses(self) -> list[str]:
+        return self.waits
+
+
+@pytest.fixture
+def services(redis_url: str) -> Iterator[FakeServices]:
+    index = StatusIndex.from_settings(StorageSettings(redis_url=redis_url.removesuffix("/0") + "/6"))
+    index.write(lambda client: client.flushdb())
+    yield FakeServices(index)
+    index.close()
+
+
+def heartbeat(services: FakeServices, *slots: FakeSlot) -> Heartbeat:
+    made: Any = Heartbeat
+    beat: Heartbeat = made(services, slots)
+    return beat
+
+
+def test_the_state_says_what_a_worker_does(services: FakeServices) -> None:
+    slot = FakeSlot()
+    beat = heartbeat(services, slot)
+    slot.loading = True
+    assert beat.info().state == "loading"
+    slot.loading = False
+    assert beat.info().state == "idle"
+    slot.busy = True
+    task = SimpleNamespace(tenant="t", task_id="a")
+    slot.in_hand = [
+        SimpleNamespace(lane="high", task=task, arrived_at=datetime.now(UTC)),
+        SimpleNamespace(lane="normal", task=None, arrived_at=datetime.now(UTC)),
+    ]
+    info = beat.info()
+    assert (info.state, info.busy, info.in_hand) == ("busy", 1, {"high": 1, "normal": 1})
+    assert [(task.tenant, task.task_id, task.priority) for task in info.tasks] == [("t", "a", "high")]
+    services.waits = ["object store: at 10.0.0.1", "Redis: at 10.0.0.2:6379"]
+    slot.disconnected = True
+    info = beat.info()
+    assert (info.state, info.paused_for) == ("paused", ("object store", "Redis", "RabbitMQ"))
+    assert (info.engine, info.lanes, info.slots) == (ENGINE, ("high", "normal"), 1)
+
+
+def test_two_workers_of_one_process_id_have_their_own_ids(services: FakeServices) -> None:
+    assert heartbeat(services).worker_id != heartbeat(services).worker_id
+
+
+def test_deliveries_are_counted_once_however_often_redis_fails(
+    services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = FakeSlot()
+    beat = heartbeat(services, slot)
+    registry = WorkerRegistry(services.status)
+    slot.taken["normal"] = 3
+    assert beat._beat(beat.info())
+    slot.taken["normal"] = 5
+    with monkeypatch.context() as patched:
+        patched.setattr(beat._registry, "_beat", lambda *_: False)
+        assert not beat._beat(beat.info())
+    assert registry.read().taken_of("echo", "normal") == 3
+    slot.taken["normal"] = 6
+    assert beat._beat(beat.info())
+    assert registry.read().taken_of("echo", "normal") == 6
+    slot.taken["high"] = 1
+    beat.stop()
+    found = registry.read()
+    assert (found.taken_of("echo", "high"), found.taken_of("echo", "normal"), found.workers) == (1, 6, ())
+
+
+def test_the_memory_of_gpus_comes_from_the_workers_metrics() -> None:
+    registry = CollectorRegistry()
+    assert gpu_memory(registry) is None
+    gauge = Gauge("inferq_gpu_memory_bytes", "x", ["gpu", "state"], registry=registry)
+    gauge.labels("0", "used").set(3)
+    assert gpu_memory(registry) is None
+    gauge.labels("0", "free").set(4)
+    assert gpu_memory(registry) == (GpuMemory(gpu="0", used_bytes=3, total_bytes=7),)
+
+
+def test_a_worker_is_registered_while_it_lives_with_the_task_that_it_runs(site: Site) -> None:
+    registry = WorkerRegistry(site.status)
+    worker = site.start_worker("echo", INFERQ_WORKER_NAME="here", INFERQ_GRACE_SECONDS="0")
+
+    def seen(state: str) -> WorkerInfo | None:
+        return next((w for w in registry.read().workers if w.state == state), None)
+
+    idle = eventually(lambda: seen("idle"))
+    assert (idle.name, idle.pid, idle.task_type, idle.tasks) == ("here", worker.process.pid, "echo", ())
+    assert idle.engine is not None
+    assert idle.engine.name == "echo"
+    task_id = site.publish({"task_type": "echo", "delay": 30})
+    busy = eventually(lambda: seen("busy"))
+    assert [task.task_id for task in busy.tasks] == [task_id]
+    assert busy.in_hand == {"normal": 1}
+    assert registry.read().taken_of("echo", "normal") == 1
+    worker.stop()
+    assert registry.read().workers == ()
