@@ -58,6 +58,13 @@ class WorkerInfo(Record):
     seen_seconds_ago: float | None = Field(None, description="Seconds since the last heartbeat.")
 
 
+class WorkerList(Record):
+    """The workers that are alive. `items` is None if they are unknown; then `unknown` says why."""
+
+    items: tuple[WorkerInfo, ...] | None = None
+    unknown: str | None = None
+
+
 class QueueFigures(Record):
     """One lane of a task type."""
 

@@ -46,6 +46,7 @@ from inferq.schemas import (
     TaskStatus,
     new_task_id,
 )
+from inferq.schemas.monitor import Stats, WorkerList
 from inferq.schemas.paths import artifact_path, batch_path
 
 __all__ = ["AsyncClient"]
@@ -457,6 +458,17 @@ class AsyncClient:
             OSError: The file cannot be written.
         """
         return await self._download(f"{batch_path(batch_id)}/{name}", target_path(path, f"{name}.jsonl"))
+
+    async def stats(self) -> Stats:
+        """Return the figures of queues, batches, nights and callbacks, as `inferq monitor` last read them.
+
+        An unknown figure is None; `unknown` says why. Names of nights are those of your tenant.
+        """
+        return await self._run(self._api.stats())
+
+    async def workers(self) -> WorkerList:
+        """Return the workers that are alive. `tasks` of each are those of your tenant; `in_hand` counts all."""
+        return await self._run(self._api.workers())
 
     async def close(self) -> None:
         """Close the connections. The client cannot be used afterwards."""

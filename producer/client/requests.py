@@ -30,6 +30,7 @@ from inferq.producer.client.errors import (
     Unavailable,
 )
 from inferq.schemas import BatchStatus, CallbackRecord, Result, SubjectKind, TaskStatus
+from inferq.schemas.monitor import Stats, WorkerList
 from inferq.schemas.paths import batch_path, task_path
 
 MIN_POLL_SECONDS = 0.5
@@ -227,6 +228,12 @@ class Api:
     def failed_callbacks(self, limit: int) -> Flow[Sequence[CallbackRecord]]:
         request = Request("GET", "/v1/callbacks", {"status": "failed", "limit": str(limit)})
         return _parse(CallbackList, (yield from self.request(request))).items
+
+    def stats(self) -> Flow[Stats]:
+        return _parse(Stats, (yield from self.request(Request("GET", "/v1/stats"))))
+
+    def workers(self) -> Flow[WorkerList]:
+        return _parse(WorkerList, (yield from self.request(Request("GET", "/v1/workers"))))
 
     def upload(self, *, repeatable: bool) -> Flow[UploadedFile]:
         """The client adds the file itself."""

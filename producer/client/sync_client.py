@@ -44,6 +44,7 @@ from inferq.schemas import (
     TaskStatus,
     new_task_id,
 )
+from inferq.schemas.monitor import Stats, WorkerList
 from inferq.schemas.paths import artifact_path, batch_path
 
 __all__ = ["Client"]
@@ -448,6 +449,17 @@ class Client:
             OSError: The file cannot be written.
         """
         return self._download(f"{batch_path(batch_id)}/{name}", target_path(path, f"{name}.jsonl"))
+
+    def stats(self) -> Stats:
+        """Return the figures of queues, batches, nights and callbacks, as `inferq monitor` last read them.
+
+        An unknown figure is None; `unknown` says why. Names of nights are those of your tenant.
+        """
+        return self._run(self._api.stats())
+
+    def workers(self) -> WorkerList:
+        """Return the workers that are alive. `tasks` of each are those of your tenant; `in_hand` counts all."""
+        return self._run(self._api.workers())
 
     def close(self) -> None:
         """Close the connections. The client cannot be used afterwards."""

@@ -15,7 +15,17 @@ from fastapi import FastAPI
 from inferq.broker.publisher import Publisher
 from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import topology_for
-from inferq.producer.gateway import batches, callbacks, events, files, health, openapi, problems, tasks
+from inferq.producer.gateway import (
+    batches,
+    callbacks,
+    events,
+    files,
+    health,
+    openapi,
+    operations,
+    problems,
+    tasks,
+)
 from inferq.producer.gateway.access import Access
 from inferq.producer.gateway.breaker import StoreBreaker
 from inferq.producer.gateway.event_bus import EventBus
@@ -30,10 +40,12 @@ from inferq.schemas import installed_types
 from inferq.storage.batches.index import BatchIndex
 from inferq.storage.batches.store import BatchStore
 from inferq.storage.callbacks import CallbackRecords
+from inferq.storage.figures import MonitorFigures
 from inferq.storage.objects.open import open_store
 from inferq.storage.objects.results import ResultStore
 from inferq.storage.settings import StorageSettings
 from inferq.storage.status.index import StatusIndex
+from inferq.storage.workers import WorkerRegistry
 
 _CLOSE_SECONDS = 5.0
 
@@ -78,6 +90,8 @@ def create_app(
         closing=asyncio.Event(),
         batches=BatchStore(store),
         batch_index=BatchIndex(status),
+        figures=MonitorFigures(status),
+        workers=WorkerRegistry(status),
         store_breaker=store_breaker or StoreBreaker(),
     )
     app = FastAPI(
@@ -96,7 +110,7 @@ def create_app(
     app.state.services = services
     app.state.submitter = Submitter(services)
     app.state.readiness = ReadinessProbe(services)
-    routers = [part.router for part in (tasks, batches, callbacks, events, files, health)]
+    routers = [part.router for part in (tasks, batches, callbacks, events, files, operations, health)]
     problems.register(app, [route for router in routers for route in router.routes])
     app.add_middleware(Access, metrics=metrics, root_path=services.paths.root_path)
     for router in routers:

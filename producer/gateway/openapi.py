@@ -38,6 +38,7 @@ ABOUT: dict[str, Any] = {
         {"name": "batches", "description": "Submit many tasks at once, as JSONL or a prefix in S3."},
         {"name": "callbacks", "description": "See which callbacks were delivered, and send them again."},
         {"name": "files", "description": "Upload inputs, and download the files that tasks made."},
+        {"name": "operations", "description": "See the queues, the workers, and what waits or is late."},
         {"name": "health", "description": "Probes and metrics. They need no API key."},
     ],
 }

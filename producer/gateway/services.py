@@ -26,9 +26,11 @@ from inferq.schemas import Batch, Task
 from inferq.storage.batches.index import BatchIndex
 from inferq.storage.batches.store import BatchStore
 from inferq.storage.callbacks import CallbackRecords
+from inferq.storage.figures import MonitorFigures
 from inferq.storage.objects.results import ResultStore
 from inferq.storage.objects.store import ObjectStore, StoreOutage
 from inferq.storage.status.index import StatusIndex, StatusOutage
+from inferq.storage.workers import WorkerRegistry
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,6 +108,8 @@ class Services:
     closing: asyncio.Event
     batches: BatchStore
     batch_index: BatchIndex
+    figures: MonitorFigures
+    workers: WorkerRegistry
     batch_cache: BatchCache = field(default_factory=BatchCache)
     store_breaker: StoreBreaker = field(default_factory=StoreBreaker)
     unrecorded: OrderedDict[tuple[str, str], tuple[Task, str]] = field(default_factory=OrderedDict)

@@ -31,9 +31,16 @@ from inferq.producer.nightly.schedules import read_schedules
 from inferq.schemas import InvalidTask, Result, installed_types, parse_task, types
 from inferq.schemas.monitor import Stats
 from inferq.schemas.schedule import Schedule
-from inferq.storage import BatchIndex, ResultStore, StatusIndex, StatusOutage, StorageSettings, WebhookSecrets
+from inferq.storage import (
+    BatchIndex,
+    ResultStore,
+    StatusIndex,
+    StatusOutage,
+    StorageSettings,
+    WebhookSecrets,
+    workers,
+)
 from inferq.storage import callbacks as callback_records
-from inferq.storage import workers
 from inferq.storage.batches import scripts as batch_scripts
 from inferq.storage.figures import MonitorFigures
 from inferq.storage.lua import read_lua
