@@ -160,7 +160,7 @@ class Monitor:
         self._redis.ask()
         broker = _figures(self._broker, _PATIENCE_SECONDS)
         redis = _figures(self._redis, _PATIENCE_SECONDS)
-        records = _figures(self._records, 0)
+        records = _figures(self._records, 0 if self._stats is not None else _PATIENCE_SECONDS)
         now = self._clock()
         workers = redis if isinstance(redis, Unknown) else redis.workers
         self._note_types(workers)

@@ -80,7 +80,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: 
     one is used instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
     schedules = _schedules(folder)
-    probed = (*types, *_JOB_PARTS, *(["beat"] if schedules else []))
+    probed = (*types, *_JOB_PARTS, "monitor", *(["beat"] if schedules else []))
     names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in probed)]
     if port == 0:
         names.append("gateway")
@@ -151,6 +151,7 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: 
     # So that callbacks of this folder's owner reach `inferq listen` on this machine.
     env = {"INFERQ_CALLBACK_LOOPBACK_TENANTS": TENANT} | env
     parts += [_jobs(name, ports[f"probe-{name}"], env, services) for name in _JOB_PARTS]
+    parts.append(_monitor(ports["probe-monitor"], env, services))
     if schedules is not None:
         parts.append(_beat(ports["probe-beat"], env, services))
     return Plan(tuple(parts), variables, facts)
@@ -202,6 +203,19 @@ def _jobs(queue: str, port: int, env: Mapping[str, str], needs: tuple[str, ...])
         needs=needs,
         stop_rank=5,
         grace=20,
+        start_limit=60,
+    )
+
+
+def _monitor(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
+    return Part(
+        name="monitor",
+        argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "monitor"),
+        env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
+        probe=lambda: http_ready(port),
+        needs=needs,
+        stop_rank=5,
+        grace=15,
         start_limit=60,
     )
 
