@@ -33,6 +33,7 @@ _OWN = {
     "secrets": "secrets",
     "plan": "plan",
     "usage": "usage",
+    "top": "top",
 }
 """In which module of this folder a command is; the other rooms' announce themselves as entry points."""
 
@@ -56,6 +57,7 @@ HELP = {
         "plan": "Work out workers, GPU hours and money for a load.",
         "secrets": "Rotate the secrets that sign callbacks.",
         "settings": "List the settings, their defaults, and their values here.",
+        "top": "Show queues, workers and batches live, until Ctrl-C.",
         "topology": "Show, declare and check the exchanges and queues.",
         "usage": "Print engine seconds and tasks by tenant, type and day.",
         "weights": "Fetch, check and sign the engines' weights.",
