@@ -11,6 +11,7 @@ machine            the memory of the machine or container
 callbacks          delivers callbacks
 batches            feeds batches and assembles their results
 nightly            starts nightly runs and reports their nights
+monitor            figures of queues, workers, batches and nights
 jobs               the Celery worker that runs the three above
 probes             where a process serves its probes, and the metrics of the jobs
 """

@@ -6,6 +6,7 @@ record                  the base of records and events: neighbouring versions un
 batch, batch_source     a batch, and what is known of its tasks before its source is read
 window                  the hours in which a batch is fed
 night, schedule, cron   a night of a nightly run, its schedule, and the schedule's times
+monitor                 the figures of the whole installation, and its workers
 callback                callbacks in the form of Standard Webhooks
 errors                  why something fails, in classes that say what happens next
 encoding                JSON that holds any text

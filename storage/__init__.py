@@ -7,6 +7,8 @@ batches          a batch's records, source and counts
 fetch            fetching inputs by URL
 nightly_runs     the runs of a nightly schedule
 callbacks        the records of callbacks
+workers          the registry of workers
+figures          the monitor's figures, for the gateway
 webhook_secrets  the secrets that callbacks are signed with
 json_file        a private JSON file that many processes change
 settings         the settings of the object store, Redis, and input fetching

@@ -13,6 +13,7 @@ nightly              nightly runs, and beat
 server, keys         the gateway, and its API keys
 topology             exchanges and queues
 up                   `inferq up` and `inferq down`
+top                  the whole installation, live
 settings             every setting with its value
 arguments            the fields of a task from the arguments of the command line
 output               tables for people, JSON for programs, errors on standard error

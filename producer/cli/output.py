@@ -85,8 +85,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(column, overflow="fold", no_wrap=number == 0)
     for line in lines:
         table.add_row(*line)
-    wide = console if console.is_terminal else _Harmless(width=_PIPE_WIDTH)
-    wide.print(table)
+    unfolded().print(table)
+
+
+def unfolded() -> Console:
+    """The console, or for a pipe one so wide that it folds nothing."""
+    return console if console.is_terminal else _Harmless(width=_PIPE_WIDTH)
 
 
 def print_records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from inferq.producer.cli.output import JsonFlag, console, print_json
+from inferq.producer.cli.output import JsonFlag, console, print_json, unfolded
 from inferq.producer.client.errors import Unavailable
 from inferq.producer.client.sync_client import Client
 from inferq.schemas import BatchStatus
@@ -65,7 +65,7 @@ def top(
             # With nulls: an unknown figure must not look like one that does not exist.
             print_json({name: _document(part) for name, part in vars(reading).items()})
         else:
-            console.print(view(reading, {}))
+            unfolded().print(view(reading, {}))
         return
     with Client(timeout=_TIMEOUT_SECONDS, retries=0) as client:
         _follow(client, interval)
