@@ -69,7 +69,7 @@ HELP = {
         "worker": "Take tasks of one type and compute them, until SIGTERM.",
         "callbacks": "Deliver callbacks and feed batches, until SIGTERM.",
         "beat": "Start nightly runs when they are due, until SIGTERM.",
-        "monitor": "Read the figures of queues, workers, batches and nights, until SIGTERM.",
+        "monitor": "Read the figures of queues and workers, until SIGTERM.",
     },
 }
 """The groups of `inferq --help`: the first sentence of each command's own help, shown without loading it."""
