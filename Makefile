@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick lint docs bench \
-	ocr-quality generate image-check release-check clean system
+	ocr-quality observe generate image-check release-check clean system prometheus
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 quick: .make/test ## run the tests that need no service, no process and no model: under a minute
 	@$(BIN)/python -m pytest --quick -q -r fE -n 2 $(addprefix --ignore=tests/,$(MODEL_TESTS)) $(ARGS)
 
-test: .make/test .make/client | system ## run the tests, against a real RabbitMQ and Redis
+test: .make/test .make/client | system prometheus ## run the tests, against a real RabbitMQ and Redis
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: ## the same, and which lines no test runs: takes half as long again, fails where that is over a tenth
@@ -63,11 +63,13 @@ lint: .make/lint ## check style, types, the walls between the rooms, what is gen
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/sentiment/inferq_sentiment
+	$(BIN)/mypy -p k8s.monitoring
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.packaging.wheel
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -P -m inferq.schemas.publish --check docs/schemas
 	$(BIN)/python -m tests.packaging.sync_client --check
+	$(BIN)/python -m k8s.monitoring.generate --check
 	site=$$(mktemp -d)
 	trap 'rm -rf "$$site"' EXIT
 	$(BIN)/python -P -m mkdocs build --strict --site-dir "$$site"
@@ -80,15 +82,19 @@ docs: .make/docs ## build the pages and the Python reference into site/; a broke
 bench: .make/bench | system ## measure what the queue itself costs
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+observe: .make/run | system prometheus ## start everything, and a Prometheus (and Grafana) that watches it; Ctrl-C stops it
+	@exec $(BIN)/python -m k8s.monitoring.observe $(ARGS)
+
 ocr-quality: .make/run ## measure what OCR reads of pictures that are hard for RapidOCR
 	@$(BIN)/python -m tests.ocr.quality $(ARGS)
 
 image-check: .make/test ## install what each container image installs, and start it; writes docs/images.md
 	@$(BIN)/python -m tests.images $(ARGS)
 
-generate: .make/lint ## write the generated files: the published schemas and the synchronous client
+generate: .make/lint ## write the generated files: published schemas, synchronous client, boards, PrometheusRule
 	@$(BIN)/python -P -m inferq.schemas.publish docs/schemas
 	$(BIN)/python -m tests.packaging.sync_client
+	$(BIN)/python -m k8s.monitoring.generate
 
 release-check: .make/lint ## build the last commit's sdist and wheel into dist/, and check what a user would install
 	@$(BIN)/python -m tests.packaging.release
@@ -210,3 +216,31 @@ system:
 		command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
 	fi
 	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi
+
+# promtool, and Prometheus for `make observe`: Debian's package is unpacked, so no service starts and no root is needed.
+# Without a mirror, tests that need promtool are skipped. The other packages hold what its web pages load.
+PROMETHEUS_PAGES := fonts-glyphicons-halflings $(addprefix libjs-,bootstrap4 d3 eonasdan-bootstrap-datetimepicker \
+	jquery jquery-hotkeys moment moment-timezone mustache popper.js rickshaw)
+prometheus:
+	@if [ -x .make/prometheus/usr/bin/promtool ] || { command -v promtool && command -v prometheus; } >/dev/null; then exit 0; fi
+	echo "Fetching Prometheus with apt-get, without installing it"
+	mkdir -p .make
+	work=$$(mktemp -d .make/prometheus.XXXXXX)
+	trap 'rm -rf "$$work"' EXIT
+	mkdir -p "$$work"/{lists,archives}/partial "$$work/tree"
+	options=(-qq -o Dir::State::lists="$$PWD/$$work/lists" -o Dir::Cache="$$PWD/$$work" -o APT::Sandbox::User= \
+		-o Acquire::Retries=1 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10)
+	fetch() {
+		cd "$$work" && apt-get "$${options[@]}" update && \
+		apt-get "$${options[@]}" download prometheus && \
+		{ apt-get "$${options[@]}" download $(PROMETHEUS_PAGES) || true; } && \
+		for package in *.deb; do dpkg -x "$$package" tree || return; done && \
+		rm -rf tree/usr/share/javascript/moment-timezone/data/unpacked  # 150 MB
+	}
+	if ! command -v apt-get >/dev/null || ! (fetch) >.make/prometheus.log 2>&1; then
+		echo "Prometheus could not be fetched (see .make/prometheus.log)." \
+			"Tests that need promtool are skipped; to run them, put prometheus and promtool on PATH." >&2
+		exit 0
+	fi
+	rm -rf .make/prometheus
+	mv "$$work/tree" .make/prometheus

@@ -49,7 +49,7 @@ def up(
     from inferq.producer.up.foreground import UpOptions, run_until_stopped
     from inferq.producer.up.plan import choose_types
 
-    screen = _Screen(console, data, detach=detach)
+    screen = Screen(console, data, detach=detach)
     try:
         options = UpOptions(data, port, choose_types(types), required=types is not None)
         if detach:
@@ -109,7 +109,7 @@ def _gone(folder: DataFolder, seconds: float) -> bool:
     return True
 
 
-class _Screen:
+class Screen:
     """Prints the parts' progress, the addresses and the end."""
 
     def __init__(self, console: Console, data: Path, *, detach: bool) -> None:

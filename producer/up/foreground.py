@@ -37,17 +37,18 @@ def run_until_stopped(
     report: Callable[[Report], None],
     when_ready: Callable[[Plan], None],
     watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None = None,
+    extend: Callable[[DataFolder, Plan], Plan] | None = None,
 ) -> None:
     """Start everything, report when it is ready, and return once a signal has ended everything.
 
     SIGINT, SIGTERM and SIGHUP (unless ignored) stop the parts in order; a second signal stops them at once.
-    `watch` may look for other reasons to stop. Call it on the main thread. Raises InferqError if the start fails;
-    everything has stopped then.
+    `watch` may look for other reasons to stop; `extend` may add parts to the plan. Call it on the main thread.
+    Raises InferqError if the start fails; everything has stopped then.
     """
     folder = DataFolder(options.data)
     held = folder.hold()
     # Held until this process ends: when the folder is free, everything is gone.
-    asyncio.run(_run_until_stopped(folder, held, options, report, when_ready, watch))
+    asyncio.run(_run_until_stopped(folder, held, options, report, when_ready, watch, extend))
 
 
 async def _run_until_stopped(
@@ -57,9 +58,12 @@ async def _run_until_stopped(
     report: Callable[[Report], None],
     when_ready: Callable[[Plan], None],
     watch: Callable[[asyncio.AbstractEventLoop, Supervisor], None] | None,
+    extend: Callable[[DataFolder, Plan], Plan] | None,
 ) -> None:
     limit = raise_descriptor_limit()  # the parts inherit it
     plan = make_plan(folder, port=options.port, types=options.types, required=options.required)
+    if extend is not None:
+        plan = extend(folder, plan)
     if limit < FEW_DESCRIPTORS:
         plan = replace(plan, facts={**plan.facts, "open files": _few(limit)})
     supervisor = Supervisor(plan.parts, folder.logs, mark=secrets.token_hex(16), report=report, held=held)

@@ -251,19 +251,19 @@ def _schedules(folder: DataFolder) -> Path | None:
     return file
 
 
-def http_ready(port: int) -> str | None:
-    """Why `GET /readyz` on this loopback port does not answer 200; None if it does."""
+def http_ready(port: int, path: str = "/readyz") -> str | None:
+    """Why `GET path` on this loopback port does not answer 200; None if it does."""
     # Straight to the socket, without a proxy from the environment.
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
     try:
-        connection.request("GET", "/readyz")
+        connection.request("GET", path)
         answer = connection.getresponse()
         text = answer.read(400).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as error:
         return f"port {port}: {error}"
     finally:
         connection.close()
-    return None if answer.status == 200 else f"/readyz answers {answer.status} {text}".rstrip()
+    return None if answer.status == 200 else f"{path} answers {answer.status} {text}".rstrip()
 
 
 def _from_environment(name: str, secret: Path) -> str | None:
