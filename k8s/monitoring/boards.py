@@ -208,13 +208,9 @@ _OVERVIEW = Board(
         ),
         Panel(
             "Tasks waiting for their next attempt",
-            [
-                Query(
-                    f"sum by (task_type) (max by (task_type, level) (inferq_retry_messages{{{_TYPES}}}))",
-                    "{{task_type}}",
-                )
-            ],
+            [Query("max by (level) (inferq_retry_messages)", "{{level}}")],
             stack=True,
+            text="Of all types: they share the retry queues.",
         ),
         Panel(
             "Dead letters",
@@ -381,17 +377,6 @@ _ONE_TYPE = Board(
             "Consumers",
             [Query(f"max by (priority) (inferq_queue_consumers{{{_TYPE}}})", "{{priority}}")],
             text="An idle worker consumes from all its lanes, a busy one from one.",
-        ),
-        Panel(
-            "Tasks waiting for their next attempt",
-            [Query(f"max by (level) (inferq_retry_messages{{{_TYPE}}})", "{{level}}")],
-            stack=True,
-            width=12,
-        ),
-        Panel(
-            "Dead letters",
-            [Query(f"max(inferq_dead_letters{{{_TYPE}}})", "dead letters")],
-            width=12,
         ),
     ),
     Row(

@@ -66,7 +66,7 @@ def with_monitoring(folder: DataFolder, plan: Plan) -> Plan:
     """
     ports = folder.ports(["prometheus-web", "grafana"])
     parts = [_prometheus(folder.path / "prometheus", ports["prometheus-web"], metrics_ports(plan))]
-    facts = {"prometheus": f"http://{LOOPBACK}:{ports['prometheus-web']}/alerts"}
+    facts = {"prometheus": f"http://{LOOPBACK}:{ports['prometheus-web']}"}
     grafana = find_program("grafana")
     if grafana is None:
         boards = os.path.relpath(BOARDS)
