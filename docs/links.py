@@ -8,15 +8,16 @@ which ends a strict build.
 from __future__ import annotations
 
 import logging
+import posixpath
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _BESIDE = ("README.md", "CONTRIBUTING.md", "examples/sentiment/README.md", "k8s/README.md")
 """Pages outside docs/, whose links no build checks."""
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?!https?:|#)([^)#\s]+)")
-_OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./([^)#\s]+)(?:#[^)\s]*)?\)")
+_UPWARDS = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#\s]+)(?:#[^)\s]*)?\)")
 _LOADED_FROM_ELSEWHERE = re.compile(
     r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"'](?:https?:)?//[^\"']+"
 )
@@ -36,13 +37,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links to files outside docs/ into the files' paths."""
 
     def path_of(match: re.Match[str]) -> str:
-        text, path = match.groups()
+        text, link = match.groups()
+        path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_path), link))
+        if path.startswith("docs/"):
+            return match.group()
         if not (ROOT / path).exists():
-            _log.warning("%s links to ../%s, which does not exist", page.file.src_path, path)
-        shown = str(PurePosixPath(path))
-        return f"`{shown}`" if text.strip("`") == shown else f"{text} (`{shown}`)"
+            _log.warning("%s links to %s, which does not exist", page.file.src_path, link)
+        return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
 
-    return _OUTSIDE.sub(path_of, markdown)
+    return _UPWARDS.sub(path_of, markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
