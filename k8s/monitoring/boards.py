@@ -1,7 +1,7 @@
 """What the four Grafana boards show. `make generate` writes dashboards/*.json from it.
 
 The figures of `inferq monitor` are joined with `max by`: two monitors report the same queues. What is unknown is
-absent there, so an empty panel means unknown, and 0 means 0.
+absent there, never 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _shares(seconds: str, select: str, by: str) -> list[Query]:
 
 def _failed_share(select: str) -> str:
     return (
-        f'sum(increase(inferq_tasks_ended_total{{status="failed",{select}}}[1h]))'
+        f'(sum(increase(inferq_tasks_ended_total{{status="failed",{select}}}[1h])) or vector(0))'
         f" / sum(increase(inferq_tasks_ended_total{{{select}}}[1h]))"
     )
 
@@ -422,7 +422,7 @@ _ONE_TYPE = Board(
             "Result cache: share of hits",
             [
                 Query(
-                    f'sum(rate(inferq_cache_requests_total{{outcome="hit",{_TYPE}}}{_RATE}))'
+                    f'(sum(rate(inferq_cache_requests_total{{outcome="hit",{_TYPE}}}{_RATE})) or vector(0))'
                     f" / sum(rate(inferq_cache_requests_total{{{_TYPE}}}{_RATE}))",
                     "hits",
                 )
@@ -538,7 +538,7 @@ _CALLBACKS = Board(
             "Attempts that delivered, in the last hour",
             [
                 Query(
-                    'sum(increase(inferq_callbacks_total{outcome="delivered"}[1h]))'
+                    '(sum(increase(inferq_callbacks_total{outcome="delivered"}[1h])) or vector(0))'
                     " / sum(increase(inferq_callbacks_total[1h]))"
                 )
             ],
