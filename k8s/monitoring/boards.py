@@ -187,12 +187,7 @@ _OVERVIEW = Board(
         ),
         Panel(
             "Longest wait",
-            [
-                Query(
-                    f"max by (task_type, priority) (inferq_queue_oldest_seconds{{{_TYPES}}})",
-                    "{{task_type}} {{priority}}",
-                )
-            ],
+            [Query(f"max by (task_type) (inferq_queue_oldest_seconds{{{_TYPES}}})", "{{task_type}}")],
             unit="s",
         ),
         Panel(
@@ -445,6 +440,7 @@ _ONE_TYPE = Board(
     _tenants(_TYPE),
 )
 
+_OPEN = '{state!~"completed|failed|cancelled"}'
 _LATE = "max by (schedule) (inferq_night_late_seconds)"
 
 _BATCHES = Board(
@@ -454,16 +450,28 @@ _BATCHES = Board(
     Row(
         "Now",
         Panel(
-            "Batches by state",
-            [Query("max by (state) (inferq_batches)", "{{state}}")],
+            "Batches in progress",
+            [Query(f"sum(max by (state) (inferq_batches{_OPEN}))")],
             kind="stat",
-            width=10,
+            width=5,
         ),
         Panel(
-            "Nightly runs by state",
-            [Query("max by (state) (inferq_nights)", "{{state}}")],
+            "Batches failed in the last day",
+            [Query('max(inferq_batches{state="failed"})')],
             kind="stat",
-            width=10,
+            width=5,
+            steps={1: "orange"},
+        ),
+        Panel(
+            "Nights in progress", [Query(f"sum(max by (state) (inferq_nights{_OPEN}))")], kind="stat", width=5
+        ),
+        Panel(
+            "Nights failed",
+            [Query('max(inferq_nights{state="failed"})')],
+            kind="stat",
+            width=5,
+            steps={1: "orange"},
+            text="The last run of each schedule counts.",
         ),
         Panel(
             "Latest night",
