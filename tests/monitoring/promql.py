@@ -47,7 +47,8 @@ def _uses(node: Any, needed: frozenset[str]) -> Iterator[Use]:
             yield from _uses(node.expr, kept)
         case "BinaryExpr":
             matching = node.modifier.matching if node.modifier else None
-            on = frozenset(matching.labels if matching and str(matching).startswith("on") else ())
+            include = promql.LabelModifierType.Include
+            on = frozenset(matching.labels if matching and matching.type == include else ())
             yield from _uses(node.lhs, needed | on)
             yield from _uses(node.rhs, on | needed if str(node.op) == "or" else on)
         case "Call":
