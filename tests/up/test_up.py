@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -24,6 +26,7 @@ from inferq.producer.up.foreground import UpOptions
 from inferq.producer.up.plan import choose_types, http_ready, make_plan
 from inferq.producer.up.supervisor import PartFailed
 from inferq.schemas import InferqError, InstallationError
+from tests.monitoring.exported import lacking, served
 from tests.waiting import eventually
 
 INFERQ = (sys.executable, "-P", "-m", "inferq.producer.cli")
@@ -192,10 +195,32 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
     assert processes_of(data) == []
 
 
-def test_while_up_lasts_as_long_as_its_block(data: Path, services: None) -> None:
+def test_while_up_lasts_as_long_as_its_block_and_exports_what_boards_and_rules_use(
+    data: Path, services: None
+) -> None:
+    data.mkdir()
+    schedule = '[a]\ncron = "0 1 * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
+    (data / "schedules.toml").write_text(schedule)
     with while_up(UpOptions(data, 0, ("echo",)), report=lambda report: None) as env:
         assert httpx.get(f"{env['INFERQ_API_URL']}/readyz").status_code == 200
         assert DataFolder(data).held()
+        with client(data) as inferq_client:
+            inferq_client.submit("echo", payload="hello", callback_url="http://127.0.0.1:9/", wait=20)
+        ports = json.loads((data / "ports.json").read_text())
+        pages = [
+            f"http://127.0.0.1:{port}/metrics"
+            for name, port in ports.items()
+            if name == "gateway" or name.startswith("probe-")
+        ]
+        assert len(pages) == 6
+
+        def faults() -> dict[str, str]:
+            found = lacking(served(httpx.get(page).text for page in pages))
+            return {name: fault for name, fault in found.items() if not name.startswith("inferq_gpu_")}
+
+        with suppress(TimeoutError):
+            eventually(lambda: not faults())
+        assert faults() == {}
     assert processes_of(data) == []
     assert not DataFolder(data).held()
 
