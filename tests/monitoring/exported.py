@@ -22,7 +22,9 @@ _STATS = Stats(
     at=datetime(2026, 11, 30, tzinfo=UTC),
     services={"rabbitmq": True},
     alarms=(),
-    queues=(QueueFigures(task_type="echo", priority="high", ready=1, unacked=1, consumers=1, oldest_seconds=1),),
+    queues=(
+        QueueFigures(task_type="echo", priority="high", ready=1, unacked=1, consumers=1, oldest_seconds=1),
+    ),
     retry_messages={"5s": 1},
     dead_letters={"echo": 1},
     unroutable_messages=1,
