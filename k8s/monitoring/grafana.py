@@ -87,9 +87,15 @@ def board_json(board: Board) -> str:
         ],
         "annotations": {"list": [_ALERTS]},
         "templating": {"list": list(_variables(board))},
-        "panels": list(_panels(board)),
     }
-    return json.dumps(model, indent=1, ensure_ascii=False) + "\n"
+    # A panel on each line: a change of one panel changes one line.
+    lines = [f"{_json(name)}: {_json(value)}" for name, value in model.items()]
+    panels = ",\n  ".join(map(_json, _panels(board)))
+    return "{\n " + ",\n ".join(lines) + f',\n "panels": [\n  {panels}\n ]\n}}\n'
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 _ALERTS = {
