@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -56,6 +57,22 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
     }
 
 
+def header_value(value: object) -> object:
+    """An AMQP field value as JSON has it. Times in ISO format, anything else that JSON lacks as text."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Mapping():
+            return {str(name): header_value(each) for name, each in value.items()}
+        case list():
+            return [header_value(each) for each in value]
+        case datetime():
+            return value.isoformat()
+        case bytes():
+            return value.decode(errors="replace")
+    return str(value)
+
+
 def _print(letters: list[DeadLetter], as_json: bool) -> None:
     if as_json:
         print_json([_facts(letter) for letter in letters])
@@ -101,7 +118,7 @@ def show(task_type: Type, task_id: Annotated[str, typer.Argument(metavar="TASK_I
             _facts(letter)
             | {
                 "routing_key": letter.delivery.routing_key,
-                "headers": {name: str(value) for name, value in letter.delivery.headers.items()},
+                "headers": header_value(letter.delivery.headers),
                 "body": letter.delivery.body.decode(errors="replace"),
             }
             for letter in found

@@ -31,7 +31,7 @@ class StatusIndex(Submissions, Runs, Cancels, Lookup, UsageRecords):
 
     @classmethod
     def from_settings(cls, settings: StorageSettings) -> Self:
-        form = "redis://[:password@]host:port/database"
+        form = "redis://[:password@]host:port/database or unix:///path/of/its.sock"
         if not settings.redis_url.startswith("unix:"):
             check_server_url("INFERQ_REDIS_URL", settings.redis_url, schemes=("redis", "rediss"), form=form)
             database = urlsplit(settings.redis_url).path.strip("/")
