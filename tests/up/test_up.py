@@ -333,7 +333,11 @@ def test_beat_is_a_part_where_there_are_schedules(
     folder = DataFolder(data)
     folder.hold()
     good = '[a]\ncron = "0 1 * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
-    assert "beat" not in [part.name for part in make_plan(folder, port=0, types=("echo",)).parts]
+    parts = {part.name: part for part in make_plan(folder, port=0, types=("echo",)).parts}
+    assert "beat" not in parts
+    assert parts["monitor"].env["INFERQ_PROBE_PORT"] not in {
+        part.env["INFERQ_PROBE_PORT"] for name, part in parts.items() if name in ("callbacks", "batches")
+    }
     own = folder.path / "schedules.toml"
     own.write_text(good)
     plan = make_plan(folder, port=0, types=("echo",))
