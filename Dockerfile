@@ -7,7 +7,8 @@
 #   acestep, acestep-gpu    the preview on the CPU, ACE-Step on an NVIDIA GPU
 #   facefusion              the preview on the CPU
 #   echo                    the echo worker, which checks a deployment
-#   callbacks               delivers callbacks and feeds batches; with the argument `beat`, starts nightly runs
+#   callbacks               delivers callbacks and feeds batches; with the argument `beat`, starts nightly runs;
+#                           with `monitor`, reads the figures of queues and workers
 #   gateway                 the HTTP gateway; also built without --target
 #
 # ocr-gpu and ner-gpu also need --build-arg PADDLE_INDEX=URL: the package index with Paddle's builds for GPUs.

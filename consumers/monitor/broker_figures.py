@@ -71,8 +71,14 @@ class BrokerReader:
 
     def read(self, task_types: Iterable[str]) -> BrokerFigures:
         """The figures now. Raises BrokerUnavailable."""
+        names = queue_names(task_types)
+        if self._connection is not None:
+            # It may have died since: between two readings nobody answers its heartbeats.
+            with suppress(AMQPError):
+                return self._read(names)
+            self.close()
         try:
-            return BrokerFigures(self._counts(queue_names(task_types)), self._alarms.ask())
+            return self._read(names)
         except AMQPError as error:
             self.close()
             raise BrokerUnavailable(f"the connection to RabbitMQ was lost: {error!r}") from error
@@ -81,6 +87,9 @@ class BrokerReader:
         self._alarms.close()
         _close(self._connection)
         self._connection = None
+
+    def _read(self, names: Iterable[str]) -> BrokerFigures:
+        return BrokerFigures(self._counts(names), self._alarms.ask())
 
     def _counts(self, names: Iterable[str]) -> dict[str, QueueCount]:
         if self._connection is None:

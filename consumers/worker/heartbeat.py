@@ -63,14 +63,16 @@ class Heartbeat(threading.Thread):
         )
 
     def run(self) -> None:
-        said, said_at = None, float("-inf")
+        said, said_at, failed = None, float("-inf"), False
         while not self._stopped.is_set():
             try:
                 info = self.info()
                 if (info != said or time.monotonic() - said_at >= HEARTBEAT_SECONDS) and self._beat(info):
                     said, said_at = info, time.monotonic()
             except Exception:
-                _log.exception("a heartbeat was not sent")
+                if not failed:  # once, not each second
+                    _log.exception("heartbeats are not sent")
+                failed = True
             self._stopped.wait(_LOOK_SECONDS)
 
     def stop(self) -> None:

@@ -90,7 +90,7 @@ class RedisConnection:
     def quiet_script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], bool]:
         """Register a Lua script that nothing depends on. Call the result with its keys and arguments.
 
-        It gives whether Redis ran the script. A failure does not count as an outage, and is not logged.
+        It gives whether Redis ran the script. A failure does not count as an outage; only a refusal is logged.
         """
         script = self._redis.register_script(source)
 
@@ -99,6 +99,9 @@ class RedisConnection:
                 return False
             try:
                 script(keys=keys, args=arguments)
+            except redis.ResponseError as error:  # such as a right that the user lacks
+                self._warn_sometimes(f"Redis at {self._address()} refused a command: {_reason(error)}")
+                return False
             except (redis.RedisError, OSError):
                 return False
             return True

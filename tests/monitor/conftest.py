@@ -14,6 +14,9 @@ from inferq.broker.connection import connect
 from inferq.consumers.monitor.monitor import Monitor
 from inferq.consumers.monitor.settings import MonitorSettings
 from inferq.storage import StatusIndex, StorageSettings
+from tests.broker.conftest import proxied
+
+__all__ = ["proxied"]
 
 NOBODY = "127.0.0.1:1"
 """An address that nobody answers."""

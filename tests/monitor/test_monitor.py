@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pika
+import pytest
 from prometheus_client import generate_latest
 
-from inferq.broker import BrokerSettings
+from inferq.broker import BrokerSettings, BrokerUnavailable
 from inferq.consumers.monitor.broker_figures import BrokerReader
 from inferq.consumers.monitor.monitor import Monitor
 from inferq.schemas import CallbackRecord
@@ -21,6 +22,7 @@ from inferq.storage.workers import WorkerRegistry
 from tests.broker.conftest import set_memory_alarm
 from tests.conftest import RabbitMQ
 from tests.monitor.conftest import NOBODY
+from tests.proxy import TcpProxy
 from tests.waiting import eventually
 
 _DURABLE = pika.BasicProperties(delivery_mode=2)
@@ -175,6 +177,22 @@ def test_an_alarm_is_told_by_its_kind_while_the_queues_are_read_on(
     finally:
         set_memory_alarm(shared_rabbitmq, raised=False)
         reader.close()
+
+
+def test_a_connection_that_died_between_two_readings_is_made_again(
+    channel: Any, fresh_amqp_url: str, proxied: Callable[[str], tuple[str, TcpProxy]]
+) -> None:
+    url, proxy = proxied(fresh_amqp_url)
+    reader = BrokerReader(BrokerSettings(amqp_url=url))
+    for _ in range(3):
+        assert reader.read(["echo"]).queues["inference.echo.low"].ready == 0
+        proxy.cut()
+    proxy.refuse()
+    with pytest.raises(BrokerUnavailable):
+        reader.read(["echo"])
+    proxy.refuse(False)
+    assert reader.read(["echo"]).alarms == ()
+    reader.close()
 
 
 def test_callbacks_given_up_are_counted_over_all_tenants_until_they_are_delivered(

@@ -98,6 +98,25 @@ def test_a_record_of_another_version_is_left_out(registry: WorkerRegistry, redis
     assert [w.worker_id for w in registry.read().workers] == ["b"]
 
 
+def test_a_right_that_is_missing_is_logged_now_and_then(
+    redis_client: redis.Redis, shared_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_client.acl_setuser(
+        "less", enabled=True, passwords=["+x"], keys=["inferq:*"], commands=["+evalsha", "+set"]
+    )
+    url = shared_redis.url.replace("redis://", "redis://less:x@")
+    index = StatusIndex.from_settings(StorageSettings(redis_url=url))
+    try:
+        for _ in range(2):
+            assert not WorkerRegistry(index).beat(worker(), {})
+        assert [record.message for record in caplog.records if "refused a command" in record.message]
+        assert len(caplog.records) == 1
+        assert index.unavailable_for is None
+    finally:
+        index.close()
+        redis_client.acl_deluser("less")
+
+
 def test_a_heartbeat_that_redis_does_not_take_is_no_outage(own_redis: RedisServer) -> None:
     index = StatusIndex.from_settings(StorageSettings(redis_url=own_redis.url, redis_timeout=0.2))
     registry = WorkerRegistry(index)
