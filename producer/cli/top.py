@@ -145,6 +145,7 @@ def view(reading: Reading, rates: Mapping[Lane, float]) -> RenderableType:
     reasons = dict.fromkeys(stats.unknown.values())
     if reading.workers.unknown is not None:
         reasons[reading.workers.unknown] = None
+    parts += [Text()] if reasons else []
     parts += [Text(f"{_UNKNOWN}  {escape_control(reason)}", style="yellow") for reason in reasons]
     return Group(*parts)
 

@@ -163,26 +163,25 @@ def test_without_rabbitmq_its_figures_are_absent(
 
 
 def test_an_alarm_is_told_by_its_kind_while_the_queues_are_read_on(
-    channel: Any, fresh_amqp_url: str, shared_rabbitmq: RabbitMQ
+    channel: Any, monitored_amqp_url: str, shared_rabbitmq: RabbitMQ
 ) -> None:
-    reader = BrokerReader(BrokerSettings(amqp_url=fresh_amqp_url))
+    reader = BrokerReader(BrokerSettings(amqp_url=monitored_amqp_url))
+    assert reader.read(["echo"]).alarms == ()
     try:
-        assert reader.read(["echo"]).alarms == ()
         set_memory_alarm(shared_rabbitmq, raised=True)
         figures = eventually(lambda: (found := reader.read(["echo"])).alarms and found)
-        assert figures.alarms == ("memory",)
-        assert figures.queues["inference.echo.normal"].ready == 0
-        set_memory_alarm(shared_rabbitmq, raised=False)
-        eventually(lambda: reader.read(["echo"]).alarms == ())
     finally:
         set_memory_alarm(shared_rabbitmq, raised=False)
-        reader.close()
+    assert figures.alarms == ("memory",)
+    assert figures.queues["inference.echo.normal"].ready == 0
+    eventually(lambda: reader.read(["echo"]).alarms == ())
+    reader.close()
 
 
 def test_a_connection_that_died_between_two_readings_is_made_again(
-    channel: Any, fresh_amqp_url: str, proxied: Callable[[str], tuple[str, TcpProxy]]
+    channel: Any, monitored_amqp_url: str, proxied: Callable[[str], tuple[str, TcpProxy]]
 ) -> None:
-    url, proxy = proxied(fresh_amqp_url)
+    url, proxy = proxied(monitored_amqp_url)
     reader = BrokerReader(BrokerSettings(amqp_url=url))
     for _ in range(3):
         assert reader.read(["echo"]).queues["inference.echo.low"].ready == 0
