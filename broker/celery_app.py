@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 from urllib.parse import quote
 
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from kombu.entity import Exchange, Queue
@@ -35,6 +35,7 @@ _TLS_SCHEME = "inferq-amqps"
 
 def celery_app(settings: BrokerSettings) -> Celery:
     """An application without jobs. The functions in entry-point group `inferq.jobs` add them."""
+    signals.setup_logging.connect(_keep_log)
     app = Celery("inferq", set_as_current=False)
     exchange = Exchange(JOBS, type="topic")
     # Only what differs from Celery's defaults. Celery consumes and never publishes: jobs are sent by our own
@@ -60,10 +61,12 @@ def celery_app(settings: BrokerSettings) -> Celery:
         worker_consumer="inferq.broker.celery_app:KeepingConsumer",
         # Remote control needs queues that are neither durable nor quorum; RabbitMQ deprecates those.
         worker_enable_remote_control=False,
-        # The process sets up its own log format.
-        worker_hijack_root_logger=False,
     )
     return app
+
+
+def _keep_log(**_about: object) -> None:
+    """Keep Celery from setting up a log of its own, and the level of the process's log."""
 
 
 class UnreadableJob(Exception):

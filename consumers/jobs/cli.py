@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from inferq.consumers.batches.settings import BatchSettings  # noqa: F401
 from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError
-from inferq.schemas.logs import start_log
+from inferq.schemas.logs import LogSettings, start_log
 
 app = typer.Typer()
 
@@ -40,15 +39,14 @@ def callbacks(
 
     chosen = _chosen(queues)
     broker, probes = BrokerSettings.load(), ProbeSettings.load()
+    LogSettings.load()
     jobs = application(broker)
     check_jobs(jobs, chosen)
     if check:
         names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
         return
-    start_log()
-    # At INFO, Celery logs every job with its arguments.
-    logging.getLogger("celery").setLevel(logging.WARNING)
+    start_log("batches" if chosen == ("inference.batches",) else "callbacks")
     if chosen == ("inference.batches",):
         os.nice(_LOW_PRIORITY)
     raise typer.Exit(work(jobs, chosen, threads=threads, broker=broker, probes=probes))

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from celery import Celery, bootsteps, signals
+from celery.apps import worker as celery_worker
 from pika.exceptions import AMQPConnectionError
 from prometheus_client import make_wsgi_app
 
@@ -128,13 +129,19 @@ def work(
     consuming.watch(worker)
     _log.info("consuming %s", ", ".join(queues))
     gc.freeze()  # a full collection of what is loaded takes 0.1 s, and callbacks would wait for it
+    celery_worker.safe_say = _unsaid
     worker.start()
+    _log.info("stopped")
     if dropped is not None:
         dropped.stop()
     if server is not None:
         server.close()
         store.close()
     return int(worker.exitcode or 0)
+
+
+def _unsaid(*_arguments: object) -> None:
+    """Stands in for what Celery prints of signals, past every log."""
 
 
 def declare(settings: BrokerSettings) -> bool:

@@ -9,7 +9,7 @@ import typer
 
 from inferq.broker import BrokerSettings
 from inferq.consumers.monitor.settings import MonitorSettings
-from inferq.schemas.logs import start_log
+from inferq.schemas.logs import LogSettings, start_log
 from inferq.storage import StorageSettings
 
 app = typer.Typer()
@@ -25,10 +25,11 @@ def monitor(
     from inferq.consumers.monitor.monitor import Monitor
 
     settings, broker, storage = MonitorSettings.load(), BrokerSettings.load(), StorageSettings.load()
+    LogSettings.load()
     if check:
         typer.echo("monitor: settings are in order")
         return
-    start_log()
+    start_log("monitor")
     running = Monitor(settings, broker, storage)
 
     def stop(_number: int, _frame: object) -> None:

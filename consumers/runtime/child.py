@@ -38,6 +38,7 @@ from inferq.consumers.runtime.messages import (
     from_worker,
     send,
 )
+from inferq.consumers.runtime.output import flush_output, start_engine_log
 from inferq.consumers.runtime.process_tree import adopt_descendants
 from inferq.consumers.runtime.settings import EngineProcessSettings
 from inferq.consumers.weights.cache import weights_in_use
@@ -53,7 +54,6 @@ from inferq.schemas import (
     parse_task,
     report_incident,
 )
-from inferq.schemas.logs import start_log
 from inferq.schemas.result import OUTPUT_ARTIFACT
 from inferq.schemas.standard_streams import open_standard_streams
 
@@ -85,9 +85,7 @@ def main() -> None:
     adopt_descendants()  # so that the worker finds them when it ends this process
     # The worker decides when a run ends, even if Ctrl-C interrupts all processes of its terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    start_log(os.environ.get("INFERQ_LOG_LEVEL", "INFO"), form="%(message)s")
-    # Frameworks print to standard output, which belongs to the worker's caller.
-    os.dup2(2, 1)
+    start_engine_log()
     os.set_inheritable(fd, False)  # a program that the engine starts would hold it open
     pipe = Channel(socket.socket(fileno=fd))
     try:
@@ -116,6 +114,7 @@ def _serve(task_type: TaskType, pipe: Channel) -> None:
             code, permanent = "out_of_memory", False
         send(pipe, LoadFailed(code=code, message=message[:4000], permanent=permanent))
         return
+    flush_output()
     send(pipe, Ready(engine=info))
     task: Task | InvalidTask = InvalidTask("no task was prepared")
     try:
@@ -126,7 +125,9 @@ def _serve(task_type: TaskType, pipe: Channel) -> None:
                 case Run(task=body) as run:
                     if body is not None:
                         task = _read(body)
-                    send(pipe, _run(engine, task_type, task, run, pipe))
+                    answer = _run(engine, task_type, task, run, pipe)
+                    flush_output()
+                    send(pipe, answer)
                 case Abort():
                     pass  # too late: its run has ended
     finally:

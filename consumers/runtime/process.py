@@ -30,6 +30,7 @@ from inferq.consumers.runtime.messages import (
     from_engine,
     send,
 )
+from inferq.consumers.runtime.output import EngineOutput
 from inferq.consumers.runtime.process_tree import kill_engine, start_engine
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
@@ -89,12 +90,22 @@ class EngineProcess:
     """One engine process, for one thread at a time. The thread that starts it must outlive it."""
 
     def __init__(
-        self, type_name: str, limits: MemoryLimits | None = None, *, idle_seconds: float = 0.005
+        self,
+        type_name: str,
+        limits: MemoryLimits | None = None,
+        *,
+        idle_seconds: float = 0.005,
+        lines_dropped: Callable[[int], object] = lambda _count: None,
     ) -> None:
-        """`prepare` wakes the process only if it has been idle for `idle_seconds`."""
+        """`prepare` wakes the process only if it has been idle for `idle_seconds`.
+
+        `lines_dropped` is called with the number of lines of its output that were not logged.
+        """
         self._type_name = type_name
         self._memory = EngineMemory(type_name, limits or MemoryLimits())
         self._idle_seconds = idle_seconds
+        self._lines_dropped = lines_dropped
+        self._output: EngineOutput | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Channel | None = None
         self._prepared: str | None = None
@@ -134,10 +145,16 @@ class EngineProcess:
             )
         near, far = socket.socketpair()
         command = [sys.executable, "-P", "-m", "inferq.consumers.runtime.child", self._type_name]
-        with far:
-            self._process = start_engine(
-                [*command, str(far.fileno()), str(os.getpid())], pass_fds=[far.fileno()]
-            )
+        self._output = output = EngineOutput(self._lines_dropped)
+        try:
+            with far:
+                self._process = start_engine(
+                    [*command, str(far.fileno()), str(os.getpid())],
+                    pass_fds=[far.fileno()],
+                    output=output.writer,
+                )
+        finally:
+            output.start()
         self._pipe = Channel(near)
         self._memory.watch(self._process.pid)
 
@@ -227,9 +244,10 @@ class EngineProcess:
         Raises EngineDied, OverTime, TransientFailure (code `out_of_memory`) or RunAborted. The process is gone
         then, unless the engine stopped by itself when asked to: see `usable`.
         """
-        pipe = self._pipe
-        if pipe is None:
+        pipe, output = self._pipe, self._output
+        if pipe is None or output is None:
             raise EngineDied("the engine process is not running")
+        output.begin_run()
         try:
             prepared, self._prepared = task == self._prepared, None
             body = None if prepared else task
@@ -249,6 +267,7 @@ class EngineProcess:
             raise
         finally:
             self._run_began = self._run_due = None
+            output.end_run()
         self._answered_at = time.monotonic()
         self.tasks += 1
         if isinstance(answer, Failed) and answer.out_of_memory:
@@ -335,6 +354,8 @@ class EngineProcess:
                 "the %s engine process %d does not end though it was killed", self._type_name, process.pid
             )
         self._close_pipe()
+        if self._output is not None:
+            self._output.close()
 
     @property
     def run_seconds(self) -> float | None:

@@ -44,10 +44,17 @@ def adopt_orphans() -> None:
     _adopting = sys.platform == "linux"
 
 
-def start_engine(command: Sequence[str], *, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Start an engine process, as the leader of its own process group."""
+def start_engine(command: Sequence[str], *, pass_fds: Sequence[int], output: int) -> subprocess.Popen[bytes]:
+    """Start an engine process, as the leader of its own process group. It prints to the descriptor `output`."""
     with _lock:
-        process = subprocess.Popen(command, pass_fds=pass_fds, stdin=subprocess.DEVNULL, process_group=0)
+        process = subprocess.Popen(
+            command,
+            pass_fds=pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,
+        )
         _started.add(process.pid)
         return process
 

@@ -32,7 +32,7 @@ def worker(
 
     given = {"lanes": lanes, "slots": slots}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
-    start_log(settings.log_level)
+    start_log("worker", task_type=task_type)
     engine_type, broker, storage = get_type(task_type), BrokerSettings.load(), StorageSettings.load()
     if check:
         _check_engine(engine_type)

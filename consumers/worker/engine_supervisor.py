@@ -45,7 +45,7 @@ class EngineSupervisor:
         self._successor: EngineProcess | None = None
         self._successor_limit = 0.0
         self._successor_reason: Wear | None = None
-        self.engine = EngineProcess(services.task_type.name, self._limits)
+        self.engine = self._new_engine()
         self.clock = services.metrics.add_engine(services.task_type.name, threads)
         self.ready = False
         self.reload_requested = threading.Event()
@@ -196,7 +196,7 @@ class EngineSupervisor:
             self._successor = None
 
     def _start_successor(self, reason: Wear | None) -> None:
-        successor = EngineProcess(self._services.task_type.name, self._limits)
+        successor = self._new_engine()
         try:
             successor.spawn()
         except OSError as error:
@@ -205,6 +205,11 @@ class EngineSupervisor:
             return
         self._successor, self._successor_reason = successor, reason
         self._successor_limit = time.monotonic() + self._services.settings.start_limit
+
+    def _new_engine(self) -> EngineProcess:
+        services = self._services
+        dropped = services.metrics.engine_lines_dropped.inc
+        return EngineProcess(services.task_type.name, self._limits, lines_dropped=dropped)
 
     def _count_replacement(self, reason: Wear) -> None:
         _log.info("%s: replacing the engine process: %s", self._name, reason)

@@ -67,6 +67,7 @@ class WorkerMetrics:
     engine_starts: Counter = field(init=False)
     engine_deaths: Counter = field(init=False)
     engine_replacements: Counter = field(init=False)
+    engine_lines_dropped: Counter = field(init=False)
     without_redis: Gauge = field(init=False)
     status_outages: Counter = field(init=False)
     repeated_runs: Counter = field(init=False)
@@ -169,6 +170,14 @@ class WorkerMetrics:
                 "inferq_engine_replacements",
                 "Engine processes replaced, by the reason: max_tasks, memory (it grew), out_of_memory.",
                 ["reason"],
+                registry=registry,
+            ),
+        )
+        add(
+            "engine_lines_dropped",
+            Counter(
+                "inferq_engine_output_lines_dropped",
+                "Lines that engines printed or logged too fast, and that are not in the log.",
                 registry=registry,
             ),
         )

@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import NoDecode
@@ -97,9 +97,6 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         ge=0,
         description="How many tenants the metrics of a worker name: the first that it works for. All later ones count "
         "as `other`.",
-    )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="The lowest level that is logged: DEBUG, INFO, WARNING or ERROR."
     )
 
     @field_validator("engine_memory_limit", "engine_recycle_memory", mode="before")

@@ -13,8 +13,10 @@ from inferq.producer.cli.output import complain, escape_unprintable
 from inferq.producer.cli.parts import LazyGroup
 from inferq.producer.client.errors import Unauthorized
 from inferq.schemas import InferqError, InstallationError
-from inferq.schemas.logs import LineFormatter
+from inferq.schemas.logs import LineFormatter, has_started
 from inferq.schemas.standard_streams import open_standard_streams
+
+_log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="inferq",
@@ -42,7 +44,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. An expected error is one line on standard error, and exit status 1.
+    """Run the command line. An expected error is one line on standard error or in a part's log, and exit status 1.
 
     A missing package is EXIT_NOT_INSTALLED.
     """
@@ -54,8 +56,11 @@ def main() -> None:
     try:
         app()
     except InferqError as error:
-        refused = isinstance(error, Unauthorized)
-        complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)
+        if has_started():
+            _log.critical("%s", error)
+        else:
+            refused = isinstance(error, Unauthorized)
+            complain(f"{error}; set INFERQ_API_KEY (after `inferq up`: . .inferq/env)" if refused else error)
         sys.exit(error.exit_status if isinstance(error, InstallationError) else 1)
     except UnicodeEncodeError as error:  # an argument, such as an id, or a name that comes from one
         complain(f"{error.object!r} is not UTF-8: give it in UTF-8")

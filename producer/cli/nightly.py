@@ -15,7 +15,7 @@ from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_
 from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from inferq.producer.nightly.settings import NightlySettings
 from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
-from inferq.schemas.logs import start_log
+from inferq.schemas.logs import LogSettings, start_log
 from inferq.schemas.probe_server import ProbeServer
 from inferq.schemas.window import moment_of
 from inferq.storage import BatchStore, StatusOutage, StorageSettings, StoreWatch, open_store
@@ -292,13 +292,14 @@ def beat(
     from inferq.producer.nightly.readiness import beat_readiness
 
     settings = NightlySettings.load()
+    LogSettings.load()
     path = _path(file)
     store = open_store(StorageSettings.load())
     broker = BrokerSettings.load()
     if check:
         typer.echo(f"beat: settings are in order; schedules: {', '.join(schedules) or 'none'}")
         return
-    start_log()
+    start_log("beat")
     publisher = _publisher("beat")
 
     def publish(message: Message) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from inferq.broker import BrokerSettings
 from inferq.producer.gateway.settings import GatewaySettings
-from inferq.schemas.logs import start_log
+from inferq.schemas.logs import LogSettings, start_log
 from inferq.storage import StorageSettings
 
 app = typer.Typer()
@@ -27,9 +27,9 @@ def gateway(
     from inferq.producer.gateway.server import serve
 
     if check:
-        for settings in (GatewaySettings, BrokerSettings, StorageSettings):
+        for settings in (GatewaySettings, BrokerSettings, StorageSettings, LogSettings):
             settings.load()
         typer.echo("gateway: settings are in order")
         return
-    start_log()
+    start_log("gateway")
     serve(host, port, on_listening=lambda url: logging.getLogger(__name__).info("listening on %s", url))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -22,6 +23,11 @@ from inferq.producer.up.foreground import UpOptions, run_until_stopped
 from inferq.producer.up.plan import Plan
 from inferq.producer.up.supervisor import Report, Supervisor
 from inferq.schemas import InferqError
+from inferq.schemas.logs import LogSettings, start_log
+
+_log = logging.getLogger(__name__)
+
+_TROUBLE = frozenset(("ended", "failing", "late", "left out"))
 
 
 def start_detached(options: UpOptions, *, report: Callable[[Report], None]) -> Mapping[str, str]:
@@ -71,7 +77,8 @@ def _start(options: UpOptions, *, bound: bool) -> tuple[socket.socket, subproces
         "required": options.required,
         "bound": bound,
     }
-    log = _log(options)
+    log = _log_file(options)
+    env = os.environ | {"INFERQ_LOG_FORMAT": LogSettings.load().form}
     with DataFolder(options.data).in_use():
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
@@ -79,6 +86,7 @@ def _start(options: UpOptions, *, bound: bool) -> tuple[socket.socket, subproces
     with theirs, output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "inferq.producer.up", str(theirs.fileno()), json.dumps(order)],
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -88,7 +96,7 @@ def _start(options: UpOptions, *, bound: bool) -> tuple[socket.socket, subproces
     return ours, process
 
 
-def _log(options: UpOptions) -> Path:
+def _log_file(options: UpOptions) -> Path:
     return DataFolder(options.data).logs / "up.log"
 
 
@@ -101,7 +109,7 @@ def _until_ready(
     facts = _follow(channel, report)
     if facts is None:
         raise InferqError(
-            f"the supervisor ended (exit code {process.wait()}) before it was ready; see {_log(options)}",
+            f"the supervisor ended (exit code {process.wait()}) before it was ready; see {_log_file(options)}",
             code="up_failed",
         )
     return facts
@@ -127,11 +135,12 @@ def main(arguments: list[str]) -> int:
     os.set_inheritable(channel.fileno(), False)
     order = json.loads(arguments[1])
     options = UpOptions(Path(order["data"]), order["port"], tuple(order["types"]), order["required"])
+    start_log("up")
     state = _Starter(channel, bound=order["bound"])
     try:
         run_until_stopped(options, report=state.report, when_ready=state.ready, watch=state.watch)
     except InferqError as error:
-        print(f"inferq up: {error}", flush=True)  # noqa: T201 - this is its log
+        _log.error("%s", error)
         state.send({"failed": error.message, "code": error.code})
         return 1
     except KeyboardInterrupt:
@@ -150,7 +159,8 @@ class _Starter:
         self._waiting = True
 
     def report(self, report: Report) -> None:
-        print(f"{report.part}: {report.stage} {report.text}".rstrip(), flush=True)  # noqa: T201 - its log
+        level = logging.WARNING if report.stage in _TROUBLE else logging.INFO
+        _log.log(level, "%s: %s", report.part, f"{report.stage} {report.text}".rstrip())
         self.send({"report": asdict(report)})
 
     def ready(self, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from inferq.producer.up.part import LOOPBACK, Part, port_free
 from inferq.producer.up.rabbitmq import RabbitNode, RabbitPorts
 from inferq.producer.up.redis import RedisServer, ping
 from inferq.schemas import InferqError, installed_types
+from inferq.schemas.logs import LogSettings
 from inferq.storage import StatusIndex, StorageSettings, WebhookSecrets, open_store
 
 _RABBIT_PORTS = ("amqp", "management", "prometheus", "distribution", "epmd")
@@ -144,7 +145,8 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: 
     facts["data"] = f"{folder.path}, logs in {folder.logs}"
     facts["other shells"] = f". {shlex.quote(_shortest(folder.env_file))}"
 
-    env = os.environ | variables
+    # The parts write to files, and this process may have a terminal.
+    env = os.environ | {"INFERQ_LOG_FORMAT": LogSettings.load().form} | variables
     parts.append(_gateway(port, env, services))
     workers = [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
     parts += [replace(worker, optional=not required) for worker in workers]

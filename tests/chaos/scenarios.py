@@ -295,7 +295,7 @@ def _lines_of(run: str) -> list[PlannedTask]:
 
 def _runs_of(site: Site, beat: Kept) -> set[str]:
     """The runs that beat started, by its log."""
-    said = re.findall(r"(\w+): started the run of (\S+)", beat.log.read_text("utf-8"))
+    said = re.findall(r"(\w+): started the run of ([^\s\"]+)", beat.log.read_text("utf-8"))
     return {run_id_of(name, datetime.fromisoformat(due)) for name, due in said}
 
 

@@ -114,7 +114,13 @@ async def _requests(access: Access) -> None:
         return None
 
     for number in range(1000):
-        scope = {"type": "http", "method": f"METHOD{number}", "path": f"/path/{number}", "state": {}}
+        scope = {
+            "type": "http",
+            "method": f"METHOD{number}",
+            "path": f"/path/{number}",
+            "headers": [],
+            "state": {},
+        }
         await access(scope, nothing, nothing)
 
 

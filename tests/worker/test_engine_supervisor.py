@@ -18,7 +18,7 @@ class FakeProcess:
 
     made: list[FakeProcess]
 
-    def __init__(self, *_arguments: object) -> None:
+    def __init__(self, *_arguments: object, **_named: object) -> None:
         self.usable = self.alive = self.killed = self.has_answered = False
         self.worn, self.tasks, self.info = None, 0, None
         FakeProcess.made.append(self)
