@@ -6,6 +6,7 @@ import logging
 
 from celery import Celery, Task
 from pydantic import JsonValue, NonNegativeInt
+from structlog.contextvars import bound_contextvars
 
 from inferq.broker import ASSEMBLE_JOB, FEED_JOB, assemble_message, delayed, feed_message
 from inferq.consumers.batches.assembly import Unfinished, end
@@ -55,7 +56,8 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
                 case Nothing():
                     pass
 
-        resend_unless_done(self, here, f"batch {batch_id}", once)
+        with bound_contextvars(tenant=tenant, batch_id=batch_id):
+            resend_unless_done(self, here, f"batch {batch_id}", once)
 
     @app.task(name=ASSEMBLE_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def assemble(
@@ -76,4 +78,5 @@ def add_jobs(app: Celery, services: BatchServices | None = None) -> None:
                 chain = f"{AGAIN}{self.request.id}"
                 here.confirm(feed_message(tenant, batch_id, chain=chain, line=line, offset=offset))
 
-        resend_unless_done(self, here, f"batch {batch_id}", once)
+        with bound_contextvars(tenant=tenant, batch_id=batch_id):
+            resend_unless_done(self, here, f"batch {batch_id}", once)

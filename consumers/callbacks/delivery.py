@@ -32,6 +32,7 @@ from inferq.schemas import (
     Outage,
     Record,
 )
+from inferq.schemas.logs import fields
 from inferq.storage import CallbackRecords, WebhookSecrets
 
 _log = logging.getLogger(__name__)
@@ -95,7 +96,9 @@ class Delivery:
         # The attempts travel with the callback, since Redis may lose them.
         job = job.model_copy(update={"attempts": (*job.attempts, _carried(sent.attempt))})
         chance = random.random()  # noqa: S311 - jitter, not a secret
-        self._follow(job, after_attempt(job.attempts, schedule, retry_after=sent.retry_after, chance=chance))
+        decision = after_attempt(job.attempts, schedule, retry_after=sent.retry_after, chance=chance)
+        self._follow(job, decision)
+        _log_attempt(job, sent.attempt, decision)
         return sent
 
     def overdue(self, since: datetime | None) -> bool:
@@ -197,8 +200,8 @@ class Delivery:
             self.publish(delayed(job.message(), _LATER_SECONDS))
             return
         _log.warning(
-            "callback %s of %s %r (%s) failed: %s",
-            callback.callback_id, callback.subject_kind, callback.subject_id, callback.event, reason,
+            "callback %s of %s %r (%s) failed for good",
+            callback.callback_id, callback.subject_kind, callback.subject_id, callback.event,
         )  # fmt: skip
         self._note(record)
         self.metrics.outcomes.labels("failed").inc()
@@ -215,6 +218,26 @@ class Delivery:
         except Outage as error:
             what = job.callback.callback_id
             _log.warning("%s was delivered, but its failure record could not be deleted: %s", what, error)
+
+
+def _log_attempt(job: Job, attempt: CallbackAttempt, decision: Decision) -> None:
+    """One line, without the URL. The error names only its kind: what follows the colon may quote the URL."""
+    match decision:
+        case Delivered():
+            outcome, wait = "delivered", None
+        case Again(seconds):
+            outcome, wait = "again", round(seconds)
+        case GivenUp():
+            outcome, wait = "failed", None
+    more = fields(
+        outcome=outcome,
+        next_seconds=wait,
+        event=job.callback.event,
+        status=attempt.status,
+        error=attempt.error.partition(": ")[0] if attempt.error else None,
+        seconds=attempt.seconds,
+    )
+    _log.info("callback %s", outcome, extra=more)
 
 
 def _internal(error: Exception) -> str:

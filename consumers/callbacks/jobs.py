@@ -16,6 +16,7 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 from celery.worker.strategy import default as celery_strategy
 from pydantic import ValidationError
+from structlog.contextvars import bind_contextvars
 
 from inferq.broker import (
     CALLBACK_JOB,
@@ -155,6 +156,7 @@ class CallbackJobs:
 
     def deliver(self, job: Job) -> None:
         """Make one attempt on a pool thread; the target's slot is already reserved."""
+        bind_contextvars(**_context(job))  # each job of the thread binds the same names
         sent = None
         try:
             sent = self._delivery.attempt(job)
@@ -175,6 +177,7 @@ class CallbackJobs:
             )
 
     def _expire(self, job: Job) -> None:
+        bind_contextvars(**_context(job))
         try:
             self._delivery.expire(job)
         except Outage:
@@ -230,6 +233,19 @@ class CallbackJobs:
             metrics=self._metrics,
             publish=self._publish,
         )
+
+
+def _context(job: Job) -> dict[str, object]:
+    """What the log's lines about a callback have in common."""
+    callback = job.callback
+    task = callback.subject_kind == "task"
+    return {
+        "tenant": callback.tenant,
+        "task_id": callback.subject_id if task else None,
+        "batch_id": None if task else callback.subject_id,
+        "attempt": len(job.attempts) + 1,
+        "callback_id": callback.callback_id,
+    }
 
 
 def _read(body: bytes | str) -> Job:

@@ -14,7 +14,17 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from inferq.broker import DROPPED, Consumer, Delivery, backoff, dropped_message, job_topology
+from structlog.contextvars import bind_contextvars
+
+from inferq.broker import (
+    DROPPED,
+    Consumer,
+    Delivery,
+    backoff,
+    dropped_message,
+    job_topology,
+    named_id,
+)
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.probes.registry import ENDS
 from inferq.consumers.worker.decision import LEASE_SECONDS
@@ -66,6 +76,7 @@ class DroppedTasks(threading.Thread):
             delivery = self._consumer.next(_LOOK_SECONDS)
             if delivery is None:
                 continue
+            bind_contextvars(task_id=named_id(delivery))
             try:
                 self.end(delivery)
             except Outage as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from celery import Celery, Task
 from pydantic import JsonValue
+from structlog.contextvars import bound_contextvars
 
 from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message, delayed, job_message
 from inferq.consumers.batches.retry import resend_unless_done
@@ -69,7 +70,9 @@ def add_jobs(
             elif not watcher.over:
                 watch_on(run, batch.created_at, min(1, watch_seconds))
 
-        resend_unless_done(self, here, f"run {run_id_of(wanted.name, moment)}", once)
+        run_id = run_id_of(wanted.name, moment)
+        with bound_contextvars(tenant=wanted.tenant, batch_id=run_id):
+            resend_unless_done(self, here, f"run {run_id}", once)
 
     @app.task(name=NIGHT_WATCH_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def watch(self: Task, run: dict[str, Any], since: str, **more: JsonValue) -> None:
@@ -80,7 +83,8 @@ def add_jobs(
             if goes_on is not None:
                 watch_on(known, goes_on, watch_seconds, **more)
 
-        resend_unless_done(self, here, f"run {known.run_id}", once)
+        with bound_contextvars(tenant=known.schedule.tenant, batch_id=known.run_id):
+            resend_unless_done(self, here, f"run {known.run_id}", once)
 
 
 class Watcher:

@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 
 from inferq.consumers.runtime.process import LOOK_SECONDS
 
@@ -26,7 +28,7 @@ class LeaseRenewer:
     def add(self, run: str, renew: Callable[[], None]) -> None:
         """Call `renew` from now on. It must be safe to call from another thread."""
         with self._lock:
-            self._renewals[run] = renew
+            self._renewals[run] = partial(copy_context().run, renew)  # it logs as the run does
             if self._thread is None:
                 self._thread = threading.Thread(target=self._renew_all, name="leases", daemon=True)
                 self._thread.start()

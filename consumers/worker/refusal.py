@@ -24,7 +24,7 @@ def refuse_unreadable(
     services: WorkerServices, records: Records, endings: Endings, error: InferqError, *, started_at: datetime
 ) -> None:
     """Dead-letter a message that is no task. If it names a task id, that task gets a failure and a callback."""
-    _log.warning("%s: refused: %s", records.name, error)
+    _log.warning("%s: refused: %s", records.name, error.code)  # the message may quote the task
     endings.publish(records.dead_letter(error))
     failure = records.unreadable(error, started_at=started_at)
     if failure is not None and _may_end(services, endings, failure):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -155,7 +156,7 @@ class WorkerServices:
 
     def in_background(self, call: Callable[[], T]) -> Future[T]:
         """Make a call on another thread. Each slot thread has one such call at a time."""
-        return self._background.submit(call)
+        return self._background.submit(copy_context().run, call)
 
     def best_effort(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index without waiting for Redis; None if it is unavailable."""

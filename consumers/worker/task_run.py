@@ -19,9 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from inferq.broker import Consumer, Delivery
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
+from inferq.broker import Consumer, Delivery, named_id
+from inferq.broker.messages import TRACEPARENT
 from inferq.consumers.runtime.messages import Done, FileRef
-from inferq.consumers.runtime.process import EngineDied, RunAborted
+from inferq.consumers.runtime.process import EngineDied, OverTime, RunAborted
 from inferq.consumers.worker.computation import Computation
 from inferq.consumers.worker.decision import (
     AlreadyDone,
@@ -63,6 +66,8 @@ from inferq.schemas import (
     TransientFailure,
     parse_task,
 )
+from inferq.schemas.logs import fields
+from inferq.schemas.traceparent import trace_id_of
 from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
@@ -102,6 +107,9 @@ class TaskRun:
         self.lane = lane
         self._arrived_at = datetime.now(UTC)
         self.task: Task | None = None
+        self._began = time.monotonic()
+        self._timings: dict[str, float | None] = {}
+        self._error: InferqError | None = None
         self._digest = ""
         self._stage: Stage = "parse"
         self._computation: Computation | None = None
@@ -116,7 +124,19 @@ class TaskRun:
         return self._arrived_at if self._preparation is None else self._preparation.started_at
 
     def complete(self) -> None:
-        """Do everything that this delivery needs, and settle it."""
+        """Do everything that this delivery needs, settle it, and log its end."""
+        delivery = self._delivery
+        bind_contextvars(
+            task_id=named_id(delivery), task_type=self._services.task_type.name, attempt=delivery.attempt
+        )
+        if (trace_id := trace_id_of(delivery.headers.get(TRACEPARENT))) is not None:
+            bind_contextvars(trace_id=trace_id)
+        try:
+            self._complete()
+        finally:
+            clear_contextvars()
+
+    def _complete(self) -> None:
         why = "the worker is stopping"
         outcome: Outcome
         try:
@@ -139,7 +159,6 @@ class TaskRun:
             if self._preparation is not None:
                 self._preparation.release_run()
             self._consumer.requeue(self._delivery)
-            _log.info("%s: requeued: %s", self._records.name, why)
         else:
             self._consumer.ack(
                 self._delivery,
@@ -150,12 +169,36 @@ class TaskRun:
         self._endings.wait_for_replies()
         self._clean_scratch()
         self._services.metrics.settled(self._services.task_type.name, outcome)
+        self._log_end(outcome, why if outcome == "given_back" else None)
+
+    def _log_end(self, outcome: Outcome, why: str | None) -> None:
+        engine, computation = self._engine_lease.info, self._computation
+        seconds = {name: round(value, 4) for name, value in self._timings.items() if value is not None}
+        more = fields(
+            outcome=outcome,
+            error_code=self._error.code if self._error is not None else None,
+            reason=why,
+            queued_seconds=seconds.get("queued"),
+            fetch_seconds=seconds.get("fetch"),
+            inference_seconds=seconds.get("inference"),
+            upload_seconds=seconds.get("upload"),
+            seconds=round(time.monotonic() - self._began, 4),
+            cached=True if computation is not None and computation.cached else None,
+            engine=f"{engine.name} {engine.version}" if engine is not None else None,
+            worker=self._services.settings.worker_name,
+            queue=self._delivery.queue,
+        )
+        _log.info("attempt %s", outcome, extra=more)
 
     def _outcome(self) -> Outcome:
         try:
             task = parse_task(self._delivery.body)
         except InvalidTask as error:
+            self._error = error
             return self._unreadable(error)
+        bind_contextvars(tenant=task.tenant)
+        if task.batch_id is not None:
+            bind_contextvars(batch_id=task.batch_id)
         try:
             return self._decide(task)
         except UnreadableResult as error:
@@ -178,7 +221,9 @@ class TaskRun:
         )
         match verdict:
             case Defer():
-                _log.warning("%s: put off for %d s: %s", self._records.name, verdict.seconds, verdict.error)
+                _log.warning(
+                    "%s: put off for %d s: %s", self._records.name, verdict.seconds, verdict.error.code
+                )
                 self._endings.publish(self._records.deferral(verdict))
                 return "deferred"
             case DeadLetter():
@@ -227,7 +272,7 @@ class TaskRun:
                 self._endings.report(ended, digest=self._digest)
                 return "skipped"
             case WaitForOtherRun():
-                _log.info(
+                _log.debug(
                     "%s: another run of it is in progress or due; looking again in %d s",
                     self._records.name, verdict.seconds,
                 )  # fmt: skip
@@ -238,6 +283,7 @@ class TaskRun:
                 return self._cancelled(task)
             case Expire(error):
                 self._count_failure(error.code)
+                self._error = error
                 self._endings.record(self._failure(task, error))
                 return "failed"
             case DeadLetter() as dead_letter:
@@ -247,7 +293,8 @@ class TaskRun:
 
     def _attempt(self, task: Task, computation: Computation, fetched: Future[Inputs] | None) -> Outcome:
         services = self._services
-        timings = {"queued": self._records.seconds_queued(task, self._started_at)}
+        timings = self._timings
+        timings["queued"] = self._records.seconds_queued(task, self._started_at)
         engine_died = False
         try:
             self._stage = "fetch"
@@ -342,6 +389,7 @@ class TaskRun:
         timings: Timings | None = None,
     ) -> Outcome:
         """Retry a failed attempt, or end the task. Raises NotStarted if that is for another run to decide."""
+        self._error = error
         self._require_authority(task)
         verdict = after_failure(
             error,
@@ -378,8 +426,9 @@ class TaskRun:
         self._engine_lease.release()
         attempt = self._delivery.attempt
         _log.warning(
-            "%s: attempt %d failed, next in %d s: %s", self._records.name, attempt, retry.seconds, retry.error
-        )
+            "%s: attempt %d failed, next in %d s: %s",
+            self._records.name, attempt, retry.seconds, _loggable(retry.error),
+        )  # fmt: skip
         self._endings.notifier.settle()
         # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
         self._endings.publish(self._records.retry(task, retry, digest=self._digest))
@@ -406,7 +455,8 @@ class TaskRun:
 
     def _dead_letter(self, task: Task, verdict: DeadLetter, timings: Timings | None = None) -> Outcome:
         self._engine_lease.release()
-        _log.warning("%s: failed: %s", self._records.name, verdict.error)
+        self._error = verdict.error
+        _log.warning("%s: failed: %s", self._records.name, _loggable(verdict.error))
         # The dead letter first: if only the record survived a crash, the redelivery would be skipped as done.
         self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
         failure = self._failure(task, verdict.error, timings=timings)
@@ -453,3 +503,8 @@ class TaskRun:
             return
         except OSError:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _loggable(error: InferqError) -> str:
+    """An error as the log may have it: most messages quote the task, with its texts, URLs and names of files."""
+    return str(error) if isinstance(error, EngineDied | OverTime) else error.code

@@ -1,14 +1,18 @@
-"""Around every request: a line in the access log, metrics, the headers of every answer, and the path prefix."""
+"""Around every request: a line in the log, metrics, the headers of every answer, and the path prefix."""
 
 from __future__ import annotations
 
 import logging
 import time
+from ipaddress import ip_address
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from inferq.producer.gateway.metrics import Metrics
+from inferq.schemas.logs import fields
+from inferq.schemas.traceparent import trace_id_of
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -16,12 +20,14 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_ID_CHARACTERS = 255
 
 _log = logging.getLogger("inferq.access")
 
 
 class Access:
-    """ASGI middleware. It logs paths without their query, which may hold a signature.
+    """ASGI middleware. Its line has the route's template: a path may hold the name of a file, a query a signature.
 
     `root_path` is the path below which a proxy serves the gateway. Proxies strip it from a request's path or
     keep it; Starlette routes both.
@@ -38,15 +44,19 @@ class Access:
             return
         scope["root_path"] = self._root_path
         begun = time.perf_counter()
-        status = 500
+        status, sent = 500, 0
+        clear_contextvars()
+        bind_contextvars(trace_id=trace_id_of(Headers(scope=scope).get("traceparent")))
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+            else:
+                sent += len(message.get("body", b""))
             await send(message)
 
         try:
@@ -58,5 +68,33 @@ class Access:
             route = getattr(scope.get("route"), "path", None) or "unmatched"
             self._metrics.requests.labels(method, route, status).inc()
             self._metrics.request_seconds.labels(method, route).observe(seconds)
-            tenant = scope.get("state", {}).get("tenant", "-")
-            _log.info("%s %r %d %.1fms %s", scope["method"], scope["path"], status, seconds * 1e3, tenant)
+            _log_request(scope, method, route, status, seconds, sent)
+
+
+def _log_request(scope: Scope, method: str, route: str, status: int, seconds: float, sent: int) -> None:
+    """One line; its tenant, and the task of a submission, are bound already."""
+    named = scope.get("path_params", {})
+    bind_contextvars(
+        **{name: str(named[name])[:_ID_CHARACTERS] for name in ("task_id", "batch_id") if name in named}
+    )
+    more = fields(
+        key_id=scope.get("state", {}).get("key_id"),
+        client=_address(scope),
+        method=method,
+        route=route,
+        status=status,
+        seconds=round(seconds, 4),
+        bytes=sent,
+    )
+    # Probes come every few seconds.
+    level = logging.DEBUG if route in _PROBES else logging.INFO
+    _log.log(level, "%s %s %d", method, route, status, extra=more)
+
+
+def _address(scope: Scope) -> str | None:
+    """The client's address. What a trusted proxy passes on as one may be any text."""
+    client = scope.get("client")
+    try:
+        return str(ip_address(client[0])).partition("%")[0] if client else None
+    except ValueError:
+        return None

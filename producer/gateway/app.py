@@ -11,6 +11,7 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import FastAPI
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from inferq.broker.publisher import Publisher
 from inferq.broker.settings import BrokerSettings
@@ -113,6 +114,10 @@ def create_app(
     routers = [part.router for part in (tasks, batches, callbacks, events, files, operations, health)]
     problems.register(app, [route for router in routers for route in router.routes])
     app.add_middleware(Access, metrics=metrics, root_path=services.paths.root_path)
+    if settings.trusted_proxies:
+        app.add_middleware(
+            ProxyHeadersMiddleware, trusted_hosts=[str(each) for each in settings.trusted_proxies]
+        )
     for router in routers:
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # the way FastAPI documents

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
+from structlog.contextvars import bind_contextvars
 
 from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.services import ServicesDep
@@ -26,16 +27,17 @@ async def tenant_of(
             "the request has no API key; send the header Authorization: Bearer <key>",
             headers={"WWW-Authenticate": 'Bearer realm="inferq"'},
         )
-    tenant = services.keys.tenant_of(key.strip())
-    if tenant is None:
+    record = services.keys.find(key.strip())
+    if record is None:
         raise ProblemError(
             401,
             "unknown_api_key",
             "the API key is unknown or was removed; ask the operator for a new one",
             headers={"WWW-Authenticate": 'Bearer realm="inferq", error="invalid_token"'},
         )
-    request.state.tenant = tenant
-    return tenant
+    request.state.key_id = record.key_id
+    bind_contextvars(tenant=record.tenant)
+    return record.tenant
 
 
 CurrentTenant = Annotated[str, Depends(tenant_of)]

@@ -12,6 +12,7 @@ from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 from python_multipart.multipart import parse_options_header
+from structlog.contextvars import bind_contextvars
 
 from inferq.broker import feed_message
 from inferq.producer.gateway.auth import CurrentTenant
@@ -111,7 +112,9 @@ async def post_batch(
             document = await read_json(request, limit=MAX_BODY_BYTES, seconds=services.settings.body_timeout)
         except InvalidTask as error:
             raise InvalidTask(f"{error.message}; {SEND_JSONL_AS}", code=error.code) from error
-    batch = await submit_batch(services, requested_batch(document, tenant=tenant))
+    wanted = requested_batch(document, tenant=tenant)
+    bind_contextvars(batch_id=wanted.batch_id)
+    batch = await submit_batch(services, wanted)
     status = await find_batch(services, tenant, batch.batch_id)
     return _answer(services.paths, status or status_of(batch, None), code=202, location=True)
 

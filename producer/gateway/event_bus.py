@@ -194,7 +194,12 @@ class EventBus:
         try:
             event = Event.model_validate_json(data)
         except ValidationError as error:
-            _log.error("channel %s: a message is not an event: %s", channel, error)
+            _log.error("channel %s: a message is not an event: %s", channel, _places(error))
             return
         for subscription in self._subscriptions.get(channel, ()):
             subscription.put(event)
+
+
+def _places(error: ValidationError) -> str:
+    """The names of the wrong fields. Their values may be private."""
+    return ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors(include_input=False))

@@ -40,7 +40,7 @@ class KeyFile:
     """The keys in one file. Several processes may read and change it at once; changes apply at once.
 
     A file that does not exist holds no keys. Every method raises InstallationError if the file cannot be read;
-    `tenant_of` raises it only the first time, and later logs it and goes on with the keys it has.
+    `find` and `tenant_of` raise it only the first time, and later log it and go on with the keys they have.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,13 +84,16 @@ class KeyFile:
         """Every key's record, oldest first."""
         return self._file.read()
 
-    def tenant_of(self, key: str) -> str | None:
-        """The key's tenant; None if the key is unknown."""
+    def find(self, key: str) -> KeyRecord | None:
+        """The key's record; None if the key is unknown."""
         digest = _digest(key)
         record = self._records_by_id().get(digest[:_KEY_ID_LENGTH])
-        if record is None or not hmac.compare_digest(record.sha256, digest):
-            return None
-        return record.tenant
+        return record if record is not None and hmac.compare_digest(record.sha256, digest) else None
+
+    def tenant_of(self, key: str) -> str | None:
+        """The key's tenant; None if the key is unknown."""
+        record = self.find(key)
+        return None if record is None else record.tenant
 
     def _records_by_id(self) -> Mapping[str, KeyRecord]:
         records = self._file.current()

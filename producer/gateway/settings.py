@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
 from inferq.schemas import Settings
 
@@ -40,6 +43,11 @@ class GatewaySettings(Settings):
         description="Connections of one client address at a time (default: half of `max_connections`). Raise it "
         "behind a proxy.",
     )
+    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
+        (),
+        description="Addresses and networks (CIDRs) of reverse proxies, separated by commas. From these alone, the "
+        "log takes the client's address from `X-Forwarded-For`.",
+    )
     gateway_store_timeout: float = Field(
         20.0,
         gt=0,
@@ -57,3 +65,10 @@ class GatewaySettings(Settings):
     shutdown_grace: float = Field(
         10.0, gt=0, description="Seconds that requests in flight get to finish when the gateway stops."
     )
+
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -205,7 +206,7 @@ class Submitter:
         if len(unrecorded) > _MAX_UNRECORDED:
             unrecorded.popitem(last=False)
         if self._recording is None or self._recording.done():
-            self._recording = asyncio.create_task(self._record_all())
+            self._recording = asyncio.create_task(self._record_all(), context=Context())
 
     async def _record_all(self) -> None:
         services = self._services

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
+from structlog.contextvars import bind_contextvars
 
 from inferq.producer.gateway.auth import CurrentTenant
 from inferq.producer.gateway.body import read_json
@@ -100,6 +101,7 @@ async def put_task(task_id: str, request: Request, tenant: CurrentTenant, servic
 async def _submit(request: Request, services: Services, tenant: str, task_id: str | None) -> Response:
     document = await read_json(request, limit=MAX_BODY_BYTES, seconds=services.settings.body_timeout)
     task = requested_task(document, tenant=tenant, task_id=task_id)
+    bind_contextvars(task_id=task.task_id, task_type=task.task_type)
     submitter: Submitter = request.app.state.submitter
     traceparent = request.headers.get("traceparent", "")
     status = await submitter.submit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -181,9 +180,10 @@ def test_what_is_no_callback_is_put_aside_and_stops_nobody(caller: Caller, recei
     caller.start()
     caller.came_to(sent, "delivered")
     assert caller.site.depth("inference.callbacks") == 0
-    # In the format of our own log, which Celery must leave alone.
-    told = re.findall(r"^[\d-]+ [\d:,]+ ERROR job 'bad' is not a callback", caller.log.read_text(), re.M)
-    assert len(told) == 3
+    # In the form of our own log, which Celery must leave alone.
+    told = [json.loads(line) for line in caller.log.read_text().splitlines()]
+    refused = [line for line in told if line["message"].startswith("job 'bad' is not a callback")]
+    assert [(line["level"], line["part"]) for line in refused] == [("ERROR", "callbacks")] * 3
     eventually(lambda: caller.site.depth("inference.unroutable") == 3)
 
 

@@ -26,6 +26,7 @@ from inferq.schemas import InstallationError, InvalidTask
 from inferq.storage.settings import StorageSettings
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
 from tests.gateway.test_gateway_submit import ECHO, problem
+from tests.logged import logged
 
 
 @pytest.mark.parametrize(
@@ -170,14 +171,64 @@ def references_in(part: Any) -> Iterator[str]:
             yield from references_in(value)
 
 
-def test_each_request_is_one_line_in_the_log(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="inferq.access"):
+def test_each_request_is_one_line_in_the_log(gateway: Gateway) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with logged("inferq.access", logging.INFO) as lines:
+        gateway.get_openly("/healthz")
         gateway.http.get("/v1/tasks/line%0Abreak?signature=secret")
-        wait_until(lambda: [r for r in caplog.records if r.name == "inferq.access"])
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "inferq.access"]
-    assert line.startswith("GET '/v1/tasks/line\\nbreak' 404 ")
-    assert line.endswith(gateway.tenant)
-    assert "secret" not in line
+        gateway.http.get("/unheard/of?secret", headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+        gateway.get_openly("/v1/tasks", headers={"Authorization": "Bearer iq_secret"})
+        body = {"task_id": "logged", "task_type": "echo", "payload": "secret"}
+        assert gateway.http.post("/v1/tasks", json=body).status_code == 202
+        wait_until(lambda: len(lines) == 4)
+    (key,) = [record for record in gateway.keys.list() if record.tenant == gateway.tenant]
+    known = {"tenant": gateway.tenant, "key_id": key.key_id}
+    everywhere = {"part": "test", "level": "INFO", "logger": "inferq.access", "client": "127.0.0.1"}
+    varying = [{name: line.pop(name) for name in ("time", "seconds", "bytes")} for line in lines]
+    assert [line | {"message": ""} for line in lines] == [
+        everywhere | each | {"message": ""}
+        for each in (
+            {"task_id": "line\nbreak", "method": "GET", "route": "/v1/tasks/{task_id}", "status": 404}
+            | known,
+            {"trace_id": trace, "method": "GET", "route": "unmatched", "status": 404},
+            {"method": "GET", "route": "/v1/tasks", "status": 401},
+            {"task_id": "logged", "task_type": "echo", "method": "POST", "route": "/v1/tasks", "status": 202}
+            | known,
+        )
+    ]
+    assert all(each["seconds"] > 0 and each["bytes"] > 50 for each in varying)
+    assert "secret" not in str(lines)
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "client"),
+    [
+        ("", "203.0.113.7", "127.0.0.1"),
+        ("10.0.0.0/8", "203.0.113.7", "127.0.0.1"),
+        ("127.0.0.1", "203.0.113.7", "203.0.113.7"),
+        ("127.0.0.0/8,10.0.0.0/8", "8.8.8.8, 203.0.113.7, 10.1.2.3", "203.0.113.7"),
+        ("127.0.0.1", "<script>", None),
+    ],
+)
+async def test_a_client_address_is_believed_of_trusted_proxies_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: str, forwarded: str, client: str | None
+) -> None:
+    monkeypatch.setenv("INFERQ_TRUSTED_PROXIES", trusted)
+    stored = StorageSettings(store_url=tmp_path.as_uri(), redis_url="redis://127.0.0.1:1")
+    app = create_app(
+        GatewaySettings(api_keys_file=tmp_path / "keys"), storage=stored, publisher=FakePublisher()
+    )
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    with logged("inferq.access", logging.INFO) as lines:
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            await http.get("/v1/tasks", headers={"X-Forwarded-For": forwarded})
+    assert [line.get("client") for line in lines] == [client]
+
+
+def test_bad_trusted_proxies_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERQ_TRUSTED_PROXIES", "proxy.example")
+    with pytest.raises(InstallationError, match="INFERQ_TRUSTED_PROXIES: give networks such as"):
+        GatewaySettings.load()
 
 
 @pytest.mark.parametrize(

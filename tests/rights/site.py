@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 TYPE = "faulty"
-PASSWORD = "secret"
+PASSWORD = "planted-password"
 PARTS: dict[str, tuple[str, ...]] = {
     "gateway": ("gateway", "--host", "127.0.0.1"),
     "worker": ("worker", TYPE),
@@ -110,6 +110,7 @@ class Site:
             "INFERQ_SCRATCH_DIR": str(self.folder / "scratch"),
             "INFERQ_RESULT_CACHE": "true",
             "INFERQ_MONITOR_RECORDS_INTERVAL": "1",
+            "INFERQ_LOG_LEVEL": "DEBUG",
             "PYTHONPATH": str(PLUGIN),
         }
 

@@ -116,6 +116,7 @@ def worked(site: Site, plugin: None) -> Site:
         _dead_letters(site)
         _dropped(site, base)
         _nights(site)
+        _planted(site, base)
     _figures(site)
     site.stop()
     return site
@@ -297,6 +298,98 @@ def _figures(site: Site) -> None:
     eventually(known)
     (worker,) = _ok(site.http.get("/v1/workers")).json()["items"]
     assert (worker["task_type"], worker["state"]) == (TYPE, "idle")
+
+
+def _planted(site: Site, base: str) -> None:
+    """Values that no log may have, on each way that they take: a success, failures, a refused request, a callback."""
+    http, marker = site.http, str(site.folder / "planted-marker")
+    about = {
+        "metadata": {"note": "planted-text"},
+        "callback_url": base.replace("://", "://planted-user:planted-word@") + "/once?token=planted-query",
+    }
+    gone = "http://127.0.0.1:1/planted-file.png?signature=planted-query"
+    tasks: dict[str, dict[str, Any]] = {
+        "told": {"options": {"marker": marker}},
+        "unfetched": {"file_url": gone},
+        "unfound": {"file_url": "s3://scans/planted-file.png"},
+        "retold": {"fault": "transient", "options": {"marker": marker, "times": 2}},
+        "died": {"fault": "crash", "options": {"marker": marker, "times": 3}},
+    }
+    for task_id, task in tasks.items():
+        _ok(http.post("/v1/tasks", json={"task_id": task_id, "task_type": TYPE, **about, **task}))
+    for task_id in tasks:
+        _reaches(site, task_id, "failed" if task_id.startswith("un") else "succeeded")
+    bad = {"task_type": TYPE, "fault": "planted-text", "planted-field": "planted-text"}
+    assert http.post("/v1/tasks", json=bad).status_code == 422
+    assert http.post("/v1/tasks?planted-query=1", content=b'{"planted-text').status_code == 400
+    assert http.get("/v1/planted-path?token=planted-query").status_code == 404
+    assert http.get("/v1/tasks/none/artifacts/planted-file.png").status_code == 404
+    assert http.get("/v1/tasks", headers={"Authorization": "Bearer planted-key"}).status_code == 401
+    with closing(connect(BrokerSettings(amqp_url=site.amqp_url("producer")), name="test")) as connection:
+        task = json.dumps({"task_id": "unread", **bad}).encode()
+        key = f"task_type.{TYPE}"
+        connection.channel().basic_publish(
+            "inference.tasks", key, task, pika.BasicProperties(delivery_mode=2)
+        )
+    _reaches(site, "unread", "failed")
+
+    def told() -> bool:
+        items = _ok(http.get("/v1/tasks/told/callbacks")).json()["items"]
+        return [item["state"] for item in items] == ["delivered"]
+
+    eventually(told, "a callback")
+
+
+def test_no_log_has_a_secret_a_text_a_file_name_or_a_query(worked: Site) -> None:
+    secrets = [
+        *(secret for user in PARTS if user in worked.keys for secret in worked.keys[user][1:]),
+        *(
+            secret.removeprefix("whsec_")
+            for secret in WebhookSecrets(worked.folder / "secrets.json").of("default")
+        ),
+        worked.http.headers["Authorization"].removeprefix("Bearer "),
+    ]
+    assert len(secrets) >= 3
+    for part in PARTS:
+        text = worked.log(part).read_text()
+        found = [line for line in text.splitlines() if any(each in line for each in ("planted-", *secrets))]
+        assert found == [], part
+
+
+def test_each_line_of_each_part_is_an_object_with_its_context(worked: Site) -> None:
+    lines = {part: [json.loads(line) for line in worked.log(part).read_text().splitlines()] for part in PARTS}
+    for part, of_part in lines.items():
+        assert {line["part"] for line in of_part} == {part}
+        assert all(line.keys() >= {"time", "level", "message"} for line in of_part)
+    attempts = [line for line in lines["worker"] if line["message"].startswith("attempt ")]
+    for task_id, outcomes in (
+        ("made", ["succeeded"]),
+        ("again", ["succeeded"]),
+        ("retried", ["retried", "succeeded"]),
+        ("held", ["cancelled"]),
+        ("unread", ["failed"]),
+    ):
+        of_task = [line for line in attempts if line.get("task_id") == task_id]
+        assert [(line["outcome"], line["attempt"]) for line in of_task] == [
+            (outcome, number) for number, outcome in enumerate(outcomes, 1)
+        ]
+    assert {line["batch_id"] for line in attempts if line["task_id"].startswith("lines.")} == {"lines"}
+    printed = {
+        line.get("task_id") for line in lines["worker"] if line["message"] == "engine: engines print things"
+    }
+    assert printed >= {"made", "retried", "told"}
+    sent = [line for line in lines["callbacks"] if line["message"].startswith("callback ")]
+    made = [(line["outcome"], line.get("status")) for line in sent if line.get("task_id") == "made"]
+    assert made == [("again", 500), ("delivered", 200)]
+    requests = [line for line in lines["gateway"] if line["logger"] == "inferq.access"]
+    assert ("POST", "/v1/tasks", 202, "default", "told") in {
+        (line["method"], line["route"], line["status"], line.get("tenant"), line.get("task_id"))
+        for line in requests
+    }
+    assert {line["level"] for line in requests if line["route"] == "/readyz"} == {"DEBUG"}
+    assert {line["batch_id"] for line in lines["batches"] if line["message"] == "batch lines: completed"} == {
+        "lines"
+    }
 
 
 def test_no_part_is_refused_anything(worked: Site) -> None:
