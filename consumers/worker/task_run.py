@@ -177,6 +177,7 @@ class TaskRun:
         more = fields(
             outcome=outcome,
             error_code=self._error.code if self._error is not None else None,
+            stage=self._stage if self._error is not None else None,
             reason=why,
             queued_seconds=seconds.get("queued"),
             fetch_seconds=seconds.get("fetch"),

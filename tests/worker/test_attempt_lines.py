@@ -63,6 +63,7 @@ def test_an_attempt_ends_in_one_line(
         assert line.items() >= CONTEXT.items()
     assert (last["level"], last["message"], last["outcome"]) == ("INFO", f"attempt {outcome}", outcome)
     assert (last.get("error_code"), last["worker"], last["queue"]) == (code, "w1", DELIVERY.queue)
+    assert last.get("stage") == (None if code is None else "inference")
     assert last["inference_seconds"] == 0.5
     assert last["fetch_seconds"] + last.get("upload_seconds", 0) <= last["seconds"] < 60
 
