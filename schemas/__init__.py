@@ -18,6 +18,7 @@ memory                  the memory of the machine or container
 logs                    the log of a part
 metrics                 buckets, and labels with few values
 probe_server            /healthz, /readyz and /metrics of a process
+trace_context           the place in a trace that travels with requests and messages
 standard_streams        standard streams that the parent process may have closed
 """
 
