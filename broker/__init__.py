@@ -7,6 +7,7 @@ consumer          consuming with prefetch=1 from the lanes of one task type
 messages          tasks, retries and dead letters as AMQP messages
 retry             the retry levels
 dead              listing, redriving and purging dead letters
+spans             the spans of messages, for tracing
 jobs, celery_app  light jobs: callbacks, batches, nightly runs
 errors            the errors of all these
 settings          the address of RabbitMQ, and time limits

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from inferq.broker.messages import VERSION, Message
 from inferq.broker.topology import DELAY_LEVELS, JOBS, JobQueue, delay_level
 from inferq.schemas import SCHEMA_VERSION, Callback, CallbackAttempt
+from inferq.schemas.trace_context import TraceContext
 
 JOB_ENTRY_POINTS = "inferq.jobs"
 """The entry-point group of functions `(Celery) -> None` that add jobs to an application."""
@@ -38,9 +39,17 @@ QUEUE_JOBS: Mapping[JobQueue, tuple[str, ...]] = {
 
 
 def job_message(
-    name: str, queue: JobQueue, arguments: Mapping[str, JsonValue], *, job_id: str, retries: int = 0
+    name: str,
+    queue: JobQueue,
+    arguments: Mapping[str, JsonValue],
+    *,
+    job_id: str,
+    retries: int = 0,
+    trace: TraceContext | None = None,
 ) -> Message:
     """The message for the job `name` with these keyword arguments.
+
+    `trace` becomes an argument: parts of older versions pass arguments on that they do not know, but not headers.
 
     It follows version 2 of Celery's message protocol:
     https://docs.celeryq.dev/en/stable/internals/protocol.html
@@ -59,6 +68,8 @@ def job_message(
         "ignore_result": True,
         VERSION: SCHEMA_VERSION,
     }
+    if trace is not None:
+        arguments = {**arguments, "trace": dict(trace.headers())}
     embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     body = json.dumps([[], dict(arguments), embedded], ensure_ascii=False, separators=(",", ":"))
     return Message(JOBS, queue, body.encode("utf-8", "surrogatepass"), headers, job_id, name)
@@ -112,6 +123,7 @@ def callback_message(
     resent_at: datetime | None = None,
     since: datetime | None = None,
     more: Mapping[str, JsonValue] = MappingProxyType({}),
+    trace: TraceContext | None = None,
 ) -> Message:
     """The message that delivers a callback, with all its retries.
 
@@ -130,6 +142,7 @@ def callback_message(
         },
         job_id=callback.callback_id,
         retries=len(attempts),
+        trace=trace,
     )
 
 
@@ -142,6 +155,7 @@ def feed_message(
     line: int = 0,
     offset: int = 0,
     more: Mapping[str, JsonValue] = MappingProxyType({}),
+    trace: TraceContext | None = None,
 ) -> Message:
     """The job that feeds a batch from the line after `line`, which ends at `offset` bytes of the source.
 
@@ -152,14 +166,16 @@ def feed_message(
         "tenant": tenant, "batch_id": batch_id, "chain": chain, "part": part, "line": line, "offset": offset,
         **more,
     }  # fmt: skip
-    return job_message(FEED_JOB, "inference.batches", arguments, job_id=f"feed-{chain}-{part}")
+    return job_message(FEED_JOB, "inference.batches", arguments, job_id=f"feed-{chain}-{part}", trace=trace)
 
 
-def assemble_message(tenant: str, batch_id: str, *, error: str | None = None) -> Message:
+def assemble_message(
+    tenant: str, batch_id: str, *, error: str | None = None, trace: TraceContext | None = None
+) -> Message:
     """The job that assembles the results of a batch after its lines have ended.
 
     `error`: why the batch could not be fed.
     """
     arguments: dict[str, JsonValue] = {"tenant": tenant, "batch_id": batch_id, "error": error}
     job_id = f"assemble-{secrets.token_hex(6)}"
-    return job_message(ASSEMBLE_JOB, "inference.batches", arguments, job_id=job_id)
+    return job_message(ASSEMBLE_JOB, "inference.batches", arguments, job_id=job_id, trace=trace)

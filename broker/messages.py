@@ -21,6 +21,7 @@ from pika.exceptions import ShortStringTooLong
 
 from inferq.broker.topology import DEAD, DROPPED, TASKS, retry_exchange, routing_key
 from inferq.schemas import SCHEMA_VERSION, InferqError, Priority, Task
+from inferq.schemas.trace_context import TRACEPARENT, TraceContext, trace_context
 
 ATTEMPT = "x-attempt"
 REDRIVES = "x-redrives"
@@ -32,11 +33,10 @@ DIGEST = "x-digest"
 VERSION = "x-version"
 """The SCHEMA_VERSION of the part that first published the task; 1 if absent."""
 DEAD_PREFIX = "x-dead-"
-TRACEPARENT = "traceparent"
+TRACE_LINK = "x-trace-link"
+"""The `traceparent` of the batch of which the task is a line. The task has a trace of its own, which links to it."""
 
 _COUNTS = (ATTEMPT, REDRIVES, ENGINE_DEATHS, DEFERRALS, VERSION)
-_TRACE = (TRACEPARENT, "tracestate")
-_TRACE_CHARACTERS = 512
 _MOST = 1_000_000
 """The largest count in a header. Producers can set headers, so larger ones are cut to this."""
 
@@ -183,16 +183,16 @@ def _is_digest(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and _IS_DIGEST(value) is not None
 
 
-def task_message(task: Task, *, digest: str | None = None, traceparent: str | None = None) -> Message:
+def task_message(task: Task, *, digest: str | None = None, link: TraceContext | None = None) -> Message:
     """The message that submits a task.
 
-    A part that accepts tasks passes their `digest`, so that it travels with the task.
+    A part that accepts tasks passes their `digest`, so that it travels with the task. `link`: see TRACE_LINK.
     """
     headers: dict[str, Any] = {ATTEMPT: 1, VERSION: SCHEMA_VERSION}
     if digest is not None:
         headers[DIGEST] = digest
-    if traceparent:
-        headers[TRACEPARENT] = traceparent
+    if link is not None:
+        headers[TRACE_LINK] = link.traceparent
     return Message(
         TASKS, routing_key(task.task_type, task.priority), task.body(), headers, task.task_id, task.task_type
     )
@@ -313,8 +313,8 @@ def _kept(headers: Mapping[str, Any], digest: str | None = None) -> dict[str, An
         kept[DIGEST] = carried
     elif digest is not None:
         kept[DIGEST] = digest
-    for name in _TRACE:
-        value = headers.get(name)
-        if isinstance(value, str) and len(value) <= _TRACE_CHARACTERS and value.isascii():
-            kept[name] = value
+    if TRACEPARENT in headers and (context := trace_context(headers)) is not None:
+        kept.update(context.headers())
+    if TRACE_LINK in headers and (link := trace_context({TRACEPARENT: headers[TRACE_LINK]})) is not None:
+        kept[TRACE_LINK] = link.traceparent
     return kept

@@ -19,6 +19,9 @@ logs                    the log of a part
 metrics                 buckets, and labels with few values
 probe_server            /healthz, /readyz and /metrics of a process
 trace_context           the place in a trace that travels with requests and messages
+tracing                 spans of a part, for OpenTelemetry
+trace_export            how spans are recorded and exported; imported only while tracing is on
+trace_metrics           the metric of a part's tracing
 standard_streams        standard streams that the parent process may have closed
 """
 

@@ -159,6 +159,7 @@ class BatchSummary(Record):
     pages_per_second: float | None = None
     schedule: str | None = None
     metadata: dict[str, JsonValue] = Field({})
+    trace_id: str | None = Field(None, description="The trace of the batch; each line has one of its own.")
     created_at: AwareDatetime
     finished_at: AwareDatetime
 

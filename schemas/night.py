@@ -35,6 +35,7 @@ class Night(Record):
     pages: int | None = Field(None, description="Pages in the outputs, if they have pages.")
     pages_per_second: float | None = None
     error: str | None = Field(None, description="Why the run itself failed.")
+    trace_id: str | None = Field(None, description="The trace of the run.")
 
     @property
     def ended(self) -> int:

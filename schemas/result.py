@@ -91,6 +91,7 @@ class Result(Record):
         False, description="Whether the result cache answered, from another task of the tenant."
     )
     redrives: int = Field(0, ge=0, description="How often the task was redriven before it ended.")
+    trace_id: str | None = Field(None, description="The trace of the task, in 32 hexadecimal digits.")
     version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")
 
     @classmethod
@@ -108,6 +109,7 @@ class Result(Record):
         worker: str | None = None,
         started_at: datetime | None = None,
         redrives: int = 0,
+        trace_id: str | None = None,
     ) -> Result:
         """The record of a `task` that ended without an output. `digest` is made here if absent."""
         return cls(
@@ -128,4 +130,5 @@ class Result(Record):
             finished_at=finished_at,
             digest=digest or task.digest(),
             redrives=redrives,
+            trace_id=trace_id,
         )

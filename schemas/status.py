@@ -34,6 +34,7 @@ class TaskStatus(Record):
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime | None = None
     cancel_requested: bool = False
+    trace_id: str | None = Field(None, description="The trace of the task, in 32 hexadecimal digits.")
 
     @property
     def ended(self) -> bool:
@@ -57,6 +58,7 @@ class TaskStatus(Record):
             started_at=result.started_at,
             finished_at=result.finished_at,
             cancel_requested=result.status == "cancelled",
+            trace_id=result.trace_id,
         )
 
 
@@ -163,6 +165,7 @@ class EventData(Record):
     error: ErrorInfo | None = None
     output: JsonValue = None
     metadata: dict[str, JsonValue] = Field({})
+    trace_id: str | None = Field(None, description="The trace of the task, in 32 hexadecimal digits.")
     truncated: tuple[Truncated, ...] = Field(
         (), description="Fields that were left out to keep the event small; `error` is shortened."
     )
@@ -176,9 +179,10 @@ class EventData(Record):
         attempt: int,
         redrives: int,
         progress: float | None = None,
+        trace_id: str | None = None,
         **more: Any,
     ) -> Self:
-        """The data of an event of the task. `more`: other fields."""
+        """The data of an event of the task. `more`: other fields. A status or result names its trace itself."""
         return cls(
             task_id=task.task_id,
             task_type=task.task_type,
@@ -188,6 +192,7 @@ class EventData(Record):
             sequence=sequence_of(state, attempt=attempt, redrives=redrives, progress=progress),
             progress=progress,
             batch_id=task.batch_id,
+            trace_id=trace_id if isinstance(task, Task) else task.trace_id,
             **more,
         )
 

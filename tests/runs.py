@@ -20,6 +20,7 @@ def begin_run(
     run: str | None = None,
     silence: float = 0.0,
     repeats: bool = True,
+    trace_id: str | None = None,
 ) -> Begun:
     """Record that a run of the task begins."""
     return status.begin_pipelined(
@@ -32,4 +33,5 @@ def begin_run(
         run=run or secrets.token_hex(6),
         silence=silence,
         repeats=repeats,
+        trace_id=trace_id,
     )()

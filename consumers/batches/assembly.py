@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from inferq.broker import callback_message
+from inferq.broker.spans import sending_job
 from inferq.consumers.batches.recount import belongs
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
@@ -36,6 +37,7 @@ from inferq.schemas import (
     batch_callback,
 )
 from inferq.schemas.paths import artifact_url
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage import BatchSource, ResultStore, UnreadableResult, errors_key, output_key
 from inferq.storage.batches.lines import Line, LineParser, SourceRefused, SourceUnusable, named_id
 
@@ -87,13 +89,18 @@ class Unfinished(Exception):
 
 
 def end(
-    services: BatchServices, batch: Batch, error: str | None = None, *, doubtful: bool = False
+    services: BatchServices,
+    batch: Batch,
+    error: str | None = None,
+    *,
+    doubtful: bool = False,
+    trace: TraceContext | None = None,
 ) -> BatchSummary:
     """Finish a batch like `Assembly.run`, even if its source has disappeared since feeding.
 
-    While that is `doubtful`, raises SourceRefused instead.
+    While that is `doubtful`, raises SourceRefused instead. `trace`: the span that finishes it.
     """
-    assembly = Assembly(services, batch)
+    assembly = Assembly(services, batch, trace)
     try:
         return assembly.run(error)
     except SourceUnusable as gone:
@@ -105,9 +112,10 @@ def end(
 class Assembly:
     """Finishes one batch. `run` may raise any Outage; call it again then."""
 
-    def __init__(self, services: BatchServices, batch: Batch) -> None:
+    def __init__(self, services: BatchServices, batch: Batch, trace: TraceContext | None = None) -> None:
         self._services = services
         self._batch = batch
+        self._trace = trace
         self._name = (batch.tenant, batch.batch_id)
         self._cancelled = services.batches.cancel_requested(*self._name)
 
@@ -123,7 +131,9 @@ class Assembly:
             self._set_state("finishing")
             summary = services.batches.finish(self._summary(self._write(error), error))
         if batch.callback_url is not None:
-            services.confirm(callback_message(batch_callback(summary, batch.callback_url)))
+            callback = batch_callback(summary, batch.callback_url)
+            with sending_job("inference.callbacks", callback.callback_id) as span:
+                services.confirm(callback_message(callback, trace=span.context or self._trace))
         self._set_state(summary.state, summary.error)
         _log.info("batch %s: %s", batch.batch_id, summary.state)
         return summary
@@ -274,6 +284,7 @@ class Assembly:
             pages_per_second=round(tally.pages / seconds, 3) if tally.pages is not None else None,
             schedule=batch.schedule,
             metadata=batch.metadata,
+            trace_id=self._trace.trace_id if self._trace is not None else None,
             created_at=batch.created_at,
             finished_at=now,
         )

@@ -13,7 +13,7 @@ from functools import partial
 from inferq.broker import Message, PublishRejected, task_message
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
-from inferq.schemas import Batch, InvalidTask, Task
+from inferq.schemas import Batch, InvalidTask, Task, tracing
 from inferq.storage import BatchSource, Step
 from inferq.storage.batches.lines import Line, LineParser
 from inferq.storage.batches.sources import Cursor, DuplicateIds
@@ -70,6 +70,7 @@ class Feeding:
         self._high_water = 0
         # A queued task with an id of its own is known only by a record; a generated id names its batch and line.
         self._recording = source.own_ids
+        self._link = tracing.current().context
         # Decided without reading, so that a closed window does not hide the end.
         self._exhausted = cursor.line >= source.lines
 
@@ -116,7 +117,7 @@ class Feeding:
                 continue
             chunk.fed.append(line.number)
             digest = task.digest()
-            chunk.messages.append(task_message(task, digest=digest))
+            chunk.messages.append(task_message(task, digest=digest, link=self._link))
             if self._recording:
                 chunk.recorded.append((task, digest))
         if chunk.cursor != self._read:

@@ -23,7 +23,7 @@ from inferq.broker import (
     work_queue,
 )
 from inferq.consumers.batches.services import BatchServices
-from inferq.schemas import Task
+from inferq.schemas import Task, tracing
 from inferq.storage import Stall
 
 _BUSY_SECONDS = 600.0
@@ -58,7 +58,8 @@ class LostLines:
                 lost = [task for task in tasks if self.is_lost(task)]
                 if lost:
                     count += len(lost)
-                    messages = [task_message(task, digest=task.digest()) for task in lost]
+                    link = tracing.current().context
+                    messages = [task_message(task, digest=task.digest(), link=link) for task in lost]
                     self._services.publisher.publish_all(messages).result()
         return count
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, JsonValue
 
 from inferq.broker import Message, callback_message, delayed
+from inferq.broker.spans import job_trace
 from inferq.consumers.callbacks.decision import (
     JITTER,
     MAX_RETRY_AFTER,
@@ -29,10 +31,15 @@ from inferq.schemas import (
     CallbackRecord,
     CallbackState,
     InferqError,
+    InvalidTask,
     Outage,
     Record,
+    tracing,
 )
+from inferq.schemas.http_url import parse_http_url
 from inferq.schemas.logs import fields
+from inferq.schemas.trace_context import TraceContext
+from inferq.schemas.tracing import Span
 from inferq.storage import CallbackRecords, WebhookSecrets
 
 _log = logging.getLogger(__name__)
@@ -50,12 +57,21 @@ _HUNG_SECONDS = 6 * 3600.0
 
 
 class Job(Record):
-    """The arguments of the job `callbacks.deliver`. `since`: when this process group first saw the callback."""
+    """The arguments of the job `callbacks.deliver`.
+
+    `since`: when this process group first saw the callback. `trace`: the headers of a trace.
+    """
 
     callback: Callback
     attempts: tuple[CallbackAttempt, ...] = ()
     resent_at: AwareDatetime | None = None
     since: AwareDatetime | None = None
+    trace: JsonValue = None
+
+    @property
+    def trace_context(self) -> TraceContext | None:
+        """The span that sent the callback: every attempt is its child."""
+        return job_trace(self.trace)
 
     def message(self) -> Message:
         return callback_message(
@@ -64,6 +80,7 @@ class Job(Record):
             resent_at=self.resent_at,
             since=self.since or datetime.now(UTC),
             more=self.model_extra or {},
+            trace=self.trace_context,
         )
 
 
@@ -141,12 +158,12 @@ class Delivery:
 
     def _send(self, job: Job) -> Sent:
         try:
-            return self._sign_and_send(job.callback)
+            return self._sign_and_send(job.callback, job.trace_context)
         except Exception as error:
             _log.exception("%s: internal error during an attempt", job.callback.callback_id)
             return _unsent(_internal(error))
 
-    def _sign_and_send(self, callback: Callback) -> Sent:
+    def _sign_and_send(self, callback: Callback, trace: TraceContext | None) -> Sent:
         try:
             secrets = self.secrets.of(callback.tenant)
         except InferqError as error:
@@ -156,7 +173,9 @@ class Delivery:
                 f"no_secret: tenant {callback.tenant!r} has no webhook secret, and callbacks are never sent unsigned; "
                 f"create one: inferq secrets rotate {callback.tenant}"
             )
-        sent = self.sender.send(callback, secrets)
+        with tracing.span("POST", "client", attributes={"http.request.method": "POST"}) as span:
+            sent = self.sender.send(callback, secrets, trace=span.context or trace)
+            _describe(span, callback, sent.attempt)
         self.metrics.seconds.observe(sent.attempt.seconds)
         return sent
 
@@ -238,6 +257,19 @@ def _log_attempt(job: Job, attempt: CallbackAttempt, decision: Decision) -> None
         seconds=attempt.seconds,
     )
     _log.info("callback %s", outcome, extra=more)
+
+
+def _describe(span: Span, callback: Callback, attempt: CallbackAttempt) -> None:
+    """Say in the span whom it called and what came back; of the URL only the host, as the rest may be a secret."""
+    if not tracing.on():
+        return
+    with suppress(InvalidTask):
+        url = parse_http_url(callback.url)
+        span.set("server.address", url.host)
+        span.set("server.port", url.port)
+    span.set("http.response.status_code", attempt.status)
+    if attempt.status is None or attempt.status >= 400:
+        span.fail(str(attempt.status or "no_response"))
 
 
 def _internal(error: Exception) -> str:

@@ -28,14 +28,16 @@ from inferq.broker import (
     job_copy,
     job_topology,
 )
+from inferq.broker.spans import processing_job
 from inferq.consumers.callbacks.delivery import Delivery, Job
 from inferq.consumers.callbacks.metrics import CallbackMetrics
 from inferq.consumers.callbacks.sending import Sender
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.consumers.callbacks.targets import Target, Targets
 from inferq.consumers.probes.registry import REGISTRY
-from inferq.schemas import InvalidTask, Outage
+from inferq.schemas import InvalidTask, Outage, tracing
 from inferq.schemas.http_url import parse_http_url
+from inferq.schemas.tracing import NO_SPAN, Span, Value
 from inferq.storage import (
     CallbackRecords,
     StatusIndex,
@@ -159,7 +161,8 @@ class CallbackJobs:
         bind_contextvars(**_context(job))  # each job of the thread binds the same names
         sent = None
         try:
-            sent = self._delivery.attempt(job)
+            with _processing(job):
+                sent = self._delivery.attempt(job)
         except Outage as error:
             # The broker redelivers it, perhaps to a process that can reach the service.
             _log.warning("%s requeued: %s", job.callback.callback_id, error)
@@ -244,8 +247,23 @@ def _context(job: Job) -> dict[str, object]:
         "task_id": callback.subject_id if task else None,
         "batch_id": None if task else callback.subject_id,
         "attempt": len(job.attempts) + 1,
+        "trace_id": job.trace_context and job.trace_context.trace_id,
         "callback_id": callback.callback_id,
     }
+
+
+def _processing(job: Job) -> Span:
+    if not tracing.on():
+        return NO_SPAN
+    callback = job.callback
+    about: dict[str, Value] = {
+        "inferq.tenant": callback.tenant,
+        f"inferq.{callback.subject_kind}.id": callback.subject_id,
+        "inferq.event": callback.event,
+        "inferq.attempt": len(job.attempts) + 1,
+        "messaging.message.id": callback.callback_id,
+    }
+    return processing_job("inference.callbacks", CALLBACK_JOB, job.trace_context, about)
 
 
 def _read(body: bytes | str) -> Job:

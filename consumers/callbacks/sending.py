@@ -17,6 +17,7 @@ from inferq.consumers.callbacks.decision import retry_after_seconds
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import Callback, CallbackAttempt, InvalidTask
 from inferq.schemas.http_url import HttpUrl, parse_http_url
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage.fetch.addresses import AddressPolicy
 from inferq.storage.fetch.pool import HttpPool, header_of
 from inferq.storage.settings import Network
@@ -68,8 +69,8 @@ class Sender:
         self._pool.close()
         self._local_pool.close()
 
-    def send(self, callback: Callback, secrets: Sequence[str]) -> Sent:
-        """Make one attempt, signed with each of the secrets (at least one)."""
+    def send(self, callback: Callback, secrets: Sequence[str], *, trace: TraceContext | None = None) -> Sent:
+        """Make one attempt, signed with each of the secrets (at least one). The receiver may continue the `trace`."""
         now = datetime.now(UTC)
         began = time.monotonic()
         status = error = response = retry_after = None
@@ -80,7 +81,7 @@ class Sender:
             with (
                 pool.deadline(self._timeout),
                 pool.exchange(
-                    "POST", url, _headers(callback, secrets, url, now), callback.body.encode()
+                    "POST", url, _headers(callback, secrets, url, now, trace), callback.body.encode()
                 ) as answer,
             ):
                 status = answer.status
@@ -123,7 +124,9 @@ def signatures(callback: Callback, secrets: Sequence[str], moment: datetime) -> 
     return " ".join(Webhook(secret).sign(callback.callback_id, moment, callback.body) for secret in secrets)
 
 
-def _headers(callback: Callback, secrets: Sequence[str], url: HttpUrl, now: datetime) -> dict[str, str]:
+def _headers(
+    callback: Callback, secrets: Sequence[str], url: HttpUrl, now: datetime, trace: TraceContext | None
+) -> dict[str, str]:
     headers = {
         "Content-Type": "application/json",
         "Accept-Encoding": "identity",
@@ -131,6 +134,8 @@ def _headers(callback: Callback, secrets: Sequence[str], url: HttpUrl, now: date
         "webhook-timestamp": str(int(now.timestamp())),
         "webhook-signature": signatures(callback, secrets, now),
     }
+    if trace is not None:
+        headers.update(trace.headers())
     if url.credentials:
         headers["Authorization"] = f"Basic {url.credentials.decode()}"
     return headers

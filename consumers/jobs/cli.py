@@ -13,7 +13,7 @@ from inferq.broker import JOB_QUEUES, BrokerSettings, JobQueue
 from inferq.consumers.batches.settings import BatchSettings  # noqa: F401
 from inferq.consumers.callbacks.settings import CallbackSettings  # noqa: F401
 from inferq.consumers.probes.settings import ProbeSettings
-from inferq.schemas import InstallationError
+from inferq.schemas import InstallationError, tracing
 from inferq.schemas.logs import LogSettings, start_log
 
 app = typer.Typer()
@@ -43,13 +43,16 @@ def callbacks(
     jobs = application(broker)
     check_jobs(jobs, chosen)
     if check:
+        tracing.wanted()
         names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
         return
     start_log("batches" if chosen == ("inference.batches",) else "callbacks")
     if chosen == ("inference.batches",):
         os.nice(_LOW_PRIORITY)
-    raise typer.Exit(work(jobs, chosen, threads=threads, broker=broker, probes=probes))
+    with tracing.exporting("callbacks"):
+        status = work(jobs, chosen, threads=threads, broker=broker, probes=probes)
+    raise typer.Exit(status)
 
 
 def _chosen(names: str | None) -> tuple[JobQueue, ...]:

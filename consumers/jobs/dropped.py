@@ -31,6 +31,7 @@ from inferq.consumers.worker.decision import LEASE_SECONDS
 from inferq.consumers.worker.notifier import Notifier, legible_url
 from inferq.consumers.worker.records import Records
 from inferq.schemas import InferqError, InvalidTask, Outage, Result, Task, TransientFailure, parse_task
+from inferq.schemas.trace_context import TraceContext, trace_context
 from inferq.storage import StatusOutage, UnreadableResult
 
 _LOOK_SECONDS = 0.5
@@ -108,7 +109,11 @@ class DroppedTasks(threading.Thread):
         if error is None:
             return
         type_name = delivery.routing_key.removeprefix("task_type.").partition(".")[0]
-        records = Records(delivery, "normal", type_name=type_name, worker="RabbitMQ")
+        trace = trace_context(delivery.headers)
+        records = Records(
+            delivery, "normal", type_name=type_name, worker="RabbitMQ",
+            trace_id=trace.trace_id if trace is not None else None,
+        )  # fmt: skip
         now = datetime.now(UTC)
         try:
             task = parse_task(delivery.body)
@@ -116,7 +121,7 @@ class DroppedTasks(threading.Thread):
             _log.warning("%s: %s", records.name, error)
             failure = records.unreadable(error, started_at=now)
             if failure is not None and self._is_free(failure):
-                self._report(self._save(failure), legible_url(delivery.body))
+                self._report(self._save(failure), legible_url(delivery.body), trace)
             return
         if self._runs(task):
             self._services.confirm(dropped_message(delivery))
@@ -126,7 +131,7 @@ class DroppedTasks(threading.Thread):
         kept = self._save(records.failure(task, error, digest=digest, started_at=now))
         # Another task's record under this id is not this task's to report.
         url = task.callback_url if kept.digest == digest and "completed" in task.callback_events else None
-        self._report(kept, url)
+        self._report(kept, url, trace)
 
     def _runs(self, task: Task) -> bool:
         """Whether a run of the task gives a sign of life. Without Redis no run has a lease."""
@@ -156,7 +161,7 @@ class DroppedTasks(threading.Thread):
             return kept.digest is None
         return self._services.status.get(failure.tenant, failure.task_id) is None
 
-    def _report(self, kept: Result, url: str | None) -> None:
+    def _report(self, kept: Result, url: str | None, trace: TraceContext | None) -> None:
         with suppress(StatusOutage):  # an index, which is repaired from the store
             self._services.status.ended(kept)
-        Notifier(self._services.publisher, self._services.confirm, url=url).ended(kept)
+        Notifier(self._services.publisher, self._services.confirm, url=url, trace=trace).ended(kept)

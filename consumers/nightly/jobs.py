@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from structlog.contextvars import bound_contextvars
 
 from inferq.broker import NIGHT_START_JOB, NIGHT_WATCH_JOB, callback_message, delayed, job_message
+from inferq.broker.spans import job_trace, processing_job
 from inferq.consumers.batches.retry import resend_unless_done
 from inferq.consumers.batches.services import BatchServices, load_services
 from inferq.consumers.nightly.night import (
@@ -28,6 +29,7 @@ from inferq.consumers.nightly.night import (
 from inferq.consumers.nightly.start import Starter
 from inferq.schemas import Night
 from inferq.schemas.schedule import Schedule, run_id_of
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage.batches.lines import SourceUnusable
 from inferq.storage.batches.store import RecordMissing
 from inferq.storage.nightly_runs import Run, RunLog
@@ -49,39 +51,46 @@ def add_jobs(
     """
     here = services or load_services()
 
-    def watch_on(run: Run, since: datetime, seconds: int, **more: JsonValue) -> None:
+    def watch_on(
+        run: Run, since: datetime, seconds: int, trace: TraceContext | None, **more: JsonValue
+    ) -> None:
         job_id = f"watch-{run.run_id}-{secrets.token_hex(6)}"
         arguments: dict[str, JsonValue] = {
             "run": run.model_dump(mode="json"), "since": since.isoformat(), **more,
         }  # fmt: skip
-        message = job_message(NIGHT_WATCH_JOB, "inference.batches", arguments, job_id=job_id)
+        message = job_message(NIGHT_WATCH_JOB, "inference.batches", arguments, job_id=job_id, trace=trace)
         here.confirm(delayed(message, seconds))
 
     @app.task(name=NIGHT_START_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
-    def start(self: Task, schedule: dict[str, Any], scheduled_at: str, **_more: JsonValue) -> None:
+    def start(self: Task, schedule: dict[str, Any], scheduled_at: str, **more: JsonValue) -> None:
         wanted, moment = Schedule.model_validate(schedule), datetime.fromisoformat(scheduled_at)
+        run_id, carried = run_id_of(wanted.name, moment), job_trace(more.get("trace"))
 
         def once() -> None:
-            starter = Starter(here.store, here.batches, here.sources, here.confirm)
-            run, batch, error = starter.start(wanted, moment)
-            watcher = Watcher(here, run)
-            if batch is None:
-                watcher.fail(error, here.clock())
-            elif not watcher.over:
-                watch_on(run, batch.created_at, min(1, watch_seconds))
+            about = {"inferq.batch.id": run_id, "inferq.schedule": wanted.name}
+            with processing_job("inference.batches", NIGHT_START_JOB, carried, about) as span:
+                trace = span.context or carried
+                starter = Starter(here.store, here.batches, here.sources, here.confirm, trace)
+                run, batch, error = starter.start(wanted, moment)
+                watcher = Watcher(here, run, trace)
+                if batch is None:
+                    watcher.fail(error, here.clock())
+                elif not watcher.over:
+                    watch_on(run, batch.created_at, min(1, watch_seconds), trace)
 
-        run_id = run_id_of(wanted.name, moment)
-        with bound_contextvars(tenant=wanted.tenant, batch_id=run_id):
+        with bound_contextvars(tenant=wanted.tenant, batch_id=run_id, trace_id=carried and carried.trace_id):
             resend_unless_done(self, here, f"run {run_id}", once)
 
     @app.task(name=NIGHT_WATCH_JOB, bind=True, shared=False)  # type: ignore[untyped-decorator]
     def watch(self: Task, run: dict[str, Any], since: str, **more: JsonValue) -> None:
         known, began = Run.model_validate(run), datetime.fromisoformat(since)
+        # The looks have no spans: a run of hours would have thousands of them.
+        trace = job_trace(more.pop("trace", None))
 
         def once() -> None:
-            goes_on = Watcher(here, known).look(began, here.clock())
+            goes_on = Watcher(here, known, trace).look(began, here.clock())
             if goes_on is not None:
-                watch_on(known, goes_on, watch_seconds, **more)
+                watch_on(known, goes_on, watch_seconds, trace, **more)
 
         with bound_contextvars(tenant=known.schedule.tenant, batch_id=known.run_id):
             resend_unless_done(self, here, f"run {known.run_id}", once)
@@ -90,9 +99,10 @@ def add_jobs(
 class Watcher:
     """Reports the nights of a run. May raise any Outage; call it again then."""
 
-    def __init__(self, services: BatchServices, run: Run) -> None:
+    def __init__(self, services: BatchServices, run: Run, trace: TraceContext | None = None) -> None:
         self._services = services
         self._run = run
+        self._trace = trace
         self._log = RunLog(services.store, run.schedule.tenant, run.schedule.name)
 
     @property
@@ -168,10 +178,11 @@ class Watcher:
         return sum(1 for _ in ended()) < total
 
     def _set_state(self, night: Night, name: str) -> None:
-        kept = self._log.keep_night(self._run.run_id, name, night.model_copy(update={"night": name}))
+        changes = {"night": name, "trace_id": self._trace.trace_id if self._trace is not None else None}
+        kept = self._log.keep_night(self._run.run_id, name, night.model_copy(update=changes))
         url = self._run.schedule.callback
         if url is not None:
-            self._services.confirm(callback_message(night_callback(kept, url)))
+            self._services.confirm(callback_message(night_callback(kept, url), trace=self._trace))
         _log.info("run %s: night %s: %s, %d ended", kept.run_id, kept.night, kept.state, kept.ended)
 
     def _nights(self) -> list[Night]:

@@ -20,6 +20,7 @@ from inferq.schemas import Batch, InvalidTask
 from inferq.schemas.batch_source import defaults_of, input_field, line_of
 from inferq.schemas.s3_url import split_s3_prefix
 from inferq.schemas.schedule import Schedule, run_id_of
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage import (
     BatchConflict,
     BatchSource,
@@ -52,12 +53,13 @@ class Started(NamedTuple):
 
 @dataclass(frozen=True)
 class Starter:
-    """Starts runs. `publish` returns once the broker has confirmed the message."""
+    """Starts runs. `publish` returns once the broker has confirmed the message; `trace` is the run's."""
 
     store: ObjectStore
     batches: BatchStore
     sources: Sources
     publish: Callable[[Message], object]
+    trace: TraceContext | None = None
 
     def start(self, schedule: Schedule, scheduled_at: datetime) -> Started:
         """Start the schedule's run of that time, or complete an earlier start.
@@ -85,11 +87,11 @@ class Starter:
             return Started(run, None, taken.error or _id_taken(run_id))
         if self.batches.summary(tenant, run_id) is None:
             if taken.error is None:
-                self.publish(feed_message(tenant, run_id, chain=secrets.token_hex(6)))
+                self.publish(feed_message(tenant, run_id, chain=secrets.token_hex(6), trace=self.trace))
             else:
                 # Not fed: the next run takes the same objects.
                 _log.error("run %s: %s", run_id, taken.error)
-                self.publish(assemble_message(tenant, run_id, error=taken.error))
+                self.publish(assemble_message(tenant, run_id, error=taken.error, trace=self.trace))
         return Started(run, batch)
 
     def _settled(self, log: RunLog, place: int) -> Snapshot:

@@ -9,7 +9,7 @@ import typer
 
 from inferq.broker import BrokerSettings
 from inferq.consumers.worker.settings import WorkerSettings
-from inferq.schemas import InstallationError, TaskType, get_type
+from inferq.schemas import InstallationError, TaskType, get_type, tracing
 from inferq.schemas.logs import start_log
 from inferq.storage import StorageSettings
 
@@ -35,6 +35,7 @@ def worker(
     start_log("worker", task_type=task_type)
     engine_type, broker, storage = get_type(task_type), BrokerSettings.load(), StorageSettings.load()
     if check:
+        tracing.wanted()
         _check_engine(engine_type)
         return
     running = Worker(engine_type, settings, broker, storage)
@@ -48,7 +49,8 @@ def worker(
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGHUP, lambda _number, _frame: running.requests.put("reload"))
-    running.run()
+    with tracing.exporting("worker"):
+        running.run()
 
 
 def _check_engine(task_type: TaskType) -> None:

@@ -16,7 +16,8 @@ from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs, fetch_inputs
 from inferq.consumers.worker.notifier import Notifier
 from inferq.consumers.worker.services import WorkerServices
-from inferq.schemas import Task
+from inferq.schemas import Task, tracing
+from inferq.schemas.tracing import Span
 
 
 class Computation:
@@ -60,7 +61,8 @@ class Computation:
 
     def fetch(self) -> Inputs:
         """Fetch the inputs. Raises InvalidTask, TransientFailure, and what `checkpoint` raises."""
-        return fetch_inputs(self._services, self._task, Path(self._scratch), self.checkpoint)
+        with tracing.span("fetch"):
+            return fetch_inputs(self._services, self._task, Path(self._scratch), self.checkpoint)
 
     def fetch_early(self) -> Future[Inputs]:
         """Fetch the inputs before they are sure to be needed; an error counts only once they are."""
@@ -76,7 +78,10 @@ class Computation:
 
         Raises EngineDied and OverTime, RunAborted if the run has to stop, and NotStarted as `checkpoint`.
         """
-        return self._from_cache(inputs) or self._compute(inputs)
+        with tracing.span("inference") as span:
+            answer = self._from_cache(inputs) or self._compute(inputs)
+            self._note_answer(span, answer)
+            return answer
 
     def abort_reason(self) -> AbortReason | None:
         """Why the run has to stop; None if it may go on. Renews the run's lease."""
@@ -186,8 +191,20 @@ class Computation:
             self.engine_seconds = time.monotonic() - began
             services.metrics.computed(task.tenant, task.task_type, self.engine_seconds)
 
+    def _note_answer(self, span: Span, answer: Done | Failed) -> None:
+        engine = self._engine_lease.info
+        if not tracing.on() or engine is None:
+            return
+        for name in ("name", "version", "model", "device"):
+            span.set(f"inferq.engine.{name}", getattr(engine, name))
+        span.set("inferq.cached", self.cached)
+        if isinstance(answer, Failed):
+            span.fail(answer.code)
+
     def _progress(self, fraction: float, note: str) -> None:
         task, delivery = self._task, self._delivery
+        if tracing.on():
+            tracing.current().event("progress", {"inferq.progress": fraction, "inferq.note": note})
         self._services.best_effort(
             partial(self._services.status.progress, task.tenant, task.task_id, fraction, note)
         )

@@ -11,18 +11,21 @@ from collections.abc import Callable
 from functools import partial
 
 from inferq.broker import Message
+from inferq.broker.spans import sending, traced
 from inferq.consumers.worker.notifier import Notifier
 from inferq.consumers.worker.services import WorkerServices
-from inferq.schemas import Result, Task
+from inferq.schemas import CallbackEvent, Result, Task, tracing
+from inferq.schemas.trace_context import TraceContext
 
 
 class Endings:
     """The effects of one delivery's end. `notifier` reports to the task's owner; nothing until a URL is set."""
 
-    def __init__(self, services: WorkerServices) -> None:
+    def __init__(self, services: WorkerServices, trace: TraceContext | None = None) -> None:
         self._services = services
+        self._trace = trace
         self._replies: list[Callable[[], bool]] = []
-        self.notifier = Notifier(services.publisher, self.publish, url=None)
+        self.notifier = self._notifier(None)
 
     def use_callbacks_of(self, task: Task) -> None:
         """From now on, report to the task's callback URL if it has one."""
@@ -31,15 +34,21 @@ class Endings:
     def use_callback_url(self, url: str | None, task: Task | None = None) -> None:
         """The same for a URL alone: of a message that is no task."""
         events = {} if task is None else {"events": task.callback_events}
-        self.notifier = Notifier(self._services.publisher, self.publish, url=url, **events)
+        self.notifier = self._notifier(url, **events)
 
     def publish(self, message: Message) -> None:
-        """Publish a message and wait for its confirm, however long the broker is unavailable."""
+        """Publish a copy of the delivery and wait for its confirm, however long the broker is unavailable."""
+        with sending(message) as span:
+            self._confirm(traced(message, span.context))
 
+    def _confirm(self, message: Message) -> None:
         def confirmed() -> None:
             self._services.publisher.publish(message).result()
 
         self._services.retry_until_available("RabbitMQ", confirmed)
+
+    def _notifier(self, url: str | None, **events: tuple[CallbackEvent, ...]) -> Notifier:
+        return Notifier(self._services.publisher, self._confirm, url=url, trace=self._trace, **events)
 
     def load(self, tenant: str, task_id: str, checkpoint: Callable[[], None] | None = None) -> Result | None:
         """The record of an earlier end. Raises UnreadableResult, and what `checkpoint` raises while it waits."""
@@ -52,14 +61,15 @@ class Endings:
         `output` is the output as JSON text, which the result leaves out. `engine_seconds` counts for the tenant's
         usage if the result is the first one.
         """
-        save = partial(self._services.results.save, result, output)
-        kept = self._services.retry_until_available("object store", save)
-        if kept is not result:
-            self.report(kept, digest=result.digest)
+        with tracing.span("record"):
+            save = partial(self._services.results.save, result, output)
+            kept = self._services.retry_until_available("object store", save)
+            if kept is not result:
+                self.report(kept, digest=result.digest)
+                return kept
+            self._services.metrics.ended(result)
+            self.report(kept, output, digest=result.digest, engine_seconds=engine_seconds)
             return kept
-        self._services.metrics.ended(result)
-        self.report(kept, output, digest=result.digest, engine_seconds=engine_seconds)
-        return kept
 
     def report(
         self,

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from inferq.broker import Message, Publisher, callback_message
+from inferq.broker.spans import sending_job
 from inferq.schemas import (
+    Callback,
     CallbackEvent,
     CallbackUrl,
     Event,
@@ -28,6 +31,7 @@ from inferq.schemas import (
     end_callback,
     task_callback,
 )
+from inferq.schemas.trace_context import TraceContext
 
 _log = logging.getLogger(__name__)
 
@@ -52,11 +56,14 @@ class Notifier:
         *,
         url: str | None,
         events: tuple[CallbackEvent, ...] = ("completed",),
+        trace: TraceContext | None = None,
     ) -> None:
         self._publisher = publisher
         self._publish = publish
         self._url = url
         self._events = events
+        self._trace = trace
+        self._trace_id = trace.trace_id if trace is not None else None
         self._started: tuple[Message, Future[None]] | None = None
         self._next_progress = 0.0
         self._reported_percent = 0
@@ -65,10 +72,13 @@ class Notifier:
         """Report that a run begins, without waiting; `settle` makes sure that the broker has the message."""
         if self._url is None or "started" not in self._events:
             return
-        data = EventData.of(task, "running", attempt=attempt, redrives=redrives, metadata=task.metadata)
+        data = EventData.of(
+            task, "running",
+            attempt=attempt, redrives=redrives, metadata=task.metadata, trace_id=self._trace_id,
+        )  # fmt: skip
         event = Event(type="task.started", timestamp=at, data=data)
-        message = callback_message(task_callback(event, self._url, redrives, attempt))
-        self._started = message, self._publish_pipelined(message)
+        with self._sending(task_callback(event, self._url, redrives, attempt)) as message:
+            self._started = message, self._publish_pipelined(message)
 
     def progress(
         self, task: Task, fraction: float, note: str, *, attempt: int, redrives: int, at: datetime
@@ -89,9 +99,11 @@ class Notifier:
             progress=percent / 100,
             note=note[:_MOST_NOTES],
             metadata=task.metadata,
+            trace_id=self._trace_id,
         )
         event = Event(type="task.progress", timestamp=at, data=data)
-        self._publish_pipelined(callback_message(task_callback(event, self._url, redrives, attempt, percent)))
+        with self._sending(task_callback(event, self._url, redrives, attempt, percent)) as message:
+            self._publish_pipelined(message)
 
     def ended(self, kept: Result, output: bytes | None = None) -> None:
         """Report how the task ended, by the record that is kept; returns once the broker has the message.
@@ -100,7 +112,8 @@ class Notifier:
         """
         self.settle()
         if self._url is not None and "completed" in self._events:
-            self._publish(callback_message(end_callback(kept, self._url, output)))
+            with self._sending(end_callback(kept, self._url, output)) as message:
+                self._publish(message)
 
     def settle(self) -> None:
         """Make sure that the broker has what was sent without waiting."""
@@ -112,6 +125,13 @@ class Notifier:
             confirmed.result()
         except Outage:
             self._publish(message)
+
+    @contextmanager
+    def _sending(self, callback: Callback) -> Iterator[Message]:
+        """The callback's message, in the span that publishes it."""
+        with sending_job("inference.callbacks", callback.callback_id) as span:
+            span.set("inferq.event", callback.event)
+            yield callback_message(callback, trace=span.context or self._trace)
 
     def _publish_pipelined(self, message: Message) -> Future[None]:
         try:

@@ -23,7 +23,7 @@ from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
 from inferq.consumers.worker.services import WorkerServices
-from inferq.schemas import Task
+from inferq.schemas import Task, tracing
 
 
 class Preparation:
@@ -45,6 +45,7 @@ class Preparation:
         run: str,
         endings: Endings,
         started_at: datetime,
+        trace_id: str | None = None,
     ) -> None:
         self._services = services
         self._engine_lease = engine_lease
@@ -53,6 +54,7 @@ class Preparation:
         self._task = task
         self._digest = digest
         self._run = run
+        self._trace_id = trace_id
         self._load_end = partial(endings.load, task.tenant, task.task_id, computation.require_message)
         self._begun = False
         self.started_at = started_at
@@ -94,14 +96,15 @@ class Preparation:
 
     def await_engine(self) -> bool:
         """Wait until the engine is held; False if the task is cancelled first. Raises NotStarted."""
-        while True:
-            if self._services.stopping:
-                raise NotStarted("the worker is stopping")
-            self._computation.require_message()
-            if self._engine_lease.acquire(LOOK_SECONDS):
-                return True
-            if self._computation.abort_reason() == "cancelled":
-                return False
+        with tracing.span("wait for engine"):
+            while True:
+                if self._services.stopping:
+                    raise NotStarted("the worker is stopping")
+                self._computation.require_message()
+                if self._engine_lease.acquire(LOOK_SECONDS):
+                    return True
+                if self._computation.abort_reason() == "cancelled":
+                    return False
 
     def release_run(self) -> None:
         """Say that the run is not orphaned, if it has begun."""
@@ -132,6 +135,7 @@ class Preparation:
                     run=self._run,
                     silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
                     repeats=delivery.waits >= MAX_WAITS,
+                    trace_id=self._trace_id,
                 )
             )
             if first and self._engine_lease.held:

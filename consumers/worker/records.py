@@ -43,6 +43,7 @@ class Records:
     lane: Priority
     type_name: str
     worker: str
+    trace_id: str | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +95,7 @@ class Records:
             digest=digest,
             cached=cached,
             redrives=self.delivery.redrives,
+            trace_id=self.trace_id,
         )
 
     def failure(
@@ -118,6 +120,7 @@ class Records:
             worker=self.worker,
             started_at=started_at,
             redrives=self.delivery.redrives,
+            trace_id=self.trace_id,
         )
 
     def unreadable(self, error: InferqError, *, started_at: datetime) -> Result | None:
@@ -136,6 +139,7 @@ class Records:
                 started_at=started_at,
                 finished_at=datetime.now(UTC),
                 redrives=self.delivery.redrives,
+                trace_id=self.trace_id,
             )
         return None
 

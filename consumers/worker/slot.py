@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from inferq.broker import BrokerSettings, Consumer, Delivery, topology_for, work_queue
+from inferq.broker.spans import processing
 from inferq.consumers.runtime.process import RunAborted
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor
 from inferq.consumers.worker.services import GracePassed, WorkerServices
@@ -27,6 +28,7 @@ from inferq.schemas import (
     TaskType,
     parse_task,
 )
+from inferq.schemas.trace_context import trace_context
 
 _log = logging.getLogger(__name__)
 
@@ -245,9 +247,10 @@ class _SlotThread(threading.Thread):
             return
         lane = self._lane_of[delivery.queue]
         self.taken[lane] += 1
-        with self._supervisor.lease() as lease:
-            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane)
-            self.in_hand.complete()
+        with self._supervisor.lease() as lease, processing(delivery) as span:
+            trace = span.context or trace_context(delivery.headers)
+            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, trace)
+            span.set("inferq.outcome", self.in_hand.complete())
         self.in_hand = None
 
 

@@ -22,7 +22,6 @@ from typing import Literal
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from inferq.broker import Consumer, Delivery, named_id
-from inferq.broker.messages import TRACEPARENT
 from inferq.consumers.runtime.messages import Done, FileRef
 from inferq.consumers.runtime.process import EngineDied, OverTime, RunAborted
 from inferq.consumers.worker.computation import Computation
@@ -65,9 +64,10 @@ from inferq.schemas import (
     Timings,
     TransientFailure,
     parse_task,
+    tracing,
 )
 from inferq.schemas.logs import fields
-from inferq.schemas.traceparent import trace_id_of
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class TaskRun:
         engine_lease: EngineLease,
         delivery: Delivery,
         lane: Priority,
+        trace: TraceContext | None = None,
     ) -> None:
         self._services = services
         self._consumer = consumer
@@ -101,9 +102,10 @@ class TaskRun:
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
         self._scratch = f"{services.scratch.path}/{self._token}"
         self._records = Records(
-            delivery, lane, type_name=services.task_type.name, worker=services.settings.worker_name
-        )
-        self._endings = Endings(services)
+            delivery, lane, type_name=services.task_type.name, worker=services.settings.worker_name,
+            trace_id=trace.trace_id if trace is not None else None,
+        )  # fmt: skip
+        self._endings = Endings(services, trace)
         self.lane = lane
         self._arrived_at = datetime.now(UTC)
         self.task: Task | None = None
@@ -123,20 +125,20 @@ class TaskRun:
     def _started_at(self) -> datetime:
         return self._arrived_at if self._preparation is None else self._preparation.started_at
 
-    def complete(self) -> None:
+    def complete(self) -> Outcome:
         """Do everything that this delivery needs, settle it, and log its end."""
         delivery = self._delivery
         bind_contextvars(
             task_id=named_id(delivery), task_type=self._services.task_type.name, attempt=delivery.attempt
         )
-        if (trace_id := trace_id_of(delivery.headers.get(TRACEPARENT))) is not None:
-            bind_contextvars(trace_id=trace_id)
+        if self._records.trace_id is not None:
+            bind_contextvars(trace_id=self._records.trace_id)
         try:
-            self._complete()
+            return self._complete()
         finally:
             clear_contextvars()
 
-    def _complete(self) -> None:
+    def _complete(self) -> Outcome:
         why = "the worker is stopping"
         outcome: Outcome
         try:
@@ -170,6 +172,7 @@ class TaskRun:
         self._clean_scratch()
         self._services.metrics.settled(self._services.task_type.name, outcome)
         self._log_end(outcome, why if outcome == "given_back" else None)
+        return outcome
 
     def _log_end(self, outcome: Outcome, why: str | None) -> None:
         engine, computation = self._engine_lease.info, self._computation
@@ -240,6 +243,7 @@ class TaskRun:
         services, delivery = self._services, self._delivery
         self.task = task
         self._stage = "queued"
+        _note_task(task)
         self._digest = self._records.digest(task)
         self._endings.use_callbacks_of(task)
         computation = self._computation = Computation(
@@ -249,7 +253,7 @@ class TaskRun:
         preparation = self._preparation = Preparation(
             services, self._engine_lease, delivery, computation,
             task=task, digest=self._digest, run=self._token, endings=self._endings,
-            started_at=self._started_at,
+            started_at=self._started_at, trace_id=self._records.trace_id,
         )  # fmt: skip
         facts, fetched = preparation.facts()
         verdict = before_run(facts)
@@ -330,7 +334,8 @@ class TaskRun:
     ) -> Outcome:
         services, began = self._services, time.monotonic()
         self._stage = "upload"
-        artifacts = tuple(self._upload(task, name, file) for name, file in done.artifacts.items())
+        with tracing.span("upload"):
+            artifacts = tuple(self._upload(task, name, file) for name, file in done.artifacts.items())
         timings["upload"] = time.monotonic() - began
         result = self._records.success(
             task,
@@ -425,6 +430,7 @@ class TaskRun:
 
     def _retry(self, task: Task, retry: Retry) -> Outcome:
         self._engine_lease.release()
+        tracing.current().fail(retry.error.code)
         attempt = self._delivery.attempt
         _log.warning(
             "%s: attempt %d failed, next in %d s: %s",
@@ -445,6 +451,7 @@ class TaskRun:
                 digest=self._digest,
                 run=self._token,
                 engine_seconds=self._engine_seconds,
+                trace_id=self._records.trace_id,
             )
         )
         return "retried"
@@ -457,6 +464,7 @@ class TaskRun:
     def _dead_letter(self, task: Task, verdict: DeadLetter, timings: Timings | None = None) -> Outcome:
         self._engine_lease.release()
         self._error = verdict.error
+        tracing.current().fail(verdict.error.code)
         _log.warning("%s: failed: %s", self._records.name, _loggable(verdict.error))
         # The dead letter first: if only the record survived a crash, the redelivery would be skipped as done.
         self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
@@ -509,3 +517,12 @@ class TaskRun:
 def _loggable(error: InferqError) -> str:
     """An error as the log may have it: most messages quote the task, with its texts, URLs and names of files."""
     return str(error) if isinstance(error, EngineDied | OverTime) else error.code
+
+
+def _note_task(task: Task) -> None:
+    """Say in the span which task it processes."""
+    if tracing.on():
+        span = tracing.current()
+        span.set("inferq.task.type", task.task_type)
+        span.set("inferq.tenant", task.tenant)
+        span.set("inferq.batch.id", task.batch_id)

@@ -26,6 +26,7 @@ from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.slot import Slot
 from inferq.schemas import TaskType
 from inferq.schemas.probe_server import Health, ProbeServer, Readiness
+from inferq.schemas.trace_metrics import SpansDropped
 from inferq.storage import Fetcher, ResultStore, StatusIndex, StorageSettings, open_store
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Worker:
         self._settings = settings
         self._broker = broker
         self.metrics = WorkerMetrics(tenants=settings.metrics_tenants)
+        self.metrics.registry.register(SpansDropped())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)
         results = ResultStore(store)

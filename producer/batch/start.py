@@ -7,11 +7,19 @@ from collections.abc import Callable
 
 from inferq.broker import Message, feed_message
 from inferq.schemas import Batch
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage import BatchStore
 
 
-def start(batch: Batch, batches: BatchStore, publish: Callable[[Message], object]) -> Batch:
+def start(
+    batch: Batch,
+    batches: BatchStore,
+    publish: Callable[[Message], object],
+    trace: TraceContext | None = None,
+) -> Batch:
     """Record the batch and publish its feed message; gives the recorded batch.
+
+    `trace`: the span that submits it.
 
     `publish` returns once the broker has confirmed the message, as
     `lambda message: publisher.publish(message).result()` does. Starting the same batch twice is harmless: it
@@ -20,5 +28,5 @@ def start(batch: Batch, batches: BatchStore, publish: Callable[[Message], object
     """
     kept = batches.create(batch)
     if batches.summary(kept.tenant, kept.batch_id) is None:
-        publish(feed_message(kept.tenant, kept.batch_id, chain=secrets.token_hex(6)))
+        publish(feed_message(kept.tenant, kept.batch_id, chain=secrets.token_hex(6), trace=trace))
     return kept

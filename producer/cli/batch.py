@@ -23,7 +23,7 @@ from inferq.producer.cli.output import JsonFlag, complain, console, errors, prin
 from inferq.producer.client.errors import NotEnded, NotFound, Unavailable
 from inferq.producer.client.sync_client import Client
 from inferq.producer.client.transfers import is_batch_url
-from inferq.schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id
+from inferq.schemas import BatchStatus, InvalidTask, Priority, get_type, new_task_id, tracing
 from inferq.schemas.batch_source import JSONL_ENDINGS, input_field, is_prefix, line_of
 
 app = typer.Typer(
@@ -84,7 +84,12 @@ def submit(
         out.mkdir(parents=True, exist_ok=True)  # before the upload, so that an error costs nothing
     name = batch_id or new_task_id()
     given = defaults if task_type is None else {"task_type": task_type, **defaults}
-    with Client() as client, _source(client, sources, given, batch_id) as (source, skipped):
+    with (
+        tracing.exporting("cli"),
+        tracing.span("inferq batch submit", "client"),
+        Client() as client,
+        _source(client, sources, given, batch_id) as (source, skipped),
+    ):
         status = client.submit_batch(
             source,
             batch_id=name,

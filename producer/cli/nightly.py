@@ -14,7 +14,7 @@ import typer
 from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_for
 from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from inferq.producer.nightly.settings import NightlySettings
-from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types
+from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types, tracing
 from inferq.schemas.logs import LogSettings, start_log
 from inferq.schemas.probe_server import ProbeServer
 from inferq.schemas.window import moment_of
@@ -237,14 +237,15 @@ def _before(schedule: Schedule, run_id: str) -> Literal["begun", "ended"] | None
 
 
 def _send(schedule: Schedule, moment: datetime) -> None:
-    from inferq.producer.nightly.beat import start_message
+    from inferq.producer.nightly.beat import send_start
 
     # A publisher keeps retrying for a while; this shows an unavailable broker to the user at once.
     connect(BrokerSettings.load(), name="nightly").close()
     logging.getLogger("inferq.broker").addHandler(logging.NullHandler())  # main prints the error, once
     publisher = _publisher("nightly")
     try:
-        publisher.publish(start_message(schedule, moment)).result()
+        with tracing.exporting("cli"):
+            send_start(schedule, moment, lambda message: publisher.publish(message).result())
     finally:
         publisher.close()
 
@@ -297,6 +298,7 @@ def beat(
     store = open_store(StorageSettings.load())
     broker = BrokerSettings.load()
     if check:
+        tracing.wanted()
         typer.echo(f"beat: settings are in order; schedules: {', '.join(schedules) or 'none'}")
         return
     start_log("beat")
@@ -317,6 +319,7 @@ def beat(
             )
             watch.start()
             probes.start()
-        keep_beating(celery_app(broker), runner)
+        with tracing.exporting("beat"):
+            keep_beating(celery_app(broker), runner)
     finally:
         publisher.close()

@@ -9,6 +9,7 @@ import typer
 
 from inferq.broker import BrokerSettings
 from inferq.producer.gateway.settings import GatewaySettings
+from inferq.schemas import tracing
 from inferq.schemas.logs import LogSettings, start_log
 from inferq.storage import StorageSettings
 
@@ -29,7 +30,9 @@ def gateway(
     if check:
         for settings in (GatewaySettings, BrokerSettings, StorageSettings, LogSettings):
             settings.load()
+        tracing.wanted()
         typer.echo("gateway: settings are in order")
         return
     start_log("gateway")
-    serve(host, port, on_listening=lambda url: logging.getLogger(__name__).info("listening on %s", url))
+    with tracing.exporting("gateway"):
+        serve(host, port, on_listening=lambda url: logging.getLogger(__name__).info("listening on %s", url))

@@ -17,7 +17,7 @@ from rich.text import Text
 from inferq.producer.cli.arguments import bundle, parse_assignments
 from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
 from inferq.producer.client.sync_client import Client
-from inferq.schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type
+from inferq.schemas import InvalidTask, Priority, Result, State, TaskStatus, get_type, tracing
 
 app = typer.Typer()
 
@@ -76,7 +76,12 @@ def submit(
     printed_at_once = not (wait or out or as_json)
     submitted: list[TaskStatus] = []
     labels: dict[str, str] = {}
-    with Client() as client, _accepted_printed_on_error({} if printed_at_once else labels):
+    with (
+        tracing.exporting("cli"),
+        tracing.span("inferq submit", "client"),
+        Client() as client,
+        _accepted_printed_on_error({} if printed_at_once else labels),
+    ):
         for parts in bundles:
             options, rest = _split(fields | {name: part.value(client) for name, part in parts.items()})
             submitted.append(

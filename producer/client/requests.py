@@ -29,7 +29,7 @@ from inferq.producer.client.errors import (
     Unauthorized,
     Unavailable,
 )
-from inferq.schemas import BatchStatus, CallbackRecord, Result, SubjectKind, TaskStatus
+from inferq.schemas import BatchStatus, CallbackRecord, Result, SubjectKind, TaskStatus, tracing
 from inferq.schemas.monitor import Stats, WorkerList
 from inferq.schemas.paths import batch_path, task_path
 
@@ -76,7 +76,7 @@ class Request:
             "url": self.path,
             "params": dict(self.params),
             "content": self.body,
-            "headers": dict(self.headers),
+            "headers": {**tracing.outgoing_headers(), **self.headers},
             "timeout": httpx.Timeout(timeout, read=timeout + self.extra_timeout),
         }
 

@@ -1,4 +1,4 @@
-"""Around every request: a line in the log, metrics, the headers of every answer, and the path prefix."""
+"""Around every request: its log line, metrics and span, the headers of every answer, and the path prefix."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from inferq.producer.gateway.metrics import Metrics
+from inferq.schemas import tracing
 from inferq.schemas.logs import fields
-from inferq.schemas.traceparent import trace_id_of
+from inferq.schemas.trace_context import TraceContext, trace_context
+from inferq.schemas.tracing import NO_SPAN, Span
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -22,6 +24,8 @@ _HEADERS = {
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _ID_CHARACTERS = 255
+_TRACED = frozenset({"POST", "PUT", "DELETE", "PATCH"})
+"""Methods that change something. Clients poll by GET, which says nothing of a task's way."""
 
 _log = logging.getLogger("inferq.access")
 
@@ -46,7 +50,6 @@ class Access:
         begun = time.perf_counter()
         status, sent = 500, 0
         clear_contextvars()
-        bind_contextvars(trace_id=trace_id_of(Headers(scope=scope).get("traceparent")))
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status, sent
@@ -60,7 +63,12 @@ class Access:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            given = trace_context(Headers(scope=scope))
+            with _span_of(scope, given) as span:
+                trace = span.context or given
+                bind_contextvars(trace_id=trace and trace.trace_id)
+                await self._app(scope, receive, send_with_headers)
+                _describe(span, scope, status)
         finally:
             seconds = time.perf_counter() - begun
             # An unknown method or path must not create a new time series.
@@ -98,3 +106,29 @@ def _address(scope: Scope) -> str | None:
         return str(ip_address(client[0])).partition("%")[0] if client else None
     except ValueError:
         return None
+
+
+def _span_of(scope: Scope, parent: TraceContext | None) -> Span:
+    """The span of a request, by https://opentelemetry.io/docs/specs/semconv/http/http-spans/"""
+    if not tracing.on() or scope["method"] not in _TRACED:
+        return NO_SPAN
+    return tracing.span(
+        scope["method"],
+        "server",
+        parent=parent,
+        attributes={"http.request.method": scope["method"], "url.scheme": scope["scheme"]},
+    )
+
+
+def _describe(span: Span, scope: Scope, status: int) -> None:
+    """Say in the span what is known at its end: the path holds ids, so the span is named after the route."""
+    if span is NO_SPAN:
+        return
+    route = getattr(scope.get("route"), "path", None)
+    if route is not None:
+        span.rename(f"{scope['method']} {route}")
+    span.set("http.route", route)
+    span.set("http.response.status_code", status)
+    span.set("inferq.tenant", scope.get("state", {}).get("tenant"))
+    if status >= 500:
+        span.fail(str(status))

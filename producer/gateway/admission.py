@@ -58,6 +58,7 @@ class Facts:
     unavailable: the worker checks again before a run.
     `is_queued_line`: whether the id belongs to a line of a batch that waits in its queue.
     `unusable_inputs`: in the order of the task's fields.
+    `trace_id`: the trace of the submission.
     """
 
     task: Task
@@ -67,6 +68,7 @@ class Facts:
     result: Result | None = None
     is_queued_line: bool = False
     unusable_inputs: tuple[UnusableInput, ...] = ()
+    trace_id: str | None = None
 
     @property
     def record_decides(self) -> bool:
@@ -95,7 +97,7 @@ def admit(facts: Facts) -> Publish | AlreadyAccepted | Refuse:
         if isinstance(unusable.error, InvalidTask):
             return Refuse(problem_of(unusable.error))
         return Refuse(unknown_file(unusable.field, unusable.url))
-    return Publish(record.status if record is not None else _queued(task))
+    return Publish(record.status if record is not None else _queued(task, facts.trace_id))
 
 
 def may_be_in_use(task_id: str, now: datetime) -> bool:
@@ -123,7 +125,7 @@ def id_conflict(task: Task) -> ProblemError:
     )
 
 
-def _queued(task: Task) -> TaskStatus:
+def _queued(task: Task, trace_id: str | None = None) -> TaskStatus:
     return TaskStatus(
         task_id=task.task_id,
         task_type=task.task_type,
@@ -132,4 +134,5 @@ def _queued(task: Task) -> TaskStatus:
         priority=task.priority,
         batch_id=task.batch_id,
         created_at=task.created_at,
+        trace_id=trace_id,
     )

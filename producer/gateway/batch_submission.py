@@ -6,17 +6,19 @@ import asyncio
 from collections.abc import Callable
 
 from inferq.broker.messages import Message
+from inferq.broker.spans import sending_job
 from inferq.producer.batch.start import start
 from inferq.producer.gateway.problems import ProblemError, problem_of, unknown_file
 from inferq.producer.gateway.services import Services
 from inferq.schemas import Batch, InferqError
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage.batches.store import BatchConflict
 from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.store import ObjectNotFound
 
 
-async def submit_batch(services: Services, batch: Batch) -> Batch:
-    """The batch on record, once the broker has confirmed the message.
+async def submit_batch(services: Services, batch: Batch, trace: TraceContext | None = None) -> Batch:
+    """The batch on record, once the broker has confirmed the message. `trace`: that of the request's client.
 
     Raises ProblemError: 409 if the id belongs to another batch, 422 if its source is an upload that does
     not exist or is empty, 503 if the broker did not confirm or the object store is unavailable.
@@ -24,7 +26,8 @@ async def submit_batch(services: Services, batch: Batch) -> Batch:
     await _check_upload(services, batch)
     publish = _publisher(services, asyncio.get_running_loop())
     try:
-        recorded = await services.on_store(start, batch, services.batches, publish)
+        with sending_job("inference.batches", batch.batch_id) as span:
+            recorded = await services.on_store(start, batch, services.batches, publish, span.context or trace)
     except BatchConflict as error:
         raise ProblemError(409, "id_conflict", error.message) from error
     except InferqError as error:

@@ -26,7 +26,8 @@ from inferq.producer.gateway.problems import ProblemError
 from inferq.producer.gateway.responses import json_response, page_path, page_response
 from inferq.producer.gateway.routing import Router
 from inferq.producer.gateway.services import Services, ServicesDep
-from inferq.schemas import MAX_BODY_BYTES, BatchStatus, InvalidTask
+from inferq.schemas import MAX_BODY_BYTES, BatchStatus, InvalidTask, tracing
+from inferq.schemas.trace_context import trace_context
 from inferq.storage.batches.store import errors_key, output_key
 from inferq.storage.batches.times import Created
 from inferq.storage.status.fields import CURSOR_PATTERN, read_cursor, write_cursor
@@ -114,7 +115,8 @@ async def post_batch(
             raise InvalidTask(f"{error.message}; {SEND_JSONL_AS}", code=error.code) from error
     wanted = requested_batch(document, tenant=tenant)
     bind_contextvars(batch_id=wanted.batch_id)
-    batch = await submit_batch(services, wanted)
+    trace = tracing.current().context or trace_context(request.headers)
+    batch = await submit_batch(services, wanted, trace)
     status = await find_batch(services, tenant, batch.batch_id)
     return _answer(services.paths, status or status_of(batch, None), code=202, location=True)
 

@@ -8,6 +8,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from inferq.schemas.metrics import SECONDS, BoundedLabel
+from inferq.schemas.trace_metrics import SpansDropped
 
 _TYPES = 100
 """How many task types of ended tasks are counted by name: they come from records, not from what is installed here."""
@@ -18,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(SpansDropped())
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
         self.requests = Counter(

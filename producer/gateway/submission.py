@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from inferq.broker.messages import task_message
+from inferq.broker.spans import sending, traced
 from inferq.producer.gateway.admission import (
     Facts,
     Publish,
@@ -35,6 +36,7 @@ from inferq.producer.gateway.problems import problem_of
 from inferq.producer.gateway.services import Services
 from inferq.producer.gateway.task_lookup import queued_line
 from inferq.schemas import InferqError, InvalidTask, Outage, Result, Task, TaskStatus
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage.objects.results import upload_key
 from inferq.storage.objects.store import ObjectNotFound
 from inferq.storage.status.index import StatusOutage, Submission
@@ -59,8 +61,10 @@ class Submitter:
         self._in_flight: dict[tuple[str, str], tuple[str, asyncio.Task[TaskStatus]]] = {}
         self._recording: asyncio.Task[None] | None = None
 
-    async def submit(self, task: Task, *, own_id: bool, traceparent: str | None = None) -> TaskStatus:
+    async def submit(self, task: Task, *, own_id: bool, trace: TraceContext | None = None) -> TaskStatus:
         """The task's status once the broker has confirmed it; `own_id`: whether the client chose the id.
+
+        `trace`: the span of the request, or its client's.
 
         Raises ProblemError: 409 if the id belongs to another task, 422 if an uploaded input does not exist,
         503 if the broker did not confirm.
@@ -71,7 +75,7 @@ class Submitter:
             if found[0] == digest:
                 return await asyncio.shield(found[1])
             await asyncio.wait([found[1]])
-        running = asyncio.create_task(self._submit(task, digest, own_id, traceparent))
+        running = asyncio.create_task(self._submit(task, digest, own_id, trace))
         self._in_flight[key] = digest, running
         running.add_done_callback(lambda _: self._in_flight.pop(key))
         running.add_done_callback(_retrieve_exception)
@@ -84,21 +88,22 @@ class Submitter:
         if self._recording is not None:
             self._recording.cancel()
 
-    async def _submit(self, task: Task, digest: str, own_id: bool, traceparent: str | None) -> TaskStatus:
-        facts = await self._gather(task, digest, own_id)
+    async def _submit(self, task: Task, digest: str, own_id: bool, trace: TraceContext | None) -> TaskStatus:
+        facts = await self._gather(task, digest, own_id, trace)
         decision = admit(facts)
         if isinstance(decision, Publish):
-            await self._publish(task, digest, traceparent)
-            await self._confirm(task, digest)
+            await self._publish(task, digest, trace)
+            await self._confirm(task, digest, trace)
         elif not facts.record_decides:
             await self._withdraw(task, digest)
         if isinstance(decision, Refuse):
             raise decision.problem
         return decision.status
 
-    async def _gather(self, task: Task, digest: str, own_id: bool) -> Facts:
+    async def _gather(self, task: Task, digest: str, own_id: bool, trace: TraceContext | None) -> Facts:
         _, accepted = self._services.unrecorded.get((task.tenant, task.task_id), (task, None))
-        facts = Facts(task, digest, record=await self._reserve(task, digest), accepted=accepted)
+        record = await self._reserve(task, digest, trace)
+        facts = Facts(task, digest, record=record, accepted=accepted, trace_id=_id_of(trace))
         look_up = own_id and may_be_in_use(task.task_id, datetime.now(UTC))
         uploads = {field: url for field, url in task.inputs().items() if url.startswith("inferq:")}
         if facts.record_decides or not (look_up or uploads):
@@ -111,11 +116,11 @@ class Submitter:
             )
         return replace(facts, result=result, is_queued_line=is_queued_line, unusable_inputs=unusable_inputs)
 
-    async def _reserve(self, task: Task, digest: str) -> Submission | None:
+    async def _reserve(self, task: Task, digest: str, trace: TraceContext | None) -> Submission | None:
         services = self._services
         try:
             await services.record_accepted(task.tenant, task.task_id)
-            return await services.on_redis(services.status.submit, task, digest)
+            return await services.on_redis(services.status.submit, task, digest, trace_id=_id_of(trace))
         except StatusOutage as error:
             # Redis is an index: the task runs without it, and the worker makes the record.
             _log.warning(
@@ -156,15 +161,17 @@ class Submitter:
             _log.warning("task %s: cannot check whether %s exists: %s", task.task_id, field, error)
         return None
 
-    async def _publish(self, task: Task, digest: str, traceparent: str | None) -> None:
+    async def _publish(self, task: Task, digest: str, trace: TraceContext | None) -> None:
         metrics = self._services.metrics
         begun = time.perf_counter()
+        message = task_message(task, digest=digest)
         async with self._withdrawn_on_error(task, digest):
             try:
-                await self._services.publisher.confirm(
-                    task_message(task, digest=digest, traceparent=traceparent),
-                    timeout=self._services.settings.submit_timeout,
-                )
+                with sending(message) as span:
+                    await self._services.publisher.confirm(
+                        traced(message, span.context or trace),
+                        timeout=self._services.settings.submit_timeout,
+                    )
             except InferqError as error:
                 problem = problem_of(error)
                 # The client needs the id to submit the same task again; the broker may even have it.
@@ -173,9 +180,11 @@ class Submitter:
         metrics.publish_seconds.observe(time.perf_counter() - begun)
         metrics.tasks_submitted.labels(task.task_type).inc()
 
-    async def _confirm(self, task: Task, digest: str) -> None:
+    async def _confirm(self, task: Task, digest: str, trace: TraceContext | None) -> None:
         try:
-            confirmed = await self._services.on_redis(self._services.status.confirm, task, digest)
+            confirmed = await self._services.on_redis(
+                self._services.status.confirm, task, digest, trace_id=_id_of(trace)
+            )
         except StatusOutage as error:
             _log.warning("task %s: queued without a record, as Redis is unavailable: %s", task.task_id, error)
             self._record_later(task, digest)
@@ -215,6 +224,10 @@ class Submitter:
             with suppress(StatusOutage):
                 while services.unrecorded:
                     await services.record_accepted(*next(iter(services.unrecorded)))
+
+
+def _id_of(trace: TraceContext | None) -> str | None:
+    return trace.trace_id if trace is not None else None
 
 
 async def _value(value: T) -> T:

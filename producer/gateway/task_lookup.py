@@ -175,6 +175,7 @@ async def _without_message(services: Services, status: TaskStatus) -> TaskStatus
             finished_at=datetime.now(UTC),
             digest=digest,
             redrives=status.redrives,
+            trace_id=status.trace_id,
         )
         kept = await services.try_store(services.results.save, ended)
         if kept is ended:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Annotated
 
 from fastapi import Query, Request
@@ -31,12 +30,11 @@ from inferq.producer.gateway.task_lookup import (
     require_status,
 )
 from inferq.producer.gateway.task_request import requested_task
-from inferq.schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus
+from inferq.schemas import MAX_BODY_BYTES, Outage, Result, State, TaskId, TaskStatus, tracing
 from inferq.schemas.task import TypeName
+from inferq.schemas.trace_context import trace_context
 from inferq.storage.status.fields import CURSOR_PATTERN
 from inferq.storage.status.index import StatusOutage
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 router = Router(prefix="/v1", tags=["tasks"])
 
@@ -103,11 +101,10 @@ async def _submit(request: Request, services: Services, tenant: str, task_id: st
     task = requested_task(document, tenant=tenant, task_id=task_id)
     bind_contextvars(task_id=task.task_id, task_type=task.task_type)
     submitter: Submitter = request.app.state.submitter
-    traceparent = request.headers.get("traceparent", "")
     status = await submitter.submit(
         task,
         own_id="task_id" in document or task_id is not None,
-        traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
+        trace=tracing.current().context or trace_context(request.headers),
     )
     seconds = wait_seconds(request.headers.getlist("prefer"))
     if seconds and not status.ended:

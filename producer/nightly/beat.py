@@ -19,11 +19,13 @@ from celery.beat import Scheduler, Service
 from pydantic import JsonValue
 
 from inferq.broker import NIGHT_START_JOB, Message, job_message
+from inferq.broker.spans import sending_job
 from inferq.producer.nightly.metrics import BeatMetrics
 from inferq.producer.nightly.schedules import SchedulesUnusable, read_schedules
 from inferq.schemas import InferqError
 from inferq.schemas.probe_server import Readiness
 from inferq.schemas.schedule import Schedule, run_id_of
+from inferq.schemas.trace_context import TraceContext
 from inferq.storage import ObjectStore
 from inferq.storage.nightly_runs import RunLog, known_schedules
 
@@ -36,14 +38,20 @@ _SMALL_STEP = timedelta(minutes=1)
 _log = logging.getLogger(__name__)
 
 
-def start_message(schedule: Schedule, scheduled_at: datetime) -> Message:
+def send_start(schedule: Schedule, scheduled_at: datetime, publish: Callable[[Message], object]) -> None:
+    """Publish the job that starts a run, in a span that begins the run's trace."""
+    with sending_job("inference.batches", run_id_of(schedule.name, scheduled_at)) as span:
+        publish(start_message(schedule, scheduled_at, span.context))
+
+
+def start_message(schedule: Schedule, scheduled_at: datetime, trace: TraceContext | None = None) -> Message:
     """The job that starts a run. It carries the whole schedule, so that its worker needs no file."""
     run_id = run_id_of(schedule.name, scheduled_at)
     arguments: dict[str, JsonValue] = {
         "schedule": schedule.model_dump(mode="json"),
         "scheduled_at": scheduled_at.astimezone(UTC).isoformat(),
     }
-    return job_message(NIGHT_START_JOB, "inference.batches", arguments, job_id=run_id)
+    return job_message(NIGHT_START_JOB, "inference.batches", arguments, job_id=run_id, trace=trace)
 
 
 class Beat:
@@ -119,7 +127,7 @@ class Beat:
         try:
             known = log.has(run_id_of(schedule.name, due))
             if not known:
-                self._publish(start_message(schedule, due))
+                send_start(schedule, due, self._publish)
                 _log.info("%s: started the run of %s", schedule.name, due.isoformat())
         except InferqError:
             self.metrics.due(schedule.name, due, "failed")

@@ -8,6 +8,8 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from inferq.schemas.trace_metrics import SpansDropped
+
 Outcome = Literal["started", "known", "failed"]
 
 
@@ -16,6 +18,7 @@ class BeatMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(SpansDropped())
         self._runs = Counter(
             "inferq_beat_runs",
             "Runs that were due, by outcome: started; known (started before); failed (still retrying, each try).",

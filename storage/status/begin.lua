@@ -25,6 +25,7 @@ if begins_now and begins >= order then
   move('running', begins, attempt, redrives)
   redis.call('HSET', key, 'w', worker, 'st', started, 'l', number(runs) .. ' ' .. run)
   redis.call('HDEL', key, 'g', 'n', 'e')
+  note_trace()
   if begins > order then publish(event) end
 end
 if begins_now then renew(run) end

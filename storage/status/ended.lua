@@ -30,6 +30,7 @@ move(state, ends, attempt, redrives)
 redis.call('HSET', key, 'f', finished, 'k', call)
 if started ~= '' then redis.call('HSET', key, 'st', started) end
 if worker ~= '' then redis.call('HSET', key, 'w', worker) end
+note_trace()
 -- Progress is of a run. The same as TaskStatus.of_result.
 redis.call('HDEL', key, 'e', 'h', 'l', 'g', 'n')
 if failure ~= '' then redis.call('HSET', key, 'e', failure) end

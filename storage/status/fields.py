@@ -24,18 +24,20 @@ CURSOR_PATTERN = r"^-?[0-9]{1,20}:[A-Za-z0-9._:-]{1,128}$"
 """All cursors, and no other strings."""
 
 
-def task_fields(task: Task, digest: str | None = None) -> list[Any]:
+def task_fields(task: Task, digest: str | None = None, trace_id: str | None = None) -> list[Any]:
     """The arguments with which a script records a task. `digest` avoids computing it again."""
     digest = digest or task.digest()
-    place = batch_place(task.batch_id, task.batch_line)
+    place = place_of(task.batch_id, task.batch_line, trace_id)
     return [task.task_type, task.priority, place, digest, micros(task.created_at)]
 
 
-def batch_place(batch_id: str | None, line: int | None) -> str:
-    """A task's batch for the scripts: `<batch_id>` or `<batch_id>/<line>`. A batch id has no slash."""
-    if batch_id is None:
-        return ""
-    return batch_id if line is None else f"{batch_id}/{line}"
+def place_of(batch_id: str | None, line: int | None, trace_id: str | None) -> str:
+    """A task's batch and trace for the scripts: `<batch_id>/<line>@<trace_id>`, each if there is one.
+
+    A batch id has neither a slash nor an at sign.
+    """
+    place = "" if batch_id is None else batch_id if line is None else f"{batch_id}/{line}"
+    return f"{place}@{trace_id}" if trace_id else place
 
 
 def event_json(
@@ -47,9 +49,18 @@ def event_json(
     redrives: int = 0,
     at: datetime | None = None,
     error: ErrorInfo | None = None,
+    trace_id: str | None = None,
 ) -> str:
     """The JSON of an event of an unfinished task."""
-    data = EventData.of(task, state, attempt=attempt, redrives=redrives, error=error, metadata=task.metadata)
+    data = EventData.of(
+        task,
+        state,
+        attempt=attempt,
+        redrives=redrives,
+        error=error,
+        metadata=task.metadata,
+        trace_id=trace_id,
+    )
     return to_json(Event(type=kind, timestamp=at or datetime.now(UTC), data=data))
 
 
@@ -74,6 +85,7 @@ def read_status(tenant: str, task_id: str, fields: list[Any]) -> TaskStatus:
         started_at=_time(record.get("st")),
         finished_at=_time(record.get("f")),
         cancel_requested="x" in record,
+        trace_id=record.get("tr") or None,
     )
 
 

@@ -8,5 +8,6 @@ move('retrying', retries, attempt, redrives)
 redis.call('HSET', key, 'e', failure)
 redis.call('HDEL', key, 'l', 'g', 'n')
 count_usage(day, ty, 'retried', micros)
+note_trace()
 publish(event)
 return 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from inferq.schemas import SCHEMA_VERSION, ErrorInfo, Event, Result, State, Task
 from inferq.schemas.encoding import clean, to_json
-from inferq.storage.status.fields import as_text, batch_place, event_json, micros, task_fields
+from inferq.storage.status.fields import as_text, event_json, micros, place_of, task_fields
 from inferq.storage.status.keys import record_key
 from inferq.storage.status.script_calls import ScriptCalls
 from inferq.storage.status.usage import spent_on
@@ -55,6 +55,7 @@ class Runs(ScriptCalls):
         run: str,
         silence: float = 0.0,
         repeats: bool = True,
+        trace_id: str | None = None,
     ) -> Callable[[], Begun]:
         """Record that a run begins. The request is sent; calling the result waits for the reply.
 
@@ -63,13 +64,16 @@ class Runs(ScriptCalls):
         lease, unless that gave no sign of life for `silence` seconds. `cancel_requested` renews the lease.
         `repeats`: whether it begins although a later attempt is on record.
         """
-        event = event_json("task.started", task, "running", attempt=attempt, redrives=redrives, at=started_at)
+        event = event_json(
+            "task.started", task, "running",
+            attempt=attempt, redrives=redrives, at=started_at, trace_id=trace_id,
+        )  # fmt: skip
         answer = self._start(
             "begin",
             task.tenant,
             task.task_id,
             [
-                *task_fields(task, digest),
+                *task_fields(task, digest, trace_id),
                 attempt,
                 redrives,
                 clean(worker),
@@ -135,18 +139,22 @@ class Runs(ScriptCalls):
         digest: str | None = None,
         run: str = "",
         engine_seconds: float = 0.0,
+        trace_id: str | None = None,
     ) -> None:
         """The attempt failed; the next one waits in a retry level. `digest` is made here if absent.
 
         Ends the lease of `run`. `engine_seconds` counts in the tenant's usage.
         """
-        event = event_json("task.retrying", task, "retrying", attempt=attempt, redrives=redrives, error=error)
+        event = event_json(
+            "task.retrying", task, "retrying",
+            attempt=attempt, redrives=redrives, error=error, trace_id=trace_id,
+        )  # fmt: skip
         self._change(
             "retrying",
             task.tenant,
             task.task_id,
             [
-                *task_fields(task, digest),
+                *task_fields(task, digest, trace_id),
                 attempt,
                 redrives,
                 to_json(error),
@@ -182,7 +190,7 @@ class Runs(ScriptCalls):
         facts = [
             result.task_type,
             "",
-            batch_place(result.batch_id, result.batch_line),
+            place_of(result.batch_id, result.batch_line, result.trace_id),
             result.digest or "",
             micros(result.created_at),
         ]

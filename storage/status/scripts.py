@@ -5,6 +5,7 @@ A task is a hash under `inferq:t:<tenant>:<task_id>` with short field names:
     w worker  st started  f finished  g progress  n note  e error (JSON)  x when a cancel was requested
     k the call that created or ended it, so that a repeated call gets the same reply
     h the run that holds the task, and when it last gave a sign of life (see lease.lua)
+    tr the id of the task's trace
     l the number of consecutive orphaned runs of the recorded attempt, and the last run's token
 Times are microseconds since 1970. Sorted sets, scored by creation time, index the tasks of a tenant
 (`inferq:l:<tenant>`), of a batch (`inferq:b:<tenant>:<batch>`), and of each state (`inferq:s:<tenant>:<state>`)

@@ -25,19 +25,19 @@ class Submission:
 class Submissions(ScriptCalls):
     """The changes that a producer makes. A task's `digest` is computed here if absent."""
 
-    def submit(self, task: Task, digest: str | None = None) -> Submission:
+    def submit(self, task: Task, digest: str | None = None, *, trace_id: str | None = None) -> Submission:
         """Record a task as not yet confirmed, unless it has a record."""
-        arguments = [*task_fields(task, digest), secrets.token_hex(6)]
+        arguments = [*task_fields(task, digest, trace_id), secrets.token_hex(6)]
         reply = self._change("submit", task.tenant, task.task_id, arguments)
         new, confirmed, conflict, *fields = reply
         status = read_status(task.tenant, task.task_id, fields)
         return Submission(new=bool(new), confirmed=bool(confirmed), conflict=bool(conflict), status=status)
 
-    def confirm(self, task: Task, digest: str | None = None) -> bool:
+    def confirm(self, task: Task, digest: str | None = None, *, trace_id: str | None = None) -> bool:
         """The broker has confirmed the task: publish `task.queued`, once. False if another task has its id."""
-        event = event_json("task.queued", task, "queued")
+        event = event_json("task.queued", task, "queued", trace_id=trace_id)
         confirmed: int = self._change(
-            "confirm", task.tenant, task.task_id, [*task_fields(task, digest), event]
+            "confirm", task.tenant, task.task_id, [*task_fields(task, digest, trace_id), event]
         )
         return confirmed >= 0
 

@@ -5,6 +5,7 @@ if not known then
   redis.call('DEL', cancelled_early)
   create(ty, priority, batch, digest, created, 'queued', order_of(0, 1, 0), 1)
   redis.call('HSET', key, 'k', call)
+  note_trace()
   new = 1
 elseif redis.call('HGET', key, 'k') == call then
   new = 1

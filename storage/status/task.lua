@@ -1,5 +1,5 @@
 local ty, priority, digest, created = ARGV[5], ARGV[6], ARGV[8], ARGV[9]
-local batch, line = string.match(ARGV[7], '^([^/]*)/?(%d*)$')
+local batch, line, trace = string.match(ARGV[7], '^([^/@]*)/?(%d*)@?(%x*)$')
 local known, order = unpack(redis.call('HMGET', key, 'd', 'o'))
 local unconfirmed = begun and known and known ~= digest and tonumber(order) % 10 == 0
 if (known == '' or unconfirmed) and digest ~= '' then
@@ -12,3 +12,7 @@ if (known == '' or unconfirmed) and digest ~= '' then
 end
 order = tonumber(order or -1)
 local conflict = known and known ~= '' and digest ~= '' and known ~= digest
+
+local function note_trace()
+  if trace ~= '' then redis.call('HSET', key, 'tr', trace) end
+end

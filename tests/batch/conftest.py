@@ -108,6 +108,7 @@ class QuickWorker(threading.Thread):
         self._done = threading.Event()
         self.tells_redis = True
         self.spares: set[str] = set()
+        self.headers: list[dict[str, Any]] = []
         self.status = StatusIndex.from_settings(site.services.storage)
 
     def run(self) -> None:
@@ -115,10 +116,11 @@ class QuickWorker(threading.Thread):
         channel = connection.channel()
         topology_for(installed_types()).apply(channel)
         channel.basic_qos(prefetch_count=50)
-        for method, _, body in channel.consume("inference.echo.normal", inactivity_timeout=0.05):
+        for method, properties, body in channel.consume("inference.echo.normal", inactivity_timeout=0.05):
             if self._done.is_set():
                 break
             if method is not None:
+                self.headers.append(properties.headers or {})
                 self._end(body)
                 channel.basic_ack(method.delivery_tag)
         channel.cancel()

@@ -23,6 +23,7 @@ from inferq.consumers.callbacks.metrics import CallbackMetrics
 from inferq.consumers.callbacks.sending import Sender, Sent
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import Callback, CallbackAttempt, CallbackRecord, InvalidTask
+from inferq.schemas.trace_context import TraceContext, trace_context
 from inferq.storage import StorageSettings, StoreOutage, WebhookSettings
 from inferq.storage.fetch.addresses import AddressPolicy
 from tests.callbacks.conftest import Receiver, callback, say
@@ -37,6 +38,7 @@ class Around:
 
     answers: list[int | Exception] = field(default_factory=list)
     sent: list[Callback] = field(default_factory=list)
+    traces: list[TraceContext | None] = field(default_factory=list)
     noted: list[CallbackRecord] = field(default_factory=list)
     kept: dict[str, CallbackRecord] = field(default_factory=dict)
     queue: list[Message] = field(default_factory=list)
@@ -58,8 +60,9 @@ class Around:
     def of(self, _tenant: str) -> Sequence[str]:
         return SECRETS
 
-    def send(self, callback: Callback, _secrets: Sequence[str]) -> Sent:
+    def send(self, callback: Callback, _secrets: Sequence[str], *, trace: TraceContext | None = None) -> Sent:
         self.sent.append(callback)
+        self.traces.append(trace)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -103,6 +106,17 @@ def test_what_nobody_foresaw_is_an_attempt_that_the_record_shows() -> None:
     (record,) = around.kept.values()
     assert [attempt.error for attempt in record.attempts] == ["internal: RuntimeError"] * 3
     assert "a secret" not in str(around.noted)
+
+
+def test_every_attempt_is_made_in_the_trace_of_the_callback() -> None:
+    given = trace_context({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "vendor=a"})
+    assert given is not None
+    around = Around([500, 500, 200])
+    around.run(new_job(trace=given.headers()))
+    assert around.traces == [given] * 3
+    around = Around([200])
+    around.run(new_job(trace={"traceparent": "broken"}))
+    assert around.traces == [None]
 
 
 def test_a_fault_after_an_attempt_is_bounded_by_the_schedule_too() -> None:

@@ -14,11 +14,8 @@ from typer.testing import CliRunner
 from inferq.producer.cli.main import app
 from inferq.schemas import InstallationError
 from inferq.schemas.logs import LineFormatter, LogFormat, LogSettings, PartFormatter, fields
-from inferq.schemas.traceparent import trace_id_of
 
 FORGED = "x\n2026-11-30 10:00:00,000 INFO all is well\r\x1b[2J\u2028\x85\tü\udce9"
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-SPAN = "b7ad6b7169203331"
 
 
 def formatted(
@@ -117,26 +114,6 @@ def test_an_unknown_form_is_refused_before_a_part_starts(tmp_path: Path, command
     ended = CliRunner().invoke(app, [*command.split(), "--check"], env=env)
     assert isinstance(ended.exception, InstallationError)
     assert str(ended.exception) == "INFERQ_LOG_FORMAT: Input should be 'text' or 'json'"
-
-
-@pytest.mark.parametrize(
-    ("header", "trace_id"),
-    [
-        (f"00-{TRACE}-{SPAN}-01", TRACE),
-        (f"cc-{TRACE}-{SPAN}-00", TRACE),
-        (f"ff-{TRACE}-{SPAN}-01", None),
-        (f"00-{'0' * 32}-{SPAN}-01", None),
-        (f"00-{TRACE}-{'0' * 16}-01", None),
-        (f"00-{TRACE.upper()}-{SPAN}-01", None),
-        (f"00-{TRACE}-{SPAN}-01\n", None),
-        (f"00-{TRACE[1:]}-{SPAN}-01", None),
-        ("", None),
-        (None, None),
-        (7, None),
-    ],
-)
-def test_the_trace_id_of_a_traceparent(header: object, trace_id: str | None) -> None:
-    assert trace_id_of(header) == trace_id
 
 
 def test_every_part_sets_up_its_log_in_one_place() -> None:

@@ -588,6 +588,40 @@ def test_late_messages_of_earlier_attempts_change_nothing(index: StatusIndex) ->
     assert known(index, task) == before
 
 
+def test_the_trace_of_a_task_is_in_its_status_and_in_every_event(
+    index: StatusIndex, events: Callable[[], list[Event]]
+) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    task = job(batch_id="b1")
+    submission = index.submit(task, trace_id=trace_id)
+    assert (submission.status.trace_id, submission.status.batch_id) == (trace_id, "b1")
+    index.confirm(task, trace_id=trace_id)
+    begin_run(index, task, trace_id=trace_id)
+    index.progress("default", "t1", 0.5, None)
+    index.retrying(task, attempt=1, redrives=0, error=ERROR, trace_id=trace_id)
+    index.ended(end(task, attempts=2, trace_id=trace_id))
+    assert known(index, task).trace_id == trace_id
+    found = events()
+    assert len(found) == 5
+    assert {event.data.trace_id for event in found} == {trace_id}
+
+
+@pytest.mark.parametrize("first", ["confirm", "begin", "retrying", "ended"])
+def test_a_task_without_a_record_gets_one_with_its_trace(index: StatusIndex, first: str) -> None:
+    trace_id, task = "a" * 32, job()
+    match first:
+        case "confirm":
+            index.confirm(task, trace_id=trace_id)
+        case "begin":
+            begin_run(index, task, trace_id=trace_id)
+        case "retrying":
+            index.retrying(task, attempt=1, redrives=0, error=ERROR, trace_id=trace_id)
+        case _:
+            index.ended(end(task, trace_id=trace_id))
+    status = known(index, task)
+    assert (status.trace_id, status.batch_id) == (trace_id, None)
+
+
 def test_progress_only_grows_and_only_while_running(index: StatusIndex) -> None:
     task = job()
     index.submit(task)

@@ -11,7 +11,7 @@ from inferq.schemas import InputUrl, Options, Task, TaskType, always
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
     "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate", "gpu_memory", "swell",
-    "grow", "illegible", "cut_and_die", "cut_and_stay", "endless_message",
+    "grow", "illegible", "stumble", "cut_and_die", "cut_and_stay", "endless_message",
 ]  # fmt: skip
 
 

@@ -106,6 +106,9 @@ class FaultyEngine(Engine[FaultyTask]):
                 raise InvalidTask("caf\udce9 is no word", code="illegible")
             case "transient":
                 raise TransientFailure("not this time", code="not_now")
+            case "stumble":
+                context.progress(0.5, "half")
+                raise TransientFailure("not this time", code="not_now")
             case "error":
                 raise RuntimeError("a bug")
             case "memory":
