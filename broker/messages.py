@@ -43,6 +43,7 @@ _MOST = 1_000_000
 _SHORT_STRING_BYTES = 255
 _IS_DIGEST = re.compile(r"[0-9a-f]{64}").fullmatch
 _ANY_DIGEST = "0" * 64
+_ANY_TRACE = f"00-{'0' * 32}-{'0' * 16}-00"
 
 _PLAIN = frozenset((int, str))
 _TIMESTAMP = struct.Struct(">Q")
@@ -90,9 +91,11 @@ class Message(NamedTuple):
 
         Raises what pika raises for properties that cannot be encoded.
         """
-        headers, digest = self.headers, self.headers.get(DIGEST)
+        headers, digest, trace = self.headers, self.headers.get(DIGEST), self.headers.get(TRACEPARENT)
         if digest is not None and _is_digest(digest):
             headers = {**headers, DIGEST: _ANY_DIGEST}
+        if isinstance(trace, str) and len(trace) == len(_ANY_TRACE) and trace.isascii():
+            headers = {**headers, TRACEPARENT: _ANY_TRACE}
         values = tuple(headers.items())
         types = tuple(map(type, headers.values()))
         if self.message_id is None or self.type is None or not _PLAIN.issuperset(types):
@@ -102,7 +105,11 @@ class Message(NamedTuple):
             raise ShortStringTooLong(self.message_id)
         head = _encoded_head(values, types)
         if headers is not self.headers:
-            head = head.replace(_ANY_DIGEST.encode(), str(digest).encode(), 1)
+            # `traceparent` comes before `tracestate`, whose value a producer chooses.
+            if headers.get(DIGEST) is _ANY_DIGEST:
+                head = head.replace(_ANY_DIGEST.encode(), str(digest).encode(), 1)
+            if headers.get(TRACEPARENT) is _ANY_TRACE:
+                head = head.replace(_ANY_TRACE.encode(), str(trace).encode(), 1)
         return head + b"%c%b%b%c%b" % (
             len(message_id), message_id, _TIMESTAMP.pack(int(time.time())), len(kind), kind,
         )  # fmt: skip

@@ -22,7 +22,10 @@ def sending(message: Message) -> Span:
     """The span in which a task's message is published; see `traced`."""
     if not tracing.on():
         return NO_SPAN
-    attributes = _attributes("send", message.exchange, message.routing_key, message.message_id)
+
+    def attributes() -> Mapping[str, Value]:
+        return _attributes("send", message.exchange, message.routing_key, message.message_id)
+
     return tracing.span(f"send {message.exchange}", "producer", attributes=attributes)
 
 
@@ -30,7 +33,9 @@ def sending_job(queue: JobQueue, job_id: str) -> Span:
     """The span in which a job's message is published. Its context is the job's `trace`."""
     if not tracing.on():
         return NO_SPAN
-    return tracing.span(f"send {queue}", "producer", attributes=_attributes("send", JOBS, queue, job_id))
+    return tracing.span(
+        f"send {queue}", "producer", attributes=lambda: _attributes("send", JOBS, queue, job_id)
+    )
 
 
 def traced(message: Message, context: TraceContext | None) -> Message:
@@ -47,11 +52,14 @@ def processing(delivery: Delivery) -> Span:
     headers = delivery.headers
     parent = trace_context(headers)
     link = trace_context({TRACEPARENT: headers.get(TRACE_LINK)}) if parent is None else None
-    attributes = {
-        **_attributes("process", TASKS, delivery.routing_key, named_id(delivery), queue=delivery.queue),
-        "messaging.message.body.size": len(delivery.body),
-        "inferq.attempt": delivery.attempt,
-    }
+
+    def attributes() -> Mapping[str, Value]:
+        return {
+            **_attributes("process", TASKS, delivery.routing_key, named_id(delivery), queue=delivery.queue),
+            "messaging.message.body.size": len(delivery.body),
+            "inferq.attempt": delivery.attempt,
+        }
+
     return tracing.span(
         f"process {delivery.queue}", "consumer", parent=parent, link=link, attributes=attributes
     )
@@ -67,12 +75,10 @@ def processing_job(
         f"process {queue}",
         "consumer",
         parent=trace,
-        attributes={
-            **_attributes("process", JOBS, queue, None, queue=queue),
-            "inferq.job": name,
-            **attributes,
+        attributes=lambda: {
+            **_attributes("process", JOBS, queue, None, queue=queue), "inferq.job": name, **attributes,
         },
-    )
+    )  # fmt: skip
 
 
 def job_trace(trace: object) -> TraceContext | None:

@@ -32,6 +32,11 @@ class TraceContext(NamedTuple):
         """The id of the trace: 32 hexadecimal digits."""
         return self.traceparent[3:35]
 
+    @property
+    def sampled(self) -> bool:
+        """Whether the part before this one records the trace."""
+        return bool(int(self.traceparent[53:55], 16) & 1)
+
     def headers(self) -> dict[str, str]:
         """The headers of a request or message that continues the trace."""
         headers = {TRACEPARENT: self.traceparent}

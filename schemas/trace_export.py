@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,11 +17,12 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ParentBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from inferq.schemas.errors import InferqError, InstallationError
 from inferq.schemas.trace_context import TraceContext
-from inferq.schemas.tracing import NO_SPAN, Kind, Span, Value
+from inferq.schemas.tracing import NO_SPAN, Attributes, Kind, Span, Value
 
 _FLUSH_SECONDS = 3.0
 """How long the end of a process waits for the last spans to be exported."""
@@ -78,6 +80,7 @@ class Recorder:
         except ValueError as error:
             raise InstallationError(f"a variable OTEL_* is wrong: {error}", code="bad_settings") from error
         self._provider = provider
+        self._follows_parents = isinstance(provider.sampler, ParentBased)
         self._tracer = provider.get_tracer("inferq", version("inferq"))
 
     @property
@@ -90,27 +93,30 @@ class Recorder:
         kind: Kind,
         parent: TraceContext | None,
         link: TraceContext | None,
-        attributes: Mapping[str, Value] | None,
+        attributes: Attributes | None,
     ) -> Span:
         """See `tracing.span`."""
         links: Sequence[trace.Link] = ()
-        context: contexts.Context | None = None
+        context = contexts.Context()
         if parent is not None:
+            if self._follows_parents and not parent.sampled:
+                return _Unsampled(parent)
             context = _remote(parent)
         elif link is not None:
-            context = contexts.Context()
             links = [trace.Link(trace.get_current_span(_remote(link)).get_span_context())]
-        else:
-            surrounding = trace.get_current_span()
-            if not surrounding.is_recording() and (unsampled := _context_of(surrounding)) is not None:
-                return Span(unsampled)  # every sampler decides once for a trace: its children cost nothing
-        return _Recorded(
-            self._tracer.start_span(name, context, _KINDS[kind], attributes, links, record_exception=False)
+        elif (surrounding := _current.get()) is not None:
+            if surrounding.otel is None:
+                return Span(
+                    surrounding.context
+                )  # samplers decide once for a trace, so this costs nothing more
+            context = trace.set_span_in_context(surrounding.otel, context)
+        span = self._tracer.start_span(
+            name, context, _KINDS[kind], attributes() if attributes else None, links, record_exception=False
         )
+        return _Recorded(span) if span.is_recording() else _Unsampled(_context_of(span))
 
     def current(self) -> Span:
-        span = trace.get_current_span()
-        return _Recorded(span) if span.get_span_context().is_valid else NO_SPAN
+        return _current.get() or NO_SPAN
 
     def close(self) -> None:
         """Export the last spans, at most for `_FLUSH_SECONDS`."""
@@ -121,21 +127,47 @@ class Recorder:
             _log.warning("%d spans were not exported", lost)
 
 
-class _Recorded(Span):
-    """A span of the SDK's. It is the current one within its block."""
+class _Block(Span):
+    """The surrounding span of what happens in its block."""
 
-    __slots__ = ("_span", "_token")
+    __slots__ = ("_token", "otel")
 
-    def __init__(self, span: trace.Span) -> None:
-        super().__init__(_context_of(span))
-        self._span = span
+    def __init__(self, context: TraceContext, otel: trace.Span | None) -> None:
+        super().__init__(context)
+        self.otel = otel
 
     def __enter__(self) -> Span:
-        self._token = contexts.attach(trace.set_span_in_context(self._span))
+        self._token = _current.set(self)
         return self
 
+    def __exit__(self, *_raised: object) -> None:
+        _current.reset(self._token)
+
+
+_current: ContextVar[_Block | None] = ContextVar("inferq span", default=None)
+
+
+class _Unsampled(_Block):
+    """The first span of this process in a trace that is not recorded."""
+
+    __slots__ = ()
+
+    def __init__(self, context: TraceContext) -> None:
+        super().__init__(context, None)
+
+
+class _Recorded(_Block):
+    """A span of the SDK's."""
+
+    __slots__ = ("_span",)
+    recording = True
+
+    def __init__(self, span: trace.Span) -> None:
+        super().__init__(_context_of(span), span)
+        self._span = span
+
     def __exit__(self, *raised: object) -> None:
-        contexts.detach(self._token)
+        super().__exit__(*raised)
         error = raised[1]
         if isinstance(error, BaseException):
             self.fail(error.code if isinstance(error, InferqError) else type(error).__name__)
@@ -160,10 +192,8 @@ def _remote(context: TraceContext) -> contexts.Context:
     return _PROPAGATOR.extract(context.headers(), contexts.Context())
 
 
-def _context_of(span: trace.Span) -> TraceContext | None:
+def _context_of(span: trace.Span) -> TraceContext:
     context = span.get_span_context()
-    if not context.is_valid:
-        return None
     traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
     return TraceContext(traceparent, context.trace_state.to_header() if context.trace_state else "")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from inferq.schemas.errors import InstallationError
 from inferq.schemas.trace_context import TraceContext
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["internal", "server", "client", "producer", "consumer"]
 Value = str | int | float | bool
+Attributes = Callable[[], Mapping[str, Value]]
+"""Gives the attributes of a span; called only if it may be recorded."""
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -27,9 +29,10 @@ _recorder: Recorder | None = None
 
 
 class Span:
-    """A span that records nothing. `context` names the trace that continues all the same, if there is one."""
+    """A span. This one records nothing; its `context` names the trace that continues all the same, if there is one."""
 
     __slots__ = ("context",)
+    recording: ClassVar[bool] = False
 
     def __init__(self, context: TraceContext | None = None) -> None:
         self.context = context
@@ -67,7 +70,7 @@ def span(
     *,
     parent: TraceContext | None = None,
     link: TraceContext | None = None,
-    attributes: Mapping[str, Value] | None = None,
+    attributes: Attributes | None = None,
 ) -> Span:
     """A span for a `with` block. An exception that leaves the block ends it with an error.
 

@@ -173,7 +173,7 @@ class Delivery:
                 f"no_secret: tenant {callback.tenant!r} has no webhook secret, and callbacks are never sent unsigned; "
                 f"create one: inferq secrets rotate {callback.tenant}"
             )
-        with tracing.span("POST", "client", attributes={"http.request.method": "POST"}) as span:
+        with tracing.span("POST", "client", attributes=lambda: {"http.request.method": "POST"}) as span:
             sent = self.sender.send(callback, secrets, trace=span.context or trace)
             _describe(span, callback, sent.attempt)
         self.metrics.seconds.observe(sent.attempt.seconds)
@@ -261,7 +261,7 @@ def _log_attempt(job: Job, attempt: CallbackAttempt, decision: Decision) -> None
 
 def _describe(span: Span, callback: Callback, attempt: CallbackAttempt) -> None:
     """Say in the span whom it called and what came back; of the URL only the host, as the rest may be a secret."""
-    if not tracing.on():
+    if not span.recording:
         return
     with suppress(InvalidTask):
         url = parse_http_url(callback.url)

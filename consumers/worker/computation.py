@@ -193,7 +193,7 @@ class Computation:
 
     def _note_answer(self, span: Span, answer: Done | Failed) -> None:
         engine = self._engine_lease.info
-        if not tracing.on() or engine is None:
+        if not span.recording or engine is None:
             return
         for name in ("name", "version", "model", "device"):
             span.set(f"inferq.engine.{name}", getattr(engine, name))

@@ -521,8 +521,8 @@ def _loggable(error: InferqError) -> str:
 
 def _note_task(task: Task) -> None:
     """Say in the span which task it processes."""
-    if tracing.on():
-        span = tracing.current()
+    span = tracing.current()
+    if span.recording:
         span.set("inferq.task.type", task.task_type)
         span.set("inferq.tenant", task.tenant)
         span.set("inferq.batch.id", task.batch_id)

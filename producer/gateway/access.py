@@ -116,13 +116,13 @@ def _span_of(scope: Scope, parent: TraceContext | None) -> Span:
         scope["method"],
         "server",
         parent=parent,
-        attributes={"http.request.method": scope["method"], "url.scheme": scope["scheme"]},
+        attributes=lambda: {"http.request.method": scope["method"], "url.scheme": scope["scheme"]},
     )
 
 
 def _describe(span: Span, scope: Scope, status: int) -> None:
     """Say in the span what is known at its end: the path holds ids, so the span is named after the route."""
-    if span is NO_SPAN:
+    if not span.recording:
         return
     route = getattr(scope.get("route"), "path", None)
     if route is not None:

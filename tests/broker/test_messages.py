@@ -17,7 +17,9 @@ from inferq.broker import (
     waiting_message,
 )
 from inferq.broker.messages import redriven_message
+from inferq.broker.spans import traced
 from inferq.schemas import SCHEMA_VERSION, InvalidTask, parse_task
+from inferq.schemas.trace_context import TraceContext
 
 TASK = parse_task({"task_id": "t", "task_type": "echo"})
 ABOUT: dict[str, Any] = {"type_name": "echo", "priority": "normal"}
@@ -93,6 +95,17 @@ def test_waits_are_counted_in_a_row() -> None:
     waiting = delivered(waiting_message(delivered(), seconds=5, waits=2, **ABOUT))
     assert waiting.waits == 2
     assert {delivered(copy).waits for copy in copies(waiting, None).values()} == {0}
+
+
+@pytest.mark.parametrize("digest", [DIGEST, "0" * 64, None])
+def test_each_message_travels_with_its_own_trace(digest: str | None) -> None:
+    none = f"00-{'0' * 32}-{'0' * 16}-00"
+    for number in range(3):
+        trace = TraceContext(f"00-{number:032x}-{'b' * 16}-01", tracestate=none)
+        message = traced(task_message(TASK, digest=digest, link=trace), trace)
+        found = pika.BasicProperties().decode(message.encoded_properties())
+        assert found.headers == dict(message.headers)
+        assert found.headers["traceparent"] == trace.traceparent
 
 
 def test_each_message_travels_with_its_own_digest() -> None:

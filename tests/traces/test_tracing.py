@@ -52,7 +52,7 @@ def test_spans_reach_the_collector_as_a_tree(monkeypatch: pytest.MonkeyPatch, co
     use(monkeypatch, collector, OTEL_RESOURCE_ATTRIBUTES="deployment.environment=here")
     with (
         tracing.exporting("worker"),
-        tracing.span("outer", "server", parent=GIVEN, attributes={"a": 1}) as outer,
+        tracing.span("outer", "server", parent=GIVEN, attributes=lambda: {"a": 1}) as outer,
         tracing.span("inner") as inner,
     ):
         inner.event("progress", {"inferq.progress": 0.5})
