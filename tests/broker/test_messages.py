@@ -97,6 +97,18 @@ def test_waits_are_counted_in_a_row() -> None:
     assert {delivered(copy).waits for copy in copies(waiting, None).values()} == {0}
 
 
+def test_every_copy_keeps_the_trace_and_nothing_that_is_none() -> None:
+    whole = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "vendor=a"}
+    link = {"x-trace-link": f"00-{'c' * 32}-{'d' * 16}-01"}
+    for given, expected in (
+        (whole | link, whole | link),
+        (link, link),
+        ({"traceparent": f"ff-{'a' * 32}-{'b' * 16}-01", "tracestate": "vendor=a", "x-trace-link": 7}, {}),
+    ):
+        for copy in copies(delivered(**given), None).values():
+            assert {name: copy.headers[name] for name in (*whole, *link) if name in copy.headers} == expected
+
+
 @pytest.mark.parametrize("digest", [DIGEST, "0" * 64, None])
 def test_each_message_travels_with_its_own_trace(digest: str | None) -> None:
     none = f"00-{'0' * 32}-{'0' * 16}-00"
