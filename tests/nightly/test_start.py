@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -10,11 +11,16 @@ from typing import Any, cast
 
 import pytest
 
+from inferq.broker import Message
+from inferq.broker.spans import job_trace
 from inferq.consumers.nightly.start import Starter
+from inferq.producer.nightly.beat import send_start
+from inferq.schemas import tracing
 from inferq.schemas.schedule import run_id_of
 from inferq.storage import BatchStore, ObjectStore, StoreOutage
 from inferq.storage.batches.sources import Sources
 from inferq.storage.nightly_runs import Run
+from tests.traces.collector import Collector
 
 from .conftest import FIRST, SECOND, THIRD, CutOff, CutStore, NightSite
 
@@ -249,3 +255,26 @@ def test_keys_that_json_and_urls_find_hard_are_new_once(site: NightSite) -> None
     site.put(*names)
     assert sorted(site.start(FIRST)) == sorted(names)
     assert site.start(SECOND) == []
+
+
+def test_the_trace_of_a_run_goes_on_from_beat_to_the_feeding_of_its_batch(
+    site: NightSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.put("a")
+    with Collector() as collector:
+        for name, value in collector.settings().items():
+            monkeypatch.setenv(name, value)
+        with tracing.exporting("beat"):
+            send_start(site.schedule(), FIRST, site.sent.append)
+    (sent,) = collector.spans
+    assert (sent.name, sent.kind, sent.service) == ("send inference.batches", "producer", "inferq-beat")
+    trace = job_trace(_arguments(site.sent.pop())["trace"])
+    assert trace is not None
+    assert (trace.trace_id, trace.traceparent[36:52]) == (sent.trace_id, sent.span_id)
+    replace(site.starter, trace=trace).start(site.schedule(), FIRST)
+    assert _arguments(site.sent.pop())["trace"] == trace.headers()
+
+
+def _arguments(job: Message) -> dict[str, Any]:
+    arguments: dict[str, Any] = json.loads(job.body)[1]
+    return arguments

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from opentelemetry import trace
 
 from inferq.broker import Delivery, Message, task_message
 from inferq.broker.messages import retry_message
 from inferq.broker.spans import processing, sending, traced
+from inferq.producer.client.requests import Request
 from inferq.schemas import InstallationError, InvalidTask, parse_task, tracing
 from inferq.schemas.trace_context import TraceContext, trace_context
 from tests.traces.collector import Collector
@@ -205,6 +207,14 @@ def test_spans_of_many_threads_are_kept_apart(monkeypatch: pytest.MonkeyPatch, c
     for number in range(4):
         (outer,), (inner,) = collector.named(f"outer {number}"), collector.named(f"inner {number}")
         assert inner.parent_id == outer.span_id
+
+
+def test_a_client_goes_on_in_the_trace_of_the_program_that_uses_it() -> None:
+    inner = trace.SpanContext(int(TRACE, 16), 0xB7, is_remote=False, trace_flags=trace.TraceFlags(1))
+    assert "traceparent" not in Request("PUT", "/v1/tasks/t").arguments(1)["headers"]
+    with trace.use_span(trace.NonRecordingSpan(inner)):
+        headers = Request("PUT", "/v1/tasks/t", headers={"Prefer": "wait=1"}).arguments(1)["headers"]
+    assert headers == {"Prefer": "wait=1", "traceparent": f"00-{TRACE}-00000000000000b7-01"}
 
 
 @pytest.mark.parametrize(
