@@ -28,7 +28,6 @@ from inferq.schemas import (
     TaskType,
     parse_task,
 )
-from inferq.schemas.trace_context import trace_context
 
 _log = logging.getLogger(__name__)
 
@@ -248,8 +247,7 @@ class _SlotThread(threading.Thread):
         lane = self._lane_of[delivery.queue]
         self.taken[lane] += 1
         with self._supervisor.lease() as lease, processing(delivery) as span:
-            trace = span.context or trace_context(delivery.headers)
-            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, trace)
+            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, span.context)
             span.set("inferq.outcome", self.in_hand.complete())
         self.in_hand = None
 

@@ -67,7 +67,7 @@ from inferq.schemas import (
     tracing,
 )
 from inferq.schemas.logs import fields
-from inferq.schemas.trace_context import TraceContext
+from inferq.schemas.trace_context import TraceContext, trace_context
 from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class TaskRun:
         self._delivery = delivery
         self._token = f"{delivery.attempt}-{secrets.token_hex(6)}"
         self._scratch = f"{services.scratch.path}/{self._token}"
+        # The span that processes the delivery; by default its producer's.
+        trace = trace or trace_context(delivery.headers)
         self._records = Records(
             delivery, lane, type_name=services.task_type.name, worker=services.settings.worker_name,
             trace_id=trace.trace_id if trace is not None else None,

@@ -104,6 +104,8 @@ def test_a_task_is_one_connected_trace_from_its_request_through_a_retry_to_its_c
             eventually(lambda: len(named(collector.trace(TRACE), "POST")) == 3)
             secret = caller.secrets.of(TENANT)[0]
         spans = collector.trace(TRACE)
+    for log in (site.folder / "gateway.log", worker.log, caller.log):
+        assert f'"trace_id": "{TRACE}"' in log.read_text()
     print(f"\n{tree(spans)}")  # noqa: T201 - shown by pytest -s
 
     assert (result.status, result.attempts, result.trace_id) == ("succeeded", 2, TRACE)
