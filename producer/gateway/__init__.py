@@ -16,6 +16,7 @@ task_lookup       a task's status, from Redis and the object store
 batch_lookup      a batch's status, from the object store and Redis
 events            following a task to its end: event streams, and requests that wait
 event_bus         one Redis subscription for all of them
+operations        the routes of operations: the figures of the installation, and its workers
 callbacks         the routes of callbacks: their status, and sending them again
 
 Around them

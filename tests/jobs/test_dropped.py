@@ -58,7 +58,8 @@ def test_a_task_that_expires_in_its_queue_fails_with_a_record_and_a_callback(
 def test_a_copy_that_expires_while_another_runs_leaves_the_end_to_that_run(
     services: BatchServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = parse_task(TASK)
+    content = {**TASK, "task_id": "twin"}
+    task = parse_task(content)
     digest, now = task.digest(), datetime.now(UTC)
     begun = services.status.begin_pipelined(
         task, attempt=1, redrives=0, worker="w", started_at=now, digest=digest, run="another"
@@ -79,19 +80,19 @@ def test_a_copy_that_expires_while_another_runs_leaves_the_end_to_that_run(
             channel = connection.channel()
             topology_for(["echo"]).apply(channel)
             channel.basic_publish(
-                "inference.tasks", "task_type.echo", json.dumps(TASK).encode(),
-                pika.BasicProperties(delivery_mode=2, message_id="late", expiration="1"),
+                "inference.tasks", "task_type.echo", json.dumps(content).encode(),
+                pika.BasicProperties(delivery_mode=2, message_id="twin", expiration="1"),
             )  # fmt: skip
 
             def looked_twice() -> bool:
-                services.status.cancel_requested("default", "late", run="another")  # a sign of life
+                services.status.cancel_requested("default", "twin", run="another")  # a sign of life
                 return len(put_back) > 1
 
             eventually(looked_twice)
             assert {message.exchange for message in put_back} == {"inference.dropped"}
-            assert services.results.load("default", "late") is None
+            assert services.results.load("default", "twin") is None
             done = Result(
-                task_id="late", task_type="echo", tenant="default", status="succeeded", attempts=1,
+                task_id="twin", task_type="echo", tenant="default", status="succeeded", attempts=1,
                 finished_at=datetime.now(UTC), digest=digest,
             )  # fmt: skip
             services.results.save(done)
@@ -100,7 +101,7 @@ def test_a_copy_that_expires_while_another_runs_leaves_the_end_to_that_run(
                 lambda: [each.body for each in put_back if each.exchange != "inference.dropped"]
             )
             assert b"task.succeeded" in ends[0]
-            assert services.results.load("default", "late") == done
+            assert services.results.load("default", "twin") == done
     finally:
         dropped.stop()
 
