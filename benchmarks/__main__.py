@@ -179,6 +179,44 @@ def _feed(ground: Site, share: int, say: Say) -> None:
     say(f"Celery publishing the same tasks, each confirmed: {celery_rate:,.0f}/s.")
 
 
+def _observe(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.measure import drain_rates, idle_latencies
+    from benchmarks.observe import JSON_LOGS, QUIET, Observed, collector, submissions_per_second
+
+    with collector() as traces:
+        settings = {
+            "nothing": (QUIET, False),
+            "logs as JSON": (JSON_LOGS, False),
+            "and metrics, read every 5 s": (JSON_LOGS, True),
+            "and traces, 1 %": ({**JSON_LOGS, **traces}, True),
+        }
+        observed = [Observed(ground, name, given, read=read) for name, (given, read) in settings.items()]
+        drain = drain_rates(observed, count=2_000 // share, rounds=3)
+        waits = idle_latencies(observed, count=100 // share, rounds=2)
+        latency = {name: statistics.median(seconds) * 1000 for name, seconds in waits.items()}
+        accepted: dict[str, list[float]] = {name: [] for name in settings}
+        for _ in range(3):
+            for name, (given, read) in settings.items():
+                accepted[name].append(submissions_per_second(ground, given, 2_000 // share, read=read))
+        submit = {name: statistics.median(rates) for name, rates in accepted.items()}
+        for each in observed:
+            each.close()
+    say("## What it costs to observe")
+    say("")
+    say(
+        "One worker with one lane and without fsync, and one gateway with four clients. Ratios are to nothing observed."
+    )
+    say("")
+    say("| observed | drain, tasks/s | | idle latency, p50 ms | | HTTP submissions/s | |")
+    say("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in settings:
+        row = [
+            f"{rates[name]:,.{digits}f} | {rates[name] / rates['nothing']:.2f}"
+            for rates, digits in ((drain, 0), (latency, 2), (submit, 0))
+        ]
+        say(f"| {name} | {' | '.join(row)} |")
+
+
 def _beside_bare(say: Say, what: str, unit: str, how: str, rates: Rates) -> None:
     say(f"## {what}, {unit} per second: the whole system against the bare engine in a loop")
     say("")
@@ -220,6 +258,7 @@ PARTS: dict[str, Callable[[Site, int, Say], None]] = {
     "ner": _ner,
     "warmup": _warmup,
     "feed": _feed,
+    "observe": _observe,
 }
 
 
