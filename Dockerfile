@@ -55,7 +55,7 @@ FROM base AS fonts
 RUN apt-get update && apt-get install -y --no-install-recommends fonts-wqy-microhei
 
 FROM build AS build-ocr
-RUN pip install -c constraints.txt '.[ocr]'
+RUN pip install -c constraints.txt '.[ocr,otel]'
 FROM weights-worker AS ocr
 COPY --from=fonts /usr/share/fonts /usr/share/fonts
 COPY --from=build-ocr /opt/inferq /opt/inferq
@@ -64,7 +64,7 @@ ENTRYPOINT ["inferq", "worker", "ocr"]
 FROM build AS build-ocr-gpu
 # Paddle's build for GPUs brings its CUDA libraries. PaddleOCR requires other versions than constraints.txt has.
 ARG PADDLE_INDEX
-RUN pip install -c constraints-engines.txt '.[paddleocr]' \
+RUN pip install -c constraints-engines.txt '.[paddleocr,otel]' \
     && pip install -c constraints-engines.txt --extra-index-url "${PADDLE_INDEX:?}" paddlepaddle-gpu==3.3.1
 FROM weights-worker AS ocr-gpu
 COPY --from=fonts /usr/share/fonts /usr/share/fonts
@@ -73,7 +73,7 @@ ENV INFERQ_OCR_BACKEND=paddleocr INFERQ_DEVICE=cuda PADDLE_PDX_CACHE_HOME=/weigh
 ENTRYPOINT ["inferq", "worker", "ocr"]
 
 FROM build AS build-ner
-RUN pip install -c constraints.txt '.[ner]'
+RUN pip install -c constraints.txt '.[ner,otel]'
 FROM weights-worker AS ner
 COPY --from=build-ner /opt/inferq /opt/inferq
 ENTRYPOINT ["inferq", "worker", "ner"]
@@ -81,7 +81,7 @@ ENTRYPOINT ["inferq", "worker", "ner"]
 FROM build AS build-ner-gpu
 # PaddleNLP 2.8 requires Paddle 2.
 ARG PADDLE_INDEX
-RUN pip install -c constraints.txt '.[paddlenlp]' \
+RUN pip install -c constraints.txt '.[paddlenlp,otel]' \
     && pip install -c constraints.txt --extra-index-url "${PADDLE_INDEX:?}" paddlepaddle-gpu==2.6.2
 FROM weights-worker AS ner-gpu
 COPY --from=build-ner-gpu /opt/inferq /opt/inferq
@@ -89,14 +89,14 @@ ENV INFERQ_NER_BACKEND=paddlenlp INFERQ_DEVICE=cuda PPNLP_HOME=/weights/paddlenl
 ENTRYPOINT ["inferq", "worker", "ner"]
 
 FROM build AS build-acestep
-RUN pip install -c constraints.txt '.[acestep]'
+RUN pip install -c constraints.txt '.[acestep,otel]'
 FROM weights-worker AS acestep
 COPY --from=build-acestep /opt/inferq /opt/inferq
 ENTRYPOINT ["inferq", "worker", "acestep"]
 
 FROM build AS build-acestep-gpu
 # The default build of torch brings its CUDA libraries.
-RUN pip install -c constraints-engines.txt '.[acestep-diffusers]'
+RUN pip install -c constraints-engines.txt '.[acestep-diffusers,otel]'
 FROM weights-worker AS acestep-gpu
 COPY --from=build-acestep-gpu /opt/inferq /opt/inferq
 ENV INFERQ_ACESTEP_BACKEND=diffusers INFERQ_DEVICE=cuda HF_HOME=/weights/huggingface
@@ -106,20 +106,20 @@ ENTRYPOINT ["inferq", "worker", "acestep"]
 # (docs/engines.md). It needs another Python and its own weights; read their licences first.
 FROM build AS build-facefusion
 # mediapipe installs a second OpenCV into the same folder, one that needs a display's libraries.
-RUN pip install -c constraints.txt '.[facefusion]' \
+RUN pip install -c constraints.txt '.[facefusion,otel]' \
     && pip install -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 FROM worker AS facefusion
 COPY --from=build-facefusion /opt/inferq /opt/inferq
 ENTRYPOINT ["inferq", "worker", "facefusion"]
 
 FROM build AS build-echo
-RUN pip install -c constraints.txt '.[worker]'
+RUN pip install -c constraints.txt '.[worker,otel]'
 FROM worker AS echo
 COPY --from=build-echo /opt/inferq /opt/inferq
 ENTRYPOINT ["inferq", "worker", "echo"]
 
 FROM build AS build-callbacks
-RUN pip install -c constraints.txt '.[worker,jobs]'
+RUN pip install -c constraints.txt '.[worker,jobs,otel]'
 FROM consumer AS callbacks
 COPY --from=build-callbacks /opt/inferq /opt/inferq
 # For the temporary files of batches.
@@ -129,7 +129,7 @@ CMD ["callbacks"]
 
 # For a plug-in's task type, build on this image and install the plug-in. API keys are in INFERQ_API_KEYS_FILE.
 FROM build AS build-gateway
-RUN pip install -c constraints.txt '.[gateway]'
+RUN pip install -c constraints.txt '.[gateway,otel]'
 FROM runtime AS gateway
 COPY --from=build-gateway /opt/inferq /opt/inferq
 ENV HOME=/tmp INFERQ_GATEWAY_HOST=0.0.0.0 INFERQ_GATEWAY_PORT=8000

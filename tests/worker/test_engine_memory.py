@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -184,9 +184,14 @@ def test_without_a_setting_an_engine_may_take_most_of_what_the_container_has_lef
     (tmp_path / "memory.max").write_text("1000000000\n")
     limits = (tmp_path / "memory.max", tmp_path / "missing")
     memory = EngineMemory("echo", MemoryLimits(), total_memory=lambda: total_memory(limits))
-    memory.watch(os.getpid())
-    memory.check_loaded()
-    loaded = memory_of(os.getpid())
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            memory.watch(process.pid)
+            memory.check_loaded()
+            loaded = memory_of(process.pid)
+        finally:
+            process.kill()
+    assert loaded > 0
     assert memory.kill_at == pytest.approx(loaded + 0.9 * (1e9 - loaded), rel=0.05)
 
 
