@@ -6,6 +6,7 @@ https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ Attributes = Callable[[], Mapping[str, Value]]
 """Gives the attributes of a span; called only if it may be recorded."""
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+_log = logging.getLogger(__name__)
 
 _recorder: Recorder | None = None
 
@@ -125,13 +128,21 @@ def wanted() -> bool:
 
 
 @contextmanager
-def exporting(part: str) -> Iterator[None]:
+def exporting(part: str, *, required: bool = True) -> Iterator[None]:
     """Record and export the spans of this process while the block runs, if the environment turns tracing on.
 
-    At the end it exports the last spans, and gives up on them after a few seconds. Raises InstallationError.
+    At the end it exports the last spans, and gives up on them after a few seconds. Raises InstallationError if it
+    cannot export; unless `required`, it says so and goes on without traces: the variables may be another program's.
     """
     global _recorder
-    if not wanted():
+    try:
+        enabled = wanted()
+    except InstallationError as error:
+        if required:
+            raise
+        _log.warning("no traces are exported: %s", error)
+        enabled = False
+    if not enabled:
         yield
         return
     from inferq.schemas.trace_export import Recorder

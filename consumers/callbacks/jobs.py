@@ -16,7 +16,7 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 from celery.worker.strategy import default as celery_strategy
 from pydantic import ValidationError
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bound_contextvars
 
 from inferq.broker import (
     CALLBACK_JOB,
@@ -158,7 +158,10 @@ class CallbackJobs:
 
     def deliver(self, job: Job) -> None:
         """Make one attempt on a pool thread; the target's slot is already reserved."""
-        bind_contextvars(**_context(job))  # each job of the thread binds the same names
+        with bound_contextvars(**_context(job)):
+            self._deliver(job)
+
+    def _deliver(self, job: Job) -> None:
         sent = None
         try:
             with _processing(job):
@@ -180,14 +183,14 @@ class CallbackJobs:
             )
 
     def _expire(self, job: Job) -> None:
-        bind_contextvars(**_context(job))
-        try:
-            self._delivery.expire(job)
-        except Outage:
-            raise
-        except Exception as error:
-            _log.exception("%s: internal error while recording the failure", job.callback.callback_id)
-            self._delivery.put_off(job, error)
+        with bound_contextvars(**_context(job)):
+            try:
+                self._delivery.expire(job)
+            except Outage:
+                raise
+            except Exception as error:
+                _log.exception("%s: internal error while recording the failure", job.callback.callback_id)
+                self._delivery.put_off(job, error)
 
     def _put_off(self, job: Job, error: Exception) -> None:
         try:

@@ -40,6 +40,9 @@ def callbacks(
     chosen = _chosen(queues)
     broker, probes = BrokerSettings.load(), ProbeSettings.load()
     LogSettings.load()
+    part = "batches" if chosen == ("inference.batches",) else "callbacks"
+    if not check:
+        start_log(part)  # before the jobs: their services log
     jobs = application(broker)
     check_jobs(jobs, chosen)
     if check:
@@ -47,10 +50,9 @@ def callbacks(
         names = sorted(name for name in jobs.tasks if not name.startswith("celery."))
         typer.echo(f"callbacks: settings are in order; jobs: {', '.join(names) or 'none'}")
         return
-    start_log("batches" if chosen == ("inference.batches",) else "callbacks")
     if chosen == ("inference.batches",):
         os.nice(_LOW_PRIORITY)
-    with tracing.exporting("callbacks"):
+    with tracing.exporting(part):
         status = work(jobs, chosen, threads=threads, broker=broker, probes=probes)
     raise typer.Exit(status)
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bound_contextvars
 
 from inferq.broker import (
     DROPPED,
@@ -77,9 +77,9 @@ class DroppedTasks(threading.Thread):
             delivery = self._consumer.next(_LOOK_SECONDS)
             if delivery is None:
                 continue
-            bind_contextvars(task_id=named_id(delivery))
             try:
-                self.end(delivery)
+                with bound_contextvars(task_id=named_id(delivery)):
+                    self.end(delivery)
             except Outage as error:
                 failures += 1
                 if failures == 1:

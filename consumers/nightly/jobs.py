@@ -92,7 +92,9 @@ def add_jobs(
             if goes_on is not None:
                 watch_on(known, goes_on, watch_seconds, trace, **more)
 
-        with bound_contextvars(tenant=known.schedule.tenant, batch_id=known.run_id):
+        with bound_contextvars(
+            tenant=known.schedule.tenant, batch_id=known.run_id, trace_id=trace and trace.trace_id
+        ):
             resend_unless_done(self, here, f"run {known.run_id}", once)
 
 

@@ -38,7 +38,7 @@ from inferq.consumers.runtime.messages import (
     from_worker,
     send,
 )
-from inferq.consumers.runtime.output import flush_output, start_engine_log
+from inferq.consumers.runtime.output import flush_output, log_engine, start_engine_log
 from inferq.consumers.runtime.process_tree import adopt_descendants
 from inferq.consumers.runtime.settings import EngineProcessSettings
 from inferq.consumers.weights.cache import weights_in_use
@@ -95,6 +95,7 @@ def main() -> None:
 
 
 def _serve(task_type: TaskType, pipe: Channel) -> None:
+    log_engine(task_type.engine)
     try:
         engine = engine_class(task_type)()
         info = engine.load().model_copy(update={"weights": weights_in_use()})

@@ -182,7 +182,7 @@ def _log_line(line: bytes) -> None:
     """Log a line of the engine process: a record, or what was printed."""
     level, message, more = logging.INFO, line.decode("utf-8", "replace"), {}
     if line.startswith(_RECORD):
-        with suppress(ValueError, LookupError, TypeError):
+        with suppress(Exception):
             record = json.loads(line.removeprefix(_RECORD))
             level, message = int(record["level"]), str(record["message"])
             if record["exception"] is not None:
@@ -196,12 +196,21 @@ def start_engine_log() -> None:
     """In the engine process: log through the pipe, and let each printed line go there at its end."""
     handler = logging.StreamHandler()
     handler.setFormatter(_RecordFormatter())
-    logging.basicConfig(level=LogSettings.load().log_level, handlers=[handler])
+    level = logging.getLevelNamesMapping()[LogSettings.load().log_level]
+    # Libraries as in `start_log`: below that they log URLs and headers, such as those of a download of weights.
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler])
+    logging.getLogger("inferq").setLevel(level)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr] # both are TextIOWrapper here
     with suppress(AttributeError, ValueError):  # `stdout` is a macro elsewhere
         libc = ctypes.CDLL(None)
         libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINE_BUFFERED, ctypes.c_size_t(0))
+
+
+def log_engine(path: str) -> None:
+    """In the engine process: the package of an engine (`module:Class`) logs from the same level on as inferq."""
+    package = path.partition(":")[0].partition(".")[0]
+    logging.getLogger(package).setLevel(logging.getLogger("inferq").level)
 
 
 def flush_output() -> None:

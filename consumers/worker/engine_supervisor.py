@@ -185,6 +185,7 @@ class EngineSupervisor:
         if self._successor_reason is not None:
             self._count_replacement(self._successor_reason)
         old, self.engine = self.engine, successor
+        self.clock.load(True)  # the old one may have ended in its last run
         self._services.metrics.engine_starts.inc()
         _log.info("%s: now %s %s, model %s", self._name, info.name, info.version, info.model)
         with suppress(OSError):

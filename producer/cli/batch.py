@@ -85,7 +85,7 @@ def submit(
     name = batch_id or new_task_id()
     given = defaults if task_type is None else {"task_type": task_type, **defaults}
     with (
-        tracing.exporting("cli"),
+        tracing.exporting("cli", required=False),
         tracing.span("inferq batch submit", "client"),
         Client() as client,
         _source(client, sources, given, batch_id) as (source, skipped),

@@ -244,7 +244,7 @@ def _send(schedule: Schedule, moment: datetime) -> None:
     logging.getLogger("inferq.broker").addHandler(logging.NullHandler())  # main prints the error, once
     publisher = _publisher("nightly")
     try:
-        with tracing.exporting("cli"):
+        with tracing.exporting("cli", required=False):
             send_start(schedule, moment, lambda message: publisher.publish(message).result())
     finally:
         publisher.close()

@@ -28,7 +28,8 @@ app = typer.Typer()
 
 _TIMEOUT_SECONDS = 10.0
 _BENCHMARK = re.compile(
-    r"^## (?P<type>\w+), (?P<unit>\w+) per second:.*?^\| inferq, queue to stored result \| (?P<rate>[0-9.,]+) \|",
+    r"^## (?P<type>\w+), (?P<unit>\w+) per second:(?:(?!^## ).)*?"
+    r"^\| inferq, queue to stored result \| (?P<rate>[0-9.,]+) \|",
     re.MULTILINE | re.DOTALL,
 )
 """A part of benchmarks/RESULTS.md: what one slot of a worker did in a second."""

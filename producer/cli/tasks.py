@@ -77,7 +77,7 @@ def submit(
     submitted: list[TaskStatus] = []
     labels: dict[str, str] = {}
     with (
-        tracing.exporting("cli"),
+        tracing.exporting("cli", required=False),
         tracing.span("inferq submit", "client"),
         Client() as client,
         _accepted_printed_on_error({} if printed_at_once else labels),

@@ -35,8 +35,8 @@ def usage(
 ) -> None:
     """Print engine seconds and tasks by tenant, type and day.
 
-    Days are in UTC, and Redis keeps them for 400 days. Ends that Redis missed while it was unavailable are not in the
-    numbers.
+    Days are in UTC, and Redis keeps them for 400 days. Tasks that end without a worker, and ends that Redis
+    missed while it was unavailable, are not in the numbers.
     """
     days = _days(first, last, datetime.now(UTC).date())
     index = StatusIndex.from_settings(StorageSettings.load())

@@ -36,6 +36,7 @@ async def tenant_of(
             headers={"WWW-Authenticate": 'Bearer realm="inferq", error="invalid_token"'},
         )
     request.state.key_id = record.key_id
+    request.state.tenant = record.tenant  # for the span
     bind_contextvars(tenant=record.tenant)
     return record.tenant
 

@@ -16,7 +16,7 @@ USAGE_DAYS = 400
 class Usage:
     """What one tenant used on one UTC day, of one task type.
 
-    The first three count tasks, by how they ended. `retried` counts failed attempts that another one followed.
+    The first three count tasks, by how a worker ended them. `retried` counts failed attempts that another one followed.
     `engine_seconds` is the time of all these runs in an engine, also of those that failed or were cancelled.
     """
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.contextvars import get_contextvars
 
 from inferq.broker import BrokerSettings, Message, callback_message
 from inferq.consumers.callbacks import jobs
@@ -290,6 +291,7 @@ def test_a_target_is_judged_by_its_own_time_only(arrivals: Callable[[Around], Ar
     targets: Any = SimpleNamespace(leave=lambda _target, seconds, *, timed_out: told.append(seconds))
     vars(line.jobs).update(_targets=targets)
     line.jobs.deliver(new_job())
+    assert get_contextvars() == {}  # the thread's next job may be of another tenant
     line.jobs.deliver(new_job(410))  # given up before
     vars(around).update(of=lambda _tenant: ())
     line.jobs.deliver(new_job())

@@ -197,6 +197,16 @@ def test_a_benchmark_file_says_what_a_page_takes(tmp_path: Path) -> None:
     )
 
 
+def test_a_part_of_a_benchmark_without_a_rate_takes_no_other_parts_rate(tmp_path: Path) -> None:
+    file = tmp_path / "RESULTS.md"
+    file.write_text(
+        "## OCR, pages per second: the whole system\n\nIt broke off.\n\n"
+        "## NER, texts per second: the whole system\n\n| inferq, queue to stored result | 4.00 | 0.9 |\n"
+    )
+    found = plan("--benchmark", str(file), "--rate", "1/s", "--json")
+    assert found["seconds_per_task"] == 0.25  # of the one part that has a rate
+
+
 GIVEN = ["--seconds", "1"]
 RATE = ["--rate", "1/s"]
 

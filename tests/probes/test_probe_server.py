@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -118,7 +119,8 @@ def test_a_part_whose_port_is_taken_ends_at_once_and_names_the_setting_and_the_p
     env = alone(tmp_path) | {setting: str(probes.port)}
     process = ForkedPart(*part, env=env, log=tmp_path / "log")
     assert process.wait(60) == 1
-    (error,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error:")]
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    (error,) = [line["message"] for line in lines if line["level"] in ("ERROR", "CRITICAL")]
     assert f"cannot listen on 127.0.0.1:{probes.port}: Address already in use" in error
     assert setting in error
 

@@ -631,11 +631,12 @@ def test_dead_letters_are_read_and_purged_without_a_right_to_write(worked: Site)
     worked.permit("less", (configure, "^$", read))
     settings = BrokerSettings(amqp_url=worked.amqp_url("less"))
     with DeadLetters(settings, TYPE) as letters:
-        assert [letter.task_id for letter in letters.read()] == ["lines.2"]
+        kept = [letter.task_id for letter in letters.read()]
+        assert "lines.2" in kept
     with pytest.raises(BrokerUnavailable, match="ACCESS_REFUSED"), DeadLetters(settings, TYPE) as letters:
         letters.redrive()
     with DeadLetters(settings, TYPE) as letters:
-        assert len(eventually(letters.purge)) == 1
+        assert len(eventually(letters.purge)) == len(kept)
 
 
 def test_s3_refuses_a_part_with_one_right_less(worked: Site) -> None:

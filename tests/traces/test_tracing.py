@@ -50,6 +50,18 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
     assert ran.stdout == "[]\n"
 
 
+def test_a_program_that_need_not_export_goes_on_without_traces(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    with tracing.exporting("cli", required=False):
+        assert not tracing.on()
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL" in caplog.text
+    with pytest.raises(InstallationError, match="OTEL_EXPORTER_OTLP_PROTOCOL"), tracing.exporting("worker"):
+        pass
+
+
 def test_spans_reach_the_collector_as_a_tree(monkeypatch: pytest.MonkeyPatch, collector: Collector) -> None:
     use(monkeypatch, collector, OTEL_RESOURCE_ATTRIBUTES="deployment.environment=here")
     with (

@@ -30,8 +30,10 @@ from tests.worker.test_engine_process import UNWATCHED
 
 _ENGINE = """
 import ctypes, logging, os, sys
-from inferq.consumers.runtime.output import flush_output, start_engine_log
+from inferq.consumers.runtime.output import flush_output, log_engine, start_engine_log
 start_engine_log()
+log_engine("engine.of_a_plug_in:Engine")
+logging.getLogger("httpx").info("GET https://host/weights?signature=secret")
 print("from Python")
 os.write(2, b"from the descriptor\\n")
 ctypes.CDLL(None).puts(b"from C")

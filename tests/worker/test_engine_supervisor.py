@@ -108,3 +108,21 @@ def test_a_task_moves_the_clock_of_its_engine_and_a_dead_engine_stops_it(
         )
         == 4
     )
+
+
+def test_the_clock_goes_on_with_the_successor_of_an_engine_that_died_in_its_last_run(
+    supervisor: EngineSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(supervisor.clock, "_clock", lambda: now[0])
+    supervisor.restore()
+    supervisor.reload_requested.set()
+    supervisor.look()
+    _, successor = FakeProcess.made
+    with supervisor.lease() as lease, lease.computing():
+        lease.engine.kill()
+    successor.has_answered = True
+    supervisor.look()
+    assert supervisor.engine is successor
+    now[0] += 5
+    assert supervisor.clock.seconds()["task"] == 5
