@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import ssl
 import subprocess
@@ -36,6 +37,7 @@ from inferq.schemas import InstallationError, Outage
 from tests.celery_worker import working
 from tests.certificates import certificate
 from tests.conftest import RabbitMQ
+from tests.forked import ForkedPart
 from tests.installation import inferq_here
 from tests.waiting import eventually
 
@@ -147,13 +149,15 @@ def test_a_process_that_feeds_batches_does_not_start_without_a_temporary_directo
         ("INFERQ_STORE_URL", "nowhere"), ("INFERQ_REDIS_URL", "nowhere"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("check", [["--check"], []])
 def test_a_process_with_a_setting_that_its_jobs_cannot_use_does_not_start(
-    setting: str, value: str, check: list[str]
+    setting: str, value: str, tmp_path: Path
 ) -> None:
     env = {"INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1", setting: value}
-    ended = inferq_here(env, "callbacks", "--queues", "batches", *check)
-    assert (ended.returncode, setting in ended.stderr) == (1, True), ended.stderr
+    checked = inferq_here(env, "callbacks", "--queues", "batches", "--check")
+    assert (checked.returncode, setting in checked.stderr) == (1, True), checked.stderr
+    process = ForkedPart("callbacks", "--queues", "batches", env=os.environ | env, log=tmp_path / "log")
+    ended, log = process.wait(60), (tmp_path / "log").read_text()
+    assert (ended, setting in log) == (1, True), log
 
 
 def test_the_installed_jobs_are_those_of_the_queues() -> None:
