@@ -185,7 +185,7 @@ def _observe(ground: Site, share: int, say: Say) -> None:
 
     with collector() as traces:
         settings = {
-            "nothing": (QUIET, False),
+            "no observation": (QUIET, False),
             "logs as JSON": (JSON_LOGS, False),
             "and metrics, read every 5 s": (JSON_LOGS, True),
             "and traces, 1 %": ({**JSON_LOGS, **traces}, True),
@@ -204,14 +204,15 @@ def _observe(ground: Site, share: int, say: Say) -> None:
     say("## What it costs to observe")
     say("")
     say(
-        "One worker with one lane and without fsync, and one gateway with four clients. Ratios are to nothing observed."
+        "One worker with one lane and without fsync, and one gateway with four clients. Each ratio compares with the "
+        "first row."
     )
     say("")
     say("| observed | drain, tasks/s | | idle latency, p50 ms | | HTTP submissions/s | |")
     say("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in settings:
         row = [
-            f"{rates[name]:,.{digits}f} | {rates[name] / rates['nothing']:.2f}"
+            f"{rates[name]:,.{digits}f} | {rates[name] / rates['no observation']:.2f}"
             for rates, digits in ((drain, 0), (latency, 2), (submit, 0))
         ]
         say(f"| {name} | {' | '.join(row)} |")

@@ -45,7 +45,7 @@ class LogSettings(Settings):
 
     log_format: LogFormat | None = Field(
         None,
-        description="The form of the log: `text` or `json` (default: `text` if standard error is a terminal, "
+        description="Log format: `text` or `json` (default: `text` if standard error is a terminal, "
         "otherwise `json`).",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(

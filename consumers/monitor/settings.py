@@ -14,11 +14,11 @@ class MonitorSettings(ProbeSettings):
         5.0,
         ge=1,
         le=300,
-        description="Seconds from one reading of queues and workers by `inferq monitor` to the next.",
+        description="Seconds between two readings of queues and workers by `inferq monitor`.",
     )
     monitor_records_interval: float = Field(
         60.0,
         ge=1,
         le=3600,
-        description="Seconds from one reading of batches and nightly runs in the object store to the next.",
+        description="Seconds between two readings of batches and nightly runs by `inferq monitor`.",
     )

@@ -36,7 +36,7 @@ class Source(Generic[T]):
         self._changed = threading.Condition()
         self._asked_at: float | None = None
         self._last: tuple[float, T] | None = None
-        self._fault: str | None = f"{service}: not read yet"
+        self._fault: str | None = f"{service} has not been read yet"
         self._failing = False
         self._thread = threading.Thread(target=self._run, name=f"monitor {service}", daemon=True)
 
@@ -58,10 +58,10 @@ class Source(Generic[T]):
             if self._asked_at is not None and now - self._asked_at >= self._patience:
                 raise Unknown(f"{self._service} does not answer")
             if self._fault is not None or self._last is None:
-                raise Unknown(self._fault or f"{self._service}: not read yet")
+                raise Unknown(self._fault or f"{self._service} has not been read yet")
             at, figures = self._last
             if now - at > self._keeps:
-                raise Unknown(f"{self._service} was not read lately")
+                raise Unknown(f"the figures of {self._service} are out of date")
             return figures
 
     def _run(self) -> None:
@@ -86,7 +86,7 @@ class Source(Generic[T]):
             self._failing = True
             if isinstance(error, Outage):
                 return f"{self._service} is unavailable"
-            return f"{self._service}: the figures cannot be read"
+            return f"{self._service}: the figures cannot be read; see the monitor's log"
         if self._failing:
             _log.info("%s: the figures are known again", self._service)
         self._failing = False

@@ -56,7 +56,7 @@ def make_stats(
         "alarms": known(
             "alarms",
             broker if isinstance(broker, Unknown) else broker.alarms,
-            "RabbitMQ lets this user not publish to amq.headers",
+            "this RabbitMQ user may not publish to amq.headers; grant the rights in docs/rights.md",
         ),
     }
     if isinstance(queues, Unknown):

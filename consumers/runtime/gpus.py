@@ -56,7 +56,7 @@ class Gpus(Collector):
     def _metrics(self) -> Sequence[GaugeMetricFamily]:
         utilization = GaugeMetricFamily(
             "inferq_gpu_utilization_ratio",
-            "Share of the last moment in which the GPU computed for any process.",
+            "Share of the last sampling period in which any process used the GPU.",
             labels=["gpu"],
         )
         memory = GaugeMetricFamily(

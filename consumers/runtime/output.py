@@ -168,7 +168,7 @@ class EngineOutput:
 
     def _say_dropped(self) -> None:
         if self._unsaid:
-            said = f"{self._unsaid} more lines came too fast and are left out"
+            said = f"{self._unsaid} lines dropped: the engine prints too fast"
             self._unsaid = 0
             self._lines.put((self._context, said.encode()))
 

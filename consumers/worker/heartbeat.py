@@ -71,7 +71,7 @@ class Heartbeat(threading.Thread):
                     said, said_at = info, time.monotonic()
             except Exception:
                 if not failed:  # once, not each second
-                    _log.exception("heartbeats are not sent")
+                    _log.exception("cannot send heartbeats; still retrying")
                 failed = True
             self._stopped.wait(_LOOK_SECONDS)
 

@@ -115,7 +115,7 @@ class WorkerMetrics:
         count(
             "_tenant_seconds",
             "inferq_tenant_engine_seconds",
-            "Seconds in which an engine computed for a tenant, whatever came of it.",
+            "Seconds in which an engine computed for a tenant, including failed and cancelled runs.",
             ["tenant", "task_type"],
             tenant=tenants,
         )

@@ -95,8 +95,7 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
     metrics_tenants: int = Field(
         50,
         ge=0,
-        description="How many tenants the metrics of a worker name: the first that it works for. All later ones count "
-        "as `other`.",
+        description="How many tenants a worker's metrics name. Later tenants count as `other`.",
     )
 
     @field_validator("engine_memory_limit", "engine_recycle_memory", mode="before")

@@ -463,10 +463,13 @@ _BATCHES = Board(
             steps={1: "orange"},
         ),
         Panel(
-            "Nights in progress", [Query(f"sum(max by (state) (inferq_nights{_OPEN}))")], kind="stat", width=5
+            "Nightly runs in progress",
+            [Query(f"sum(max by (state) (inferq_nights{_OPEN}))")],
+            kind="stat",
+            width=5,
         ),
         Panel(
-            "Nights failed",
+            "Nightly runs failed",
             [Query('max(inferq_nights{state="failed"})')],
             kind="stat",
             width=5,
@@ -495,7 +498,7 @@ _BATCHES = Board(
                 )
             ],
             stack=True,
-            text="Batches and nights use this priority, unless they name another one.",
+            text="Nightly runs use this priority by default; batches use normal.",
         ),
         _ended(_TYPES, "task_type, status"),
     ),

@@ -54,7 +54,7 @@ HELP = {
     "Operate": {
         "dead": "List, redrive and purge dead letters.",
         "keys": "Add, list and remove API keys.",
-        "plan": "Work out workers, GPU hours and money for a load.",
+        "plan": "Work out workers, GPU hours and cost for a load.",
         "secrets": "Rotate the secrets that sign callbacks.",
         "settings": "List the settings, their defaults, and their values here.",
         "top": "Show queues, workers and batches live, until Ctrl-C.",

@@ -37,11 +37,11 @@ _BENCHMARK = re.compile(
 
 @app.command()
 def plan(
-    rate: Annotated[str | None, typer.Option(help="Tasks that come all the time: 5/s, 300/min.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Steady load, such as 5/s or 300/min.")] = None,
     tasks: Annotated[int | None, typer.Option(help="The tasks of a batch.")] = None,
     within: Annotated[str | None, typer.Option(help="How long the batch may take: 8h.")] = None,
     by: Annotated[str | None, typer.Option(help="When it has to end: 2026-11-26T06:00+01:00.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Or: how many workers the batch gets.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Instead: the number of workers.")] = None,
     seconds: Annotated[str | None, typer.Option(help="Seconds per task.")] = None,
     metrics: Annotated[
         list[str] | None,
@@ -51,14 +51,14 @@ def plan(
         Path | None, typer.Option(help="Or: a file that `make bench` wrote. A task is then a page or a text.")
     ] = None,
     task_type: Annotated[
-        str | None, typer.Option("--type", help="Which task type of these measurements.")
+        str | None, typer.Option("--type", help="The task type, if several were measured.")
     ] = None,
     reserve: Annotated[str, typer.Option(help="The share of a worker's time to keep free.")] = "20%",
     slots: Annotated[int, typer.Option(help="Tasks that a worker runs at a time.")] = 1,
-    price: Annotated[str | None, typer.Option(help="Money for a GPU hour.")] = None,
+    price: Annotated[str | None, typer.Option(help="Price of one GPU hour.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Work out workers, GPU hours and money for a load.
+    """Work out workers, GPU hours and cost for a load.
 
     Give a --rate, or --tasks with --within, --by or --workers.
     """
@@ -86,7 +86,7 @@ def _plan(
     ends = [option is not None for option in (within, by, workers)]
     if rate is not None:
         if tasks is not None or any(ends):
-            raise InvalidTask("--rate is for tasks that come all the time: leave out the options of a batch")
+            raise InvalidTask("--rate is for a steady load: leave out the options of a batch")
         return capacity.for_rate(parse_rate("--rate", rate))
     if tasks is None or sum(ends) != 1:
         raise InvalidTask("give a --rate, or --tasks with one of --within, --by and --workers")

@@ -100,7 +100,7 @@ def settings(
         for variable in found:
             default = f"`{variable.default}`" if variable.default else ""
             typer.echo(f"| `{variable.name}` | {default} | {variable.description} |")
-        typer.echo("\n[Traces](traces.md) have the standard variables `OTEL_*` of OpenTelemetry.")
+        typer.echo("\nFor the `OTEL_*` variables see [Traces](traces.md).")
     elif as_json:
         print_json([vars(v) | {"value": _shown(v.name) or None} for v in found])
     else:

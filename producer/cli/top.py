@@ -49,14 +49,12 @@ class Reading:
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print the figures once, then exit.")] = False,
     as_json: JsonFlag = False,
-    interval: Annotated[
-        float, typer.Option(min=0.5, max=60, help="Seconds from one look to the next.")
-    ] = 2.0,
+    interval: Annotated[float, typer.Option(min=0.5, max=60, help="Seconds between two readings.")] = 2.0,
 ) -> None:
     """Show queues, workers and batches live, until Ctrl-C.
 
-    The figures are those of `inferq monitor`. An unknown one is `?`. The installation's figures count all tenants; task
-    ids and batches are yours. With --json, or into a pipe, it prints once.
+    The figures come from `inferq monitor`. Unknown figures are `?`. Counts include all tenants; task ids and batches
+    are your tenant's. With --json, or into a pipe, it prints once.
     """
     if once or as_json or not console.is_terminal:
         with Client() as client:
@@ -157,7 +155,7 @@ def _heading(stats: Stats) -> Text:
         line.append(f"   {name} ")
         line.append("up" if up else "unavailable", "green" if up else "bold red")
     for kind in stats.alarms or ():
-        line.append(f"   {kind} alarm: RabbitMQ takes no tasks", "bold red")
+        line.append(f"   {kind} alarm: RabbitMQ accepts no tasks", "bold red")
     return line
 
 
@@ -173,7 +171,7 @@ def _queues(stats: Stats, rates: Mapping[Lane, float]) -> RenderableType:
     if stats.queues is None:
         return Text("queues  ?")
     table = _table(
-        ("type", False), ("lane", False), ("ready", True), ("in hand", True), ("oldest", True), ("tasks/s", True),
+        ("type", False), ("priority", False), ("ready", True), ("in hand", True), ("oldest", True), ("tasks/s", True),
         ("consumers", True), ("dead letters", True),
     )  # fmt: skip
     dead = stats.dead_letters or {}
@@ -194,7 +192,7 @@ def _queues(stats: Stats, rates: Mapping[Lane, float]) -> RenderableType:
             _count(lane.consumers),
             _count(dead.get(lane.task_type)) if first else "",
         )
-    return table if shown else Text("no task waits, and no worker consumes")
+    return table if shown else Text("no tasks wait, and no workers consume")
 
 
 def _is_used(lane: QueueFigures) -> bool:

@@ -25,7 +25,8 @@ _COUNTS = ("tasks", "succeeded", "failed", "cancelled", "retried")
 @app.command()
 def usage(
     first: Annotated[
-        str | None, typer.Option("--from", help="The first day, in UTC: 2026-11-25 (default: 30 days).")
+        str | None,
+        typer.Option("--from", help="The first day, in UTC: 2026-11-25 (default: 29 days before --to)."),
     ] = None,
     last: Annotated[str | None, typer.Option("--to", help="The last day (default: today).")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,

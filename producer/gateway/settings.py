@@ -45,8 +45,8 @@ class GatewaySettings(Settings):
     )
     trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
         (),
-        description="Addresses and networks (CIDRs) of reverse proxies, separated by commas. From these alone, the "
-        "log takes the client's address from `X-Forwarded-For`.",
+        description="Addresses and networks (CIDRs) of reverse proxies, separated by commas. Only for these "
+        "does the log use `X-Forwarded-For`.",
     )
     gateway_store_timeout: float = Field(
         20.0,

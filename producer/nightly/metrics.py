@@ -27,7 +27,7 @@ class BeatMetrics:
         )
         self._last = Gauge(
             "inferq_beat_last_run_timestamp_seconds",
-            "For when the last run that was due and has been started was scheduled, in Unix seconds.",
+            "Scheduled time of the last due run that has started (Unix seconds).",
             ["schedule"],
             registry=self.registry,
         )

@@ -218,7 +218,7 @@ RATE = ["--rate", "1/s"]
         (GIVEN, "give a --rate, or --tasks with one of --within, --by and --workers"),
         ([*GIVEN, "--tasks", "5"], "give a --rate, or --tasks with one of"),
         ([*GIVEN, "--tasks", "5", "--within", "1h", "--workers", "1"], "with one of --within, --by and --workers"),
-        ([*GIVEN, *RATE, "--tasks", "5"], "--rate is for tasks that come all the time"),
+        ([*GIVEN, *RATE, "--tasks", "5"], "--rate is for a steady load"),
         (["--seconds", "0", *RATE], "the seconds per task must be above 0"),
         (["--seconds", "nan", *RATE], "--seconds 'nan' is not a number"),
         (["--seconds", "-1", *RATE], "--seconds '-1' is not a number"),

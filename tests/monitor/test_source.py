@@ -15,7 +15,7 @@ def test_a_service_that_hangs_is_unknown_until_it_answers() -> None:
     answer = threading.Event()
     source = Source("Redis", lambda: answer.wait(60), patience=0.01)
     source.start()
-    with pytest.raises(Unknown, match="not read yet"):
+    with pytest.raises(Unknown, match="Redis has not been read yet"):
         source.figures()
     source.ask()
     with pytest.raises(Unknown, match="Redis does not answer"):
@@ -37,7 +37,7 @@ def test_a_failure_hides_the_figures_from_before_and_no_address_is_told() -> Non
     source.start()
     for fault, said in (
         (StatusOutage("Redis at 10.0.0.1:6379 cannot be reached"), "Redis is unavailable"),
-        (ValueError("10.0.0.1"), "Redis: the figures cannot be read"),
+        (ValueError("10.0.0.1"), "Redis: the figures cannot be read; see the monitor's log"),
     ):
         source.ask()
         assert source.figures(30) == 7
@@ -57,7 +57,7 @@ def test_old_figures_are_unknown() -> None:
         try:
             source.figures(30)
         except Unknown as unknown:
-            return "not read lately" in str(unknown)
+            return "out of date" in str(unknown)
         return False
 
     assert eventually(lately)
