@@ -21,7 +21,7 @@ _MOST = Fraction(10**15)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one task takes of a slot of a worker, in seconds, by what they go to; and where that was measured."""
+    """Slot seconds per task by activity, and where they were measured."""
 
     parts: Mapping[str, Fraction]
     source: str

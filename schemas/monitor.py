@@ -1,4 +1,4 @@
-"""What operators see: the queues, the workers, and what waits or is late.
+"""Figures for operators: queues, workers, and late runs.
 
 An unknown figure is None, never 0.
 """
@@ -17,6 +17,8 @@ from inferq.schemas.task import Priority
 Service = Literal["rabbitmq", "redis", "store"]
 Alarm = Literal["disk", "memory"]
 WorkerState = Literal["idle", "busy", "paused", "loading"]
+Lane = tuple[str, Priority]
+"""A task type and a priority."""
 
 
 class TaskInHand(Record):

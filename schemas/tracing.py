@@ -32,7 +32,7 @@ _recorder: Recorder | None = None
 
 
 class Span:
-    """A span. This one records nothing; its `context` names the trace that continues all the same, if there is one."""
+    """A span that records nothing. Its context is the trace that is passed on, if any."""
 
     __slots__ = ("context",)
     recording: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The registry of workers in Redis: who lives, what each has in hand, and how many deliveries were taken.
+"""Registry of live workers in Redis, with their unacked tasks and delivery counts.
 
 inferq:w:<worker id>   the JSON of a WorkerInfo; it expires with the heartbeat
 inferq:workers         the ids by the time of their last heartbeat, trimmed at each heartbeat
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from inferq.schemas import Priority
 from inferq.schemas.encoding import to_json
-from inferq.schemas.monitor import WorkerInfo
+from inferq.schemas.monitor import Lane, WorkerInfo
 from inferq.storage.lua import read_lua
 from inferq.storage.status.index import StatusIndex
 
@@ -35,9 +35,6 @@ _RECORD = "inferq:w:"
 _HERE = Path(__file__)
 BEAT = read_lua(_HERE.with_name("worker_beat"))
 LIST = read_lua(_HERE.with_name("worker_list"))
-
-Lane = tuple[str, Priority]
-"""A task type and a priority."""
 
 
 @dataclass(frozen=True)

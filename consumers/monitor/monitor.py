@@ -19,10 +19,10 @@ from inferq.consumers.monitor.metrics import StatsCollector
 from inferq.consumers.monitor.records import RecordFigures, RecordReader
 from inferq.consumers.monitor.settings import MonitorSettings
 from inferq.consumers.monitor.source import Source, Unknown
-from inferq.consumers.monitor.stats import Lane, make_stats
+from inferq.consumers.monitor.stats import make_stats
 from inferq.consumers.monitor.waiting import Arrivals, Waiting
 from inferq.schemas import PRIORITIES, Outage, installed_types
-from inferq.schemas.monitor import Stats
+from inferq.schemas.monitor import Lane, Stats
 from inferq.schemas.probe_server import ProbeServer, Readiness
 from inferq.storage import BatchIndex, StatusIndex, StorageSettings, open_store
 from inferq.storage.figures import MonitorFigures

@@ -17,13 +17,11 @@ from inferq.consumers.monitor.broker_figures import (
 )
 from inferq.consumers.monitor.records import RecordFigures
 from inferq.consumers.monitor.source import Unknown
-from inferq.schemas import PRIORITIES, BatchState, Priority
-from inferq.schemas.monitor import QueueFigures, Stats, TypeWorkers, WorkerInfo
+from inferq.schemas import PRIORITIES, BatchState
+from inferq.schemas.monitor import Lane, QueueFigures, Stats, TypeWorkers
 from inferq.storage.workers import Registered
 
 T = TypeVar("T")
-
-Lane = tuple[str, Priority]
 
 _NO_SUCH_QUEUE = "RabbitMQ has no such queue; run: inferq topology apply"
 
@@ -123,13 +121,11 @@ def _lanes(
 
 
 def _by_type(types: Iterable[str], workers: Registered | Unknown) -> tuple[TypeWorkers, ...] | Unknown:
-    return workers if isinstance(workers, Unknown) else workers_by_type(types, workers.workers)
-
-
-def workers_by_type(types: Iterable[str], workers: Iterable[WorkerInfo]) -> tuple[TypeWorkers, ...]:
-    """How many workers of each type are in which state; also of types without any."""
+    """How many workers of each type are in which state, also of types without workers."""
+    if isinstance(workers, Unknown):
+        return workers
     states: dict[str, Counter[str]] = {name: Counter() for name in types}
-    for worker in workers:
+    for worker in workers.workers:
         states.setdefault(worker.task_type, Counter())[worker.state] += 1
     return tuple(TypeWorkers(task_type=name, **counts) for name, counts in states.items())
 

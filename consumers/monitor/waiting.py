@@ -1,8 +1,8 @@
 """How long the first message of a queue has waited, from counts alone.
 
-RabbitMQ tells the age of no message that it does not deliver. A look at the head (basic.get, then a requeue) counts as
+RabbitMQ does not report how long a message has waited. Reading the first message (basic.get, then a requeue) counts as
 a delivery: a quorum queue marks the message as redelivered and counts it towards the delivery limit, and a worker then
-looks for orphaned runs. So the age comes from two counts: the messages in the queue, which the broker tells, and the
+looks for orphaned runs. So the age comes from two counts: the messages in the queue, which RabbitMQ reports, and the
 deliveries that workers took. The queue is first in, first out, so the last arrivals are those that still wait.
 """
 

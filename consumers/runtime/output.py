@@ -74,12 +74,12 @@ class EngineOutput:
         self._logging.start()
 
     def begin_run(self) -> None:
-        """What comes from now on is of the calling thread's task."""
+        """Log later lines with the context of the calling thread's task."""
         with self._lock:
             self._context = contextvars.copy_context()
 
     def end_run(self) -> None:
-        """What has come until now is of the task; what comes later is not."""
+        """Log the lines that the task has printed. Later lines belong to no task."""
         with self._lock:
             self._read()
             self._end_line()

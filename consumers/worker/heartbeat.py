@@ -1,4 +1,4 @@
-"""Reports the worker to the registry in Redis: what it is, what it has in hand, what it waits for.
+"""Sends this worker's heartbeat to Redis: state, tasks in hand, unavailable services.
 
 On a thread of its own, off every task's path. Redis may be unavailable: nothing waits for a heartbeat.
 """
@@ -22,8 +22,8 @@ from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.slot import Slot
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import Priority
-from inferq.schemas.monitor import GpuMemory, TaskInHand, WorkerInfo, WorkerState
-from inferq.storage.workers import HEARTBEAT_SECONDS, Lane, WorkerRegistry
+from inferq.schemas.monitor import GpuMemory, Lane, TaskInHand, WorkerInfo, WorkerState
+from inferq.storage.workers import HEARTBEAT_SECONDS, WorkerRegistry
 
 _LOOK_SECONDS = 1.0
 """The shortest time between two heartbeats, for a worker that changes all the time."""

@@ -78,7 +78,7 @@ class Slot:
 
     @property
     def disconnected(self) -> bool:
-        """Whether it waits for RabbitMQ."""
+        """Whether one of its threads is disconnected and reconnecting."""
         return any(thread.disconnected for thread in self._threads)
 
     @property
@@ -176,7 +176,7 @@ class _SlotThread(threading.Thread):
 
     @property
     def disconnected(self) -> bool:
-        """Whether it tries in vain to connect to RabbitMQ."""
+        """Whether it is disconnected and reconnecting."""
         return not self._consumer.connected and self._consumer.last_error is not None
 
     @property

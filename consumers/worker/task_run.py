@@ -459,7 +459,7 @@ class TaskRun:
         return "retried"
 
     def _refuse(self, task: Task, verdict: DeadLetter) -> Outcome:
-        """End a task for what it is, not for how its run failed."""
+        """Dead-letter a task because of the task itself, not because a run failed."""
         self._count_failure(verdict.error.code)
         return self._dead_letter(task, verdict)
 

@@ -19,7 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from inferq.producer.batch.checks import check_files, check_lines
 from inferq.producer.cli.arguments import parse_assignments
 from inferq.producer.cli.files import files_of, uploaded
-from inferq.producer.cli.output import JsonFlag, complain, console, errors, print_json, print_table
+from inferq.producer.cli.output import (
+    JsonFlag,
+    complain,
+    console,
+    duration_text,
+    errors,
+    print_json,
+    print_table,
+)
 from inferq.producer.client.errors import NotEnded, NotFound, Unavailable
 from inferq.producer.client.sync_client import Client
 from inferq.producer.client.transfers import is_batch_url
@@ -268,14 +276,8 @@ def _note(status: BatchStatus) -> str:
     if status.rate is not None:
         parts.append(f"{status.rate:.1f}/s")
     if status.seconds_left is not None and not status.ended:
-        parts.append(f"{_span(status.seconds_left)} left")
+        parts.append(f"{duration_text(status.seconds_left)} left")
     return ", ".join(parts)
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _show(status: BatchStatus) -> None:
@@ -295,7 +297,7 @@ def _show(status: BatchStatus) -> None:
     if status.rate is not None:
         rows.append(("rate", f"{status.rate:.1f}/s"))
     if status.seconds_left is not None and not status.ended:
-        rows.append(("time left", _span(status.seconds_left)))
+        rows.append(("time left", duration_text(status.seconds_left)))
     if status.error:
         rows.append(("error", status.error))
     print_table(["", ""], rows)

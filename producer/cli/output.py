@@ -88,6 +88,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     unfolded().print(table)
 
 
+def duration_text(seconds: float) -> str:
+    """A duration in its two largest units, such as `1 h 6 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def unfolded() -> Console:
     """The console, or for a pipe one so wide that it folds nothing."""
     return console if console.is_terminal else _Harmless(width=_PIPE_WIDTH)

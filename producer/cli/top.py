@@ -15,12 +15,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from inferq.producer.cli.output import JsonFlag, console, print_json, unfolded
+from inferq.producer.cli.output import JsonFlag, console, duration_text, print_json, unfolded
 from inferq.producer.client.errors import Unavailable
 from inferq.producer.client.sync_client import Client
 from inferq.schemas import BatchStatus
 from inferq.schemas.logs import escape_control
-from inferq.schemas.monitor import QueueFigures, Stats, WorkerInfo, WorkerList
+from inferq.schemas.monitor import Lane, QueueFigures, Stats, WorkerInfo, WorkerList
 
 app = typer.Typer()
 
@@ -32,8 +32,6 @@ _TASKS = 2
 _UNKNOWN = "?"
 _STYLES = {"idle": "green", "busy": "cyan", "paused": "yellow", "loading": "magenta"}
 _GIB = 1024**3
-
-Lane = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def _queues(stats: Stats, rates: Mapping[Lane, float]) -> RenderableType:
             lane.priority,
             _count(lane.ready),
             _count(lane.unacked),
-            _span(lane.oldest_seconds),
+            _duration(lane.oldest_seconds),
             Text("") if rate is None else Text(f"{rate:.1f}"),
             _count(lane.consumers),
             _count(dead.get(lane.task_type)) if first else "",
@@ -212,7 +210,7 @@ def _rest(stats: Stats) -> RenderableType:
     ]  # fmt: skip
     late = [night for night in stats.late_nights or () if night.seconds > 0]
     if late:
-        names = ", ".join(f"{night.schedule} by {_span(night.seconds)}" for night in late)
+        names = ", ".join(f"{night.schedule} by {duration_text(night.seconds)}" for night in late)
         lines.append(("late", Text(escape_control(names), style="bold red")))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -279,7 +277,7 @@ def _batches(batches: Sequence[BatchStatus]) -> Table:
             _count(batch.counts.done),
             _count(batch.counts.total),
             Text("") if batch.rate is None else Text(f"{batch.rate:.1f}"),
-            Text("") if batch.seconds_left is None else _span(batch.seconds_left),
+            Text("") if batch.seconds_left is None else Text(duration_text(batch.seconds_left)),
         )
     return table
 
@@ -295,17 +293,8 @@ def _count(number: int | None) -> Text:
     return Text(_UNKNOWN, style="yellow") if number is None else Text(f"{number:,}")
 
 
-def _span(seconds: float | None) -> Text:
-    if seconds is None:
-        return _count(None)
-    if seconds < 60:
-        return Text(f"{seconds:.0f} s")
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return Text(f"{days} d {hours} h")
-    return Text(f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s")
+def _duration(seconds: float | None) -> Text:
+    return _count(None) if seconds is None else Text(duration_text(seconds))
 
 
 def _plain(text: str) -> Text:

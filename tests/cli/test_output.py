@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from inferq.producer.cli.output import print_table
+from inferq.producer.cli.output import duration_text, print_table
 
 
 def test_a_time_is_local_and_to_the_second(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,3 +26,11 @@ def test_no_line_is_left_for_heads_that_are_not_there(capsys: pytest.CaptureFixt
 def test_an_empty_table_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["task", "type"], [])
     assert capsys.readouterr().out == "none\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (95, "1 min 35 s"), (3_960, "1 h 6 min"), (187_200, "2 d 4 h")],
+)
+def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text

@@ -22,6 +22,7 @@ from inferq.producer.client.sync_client import Client
 from inferq.schemas import BatchCounts, BatchStatus, EngineInfo
 from inferq.schemas.monitor import (
     GpuMemory,
+    Lane,
     LateNight,
     QueueFigures,
     Stats,
@@ -98,7 +99,7 @@ READING = Reading(
 )  # fmt: skip
 
 
-def picture(reading: Reading, rates: dict[tuple[str, str], float], *, width: int = 120) -> Console:
+def picture(reading: Reading, rates: dict[Lane, float], *, width: int = 120) -> Console:
     console = Console(
         record=True, width=width, file=io.StringIO(), color_system="truecolor", force_terminal=True
     )
