@@ -15,6 +15,7 @@ from typing import Any
 from celery import Celery, Task
 from celery.exceptions import Reject
 from celery.worker.strategy import default as celery_strategy
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
 
@@ -67,7 +68,7 @@ def add_jobs(app: Celery) -> None:
 
 
 class CallbackJobs:
-    """The services that the jobs of one process share, created with the first job."""
+    """What the jobs of one process share: metrics from the start, and services, created with the first job."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class CallbackJobs:
         webhooks: WebhookSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
+        registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._settings = settings
         self._broker = broker
@@ -89,6 +91,7 @@ class CallbackJobs:
             slow=settings.callback_timeout / 2,
             clock=clock,
         )
+        self._metrics = CallbackMetrics(registry, lambda: float(self._targets.busy))
         self._endings = ThreadPoolExecutor(_ENDINGS, thread_name_prefix="endings")
 
     def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
@@ -212,10 +215,6 @@ class CallbackJobs:
                 time.sleep(backoff(failures))
             else:
                 return
-
-    @cached_property
-    def _metrics(self) -> CallbackMetrics:
-        return CallbackMetrics(REGISTRY, lambda: float(self._targets.busy))
 
     @cached_property
     def _publisher(self) -> Publisher:

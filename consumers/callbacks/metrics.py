@@ -19,6 +19,8 @@ class CallbackMetrics:
             ["outcome"],
             registry=registry,
         )
+        for outcome in ("delivered", "again", "failed"):
+            self.outcomes.labels(outcome)  # 0 from the start: Prometheus counts no rise from an absent series
         self.seconds = Histogram(
             "inferq_callback_seconds",
             "Duration of an attempt to deliver a callback, in seconds.",

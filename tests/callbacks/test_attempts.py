@@ -173,6 +173,18 @@ def test_what_was_delivered_meanwhile_is_neither_sent_nor_kept_as_a_failure() ->
     assert around.kept
 
 
+def test_a_process_shows_every_outcome_before_its_first_callback() -> None:
+    registry = CollectorRegistry()
+    jobs.CallbackJobs(
+        CallbackSettings(), BrokerSettings(), StorageSettings(), WebhookSettings(), registry=registry
+    )
+    shown = {
+        outcome: registry.get_sample_value("inferq_callbacks_total", {"outcome": outcome})
+        for outcome in ("delivered", "again", "failed")
+    }
+    assert shown == {"delivered": 0, "again": 0, "failed": 0}  # a rise from an absent series counts nothing
+
+
 @dataclass
 class Arrivals:
     """Celery's way from the broker to the pool, with the pool and the broker replaced by lists."""
@@ -191,6 +203,7 @@ class Arrivals:
             StorageSettings(),
             WebhookSettings(),
             clock=lambda: self.now,
+            registry=CollectorRegistry(),
         )
         vars(self.jobs).update(
             _delivery=self.around.delivery, _publisher=around, _metrics=self.around.delivery.metrics
