@@ -41,6 +41,11 @@ class Endings:
         with sending(message) as span:
             self._confirm(traced(message, span.context))
 
+    def dead_letter(self, message: Message) -> None:
+        """Publish a dead letter, as `publish` does."""
+        self.publish(message)
+        self._services.metrics.dead_letter(self._services.task_type.name)
+
     def _confirm(self, message: Message) -> None:
         def confirmed() -> None:
             self._services.publisher.publish(message).result()

@@ -75,6 +75,7 @@ class WorkerMetrics:
     _tasks: Children[Counter] = field(init=False)
     _stages: Children[Histogram] = field(init=False)
     _failures: Children[Counter] = field(init=False)
+    _dead_letters: Children[Counter] = field(init=False)
     _cache_requests: Children[Counter] = field(init=False)
     _tenant_seconds: Children[Counter] = field(init=False)
     _tenant_tasks: Children[Counter] = field(init=False)
@@ -105,6 +106,12 @@ class WorkerMetrics:
             "Attempts that failed, by the stage in which they failed and the error code.",
             ["task_type", "stage", "error_code"],
             error_code=BoundedLabel(_CODES),
+        )
+        count(
+            "_dead_letters",
+            "inferq_worker_dead_letters",
+            "Dead letters sent, also those of a task that was sent back and failed again.",
+            ["task_type"],
         )
         count(
             "_cache_requests",
@@ -224,6 +231,10 @@ class WorkerMetrics:
         """Count an attempt that failed."""
         self._failures(task_type, stage, code).inc()
 
+    def dead_letter(self, task_type: str) -> None:
+        """Count a dead letter that was sent."""
+        self._dead_letters(task_type).inc()
+
     def looked_up(self, task_type: str, *, hit: bool) -> None:
         """Count a task that was looked up in the result cache."""
         self._cache_requests(task_type, "hit" if hit else "miss").inc()
@@ -234,6 +245,7 @@ class WorkerMetrics:
 
     def add_engine(self, task_type: str, threads: int) -> EngineClock:
         """The clock of a further engine, which `threads` threads bring its tasks."""
+        self._dead_letters(task_type)  # 0 from the start: Prometheus counts no rise from an absent series
         clock = EngineClock(threads)
         self._engine_time.clocks.append((task_type, clock))
         return clock

@@ -25,7 +25,7 @@ def refuse_unreadable(
 ) -> None:
     """Dead-letter a message that is no task. If it names a task id, that task gets a failure and a callback."""
     _log.warning("%s: refused: %s", records.name, error.code)  # the message may quote the task
-    endings.publish(records.dead_letter(error))
+    endings.dead_letter(records.dead_letter(error))
     failure = records.unreadable(error, started_at=started_at)
     if failure is not None and _may_end(services, endings, failure):
         endings.use_callback_url(legible_url(records.delivery.body))
@@ -51,7 +51,7 @@ def refuse_after_fault(records: Records, endings: Endings, fault: Exception, *, 
     """
     failure = worker_fault(records, fault)
     try:
-        endings.publish(records.dead_letter(failure))
+        endings.dead_letter(records.dead_letter(failure))
     except (GracePassed, RunAborted):
         return False
     except Exception:

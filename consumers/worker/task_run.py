@@ -469,7 +469,7 @@ class TaskRun:
         tracing.current().fail(verdict.error.code)
         _log.warning("%s: failed: %s", self._records.name, _loggable(verdict.error))
         # The dead letter first: if only the record survived a crash, the redelivery would be skipped as done.
-        self._endings.publish(self._records.dead_letter(verdict.error, digest=self._digest))
+        self._endings.dead_letter(self._records.dead_letter(verdict.error, digest=self._digest))
         failure = self._failure(task, verdict.error, timings=timings)
         if verdict.record:
             self._endings.record(failure, engine_seconds=self._engine_seconds)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -77,12 +78,19 @@ class Bench:
         return done
 
     def complete(
-        self, answer: Done | Failed | Exception = DONE, *, body: bytes = b"", attempt: int = 1, **task: Any
+        self,
+        answer: Done | Failed | Exception = DONE,
+        *,
+        body: bytes = b"",
+        attempt: int = 1,
+        redrives: int = 0,
+        **task: Any,
     ) -> None:
         task = {"task_id": "t", "task_type": "echo", "payload": 1, **task}
         delivery = Delivery(
             queue="inference.echo.normal", tag=1, epoch=1, body=body or json.dumps(task).encode(),
-            routing_key="task_type.echo.normal", headers={"x-attempt": attempt}, redelivered=False,
+            routing_key="task_type.echo.normal", headers={"x-attempt": attempt, "x-redrives": redrives},
+            redelivered=False,
         )  # fmt: skip
         consumer = SimpleNamespace(ack=lambda *_, **__: None, requeue=lambda _: None, holds=lambda _: True)
         TaskRun(self.services, cast(Any, consumer), cast(Any, Engine(answer)), delivery, "normal").complete()
@@ -141,6 +149,20 @@ def test_each_end_is_counted_with_its_code_and_each_failed_attempt_with_its_stag
     assert bench.counted("inferq_tasks_ended_total") == ({ended: 1.0} if ended else {})
     times = 2.0 if failures and failures[0][0] == "parse" else 1.0  # what is no task has no end to find
     assert bench.counted("inferq_task_failures_total") == dict.fromkeys(failures, times)
+
+
+def test_each_dead_letter_is_counted_also_that_of_a_task_that_was_sent_back(bench: Bench) -> None:
+    bench.services.metrics.add_engine("echo", 1)
+    counted = partial(bench.counted, "inferq_worker_dead_letters_total")
+    assert counted() == {(): 0.0}  # a rise from an absent series counts nothing
+    bench.complete(INVALID)
+    bench.complete(INVALID)  # another copy, which finds the end on record
+    bench.complete(FAILED, task_id="retried")
+    bench.complete(task_id="late", expires_at="2026-01-01T00:00:00Z")
+    assert counted() == {(): 1.0}
+    bench.complete(INVALID, redrives=1)
+    bench.complete(body=b"no task")
+    assert counted() == {(): 3.0}
 
 
 def test_a_tenants_tasks_and_engine_seconds_are_counted_and_recorded_once(
