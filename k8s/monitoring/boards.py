@@ -11,6 +11,7 @@ from k8s.monitoring.grafana import Board, Panel, Query, Row
 _TYPES = 'task_type=~"$task_type"'
 _TYPE = 'task_type="$task_type"'
 _RATE = "[$__rate_interval]"
+_NO_PROBES = '{route!~"/healthz|/readyz|/metrics"}'
 _READY = 'max by (task_type, priority) (inferq_queue_messages{{state="ready",{types}}})'
 
 
@@ -30,7 +31,7 @@ def _shares(seconds: str, select: str, by: str) -> list[Query]:
 def _failed_share(select: str) -> str:
     return (
         f'(sum(increase(inferq_tasks_ended_total{{status="failed",{select}}}[1h])) or vector(0))'
-        f" / sum(increase(inferq_tasks_ended_total{{{select}}}[1h]))"
+        f' / sum(increase(inferq_tasks_ended_total{{status!="cancelled",{select}}}[1h]))'
     )
 
 
@@ -286,11 +287,12 @@ _OVERVIEW = Board(
         "Gateway",
         Panel(
             "HTTP requests per second",
-            [Query(f"sum by (status) (rate(inferq_http_requests_total{_RATE}))", "{{status}}")],
+            [Query(f"sum by (status) (rate(inferq_http_requests_total{_NO_PROBES}{_RATE}))", "{{status}}")],
             unit="reqps",
             stack=True,
+            text="Without those of probes.",
         ),
-        Panel("Seconds until an answer", _shares("inferq_http_request_seconds", "", ""), unit="s"),
+        Panel("Seconds until an answer", _shares("inferq_http_request_seconds", _NO_PROBES, ""), unit="s"),
         Panel(
             "Seconds until RabbitMQ confirms a task",
             _shares("inferq_publish_seconds", "", ""),
@@ -550,7 +552,7 @@ _CALLBACKS = Board(
             [
                 Query(
                     '(sum(increase(inferq_callbacks_total{outcome="delivered"}[1h])) or vector(0))'
-                    " / sum(increase(inferq_callbacks_total[1h]))"
+                    " / (sum(increase(inferq_callbacks_total[1h])) > 0)"
                 )
             ],
             kind="stat",

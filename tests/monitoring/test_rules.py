@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import yaml
+from starlette.routing import Route
 
+from inferq.producer.gateway import health
 from k8s.monitoring.observe import ROOT, RULES
 from tests.monitoring.content import alerts
 
@@ -29,6 +32,15 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
         for case in test["alert_rule_test"]
     ]
     assert set(cases) == {(rule["alert"], fires) for rule in alerts() for fires in (True, False)}
+
+
+def test_the_alert_on_failing_requests_leaves_out_every_route_of_probes() -> None:
+    (rule,) = (rule for rule in alerts() if rule["alert"] == "InferqRequestsFailing")
+    left_out = {name for names in re.findall(r'route!~"(.*?)"', rule["expr"]) for name in names.split("|")}
+    assert left_out == {route.path for route in health.router.routes if isinstance(route, Route)} | {
+        "unmatched"
+    }
+    assert rule["expr"].count("inferq_http_requests_total{") == rule["expr"].count("route!~")
 
 
 @pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
