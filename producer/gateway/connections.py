@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,7 +38,7 @@ class ConnectionGuard:
     """The open connections of one server, and which to close at a limit. For the event loop's thread alone.
 
     At a limit, the oldest connection without a request in progress makes room. If all are busy, the new one gets
-    503, and answers to probes.
+    503, and answers to probes. `refused` is called at each such 503.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class ConnectionGuard:
         *,
         head_seconds: float = HEAD_SECONDS,
         stall_seconds: float = STALL_SECONDS,
+        refused: Callable[[], None] = lambda: None,
     ) -> None:
         self.head_seconds = head_seconds
         self.stall_seconds = stall_seconds
         self._limit = limit
         self._per_address = per_address
+        self._refused = refused
         self._open: dict[GuardedProtocol, None] = {}
         self._addresses: Counter[str] = Counter()
 
@@ -67,7 +70,7 @@ class ConnectionGuard:
         if len(self._open) >= self._limit:
             room = room and self._end_oldest(None)
         if not room:
-            connection.app = _only_probes(connection.app)
+            connection.app = _only_probes(connection.app, self._refused)
         self._open[connection] = None
         self._addresses[address] += 1
 
@@ -156,11 +159,12 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
 
 
-def _only_probes(app: Any) -> ASGIApp:
+def _only_probes(app: Any, refused: Callable[[], None]) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in _PROBES:
             await app(scope, receive, send)
             return
+        refused()
         body = (
             b'{"type":"urn:inferq:problem:too_many_connections","title":"Service Unavailable","status":503,'
             b'"code":"too_many_connections","detail":"there are too many connections; try again in 5 s"}'

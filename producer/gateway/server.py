@@ -33,7 +33,11 @@ class Server(uvicorn.Server):
         self._services: Services = app.state.services
         settings = self._services.settings
         limit = settings.max_connections or default_limit(raise_descriptor_limit())
-        self._guard = ConnectionGuard(limit, settings.max_connections_per_address or max(1, limit // 2))
+        self._guard = ConnectionGuard(
+            limit,
+            settings.max_connections_per_address or max(1, limit // 2),
+            refused=self._services.metrics.refused,
+        )
         self._watch: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             app,

@@ -79,6 +79,8 @@ def test_busy_connections_do_not_but_probes_are_answered(small_gateway: Gateway)
             assert refused.headers["retry-after"] == "5"
             assert client.get("/healthz").status_code == 200
             assert client.get("/readyz").status_code == 200
+            counted = 'inferq_http_requests_total{method="other",route="refused",status="503"} 1.0'
+            assert counted in client.get("/metrics").text
         streams[0].close()
 
         def accepted() -> bool:
