@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ from inferq.consumers.monitor.source import Source, Unknown
 from inferq.consumers.monitor.stats import make_stats
 from inferq.consumers.monitor.waiting import Arrivals, Waiting
 from inferq.schemas import PRIORITIES, Outage, installed_types
-from inferq.schemas.monitor import Lane, Stats
+from inferq.schemas.monitor import Lane, Service, Stats
 from inferq.schemas.probe_server import ProbeServer, Readiness
 from inferq.storage import BatchIndex, StatusIndex, StorageSettings, open_store
 from inferq.storage.figures import MonitorFigures
@@ -147,7 +147,8 @@ class Monitor:
         stats = self.stats
         if stats is None:
             return Readiness(False, ("the first round",))
-        away = tuple(name for name, up in (stats.services or {}).items() if not up)
+        up = stats.services or {}
+        away = tuple(name for name in get_args(Service) if not up.get(name))
         return Readiness(not away, away)
 
     def round(self) -> None:

@@ -19,6 +19,10 @@ class Unknown(Exception):
     """The figures are unknown; the message says why, without an address."""
 
 
+class NotRead(Unknown):
+    """The first reading has not ended: whether the service can be used is unknown, too."""
+
+
 class Source(Generic[T]):
     """Reads by `read` whenever `ask` is called, one reading at a time.
 
@@ -36,7 +40,7 @@ class Source(Generic[T]):
         self._changed = threading.Condition()
         self._asked_at: float | None = None
         self._last: tuple[float, T] | None = None
-        self._fault: str | None = f"{service} has not been read yet"
+        self._fault: str | None = None
         self._failing = False
         self._thread = threading.Thread(target=self._run, name=f"monitor {service}", daemon=True)
 
@@ -57,8 +61,10 @@ class Source(Generic[T]):
             now = time.monotonic()
             if self._asked_at is not None and now - self._asked_at >= self._patience:
                 raise Unknown(f"{self._service} does not answer")
-            if self._fault is not None or self._last is None:
-                raise Unknown(self._fault or f"{self._service} has not been read yet")
+            if self._fault is not None:
+                raise Unknown(self._fault)
+            if self._last is None:
+                raise NotRead(f"{self._service} has not been read yet")
             at, figures = self._last
             if now - at > self._keeps:
                 raise Unknown(f"the figures of {self._service} are out of date")

@@ -16,7 +16,7 @@ from inferq.consumers.monitor.broker_figures import (
     QueueCount,
 )
 from inferq.consumers.monitor.records import RecordFigures
-from inferq.consumers.monitor.source import Unknown
+from inferq.consumers.monitor.source import NotRead, Unknown
 from inferq.schemas import PRIORITIES, BatchState
 from inferq.schemas.monitor import Lane, QueueFigures, Stats, TypeWorkers
 from inferq.storage.workers import Registered
@@ -79,10 +79,9 @@ def make_stats(
             reason = "the batches are being read for the first time"
         value = records if isinstance(records, Unknown) else getattr(records, name)
         fields[name] = known(name, _with_zeros(value) if isinstance(value, Counter) else value, reason)
+    read = {"rabbitmq": broker, "redis": workers, "store": records}
     services = {
-        "rabbitmq": not isinstance(broker, Unknown),
-        "redis": not isinstance(workers, Unknown),
-        "store": not isinstance(records, Unknown),
+        name: not isinstance(told, Unknown) for name, told in read.items() if not isinstance(told, NotRead)
     }
     return Stats(at=at, services=services, unknown=unknown, **fields)
 

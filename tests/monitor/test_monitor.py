@@ -124,7 +124,7 @@ def test_without_redis_nothing_of_it_is_called_zero(
 ) -> None:
     publish(channel, "inference.tasks", "task_type.echo", 3)
     monitor = make_monitor(redis_url=f"redis://{NOBODY}/0")
-    eventually(lambda: (monitor.round(), monitor.stats and monitor.stats.services["store"])[1])  # type: ignore[index]
+    eventually(lambda: (monitor.round(), monitor.stats and monitor.stats.services.get("store"))[1])  # type: ignore[index]
     stats = monitor.stats
     assert stats is not None
     normal = lane(stats, "normal")

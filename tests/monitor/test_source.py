@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime
 
 import pytest
 
-from inferq.consumers.monitor.source import Source, Unknown
+from inferq.consumers.monitor.source import NotRead, Source, Unknown
+from inferq.consumers.monitor.stats import make_stats
 from inferq.storage import StatusOutage
+from inferq.storage.workers import Registered
 from tests.waiting import eventually
 
 
@@ -15,7 +18,7 @@ def test_a_service_that_hangs_is_unknown_until_it_answers() -> None:
     answer = threading.Event()
     source = Source("Redis", lambda: answer.wait(60), patience=0.01)
     source.start()
-    with pytest.raises(Unknown, match="Redis has not been read yet"):
+    with pytest.raises(NotRead, match="Redis has not been read yet"):
         source.figures()
     source.ask()
     with pytest.raises(Unknown, match="Redis does not answer"):
@@ -23,6 +26,21 @@ def test_a_service_that_hangs_is_unknown_until_it_answers() -> None:
     source.ask()  # begins no second reading
     answer.set()
     assert source.figures(30) is True
+
+
+def test_a_service_is_not_called_unavailable_before_its_first_reading_has_ended() -> None:
+    """It may take minutes with many batches, and an alert would fire."""
+    stats = make_stats(
+        at=datetime.now(UTC),
+        task_types=(),
+        broker=Unknown("RabbitMQ is unavailable"),
+        workers=Registered((), {}),
+        given_up=0,
+        records=NotRead("the object store has not been read yet"),
+        oldest={},
+    )
+    assert stats.services == {"rabbitmq": False, "redis": True}
+    assert stats.unknown["batches"] == "the object store has not been read yet"
 
 
 def test_a_failure_hides_the_figures_from_before_and_no_address_is_told() -> None:
