@@ -49,6 +49,7 @@ class WorkerInfo(Record):
     lanes: tuple[Priority, ...]
     state: WorkerState
     slots: int
+    consumers: int | None = Field(None, description="The most consumers that it has of one lane.")
     busy: int = Field(description="Slots with a task in hand.")
     in_hand: dict[Priority, int] = Field({}, description="Tasks taken and not settled, by lane.")
     tasks: tuple[TaskInHand, ...] = Field((), description="The tasks in hand whose messages are read.")
@@ -73,7 +74,9 @@ class QueueFigures(Record):
     task_type: str
     priority: Priority
     ready: int | None = Field(None, description="Messages that wait in the queue.")
-    unacked: int | None = Field(None, description="Tasks that workers have in hand.")
+    unacked: int | None = Field(
+        None, description="Tasks that workers have in hand; None if a consumer sends no heartbeat."
+    )
     consumers: int | None = None
     oldest_seconds: float | None = Field(
         None, description="How long the first message has been seen waiting; 0 if none waits."
@@ -104,8 +107,15 @@ class LateNight(Record):
 class Stats(Record):
     """The figures of `inferq monitor`. `unknown` names the fields that are None, each with the reason."""
 
-    at: AwareDatetime | None = Field(None, description="When the monitor read them; None if it does not run.")
-    services: dict[Service, bool] | None = Field(None, description="Whether each service can be used.")
+    at: AwareDatetime | None = Field(
+        None, description="When the monitor made its last round; None if it does not run."
+    )
+    read_at: dict[Service, AwareDatetime] | None = Field(
+        None, description="When each service was read; absent if its figures are unknown."
+    )
+    services: dict[Service, bool] | None = Field(
+        None, description="Whether each service can be used; absent if that is unknown."
+    )
     alarms: tuple[Alarm, ...] | None = Field(
         None, description="Why RabbitMQ blocks publishers; empty if not."
     )

@@ -47,6 +47,15 @@ class Registered:
     def taken_of(self, task_type: str, priority: Priority) -> int:
         return self.taken.get(_lane(task_type, priority), 0)
 
+    def explain(self, consumers: int, task_type: str, priority: Priority) -> bool:
+        """Whether these workers may have all the consumers of a lane. Others count no delivery."""
+        most = sum(
+            worker.slots if worker.consumers is None else worker.consumers
+            for worker in self.workers
+            if worker.task_type == task_type and priority in worker.lanes
+        )
+        return consumers <= most
+
 
 class WorkerRegistry:
     """The registry of all workers. Safe from many threads."""

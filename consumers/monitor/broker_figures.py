@@ -27,6 +27,8 @@ ALARM_EXCHANGE = "amq.headers"
 CALLBACKS_QUEUE = "inference.callbacks"
 DELAY_QUEUES = tuple(delay_level(level) for level in range(DELAY_LEVELS))
 
+_DELAYS_EVERY = 6
+"""The delay levels are half of all queues, and change slowly: they are read once in so many readings."""
 _BLOCKED_SECONDS = 0.5
 _LISTEN_SECONDS = 0.2
 """How long the broker may take to say that it blocks a connection; otherwise the next round hears it."""
@@ -68,6 +70,8 @@ class BrokerReader:
         self._settings = settings
         self._connection: pika.BlockingConnection | None = None
         self._alarms = _AlarmProbe(settings)
+        self._readings = 0
+        self._delays: dict[str, QueueCount] = {}
 
     def read(self, task_types: Iterable[str]) -> BrokerFigures:
         """The figures now. Raises BrokerUnavailable."""
@@ -89,7 +93,12 @@ class BrokerReader:
         self._connection = None
 
     def _read(self, names: Iterable[str]) -> BrokerFigures:
-        return BrokerFigures(self._counts(names), self._alarms.ask())
+        with_delays = self._readings % _DELAYS_EVERY == 0
+        found = self._counts(name for name in names if with_delays or name not in DELAY_QUEUES)
+        if with_delays:
+            self._delays = {name: found[name] for name in DELAY_QUEUES if name in found}
+        self._readings += 1
+        return BrokerFigures({**self._delays, **found}, self._alarms.ask())
 
     def _counts(self, names: Iterable[str]) -> dict[str, QueueCount]:
         if self._connection is None:

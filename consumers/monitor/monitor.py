@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from pydantic import TypeAdapter, ValidationError
@@ -18,7 +18,7 @@ from inferq.consumers.monitor.broker_figures import BrokerFigures, BrokerReader
 from inferq.consumers.monitor.metrics import StatsCollector
 from inferq.consumers.monitor.records import RecordFigures, RecordReader
 from inferq.consumers.monitor.settings import MonitorSettings
-from inferq.consumers.monitor.source import Source, Unknown
+from inferq.consumers.monitor.source import Reading, Source, Unknown
 from inferq.consumers.monitor.stats import make_stats
 from inferq.consumers.monitor.waiting import Arrivals, Waiting
 from inferq.schemas import PRIORITIES, Outage, installed_types
@@ -28,12 +28,10 @@ from inferq.storage import BatchIndex, StatusIndex, StorageSettings, open_store
 from inferq.storage.figures import MonitorFigures
 from inferq.storage.workers import Registered, WorkerRegistry
 
-T = TypeVar("T")
-
 _ROUNDS = 4
 """For how many rounds figures are believed."""
 _PATIENCE_SECONDS = 3.0
-"""How long a round waits for RabbitMQ and Redis."""
+"""How long a round waits for RabbitMQ and Redis. A reading that takes longer counts in a later round."""
 _STORE_PATIENCE_SECONDS = 120.0
 _MOST_TYPES = 200
 
@@ -72,22 +70,25 @@ class Monitor:
         records = RecordReader(open_store(storage), BatchIndex(self._index))
         every = settings.monitor_records_interval
         self._broker: Source[BrokerFigures] = Source(
-            "RabbitMQ", lambda: self._reader.read(self._types), patience=_PATIENCE_SECONDS
+            "RabbitMQ", lambda: self._reader.read(self._types), keeps=self._believed_for, clock=clock
         )
         self._redis: Source[_RedisFigures] = Source(
             "Redis",
             lambda: _RedisFigures(registry.read(), self._kept.callbacks_given_up(clock().timestamp())),
-            patience=_PATIENCE_SECONDS,
+            keeps=self._believed_for,
+            clock=clock,
         )
         self._records: Source[RecordFigures] = Source(
             "the object store",
             records.read,
-            patience=_STORE_PATIENCE_SECONDS,
             keeps=_ROUNDS * every + _STORE_PATIENCE_SECONDS,
+            clock=clock,
         )
         self._next_records = 0.0
         self._types: tuple[str, ...] = tuple(installed_types())
         self._waiting: dict[str, Waiting] | None = None
+        self._looked: tuple[datetime, datetime] | None = None
+        self._oldest: dict[Lane, float] = {}
         self._stats: Stats | None = None
         self._made_at = 0.0
         self.last_success: float | None = None
@@ -143,12 +144,11 @@ class Monitor:
             raise _Stopped
 
     def readiness(self) -> Readiness:
-        """Ready while the figures of every service are known."""
+        """Ready after the first round, unless a service is unavailable. Unknown does not count as unavailable."""
         stats = self.stats
         if stats is None:
             return Readiness(False, ("the first round",))
-        up = stats.services or {}
-        away = tuple(name for name in get_args(Service) if not up.get(name))
+        away = tuple(name for name, up in (stats.services or {}).items() if not up)
         return Readiness(not away, away)
 
     def round(self) -> None:
@@ -159,24 +159,26 @@ class Monitor:
         # At once, because the age of a message comes from both.
         self._broker.ask()
         self._redis.ask()
-        broker = _figures(self._broker, _PATIENCE_SECONDS)
-        redis = _figures(self._redis, _PATIENCE_SECONDS)
-        records = _figures(self._records, 0 if self._stats is not None else _PATIENCE_SECONDS)
-        now = self._clock()
-        workers = redis if isinstance(redis, Unknown) else redis.workers
+        broker = self._broker.figures(_PATIENCE_SECONDS)
+        redis = self._redis.figures(_PATIENCE_SECONDS)
+        records = self._records.figures(0 if self._stats is not None else _PATIENCE_SECONDS)
+        workers = redis if isinstance(redis, Unknown) else redis.figures.workers
         self._note_types(workers)
+        self._look(broker, redis)
+        read: dict[Service, Reading[Any] | Unknown] = {"rabbitmq": broker, "redis": redis, "store": records}
         self._stats = make_stats(
-            at=now,
+            at=self._clock(),
             task_types=self._types,
-            broker=broker,
+            broker=broker if isinstance(broker, Unknown) else broker.figures,
             workers=workers,
-            given_up=redis if isinstance(redis, Unknown) else redis.given_up,
-            records=records,
-            oldest=self._oldest(now.timestamp(), broker, workers),
+            given_up=redis if isinstance(redis, Unknown) else redis.figures.given_up,
+            records=records if isinstance(records, Unknown) else records.figures,
+            oldest=self._oldest,
+            read_at={name: found.at for name, found in read.items() if not isinstance(found, Unknown)},
         )
         self._made_at = time.monotonic()
         if not isinstance(broker, Unknown):
-            self.last_success = now.timestamp()
+            self.last_success = broker.at.timestamp()
         self._save(self._stats)
 
     def _note_types(self, workers: Registered | Unknown) -> None:
@@ -185,23 +187,33 @@ class Monitor:
             known = dict.fromkeys((*installed_types(), *(worker.task_type for worker in workers.workers)))
             self._types = tuple(dict.fromkeys((*self._types, *known)))[:_MOST_TYPES]
 
-    def _oldest(
-        self, now: float, broker: BrokerFigures | Unknown, workers: Registered | Unknown
-    ) -> dict[Lane, float]:
-        """How long the first message of each lane has waited; needs the figures of both."""
-        if isinstance(broker, Unknown) or isinstance(workers, Unknown):
-            return {}
+    def _look(
+        self, broker: Reading[BrokerFigures] | Unknown, redis: Reading[_RedisFigures] | Unknown
+    ) -> None:
+        """Note how long the first message of each lane has waited; needs new figures of both."""
+        if isinstance(broker, Unknown) or isinstance(redis, Unknown):
+            self._oldest = {}
+            return
+        if self._looked is not None and (broker.at == self._looked[0] or redis.at == self._looked[1]):
+            return
+        self._looked = broker.at, redis.at
         if self._waiting is None:
             self._waiting = self._load_waiting()
+        now, queues, workers = broker.at.timestamp(), broker.figures.queues, redis.figures.workers
         found: dict[Lane, float] = {}
         for task_type in self._types:
             for priority in PRIORITIES:
                 name = work_queue(task_type, priority)
-                if (count := broker.queues.get(name)) is not None:
+                if (count := queues.get(name)) is None:
+                    continue
+                if not workers.explain(count.consumers, task_type, priority):
+                    # Deliveries go uncounted: what is known of the queue is worth nothing afterwards.
+                    self._waiting.pop(name, None)
+                else:
                     waiting = self._waiting.setdefault(name, Waiting())
                     taken = workers.taken_of(task_type, priority)
                     found[task_type, priority] = round(waiting.look(now, count.ready, taken), 1)
-        return found
+        self._oldest = found
 
     def _load_waiting(self) -> dict[str, Waiting]:
         """What the last monitor knew."""
@@ -220,10 +232,3 @@ class Monitor:
             self._kept.save(stats, text, seconds=self._believed_for)
         except Outage as error:
             _log.debug("the figures are not saved for the gateway: %s", error)
-
-
-def _figures(source: Source[T], wait: float) -> T | Unknown:
-    try:
-        return source.figures(wait)
-    except Unknown as unknown:
-        return unknown

@@ -6,7 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Generic, NamedTuple, TypeVar
 
 from inferq.schemas import InferqError, Outage
 
@@ -15,32 +17,47 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class Unknown(Exception):
-    """The figures are unknown; the message says why, without an address."""
+@dataclass(frozen=True)
+class Unknown:
+    """The figures are unknown; `reason` names no address.
+
+    `outage`: the service is unavailable. Otherwise it may only be slow, or not read yet.
+    """
+
+    reason: str
+    outage: bool = False
 
 
-class NotRead(Unknown):
-    """The first reading has not ended: whether the service can be used is unknown, too."""
+class Reading(NamedTuple, Generic[T]):
+    """Figures, and when they were read."""
+
+    at: datetime
+    figures: T
 
 
 class Source(Generic[T]):
     """Reads by `read` whenever `ask` is called, one reading at a time.
 
-    `service` names it to users. A reading that takes longer than `patience` seconds counts as failed until it ends, and
-    so do figures that are older than `keeps` seconds.
+    `service` names it to users. Figures are known for `keeps` seconds, unless a later reading fails. A reading may take
+    any time.
     """
 
     def __init__(
-        self, service: str, read: Callable[[], T], *, patience: float, keeps: float = float("inf")
+        self,
+        service: str,
+        read: Callable[[], T],
+        *,
+        keeps: float,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._service = service
         self._read = read
-        self._patience = patience
         self._keeps = keeps
+        self._clock = clock
         self._changed = threading.Condition()
-        self._asked_at: float | None = None
-        self._last: tuple[float, T] | None = None
-        self._fault: str | None = None
+        self._asked = False
+        self._last: tuple[float, Reading[T]] | None = None
+        self._fault: Unknown | None = None
         self._failing = False
         self._thread = threading.Thread(target=self._run, name=f"monitor {service}", daemon=True)
 
@@ -50,37 +67,33 @@ class Source(Generic[T]):
     def ask(self) -> None:
         """Begin a reading, unless one is in progress."""
         with self._changed:
-            if self._asked_at is None:
-                self._asked_at = time.monotonic()
-                self._changed.notify_all()
+            self._asked = True
+            self._changed.notify_all()
 
-    def figures(self, wait: float = 0) -> T:
-        """The last figures, after waiting at most `wait` seconds for a reading in progress. Raises Unknown."""
+    def figures(self, wait: float = 0) -> Reading[T] | Unknown:
+        """The last figures, after waiting at most `wait` seconds for a reading in progress."""
         with self._changed:
-            self._changed.wait_for(lambda: self._asked_at is None, wait)
-            now = time.monotonic()
-            if self._asked_at is not None and now - self._asked_at >= self._patience:
-                raise Unknown(f"{self._service} does not answer")
+            self._changed.wait_for(lambda: not self._asked, wait)
             if self._fault is not None:
-                raise Unknown(self._fault)
+                return self._fault
             if self._last is None:
-                raise NotRead(f"{self._service} has not been read yet")
-            at, figures = self._last
-            if now - at > self._keeps:
-                raise Unknown(f"the figures of {self._service} are out of date")
-            return figures
+                return Unknown(f"{self._service} has not been read yet")
+            ended, reading = self._last
+            if time.monotonic() - ended <= self._keeps:
+                return reading
+            return Unknown(f"the figures of {self._service} are out of date")
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._asked_at is not None)
+                self._changed.wait_for(lambda: self._asked)
             fault = self._try()
             with self._changed:
                 self._fault = fault
-                self._asked_at = None
+                self._asked = False
                 self._changed.notify_all()
 
-    def _try(self) -> str | None:
+    def _try(self) -> Unknown | None:
         """Read. Gives why that failed; None if it did not."""
         try:
             found = self._read()
@@ -91,10 +104,10 @@ class Source(Generic[T]):
                 _log.warning("%s: the figures are unknown: %s", self._service, error, exc_info=unforeseen)
             self._failing = True
             if isinstance(error, Outage):
-                return f"{self._service} is unavailable"
-            return f"{self._service}: the figures cannot be read; see the monitor's log"
+                return Unknown(f"{self._service} is unavailable", outage=True)
+            return Unknown(f"{self._service}: the figures cannot be read; see the monitor's log")
         if self._failing:
             _log.info("%s: the figures are known again", self._service)
         self._failing = False
-        self._last = time.monotonic(), found
+        self._last = time.monotonic(), Reading(self._clock(), found)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, TypeVar, get_args
 
@@ -16,13 +16,14 @@ from inferq.consumers.monitor.broker_figures import (
     QueueCount,
 )
 from inferq.consumers.monitor.records import RecordFigures
-from inferq.consumers.monitor.source import NotRead, Unknown
+from inferq.consumers.monitor.source import Unknown
 from inferq.schemas import PRIORITIES, BatchState
-from inferq.schemas.monitor import Lane, QueueFigures, Stats, TypeWorkers
+from inferq.schemas.monitor import Lane, QueueFigures, Service, Stats, TypeWorkers
 from inferq.storage.workers import Registered
 
 T = TypeVar("T")
 
+_MOST_NAMED = 5
 _NO_SUCH_QUEUE = "RabbitMQ has no such queue; run: inferq topology apply"
 
 
@@ -35,6 +36,7 @@ def make_stats(
     given_up: int | Unknown,
     records: RecordFigures | Unknown,
     oldest: Mapping[Lane, float],
+    read_at: Mapping[Service, datetime],
 ) -> Stats:
     """The stats of one round. `oldest`: seconds that the first message of each lane has been seen waiting."""
     types = tuple(task_types)
@@ -42,13 +44,14 @@ def make_stats(
 
     def known(name: str, value: T | Unknown | None, reason: str = "") -> T | None:
         if isinstance(value, Unknown) or value is None:
-            unknown[name] = str(value) if value is not None else reason
+            unknown[name] = value.reason if value is not None else reason
             return None
         return value
 
     queues = broker if isinstance(broker, Unknown) else broker.queues
+    unexplained = _unexplained(types, queues, workers)
     fields: dict[str, Any] = {
-        "queues": known("queues", _lanes(types, queues, workers, oldest)),
+        "queues": known("queues", _lanes(types, queues, workers, oldest, unexplained)),
         "workers": known("workers", _by_type(types, workers)),
         "callbacks_given_up": known("callbacks_given_up", given_up),
         "alarms": known(
@@ -79,11 +82,19 @@ def make_stats(
             reason = "the batches are being read for the first time"
         value = records if isinstance(records, Unknown) else getattr(records, name)
         fields[name] = known(name, _with_zeros(value) if isinstance(value, Counter) else value, reason)
-    read = {"rabbitmq": broker, "redis": workers, "store": records}
+    if unexplained:
+        names = ", ".join(f"{task_type} {priority}" for task_type, priority in unexplained[:_MOST_NAMED])
+        more = " and others" if len(unexplained) > _MOST_NAMED else ""
+        for name in ("unacked", "oldest_seconds"):
+            unknown[name] = f"consumers without a heartbeat in Redis take tasks: {names}{more}"
+    read: dict[Service, object] = {"rabbitmq": broker, "redis": workers, "store": records}
+    # A service that was not read yet, or is slow, is neither up nor down.
     services = {
-        name: not isinstance(told, Unknown) for name, told in read.items() if not isinstance(told, NotRead)
+        name: not isinstance(found, Unknown)
+        for name, found in read.items()
+        if not isinstance(found, Unknown) or found.outage
     }
-    return Stats(at=at, services=services, unknown=unknown, **fields)
+    return Stats(at=at, services=services, read_at=dict(read_at), unknown=unknown, **fields)
 
 
 def _lanes(
@@ -91,6 +102,7 @@ def _lanes(
     queues: Mapping[str, QueueCount] | Unknown,
     workers: Registered | Unknown,
     oldest: Mapping[Lane, float],
+    unexplained: Collection[Lane],
 ) -> tuple[QueueFigures, ...] | Unknown:
     """Every lane of which something is known."""
     if isinstance(queues, Unknown) and isinstance(workers, Unknown):
@@ -111,12 +123,27 @@ def _lanes(
                     priority=priority,
                     ready=None if count is None else count.ready,
                     consumers=None if count is None else count.consumers,
-                    unacked=None if isinstance(workers, Unknown) else in_hand[lane],
+                    unacked=None if isinstance(workers, Unknown) or lane in unexplained else in_hand[lane],
                     taken=None if isinstance(workers, Unknown) else workers.taken_of(task_type, priority),
-                    oldest_seconds=oldest.get(lane),
+                    oldest_seconds=None if lane in unexplained else oldest.get(lane),
                 )
             )
     return tuple(found)
+
+
+def _unexplained(
+    types: Iterable[str], queues: Mapping[str, QueueCount] | Unknown, workers: Registered | Unknown
+) -> list[Lane]:
+    """Lanes with more consumers than the registered workers may have."""
+    if isinstance(queues, Unknown) or isinstance(workers, Unknown):
+        return []
+    return [
+        (task_type, priority)
+        for task_type in types
+        for priority in PRIORITIES
+        if (count := queues.get(work_queue(task_type, priority))) is not None
+        and not workers.explain(count.consumers, task_type, priority)
+    ]
 
 
 def _by_type(types: Iterable[str], workers: Registered | Unknown) -> tuple[TypeWorkers, ...] | Unknown:

@@ -30,8 +30,9 @@ class Arrivals(BaseModel):
 class Waiting:
     """The messages of one queue by the time at which a look first saw them.
 
-    The age is never too high: what waits at the first look has arrived then. Messages that leave uncounted, as by a
-    purge, count as the oldest.
+    What waits at the first look has arrived then, so the age may be too low. Messages that leave uncounted, as by a
+    purge, count as the oldest. The age is too high if as many arrive in the same interval: do not look at a queue with
+    consumers that count nothing, and begin a new one afterwards.
     """
 
     def __init__(self, known: Arrivals | None = None) -> None:

@@ -57,6 +57,7 @@ class Heartbeat(threading.Thread):
             lanes=services.settings.lanes,
             state="loading",
             slots=len(slots),
+            consumers=sum(slot.consumers for slot in slots),
             busy=0,
             version=version("inferq"),
             since=datetime.now(UTC),

@@ -62,6 +62,11 @@ class Slot:
         return next((reason for thread in self._threads if (reason := thread.waiting_for)), None)
 
     @property
+    def consumers(self) -> int:
+        """The most consumers that it has of one lane."""
+        return len(self._threads)
+
+    @property
     def busy(self) -> bool:
         """Whether it has a task in hand."""
         return self._supervisor.busy

@@ -94,9 +94,9 @@ class Worker:
         adopt_orphans()
         self._services.status.require_supported()
         self._publisher.start()
+        self._heartbeat.start()  # first: the monitor calls consumers without a heartbeat unknown
         for slot in self._slots:
             slot.start()
-        self._heartbeat.start()
         if self.probes is not None:
             self.probes.start()
         try:

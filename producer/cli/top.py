@@ -114,20 +114,21 @@ class Rates:
 
     def after(self, stats: Stats) -> Mapping[Lane, float]:
         """The rates, with this reading as the newest. Until a second round, they are unknown."""
-        if stats.at is None or stats.queues is None:
+        at = (stats.read_at or {}).get("redis", stats.at)
+        if at is None or stats.queues is None:
             return self.last
         taken = {(q.task_type, q.priority): q.taken for q in stats.queues if q.taken is not None}
         before = self._before
-        if before is not None and stats.at <= before[0]:
+        if before is not None and at <= before[0]:
             return self.last
         if before is not None:
-            seconds = (stats.at - before[0]).total_seconds()
+            seconds = (at - before[0]).total_seconds()
             self.last = {
                 lane: (count - before[1][lane]) / seconds
                 for lane, count in taken.items()
                 if lane in before[1] and count >= before[1][lane]
             }
-        self._before = stats.at, {lane: count for lane, count in taken.items() if count is not None}
+        self._before = at, {lane: count for lane, count in taken.items() if count is not None}
         return self.last
 
 

@@ -159,6 +159,8 @@ def test_rates_come_from_two_rounds_of_the_monitor() -> None:
     later = rates.after(stats(NOW + timedelta(seconds=5), taken=450))
     assert later["ocr", "normal"] == 10
     assert later["ocr", "high"] == 0
+    stale = {"redis": NOW + timedelta(seconds=5)}
+    assert rates.after(stats(NOW + timedelta(seconds=8), taken=450, read_at=stale)) == later, "not read anew"
     anew = rates.after(stats(NOW + timedelta(seconds=10), taken=3))  # Redis lost the counts
     assert ("ocr", "normal") not in anew
     assert rates.after(Stats()) == anew

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
 
-import pytest
-
-from inferq.consumers.monitor.source import NotRead, Source, Unknown
-from inferq.consumers.monitor.stats import make_stats
+from inferq.consumers.monitor.source import Reading, Source, Unknown
 from inferq.storage import StatusOutage
-from inferq.storage.workers import Registered
 from tests.waiting import eventually
 
 
-def test_a_service_that_hangs_is_unknown_until_it_answers() -> None:
-    answer = threading.Event()
-    source = Source("Redis", lambda: answer.wait(60), patience=0.01)
+def value(source: Source[int]) -> int:
+    found = source.figures(30)
+    assert isinstance(found, Reading)
+    return found.figures
+
+
+def test_a_reading_that_takes_long_is_used_when_it_ends_and_hides_no_earlier_figures() -> None:
+    answers = [threading.Event(), threading.Event()]
+    numbers = iter((1, 2))
+
+    def read() -> int:
+        number = next(numbers)
+        answers[number - 1].wait(60)
+        return number
+
+    source = Source("Redis", read, keeps=60)
     source.start()
-    with pytest.raises(NotRead, match="Redis has not been read yet"):
-        source.figures()
+    assert source.figures() == Unknown("Redis has not been read yet")
     source.ask()
-    with pytest.raises(Unknown, match="Redis does not answer"):
-        source.figures(0.05)
+    assert source.figures(0.05) == Unknown("Redis has not been read yet"), "slow is not unavailable"
     source.ask()  # begins no second reading
-    answer.set()
-    assert source.figures(30) is True
-
-
-def test_a_service_is_not_called_unavailable_before_its_first_reading_has_ended() -> None:
-    """It may take minutes with many batches, and an alert would fire."""
-    stats = make_stats(
-        at=datetime.now(UTC),
-        task_types=(),
-        broker=Unknown("RabbitMQ is unavailable"),
-        workers=Registered((), {}),
-        given_up=0,
-        records=NotRead("the object store has not been read yet"),
-        oldest={},
-    )
-    assert stats.services == {"rabbitmq": False, "redis": True}
-    assert stats.unknown["batches"] == "the object store has not been read yet"
+    answers[0].set()
+    assert value(source) == 1
+    source.ask()
+    found = source.figures(0.05)
+    assert isinstance(found, Reading)
+    assert found.figures == 1
+    answers[1].set()
+    assert value(source) == 2
 
 
 def test_a_failure_hides_the_figures_from_before_and_no_address_is_told() -> None:
@@ -51,31 +48,24 @@ def test_a_failure_hides_the_figures_from_before_and_no_address_is_told() -> Non
             raise faults.pop()
         return 7
 
-    source = Source("Redis", read, patience=30)
+    source = Source("Redis", read, keeps=60)
     source.start()
     for fault, said in (
-        (StatusOutage("Redis at 10.0.0.1:6379 cannot be reached"), "Redis is unavailable"),
-        (ValueError("10.0.0.1"), "Redis: the figures cannot be read; see the monitor's log"),
+        (
+            StatusOutage("Redis at 10.0.0.1:6379 cannot be reached"),
+            Unknown("Redis is unavailable", outage=True),
+        ),
+        (ValueError("10.0.0.1"), Unknown("Redis: the figures cannot be read; see the monitor's log")),
     ):
         source.ask()
-        assert source.figures(30) == 7
+        assert value(source) == 7
         faults.append(fault)
         source.ask()
-        with pytest.raises(Unknown) as unknown:
-            source.figures(30)
-        assert str(unknown.value) == said
+        assert source.figures(30) == said
 
 
 def test_old_figures_are_unknown() -> None:
-    source = Source("the object store", lambda: 7, patience=30, keeps=0.01)
+    source = Source("the object store", lambda: 7, keeps=0.01)
     source.start()
     source.ask()
-
-    def lately() -> bool:
-        try:
-            source.figures(30)
-        except Unknown as unknown:
-            return "out of date" in str(unknown)
-        return False
-
-    assert eventually(lately)
+    eventually(lambda: source.figures(30) == Unknown("the figures of the object store are out of date"))

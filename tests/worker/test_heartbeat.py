@@ -27,6 +27,7 @@ class FakeSlot:
 
     def __init__(self) -> None:
         self.loading = self.disconnected = self.busy = False
+        self.consumers = 1
         self.engine: EngineInfo | None = ENGINE
         self.in_hand: list[Any] = []
         self.taken: Counter[str] = Counter()
