@@ -6,15 +6,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pynvml  # type: ignore[import-untyped]
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from inferq.schemas.monitor import GpuMemory
+
 _PATIENCE_SECONDS = 1.0
 """How long a scrape waits for the driver. One that hangs must not take the other metrics along."""
+
+
+class _Families(NamedTuple):
+    utilization: GaugeMetricFamily
+    memory: GaugeMetricFamily
+    of_engines: GaugeMetricFamily
 
 
 class Gpus(Collector):
@@ -30,22 +38,39 @@ class Gpus(Collector):
         self._engines = engines
         self._patience = patience
         self._lock = threading.Lock()
-        self._reading: Future[Sequence[GaugeMetricFamily]] | None = None
+        self._reading: Future[_Families | None] | None = None
         self._no_driver = False
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield from self._families() or ()
+
+    def memory(self) -> tuple[GpuMemory, ...] | None:
+        """The memory of each GPU; None if the driver names none."""
+        bytes_of: dict[str, dict[str, int]] = {}
+        if (families := self._families()) is not None:
+            for sample in families.memory.samples:
+                bytes_of.setdefault(sample.labels["gpu"], {})[sample.labels["state"]] = int(sample.value)
+        found = (
+            GpuMemory(gpu=gpu, used_bytes=by["used"], total_bytes=by["used"] + by["free"])
+            for gpu, by in bytes_of.items()
+        )
+        return tuple(found) or None
+
+    def _families(self) -> _Families | None:
+        """What the driver says now; None if it says nothing in time."""
         if self._no_driver:
-            return
+            return None
         with self._lock:
             if self._reading is None or self._reading.done():
                 self._reading = Future()
                 threading.Thread(target=self._read, args=[self._reading], name="gpus", daemon=True).start()
             reading = self._reading
         with suppress(TimeoutError):
-            yield from reading.result(self._patience)
+            return reading.result(self._patience)
+        return None
 
-    def _read(self, reading: Future[Sequence[GaugeMetricFamily]]) -> None:
-        found: Sequence[GaugeMetricFamily] = ()
+    def _read(self, reading: Future[_Families | None]) -> None:
+        found: _Families | None = None
         try:
             found = self._metrics()
         except pynvml.NVMLError as error:
@@ -53,7 +78,7 @@ class Gpus(Collector):
         finally:
             reading.set_result(found)
 
-    def _metrics(self) -> Sequence[GaugeMetricFamily]:
+    def _metrics(self) -> _Families:
         utilization = GaugeMetricFamily(
             "inferq_gpu_utilization_ratio",
             "Share of the last sampling period in which any process used the GPU.",
@@ -88,7 +113,7 @@ class Gpus(Collector):
                     own.add_metric([gpu, slot], count)
         finally:
             pynvml.nvmlShutdown()
-        return (utilization, memory, own)
+        return _Families(utilization, memory, own)
 
 
 def _ask(call: Callable[[Any], Any], handle: Any) -> Any:

@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry
-
+from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.slot import Slot
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import Priority
-from inferq.schemas.monitor import GpuMemory, Lane, TaskInHand, WorkerInfo, WorkerState
+from inferq.schemas.monitor import Lane, TaskInHand, WorkerInfo, WorkerState
 from inferq.storage.workers import HEARTBEAT_SECONDS, WorkerRegistry
 
 _LOOK_SECONDS = 1.0
@@ -30,20 +29,19 @@ _LOOK_SECONDS = 1.0
 _GPU_SECONDS = 10.0
 """How often the driver is asked for the memory of the GPUs."""
 
-_GPU_METRIC = "inferq_gpu_memory_bytes"
-
 _log = logging.getLogger(__name__)
 
 
 class Heartbeat(threading.Thread):
     """Sends a heartbeat every few seconds, and within a second of a change."""
 
-    def __init__(self, services: WorkerServices, slots: Sequence[Slot]) -> None:
+    def __init__(self, services: WorkerServices, slots: Sequence[Slot], gpus: Gpus) -> None:
         super().__init__(name="heartbeat", daemon=True)
         host, pid = socket.gethostname(), os.getpid()
         self.worker_id = f"{host}-{pid}-{secrets.token_hex(3)}"
         self._services = services
         self._slots = slots
+        self._gpus = gpus
         self._registry = WorkerRegistry(services.status)
         self._next_gpus = 0.0
         self._stopped = threading.Event()
@@ -99,7 +97,7 @@ class Heartbeat(threading.Thread):
             state = "loading"
         if time.monotonic() >= self._next_gpus:
             self._next_gpus = time.monotonic() + _GPU_SECONDS
-            self._info = self._info.model_copy(update={"gpus": gpu_memory(self._services.metrics.registry)})
+            self._info = self._info.model_copy(update={"gpus": self._gpus.memory()})
         return self._info.model_copy(
             update={
                 "state": state,
@@ -135,21 +133,6 @@ class Heartbeat(threading.Thread):
         """The deliveries taken since the last heartbeat that Redis took."""
         task_type = self._info.task_type
         return {(task_type, lane): count for lane, count in (taken - self._reported).items()}
-
-
-def gpu_memory(registry: CollectorRegistry) -> tuple[GpuMemory, ...] | None:
-    """The memory of each GPU, as the worker's own metrics say it; None if they name no GPU."""
-    bytes_of: dict[str, dict[str, int]] = {}
-    for family in registry.collect():
-        if family.name == _GPU_METRIC:
-            for sample in family.samples:
-                bytes_of.setdefault(sample.labels["gpu"], {})[sample.labels["state"]] = int(sample.value)
-    found = (
-        GpuMemory(gpu=gpu, used_bytes=by["used"], total_bytes=by["used"] + by["free"])
-        for gpu, by in bytes_of.items()
-        if {"used", "free"} <= by.keys()
-    )
-    return tuple(found) or None
 
 
 def _task(run: TaskRun) -> TaskInHand | None:

@@ -74,10 +74,11 @@ class Worker:
             cache=ResultCache(task_type, store, results) if settings.result_cache else None,
         )
         self._slots = [Slot(number, self._services, broker) for number in range(settings.slots)]
-        self.metrics.registry.register(Gpus(self._engine_pids))
+        gpus = Gpus(self._engine_pids)
+        self.metrics.registry.register(gpus)
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
-        self._heartbeat = Heartbeat(self._services, self._slots)
+        self._heartbeat = Heartbeat(self._services, self._slots, gpus)
         self._next_watch = 0.0
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:

@@ -8,14 +8,16 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
 
-from inferq.consumers.worker.heartbeat import Heartbeat, gpu_memory
+from inferq.consumers.runtime.gpus import Gpus
+from inferq.consumers.worker.heartbeat import Heartbeat
 from inferq.schemas import EngineInfo
 from inferq.schemas.monitor import GpuMemory, WorkerInfo
 from inferq.storage import StatusIndex, StorageSettings
 from inferq.storage.workers import WorkerRegistry
+from tests.probes.registries import install_a_gpu
 from tests.waiting import eventually
 from tests.worker.conftest import Site
 
@@ -38,7 +40,6 @@ class FakeServices:
         self.status = status
         self.settings = SimpleNamespace(worker_name="w", lanes=("high", "normal"))
         self.task_type = SimpleNamespace(name="echo")
-        self.metrics = SimpleNamespace(registry=CollectorRegistry())
         self.waits: list[str] = []
 
     def pauses(self) -> list[str]:
@@ -55,7 +56,7 @@ def services(redis_url: str) -> Iterator[FakeServices]:
 
 def heartbeat(services: FakeServices, *slots: FakeSlot) -> Heartbeat:
     made: Any = Heartbeat
-    beat: Heartbeat = made(services, slots)
+    beat: Heartbeat = made(services, slots, Gpus())
     return beat
 
 
@@ -108,14 +109,16 @@ def test_deliveries_are_counted_once_however_often_redis_fails(
     assert (found.taken_of("echo", "high"), found.taken_of("echo", "normal"), found.workers) == (1, 6, ())
 
 
-def test_the_memory_of_gpus_comes_from_the_workers_metrics() -> None:
-    registry = CollectorRegistry()
-    assert gpu_memory(registry) is None
-    gauge = Gauge("inferq_gpu_memory_bytes", "x", ["gpu", "state"], registry=registry)
-    gauge.labels("0", "used").set(3)
-    assert gpu_memory(registry) is None
-    gauge.labels("0", "free").set(4)
-    assert gpu_memory(registry) == (GpuMemory(gpu="0", used_bytes=3, total_bytes=7),)
+def test_the_memory_of_gpus_is_asked_of_them_alone(
+    services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    assert heartbeat(services).info().gpus is None
+    install_a_gpu(monkeypatch)
+    assert heartbeat(services).info().gpus == (GpuMemory(gpu="0", used_bytes=1, total_bytes=3),)
 
 
 def test_a_worker_is_registered_while_it_lives_with_the_task_that_it_runs(site: Site) -> None:
