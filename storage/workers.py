@@ -2,7 +2,8 @@
 
 inferq:w:<worker id>   the JSON of a WorkerInfo; it expires with the heartbeat
 inferq:workers         the ids by the time of their last heartbeat, trimmed at each heartbeat
-inferq:taken           deliveries taken of each lane, `<type>.<priority>`, by all workers together
+inferq:taken           deliveries taken of each lane, `<type>.<priority>`, by all workers together, and those of
+                       them that were requeued, `<type>.<priority>.requeued`
 
 Only the clock of Redis counts, because those of the workers differ.
 """
@@ -31,10 +32,13 @@ MAX_WORKERS = 1000
 _INDEX = "inferq:workers"
 _TAKEN = "inferq:taken"
 _RECORD = "inferq:w:"
+_REQUEUED = ".requeued"
 
 _HERE = Path(__file__)
 BEAT = read_lua(_HERE.with_name("worker_beat"))
 LIST = read_lua(_HERE.with_name("worker_list"))
+
+_NONE: Mapping[Lane, int] = {}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Registered:
 
     def taken_of(self, task_type: str, priority: Priority) -> int:
         return self.taken.get(_lane(task_type, priority), 0)
+
+    def requeued_of(self, task_type: str, priority: Priority) -> int:
+        return self.taken.get(_lane(task_type, priority) + _REQUEUED, 0)
 
     def explain(self, consumers: int, task_type: str, priority: Priority) -> bool:
         """Whether these workers may have all the consumers of a lane. Others count no delivery."""
@@ -65,16 +72,19 @@ class WorkerRegistry:
         self._beat = index.quiet_script(BEAT)
         self._list = index.script(LIST)
 
-    def beat(self, worker: WorkerInfo, taken: Mapping[Lane, int]) -> bool:
+    def beat(
+        self, worker: WorkerInfo, taken: Mapping[Lane, int], requeued: Mapping[Lane, int] = _NONE
+    ) -> bool:
         """Record a heartbeat in one round trip, and the deliveries `taken` since the last one that succeeded.
 
+        `requeued` counts those that the worker gave back.
         False if Redis did not take it. That never counts as an outage: no task waits for a heartbeat.
         """
-        return self._write(worker.worker_id, to_json(worker), taken)
+        return self._write(worker.worker_id, to_json(worker), taken, requeued)
 
-    def end(self, worker_id: str, taken: Mapping[Lane, int]) -> bool:
+    def end(self, worker_id: str, taken: Mapping[Lane, int], requeued: Mapping[Lane, int] = _NONE) -> bool:
         """Remove a worker that ends."""
-        return self._write(worker_id, "", taken)
+        return self._write(worker_id, "", taken, requeued)
 
     def read(self) -> Registered:
         """The workers that are alive, at most MAX_WORKERS. Raises StatusOutage."""
@@ -83,10 +93,14 @@ class WorkerRegistry:
         taken = dict(zip(counts[::2], map(int, counts[1::2]), strict=True))
         return Registered(tuple(worker for worker in found if worker is not None), taken)
 
-    def _write(self, worker_id: str, text: str, taken: Mapping[Lane, int]) -> bool:
+    def _write(
+        self, worker_id: str, text: str, taken: Mapping[Lane, int], requeued: Mapping[Lane, int]
+    ) -> bool:
         counts: list[str | int] = []
         for (task_type, priority), count in taken.items():
             counts += (_lane(task_type, priority), count)
+        for (task_type, priority), count in requeued.items():
+            counts += (_lane(task_type, priority) + _REQUEUED, count)
         return self._beat(
             [_RECORD + worker_id, _INDEX, _TAKEN],
             [worker_id, text, LIVES_SECONDS, self._index.retention, *counts],

@@ -212,7 +212,8 @@ class Monitor:
                 else:
                     waiting = self._waiting.setdefault(name, Waiting())
                     taken = workers.taken_of(task_type, priority)
-                    found[task_type, priority] = round(waiting.look(now, count.ready, taken), 1)
+                    requeued = workers.requeued_of(task_type, priority)
+                    found[task_type, priority] = round(waiting.look(now, count.ready, taken, requeued), 1)
         self._oldest = found
 
     def _load_waiting(self) -> dict[str, Waiting]:

@@ -3,7 +3,8 @@
 RabbitMQ does not report how long a message has waited. Reading the first message (basic.get, then a requeue) counts as
 a delivery: a quorum queue marks the message as redelivered and counts it towards the delivery limit, and a worker then
 looks for orphaned runs. So the age comes from two counts: the messages in the queue, which RabbitMQ reports, and the
-deliveries that workers took. The queue is first in, first out, so the last arrivals are those that still wait.
+deliveries that workers took and did not requeue. The queue is first in, first out, so the last arrivals are those that
+still wait. A requeued message returns to the front.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ MOST_ARRIVALS = 200
 class Arrivals(BaseModel):
     """What is known of one queue after a look, for the next monitor. `arrivals`: when, and how many messages.
 
-    `reach` is the highest sum of messages in the queue and deliveries taken; it counts all arrivals.
+    `reach` is the highest sum of messages in the queue and deliveries taken and not requeued; it counts all arrivals.
+    `left`: the arrivals that left the queue last.
     """
 
     arrivals: list[tuple[float, int]]
     reach: int
     taken: int
+    requeued: int = 0
+    left: list[tuple[float, int]] = []
 
 
 class Waiting:
@@ -39,31 +43,62 @@ class Waiting:
         self._arrivals: deque[tuple[float, int]] = deque(known.arrivals if known else ())
         self._reach = known.reach if known else None
         self._taken = known.taken if known else 0
+        self._requeued = known.requeued if known else 0
+        self._left: deque[tuple[float, int]] = deque(known.left if known else (), maxlen=MOST_ARRIVALS)
+        self._looked: float | None = None
 
     def known(self) -> Arrivals | None:
         """What the next monitor needs; None before the first look."""
         if self._reach is None:
             return None
-        return Arrivals(arrivals=list(self._arrivals), reach=self._reach, taken=self._taken)
+        return Arrivals(
+            arrivals=list(self._arrivals),
+            reach=self._reach,
+            taken=self._taken,
+            requeued=self._requeued,
+            left=list(self._left),
+        )
 
-    def look(self, now: float, ready: int, taken: int) -> float:
+    def look(self, now: float, ready: int, taken: int, requeued: int = 0) -> float:
         """Seconds for which the first message has been seen waiting; 0 without one.
 
-        `now` is in seconds. `ready`: messages in the queue. `taken`: deliveries that workers took so far; it may lag,
-        and begins anew if Redis loses it.
+        `now` is in seconds. `ready`: messages in the queue. `taken` and `requeued`: deliveries that workers took, and
+        requeued, so far; they may lag, and begin anew if Redis loses them.
         """
-        if self._reach is None or ready == 0:
-            self._arrivals.clear()
-            self._reach = taken
-        elif taken < self._taken:
-            self._reach -= self._taken - taken
-        self._taken = taken
-        arrived = ready + taken
+        if self._reach is None:
+            self._reach = taken - requeued
+        elif taken < self._taken or requeued < self._requeued:
+            self._reach -= self._taken - self._requeued - (taken - requeued)
+        else:
+            self._put_back(requeued - self._requeued, before=ready + taken - self._taken)
+        self._taken, self._requeued, self._looked = taken, requeued, now
+        arrived = ready + taken - requeued
         if arrived > self._reach:
             self._arrivals.append((now, arrived - self._reach))
             self._reach = arrived
         self._settle(now, ready)
+        if ready == 0:
+            self._reach = arrived
         return max(0.0, now - self._arrivals[0][0]) if self._arrivals else 0.0
+
+    def _put_back(self, count: int, *, before: int) -> None:
+        """Return `count` messages to the front, those that left last. Then `before` messages waited."""
+        returned = 0
+        while returned < count and self._left:
+            at, number = self._left.pop()
+            again = min(number, count - returned)
+            if again < number:
+                self._left.append((at, number - again))
+            self._arrivals.appendleft((at, again))
+            returned += again
+        surplus = min(returned, sum(number for _, number in self._arrivals) - before)
+        while surplus > 0 and self._reach is not None and self._arrivals[-1][0] == self._looked:
+            # The last look saw these before they were counted, and took them for arrivals.
+            at, number = self._arrivals.pop()
+            if number > surplus:
+                self._arrivals.append((at, number - surplus))
+            self._reach -= min(number, surplus)
+            surplus -= min(number, surplus)
 
     def _settle(self, now: float, ready: int) -> None:
         """Let the oldest messages go until as many are left as the queue holds."""
@@ -72,12 +107,13 @@ class Waiting:
             at, count = self._arrivals.popleft()
             if count > surplus:
                 self._arrivals.appendleft((at, count - surplus))
+            self._left.append((at, min(count, surplus)))
             surplus -= min(count, surplus)
         if surplus < 0 and self._reach is not None:
             # Arrivals hidden by messages that left uncounted, or whose count lags: it will not count these again.
             self._arrivals.append((now, -surplus))
             self._reach -= surplus
-        if len(self._arrivals) > MOST_ARRIVALS:
+        while len(self._arrivals) > MOST_ARRIVALS:
             self._join(now)
 
     def _join(self, now: float) -> None:

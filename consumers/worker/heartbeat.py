@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import NamedTuple
 
 from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.worker.services import WorkerServices
@@ -32,6 +33,13 @@ _GPU_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
+class _Counts(NamedTuple):
+    """Deliveries of each lane."""
+
+    taken: Counter[Priority]
+    requeued: Counter[Priority]
+
+
 class Heartbeat(threading.Thread):
     """Sends a heartbeat every few seconds, and within a second of a change."""
 
@@ -45,7 +53,7 @@ class Heartbeat(threading.Thread):
         self._registry = WorkerRegistry(services.status)
         self._next_gpus = 0.0
         self._stopped = threading.Event()
-        self._reported: Counter[Priority] = Counter()
+        self._reported = _Counts(Counter(), Counter())
         self._info = WorkerInfo(
             worker_id=self.worker_id,
             name=services.settings.worker_name,
@@ -79,8 +87,8 @@ class Heartbeat(threading.Thread):
         self._stopped.set()
         if self.is_alive():
             self.join(5)
-        taken = self._taken()
-        self._registry.end(self.worker_id, self._new(taken))
+        counts = self._counts()
+        self._registry.end(self.worker_id, *self._new(counts))
 
     def info(self) -> WorkerInfo:
         """The worker as it is now."""
@@ -117,22 +125,27 @@ class Heartbeat(threading.Thread):
         return tuple(dict.fromkeys(names))
 
     def _beat(self, info: WorkerInfo) -> bool:
-        taken = self._taken()
-        if not self._registry.beat(info, self._new(taken)):
+        counts = self._counts()
+        if not self._registry.beat(info, *self._new(counts)):
             return False
-        self._reported = taken
+        self._reported = counts
         return True
 
-    def _taken(self) -> Counter[Priority]:
-        total: Counter[Priority] = Counter()
+    def _counts(self) -> _Counts:
+        taken, requeued = Counter[Priority](), Counter[Priority]()
         for slot in self._slots:
-            total.update(slot.taken)
-        return total
+            # In this order: a delivery is taken before it is requeued.
+            requeued.update(slot.requeued)
+            taken.update(slot.taken)
+        return _Counts(taken, requeued)
 
-    def _new(self, taken: Counter[Priority]) -> dict[Lane, int]:
-        """The deliveries taken since the last heartbeat that Redis took."""
+    def _new(self, counts: _Counts) -> tuple[dict[Lane, int], ...]:
+        """The deliveries taken and requeued since the last heartbeat that Redis took."""
         task_type = self._info.task_type
-        return {(task_type, lane): count for lane, count in (taken - self._reported).items()}
+        return tuple(
+            {(task_type, lane): count for lane, count in (now - before).items()}
+            for now, before in zip(counts, self._reported, strict=True)
+        )
 
 
 def _task(run: TaskRun) -> TaskInHand | None:

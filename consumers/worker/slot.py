@@ -105,6 +105,14 @@ class Slot:
         return total
 
     @property
+    def requeued(self) -> Mapping[Priority, int]:
+        """How many of them it has requeued."""
+        total: Counter[Priority] = Counter()
+        for thread in self._threads:
+            total.update(thread.requeued)
+        return total
+
+    @property
     def run_seconds(self) -> float | None:
         """How long the run in progress has taken; None if there is none."""
         return self._supervisor.engine.run_seconds
@@ -178,6 +186,7 @@ class _SlotThread(threading.Thread):
         self.fatal: InferqError | None = None
         self.in_hand: TaskRun | None = None
         self.taken: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
+        self.requeued: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
 
     @property
     def disconnected(self) -> bool:
@@ -253,7 +262,10 @@ class _SlotThread(threading.Thread):
         self.taken[lane] += 1
         with self._supervisor.lease() as lease, processing(delivery) as span:
             self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, span.context)
-            span.set("inferq.outcome", self.in_hand.complete())
+            outcome = self.in_hand.complete()
+            span.set("inferq.outcome", outcome)
+        if outcome == "given_back":
+            self.requeued[lane] += 1
         self.in_hand = None
 
 

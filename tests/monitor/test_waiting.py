@@ -95,8 +95,23 @@ def test_a_long_backlog_takes_bounded_memory_and_stays_nearly_right() -> None:
     assert 0.9 <= half / (5.0 * looks / 2) <= 1
 
 
+def test_a_message_that_is_only_requeued_grows_old() -> None:
+    queue = Waiting()
+    queue.look(0, 0, 0)
+    queue.look(5, 1, 0)
+    assert queue.look(10, 0, 1) == 0  # in hand
+    assert queue.look(15, 1, 1, 1) == 10
+    assert queue.look(20, 1, 4, 4) == 15
+    assert queue.look(25, 0, 5, 4) == 0
+    assert Waiting(queue.known()).look(30, 2, 5, 5) == 25
+    assert queue.look(30, 1, 5, 4) == 0  # back, and not counted yet
+    assert queue.look(35, 0, 6, 5) == 0
+    assert queue.look(40, 2, 6, 6) == 35  # with another
+    assert queue.look(45, 1, 7, 6) == 5
+
+
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 25)), min_size=1, max_size=60))
-def test_it_agrees_with_a_real_queue(steps: list[tuple[int, int]]) -> None:
+def test_it_agrees_with_a_queue_whose_messages_are_not_requeued(steps: list[tuple[int, int]]) -> None:
     real: deque[float] = deque()
     queue, taken = Waiting(), 0
     queue.look(0, 0, 0)
@@ -109,3 +124,25 @@ def test_it_agrees_with_a_real_queue(steps: list[tuple[int, int]]) -> None:
         age = queue.look(now, len(real), taken)
         truth = now - real[0] if real else 0.0
         assert age == (truth - 1 if real else 0.0)
+
+
+@given(st.lists(st.lists(st.sampled_from(["arrive", "take", "settle", "requeue"]), max_size=12), max_size=40))
+def test_it_agrees_with_a_queue_whose_worker_requeues(steps: list[list[str]]) -> None:
+    real: deque[float] = deque()
+    in_hand: float | None = None
+    queue, taken, requeued = Waiting(), 0, 0
+    queue.look(0, 0, 0)
+    for number, actions in enumerate(steps, start=1):
+        now = 5.0 * number
+        for action in actions:
+            if action == "arrive":
+                real.append(now)
+            elif action == "take" and real and in_hand is None:
+                in_hand = real.popleft()
+                taken += 1
+            elif action != "take" and in_hand is not None:
+                if action == "requeue":
+                    real.appendleft(in_hand)
+                    requeued += 1
+                in_hand = None
+        assert queue.look(now, len(real), taken, requeued) == (now - real[0] if real else 0.0)

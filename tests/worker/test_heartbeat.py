@@ -33,6 +33,7 @@ class FakeSlot:
         self.engine: EngineInfo | None = ENGINE
         self.in_hand: list[Any] = []
         self.taken: Counter[str] = Counter()
+        self.requeued: Counter[str] = Counter()
 
 
 class FakeServices:
@@ -104,8 +105,10 @@ def test_deliveries_are_counted_once_however_often_redis_fails(
     assert beat._beat(beat.info())
     assert registry.read().taken_of("echo", "normal") == 6
     slot.taken["high"] = 1
+    slot.requeued["normal"] = 2
     beat.stop()
     found = registry.read()
+    assert (found.requeued_of("echo", "normal"), found.requeued_of("echo", "high")) == (2, 0)
     assert (found.taken_of("echo", "high"), found.taken_of("echo", "normal"), found.workers) == (1, 6, ())
 
 
@@ -139,3 +142,4 @@ def test_a_worker_is_registered_while_it_lives_with_the_task_that_it_runs(site: 
     assert registry.read().taken_of("echo", "normal") == 1
     worker.stop()
     assert registry.read().workers == ()
+    assert registry.read().requeued_of("echo", "normal") == 1, "the task was given back"
