@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from inferq.consumers.batches.services import load_services
 from inferq.producer.cli.main import main
 from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
@@ -36,6 +37,7 @@ def inferq_here(env: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     """The same within this process, for tests that are not of the process: one takes a second to start."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     status: object = 0
+    load_services.cache_clear()  # a process has one environment; this one has many
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         for name, value in env.items():
             patch.setenv(name, value)

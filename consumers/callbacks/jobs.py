@@ -31,7 +31,7 @@ from inferq.broker import (
 )
 from inferq.broker.spans import processing_job
 from inferq.consumers.callbacks.delivery import Delivery, Job
-from inferq.consumers.callbacks.metrics import CallbackMetrics
+from inferq.consumers.callbacks.metrics import metrics_in
 from inferq.consumers.callbacks.sending import Sender
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.consumers.callbacks.targets import Target, Targets
@@ -91,7 +91,8 @@ class CallbackJobs:
             slow=settings.callback_timeout / 2,
             clock=clock,
         )
-        self._metrics = CallbackMetrics(registry, lambda: float(self._targets.busy))
+        self._metrics = metrics_in(registry)
+        self._metrics.in_flight.set_function(lambda: float(self._targets.busy))
         self._endings = ThreadPoolExecutor(_ENDINGS, thread_name_prefix="endings")
 
     def strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:

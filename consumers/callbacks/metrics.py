@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -10,9 +10,9 @@ from inferq.schemas.metrics import SECONDS
 
 
 class CallbackMetrics:
-    """The metrics of one process; `busy` gives the number of callbacks in flight."""
+    """The metrics of one process."""
 
-    def __init__(self, registry: CollectorRegistry, busy: Callable[[], float]) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         self.outcomes = Counter(
             "inferq_callbacks",
             "Attempts to deliver a callback, by outcome: delivered, again (retried), failed.",
@@ -35,4 +35,9 @@ class CallbackMetrics:
         self.in_flight = Gauge(
             "inferq_callbacks_in_flight", "Callbacks being sent to their receivers.", registry=registry
         )
-        self.in_flight.set_function(busy)
+
+
+@cache
+def metrics_in(registry: CollectorRegistry) -> CallbackMetrics:
+    """The metrics in a registry, which has them once, however often a process makes its jobs."""
+    return CallbackMetrics(registry)

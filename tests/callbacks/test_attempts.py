@@ -54,7 +54,7 @@ class Around:
             secrets=around,
             sender=around,
             records=around,
-            metrics=CallbackMetrics(CollectorRegistry(), lambda: 0.0),
+            metrics=CallbackMetrics(CollectorRegistry()),
             publish=self.queue.append,
         )
 

@@ -27,7 +27,7 @@ def _worker() -> CollectorRegistry:
 def _callbacks() -> CollectorRegistry:
     registry = CollectorRegistry()
     TaskEnds(registry)
-    CallbackMetrics(registry, lambda: 0.0)
+    CallbackMetrics(registry)
     return registry
 
 
