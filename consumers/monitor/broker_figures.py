@@ -93,7 +93,8 @@ class BrokerReader:
         self._connection = None
 
     def _read(self, names: Iterable[str]) -> BrokerFigures:
-        with_delays = self._readings % _DELAYS_EVERY == 0
+        incomplete = len(self._delays) < len(DELAY_QUEUES)  # as long as nobody has declared them
+        with_delays = incomplete or self._readings % _DELAYS_EVERY == 0
         found = self._counts(name for name in names if with_delays or name not in DELAY_QUEUES)
         if with_delays:
             self._delays = {name: found[name] for name in DELAY_QUEUES if name in found}

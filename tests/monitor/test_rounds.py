@@ -173,3 +173,17 @@ def test_delay_levels_are_read_once_in_a_while() -> None:
         assert {name for name in found if found[name] == first[name]} == set(DELAY_QUEUES)
     assert len(read) - asked == 5 * (asked - len(DELAY_QUEUES))
     assert reader.read(["echo"]).queues[DELAY_QUEUES[0]] != first[DELAY_QUEUES[0]]
+
+
+def test_delay_levels_that_are_declared_after_the_first_reading_are_read_at_the_next() -> None:
+    reader: Any = BrokerReader(BrokerSettings())
+    declared = False
+
+    def counts(names: Iterable[str]) -> dict[str, QueueCount]:
+        return {name: QueueCount(0, 0) for name in names if declared or name not in DELAY_QUEUES}
+
+    reader._counts = counts
+    reader._alarms.ask = tuple
+    assert DELAY_QUEUES[0] not in reader.read(["echo"]).queues
+    declared = True
+    assert DELAY_QUEUES[0] in reader.read(["echo"]).queues
