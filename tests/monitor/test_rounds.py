@@ -1,4 +1,4 @@
-"""Rounds of the monitor over services that the test plays: what is told, and what is carried on."""
+"""Rounds of the monitor with fake services: its figures, and which of them the next round keeps."""
 
 from __future__ import annotations
 

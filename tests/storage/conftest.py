@@ -8,13 +8,15 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 
+from inferq.schemas import Event
 from inferq.storage import ObjectStore, StatusIndex, StorageSettings
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.objects.s3 import S3Store, s3_client
@@ -180,3 +182,33 @@ def race() -> Callable[[int, Callable[[int], object]], list[object]]:
         return results
 
     return run
+
+
+@pytest.fixture
+def events(redis_client: redis.Redis) -> Iterator[Callable[[], list[Event]]]:
+    """What was published since, for every task."""
+    listener: Any = redis_client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    listener.psubscribe("inferq:events:*")
+    eventually(lambda: redis_client.pubsub_numpat() >= 1)
+    seen: list[Event] = []
+    marks = iter(range(10**6))
+
+    def collect() -> list[Event]:
+        mark = f"mark {next(marks)}"
+        redis_client.publish("inferq:events:mark", mark)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            message = listener.get_message(timeout=0.2)
+            if message is None or message["data"] is None or message["type"] != "pmessage":
+                continue
+            if message["data"] == mark:
+                found = list(seen)
+                seen.clear()
+                return found
+            event = Event.model_validate_json(message["data"])
+            assert message["channel"] == StatusIndex.channel(event.data.tenant, event.data.task_id)
+            seen.append(event)
+        raise AssertionError("the events did not come")
+
+    yield collect
+    listener.close()
