@@ -23,17 +23,14 @@ from inferq.broker import Delivery, Message
 from inferq.consumers.runtime.messages import Done
 from inferq.consumers.runtime.process import EngineDied
 from inferq.consumers.worker.decision import LEASE_SECONDS, TAKE_OVER_SECONDS
-from inferq.consumers.worker.metrics import WorkerMetrics
-from inferq.consumers.worker.scratch import ScratchFolder
-from inferq.consumers.worker.services import WorkerServices
-from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.task_run import TaskRun
-from inferq.schemas import Outage, Result, get_type, parse_task
-from inferq.storage import Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
+from inferq.schemas import Outage, Result, parse_task
+from inferq.storage import StatusIndex, StorageSettings
 from inferq.storage.status.keys import record_key
 from tests.proxy import TcpProxy
 from tests.runs import begin_run
 from tests.waiting import eventually
+from tests.worker.bench import services_at
 from tests.worker.conftest import Site, WorkerProcess, starts
 
 
@@ -202,15 +199,9 @@ class Bench:
     """A worker's services, and what its task runs publish."""
 
     def __init__(self, storage: StorageSettings, folder: Path) -> None:
-        store = LocalStore(folder / "store", fsync=False)
         self.sent: list[Message] = []
         self.delivered = True
-        self.services = WorkerServices(
-            settings=WorkerSettings(redis_patience=0), task_type=get_type("echo"), store=store,
-            results=ResultStore(store), fetcher=Fetcher(store, storage),
-            status=StatusIndex.from_settings(storage), publisher=cast(Any, self), metrics=WorkerMetrics(),
-            scratch=ScratchFolder(folder / "scratch"),
-        )  # fmt: skip
+        self.services = services_at(storage, folder, self)
 
     def publish(self, message: Message) -> Future[None]:
         self.sent.append(message)

@@ -19,14 +19,10 @@ from inferq.broker import Delivery
 from inferq.consumers.runtime.messages import Done, Failed
 from inferq.consumers.runtime.process import EngineDied, RunAborted
 from inferq.consumers.worker.engine_clock import EngineClock
-from inferq.consumers.worker.metrics import WorkerMetrics
-from inferq.consumers.worker.scratch import ScratchFolder
-from inferq.consumers.worker.services import WorkerServices
-from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.task_run import TaskRun
-from inferq.schemas import get_type
-from inferq.storage import Fetcher, LocalStore, ResultStore, StatusIndex, StorageSettings
+from inferq.storage import StorageSettings
 from inferq.storage.status.usage import Usage
+from tests.worker.bench import services_at
 
 DONE = Done(output=b'{"payload": 1}', artifacts={}, seconds=0.0)
 INVALID = Failed(code="no_face", message="no face", invalid=True, seconds=0.0)
@@ -64,13 +60,7 @@ class Bench:
     """A worker's services, and deliveries in one process."""
 
     def __init__(self, storage: StorageSettings, folder: Path) -> None:
-        store = LocalStore(folder / "store", fsync=False)
-        self.services = WorkerServices(
-            settings=WorkerSettings(redis_patience=0), task_type=get_type("echo"), store=store,
-            results=ResultStore(store), fetcher=Fetcher(store, storage),
-            status=StatusIndex.from_settings(storage), publisher=cast(Any, self), metrics=WorkerMetrics(),
-            scratch=ScratchFolder(folder / "scratch"),
-        )  # fmt: skip
+        self.services = services_at(storage, folder, self)
 
     def publish(self, _message: object) -> Future[None]:
         done: Future[None] = Future()
