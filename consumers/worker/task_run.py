@@ -2,7 +2,7 @@
 
 The story: parse → gather the facts → decide → compute → record → ack. Beside it stand `preparation` (the facts, and
 the beginning of the run), `computation` (inputs and engine), `records` (what is made), `endings` (how an end is
-recorded and reported), and `refusal`.
+recorded and reported), `attempt_report` (what log, trace and metrics say), and `refusal`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from inferq.broker import Consumer, Delivery, named_id
 from inferq.consumers.runtime.messages import Done, FileRef
-from inferq.consumers.runtime.process import EngineDied, OverTime, RunAborted
+from inferq.consumers.runtime.process import EngineDied, RunAborted
+from inferq.consumers.worker.attempt_report import AttemptReport, Outcome, loggable
 from inferq.consumers.worker.computation import Computation
 from inferq.consumers.worker.decision import (
     AlreadyDone,
@@ -42,7 +42,6 @@ from inferq.consumers.worker.decision import (
 from inferq.consumers.worker.endings import Endings
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
-from inferq.consumers.worker.metrics import Stage
 from inferq.consumers.worker.preparation import Preparation, failed_to_fetch
 from inferq.consumers.worker.records import Records
 from inferq.consumers.worker.refusal import (
@@ -66,18 +65,10 @@ from inferq.schemas import (
     parse_task,
     tracing,
 )
-from inferq.schemas.logs import fields
 from inferq.schemas.trace_context import TraceContext, trace_context
 from inferq.storage import UnreadableResult
 
 _log = logging.getLogger(__name__)
-
-Outcome = Literal[
-    "succeeded", "failed", "cancelled", "skipped", "retried", "given_back", "deferred", "duplicate"
-]
-"""How a delivery ended, as the metric `inferq_worker_tasks_total` says it. `given_back` is a requeue; `deferred`
-is a task that waits for a worker of another version; `duplicate` is a copy that waits while another run of its task is
-in progress."""
 
 
 class TaskRun:
@@ -111,11 +102,8 @@ class TaskRun:
         self.lane = lane
         self._arrived_at = datetime.now(UTC)
         self.task: Task | None = None
-        self._began = time.monotonic()
-        self._timings: dict[str, float | None] = {}
-        self._error: InferqError | None = None
+        self._report = AttemptReport(services, delivery)
         self._digest = ""
-        self._stage: Stage = "parse"
         self._computation: Computation | None = None
         self._preparation: Preparation | None = None
 
@@ -154,7 +142,7 @@ class TaskRun:
             self._engine_lease.release()
             refused = refuse_after_fault(self._records, self._endings, error, started_at=self._started_at)
             if refused:
-                self._count_failure(WORKER_ERROR)
+                self._report.count_failure(WORKER_ERROR)
             outcome, why = ("failed" if refused else "given_back"), "it failed unexpectedly"
         self._engine_lease.release()
         if self._computation is not None:
@@ -172,39 +160,21 @@ class TaskRun:
         # The status was sent before the ack; its answer comes while the broker sends the next task.
         self._endings.wait_for_replies()
         self._clean_scratch()
-        self._services.metrics.settled(self._services.task_type.name, outcome)
-        self._log_end(outcome, why if outcome == "given_back" else None)
-        return outcome
-
-    def _log_end(self, outcome: Outcome, why: str | None) -> None:
-        engine, computation = self._engine_lease.info, self._computation
-        seconds = {name: round(value, 4) for name, value in self._timings.items() if value is not None}
-        more = fields(
-            outcome=outcome,
-            error_code=self._error.code if self._error is not None else None,
-            stage=self._stage if self._error is not None else None,
-            reason=why,
-            queued_seconds=seconds.get("queued"),
-            fetch_seconds=seconds.get("fetch"),
-            inference_seconds=seconds.get("inference"),
-            upload_seconds=seconds.get("upload"),
-            seconds=round(time.monotonic() - self._began, 4),
-            cached=True if computation is not None and computation.cached else None,
-            engine=f"{engine.name} {engine.version}" if engine is not None else None,
-            worker=self._services.settings.worker_name,
-            queue=self._delivery.queue,
+        self._report.end(
+            outcome,
+            why=why if outcome == "given_back" else None,
+            engine=self._engine_lease.info,
+            cached=self._computation is not None and self._computation.cached,
         )
-        _log.info("attempt %s", outcome, extra=more)
+        return outcome
 
     def _outcome(self) -> Outcome:
         try:
             task = parse_task(self._delivery.body)
         except InvalidTask as error:
-            self._error = error
+            self._report.error = error
             return self._unreadable(error)
-        bind_contextvars(tenant=task.tenant)
-        if task.batch_id is not None:
-            bind_contextvars(batch_id=task.batch_id)
+        self._report.begin(task)
         try:
             return self._decide(task)
         except UnreadableResult as error:
@@ -233,7 +203,7 @@ class TaskRun:
                 self._endings.publish(self._records.deferral(verdict))
                 return "deferred"
             case DeadLetter():
-                self._count_failure(verdict.error.code)
+                self._report.count_failure(verdict.error.code)
                 refuse_unreadable(
                     self._services, self._records, self._endings, verdict.error, started_at=self._started_at
                 )
@@ -244,8 +214,7 @@ class TaskRun:
     def _decide(self, task: Task) -> Outcome:
         services, delivery = self._services, self._delivery
         self.task = task
-        self._stage = "queued"
-        _note_task(task)
+        self._report.stage = "queued"
         self._digest = self._records.digest(task)
         self._endings.use_callbacks_of(task)
         computation = self._computation = Computation(
@@ -289,8 +258,8 @@ class TaskRun:
             case Cancel():
                 return self._cancelled(task)
             case Expire(error):
-                self._count_failure(error.code)
-                self._error = error
+                self._report.count_failure(error.code)
+                self._report.error = error
                 self._endings.record(self._failure(task, error))
                 return "failed"
             case DeadLetter() as dead_letter:
@@ -300,14 +269,14 @@ class TaskRun:
 
     def _attempt(self, task: Task, computation: Computation, fetched: Future[Inputs] | None) -> Outcome:
         services = self._services
-        timings = self._timings
+        timings = self._report.timings
         timings["queued"] = self._records.seconds_queued(task, self._started_at)
         engine_died = False
         try:
-            self._stage = "fetch"
+            self._report.stage = "fetch"
             inputs = computation.fetch() if fetched is None else fetched.result()
             timings["fetch"] = inputs.seconds
-            self._stage = "inference"
+            self._report.stage = "inference"
             answer = computation.answer(inputs.files)
             self._engine_lease.release()
             timings["inference"] = answer.seconds
@@ -335,7 +304,7 @@ class TaskRun:
         self, task: Task, computation: Computation, done: Done, timings: dict[str, float | None]
     ) -> Outcome:
         services, began = self._services, time.monotonic()
-        self._stage = "upload"
+        self._report.stage = "upload"
         with tracing.span("upload"):
             artifacts = tuple(self._upload(task, name, file) for name, file in done.artifacts.items())
         timings["upload"] = time.monotonic() - began
@@ -397,7 +366,7 @@ class TaskRun:
         timings: Timings | None = None,
     ) -> Outcome:
         """Retry a failed attempt, or end the task. Raises NotStarted if that is for another run to decide."""
-        self._error = error
+        self._report.error = error
         self._require_authority(task)
         verdict = after_failure(
             error,
@@ -406,7 +375,7 @@ class TaskRun:
             engine_deaths=self._delivery.engine_deaths,
             engine_died=engine_died,
         )
-        self._count_failure(error.code)
+        self._report.count_failure(error.code)
         match verdict:
             case Retry():
                 return self._retry(task, verdict)
@@ -436,7 +405,7 @@ class TaskRun:
         attempt = self._delivery.attempt
         _log.warning(
             "%s: attempt %d failed, next in %d s: %s",
-            self._records.name, attempt, retry.seconds, _loggable(retry.error),
+            self._records.name, attempt, retry.seconds, loggable(retry.error),
         )  # fmt: skip
         self._endings.notifier.settle()
         # First the copy, then the ack: a crash between the two duplicates, and duplicates are harmless.
@@ -460,14 +429,14 @@ class TaskRun:
 
     def _refuse(self, task: Task, verdict: DeadLetter) -> Outcome:
         """Dead-letter a task because of the task itself, not because a run failed."""
-        self._count_failure(verdict.error.code)
+        self._report.count_failure(verdict.error.code)
         return self._dead_letter(task, verdict)
 
     def _dead_letter(self, task: Task, verdict: DeadLetter, timings: Timings | None = None) -> Outcome:
         self._engine_lease.release()
-        self._error = verdict.error
+        self._report.error = verdict.error
         tracing.current().fail(verdict.error.code)
-        _log.warning("%s: failed: %s", self._records.name, _loggable(verdict.error))
+        _log.warning("%s: failed: %s", self._records.name, loggable(verdict.error))
         # The dead letter first: if only the record survived a crash, the redelivery would be skipped as done.
         self._endings.dead_letter(self._records.dead_letter(verdict.error, digest=self._digest))
         failure = self._failure(task, verdict.error, timings=timings)
@@ -493,9 +462,6 @@ class TaskRun:
     def _engine_seconds(self) -> float:
         return 0.0 if self._computation is None else self._computation.engine_seconds
 
-    def _count_failure(self, code: str) -> None:
-        self._services.metrics.failed(self._services.task_type.name, self._stage, code)
-
     def _failure(self, task: Task, error: InferqError, *, timings: Timings | None = None) -> Result:
         return self._records.failure(
             task,
@@ -514,17 +480,3 @@ class TaskRun:
             return
         except OSError:
             shutil.rmtree(self._scratch, ignore_errors=True)
-
-
-def _loggable(error: InferqError) -> str:
-    """An error as the log may have it: most messages quote the task, with its texts, URLs and names of files."""
-    return str(error) if isinstance(error, EngineDied | OverTime) else error.code
-
-
-def _note_task(task: Task) -> None:
-    """Say in the span which task it processes."""
-    span = tracing.current()
-    if span.recording:
-        span.set("inferq.task.type", task.task_type)
-        span.set("inferq.tenant", task.tenant)
-        span.set("inferq.batch.id", task.batch_id)
