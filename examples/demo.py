@@ -206,6 +206,12 @@ def show_callback(result: Result, heard: list[Heard], console: Console) -> bool:
     return got.verified and (got.type, got.subject_id) == (f"task.{result.status}", result.task_id)
 
 
+def bars(console: Console) -> Progress:
+    """A line for each piece of work: its name, how far it is, its state, and the time since."""
+    columns = (TextColumn("  {task.description:<22}"), BarColumn(24), TextColumn("{task.fields[state]:<22}"))
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
 def compute(
     shown: Iterable[Exhibit], client: Client, console: Console, callback_url: str
 ) -> list[tuple[Exhibit, Result]]:
@@ -213,8 +219,7 @@ def compute(
 
     The first one has a callback.
     """
-    columns = (TextColumn("  {task.description:<22}"), BarColumn(24), TextColumn("{task.fields[state]:<22}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with bars(console) as progress:
         submitted = []
         for exhibit in shown:
             name = f"{exhibit.task_type} {exhibit.name}"
@@ -245,13 +250,13 @@ def compute_batch(client: Client, console: Console) -> None:
     ]
     lines.insert(6, '{"text": "a broken line"')
     batch = client.submit_batch("\n".join(lines).encode(), task_type="ner")
-    with Progress(TextColumn("  {task.description:<22}"), BarColumn(24), console=console) as progress:
-        bar = progress.add_task(f"batch of {len(lines)} lines", total=len(lines))
+    with bars(console) as progress:
+        bar = progress.add_task(f"batch of {len(lines)} lines", total=len(lines), state="submitted")
         end = time.monotonic() + PATIENCE
         while not (status := client.batch(batch.batch_id)).ended and time.monotonic() < end:
-            progress.update(bar, completed=status.counts.done or 0)
+            progress.update(bar, completed=status.counts.done or 0, state=status.state)
             time.sleep(0.2)
-        progress.update(bar, completed=len(lines))
+        progress.update(bar, completed=status.counts.done or 0, state=status.state)
     BATCH_FOLDER.mkdir(parents=True, exist_ok=True)
     client.batch_file(batch.batch_id, "output", BATCH_FOLDER)
     client.batch_file(batch.batch_id, "errors", BATCH_FOLDER)
