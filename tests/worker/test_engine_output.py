@@ -66,7 +66,7 @@ class Engine:
         os.write(self.end, text)
 
     def close(self) -> None:
-        """Close it, and wait until all is logged."""
+        """Close it, and wait until all is logged: a later test must not find lines of this one."""
         close(self.output)
 
 
@@ -86,7 +86,7 @@ def engine() -> Iterator[Engine]:
     engine = Engine()
     yield engine
     os.close(engine.end)
-    engine.output.close()
+    engine.close()
 
 
 def said(lines: list[dict[str, Any]]) -> list[str]:
