@@ -29,6 +29,7 @@ from inferq.producer.gateway import (
 )
 from inferq.producer.gateway.access import Access
 from inferq.producer.gateway.breaker import StoreBreaker
+from inferq.producer.gateway.connections import RefusedConnections
 from inferq.producer.gateway.event_bus import EventBus
 from inferq.producer.gateway.health import ReadinessProbe
 from inferq.producer.gateway.keys import KeyFile
@@ -113,6 +114,7 @@ def create_app(
     app.state.readiness = ReadinessProbe(services)
     routers = [part.router for part in (tasks, batches, callbacks, events, files, operations, health)]
     problems.register(app, [route for router in routers for route in router.routes])
+    app.add_middleware(RefusedConnections)  # within Access, which logs and counts every request
     app.add_middleware(Access, metrics=metrics, root_path=services.paths.root_path)
     if settings.trusted_proxies:
         app.add_middleware(

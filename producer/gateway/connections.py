@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,6 +25,8 @@ _RESERVE = 32
 """Connections beyond the limit that are still accepted, for the probes."""
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_REFUSED = "inferq.refused"
+"""In the scope of a request on a connection beyond the limit."""
 _OWN_DESCRIPTORS = 200
 
 
@@ -38,7 +39,7 @@ class ConnectionGuard:
     """The open connections of one server, and which to close at a limit. For the event loop's thread alone.
 
     At a limit, the oldest connection without a request in progress makes room. If all are busy, the new one gets
-    503, and answers to probes. `refused` is called at each such 503.
+    503 from `RefusedConnections`, and answers to probes.
     """
 
     def __init__(
@@ -48,13 +49,11 @@ class ConnectionGuard:
         *,
         head_seconds: float = HEAD_SECONDS,
         stall_seconds: float = STALL_SECONDS,
-        refused: Callable[[], None] = lambda: None,
     ) -> None:
         self.head_seconds = head_seconds
         self.stall_seconds = stall_seconds
         self._limit = limit
         self._per_address = per_address
-        self._refused = refused
         self._open: dict[GuardedProtocol, None] = {}
         self._addresses: Counter[str] = Counter()
 
@@ -70,7 +69,7 @@ class ConnectionGuard:
         if len(self._open) >= self._limit:
             room = room and self._end_oldest(None)
         if not room:
-            connection.app = _only_probes(connection.app, self._refused)
+            connection.app = _refused(connection.app)
         self._open[connection] = None
         self._addresses[address] += 1
 
@@ -159,12 +158,26 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
 
 
-def _only_probes(app: Any, refused: Callable[[], None]) -> ASGIApp:
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in _PROBES:
-            await app(scope, receive, send)
+def _refused(app: Any) -> ASGIApp:
+    async def marked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in _PROBES:
+            scope[_REFUSED] = True
+        await app(scope, receive, send)
+
+    return marked
+
+
+class RefusedConnections:
+    """ASGI middleware: answers 503 on connections beyond the limit. No other work is done for their requests."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _REFUSED not in scope:
+            await self._app(scope, receive, send)
             return
-        refused()
+        scope["route"] = _Refused
         body = (
             b'{"type":"urn:inferq:problem:too_many_connections","title":"Service Unavailable","status":503,'
             b'"code":"too_many_connections","detail":"there are too many connections; try again in 5 s"}'
@@ -178,4 +191,8 @@ def _only_probes(app: Any, refused: Callable[[], None]) -> ASGIApp:
         await send({"type": "http.response.start", "status": 503, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    return answer
+
+class _Refused:
+    """Takes the place of a route, which is not looked up: the name in the log and the metrics."""
+
+    path = "refused"

@@ -7,7 +7,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from inferq.schemas.metrics import OTHER, SECONDS, BoundedLabel
+from inferq.schemas.metrics import SECONDS, BoundedLabel
 from inferq.schemas.trace_metrics import SpansDropped
 
 _TYPES = 100
@@ -60,10 +60,6 @@ class Metrics:
         self.event_streams = Gauge(
             "inferq_event_streams", "Event streams that are open now.", registry=self._registry
         )
-
-    def refused(self) -> None:
-        """Count a request beyond the limit of connections, of any method: its route is not looked up."""
-        self.requests.labels(OTHER, "refused", 503).inc()
 
     def cancelled(self, task_type: str) -> None:
         """Count a cancelled task that no worker took."""

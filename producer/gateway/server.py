@@ -36,7 +36,6 @@ class Server(uvicorn.Server):
         self._guard = ConnectionGuard(
             limit,
             settings.max_connections_per_address or max(1, limit // 2),
-            refused=self._services.metrics.refused,
         )
         self._watch: asyncio.Task[None] | None = None
         config = uvicorn.Config(

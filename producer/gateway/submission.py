@@ -121,11 +121,8 @@ class Submitter:
         try:
             await services.record_accepted(task.tenant, task.task_id)
             return await services.on_redis(services.status.submit, task, digest, trace_id=_id_of(trace))
-        except StatusOutage as error:
-            # Redis is an index: the task runs without it, and the worker makes the record.
-            _log.warning(
-                "task %s: submitted without a record, as Redis is unavailable: %s", task.task_id, error
-            )
+        except StatusOutage:
+            # Redis is an index: the task runs without it. `_confirm` says so if it ends up without a record.
             return None
 
     async def _find_result(self, task: Task) -> Result | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from uvicorn.server import ServerState
 from inferq.producer.gateway.connections import ConnectionGuard, GuardedProtocol, default_limit
 from inferq.producer.gateway.server import listen, url_of
 from tests.gateway.conftest import FakePublisher, Gateway, running, wait_until
+from tests.logged import logged
 
 HEAD = b"GET /v1/tasks HTTP/1.1\r\nHost: x\r\nX-Slow: "
 
@@ -74,12 +76,15 @@ def test_busy_connections_do_not_but_probes_are_answered(small_gateway: Gateway)
         for stream in streams:
             assert stream.recv(15) == b"HTTP/1.1 200 OK"
         with small_gateway.client(small_gateway.key) as client:
-            refused = client.get("/v1/tasks")
+            with logged("inferq.access", logging.INFO) as lines:
+                refused = client.get("/v1/tasks")
+                said = wait_until(lambda: [(line["message"], line["client"]) for line in lines])
+            assert said == [("GET refused 503", "127.0.0.1")]
             assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
             assert refused.headers["retry-after"] == "5"
             assert client.get("/healthz").status_code == 200
             assert client.get("/readyz").status_code == 200
-            counted = 'inferq_http_requests_total{method="other",route="refused",status="503"} 1.0'
+            counted = 'inferq_http_requests_total{method="GET",route="refused",status="503"} 1.0'
             assert counted in client.get("/metrics").text
         streams[0].close()
 
