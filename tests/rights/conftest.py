@@ -273,9 +273,13 @@ def _figures(site: Site) -> None:
         stats = _ok(site.http.get("/v1/stats")).json()
         return not stats["unknown"] and stats["nights"]["completed"] == 1 and stats["late_nights"]
 
+    def idle() -> bool:  # its heartbeat comes after the end of its last task
+        (worker,) = _ok(site.http.get("/v1/workers")).json()["items"]
+        assert worker["task_type"] == TYPE
+        return bool(worker["state"] == "idle")
+
     eventually(known)
-    (worker,) = _ok(site.http.get("/v1/workers")).json()["items"]
-    assert (worker["task_type"], worker["state"]) == (TYPE, "idle")
+    eventually(idle)
 
 
 def _planted(site: Site, base: str) -> None:
