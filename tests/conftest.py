@@ -179,7 +179,7 @@ class RabbitMQ(Node):
         program = self.node.server.with_name("rabbitmqctl")
         ran = subprocess.run(
             [program, *arguments],
-            env=self.parts[-1].env, check=True, capture_output=True, text=True, timeout=60,
+            env=self.parts[-1].env, check=True, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         return ran.stdout
 

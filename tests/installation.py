@@ -29,7 +29,7 @@ def inferq(
     """The command line, run as a person runs it."""
     return subprocess.run(
         [sys.executable, "-P", "-m", "inferq.producer.cli", *arguments],
-        env=env, capture_output=True, text=True, check=False, timeout=60, input=stdin,
+        env=env, capture_output=True, text=True, check=False, timeout=240, input=stdin,
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ async def test_every_field_of_a_task_arrives(client: AnyClient, publisher: FakeP
 async def test_submitting_waits_for_the_end(client: AnyClient, lone_gateway: Gateway) -> None:
     task = lone_gateway.task("w", payload=1)
     later(lambda: lone_gateway.end(task), 0.3)
-    assert (await client.submit("echo", task_id="w", payload=1, wait=20)).state == "succeeded"
+    assert (await client.submit("echo", task_id="w", payload=1, wait=60)).state == "succeeded"
 
 
 async def test_waiting_gives_up_after_its_time(client: AnyClient, lone_gateway: Gateway) -> None:
@@ -179,7 +179,7 @@ def test_a_result_is_found_without_redis(own_gateway: Gateway, redis_node: Redis
     with Client(own_gateway.url, own_gateway.key) as client:
         task = own_gateway.began("r")
         later(lambda: own_gateway.end(task, redis=False), 0.3)
-        assert client.result("r", wait=20).status == "succeeded"
+        assert client.result("r", wait=60).status == "succeeded"
         wait_until(lambda: client.status("r").ended)
 
 

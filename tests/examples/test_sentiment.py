@@ -49,7 +49,7 @@ def installed(
 
 @pytest.fixture
 def http(installed: dict[str, str]) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {installed['INFERQ_API_KEY']}", "Prefer": "wait=20"}
+    headers = {"Authorization": f"Bearer {installed['INFERQ_API_KEY']}", "Prefer": "wait=60"}
     with httpx.Client(base_url=installed["INFERQ_API_URL"], headers=headers, timeout=30) as client:
         yield client
 

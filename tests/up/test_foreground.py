@@ -47,7 +47,7 @@ def start(folder: Path, *before: str) -> subprocess.Popen[str]:
 def test_signal_ends_it_in_good_order(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 0
 
 
@@ -57,7 +57,7 @@ def test_under_nohup_it_outlives_the_terminal(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 0
 
 
@@ -69,14 +69,14 @@ def test_limit_of_open_files_is_raised_or_told(tmp_path: Path, soft: int, hard: 
     process = start_limited(tmp_path, soft, hard)
     assert process.stdout.readline().startswith(told)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
 
 
 def test_failed_start_names_the_limit_of_open_files_as_a_possible_cause(tmp_path: Path) -> None:
-    out, _ = start_limited(tmp_path, 256, 256, "false").communicate(timeout=60)
+    out, _ = start_limited(tmp_path, 256, 256, "false").communicate(timeout=240)
     assert out.startswith("broker ended with exit code 1")
     assert "a process may open 256, and RabbitMQ needs 1024 or more" in out
-    out, _ = start_limited(tmp_path, 256, 1024, "false").communicate(timeout=60)
+    out, _ = start_limited(tmp_path, 256, 1024, "false").communicate(timeout=240)
     assert "may open" not in out
 
 

@@ -52,7 +52,7 @@ class Driven:
             if (message["part"], message["stage"]) == (part, stage):
                 return message
 
-    def finish(self, seconds: float = 60) -> int:
+    def finish(self, seconds: float = 240) -> int:
         out, _ = self.process.communicate(timeout=seconds)
         self.messages += [json.loads(line) for line in out.splitlines()]
         return self.process.returncode

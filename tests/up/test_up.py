@@ -66,7 +66,7 @@ def services(monkeypatch: pytest.MonkeyPatch, fresh_amqp_url: str, redis_url: st
     monkeypatch.setenv("INFERQ_REDIS_URL", redis_url)
 
 
-def inferq(*arguments: str, seconds: float = 90) -> subprocess.CompletedProcess[str]:
+def inferq(*arguments: str, seconds: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*INFERQ, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
     )
@@ -95,10 +95,10 @@ def test_foreground_serves_tasks_until_ctrl_c(data: Path, services: None) -> Non
             break
     assert any("inferq is ready" in line for line in said), said
     with client(data) as inferq_client:
-        status = inferq_client.submit("echo", payload="hello", wait=20)
+        status = inferq_client.submit("echo", payload="hello", wait=60)
         assert inferq_client.result(status.task_id).output == {"payload": "hello"}
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 0
     assert "inferq has stopped" in out
     assert "Traceback" not in out
@@ -132,7 +132,7 @@ def test_private_services_go_with_a_killed_supervisor_and_their_data_stays(
     assert first.returncode == 0, first.stdout
     env = DataFolder(data).kept_env()
     with client(data) as inferq_client:
-        done = inferq_client.submit("echo", payload="before", wait=20)
+        done = inferq_client.submit("echo", payload="before", wait=60)
         assert done.state == "succeeded"
 
     os.kill(DataFolder(data).holder(), signal.SIGKILL)
@@ -145,7 +145,7 @@ def test_private_services_go_with_a_killed_supervisor_and_their_data_stays(
     assert "rabbitmq is ready" in second.stdout
     with client(data) as inferq_client:
         assert inferq_client.result(done.task_id).output == {"payload": "before"}
-        assert inferq_client.submit("echo", payload="after", wait=20).state == "succeeded"
+        assert inferq_client.submit("echo", payload="after", wait=60).state == "succeeded"
     assert inferq("down", "--data", str(data)).returncode == 0
     assert processes_of(data) == []
 
@@ -167,7 +167,7 @@ def test_part_that_cannot_start_fails_the_start_with_its_reason(
     monkeypatch.setenv("INFERQ_SLOTS", "none")
     for more in ((), ("--detach",)):
         process = start(data, *more)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=240)
         assert process.returncode == 1
         assert "worker-echo ended with exit code" in out
         assert "INFERQ_SLOTS" in out
@@ -185,7 +185,7 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
     process = start(data, "--detach", "--types", "faulty")
     eventually(lambda: "inferq.producer.cli worker" in " ".join(processes_of(data)), "the worker is starting")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=240)
     if number is signal.SIGINT:
         assert process.returncode == 130
         assert "inferq has stopped" in out
@@ -205,7 +205,7 @@ def test_while_up_lasts_as_long_as_its_block_and_exports_what_boards_and_rules_u
         assert httpx.get(f"{env['INFERQ_API_URL']}/readyz").status_code == 200
         assert DataFolder(data).held()
         with client(data) as inferq_client:
-            inferq_client.submit("echo", payload="hello", callback_url="http://127.0.0.1:9/", wait=20)
+            inferq_client.submit("echo", payload="hello", callback_url="http://127.0.0.1:9/", wait=60)
         ports = json.loads((data / "ports.json").read_text())
         pages = [
             f"http://127.0.0.1:{port}/metrics"
