@@ -1,0 +1,1 @@
+"""The manifests of k8s/, rendered and read without a cluster."""
