@@ -62,7 +62,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether the process is ready, and if not, what it waits for."""
+    """Whether the process is ready, and what it waits for. A worker may be ready and wait."""
 
     ready: bool
     waiting_for: tuple[str, ...] = ()

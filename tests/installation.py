@@ -20,7 +20,7 @@ from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
 from tests.conftest import RabbitMQ
 from tests.forked import ForkedPart
-from tests.waiting import eventually
+from tests.waiting import eventually, takes_work
 
 
 def inferq(
@@ -77,7 +77,7 @@ def installation(
 
         def ready(number: int) -> bool:
             try:
-                return httpx.get(f"http://127.0.0.1:{number}/readyz", verify=False).status_code == 200
+                return takes_work(httpx.get(f"http://127.0.0.1:{number}/readyz", verify=False))
             except httpx.TransportError:
                 return False
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import httpx
+
 Seen = TypeVar("Seen")
 
 _LOOK_SECONDS = 0.02
@@ -43,6 +45,11 @@ def consistently(condition: Callable[[], object], what: str | None = None, *, se
         if time.monotonic() > end:
             return
         time.sleep(_LOOK_SECONDS)
+
+
+def takes_work(readiness: httpx.Response) -> bool:
+    """Whether a part with this answer to `GET /readyz` takes work. A worker is ready while it waits for a service."""
+    return readiness.status_code == 200 and not readiness.json().get("waiting_for")
 
 
 def _source(condition: Callable[[], object]) -> str:

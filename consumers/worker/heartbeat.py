@@ -94,7 +94,7 @@ class Heartbeat(threading.Thread):
         """The worker as it is now."""
         in_hand = [run for slot in self._slots for run in slot.in_hand]
         busy = sum(slot.busy for slot in self._slots)
-        paused_for = self._paused_for()
+        paused_for = self.paused_for()
         loading = sum(slot.loading for slot in self._slots)
         state: WorkerState = "idle"
         if paused_for:
@@ -117,7 +117,7 @@ class Heartbeat(threading.Thread):
             }
         )
 
-    def _paused_for(self) -> tuple[str, ...]:
+    def paused_for(self) -> tuple[str, ...]:
         """The services that it waits for, without the reasons: those name addresses."""
         names = [text.partition(":")[0] for text in self._services.pauses()]
         if any(slot.disconnected for slot in self._slots):

@@ -195,7 +195,7 @@ class WorkerServices:
     def look_at_store(self, unsubscribe: Callable[[], None]) -> None:
         """While idle, check the object store from time to time; if it cannot be used, unsubscribe and wait.
 
-        So a worker is not ready, and takes no task, while it could not keep a result. Raises GracePassed.
+        So a worker takes no task while it could not keep a result. Raises GracePassed.
         """
         if time.monotonic() < self._next_store_look:
             return

@@ -77,8 +77,10 @@ class Worker:
         gpus = Gpus(self._engine_pids)
         self.metrics.registry.register(gpus)
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
-        self.metrics.ready_slots.set_function(lambda: sum(not slot.waiting_for for slot in self._slots))
-        self._heartbeat = Heartbeat(self._services, self._slots, gpus)
+        self.metrics.ready_slots.set_function(lambda: sum(not slot.loading for slot in self._slots))
+        self._heartbeat = heartbeat = Heartbeat(self._services, self._slots, gpus)
+        # Also while a slot reconnects, which is no call of `services`.
+        self.metrics.paused.labels("RabbitMQ").set_function(lambda: "RabbitMQ" in heartbeat.paused_for())
         self._next_watch = 0.0
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:
@@ -156,9 +158,14 @@ class Worker:
         return Health(faults, {name: round(s, 1) for name, s in running.items() if s is not None})
 
     def readiness(self) -> Readiness:
-        """Whether every slot would take a task now."""
+        """Ready while all engines are loaded or a task is in hand. `waiting_for`: why no task is taken now.
+
+        Of several pods, Kubernetes deletes one that is not ready first. So a worker stays ready while it waits for a
+        service: it may hold a result that it cannot store yet.
+        """
+        ready = not any(slot.loading for slot in self._slots) or any(slot.in_hand for slot in self._slots)
         waiting = [reason for slot in self._slots if (reason := slot.waiting_for)]
         waiting += self._services.pauses()
         if self._services.stopping:
             waiting.append("the worker is shutting down")
-        return Readiness(not waiting, tuple(waiting))
+        return Readiness(ready, tuple(waiting))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import shlex
 import sys
@@ -26,6 +28,8 @@ _JOB_PARTS = ("callbacks", "batches")
 _WORKER = "worker-"
 _KEYS = "api-keys.json"
 TENANT = "default"
+_ANSWER_BYTES = 10_000
+"""The most that is read of an answer to a probe."""
 
 
 @dataclass(frozen=True)
@@ -254,18 +258,29 @@ def _schedules(folder: DataFolder) -> Path | None:
 
 
 def http_ready(port: int, path: str = "/readyz") -> str | None:
-    """Why `GET path` on this loopback port does not answer 200; None if it does."""
+    """Why the part with its probes on this loopback port takes no work yet; None if it does.
+
+    A worker answers 200 as soon as its engine is loaded, and names the services that it waits for.
+    """
     # Straight to the socket, without a proxy from the environment.
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        text = answer.read(400).decode("utf-8", "replace").strip()
+        text = answer.read(_ANSWER_BYTES).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as error:
         return f"port {port}: {error}"
     finally:
         connection.close()
-    return None if answer.status == 200 else f"{path} answers {answer.status} {text}".rstrip()
+    if answer.status == 200 and not _waits(text):
+        return None
+    return f"{path} answers {answer.status} {text[:400]}".rstrip()
+
+
+def _waits(answer: str) -> bool:
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(json.loads(answer).get("waiting_for"))
+    return False
 
 
 def _from_environment(name: str, secret: Path) -> str | None:

@@ -46,7 +46,7 @@ from tests.chaos.plan import PlannedTask
 from tests.chaos.processes import Crew, Kept, Process
 from tests.chaos.records import Asker, EventWatch, FolderWatch, Watcher, note_record
 from tests.proxy import TcpProxy
-from tests.waiting import eventually
+from tests.waiting import eventually, takes_work
 
 HERE = Path(__file__).parent
 STORES = Literal["folder", "s3"]
@@ -508,4 +508,4 @@ def _not_ready(port: int) -> str | None:
         answer = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5, verify=False)
     except httpx.HTTPError as error:
         return str(error)
-    return None if answer.status_code == 200 else answer.text
+    return None if takes_work(answer) else answer.text

@@ -24,7 +24,7 @@ from inferq.producer.up.part import free_ports
 from inferq.storage.objects.s3 import S3Store
 from tests.conftest import RabbitMQ, Redis
 from tests.rights.page import Rights, read_page
-from tests.waiting import eventually
+from tests.waiting import eventually, takes_work
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -133,7 +133,7 @@ class Site:
             answer = httpx.get(f"http://127.0.0.1:{self.ports[part]}/readyz", timeout=10, verify=False)
         except httpx.TransportError:
             return False
-        return answer.status_code == 200 and "degraded" not in answer.text
+        return takes_work(answer) and "degraded" not in answer.text
 
     def stop(self) -> None:
         for process in self.processes.values():

@@ -26,6 +26,7 @@ from inferq.producer.up.foreground import UpOptions
 from inferq.producer.up.plan import choose_types, http_ready, make_plan
 from inferq.producer.up.supervisor import PartFailed
 from inferq.schemas import InferqError, InstallationError
+from inferq.schemas.probe_server import ProbeServer, Readiness
 from tests.monitoring.exported import lacking, served
 from tests.waiting import eventually
 
@@ -409,6 +410,18 @@ def test_unready_server_says_why() -> None:
             connection.recv(1000)
             connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 7\r\n\r\nloading")
         assert client_side.communicate()[0] == "/readyz answers 503 loading\n"
+
+
+def test_a_worker_that_is_ready_and_waits_for_a_service_is_not_yet_started() -> None:
+    state = Readiness(True, ("object store: it only reads",))
+    server = ProbeServer("127.0.0.1", 0, readiness=lambda: state)
+    server.start()
+    try:
+        assert "it only reads" in str(http_ready(server.port))
+        state = Readiness(True)
+        assert http_ready(server.port) is None
+    finally:
+        server.close()
 
 
 def test_down_insists_on_a_supervisor_that_hangs(data: Path) -> None:

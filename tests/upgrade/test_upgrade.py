@@ -27,6 +27,7 @@ from inferq.storage import WebhookSecrets
 from tests.callbacks.conftest import Receiver
 from tests.conftest import RabbitMQ
 from tests.installation import inferq
+from tests.waiting import takes_work
 from tests.worker.conftest import PLUGIN, Site, eventually, site_at, starts
 
 OLD = "d935f2c"
@@ -69,7 +70,7 @@ class Part:
     def ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/readyz", verify=False).status_code == 200
+            return takes_work(httpx.get(f"http://127.0.0.1:{self.port}/readyz", verify=False))
         except httpx.TransportError:
             return False
 

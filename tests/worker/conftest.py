@@ -29,7 +29,7 @@ from inferq.schemas import Result, TaskStatus
 from inferq.storage import ObjectStore, ResultStore, StatusIndex, StorageSettings, open_store
 from tests.conftest import RabbitMQ
 from tests.forked import ForkedPart
-from tests.waiting import eventually
+from tests.waiting import eventually, takes_work
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
 
@@ -132,8 +132,9 @@ class WorkerProcess:
         return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=60, verify=False)
 
     def ready(self) -> bool:
+        """Whether it takes tasks: its engine is loaded, and it waits for no service."""
         try:
-            return self.get("/readyz").status_code == 200
+            return takes_work(self.get("/readyz"))
         except httpx.TransportError:
             return False
 

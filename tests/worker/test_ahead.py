@@ -136,7 +136,8 @@ def test_no_task_is_kept_for_an_engine_that_is_still_loading(site: Site, tmp_pat
     site.worker()
     for task_id in (first.task_id, second):
         assert site.ended(task_id).status == "succeeded"
-    assert not worker.ready()
+    eventually(lambda: worker.get("/readyz").status_code == 503, "no task in hand, and no engine")
+    assert "inferq_worker_ready_slots 0.0" in worker.get("/metrics").text
 
 
 @pytest.mark.parametrize("fault", [OSError("too many open files"), RuntimeError("a fault of our own")])

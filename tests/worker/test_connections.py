@@ -75,10 +75,14 @@ def test_a_run_that_ends_while_the_broker_is_away_is_kept(
     broker_line.refuse()
     result = site.ended(task)
     assert result.status == "succeeded"
-    assert "RabbitMQ" in worker.get("/readyz").text
+    eventually(lambda: 'inferq_worker_paused{service="RabbitMQ"} 1.0' in worker.get("/metrics").text)
+    answer = worker.get("/readyz")
+    assert (answer.status_code, answer.json()["ready"]) == (200, True)
+    assert "RabbitMQ" in answer.text
     broker_line.refuse(False)
 
     eventually(worker.ready)
+    assert 'inferq_worker_paused{service="RabbitMQ"} 0.0' in worker.get("/metrics").text
     assert site.ended(site.publish({})).status == "succeeded"
     assert starts(marker) == 1
     assert site.ended(task) == result

@@ -29,8 +29,10 @@ def paused(worker: WorkerProcess, service: str) -> bool:
 
 
 def waits_for(worker: WorkerProcess, service: str) -> bool:
+    """Whether it says so, and is ready all the same: of several pods, the one that is not ready is deleted first."""
     answer = worker.get("/readyz")
-    return answer.status_code == 503 and service in answer.text
+    waiting_for = answer.json()["waiting_for"]
+    return answer.status_code == 200 and any(each.startswith(service) for each in waiting_for)
 
 
 @dataclass
