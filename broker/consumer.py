@@ -69,10 +69,20 @@ class Consumer(BrokerThread):
         self._current: int | None = None
         self._uncertain: set[str] = set()
         self._taken = 0
+        self._idle_since: float | None = None
         self._on_empty: Callable[[], None] | None = None
         self._stopped = threading.Event()
         self._settled = threading.Event()
         self._settled.set()
+
+    @property
+    def idle_seconds(self) -> float | None:
+        """How long all lanes have been subscribed to without a delivery: no message waited for this consumer.
+
+        None while it is not subscribed, or has a delivery. Any thread may ask.
+        """
+        since = self._idle_since
+        return None if since is None else time.monotonic() - since
 
     # The working thread's side.
 
@@ -191,6 +201,7 @@ class Consumer(BrokerThread):
         self._settled.set()
         self._tags.clear()
         self._current = None
+        self._idle_since = None
 
     def _subscribe_all(self) -> None:
         """Subscribe to the lanes, the most urgent first, until one delivers."""
@@ -204,6 +215,8 @@ class Consumer(BrokerThread):
             if name not in self._tags:
                 self._subscribe(channel, lane)
                 return
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
 
     def _subscribe(self, channel: Channel, lane: int) -> None:
         """Subscribe to a lane, and to the next one only if this one delivers nothing.
@@ -229,6 +242,8 @@ class Consumer(BrokerThread):
         def subscribed(_frame: object) -> None:
             if lane + 1 < len(self._lanes):
                 channel.queue_declare(name, passive=True, callback=lambda _frame: go_on())
+            else:
+                go_on()
 
         arguments = {"x-consumer-timeout": HOLD_SECONDS * 1000}
         if self._subscribed_low_priority:
@@ -242,6 +257,7 @@ class Consumer(BrokerThread):
 
     def _take(self, channel: Channel, lane: int, delivery: Delivery) -> None:
         self._current = lane
+        self._idle_since = None
         self._taken += 1
         self._wanted = False
         self._inbox.append(delivery)
@@ -265,6 +281,7 @@ class Consumer(BrokerThread):
         channel = self._channel
         if channel is None or not channel.is_open:
             return
+        self._idle_since = None
         for name in self._lanes:
             self._cancel(channel, name)
 

@@ -54,6 +54,12 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
     grace_seconds: float = Field(
         30.0, ge=0, description="Seconds that a running task may continue after SIGTERM; then it is requeued."
     )
+    exit_idle: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds without a task in hand and without one waiting, after which the worker exits with "
+        "status 0 (default: never). For Kubernetes Jobs; what restarts its containers would restart it.",
+    )
     start_limit: float = Field(
         600.0, gt=0, description="Seconds that an engine may take to load and warm up."
     )

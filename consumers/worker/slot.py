@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -70,6 +71,14 @@ class Slot:
     def busy(self) -> bool:
         """Whether it has a task in hand."""
         return self._supervisor.busy
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long it has been free for a task and got none; 0 while it has one, or can take none."""
+        free = self._threads[0].idle_seconds
+        if free is None or self.busy:
+            return 0.0
+        return min(free, *(time.monotonic() - thread.ended_at for thread in self._threads))
 
     @property
     def engine_pid(self) -> int | None:
@@ -187,6 +196,12 @@ class _SlotThread(threading.Thread):
         self.in_hand: TaskRun | None = None
         self.taken: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
         self.requeued: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
+        self.ended_at = float("-inf")
+
+    @property
+    def idle_seconds(self) -> float | None:
+        """How long it has been subscribed without a delivery; None while it is not, or has one."""
+        return self._consumer.idle_seconds
 
     @property
     def disconnected(self) -> bool:
@@ -267,6 +282,7 @@ class _SlotThread(threading.Thread):
         if outcome == "given_back":
             self.requeued[lane] += 1
         self.in_hand = None
+        self.ended_at = time.monotonic()
 
 
 def _warm_up(task_type: TaskType) -> None:

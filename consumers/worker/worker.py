@@ -7,6 +7,7 @@ engine process → upload the artifacts → write `result.json` once → status 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from contextlib import suppress
@@ -107,6 +108,7 @@ class Worker:
                 with suppress(queue.Empty):
                     self._serve(self.requests.get(timeout=0.2))
                 self._watch()
+                self._stop_if_idle()
         finally:
             self.stop(hurry=True)
             self._heartbeat.stop()
@@ -127,6 +129,15 @@ class Worker:
                 slot.watch()
             end_orphans()
 
+    def _stop_if_idle(self) -> None:
+        limit = self._settings.exit_idle
+        if limit is None or self._services.stopping:
+            return
+        if all(slot.idle_seconds >= limit for slot in self._slots):
+            _log.info("no task for %g s (INFERQ_EXIT_IDLE): the worker exits", limit)
+            # Nobody waits for this worker to end: a task that it takes at this moment may run to its end.
+            self._stop(math.inf)
+
     def _engine_pids(self) -> dict[str, int]:
         pids = {str(number): slot.engine_pid for number, slot in enumerate(self._slots)}
         return {slot: pid for slot, pid in pids.items() if pid is not None}
@@ -142,7 +153,10 @@ class Worker:
 
     def stop(self, *, hurry: bool = False) -> None:
         """Take no more tasks. Finish those in hand within the grace period, or requeue them at once (`hurry`)."""
-        self._services.stop(0.0 if hurry else self._settings.grace_seconds)
+        self._stop(0.0 if hurry else self._settings.grace_seconds)
+
+    def _stop(self, grace: float) -> None:
+        self._services.stop(grace)
         for slot in self._slots:
             slot.stop_consuming()
 

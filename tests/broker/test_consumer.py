@@ -81,6 +81,36 @@ def waiting(settings: BrokerSettings) -> int:
     return count
 
 
+@pytest.mark.parametrize("lanes", [LANES, ("normal",)])
+def test_it_is_idle_while_it_is_subscribed_to_all_lanes_and_has_no_delivery(
+    consume: Callable[..., Consumer], submit: Callable[..., None], lanes: tuple[Priority, ...]
+) -> None:
+    consumer = consume(lanes)
+    assert consumer.idle_seconds is None, "nobody has asked for a delivery"
+    eventually(lambda: consumer.next(0.01) or consumer.idle_seconds)
+    submit("a")
+    first = take(consumer)
+    assert consumer.idle_seconds is None
+    consumer.ack(first)
+    eventually(lambda: consumer.next(0.01) or consumer.idle_seconds)
+    consumer.pause()
+    eventually(lambda: consumer.idle_seconds is None, "paused, it can take no task that waits")
+    eventually(lambda: consumer.next(0.01) or consumer.idle_seconds)
+
+
+def test_it_is_not_idle_without_a_connection(
+    consume: Callable[..., Consumer],
+    settings: BrokerSettings,
+    proxied: Callable[[str], tuple[str, TcpProxy]],
+) -> None:
+    url, proxy = proxied(settings.amqp_url)
+    consumer = consume(url=url)
+    eventually(lambda: consumer.next(0.01) or consumer.idle_seconds)
+    proxy.refuse()
+    proxy.cut()
+    eventually(lambda: consumer.next(0.01) or consumer.idle_seconds is None)
+
+
 @pytest.mark.parametrize("lanes", [("normal",), LANES])
 def test_one_delivery_at_a_time_in_order(
     submit: Callable[..., None],
