@@ -20,6 +20,9 @@ WorkerState = Literal["idle", "busy", "paused", "loading"]
 Lane = tuple[str, Priority]
 """A task type and a priority."""
 
+ANY_TYPE = "*"
+"""In `Stats.unfed_tasks`: batches whose lines name their types themselves."""
+
 
 class TaskInHand(Record):
     """A task that a worker has taken and not settled."""
@@ -94,6 +97,8 @@ class TypeWorkers(Record):
     busy: int = 0
     paused: int = 0
     loading: int = 0
+    slots: int = Field(0, description="The slots of all of them.")
+    with_tasks: int = Field(0, description="Workers that have a task in hand.")
 
 
 class LateNight(Record):
@@ -132,5 +137,54 @@ class Stats(Record):
     )
     nights: dict[BatchState, int] | None = Field(None, description="The last run of each schedule.")
     late_nights: tuple[LateNight, ...] | None = None
+    unfed_tasks: dict[str, int] | None = Field(
+        None,
+        description="Lines that batches have yet to feed, by the batch's task type; `*`: of batches without one. "
+        "Batches outside their window do not count.",
+    )
+    task_seconds: dict[str, float] | None = Field(
+        None,
+        description="Mean seconds that engines computed for a task, by type, of the tasks that ended today and "
+        "yesterday (UTC).",
+    )
     workers: tuple[TypeWorkers, ...] | None = None
     unknown: dict[str, str] = Field({}, description="Why a field is None, by its name.")
+
+
+class TypeDemand(Record):
+    """The workers that the tasks of one type need now."""
+
+    workers: int | None = Field(
+        None,
+        description="The workers with which every task starts within `target_wait`. At least those that have a "
+        "task in hand; 0 if there is nothing to do; null while `ready` or `unacked` is unknown.",
+    )
+    ready: int | None = Field(None, description="Tasks that wait in the work queues.")
+    unacked: int | None = Field(None, description="Tasks that workers have in hand.")
+    unfed: int | None = Field(None, description="Lines that batches of this type have yet to feed.")
+    oldest_seconds: float | None = Field(None, description="How long the first task has been seen waiting.")
+    task_seconds: float | None = Field(
+        None,
+        description="Mean engine seconds of a task; null if none ended lately: then each counts in full.",
+    )
+    work_seconds: float | None = Field(None, description="Engine seconds of the ready and unfed tasks.")
+    slots: float | None = Field(
+        None, description="Tasks that one worker runs at a time; null without a worker: then it counts as 1."
+    )
+
+
+class Demand(Record):
+    """The workers that each task type needs now. `unknown` names what is null or absent, each with the reason."""
+
+    at: AwareDatetime | None = Field(
+        None, description="When the figures were read; null if they are unknown."
+    )
+    target_wait: float = Field(description="Seconds within which every task should start.")
+    types: dict[str, TypeDemand] = Field({}, description="By task type: every type that the monitor reads.")
+    unfed_any_type: int | None = Field(
+        None, description="Lines that batches without a task type have yet to feed. They count for no type."
+    )
+    retry_messages: dict[str, int] | None = Field(
+        None, description="Tasks at each retry level, of all types together. They count for no type."
+    )
+    unknown: dict[str, str] = Field({}, description="Why a figure is unknown, by its name.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -26,6 +26,7 @@ from inferq.schemas.monitor import Lane, Service, Stats
 from inferq.schemas.probe_server import ProbeServer, Readiness
 from inferq.storage import BatchIndex, StatusIndex, StorageSettings, open_store
 from inferq.storage.figures import MonitorFigures
+from inferq.storage.status.usage import mean_seconds
 from inferq.storage.workers import Registered, WorkerRegistry
 
 _ROUNDS = 4
@@ -47,6 +48,7 @@ class _Stopped(Exception):
 class _RedisFigures(NamedTuple):
     workers: Registered
     given_up: int
+    task_seconds: Mapping[str, float]
 
 
 class Monitor:
@@ -74,7 +76,11 @@ class Monitor:
         )
         self._redis: Source[_RedisFigures] = Source(
             "Redis",
-            lambda: _RedisFigures(registry.read(), self._kept.callbacks_given_up(clock().timestamp())),
+            lambda: _RedisFigures(
+                registry.read(),
+                self._kept.callbacks_given_up(clock().timestamp()),
+                self._read_task_seconds(),
+            ),
             keeps=self._believed_for,
             clock=clock,
         )
@@ -85,6 +91,8 @@ class Monitor:
             clock=clock,
         )
         self._next_records = 0.0
+        self._task_seconds: Mapping[str, float] = {}
+        self._next_task_seconds = 0.0
         self._types: tuple[str, ...] = tuple(installed_types())
         self._waiting: dict[str, Waiting] | None = None
         self._looked: tuple[datetime, datetime] | None = None
@@ -172,6 +180,7 @@ class Monitor:
             broker=broker if isinstance(broker, Unknown) else broker.figures,
             workers=workers,
             given_up=redis if isinstance(redis, Unknown) else redis.figures.given_up,
+            task_seconds=redis if isinstance(redis, Unknown) else redis.figures.task_seconds,
             records=records if isinstance(records, Unknown) else records.figures,
             oldest=self._oldest,
             read_at={name: found.at for name, found in read.items() if not isinstance(found, Unknown)},
@@ -180,6 +189,14 @@ class Monitor:
         if not isinstance(broker, Unknown):
             self.last_success = broker.at.timestamp()
         self._save(self._stats)
+
+    def _read_task_seconds(self) -> Mapping[str, float]:
+        """What a task takes, read once in a while: a day's usage has an entry for each tenant and type."""
+        if time.monotonic() >= self._next_task_seconds:
+            today = self._clock().date()
+            self._task_seconds = mean_seconds(self._index.usage((today - timedelta(days=1), today)))
+            self._next_task_seconds = time.monotonic() + self._settings.monitor_records_interval
+        return self._task_seconds
 
     def _note_types(self, workers: Registered | Unknown) -> None:
         """From the next round on, also read the queues of types that only workers know."""

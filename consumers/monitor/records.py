@@ -6,14 +6,15 @@ Each reading does a bounded amount of work, and writes nothing. What has ended i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from inferq.schemas import BATCH_END_STATES, Batch, BatchState, InferqError, Outage, Window
+from inferq.schemas import BATCH_END_STATES, BatchState, InferqError, Outage, Window
+from inferq.schemas.batch_source import defaults_of
 from inferq.schemas.cron import Cron
-from inferq.schemas.monitor import LateNight
+from inferq.schemas.monitor import ANY_TYPE, LateNight
 from inferq.schemas.schedule import run_id_of
 from inferq.storage import BatchIndex, BatchStore, ObjectStore, StatusOutage
 from inferq.storage.batches.times import BatchTimes
@@ -41,6 +42,8 @@ class RecordFigures:
     nights: Counter[BatchState] | None
     late_nights: tuple[LateNight, ...]
     redis: bool
+    unfed: Mapping[str, int] | None = None
+    """Lines that batches have yet to feed, by task type; None while a batch's number is unknown."""
 
 
 @dataclass
@@ -49,6 +52,7 @@ class _Batch:
 
     created_at: datetime
     window: Window | None = None
+    task_type: str = ANY_TYPE
     looked: datetime | None = None
     ended: tuple[BatchState, datetime] | None = None
     gone: bool = False
@@ -82,9 +86,8 @@ class RecordReader:
         except StatusOutage:
             return RecordFigures(None, None, late, redis=False)
         states = iter(told)
-        batches: Counter[BatchState] = Counter(
-            _unfinished(next(states), self._known[name].window, now) for name in open_
-        )
+        now_in = {name: _unfinished(next(states), self._known[name].window, now) for name in open_}
+        batches: Counter[BatchState] = Counter(now_in.values())
         nights: Counter[BatchState] = Counter(
             _unfinished(next(states), window, now) for _, window in unfinished
         )
@@ -93,7 +96,21 @@ class RecordReader:
             if batch.ended is not None and now - batch.ended[1] <= _ENDED_WITHIN:
                 batches[batch.ended[0]] += 1
         complete = all(batch.looked for batch in self._known.values())
-        return RecordFigures(batches if complete else None, nights, late, redis=True)
+        if not complete:
+            return RecordFigures(None, nights, late, redis=True)
+        unfed = self._unfed([name for name, state in now_in.items() if state == "feeding"])
+        return RecordFigures(batches, nights, late, redis=True, unfed=unfed)
+
+    def _unfed(self, feeding: Sequence[Name]) -> Mapping[str, int] | None:
+        lines = Counter[str]()
+        try:
+            for name, count in zip(feeding, self.index.unfed(feeding), strict=True):
+                if count is None:
+                    return None
+                lines[self._known[name].task_type] += count
+        except StatusOutage:
+            return None
+        return lines
 
     def _list(self, now: datetime) -> None:
         """Note the newest batches of each tenant. Forget those that ended and are listed no more."""
@@ -121,7 +138,9 @@ class RecordReader:
                 if batch.looked is None:
                     record = self._batches.load(tenant, batch_id)
                     batch.gone = record is None
-                    batch.window = _window(record)
+                    if record is not None:
+                        batch.window = record.window
+                        batch.task_type = str(defaults_of(record).get("task_type", ANY_TYPE))
                 summary = self._batches.summary(tenant, batch_id)
             except Outage:
                 raise
@@ -177,10 +196,6 @@ def _beyond_window(run: Run | None, now: datetime) -> float:
     window = None if run is None else run.schedule.feeding_window
     closes = None if run is None or window is None else window.closes_after(run.scheduled_at)
     return 0.0 if closes is None else max(0.0, (now - closes).total_seconds())
-
-
-def _window(batch: Batch | None) -> Window | None:
-    return None if batch is None else batch.window
 
 
 def _unfinished(state: BatchState | None, window: Window | None, now: datetime) -> BatchState:

@@ -34,6 +34,7 @@ def make_stats(
     broker: BrokerFigures | Unknown,
     workers: Registered | Unknown,
     given_up: int | Unknown,
+    task_seconds: Mapping[str, float] | Unknown,
     records: RecordFigures | Unknown,
     oldest: Mapping[Lane, float],
     read_at: Mapping[Service, datetime],
@@ -54,6 +55,7 @@ def make_stats(
         "queues": known("queues", _lanes(types, queues, workers, oldest, unexplained)),
         "workers": known("workers", _by_type(types, workers)),
         "callbacks_given_up": known("callbacks_given_up", given_up),
+        "task_seconds": known("task_seconds", task_seconds),
         "alarms": known(
             "alarms",
             broker if isinstance(broker, Unknown) else broker.alarms,
@@ -82,6 +84,11 @@ def make_stats(
             reason = "the batches are being read for the first time"
         value = records if isinstance(records, Unknown) else getattr(records, name)
         fields[name] = known(name, _with_zeros(value) if isinstance(value, Counter) else value, reason)
+    fields["unfed_tasks"] = known(
+        "unfed_tasks",
+        records if isinstance(records, Unknown) else records.unfed,
+        "Redis is unavailable, or a batch's lines are being counted",
+    )
     if unexplained:
         names = ", ".join(f"{task_type} {priority}" for task_type, priority in unexplained[:_MOST_NAMED])
         more = " and others" if len(unexplained) > _MOST_NAMED else ""
@@ -152,7 +159,10 @@ def _by_type(types: Iterable[str], workers: Registered | Unknown) -> tuple[TypeW
         return workers
     states: dict[str, Counter[str]] = {name: Counter() for name in types}
     for worker in workers.workers:
-        states.setdefault(worker.task_type, Counter())[worker.state] += 1
+        counts = states.setdefault(worker.task_type, Counter())
+        counts[worker.state] += 1
+        counts["slots"] += worker.slots
+        counts["with_tasks"] += worker.busy > 0
     return tuple(TypeWorkers(task_type=name, **counts) for name, counts in states.items())
 
 

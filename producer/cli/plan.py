@@ -21,7 +21,7 @@ from inferq.producer.capacity import (
     parse_share,
     parse_span,
 )
-from inferq.producer.cli.output import JsonFlag, print_json, print_table
+from inferq.producer.cli.output import JsonFlag, console, print_json, print_table
 from inferq.schemas import InstallationError, InvalidTask
 
 app = typer.Typer()
@@ -42,6 +42,13 @@ def plan(
     within: Annotated[str | None, typer.Option(help="How long the batch may take: 8h.")] = None,
     by: Annotated[str | None, typer.Option(help="When it has to end: 2026-11-26T06:00+01:00.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead: the number of workers.")] = None,
+    waiting: Annotated[
+        bool,
+        typer.Option(
+            "--waiting",
+            help="For the tasks that wait now, by the gateway's figures. --within: the longest wait (default 5m).",
+        ),
+    ] = False,
     seconds: Annotated[str | None, typer.Option(help="Seconds per task.")] = None,
     metrics: Annotated[
         list[str] | None,
@@ -60,8 +67,13 @@ def plan(
 ) -> None:
     """Work out workers, GPU hours and cost for a load.
 
-    Give a --rate, or --tasks with --within, --by or --workers.
+    Give a --rate, or --tasks with --within, --by or --workers. With --waiting, print the workers that each type needs.
     """
+    if waiting:
+        if any(given is not None for given in (rate, tasks, by, workers, seconds, metrics, benchmark, price)):
+            raise InvalidTask("--waiting goes with --within, --type and --json alone")
+        _plan_waiting(None if within is None else float(parse_span("--within", within)), task_type, as_json)
+        return
     capacity = Capacity(
         _measured(seconds, metrics or [], benchmark, task_type),
         slots,
@@ -73,6 +85,38 @@ def plan(
         print_json(_facts(made, capacity.measured))
     else:
         print_table(["", "", ""], [[step.name, step.value, step.how] for step in made.steps])
+
+
+def _plan_waiting(target_wait: float | None, task_type: str | None, as_json: bool) -> None:
+    from inferq.producer.client.sync_client import Client
+
+    with Client() as client:
+        demand = client.demand(target_wait=target_wait)
+    if task_type is not None:
+        _one_of(demand.types, task_type, "; ".join(demand.unknown.values()) or "no task type is known")
+        demand = demand.model_copy(update={"types": {task_type: demand.types[task_type]}})
+    if as_json:
+        # With nulls: an unknown figure must not look like one that does not exist.
+        print_json(demand.model_dump(mode="json"))
+        return
+    columns = ["type", "workers", "ready", "in hand", "to feed", "oldest", "seconds per task"]
+    rows = [
+        [
+            name,
+            *map(
+                _shown,
+                (each.workers, each.ready, each.unacked, each.unfed, each.oldest_seconds, each.task_seconds),
+            ),
+        ]
+        for name, each in demand.types.items()
+    ]
+    print_table(columns, rows)
+    for name, reason in demand.unknown.items():
+        console.print(f"?  {name}: {reason}", soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "?" if value is None else f"{value:,g}"
 
 
 def _plan(

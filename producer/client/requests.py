@@ -30,7 +30,7 @@ from inferq.producer.client.errors import (
     Unavailable,
 )
 from inferq.schemas import BatchStatus, CallbackRecord, Result, SubjectKind, TaskStatus, tracing
-from inferq.schemas.monitor import Stats, WorkerList
+from inferq.schemas.monitor import Demand, Stats, WorkerList
 from inferq.schemas.paths import batch_path, task_path
 
 MIN_POLL_SECONDS = 0.5
@@ -231,6 +231,10 @@ class Api:
 
     def stats(self) -> Flow[Stats]:
         return _parse(Stats, (yield from self.request(Request("GET", "/v1/stats"))))
+
+    def demand(self, target_wait: float | None) -> Flow[Demand]:
+        params = {name: str(value) for name, value in _given({"target_wait": target_wait}).items()}
+        return _parse(Demand, (yield from self.request(Request("GET", "/v1/demand", params))))
 
     def workers(self) -> Flow[WorkerList]:
         return _parse(WorkerList, (yield from self.request(Request("GET", "/v1/workers"))))

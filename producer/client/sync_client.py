@@ -44,7 +44,7 @@ from inferq.schemas import (
     TaskStatus,
     new_task_id,
 )
-from inferq.schemas.monitor import Stats, WorkerList
+from inferq.schemas.monitor import Demand, Stats, WorkerList
 from inferq.schemas.paths import artifact_path, batch_path
 
 __all__ = ["Client"]
@@ -456,6 +456,16 @@ class Client:
         An unknown figure is None; `unknown` says why. Names of nights are those of your tenant.
         """
         return self._run(self._api.stats())
+
+    def demand(self, *, target_wait: float | None = None) -> Demand:
+        """Return how many workers each task type needs now, from what waits and from measured seconds.
+
+        `workers` of a type is None while it is unknown; `unknown` says why.
+
+        Args:
+            target_wait: Seconds within which every waiting task should start (default: 300).
+        """
+        return self._run(self._api.demand(target_wait))
 
     def workers(self) -> WorkerList:
         """Return the workers that are alive. `tasks` of each are those of your tenant; `in_hand` counts all."""

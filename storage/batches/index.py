@@ -218,6 +218,15 @@ class BatchIndex:
         commands = [("HGET", batch_key(tenant, batch_id), "s") for tenant, batch_id in names]
         return [state or None for state in self._status.read(*commands)]
 
+    def unfed(self, names: Sequence[tuple[str, str]]) -> list[int | None]:
+        """How many lines of each batch, given by tenant and id, are still to be fed; None if Redis knows it not."""
+        keys = [batch_key(tenant, batch_id) for tenant, batch_id in names]
+        found = self._status.read(*(("HGET", key, field) for key in keys for field in ("t", "l")))
+        return [
+            max(0, int(total) - int(line)) if total and line else None
+            for total, line in zip(found[::2], found[1::2], strict=True)
+        ]
+
     def _run(self, name: str, tenant: str, batch_id: str, arguments: Sequence[Any]) -> Any:
         key = batch_key(tenant, batch_id)
         now = micros(datetime.now(UTC))

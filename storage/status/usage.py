@@ -47,6 +47,15 @@ def spent_on(moment: datetime, engine_seconds: float | None) -> Sequence[str]:
     return [moment.astimezone(UTC).date().isoformat(), str(round(engine_seconds * 1e6))]
 
 
+def mean_seconds(used: Iterable[Usage]) -> dict[str, float]:
+    """The mean engine seconds of a task that ended, by type. A type of which none ended is absent."""
+    spent: dict[str, tuple[int, float]] = {}
+    for each in used:
+        tasks, seconds = spent.get(each.task_type, (0, 0.0))
+        spent[each.task_type] = tasks + each.tasks, seconds + each.engine_seconds
+    return {name: round(seconds / tasks, 6) for name, (tasks, seconds) in spent.items() if tasks}
+
+
 class UsageRecords(RedisConnection):
     """Reads the usage that the runs have recorded."""
 

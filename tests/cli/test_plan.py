@@ -13,11 +13,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from typer.testing import CliRunner
 
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.producer.capacity import Capacity, Measured, parse_rate, parse_share, parse_span
+from inferq.producer.cli.main import app
 from inferq.producer.cli.plan import measured_of
+from inferq.producer.client.sync_client import Client
 from inferq.schemas import InvalidTask
+from inferq.schemas.monitor import Demand, TypeDemand
 from tests.installation import inferq_here
 
 numbers = st.decimals(min_value="0.001", max_value="100000", places=3).map(Fraction)
@@ -207,6 +211,27 @@ def test_a_part_of_a_benchmark_without_a_rate_takes_no_other_parts_rate(tmp_path
     assert found["seconds_per_task"] == 0.25  # of the one part that has a rate
 
 
+def test_for_what_waits_now_it_asks_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    ocr = TypeDemand(workers=4, ready=1200, unacked=3, unfed=0, oldest_seconds=61.5, task_seconds=2.15)
+    found = Demand(
+        target_wait=60, types={"ocr": ocr, "ner": TypeDemand(ready=7)}, unknown={"types.ner.workers": "why"}
+    )
+    asked: list[float | None] = []
+    monkeypatch.setattr(Client, "demand", lambda _, *, target_wait: (asked.append(target_wait), found)[1])
+    monkeypatch.setenv("INFERQ_API_KEY", "iq_test")
+    ran = CliRunner().invoke(app, ["plan", "--waiting", "--within", "1m"])
+    assert (ran.exit_code, asked) == (0, [60.0])
+    _, first, second, reason = ran.output.splitlines()
+    assert first.split() == ["ocr", "4", "1,200", "3", "0", "61.5", "2.15"]
+    assert second.split() == ["ner", "?", "7", "?", "?", "?", "?"]
+    assert reason == "?  types.ner.workers: why"
+    ran = CliRunner().invoke(app, ["plan", "--waiting", "--type", "ner", "--json"])
+    types = json.loads(ran.output)["types"]
+    assert (types.keys(), types["ner"]["workers"], asked[-1]) == ({"ner"}, None, None)
+    ran = CliRunner().invoke(app, ["plan", "--waiting", "--type", "xyz"])
+    assert "--type 'xyz' was not measured; there are measurements of: ner, ocr" in str(ran.exception)
+
+
 GIVEN = ["--seconds", "1"]
 RATE = ["--rate", "1/s"]
 
@@ -234,6 +259,7 @@ RATE = ["--rate", "1/s"]
         ([*GIVEN, "--tasks", "5", "--by", "tomorrow"], "is not a date and time"),
         (["--seconds", "700", "--tasks", "3", "--within", "10m"], "one task takes 875 s with the reserve, longer"),
         (["--metrics", "http://127.0.0.1:1/metrics", *RATE], "give the /metrics of a worker"),
+        (["--waiting", *RATE], "--waiting goes with --within, --type and --json alone"),
         (["--metrics", "/no/such/page", *RATE], "/no/such/page: No such file"),
     ],
 )  # fmt: skip

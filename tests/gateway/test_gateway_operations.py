@@ -1,4 +1,4 @@
-"""`/v1/stats` and `/v1/workers`: what each tenant sees, and what is unknown."""
+"""`/v1/stats`, `/v1/demand` and `/v1/workers`: what each tenant sees, and what is unknown."""
 
 from __future__ import annotations
 
@@ -45,6 +45,27 @@ def test_the_figures_of_the_monitor_are_answered(gateway: Gateway, openapi_docum
     assert "inferq monitor" in document["unknown"]["queues"]
 
 
+def test_the_demand_comes_from_the_figures(gateway: Gateway, openapi_document: dict[str, Any]) -> None:
+    lane = QueueFigures(task_type="echo", priority="normal", ready=30, unacked=1, oldest_seconds=1)
+    stats = Stats(
+        at=NOW, queues=(lane,), unfed_tasks={}, task_seconds={"echo": 10}, retry_messages={}, workers=()
+    )
+    MonitorFigures(gateway.status).save(stats, "{}", seconds=60)
+    document = gateway.http.get("/v1/demand", params={"target_wait": 10}).json()
+    # KEDA reads `types.echo.workers`. The slot in use and 15 others start two tasks each within 10 s.
+    assert document["types"]["echo"]["workers"] == 1 + 15
+    assert not list(validator_of(openapi_document, "Demand").iter_errors(document))
+    assert gateway.http.get("/v1/demand").json()["target_wait"] == 300
+    assert gateway.http.get("/v1/demand", params={"target_wait": -1}).status_code == 422
+    with Client(gateway.url, gateway.key) as client:
+        assert client.demand(target_wait=10).types["echo"].workers == 16
+        assert client.demand().target_wait == 300
+    gateway.status.write(lambda redis: redis.delete("inferq:monitor"))
+    document = gateway.http.get("/v1/demand").json()
+    assert document["types"] == {}
+    assert "inferq monitor" in document["unknown"]["types"]
+
+
 def test_ids_of_tasks_are_those_of_the_callers_tenant(
     gateway: Gateway, openapi_document: dict[str, Any]
 ) -> None:
@@ -79,11 +100,13 @@ def test_without_redis_everything_is_unknown_and_nothing_zero(tmp_path: Path) ->
         }
         assert known == {}
         assert set(stats.json()["unknown"].values()) == {"Redis is unavailable"}
+        demand = gateway.http.get("/v1/demand").json()
+        assert (demand["types"], demand["unknown"]["types"]) == ({}, "Redis is unavailable")
         workers = gateway.http.get("/v1/workers").json()
         assert workers == {"items": None, "unknown": "Redis is unavailable"}
 
 
 def test_a_key_is_needed(gateway: Gateway) -> None:
-    for path in ("/v1/stats", "/v1/workers"):
+    for path in ("/v1/stats", "/v1/demand", "/v1/workers"):
         assert gateway.get_openly(path).status_code == 401
         assert gateway.http.head(path).status_code == 200

@@ -14,10 +14,11 @@ from inferq.broker import BrokerSettings, BrokerUnavailable
 from inferq.consumers.monitor.broker_figures import BrokerReader
 from inferq.consumers.monitor.monitor import Monitor
 from inferq.schemas import CallbackRecord
-from inferq.schemas.monitor import QueueFigures, Stats, WorkerInfo
+from inferq.schemas.monitor import QueueFigures, Stats, TypeWorkers, WorkerInfo
 from inferq.storage import CallbackRecords, StatusIndex, open_store
 from inferq.storage.figures import MonitorFigures
 from inferq.storage.settings import StorageSettings
+from inferq.storage.status.usage import usage_key
 from inferq.storage.workers import WorkerRegistry
 from tests.broker.conftest import set_memory_alarm
 from tests.conftest import RabbitMQ
@@ -73,6 +74,8 @@ def test_every_queue_is_counted_and_no_message_is_touched(
     publish(channel, "inference.jobs", "inference.callbacks", 6)
     publish(channel, "celery_delayed_27", ".".join("1" * 28) + ".inference.callbacks", 1)
     WorkerRegistry(index).beat(worker(in_hand={"normal": 2}), {("echo", "normal"): 7})
+    used = {"t:echo:succeeded": 3, "t:echo:failed": 1, "t:echo:retried": 5, "t:echo:us": 8_000_000}
+    index.write(lambda redis: redis.hset(usage_key(datetime.now(UTC).date()), mapping=used))
     monitor = make_monitor()
     # Another type's queues do not exist: they are absent, and the others are counted all the same.
     stats = after_round(monitor)
@@ -85,6 +88,8 @@ def test_every_queue_is_counted_and_no_message_is_touched(
     assert (stats.retry_messages["3600s"], stats.retry_messages["5s"]) == (5, 0)
     assert (stats.unroutable_messages, stats.callbacks_waiting, stats.alarms) == (2, 7, ())
     assert stats.services == {"rabbitmq": True, "redis": True, "store": True}
+    assert (stats.task_seconds, stats.unfed_tasks) == ({"echo": 2.0}, {})
+    assert TypeWorkers(task_type="echo", busy=1, slots=1, with_tasks=1) in (stats.workers or ())
     metrics = metrics_of(monitor)
     assert metrics['inferq_queue_messages{priority="normal",state="ready",task_type="echo"}'] == 3
     assert metrics['inferq_queue_messages{priority="normal",state="unacked",task_type="echo"}'] == 2
@@ -131,7 +136,9 @@ def test_without_redis_nothing_of_it_is_called_zero(
     assert normal.ready == 3
     assert (normal.unacked, normal.oldest_seconds, normal.taken) == (None, None, None)
     assert (stats.workers, stats.callbacks_given_up, stats.batches, stats.nights) == (None,) * 4
-    assert set(stats.unknown) == {"workers", "callbacks_given_up", "batches", "nights"}
+    assert (stats.task_seconds, stats.unfed_tasks) == (None, None)
+    unknown = {"workers", "callbacks_given_up", "batches", "nights", "task_seconds", "unfed_tasks"}
+    assert set(stats.unknown) == unknown
     assert "127.0.0.1" not in str(stats.unknown), "tenants read the reasons"
     metrics = metrics_of(monitor)
     assert metrics['inferq_service_up{service="redis"}'] == 0

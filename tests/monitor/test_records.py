@@ -23,11 +23,15 @@ class Index:
 
     def __init__(self) -> None:
         self.known: dict[str, BatchState] | None = {}
+        self.left: dict[str, int | None] = {}
 
     def states(self, names: list[tuple[str, str]]) -> list[BatchState | None]:
         if self.known is None:
             raise StatusOutage("away")
         return [self.known.get(batch_id) for _, batch_id in names]
+
+    def unfed(self, names: list[tuple[str, str]]) -> list[int | None]:
+        return [self.left.get(batch_id) for _, batch_id in names]
 
 
 class Site:
@@ -79,6 +83,23 @@ def test_batches_of_all_tenants_are_counted_by_state(site: Site) -> None:
     site.now += timedelta(hours=25)
     site.end("a", "completed")
     assert site.counts() == {"completed": 1, "feeding": 1, "paused": 1}
+
+
+def test_the_lines_to_feed_are_counted_by_type_while_the_window_is_open(site: Site) -> None:
+    night = {"start": "22:00", "end": "06:00"}
+    site.batch("pages", task_type="ocr")
+    site.batch("texts", defaults={"task_type": "ner"})
+    site.batch("mixed")
+    site.batch("more", task_type="ocr")
+    site.batch("fed", task_type="ocr")
+    site.batch("at-night", task_type="ocr", window=night)
+    site.index.known = dict.fromkeys(("pages", "texts", "mixed", "more"), "feeding") | {"fed": "running"}  # type: ignore[assignment]
+    site.index.left = {"pages": 5, "texts": 7, "mixed": 2, "more": 1, "fed": 90, "at-night": 90}
+    assert site.reader.read().unfed == {"ocr": 6, "ner": 7, "*": 2}
+    site.index.left["more"] = None
+    assert site.reader.read().unfed is None, "Redis has lost a batch, and it is being counted"
+    site.index.known = None
+    assert site.reader.read().unfed is None
 
 
 def test_what_has_ended_is_looked_up_once_and_a_reading_is_bounded(

@@ -49,7 +49,7 @@ class Site:
         )
         read: Callable[[], Any] = monitor._records._read
         monitor._broker._read = self._read_broker
-        monitor._redis._read = lambda: _RedisFigures(Registered(self.workers, dict(self.taken)), 0)
+        monitor._redis._read = lambda: _RedisFigures(Registered(self.workers, dict(self.taken)), 0, {})
         monitor._records._read = lambda: (self.store_answers.wait(60), read())[1]
         monitor._kept.save = lambda *_, **__: None  # type: ignore[method-assign]
         monitor.start()

@@ -85,6 +85,11 @@ def test_the_rate_is_measured_again_after_a_clock_that_was_ahead(
     assert status.write(lambda client: client.hmget(key, "then", "before"))[0] != ahead
 
 
+def test_the_lines_to_feed_are_those_after_the_processed_ones(status: StatusIndex, index: BatchIndex) -> None:
+    assert index.unfed([B, ("default", "another"), B]) == [6, None, 6]
+    assert index.unfed([]) == []
+
+
 def test_lines_are_counted_where_they_are(status: StatusIndex, index: BatchIndex) -> None:
     assert counts(index) == (3, 0, 0, 0, 0, 1)
     begin(status, 1)

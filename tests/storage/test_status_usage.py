@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from inferq.storage import BatchIndex, StatusIndex, StatusOutage, StorageSettings
-from inferq.storage.status.usage import USAGE_DAYS, Usage, usage_key
+from inferq.storage.status.usage import USAGE_DAYS, Usage, mean_seconds, usage_key
 from tests.storage.tasks import ERROR, NOW, begin, end, job
 
 DAY = date(2026, 11, 20)
@@ -49,6 +49,15 @@ def test_a_line_of_a_batch_counts_in_the_usage_once(index: StatusIndex) -> None:
     for _ in range(2):
         index.ended_pipelined(ended, engine_seconds=3.0)()
     assert index.usage([NOW.date()]) == [Usage(NOW.date(), "default", "job", succeeded=1, engine_seconds=3.0)]
+
+
+def test_a_task_takes_the_seconds_of_all_runs_by_the_tasks_that_ended() -> None:
+    used = [
+        Usage(DAY, "a", "ocr", succeeded=2, failed=1, retried=4, engine_seconds=10.0),
+        Usage(DAY, "b", "ocr", cancelled=1, engine_seconds=2.0),
+        Usage(DAY, "a", "ner", retried=3, engine_seconds=9.0),
+    ]
+    assert mean_seconds(used) == {"ocr": 3.0}, "of ner, no task has ended"
 
 
 def test_usage_is_unknown_while_redis_is_unavailable(tmp_path: Path) -> None:
