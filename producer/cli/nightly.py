@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from inferq.broker import BrokerSettings, Message, Publisher, connect, topology_for
+from inferq.producer.capacity import parse_span
 from inferq.producer.cli.output import JsonFlag, complain, console, print_json, print_table
 from inferq.producer.nightly.settings import NightlySettings
 from inferq.schemas import CountsNow, InferqError, InstallationError, InvalidTask, installed_types, tracing
@@ -33,6 +34,8 @@ File = Annotated[
 ]
 
 _SHOWN = 5
+_MOST_MINUTES = 11 * 60
+"""Of a lead or a hold: together they have to be less than a day."""
 _YEAR = timedelta(days=366)
 _COUNTS = ("total", "succeeded", "failed", "invalid")
 
@@ -248,6 +251,52 @@ def _send(schedule: Schedule, moment: datetime) -> None:
             send_start(schedule, moment, lambda message: publisher.publish(message).result())
     finally:
         publisher.close()
+
+
+@nightly.command()
+def keda(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="SCHEDULES", help="The file of schedules (default: INFERQ_SCHEDULES_FILE)."),
+    ] = None,
+    task_type: Annotated[
+        str | None, typer.Option("--type", help="Only this task type: one patch, for a file.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="The workers to start.")] = 1,
+    lead: Annotated[str, typer.Option(help="How long before a run is fed they start.")] = "10m",
+    hold: Annotated[str, typer.Option(help="How long they stay afterwards, even without tasks.")] = "30m",
+    formula: Annotated[
+        str | None,
+        typer.Option(help="The formula of the ScaledObject (default: that of k8s/components/keda)."),
+    ] = None,
+) -> None:
+    """Print KEDA's cron triggers that start workers before the runs: a patch of each type's ScaledObject."""
+    by_type: dict[str | None, list[Schedule]] = {}
+    for schedule in _read(file).values():
+        name = schedule.task_type or schedule.defaults.get("task_type")
+        by_type.setdefault(None if name is None else str(name), []).append(schedule)
+    from inferq.producer.nightly.keda import FORMULA, patch_of
+
+    if task_type is not None and task_type not in by_type:
+        known = ", ".join(sorted(filter(None, by_type))) or "none"
+        raise InvalidTask(f"no schedule has --type {task_type!r}; task types of the schedules: {known}")
+    minutes = {"lead": _minutes("--lead", lead), "hold": _minutes("--hold", hold)}
+    for schedule in by_type.pop(None, ()) if task_type is None else ():
+        console.print(f"# {schedule.name}: has no task_type, so no worker is known to start", soft_wrap=True)
+    for name in by_type if task_type is None else (task_type,):
+        patch, left_out = patch_of(by_type[name], replicas=replicas, **minutes, formula=formula or FORMULA)
+        separator = "---\n" if task_type is None else ""
+        console.print(f"{separator}# A JSON patch of the ScaledObject worker-{name}", soft_wrap=True)
+        for reason in left_out:
+            console.print(f"# {reason}", soft_wrap=True)
+        console.print(patch, end="", soft_wrap=True)
+
+
+def _minutes(option: str, text: str) -> int:
+    minutes = round(parse_span(option, text) / 60)
+    if not 1 <= minutes <= _MOST_MINUTES:
+        raise InvalidTask(f"{option} {text!r} is not from 1m to {_MOST_MINUTES // 60}h")
+    return minutes
 
 
 def _moment(text: str, schedule: Schedule) -> datetime:

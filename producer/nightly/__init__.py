@@ -2,6 +2,7 @@
 
 schedules  the file of schedules
 beat       starts each run at its time
+keda       cron triggers that start workers before a run
 metrics    how many runs were due and started, for Prometheus
 readiness  whether beat could start a run now
 settings   the settings of beat
