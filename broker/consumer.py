@@ -33,8 +33,10 @@ HOLD_SECONDS = 3 * 86_400
 outage. RabbitMQ supports this from 4.3; older versions have only `consumer_timeout` in their configuration, by
 default 30 minutes."""
 
-_LOW_PRIORITY = -1
-"""The consumer priority of a `low_priority` consumer; that of all others is 0."""
+LEAST_PRIORITY = -(2**30)
+"""The lowest consumer priority that a normal consumer may have."""
+_LOW_PRIORITY = LEAST_PRIORITY - 1
+"""The consumer priority of a `low_priority` consumer: below that of every normal one."""
 
 _SETTLE_SECONDS = 0.02
 """Seconds to wait for the next delivery of the same lane before subscribing to the others."""
@@ -43,8 +45,9 @@ _SETTLE_SECONDS = 0.02
 class Consumer(BrokerThread):
     """Gives one delivery at a time from `queues`, which lists the most urgent lane first.
 
-    `next` and the settling calls belong to one working thread; none of them waits for the network. With
-    `low_priority`, RabbitMQ delivers here only if no normal consumer is free.
+    `next` and the settling calls belong to one working thread; none of them waits for the network. RabbitMQ delivers
+    to the free consumers of the highest `priority`, from LEAST_PRIORITY to 0. With `low_priority`, it delivers here
+    only if no normal consumer is free.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class Consumer(BrokerThread):
         *,
         name: str,
         topology: Topology | None = None,
+        priority: int = 0,
         low_priority: bool = False,
     ) -> None:
         if not queues:
             raise ValueError("a consumer needs at least one queue")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
+        self._priority = priority
         self._always_low_priority = low_priority
         self._low_priority = self._subscribed_low_priority = low_priority
         self._inbox: deque[Delivery] = deque()
@@ -246,8 +251,8 @@ class Consumer(BrokerThread):
                 go_on()
 
         arguments = {"x-consumer-timeout": HOLD_SECONDS * 1000}
-        if self._subscribed_low_priority:
-            arguments["x-priority"] = _LOW_PRIORITY
+        if priority := _LOW_PRIORITY if self._subscribed_low_priority else self._priority:
+            arguments["x-priority"] = priority
         self._tags[name] = channel.basic_consume(name, deliver, callback=subscribed, arguments=arguments)
 
     def _unless_taken(self, function: Callable[[], None]) -> Callable[[], None]:

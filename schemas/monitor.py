@@ -53,6 +53,9 @@ class WorkerInfo(Record):
     state: WorkerState
     slots: int
     consumers: int | None = Field(None, description="The most consumers that it has of one lane.")
+    consumer_priority: int = Field(
+        0, description="RabbitMQ delivers to the idle workers with the highest one first."
+    )
     busy: int = Field(description="Slots with a task in hand.")
     in_hand: dict[Priority, int] = Field({}, description="Tasks taken and not settled, by lane.")
     tasks: tuple[TaskInHand, ...] = Field((), description="The tasks in hand whose messages are read.")

@@ -26,7 +26,9 @@ from inferq.schemas.monitor import Lane, TaskInHand, WorkerInfo, WorkerState
 from inferq.storage.workers import HEARTBEAT_SECONDS, WorkerRegistry
 
 _LOOK_SECONDS = 1.0
-"""The shortest time between two heartbeats, for a worker that changes all the time."""
+"""From one look to the next. An idle worker that takes a task looks at once."""
+_IDLE_SECONDS = 0.2
+"""How long a worker has no task before it says so: between two tasks of a backlog it is not idle."""
 _GPU_SECONDS = 10.0
 """How often the driver is asked for the memory of the GPUs."""
 
@@ -41,7 +43,7 @@ class _Counts(NamedTuple):
 
 
 class Heartbeat(threading.Thread):
-    """Sends a heartbeat every few seconds, and within a second of a change."""
+    """Sends a heartbeat every few seconds, within a second of a change, and at once when an idle worker is busy."""
 
     def __init__(self, services: WorkerServices, slots: Sequence[Slot], gpus: Gpus) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -64,27 +66,37 @@ class Heartbeat(threading.Thread):
             state="loading",
             slots=len(slots),
             consumers=sum(slot.consumers for slot in slots),
+            consumer_priority=services.consumer_priority,
             busy=0,
             version=version("inferq"),
             since=datetime.now(UTC),
         )
 
     def run(self) -> None:
-        said, said_at, failed = None, float("-inf"), False
+        said: WorkerInfo | None = None
+        said_at, failed = float("-inf"), False
         while not self._stopped.is_set():
             try:
+                self._services.task_taken.clear()
                 info = self.info()
+                if said is not None and said.busy and not info.busy:
+                    self._stopped.wait(_IDLE_SECONDS)
+                    info = self.info()
                 if (info != said or time.monotonic() - said_at >= HEARTBEAT_SECONDS) and self._beat(info):
                     said, said_at = info, time.monotonic()
             except Exception:
                 if not failed:  # once, not each second
                     _log.exception("cannot send heartbeats; still retrying")
                 failed = True
-            self._stopped.wait(_LOOK_SECONDS)
+            if said is None or said.busy:
+                self._stopped.wait(_LOOK_SECONDS)
+            else:
+                self._services.task_taken.wait(_LOOK_SECONDS)
 
     def stop(self) -> None:
         """Remove the worker from the registry and end the thread."""
         self._stopped.set()
+        self._services.task_taken.set()
         if self.is_alive():
             self.join(5)
         counts = self._counts()

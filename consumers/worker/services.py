@@ -56,6 +56,9 @@ class WorkerServices:
     metrics: WorkerMetrics
     scratch: ScratchFolder
     cache: ResultCache | None = None
+    consumer_priority: int = 0
+    task_taken: threading.Event = field(default_factory=threading.Event)
+    """Set whenever a slot takes a task; the heartbeat clears it."""
     lease_renewer: LeaseRenewer = field(default_factory=LeaseRenewer)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")

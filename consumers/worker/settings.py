@@ -34,6 +34,11 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         description="Whether a slot takes a second task while its engine computes the first, unless another "
         "worker is idle. The slot then fetches inputs and stores results while the engine computes.",
     )
+    oldest_first: bool = Field(
+        False,
+        description="Whether idle workers get tasks in the order in which they started. Without it they take turns. "
+        "Scale-in then removes workers that get no task; see the scale-in guard.",
+    )
     max_attempts: int | None = Field(
         None,
         ge=1,

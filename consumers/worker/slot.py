@@ -190,6 +190,7 @@ class _SlotThread(threading.Thread):
             list(self._lane_of),
             name=f"{settings.worker_name}/{name.removeprefix('slot ')}",
             topology=topology_for([task_type.name]),
+            priority=services.consumer_priority,
             low_priority=ahead,
         )
         self.fatal: InferqError | None = None
@@ -277,6 +278,7 @@ class _SlotThread(threading.Thread):
         self.taken[lane] += 1
         with self._supervisor.lease() as lease, processing(delivery) as span:
             self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, span.context)
+            self._services.task_taken.set()
             outcome = self.in_hand.complete()
             span.set("inferq.outcome", outcome)
         if outcome == "given_back":

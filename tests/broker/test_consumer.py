@@ -18,6 +18,7 @@ from inferq.broker import (
     topology_for,
     work_queue,
 )
+from inferq.broker.consumer import LEAST_PRIORITY
 from inferq.schemas import Priority, parse_task
 from tests.broker.conftest import too_deep
 from tests.conftest import RabbitMQ
@@ -50,10 +51,10 @@ def submit(settings: BrokerSettings) -> Iterator[Callable[..., None]]:
 def consume(settings: BrokerSettings) -> Iterator[Callable[..., Consumer]]:
     consumers = []
 
-    def start(lanes: tuple[Priority, ...] = LANES, url: str | None = None) -> Consumer:
+    def start(lanes: tuple[Priority, ...] = LANES, url: str | None = None, **order: int) -> Consumer:
         chosen = settings if url is None else settings.model_copy(update={"amqp_url": url})
         queues = [work_queue("echo", lane) for lane in lanes]
-        consumer = Consumer(chosen, queues, name="test", topology=TOPOLOGY)
+        consumer = Consumer(chosen, queues, name="test", topology=TOPOLOGY, **order)
         consumer.start()
         consumer.wait_connected(10)
         consumers.append(consumer)
@@ -203,6 +204,27 @@ def test_a_busy_consumer_leaves_other_lanes_to_an_idle_one(
         assert delivery.message_id == f"high{n}"
         idle.ack(delivery)
     busy.ack(first)
+
+
+def test_tasks_go_to_the_free_consumer_of_the_highest_priority(
+    submit: Callable[..., None], consume: Callable[..., Consumer], settings: BrokerSettings
+) -> None:
+    ahead = consume(("normal",), low_priority=True)
+    younger = consume(("normal",), priority=LEAST_PRIORITY)
+    older = consume(("normal",), priority=-3)
+    connection = connect(settings, name="test")
+    channel = connection.channel()
+
+    def consumers() -> int:
+        return int(channel.queue_declare(work_queue("echo", "normal"), passive=True).method.consumer_count)
+
+    for count, consumer in enumerate((ahead, younger, older), 1):
+        assert consumer.next(0.02) is None
+        eventually(lambda count=count: consumers() == count)
+    connection.close()
+    for n in range(3):
+        submit(f"t{n}")
+    assert [take(c).message_id for c in (older, younger, ahead)] == ["t0", "t1", "t2"]
 
 
 def test_a_consumer_that_is_not_asked_holds_nothing_back(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ import pynvml
 import pytest
 
 from inferq.consumers.runtime.gpus import Gpus
+from inferq.consumers.worker import heartbeat as heartbeats
 from inferq.consumers.worker.heartbeat import Heartbeat
+from inferq.consumers.worker.worker import priority_by_age
 from inferq.schemas import EngineInfo
 from inferq.schemas.monitor import GpuMemory, WorkerInfo
 from inferq.storage import StatusIndex, StorageSettings
@@ -42,6 +45,8 @@ class FakeServices:
         self.settings = SimpleNamespace(worker_name="w", lanes=("high", "normal"))
         self.task_type = SimpleNamespace(name="echo")
         self.waits: list[str] = []
+        self.consumer_priority = -7
+        self.task_taken = threading.Event()
 
     def pauses(self) -> list[str]:
         return self.waits
@@ -82,6 +87,7 @@ def test_the_state_says_what_a_worker_does(services: FakeServices) -> None:
     info = beat.info()
     assert (info.state, info.paused_for) == ("paused", ("object store", "Redis", "RabbitMQ"))
     assert (info.engine, info.lanes, info.slots) == (ENGINE, ("high", "normal"), 1)
+    assert info.consumer_priority == -7
 
 
 def test_two_workers_of_one_process_id_have_their_own_ids(services: FakeServices) -> None:
@@ -110,6 +116,60 @@ def test_deliveries_are_counted_once_however_often_redis_fails(
     found = registry.read()
     assert (found.requeued_of("echo", "normal"), found.requeued_of("echo", "high")) == (2, 0)
     assert (found.taken_of("echo", "high"), found.taken_of("echo", "normal"), found.workers) == (1, 6, ())
+
+
+def test_an_idle_worker_reports_a_task_at_once(
+    services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeats, "_LOOK_SECONDS", 600.0)
+    registry = WorkerRegistry(services.status)
+    slot = FakeSlot()
+    beat = heartbeat(services, slot)
+    beat.start()
+    eventually(lambda: [worker.state for worker in registry.read().workers] == ["idle"])
+    slot.busy = True
+    services.task_taken.set()
+    eventually(lambda: [worker.state for worker in registry.read().workers] == ["busy"])
+    beat.stop()
+    assert not beat.is_alive()
+
+
+def test_between_two_tasks_of_a_backlog_a_worker_is_not_idle(
+    services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slot(FakeSlot):
+        """Busy at each look but the second."""
+
+        looks = iter([True, False])
+
+        @property
+        def busy(self) -> bool:
+            return next(self.looks, True)
+
+        @busy.setter
+        def busy(self, _busy: bool) -> None: ...
+
+    monkeypatch.setattr(heartbeats, "_LOOK_SECONDS", 0.01)
+    beat = heartbeat(services, Slot())
+    said: list[int] = []
+
+    def note(info: WorkerInfo) -> bool:
+        said.append(info.busy)
+        return True
+
+    monkeypatch.setattr(beat, "_beat", note)
+    monkeypatch.setattr(heartbeats, "HEARTBEAT_SECONDS", 0.0)
+    beat.start()
+    eventually(lambda: len(said) >= 3)
+    beat.stop()
+    assert set(said) == {1}
+
+
+def test_a_worker_that_starts_later_gets_its_tasks_later() -> None:
+    start = datetime(2026, 11, 30, tzinfo=UTC)
+    order = [priority_by_age(start + timedelta(seconds=seconds)) for seconds in (0, 0.1, 1, 86_400, 9e6)]
+    assert order == sorted(set(order), reverse=True)
+    assert all(-(2**30) <= priority <= 0 for priority in order)
 
 
 def test_the_memory_of_gpus_is_asked_of_them_alone(
