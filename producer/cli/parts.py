@@ -70,6 +70,7 @@ HELP = {
         "callbacks": "Deliver callbacks and feed batches, until SIGTERM.",
         "beat": "Start nightly runs when they are due, until SIGTERM.",
         "monitor": "Read the figures of queues and workers, until SIGTERM.",
+        "scale-in-guard": "Keep Kubernetes from removing busy workers while others are idle, until SIGTERM.",
     },
 }
 """The groups of `inferq --help`: the first sentence of each command's own help, shown without loading it."""

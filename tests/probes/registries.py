@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry
 from inferq.consumers.callbacks.metrics import CallbackMetrics
 from inferq.consumers.probes.ends import TaskEnds
 from inferq.consumers.runtime.gpus import Gpus
+from inferq.consumers.scale_in.costs import PodFacts
+from inferq.consumers.scale_in.metrics import GuardMetrics
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.producer.gateway.metrics import Metrics
 from inferq.producer.nightly.metrics import BeatMetrics
@@ -31,11 +33,18 @@ def _callbacks() -> CollectorRegistry:
     return registry
 
 
+def _scale_in_guard() -> CollectorRegistry:
+    metrics = GuardMetrics()
+    metrics.count([PodFacts("w", "u", "rs", "echo", True, None)], {})
+    return metrics.registry
+
+
 PARTS: Mapping[str, Callable[[], CollectorRegistry]] = {
     "worker": _worker,
     "gateway": lambda: Metrics()._registry,
     "callbacks": _callbacks,
     "beat": lambda: BeatMetrics().registry,
+    "scale-in-guard": _scale_in_guard,
 }
 """The registry of each part. A new part, and a metric that another place registers, is added here."""
 

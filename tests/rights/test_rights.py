@@ -206,6 +206,7 @@ _SCRIPTS = {
     "batches": [_STATUS["confirm"], _STATUS["ended"], _STATUS["get"], *_BATCHES.values()],
     "usage": [],
     "monitor": [workers.LIST],
+    "scale-in-guard": [workers.LIST],
 }
 """The scripts that each part runs."""
 _DIRECT = {
@@ -228,6 +229,7 @@ _DIRECT = {
     "batches": {"evalsha", "script|load", "script|exists", "multi", "exec", "hset", "expire"},
     "usage": {"evalsha", "script|load", "script|exists", "hgetall"},
     "monitor": {"evalsha", "script|load", "script|exists", "get", "hget", "set", "zcount"},
+    "scale-in-guard": {"evalsha", "script|load", "script|exists"},
 }
 """The commands that each part sends itself."""
 
@@ -261,6 +263,8 @@ _LESS: list[tuple[str, str, Callable[[StatusIndex], object]]] = [
     ("callbacks", "+script|exists", lambda index: index.read(("HGET", "inferq:c:t:task:x", "c"))),
     ("monitor", "+zrange", lambda index: WorkerRegistry(index).read()),
     ("monitor", "+set", lambda index: MonitorFigures(index).save(Stats(), "{}", seconds=9)),
+    ("scale-in-guard", "+hgetall", lambda index: WorkerRegistry(index).read()),
+    ("scale-in-guard", "~inferq:workers", lambda index: WorkerRegistry(index).read()),
 ]
 
 
