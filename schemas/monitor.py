@@ -46,6 +46,7 @@ class WorkerInfo(Record):
 
     worker_id: str = Field(description="Unique: host, process id and a random part.")
     name: str = Field(description="The name in results, dead letters and logs.")
+    track: str | None = Field(None, description="Its `INFERQ_TRACK`; None if it has none.")
     host: str
     pid: int
     task_type: str

@@ -81,6 +81,7 @@ class Result(Record):
     batch_line: int | None = None
     metadata: dict[str, JsonValue] = Field({})
     worker: str | None = None
+    track: str | None = Field(None, description="The worker's `INFERQ_TRACK`; None if it has none.")
     created_at: AwareDatetime | None = None
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime
@@ -107,6 +108,7 @@ class Result(Record):
         timings: Timings | None = None,
         engine: EngineInfo | None = None,
         worker: str | None = None,
+        track: str | None = None,
         started_at: datetime | None = None,
         redrives: int = 0,
         trace_id: str | None = None,
@@ -125,6 +127,7 @@ class Result(Record):
             batch_line=task.batch_line,
             metadata=task.metadata,
             worker=worker,
+            track=track,
             created_at=task.created_at,
             started_at=started_at,
             finished_at=finished_at,

@@ -57,6 +57,8 @@ class AttemptReport:
         """Count the outcome, and log the attempt in one line. `why` it is given back."""
         services, error = self._services, self.error
         services.metrics.settled(services.task_type.name, outcome)
+        if services.settings.track:
+            services.track_figures.count(outcome, self.timings.get("inference"), cached=cached)
         seconds = {name: round(value, 4) for name, value in self.timings.items() if value is not None}
         more = fields(
             outcome=outcome,
@@ -71,6 +73,7 @@ class AttemptReport:
             cached=True if cached else None,
             engine=f"{engine.name} {engine.version}" if engine is not None else None,
             worker=services.settings.worker_name,
+            track=services.settings.track or None,
             queue=self._delivery.queue,
         )
         _log.info("attempt %s", outcome, extra=more)

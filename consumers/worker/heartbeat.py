@@ -23,6 +23,7 @@ from inferq.consumers.worker.slot import Slot
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import Priority
 from inferq.schemas.monitor import Lane, TaskInHand, WorkerInfo, WorkerState
+from inferq.storage.tracks import TrackRecords
 from inferq.storage.workers import HEARTBEAT_SECONDS, WorkerRegistry
 
 _LOOK_SECONDS = 1.0
@@ -53,12 +54,15 @@ class Heartbeat(threading.Thread):
         self._slots = slots
         self._gpus = gpus
         self._registry = WorkerRegistry(services.status)
+        self._track_records = TrackRecords(services.status)
         self._next_gpus = 0.0
         self._stopped = threading.Event()
         self._reported = _Counts(Counter(), Counter())
+        self._track_reported: Counter[str] = Counter()
         self._info = WorkerInfo(
             worker_id=self.worker_id,
             name=services.settings.worker_name,
+            track=services.settings.track or None,
             host=host,
             pid=pid,
             task_type=services.task_type.name,
@@ -99,6 +103,7 @@ class Heartbeat(threading.Thread):
         self._services.task_taken.set()
         if self.is_alive():
             self.join(5)
+        self._beat_track()
         counts = self._counts()
         self._registry.end(self.worker_id, *self._new(counts))
 
@@ -141,7 +146,15 @@ class Heartbeat(threading.Thread):
         if not self._registry.beat(info, *self._new(counts)):
             return False
         self._reported = counts
+        self._beat_track()
         return True
+
+    def _beat_track(self) -> None:
+        """Report what the track's attempts came to since the last report that Redis took."""
+        track, counts = self._info.track, self._services.track_figures.counts()
+        new = counts - self._track_reported
+        if track and new and self._track_records.add(self._info.task_type, track, new):
+            self._track_reported = counts
 
     def _counts(self) -> _Counts:
         taken, requeued = Counter[Priority](), Counter[Priority]()

@@ -56,10 +56,15 @@ class _EngineTime(Collector):
 
 @dataclass(frozen=True)
 class WorkerMetrics:
-    """One worker's metrics, in a registry of their own. `tenants`: how many tenants are counted by name."""
+    """One worker's metrics, in a registry of their own.
+
+    `tenants`: how many tenants are counted by name. `track`: the value of the label `track`, which tells a canary's
+    attempts from others. It adds no series, since a worker has one track; without a track the label is absent.
+    """
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     tenants: int = 50
+    track: str = ""
     stage_seconds: Histogram = field(init=False)
     busy_slots: Gauge = field(init=False)
     ready_slots: Gauge = field(init=False)
@@ -92,19 +97,20 @@ class WorkerMetrics:
         registry = self.registry
         registry.register(self._engine_time)
         tenants = BoundedLabel(self.tenants)
+        track = ["track"] if self.track else []
         add("_ends", TaskEnds(registry))
         count(
             "_tasks",
             "inferq_worker_tasks",
             "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back, "
             "deferred, duplicate.",
-            ["task_type", "outcome"],
+            ["task_type", "outcome", *track],
         )
         count(
             "_failures",
             "inferq_task_failures",
             "Attempts that failed, by the stage in which they failed and the error code.",
-            ["task_type", "stage", "error_code"],
+            ["task_type", "stage", "error_code", *track],
             error_code=BoundedLabel(_CODES),
         )
         count(
@@ -138,7 +144,7 @@ class WorkerMetrics:
             Histogram(
                 "inferq_worker_stage_seconds",
                 "Seconds per stage of a task that succeeded: queued, fetch, inference, upload.",
-                ["task_type", "stage"],
+                ["task_type", "stage", *track],
                 buckets=SECONDS,
                 registry=registry,
             ),
@@ -212,15 +218,19 @@ class WorkerMetrics:
             ),
         )
 
+    @property
+    def _track(self) -> tuple[str, ...]:
+        return (self.track,) if self.track else ()
+
     def observe(self, task_type: str, timings: Timings) -> None:
         """Count the stages of a task that succeeded."""
         for stage, seconds in vars(timings).items():
             if seconds is not None:
-                self._stages(task_type, stage).observe(seconds)
+                self._stages(task_type, stage, *self._track).observe(seconds)
 
     def settled(self, task_type: str, outcome: str) -> None:
         """Count a delivery that was settled."""
-        self._tasks(task_type, outcome).inc()
+        self._tasks(task_type, outcome, *self._track).inc()
 
     def ended(self, result: Result) -> None:
         """Count the end of a task."""
@@ -229,7 +239,7 @@ class WorkerMetrics:
 
     def failed(self, task_type: str, stage: Stage, code: str) -> None:
         """Count an attempt that failed."""
-        self._failures(task_type, stage, code).inc()
+        self._failures(task_type, stage, code, *self._track).inc()
 
     def dead_letter(self, task_type: str) -> None:
         """Count a dead letter that was sent."""

@@ -43,6 +43,7 @@ class Records:
     lane: Priority
     type_name: str
     worker: str
+    track: str | None = None
     trace_id: str | None = None
 
     @property
@@ -89,6 +90,7 @@ class Records:
             batch_line=task.batch_line,
             metadata=task.metadata,
             worker=self.worker,
+            track=self.track,
             created_at=task.created_at,
             started_at=started_at,
             finished_at=datetime.now(UTC),
@@ -118,6 +120,7 @@ class Records:
             timings=timings,
             engine=engine,
             worker=self.worker,
+            track=self.track,
             started_at=started_at,
             redrives=self.delivery.redrives,
             trace_id=self.trace_id,
@@ -136,6 +139,7 @@ class Records:
                 attempts=self.delivery.attempt,
                 error=ErrorInfo.of(error),
                 worker=self.worker,
+                track=self.track,
                 started_at=started_at,
                 finished_at=datetime.now(UTC),
                 redrives=self.delivery.redrives,

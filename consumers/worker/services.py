@@ -22,6 +22,7 @@ from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
 from inferq.consumers.worker.settings import WorkerSettings
+from inferq.consumers.worker.track_figures import TrackFigures
 from inferq.schemas import Outage, TaskType
 from inferq.storage import Fetcher, ObjectStore, ResultStore, StatusIndex
 
@@ -60,6 +61,7 @@ class WorkerServices:
     task_taken: threading.Event = field(default_factory=threading.Event)
     """Set whenever a slot takes a task; the heartbeat clears it."""
     lease_renewer: LeaseRenewer = field(default_factory=LeaseRenewer)
+    track_figures: TrackFigures = field(default_factory=TrackFigures)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _deadline: float = float("inf")
     _pauses: dict[str, str] = field(default_factory=dict)

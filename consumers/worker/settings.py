@@ -23,6 +23,12 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
         description="The name of this worker in results, dead letters and logs.",
     )
+    track: str = Field(
+        "",
+        pattern=r"^[a-z0-9-]{0,32}$",
+        description="A short label such as `canary`, for workers whose code or weights you compare with others "
+        "(default: none). Results, metrics, logs and the list of workers have it.",
+    )
     lanes: Annotated[tuple[Priority, ...], NoDecode] = Field(
         PRIORITIES, min_length=1, description="The priorities that this worker serves, separated by commas."
     )

@@ -96,6 +96,7 @@ class TaskRun:
         trace = trace or trace_context(delivery.headers)
         self._records = Records(
             delivery, lane, type_name=services.task_type.name, worker=services.settings.worker_name,
+            track=services.settings.track or None,
             trace_id=trace.trace_id if trace is not None else None,
         )  # fmt: skip
         self._endings = Endings(services, trace)

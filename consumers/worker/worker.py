@@ -65,7 +65,7 @@ class Worker:
         self._task_type = task_type
         self._settings = settings
         self._broker = broker
-        self.metrics = WorkerMetrics(tenants=settings.metrics_tenants)
+        self.metrics = WorkerMetrics(tenants=settings.metrics_tenants, track=settings.track)
         self.metrics.registry.register(SpansDropped())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)

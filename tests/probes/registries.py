@@ -20,7 +20,7 @@ from inferq.producer.nightly.metrics import BeatMetrics
 
 
 def _worker() -> CollectorRegistry:
-    metrics = WorkerMetrics()
+    metrics = WorkerMetrics(track="canary")
     metrics.add_engine("echo", 1)
     metrics.registry.register(Gpus(lambda: {"0": 1}))
     return metrics.registry

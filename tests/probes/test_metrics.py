@@ -16,7 +16,7 @@ from inferq.consumers.probes.ends import TaskEnds
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.producer.gateway.access import Access
 from inferq.producer.gateway.metrics import Metrics
-from inferq.schemas import ErrorInfo, Result
+from inferq.schemas import ErrorInfo, Result, Timings
 from inferq.schemas.metrics import SECONDS, BoundedLabel
 from tests.probes.registries import PARTS, exported, install_a_gpu
 
@@ -47,7 +47,7 @@ _VALUES = {
     # From lists in our own code.
     "outcome": 8, "stage": 5, "status": 60, "service": 4, "reason": 3, "for": 3, "state": 4, "method": 8,
     # From settings, files and hardware.
-    "slot": 64, "gpu": 16, "schedule": 1000, "route": 100,
+    "slot": 64, "gpu": 16, "schedule": 1000, "route": 100, "track": 1,
     # Of senders and plug-ins: beyond a limit they are `other`.
     "tenant": 51, "error_code": 102, "task_type": 101,
 }  # fmt: skip
@@ -103,6 +103,29 @@ def test_what_senders_and_plug_ins_choose_makes_no_more_series() -> None:
     assert count("inferq_tenant_tasks_total", {"tenant": "other", "task_type": "echo"}) == 950
     assert count("inferq_tenant_tasks_total", {"tenant": "tenant-7", "task_type": "echo"}) == 1
     assert count("inferq_tenant_engine_seconds_total", {"tenant": "other", "task_type": "echo"}) == 950
+
+
+@pytest.mark.parametrize("track", ["", "canary"])
+def test_a_track_is_a_label_of_the_attempts_and_adds_no_series(track: str) -> None:
+    worker = WorkerMetrics(track=track)
+    worker.settled("echo", "retried")
+    worker.failed("echo", "inference", "engine_error")
+    worker.observe("echo", Timings(inference=1.0))
+    named = {"track": track} if track else {}
+    samples = [sample for family in worker.registry.collect() for sample in family.samples]
+    assert {
+        sample.name: sample.labels
+        for sample in samples
+        if sample.name in ("inferq_worker_tasks_total", "inferq_task_failures_total")
+    } == {
+        "inferq_worker_tasks_total": {"task_type": "echo", "outcome": "retried", **named},
+        "inferq_task_failures_total": {
+            "task_type": "echo", "stage": "inference", "error_code": "engine_error", **named,
+        },
+    }  # fmt: skip
+    counts = [sample for sample in samples if sample.name == "inferq_worker_stage_seconds_count"]
+    assert {tuple(sample.labels) for sample in counts} == {("task_type", "stage", *named)}
+    assert len(counts) == 3
 
 
 async def _answer(_scope: Any, _receive: Any, send: Any) -> None:

@@ -33,9 +33,11 @@ INVALID = Failed(code="bad_text", message="'planted' is no text", invalid=True, 
 TRANSIENT = Failed(code="not_now", message="'planted' is busy", invalid=False, seconds=0.5)
 
 
-def run(services: WorkerServices, delivery: Delivery, answer: object) -> list[dict[str, Any]]:
+def run(
+    services: WorkerServices, delivery: Delivery, answer: object, track: str = ""
+) -> list[dict[str, Any]]:
     """The lines of the worker, and the last of them."""
-    services.settings = WorkerSettings(worker_name="w1", max_attempts=5)
+    services.settings = WorkerSettings(worker_name="w1", max_attempts=5, track=track)
     with logged("inferq") as lines:
         settled(services, delivery, lambda _task: None, run=lambda *_given, **_named: answer)
     assert "planted" not in str(lines)
@@ -66,6 +68,22 @@ def test_an_attempt_ends_in_one_line(
     assert last.get("stage") == (None if code is None else "inference")
     assert last["inference_seconds"] == 0.5
     assert last["fetch_seconds"] + last.get("upload_seconds", 0) <= last["seconds"] < 60
+
+
+@pytest.mark.parametrize("answer", [Done(output=b"{}", seconds=0.5), INVALID, TRANSIENT])
+def test_an_attempt_and_its_record_name_the_workers_track(services: WorkerServices, answer: object) -> None:
+    last = run(services, DELIVERY, answer, track="canary")[-1]
+    assert last["track"] == "canary"
+    result = services.results.load("default", "b.7")
+    assert result is not None
+    assert result.track == "canary"
+
+
+def test_without_a_track_none_is_named(services: WorkerServices) -> None:
+    assert "track" not in run(services, DELIVERY, INVALID)[-1]
+    result = services.results.load("default", "b.7")
+    assert result is not None
+    assert result.track is None
 
 
 @pytest.mark.parametrize("header", ["", "00-planted-01", f"00-{'0' * 32}-b7ad6b7169203331-01"])

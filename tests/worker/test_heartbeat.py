@@ -15,10 +15,12 @@ import pytest
 from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.worker import heartbeat as heartbeats
 from inferq.consumers.worker.heartbeat import Heartbeat
+from inferq.consumers.worker.track_figures import TrackFigures
 from inferq.consumers.worker.worker import priority_by_age
 from inferq.schemas import EngineInfo
 from inferq.schemas.monitor import GpuMemory, WorkerInfo
 from inferq.storage import StatusIndex, StorageSettings
+from inferq.storage.tracks import TrackRecords, bucket_of
 from inferq.storage.workers import WorkerRegistry
 from tests.probes.registries import install_a_gpu
 from tests.waiting import eventually
@@ -40,9 +42,10 @@ class FakeSlot:
 
 
 class FakeServices:
-    def __init__(self, status: StatusIndex) -> None:
+    def __init__(self, status: StatusIndex, track: str = "") -> None:
         self.status = status
-        self.settings = SimpleNamespace(worker_name="w", lanes=("high", "normal"))
+        self.settings = SimpleNamespace(worker_name="w", lanes=("high", "normal"), track=track)
+        self.track_figures = TrackFigures()
         self.task_type = SimpleNamespace(name="echo")
         self.waits: list[str] = []
         self.consumer_priority = -7
@@ -170,6 +173,40 @@ def test_a_worker_that_starts_later_gets_its_tasks_later() -> None:
     order = [priority_by_age(start + timedelta(seconds=seconds)) for seconds in (0, 0.1, 1, 86_400, 9e6)]
     assert order == sorted(set(order), reverse=True)
     assert all(-(2**30) <= priority <= 0 for priority in order)
+
+
+def test_a_tracks_attempts_are_counted_once_however_often_redis_fails(
+    services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked = FakeServices(services.status, "canary")
+    beat, records = heartbeat(tracked), TrackRecords(services.status)
+    figures = tracked.track_figures
+    figures.count("succeeded", 2.0, cached=False)
+    figures.count("retried", None, cached=False)
+    for outcome in ("cancelled", "skipped", "given_back", "deferred", "duplicate"):
+        figures.count(outcome, 1.0, cached=False)
+    figures.count("succeeded", 0.0, cached=True)  # no engine computed it
+    assert beat._beat(beat.info())
+    figures.count("failed", 0.1, cached=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(beat._track_records, "_add", lambda *_: False)
+        assert beat._beat(beat.info())
+    assert records.read("echo", 60)["canary"].outcomes == {"succeeded": 1, "retried": 1}
+    beat.stop()
+    found = records.read("echo", 60)
+    assert found.keys() == {"canary"}
+    assert found["canary"].outcomes == {"succeeded": 1, "retried": 1, "failed": 1}
+    assert found["canary"].buckets == {bucket_of(2.0): 1}
+    assert beat.info().track == "canary"
+
+
+def test_a_worker_without_a_track_counts_none(services: FakeServices) -> None:
+    services.track_figures.count("succeeded", 2.0, cached=False)
+    beat = heartbeat(services)
+    assert beat._beat(beat.info())
+    beat.stop()
+    assert TrackRecords(services.status).read("echo", 60) == {}
+    assert beat.info().track is None
 
 
 def test_the_memory_of_gpus_is_asked_of_them_alone(

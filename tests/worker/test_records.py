@@ -8,7 +8,7 @@ import pytest
 
 from inferq.broker import Delivery
 from inferq.consumers.worker.records import Records
-from inferq.schemas import parse_task
+from inferq.schemas import InvalidTask, Timings, parse_task
 
 NOW = datetime(2026, 11, 30, 12, 0, 0, tzinfo=UTC)
 AHEAD, LONG_AGO = datetime(2100, 1, 1, tzinfo=UTC), datetime(1970, 1, 1, tzinfo=UTC)
@@ -45,3 +45,19 @@ def test_a_creation_time_that_cannot_be_true_is_no_waiting_time(
         {"task_id": "t", "task_type": "echo", "payload": 1, "created_at": created and created.isoformat()}
     )
     assert records.seconds_queued(task, NOW) == seconds
+
+
+def test_each_record_names_the_workers_track() -> None:
+    delivery = Delivery(
+        queue="inference.echo.normal", tag=1, epoch=1, body=b'{"task_id": "t", "nonsense": 1}', routing_key="",
+        headers={}, redelivered=False,
+    )  # fmt: skip
+    records = Records(delivery, "normal", type_name="echo", worker="w", track="canary")
+    task = parse_task({"task_id": "t", "task_type": "echo", "payload": 1})
+    error = InvalidTask("bad")
+    success = records.success(
+        task, digest="d", started_at=NOW, artifacts=(), timings=Timings(), engine=None, cached=False
+    )
+    unreadable = records.unreadable(error, started_at=NOW)
+    failure = records.failure(task, error, digest="d", started_at=NOW)
+    assert [record and record.track for record in (success, failure, unreadable)] == ["canary"] * 3
