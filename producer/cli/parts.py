@@ -26,6 +26,7 @@ _OWN = {
     "down": "up",
     "topology": "topology",
     "batch": "batch",
+    "canary": "canary",
     "dead": "dead",
     "keys": "keys",
     "nightly": "nightly",
@@ -52,6 +53,7 @@ HELP = {
         "nightly": "Check, list and start nightly runs.",
     },
     "Operate": {
+        "canary": "Compare new code or weights with the old ones.",
         "dead": "List, redrive and purge dead letters.",
         "keys": "Add, list and remove API keys.",
         "plan": "Work out workers, GPU hours and cost for a load.",
@@ -123,6 +125,6 @@ class LazyGroup(TyperGroup):
         options = "  ".join(", ".join(option.opts) for option in self.get_params(ctx))
         console = Console(highlight=False)
         console.print(f"[bold]Usage:[/] {self.name} COMMAND [ARGS]...", soft_wrap=True)
-        console.print(f"{self.help} `{self.name} COMMAND --help` says more.\n", soft_wrap=True)
+        console.print(f"{self.help} `{self.name} COMMAND --help` says more.", soft_wrap=True)
         console.print(table)
         console.print(f"[bold]Options:[/] {options}", soft_wrap=True)

@@ -31,6 +31,7 @@ from inferq.storage import (
     StatusOutage,
     StorageSettings,
     WebhookSecrets,
+    tracks,
     workers,
 )
 from inferq.storage import callbacks as callback_records
@@ -39,6 +40,7 @@ from inferq.storage.figures import MonitorFigures
 from inferq.storage.lua import read_lua
 from inferq.storage.objects.s3 import S3Refused, S3Store
 from inferq.storage.status import scripts as status_scripts
+from inferq.storage.tracks import TrackRecords
 from inferq.storage.workers import WorkerRegistry
 from tests.rights.page import listed, read_page
 from tests.rights.site import PARTS, PASSWORD, TYPE, Site
@@ -192,7 +194,7 @@ _SCRIPTS = {
         _STATUS[name]
         for name in ("begin", "released", "progress", "retrying", "ended", "cancel_requested", "get")
     ]
-    + [workers.BEAT],
+    + [workers.BEAT, tracks.ADD],
     "gateway": [
         *(
             _STATUS[name]
@@ -205,6 +207,7 @@ _SCRIPTS = {
     "callbacks": [_STATUS["ended"], _STATUS["get"], callback_records._SAVE],
     "batches": [_STATUS["confirm"], _STATUS["ended"], _STATUS["get"], *_BATCHES.values()],
     "usage": [],
+    "canary": [],
     "monitor": [workers.LIST],
     "scale-in-guard": [workers.LIST],
 }
@@ -228,6 +231,7 @@ _DIRECT = {
     "callbacks": {"evalsha", "script|load", "script|exists", "hget"},
     "batches": {"evalsha", "script|load", "script|exists", "multi", "exec", "hset", "expire"},
     "usage": {"evalsha", "script|load", "script|exists", "hgetall"},
+    "canary": {"evalsha", "script|load", "script|exists", "hgetall", "time"},
     "monitor": {"evalsha", "script|load", "script|exists", "get", "hget", "set", "zcount"},
     "scale-in-guard": {"evalsha", "script|load", "script|exists"},
 }
@@ -260,6 +264,8 @@ _LESS: list[tuple[str, str, Callable[[StatusIndex], object]]] = [
     ("batches", "+setrange", lambda index: _feed(index)),
     ("usage", "+hgetall", lambda index: index.usage([date(2026, 11, 25)])),
     ("usage", "~inferq:usage:*", lambda index: index.usage([date(2026, 11, 25)])),
+    ("canary", "+time", lambda index: TrackRecords(index).read("ocr", 60)),
+    ("canary", "~inferq:tracks:*", lambda index: TrackRecords(index).read("ocr", 60)),
     ("callbacks", "+script|exists", lambda index: index.read(("HGET", "inferq:c:t:task:x", "c"))),
     ("monitor", "+zrange", lambda index: WorkerRegistry(index).read()),
     ("monitor", "+set", lambda index: MonitorFigures(index).save(Stats(), "{}", seconds=9)),
