@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Annotated, Any
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 
 from inferq.producer.canary import Comparison, Estimate, Limits, Verdict, compare, failure_rate, quantile
+from inferq.producer.canary_outputs import ANSWERS, outputs_verdict, read_tasks, replay
 from inferq.producer.capacity import parse_number, parse_share, parse_span
-from inferq.producer.cli.output import JsonFlag, console, duration_text, print_json, print_table
-from inferq.schemas import InvalidTask
+from inferq.producer.cli.output import JsonFlag, console, duration_text, errors, print_json, print_table
+from inferq.producer.client.sync_client import Client
+from inferq.schemas import InvalidTask, Priority
 from inferq.storage import StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.tracks import KEPT_SECONDS, TrackCounts, TrackRecords
 
@@ -60,6 +65,84 @@ def report(
             )
     if made.verdict != "good":
         raise typer.Exit(EXIT_STATUS[made.verdict])
+
+
+@app.command("compare")
+def compare_outputs(
+    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="The task type.")],
+    file: Annotated[Path, typer.Argument(help="Tasks, one JSON object per line, as for a batch.")],
+    canary: Annotated[str, typer.Option(help="The track to judge.")] = "canary",
+    stable: Annotated[str, typer.Option(help="The track to compare it with.")] = "stable",
+    agreement: Annotated[
+        str, typer.Option("--min-agreement", help="The share of the compared tasks that has to agree.")
+    ] = "100%",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="By how much numbers may differ, as a share.")
+    ] = 0.01,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often a task is submitted at most.")] = 10,
+    within: Annotated[str, typer.Option(help="The time for all rounds.")] = "30m",
+    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "low",
+    as_json: JsonFlag = False,
+) -> None:
+    """Run tasks on both tracks and compare the outputs.
+
+    Each task is submitted again until a worker of each track has done it. This takes engine time.
+
+    Exit status: 0 if the outputs agree, 3 if they differ, 4 if some tasks could not be compared, 1 on an error.
+    """
+    if priority not in get_args(Priority):
+        raise InvalidTask(f"--priority {priority!r} is not one of {', '.join(get_args(Priority))}")
+    least = 1.0 if agreement == "100%" else float(parse_share("--min-agreement", agreement))
+    pairs, seconds = read_tasks(_lines(file), task_type), float(parse_span("--within", within))
+    with Client() as client:
+        for missing in replay(
+            client, task_type, pairs, (canary, stable), rounds=rounds, seconds=seconds,
+            priority=priority,  # type: ignore[arg-type] # checked above
+        ):  # fmt: skip
+            errors.print(f"{len(pairs) - missing} of {len(pairs)} tasks done by both tracks")
+    judged = [(pair, *pair.judge(canary, stable, tolerance)) for pair in pairs]
+    counts = Counter(answer for _, answer, _ in judged)
+    verdict = outputs_verdict(counts, least)
+    if as_json:
+        lines = [
+            {"line": pair.number, "answer": answer, "at": place, "tasks": pair.task_ids}
+            for pair, answer, place in judged
+        ]
+        print_json(
+            {
+                "type": task_type,
+                **{name: counts[name] for name in ANSWERS},
+                "lines": lines,
+                "verdict": verdict,
+            }
+        )
+    else:
+        rows = [
+            [
+                pair.number,
+                answer,
+                place,
+                *(" ".join(pair.task_ids.get(name, [])) for name in (canary, stable)),
+            ]
+            for pair, answer, place in judged
+            if answer != "same"
+        ]
+        if rows:
+            print_table(["line", "", "first difference", canary, stable], rows)
+        console.print(f"verdict: {verdict}: " + ", ".join(f"{counts[name]} {name}" for name in ANSWERS))
+    if verdict != "good":
+        raise typer.Exit(EXIT_STATUS[verdict])
+
+
+def _lines(file: Path) -> list[Any]:
+    found = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise InvalidTask(f"{file}, line {number}: {error}") from error
+    return found
 
 
 def _tracks(task_type: str, seconds: float) -> dict[str, TrackCounts]:
