@@ -128,7 +128,7 @@ def compare_outputs(
             if answer != "same"
         ]
         if rows:
-            print_table(["line", "", "first difference", canary, stable], rows)
+            print_table(["line", "answer", "first difference", canary, stable], rows)
         console.print(f"verdict: {verdict}: " + ", ".join(f"{counts[name]} {name}" for name in ANSWERS))
     if verdict != "good":
         raise typer.Exit(EXIT_STATUS[verdict])
