@@ -11,8 +11,21 @@ from __future__ import annotations
 import logging
 import secrets
 
-EXIT_NOT_INSTALLED = 78
-"""The exit status of a command that misses a package: `EX_CONFIG` of sysexits.h. A restart does not help."""
+EXIT_CONFIG = 78
+"""The exit status of a command that a restart does not help: `EX_CONFIG` of sysexits.h.
+
+A package is missing, or a setting is wrong.
+"""
+_UNTIL_SOMEBODY_ACTS = frozenset(
+    {
+        "bad_settings",
+        "bad_store_url",
+        "engine_not_installed",
+        "jobs_not_installed",
+        "otel_not_installed",
+        "unknown_task_type",
+    }
+)
 
 
 class InferqError(Exception):
@@ -58,8 +71,8 @@ class InstallationError(InferqError):
 
     @property
     def exit_status(self) -> int:
-        """The status of a command that this error ends: EXIT_NOT_INSTALLED if a package is missing, else 1."""
-        return EXIT_NOT_INSTALLED if self.code == "engine_not_installed" else 1
+        """The status of a command that this error ends: EXIT_CONFIG if a restart does not help, else 1."""
+        return EXIT_CONFIG if self.code in _UNTIL_SOMEBODY_ACTS else 1
 
 
 def report_incident(log: logging.Logger, what: str, error: BaseException) -> str:

@@ -50,7 +50,8 @@ def application(settings: BrokerSettings) -> Celery:
         except ImportError as error:
             raise InstallationError(
                 f"cannot import the jobs {point.name!r}: {error}; install their packages: "
-                "pip install 'inferq[jobs]'"
+                "pip install 'inferq[jobs]'",
+                code="jobs_not_installed",
             ) from error
         add(app)
     return app
@@ -66,7 +67,8 @@ def check_jobs(app: Celery, queues: Sequence[JobQueue]) -> None:
     if missing:
         raise InstallationError(
             f"jobs of {', '.join(queues)} are not installed: {', '.join(missing)}; "
-            f"entry-point group {JOB_ENTRY_POINTS!r} lacks them; install them: pip install 'inferq[jobs]'"
+            f"entry-point group {JOB_ENTRY_POINTS!r} lacks them; install them: pip install 'inferq[jobs]'",
+            code="jobs_not_installed",
         )
     if "inference.batches" in queues:
         try:

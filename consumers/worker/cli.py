@@ -9,7 +9,7 @@ import typer
 
 from inferq.broker import BrokerSettings
 from inferq.consumers.worker.settings import WorkerSettings
-from inferq.schemas import InstallationError, TaskType, get_type, tracing
+from inferq.schemas import InstallationError, InvalidTask, TaskType, get_type, tracing
 from inferq.schemas.logs import start_log
 from inferq.storage import StorageSettings
 
@@ -33,7 +33,7 @@ def worker(
     given = {"lanes": lanes, "slots": slots}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
     start_log("worker", task_type=task_type)
-    engine_type, broker, storage = get_type(task_type), BrokerSettings.load(), StorageSettings.load()
+    engine_type, broker, storage = _installed(task_type), BrokerSettings.load(), StorageSettings.load()
     if check:
         tracing.wanted()
         _check_engine(engine_type)
@@ -51,6 +51,14 @@ def worker(
     signal.signal(signal.SIGHUP, lambda _number, _frame: running.requests.put("reload"))
     with tracing.exporting("worker"):
         running.run()
+
+
+def _installed(task_type: str) -> TaskType:
+    """The installed type of that name. Raises InstallationError."""
+    try:
+        return get_type(task_type)
+    except InvalidTask as error:
+        raise InstallationError(error.message, code=error.code) from error
 
 
 def _check_engine(task_type: TaskType) -> None:

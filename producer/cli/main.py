@@ -46,7 +46,7 @@ def _root(
 def main() -> None:
     """Run the command line. An expected error is one line on standard error or in a part's log, and exit status 1.
 
-    A missing package is EXIT_NOT_INSTALLED.
+    A missing package and a wrong setting are EXIT_CONFIG.
     """
     open_standard_streams()
     logging.getLogger("httpx").setLevel(logging.WARNING)

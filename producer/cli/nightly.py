@@ -46,7 +46,8 @@ def _read(file: Path | None) -> dict[str, Schedule]:
         from inferq.producer.nightly import read_schedules
     except ImportError as error:
         raise InstallationError(
-            f"schedules need packages that are not installed ({error}); run: pip install 'inferq[jobs]'"
+            f"schedules need packages that are not installed ({error}); run: pip install 'inferq[jobs]'",
+            code="jobs_not_installed",
         ) from error
     return read_schedules(_path(file))
 

@@ -29,7 +29,7 @@ class Part:
     stopped by ascending `stop_rank`, those of one rank together. `grace` and `start_limit` are in seconds.
     A `gentle` part is asked to stop even if its supervisor was killed; all others are killed with it. The others do
     not wait for an `optional` part that does not become ready at first. It is not started again if it ends with
-    EXIT_NOT_INSTALLED.
+    EXIT_CONFIG.
     """
 
     name: str

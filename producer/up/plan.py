@@ -50,7 +50,7 @@ class Plan:
         if late:
             workers_text += f"; not ready yet, still retrying: {_types(late)}"
         if left_out:
-            workers_text += f"; left out, not installed: {_types(left_out)}"
+            workers_text += f"; left out: {_types(left_out)}"
         return replace(self, parts=parts, facts={**self.facts, "workers": workers_text})
 
 

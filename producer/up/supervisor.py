@@ -18,7 +18,7 @@ from inferq.producer.up import orphan_reaper
 from inferq.producer.up.part import Part
 from inferq.producer.up.process import last_lines, set_aside, spawn
 from inferq.schemas import InferqError
-from inferq.schemas.errors import EXIT_NOT_INSTALLED
+from inferq.schemas.errors import EXIT_CONFIG
 
 LOG_LOOK_SECONDS = 60.0
 
@@ -154,13 +154,13 @@ class Supervisor:
         ends = 0
         while True:
             reason, worked = await self._live(part)
-            missing = part.optional and self._exit_code(part) == EXIT_NOT_INSTALLED
+            hopeless = part.optional and self._exit_code(part) == EXIT_CONFIG
             if part.name in self._running and (part.optional or self._ready[part.name].is_set()):
                 await self._end(part.name)
             first = not self._ready[part.name].is_set()
             if first and not self._is_dispensable(part):
                 raise PartFailed(f"{part.name} {reason}\n{self._excerpt(part)}")
-            if missing and (first or part.name in self.late):
+            if hopeless and (first or part.name in self.late):
                 self._give_up(part, reason)
                 await self._stop.wait()
                 return

@@ -19,7 +19,7 @@ from rich.text import Text
 from inferq.consumers.weights.cache import WeightsCache, WeightsSettings
 from inferq.producer.cli import output
 from inferq.schemas import InferqError, InstallationError
-from inferq.schemas.errors import EXIT_NOT_INSTALLED
+from inferq.schemas.errors import EXIT_CONFIG
 
 EVIL = "a\x1b]0;title\x07\x9b31mb\x7f\udcff"
 
@@ -107,12 +107,13 @@ def test_a_pipe_is_given_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (InstallationError("pip install 'inferq[ocr]'", code="engine_not_installed"), EXIT_NOT_INSTALLED),
+        (InstallationError("pip install 'inferq[ocr]'", code="engine_not_installed"), EXIT_CONFIG),
+        (InstallationError("INFERQ_SLOTS: not a number", code="bad_settings"), EXIT_CONFIG),
         (InstallationError("no such GPU", code="device_unavailable"), 1),
         (InferqError("the gateway does not answer"), 1),
     ],
 )
-def test_a_missing_package_has_an_exit_status_of_its_own(
+def test_a_fault_that_no_restart_repairs_has_an_exit_status_of_its_own(
     error: InferqError, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:

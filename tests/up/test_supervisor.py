@@ -17,7 +17,7 @@ import pytest
 from inferq.producer.up import orphan_reaper
 from inferq.producer.up.folder import DataFolder
 from inferq.producer.up.supervisor import Backoff
-from inferq.schemas.errors import EXIT_NOT_INSTALLED
+from inferq.schemas.errors import EXIT_CONFIG
 from tests.waiting import eventually
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -227,7 +227,7 @@ def test_start_fails_when_a_part_is_never_ready(driven: Driven) -> None:
 
 def test_optional_part_that_is_not_installed_is_left_out(driven: Driven) -> None:
     driven.start(
-        {"name": "ocr", "optional": True, "options": {"fails": EXIT_NOT_INSTALLED}},
+        {"name": "ocr", "optional": True, "options": {"fails": EXIT_CONFIG}},
         {"name": "echo", "optional": True},
     )
     assert driven.read_until("ready") == {"ready": True, "left_out": ["ocr"], "late": []}

@@ -368,7 +368,7 @@ def test_workers_of_all_types_are_optional_and_those_left_out_are_named(data: Pa
     assert {part.name for part in plan.parts if part.optional} == {"worker-echo", "worker-ocr"}
     assert plan.without(()) == plan
     less = plan.without(["worker-ocr"])
-    assert less.facts["workers"] == "echo; left out, not installed: ocr"
+    assert less.facts["workers"] == "echo; left out: ocr"
     assert len(less.parts) == len(plan.parts) - 1
     late = plan.without((), late=["worker-ocr"])
     assert late.facts["workers"] == "echo; not ready yet, still retrying: ocr"
