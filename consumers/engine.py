@@ -29,6 +29,11 @@ class EngineSettings(Settings):
         description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
     )
 
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU that the engine needs; None if it computes on the CPU."""
+        return None if self.device == "cpu" else int(self.device.partition(":")[2] or 0)
+
 
 class TaskAborted(Exception):
     """Raised by `Context.check_abort` to stop a run. Do not catch it."""

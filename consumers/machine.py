@@ -1,4 +1,4 @@
-"""Ties a process to its parent."""
+"""The machine: processes that end with their parent, and GPUs."""
 
 from __future__ import annotations
 
@@ -15,3 +15,21 @@ def die_with(parent: int) -> bool:
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     return os.getppid() == parent
+
+
+def gpu_fault(number: int) -> str | None:
+    """Why CUDA cannot use the GPU with this number; None if it can. Takes no memory of the GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no GPU here: the NVIDIA driver's libcuda.so.1 is missing"
+    if code := driver.cuInit(0):
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(code, ctypes.byref(name))
+        said = name.value.decode() if name.value else f"error {code}"
+        return f"there is no GPU here: the NVIDIA driver answers {said}"
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    if number < count.value:
+        return None
+    return f"there is no GPU {number} here: the NVIDIA driver has {count.value}, numbered from 0"

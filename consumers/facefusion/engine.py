@@ -14,6 +14,7 @@ from PIL import Image
 from inferq.consumers.facefusion import FacefusionOptions, FacefusionOutput, FacefusionTask, PictureFormat
 from inferq.consumers.facefusion.backend import Backend
 from inferq.consumers.facefusion.settings import FacefusionSettings
+from inferq.consumers.machine import gpu_fault
 from inferq.consumers.media.decoder import DecodedFile, Decoder
 from inferq.consumers.media.pictures import RgbImage
 from inferq.engine import Context, Engine
@@ -112,6 +113,13 @@ def load_backend(settings: FacefusionSettings) -> Backend:
     one.
     """
     if settings.facefusion_backend == "facefusion":
+        # FaceFusion itself would start, and refuse its arguments with each task.
+        if settings.gpu is not None and (fault := gpu_fault(settings.gpu)):
+            raise InstallationError(
+                f"INFERQ_FACEFUSION_PROVIDERS={settings.facefusion_providers}, but {fault}; add cpu to the providers, "
+                "or give this worker a GPU",
+                code="device_unavailable",
+            )
         from inferq.consumers.facefusion.headless import HeadlessBackend
 
         return HeadlessBackend(

@@ -37,3 +37,10 @@ class FacefusionSettings(EngineSettings):
         ge=1,
         description="The most pixels of a source or target; tasks with larger pictures are refused.",
     )
+
+    @property
+    def gpu(self) -> int | None:
+        if self.facefusion_backend == "preview":
+            return super().gpu
+        providers = set(self.facefusion_providers.split(","))
+        return 0 if providers & {"cuda", "tensorrt"} and "cpu" not in providers else None

@@ -38,3 +38,9 @@ class NerSettings(EngineSettings):
         ge=1,
         description="The longest text of an NER task, in characters; tasks with longer texts are refused.",
     )
+
+    @property
+    def gpu(self) -> int | None:
+        if self.ner_device == "cpu":
+            return None
+        return 0 if self.ner_device == "gpu" and super().gpu is None else super().gpu

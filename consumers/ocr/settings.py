@@ -47,3 +47,9 @@ class OcrSettings(EngineSettings):
         description="Larger pages are scaled down to this many megapixels for detection. Recognition uses the "
         "full size. A higher value finds smaller print; time and memory grow in proportion.",
     )
+
+    @property
+    def gpu(self) -> int | None:
+        if self.ocr_device == "cpu":
+            return None
+        return 0 if self.ocr_device == "gpu" and super().gpu is None else super().gpu

@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from inferq.consumers.engine import Context, Engine, InputFile, TaskAborted
-from inferq.consumers.machine import die_with
+from inferq.consumers.engine import Context, Engine, EngineSettings, InputFile, TaskAborted
+from inferq.consumers.machine import die_with, gpu_fault
 from inferq.consumers.runtime.channel import Channel
 from inferq.consumers.runtime.messages import (
     INLINE_OUTPUT_BYTES,
@@ -105,6 +105,9 @@ def _serve(task_type: TaskType, pipe: Channel) -> None:
     except Exception as error:
         if isinstance(error, InferqError):
             code, message = error.code, str(error)
+            fault = device_fault(task_type) if code == "device_unavailable" else None
+            if fault is not None and fault not in message:
+                message = f"{fault}. {message}"
         else:
             _log.exception("engine %s cannot be loaded", task_type.engine)
             code, message = "engine_load_failed", f"{type(error).__name__}: {error}"
@@ -142,6 +145,14 @@ def engine_class(task_type: TaskType) -> type[Engine[Any]]:
     if not (isinstance(found, type) and issubclass(found, Engine)):
         raise InstallationError(f"{task_type.engine} is not an inferq.engine.Engine")
     return found
+
+
+def device_fault(task_type: TaskType) -> str | None:
+    """Why the GPU that the type's settings name cannot be used; None if it can, or none is needed."""
+    settings = task_type.settings.load() if task_type.settings is not None else None
+    if not isinstance(settings, EngineSettings) or settings.gpu is None:
+        return None
+    return gpu_fault(settings.gpu)
 
 
 def _read(body: str) -> Task | InvalidTask:

@@ -62,8 +62,8 @@ def _installed(task_type: str) -> TaskType:
 
 
 def _check_engine(task_type: TaskType) -> None:
-    """Import the engine, as its own process would. Raises InstallationError."""
-    from inferq.consumers.runtime.child import engine_class
+    """Import the engine, as its own process would, and ask for its GPU. Raises InstallationError."""
+    from inferq.consumers.runtime.child import device_fault, engine_class
 
     try:
         engine = engine_class(task_type)
@@ -73,6 +73,10 @@ def _check_engine(task_type: TaskType) -> None:
             f"install its packages: pip install '{task_type.distribution}[{task_type.name}]'",
             code="engine_not_installed",
         ) from error
-    if task_type.settings is not None:
-        task_type.settings.load()
+    if (fault := device_fault(task_type)) is not None:
+        raise InstallationError(
+            f"the {task_type.name} engine is set to compute on a GPU, but {fault}; give the container a GPU "
+            "(docker run --gpus all), install NVIDIA's driver, or set INFERQ_DEVICE=cpu",
+            code="device_unavailable",
+        )
     typer.echo(f"worker {task_type.name}: settings are in order, {engine.__qualname__} can be imported")

@@ -30,7 +30,8 @@ MakeEngine = Callable[[str], FacefusionEngine]
 
 @pytest.fixture
 def make_engine(home: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
-    """An engine on the stand-in, which behaves as it is told."""
+    """An engine on the stand-in, which behaves as it is told and needs no GPU."""
+    monkeypatch.setattr("inferq.consumers.facefusion.engine.gpu_fault", lambda number: None)
     monkeypatch.setenv("INFERQ_FACEFUSION_BACKEND", "facefusion")
     monkeypatch.setenv("INFERQ_FACEFUSION_HOME", str(home))
     monkeypatch.setenv("INFERQ_FACEFUSION_PYTHON", sys.executable)
