@@ -58,7 +58,7 @@ chaos: .make/test | system ## break everything that can break, count what was lo
 chaos-quick: .make/test | system ## the same in a few minutes, and nothing is written
 	@exec $(BIN)/python -m tests.chaos --quick $(ARGS)
 
-lint: .make/lint ## check style, types, the walls between the rooms, what is generated, and the pages
+lint: .make/lint .make/k8s ## check style, types, the walls between the rooms, what is generated, the pages and k8s/
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -70,9 +70,13 @@ lint: .make/lint ## check style, types, the walls between the rooms, what is gen
 	$(BIN)/python -P -m inferq.schemas.publish --check docs/schemas
 	$(BIN)/python -m tests.packaging.sync_client --check
 	$(BIN)/python -m k8s.monitoring.generate --check
-	site=$$(mktemp -d)
-	trap 'rm -rf "$$site"' EXIT
-	$(BIN)/python -P -m mkdocs build --strict --site-dir "$$site"
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	$(BIN)/python -P -m mkdocs build --strict --site-dir "$$work/site"
+	mkdir "$$work/k8s"
+	$(BIN)/python -m tests.k8s.render "$$work/k8s"
+	.venv-k8s/bin/python tests/k8s/schemas.py "$$work/k8s"
+	.venv-k8s/bin/checkov --config-file tests/k8s/checkov.yaml --directory "$$work/k8s"
 
 # Not --quiet: --strict then counts no warnings.
 docs: .make/docs ## build the pages and the Python reference into site/; a broken link is an error
@@ -136,6 +140,14 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	.venv-client/bin/python -m pip install -qq --no-input -c constraints-client.txt openapi-python-client
 	touch $@
 
+# One for the checks of k8s/, whose packages do not fit beside ours.
+.make/k8s: constraints-k8s.txt .venv-k8s/pyvenv.cfg
+	@mkdir -p .make
+	echo "Installing checkov and schemas of Kubernetes into .venv-k8s (the first time takes a minute)"
+	.venv-k8s/bin/python -m pip install -qq --no-input -c constraints-k8s.txt checkov kubernetes-validate \
+		cloudcoil-models-cert-manager cloudcoil-models-keda cloudcoil-models-prometheus-operator
+	touch $@
+
 # Two more, without an engine, made anew for another Python. uv resolves to the lowest versions; pip cannot.
 .make/test-lowest-$(PYTHON_STAMP): RESOLUTION := lowest-direct
 .make/test-newest-$(PYTHON_STAMP): RESOLUTION := highest
@@ -149,7 +161,7 @@ clean: ## remove what was built and measured; .venv and the data of `inferq up` 
 	.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION) -e '.[up,test]'
 	touch $@
 
-.venv-engines/pyvenv.cfg .venv-client/pyvenv.cfg: | .venv/pyvenv.cfg
+.venv-engines/pyvenv.cfg .venv-client/pyvenv.cfg .venv-k8s/pyvenv.cfg: | .venv/pyvenv.cfg
 	@$(BIN)/python -m venv $(@D)
 
 define SUDO_OR_SAY

@@ -1,12 +1,13 @@
 """The manifests of k8s/, as `kubectl kustomize` renders them. Overlays, workers and components find themselves.
 
-A component changes other resources, so each one is rendered with what it is applied to. Most are applied to a whole
-overlay; here that is the base and every worker. One with the annotation `inferq.dev/applies-to: worker` in its
-kustomization is applied to one worker's folder; here that is `workers/ocr`.
+A component changes other resources, so each one is rendered in a small overlay with what it is applied to. Most are
+applied to a whole overlay; here that is the base and every worker. One with the annotation `inferq.dev/applies-to:
+worker` in its kustomization is applied to one worker's folder; here that is `workers/ocr`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from tests.images.dockerfile import images
+
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 TYPES = tuple(sorted(path.name for path in (K8S / "workers").iterdir() if path.is_dir()))
@@ -25,6 +28,9 @@ TYPES = tuple(sorted(path.name for path in (K8S / "workers").iterdir() if path.i
 
 Manifest = Mapping[str, Any]
 """One resource."""
+
+shared: Path | None = None
+"""A folder in which several test processes share what they render."""
 
 
 def overlays() -> list[str]:
@@ -45,6 +51,17 @@ def targets() -> list[str]:
 @cache
 def render(path: str) -> tuple[Manifest, ...]:
     """All resources of a folder below k8s/. A component is rendered with what it is applied to."""
+    if shared is None:
+        return _render(path)
+    kept = shared / f"{path.replace('/', '-')}.json"
+    if not kept.exists():
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(_render(path)), "utf-8")
+        new.rename(kept)
+    return tuple(json.loads(kept.read_text("utf-8")))
+
+
+def _render(path: str) -> tuple[Manifest, ...]:
     if not path.startswith("components/"):
         return _kustomize(K8S / path)
     annotations = kustomization(path).get("metadata", {}).get("annotations", {})
@@ -56,7 +73,7 @@ def render(path: str) -> tuple[Manifest, ...]:
 def render_with(
     component_paths: Iterable[str], resources: Iterable[str], patches: Iterable[str] = ()
 ) -> tuple[Manifest, ...]:
-    """The resources of these folders below k8s/, changed by the components and then by the patches."""
+    """An overlay of these folders below k8s/, changed by the components and then by the patches."""
     with tempfile.TemporaryDirectory(prefix="inferq-kustomize-") as folder:
 
         def relative(paths: Iterable[str]) -> list[str]:
@@ -65,6 +82,8 @@ def render_with(
         around = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
+            "namespace": "inferq",
+            "images": [{"name": f"inferq-{image.target}", "newTag": "test"} for image in images()],
             "resources": relative(resources),
             "components": relative(component_paths),
             "patches": [{"patch": patch} for patch in patches],
