@@ -1,8 +1,9 @@
 """The manifests of k8s/, as `kubectl kustomize` renders them. Overlays, workers and components find themselves.
 
-A component changes other resources, so each one is rendered in a small overlay with what it is applied to. Most are
-applied to a whole overlay; here that is the base and every worker. One with the annotation `inferq.dev/applies-to:
-worker` in its kustomization is applied to one worker's folder; here that is `workers/ocr`.
+A component changes other resources, so each one is rendered with what it is applied to. Most are applied to a whole
+overlay; here that is the base and every worker. One with the annotation `inferq.dev/applies-to: worker` in its
+kustomization is applied to one worker's folder; here that is `workers/ocr`. It may name a component that has to come
+before it (`inferq.dev/after`) or after it (`inferq.dev/before`).
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _render(path: str) -> tuple[Manifest, ...]:
         return _kustomize(K8S / path)
     annotations = kustomization(path).get("metadata", {}).get("annotations", {})
     if annotations.get("inferq.dev/applies-to") == "worker":
-        return render_with([path], ["workers/ocr"])
+        order = [annotations.get("inferq.dev/after"), path, annotations.get("inferq.dev/before")]
+        return render_with([each for each in order if each], ["workers/ocr"])
     return render_with([path], ["base", *_folders("workers")])
 
 

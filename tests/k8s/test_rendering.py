@@ -51,5 +51,7 @@ def test_pods_read_the_rendered_config_maps(path: str) -> None:
                 if "configMapRef" in each
             }
         used |= {each["configMap"]["name"] for each in pod.get("volumes", []) if "configMap" in each}
+    for access in of_kind(manifests, "TriggerAuthentication").values():
+        used |= {each["name"] for each in access["spec"].get("configMapTargetRef", [])}
     assert used == config_maps.keys()
     assert {name.rpartition("-")[0] for name in used} >= {"inferq", "inferq-schedules"}
