@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start several hundred processes; each would compile inferq, and each run rewrite all assertions, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick lint docs bench \
+.PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick scale-in lint docs bench \
 	ocr-quality observe generate image-check release-check clean system prometheus
 
 help: ## say what there is
@@ -57,6 +57,9 @@ chaos: .make/test | system ## break everything that can break, count what was lo
 
 chaos-quick: .make/test | system ## the same in a few minutes, and nothing is written
 	@exec $(BIN)/python -m tests.chaos --quick $(ARGS)
+
+scale-in: .make/test | system ## scale real workers as Kubernetes does, with and without the scale-in guard
+	@exec $(BIN)/python -m tests.scale_in $(ARGS)
 
 lint: .make/lint .make/k8s ## check style, types, the walls between the rooms, what is generated, the pages and k8s/
 	@$(BIN)/ruff check .
@@ -219,12 +222,12 @@ endef
 system:
 	@$(SUDO_OR_SAY)
 	missing=()
-	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick scale-in bench,$(MAKECMDGOALS))" ]; then
 		compgen -G '/usr/lib/rabbitmq/bin/rabbitmq-server' >/dev/null \
 			|| compgen -G '/usr/lib/rabbitmq/lib/*/sbin/rabbitmq-server' >/dev/null \
 			|| [ -x "$${RABBITMQ_HOME:-/opt/rabbitmq}/sbin/rabbitmq-server" ] || missing+=(rabbitmq-server)
 	fi
-	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick scale-in bench,$(MAKECMDGOALS))" ]; then
 		command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
 	fi
 	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi

@@ -45,6 +45,7 @@ class FaultyEngine(Engine[FaultyTask]):
                         raise OutOfMemoryError("CUDA out of memory")
                 case "slow":
                     time.sleep(3600)
+        time.sleep(float(os.environ.get("FAULTY_LOAD_SECONDS", "0")))
         if name := os.environ.get("FAULTY_WEIGHTS"):
             self._weights = use_weights(name)
             return EngineInfo(name="faulty", version="1", model=self._weights.version, device="cpu")
