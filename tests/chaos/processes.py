@@ -156,6 +156,19 @@ class Kept:
         with self._lock:
             self._process.signal(number)
 
+    def end(self, grace: float) -> None:
+        """SIGTERM, and SIGKILL `grace` seconds later; another one is started in its place."""
+        with self._lock:
+            process = self._process
+            process.signal(signal.SIGTERM)
+        end = time.monotonic() + grace
+        while process.ended is None and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+        if process.ended is None:
+            process.kill()
+        while self._process is process and not self._stopping.is_set():
+            time.sleep(_LOOK_SECONDS)
+
     def children(self) -> list[int]:
         return self._process.children()
 

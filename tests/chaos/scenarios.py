@@ -312,6 +312,24 @@ def kill_engines_with_helpers(site: Site) -> None:
         site.await_end_of_orphans()
 
 
+_POD_GRACES = (0.2, 1.0, 20.0)
+"""Seconds from SIGTERM to SIGKILL: a node that vanishes, one that is drained in haste, and more than a run takes."""
+
+
+def delete_pods(site: Site) -> None:
+    """One pod at a time, by scale-in or by a node that goes; and now and then all of them, by a rolling update."""
+    for number, _ in enumerate(site.moments(every=1.5)):
+        if number % 4 == 3:
+            with site.fault("rolling update"):
+                for worker in site.workers:
+                    worker.end(max(_POD_GRACES))
+                    eventually(worker.ready, "the pod in its place")
+        else:
+            grace = site.random.choice(_POD_GRACES)
+            with site.fault(f"pod deleted, {grace:g} s of grace"):
+                site.random.choice(site.workers).end(grace)
+
+
 def kill_sender(site: Site) -> None:
     for _ in site.moments(every=1.2):
         if site.sender and site.sender.running():
@@ -505,6 +523,14 @@ SCENARIOS: tuple[Scenario, ...] = (
         _load(200, 24),
         None,
         Needs(helpers=True),
+    ),
+    Scenario(
+        "pods",
+        "pods deleted at random (`SIGTERM`, and `SIGKILL` after 0.2, 1 or 20 s of grace), and rolling updates",
+        delete_pods,
+        _load(600, 45, busy=1.6),
+        _load(80, 8, busy=1.6),
+        Needs(workers=3),
     ),
     Scenario(
         "sender-kills",
