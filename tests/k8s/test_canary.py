@@ -98,8 +98,8 @@ def test_the_canary_of_production_has_its_own_image_beside_the_stable_one(tmp_pa
         for name, worker in of_kind(found, "Deployment").items()
     }
     assert images == {
-        "worker-ocr": "registry.example.com/inferq-ocr:0.1.0",
-        "worker-ocr-canary": "registry.example.com/inferq-ocr:0.2.0",
+        "worker-ocr": "registry.example.com/inferq-ocr-gpu:0.1.0",
+        "worker-ocr-canary": "registry.example.com/inferq-ocr-gpu:0.2.0",
     }
 
 
