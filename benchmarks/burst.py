@@ -4,8 +4,9 @@ It writes the table in docs/deploy/sizing.md and the picture beside it. With `--
 
 Tasks come at random (Poisson), and take the measured seconds of a worker with a spread. Workers take them first come,
 first served. What decides the number of pods follows the published rules. The HorizontalPodAutoscaler looks every 15
-seconds, keeps the number within a tolerance of 10 %, and at most doubles it at a time (or adds 4). It lowers the number
-to the highest wish of the last 60 seconds. Idle pods go first, as with the scale-in guard. No pod is lost.
+seconds and keeps the number within a tolerance of 10 %. As in the component keda, it at most doubles it at a time (or
+adds 8), and lowers it to the highest wish of the last 60 seconds. Idle pods go first, as with the scale-in guard. No
+pod is lost.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ START_SECONDS = 10.0
 cores, and 2 s for the container (assumed)."""
 NODE_SECONDS = 120.0
 """The same if its node has to be created (assumed)."""
-LAG = 5
-"""The age in seconds of the figures that an autoscaler gets."""
 HPA_SECONDS, TOLERANCE, STABLE_SECONDS = 15, 0.1, 60
 CALM, BURST = 10.0, 800.0
 """Tasks per second."""
@@ -70,7 +69,8 @@ class Rule:
     """How the number of pods is decided.
 
     `scaled`: by the autoscaler; else it is what is wished, at once. `doubles`: it at most doubles at a time, or grows
-    by 4, as by default. `start`: seconds until a new pod takes tasks. `least`: the fewest pods.
+    by 8. `start`: seconds until a new pod takes tasks. `least`: the fewest pods. `age`: of the
+    figures that the autoscaler gets, in seconds.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Rule:
     doubles: bool = True
     start: float = START_SECONDS
     least: int = 1
+    age: int = 5
 
 
 @dataclass
@@ -98,8 +99,9 @@ class Run:
         return quantiles([wait for _, wait in self.waits], n=100)[percent - 1]
 
 
-def one_a_task(_now: int, seen: Seen) -> float:
-    return seen.waiting + seen.in_hand
+def keda(_now: int, seen: Seen) -> float:
+    """The formula of the component keda: four tasks for each worker, but never fewer workers than tasks in hand."""
+    return max((seen.waiting + seen.in_hand) / 4, seen.in_hand)
 
 
 def demand(target: float) -> Wish:
@@ -115,19 +117,19 @@ def demand(target: float) -> Wish:
 
 
 def prescaled(now: int, seen: Seen) -> float:
-    """KEDA's cron: all pods from a minute before the burst to its end; else one a task."""
-    return MOST if BEGIN - 60 <= now < END else one_a_task(now, seen)
+    """The same with a cron trigger: all pods from a minute before the burst to its end."""
+    return MOST if BEGIN - 60 <= now < END else keda(now, seen)
 
 
 RULES = (
     Rule(f"fixed fleet for the peak, {MOST} pods", lambda _now, _seen: MOST, scaled=False, least=MOST),
     Rule("fixed fleet, 3 pods", lambda _now, _seen: 3, scaled=False, least=3),
-    Rule("one pod a task (KEDA, value 1)", one_a_task),
-    Rule("demand in seconds, target 30 s", demand(30)),
-    Rule("one pod a task, not limited to doubling", one_a_task, doubles=False),
-    Rule("one pod a task, at least 5", one_a_task, least=5),
-    Rule("one pod a task, cron a minute before", prescaled),
-    Rule("one pod a task, each on a new node", one_a_task, start=NODE_SECONDS),
+    Rule("keda", keda),
+    Rule("keda-demand, target 30 s", demand(30), age=10),
+    Rule("keda, not limited to doubling", keda, doubles=False),
+    Rule("keda, at least 5 pods", keda, least=5),
+    Rule("keda, cron a minute before", prescaled),
+    Rule("keda, each pod on a new node", keda, start=NODE_SECONDS),
 )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def simulate(rule: Rule, seed: int = 1) -> Run:
     """The hour under a rule."""
     run, tasks, queue = Run(rule), deque(arrivals(seed)), deque[tuple[float, float]]()
     pods = [Pod(0.0, 0.0)] * rule.least
-    seen = deque([Seen()] * (LAG + 1), LAG + 1)
+    seen = deque([Seen()] * (rule.age + 1), rule.age + 1)
     wishes: deque[tuple[int, int]] = deque()
     for now in range(HOUR):
         if not rule.scaled or now % HPA_SECONDS == 0:
@@ -178,7 +180,7 @@ def _wanted(rule: Rule, now: int, seen: Seen, pods: int, wishes: deque[tuple[int
     wanted = wishes[-1][1]
     if wanted < pods:
         wanted = min(pods, max(number for _, number in wishes))
-    limit = max(2 * pods, pods + 4) if rule.doubles else MOST
+    limit = max(2 * pods, pods + 8) if rule.doubles else MOST
     return max(rule.least, min(wanted, MOST, limit))
 
 

@@ -47,7 +47,7 @@ def test_a_fleet_waits_as_its_capacity_says(runs: list[Run]) -> None:
 def test_the_pods_grow_and_shrink_as_the_autoscaler_may(runs: list[Run]) -> None:
     for run in runs:
         for before, after in zip(run.pods, run.pods[1:], strict=False):
-            limit = max(2 * before, before + 4) if run.rule.doubles else MOST
+            limit = max(2 * before, before + 8) if run.rule.doubles else MOST
             assert run.rule.least <= after <= min(MOST, max(limit, before)), run.rule.name
         assert run.pods[-1] <= max(run.rule.least, 3)
     scaled = next(run for run in runs if run.rule.scaled)
