@@ -20,8 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start several hundred processes; each would compile inferq, and each run rewrite all assertions, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick scale-in lint docs bench \
-	ocr-quality observe generate image-check release-check clean system prometheus
+.PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick scale-in \
+	lint docs bench ocr-quality observe generate image-check release-check clean system prometheus nginx
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ up: .make/run | system ## start everything on this machine; Ctrl-C stops it
 quick: .make/test ## run the tests that need no service, no process and no model: under a minute
 	@$(BIN)/python -m pytest --quick -q -r fE -n 2 $(addprefix --ignore=tests/,$(MODEL_TESTS)) $(ARGS)
 
-test: .make/test .make/client | system prometheus ## run the tests, against a real RabbitMQ and Redis
+test: .make/test .make/client | system prometheus nginx ## run the tests, against a real RabbitMQ and Redis
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: ## the same, and which lines no test runs: takes half as long again, fails where that is over a tenth
@@ -232,30 +232,43 @@ system:
 	fi
 	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi
 
-# promtool, and Prometheus for `make observe`: Debian's package is unpacked, so no service starts and no root is needed.
-# Without a mirror, tests that need promtool are skipped. The other packages hold what its web pages load.
-PROMETHEUS_PAGES := fonts-glyphicons-halflings $(addprefix libjs-,bootstrap4 d3 eonasdan-bootstrap-datetimepicker \
-	jquery jquery-hotkeys moment moment-timezone mustache popper.js rickshaw)
-prometheus:
-	@if [ -x .make/prometheus/usr/bin/promtool ] || { command -v promtool && command -v prometheus; } >/dev/null; then exit 0; fi
-	echo "Fetching Prometheus with apt-get, without installing it"
+# Debian's packages, unpacked into .make: no service starts and no root is needed. Without a mirror, the tests that
+# need them are skipped.
+define UNPACK_OR_SAY
+unpack() {  # NAME PACKAGE [MORE...]: those after the first may be missing
+	local work options
+	echo "Fetching $$1 with apt-get, without installing it"
 	mkdir -p .make
-	work=$$(mktemp -d .make/prometheus.XXXXXX)
-	trap 'rm -rf "$$work"' EXIT
+	work=$$(mktemp -d .make/$$1.XXXXXX)
+	trap "rm -rf $$work" EXIT
 	mkdir -p "$$work"/{lists,archives}/partial "$$work/tree"
 	options=(-qq -o Dir::State::lists="$$PWD/$$work/lists" -o Dir::Cache="$$PWD/$$work" -o APT::Sandbox::User= \
 		-o Acquire::Retries=1 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10)
 	fetch() {
 		cd "$$work" && apt-get "$${options[@]}" update && \
-		apt-get "$${options[@]}" download prometheus && \
-		{ apt-get "$${options[@]}" download $(PROMETHEUS_PAGES) || true; } && \
+		apt-get "$${options[@]}" download "$$1" && \
+		{ [ $$# = 1 ] || apt-get "$${options[@]}" download "$${@:2}" || true; } && \
 		for package in *.deb; do dpkg -x "$$package" tree || return; done && \
 		rm -rf tree/usr/share/javascript/moment-timezone/data/unpacked  # 150 MB
 	}
-	if ! command -v apt-get >/dev/null || ! (fetch) >.make/prometheus.log 2>&1; then
-		echo "Prometheus could not be fetched (see .make/prometheus.log)." \
-			"Tests that need promtool are skipped; to run them, put prometheus and promtool on PATH." >&2
+	if ! command -v apt-get >/dev/null || ! (fetch "$${@:2}") >.make/$$1.log 2>&1; then
+		echo "$$1 could not be fetched (see .make/$$1.log). Tests that need it are skipped; to run them, put it on PATH." >&2
 		exit 0
 	fi
-	rm -rf .make/prometheus
-	mv "$$work/tree" .make/prometheus
+	rm -rf .make/$$1
+	mv "$$work/tree" .make/$$1
+}
+endef
+
+# promtool, and Prometheus for `make observe`. The other packages hold what its web pages load.
+PROMETHEUS_PAGES := fonts-glyphicons-halflings $(addprefix libjs-,bootstrap4 d3 eonasdan-bootstrap-datetimepicker \
+	jquery jquery-hotkeys moment moment-timezone mustache popper.js rickshaw)
+prometheus:
+	@$(UNPACK_OR_SAY)
+	if [ -x .make/prometheus/usr/bin/promtool ] || { command -v promtool && command -v prometheus; } >/dev/null; then exit 0; fi
+	unpack prometheus prometheus $(PROMETHEUS_PAGES)
+
+nginx:
+	@$(UNPACK_OR_SAY)
+	if [ -x .make/nginx/usr/sbin/nginx ] || [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null; then exit 0; fi
+	unpack nginx nginx

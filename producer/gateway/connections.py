@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,7 +41,8 @@ class ConnectionGuard:
     """The open connections of one server, and which to close at a limit. For the event loop's thread alone.
 
     At a limit, the oldest connection without a request in progress makes room. If all are busy, the new one gets
-    503 from `RefusedConnections`, and answers to probes.
+    503 from `RefusedConnections`, and answers to probes. The connections of `proxies` are those of many clients: for
+    them the number per address does not count.
     """
 
     def __init__(
@@ -49,11 +52,13 @@ class ConnectionGuard:
         *,
         head_seconds: float = HEAD_SECONDS,
         stall_seconds: float = STALL_SECONDS,
+        proxies: Sequence[IPv4Network | IPv6Network] = (),
     ) -> None:
         self.head_seconds = head_seconds
         self.stall_seconds = stall_seconds
         self._limit = limit
         self._per_address = per_address
+        self._proxies = proxies
         self._open: dict[GuardedProtocol, None] = {}
         self._addresses: Counter[str] = Counter()
 
@@ -64,7 +69,7 @@ class ConnectionGuard:
             return
         address = connection.address
         room = True
-        if self._addresses[address] >= self._per_address:
+        if self._addresses[address] >= self._per_address and not self._is_proxy(address):
             room = self._end_oldest(address)
         if len(self._open) >= self._limit:
             room = room and self._end_oldest(None)
@@ -81,6 +86,9 @@ class ConnectionGuard:
             self._addresses[address] -= 1
             if not self._addresses[address]:
                 del self._addresses[address]
+
+    def _is_proxy(self, address: str) -> bool:
+        return bool(address) and any(ip_address(address) in network for network in self._proxies)
 
     def _end_oldest(self, address: str | None) -> bool:
         """End the oldest idle connection (of that address); gives whether there was one."""

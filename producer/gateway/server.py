@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
         self._guard = ConnectionGuard(
             limit,
             settings.max_connections_per_address or max(1, limit // 2),
+            proxies=settings.trusted_proxies,
         )
         self._watch: asyncio.Task[None] | None = None
         config = uvicorn.Config(

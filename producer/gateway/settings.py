@@ -40,13 +40,13 @@ class GatewaySettings(Settings):
     max_connections_per_address: int | None = Field(
         None,
         gt=0,
-        description="Connections of one client address at a time (default: half of `max_connections`). Raise it "
-        "behind a proxy.",
+        description="Connections of one client address at a time (default: half of `max_connections`). It does not "
+        "apply to `trusted_proxies`.",
     )
     trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
         (),
         description="Addresses and networks (CIDRs) of reverse proxies, separated by commas. Only for these "
-        "does the log use `X-Forwarded-For`.",
+        "does the log use `X-Forwarded-For`, and they may open more connections than other addresses.",
     )
     gateway_store_timeout: float = Field(
         20.0,
