@@ -21,7 +21,7 @@ def monitor(
         bool, typer.Option("--check", help="Check settings and installation, then exit.")
     ] = False,
 ) -> None:
-    """Read the figures of queues and workers, until SIGTERM."""
+    """Read figures of queues and workers, until SIGTERM."""
     from inferq.consumers.monitor.monitor import Monitor
 
     settings, broker, storage = MonitorSettings.load(), BrokerSettings.load(), StorageSettings.load()

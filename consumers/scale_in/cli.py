@@ -21,7 +21,7 @@ def scale_in_guard(
         bool, typer.Option("--check", help="Check settings and installation, then exit.")
     ] = False,
 ) -> None:
-    """Keep Kubernetes from removing busy workers while others are idle, until SIGTERM."""
+    """Let scale-in remove idle workers only, until SIGTERM."""
     from inferq.consumers.scale_in.api import connect, own_namespace
     from inferq.consumers.scale_in.guard import ScaleInGuard
 

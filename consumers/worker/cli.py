@@ -27,7 +27,7 @@ def worker(
         bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
     ] = False,
 ) -> None:
-    """Take tasks of one type and compute them, until SIGTERM. SIGHUP loads the engine anew."""
+    """Compute the tasks of one type, until SIGTERM. SIGHUP loads the engine anew."""
     from inferq.consumers.worker.worker import Worker
 
     given = {"lanes": lanes, "slots": slots}

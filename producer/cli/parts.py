@@ -58,21 +58,21 @@ HELP = {
         "keys": "Add, list and remove API keys.",
         "plan": "Work out workers, GPU hours and cost for a load.",
         "secrets": "Rotate the secrets that sign callbacks.",
-        "settings": "List the settings, their defaults, and their values here.",
+        "settings": "List the settings, their defaults and values here.",
         "top": "Show queues, workers and batches live, until Ctrl-C.",
         "topology": "Show, declare and check the exchanges and queues.",
-        "usage": "Print engine seconds and tasks by tenant, type and day.",
+        "usage": "Print the engine seconds of tenants, types and days.",
         "weights": "Fetch, check and sign the engines' weights.",
     },
     "Run parts": {
-        "up": "Start everything here, with a private RabbitMQ and Redis.",
+        "up": "Start everything, with a private RabbitMQ and Redis.",
         "down": "Stop `inferq up`, and wait for its end.",
         "gateway": "Serve the HTTP interface, until SIGTERM.",
-        "worker": "Take tasks of one type and compute them, until SIGTERM.",
+        "worker": "Compute the tasks of one type, until SIGTERM.",
         "callbacks": "Deliver callbacks and feed batches, until SIGTERM.",
         "beat": "Start nightly runs when they are due, until SIGTERM.",
-        "monitor": "Read the figures of queues and workers, until SIGTERM.",
-        "scale-in-guard": "Keep Kubernetes from removing busy workers while others are idle, until SIGTERM.",
+        "monitor": "Read figures of queues and workers, until SIGTERM.",
+        "scale-in-guard": "Let scale-in remove idle workers only, until SIGTERM.",
     },
 }
 """The groups of `inferq --help`: the first sentence of each command's own help, shown without loading it."""
@@ -127,4 +127,4 @@ class LazyGroup(TyperGroup):
         console.print(f"[bold]Usage:[/] {self.name} COMMAND [ARGS]...", soft_wrap=True)
         console.print(f"{self.help} `{self.name} COMMAND --help` says more.", soft_wrap=True)
         console.print(table)
-        console.print(f"[bold]Options:[/] {options}", soft_wrap=True)
+        console.print(f"[bold]Options:[/] {options}", soft_wrap=True, end="")

@@ -91,7 +91,7 @@ def settings(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the settings, their defaults, and their values here. They are environment variables."""
+    """List the settings, their defaults and values here. They are environment variables."""
     # The documentation's page does not depend on the installed plug-ins.
     found = variables(plugins=not markdown)
     if markdown:

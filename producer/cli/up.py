@@ -43,7 +43,7 @@ def up(
         bool, typer.Option("--detach", help="Return once everything is ready; `inferq down` stops it.")
     ] = False,
 ) -> None:
-    """Start everything here, with a private RabbitMQ and Redis."""
+    """Start everything, with a private RabbitMQ and Redis."""
     # `inferq down` does not need these modules.
     from inferq.producer.up.detached import start_detached
     from inferq.producer.up.foreground import UpOptions, run_until_stopped

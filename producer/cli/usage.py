@@ -34,7 +34,7 @@ def usage(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Print engine seconds and tasks by tenant, type and day.
+    """Print the engine seconds of tenants, types and days.
 
     Days are in UTC, and Redis keeps them for 400 days. Tasks that end without a worker, and ends that Redis
     missed while it was unavailable, are not in the numbers.

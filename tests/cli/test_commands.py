@@ -18,6 +18,7 @@ import pytest
 from inferq.broker import BrokerSettings, Topology, connect, job_topology
 from inferq.broker.topology import Queue, delay_level
 from inferq.producer.gateway.keys import KeyFile
+from inferq.schemas.errors import EXIT_CONFIG
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, inferq_here, installation
 from tests.waiting import eventually
@@ -197,27 +198,36 @@ def test_bad_input_is_one_clear_line(
     installation: dict[str, str], arguments: tuple[str, ...], complaint: str
 ) -> None:
     run = run_quickly(installation, *arguments)
-    assert run.returncode == 1
+    assert run.returncode == (EXIT_CONFIG if arguments[0] == "worker" else 1)
     assert complaint in run.stderr
     assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(
-    ("change", "arguments", "complaint"),
+    ("change", "arguments", "complaint", "status"),
     [
-        ({"INFERQ_API_KEY": "iq_wrong"}, ("status", "x"), "key"),
-        ({"INFERQ_API_URL": "http://127.0.0.1:1"}, ("status", "x"), "127.0.0.1:1"),
-        ({"INFERQ_AMQP_URL": "amqp://127.0.0.1:1"}, ("topology", "check"), "127.0.0.1:1 cannot be reached"),
-        ({"INFERQ_AMQP_URL": "http://x"}, ("topology", "check"), "must start with amqp"),
-        ({"INFERQ_AMQP_HEARTBEAT": "soon"}, ("topology", "check"), "INFERQ_AMQP_HEARTBEAT"),
-        ({"INFERQ_STORE_URL": "ftp://x"}, ("worker", "echo"), "INFERQ_STORE_URL"),
+        ({"INFERQ_API_KEY": "iq_wrong"}, ("status", "x"), "key", 1),
+        ({"INFERQ_API_URL": "http://127.0.0.1:1"}, ("status", "x"), "127.0.0.1:1", 1),
+        (
+            {"INFERQ_AMQP_URL": "amqp://127.0.0.1:1"},
+            ("topology", "check"),
+            "127.0.0.1:1 cannot be reached",
+            1,
+        ),
+        ({"INFERQ_AMQP_URL": "http://x"}, ("topology", "check"), "must start with amqp", EXIT_CONFIG),
+        ({"INFERQ_AMQP_HEARTBEAT": "soon"}, ("topology", "check"), "INFERQ_AMQP_HEARTBEAT", EXIT_CONFIG),
+        ({"INFERQ_STORE_URL": "ftp://x"}, ("worker", "echo"), "INFERQ_STORE_URL", EXIT_CONFIG),
     ],
 )
 def test_a_bad_setting_is_named(
-    installation: dict[str, str], change: dict[str, str], arguments: tuple[str, ...], complaint: str
+    installation: dict[str, str],
+    change: dict[str, str],
+    arguments: tuple[str, ...],
+    complaint: str,
+    status: int,
 ) -> None:
     run = run_quickly(installation | change, *arguments)
-    assert run.returncode == 1
+    assert run.returncode == status
     assert complaint in run.stderr
     assert "Traceback" not in run.stderr
 
