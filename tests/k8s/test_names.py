@@ -24,6 +24,7 @@ from tests.monitoring.exported import OF_OTHERS, declared
 from tests.rights.page import read_page
 
 PAGES = [K8S / "README.md", ROOT / "docs" / "deploy" / "kubernetes.md"]
+SCRIPT = K8S / "e2e.sh"
 FILES = [path for path in K8S.rglob("*") if path.suffix in {".yaml", ".sh", ".toml", ".conf"}]
 
 TRIGGER_KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -319,3 +320,23 @@ def test_a_key_that_keda_does_not_read_is_found() -> None:
     ]
     del right["mode"]
     assert trigger_faults({"type": "rabbitmq", "metadata": right}) == ["missing key mode"]
+
+
+# Commands of the page and of the script.
+
+
+def test_the_page_and_the_script_name_what_the_overlay_try_has() -> None:
+    manifests = render("overlays/try")
+    known = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in manifests}
+    for path in (*PAGES, SCRIPT):
+        text = path.read_text("utf-8")
+        named = set(re.findall(r"\b(?:deployment|service|job)/[a-z]+(?:-[a-z]+)?\b", text))
+        assert named <= known, path
+        for folder in re.findall(r"k8s/[\w./-]+", text):
+            assert (ROOT / folder.rstrip(".")).exists(), f"{path}: {folder}"
+    loaded = {each.removesuffix(":try") for pod in pods() if pod.target == "overlays/try"
+              for each in (pod.spec["containers"][0]["image"],) if each.startswith("inferq-")}  # fmt: skip
+    for path in (PAGES[1], SCRIPT):
+        names = re.search(r"(?:for image in|images=\()([a-z ]+)", path.read_text("utf-8"))
+        assert names is not None
+        assert {f"inferq-{name}" for name in names[1].split()} == loaded, path
