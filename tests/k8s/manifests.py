@@ -20,8 +20,6 @@ from typing import Any
 
 import yaml
 
-from tests.images.dockerfile import images
-
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 TYPES = tuple(sorted(path.name for path in (K8S / "workers").iterdir() if path.is_dir()))
@@ -53,29 +51,33 @@ def targets() -> list[str]:
 def render(path: str) -> tuple[Manifest, ...]:
     """All resources of a folder below k8s/. A component is rendered with what it is applied to."""
     if shared is None:
-        return _render(path)
+        return render_anew(path)
     kept = shared / f"{path.replace('/', '-')}.json"
     if not kept.exists():
         new = kept.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(_render(path)), "utf-8")
+        new.write_text(json.dumps(render_anew(path)), "utf-8")
         new.rename(kept)
     return tuple(json.loads(kept.read_text("utf-8")))
 
 
-def _render(path: str) -> tuple[Manifest, ...]:
+def render_anew(path: str, **fields: object) -> tuple[Manifest, ...]:
+    """As `render`. `fields` are added to the overlay around a component."""
     if not path.startswith("components/"):
         return _kustomize(K8S / path)
     annotations = kustomization(path).get("metadata", {}).get("annotations", {})
     if annotations.get("inferq.dev/applies-to") == "worker":
         order = [annotations.get("inferq.dev/after"), path, annotations.get("inferq.dev/before")]
-        return render_with([each for each in order if each], ["workers/ocr"])
-    return render_with([path], ["base", *_folders("workers")])
+        return render_with([each for each in order if each], ["workers/ocr"], **fields)
+    return render_with([path], ["base", *_folders("workers")], **fields)
 
 
 def render_with(
-    component_paths: Iterable[str], resources: Iterable[str], patches: Iterable[str] = ()
+    component_paths: Iterable[str], resources: Iterable[str], patches: Iterable[str] = (), **fields: object
 ) -> tuple[Manifest, ...]:
-    """An overlay of these folders below k8s/, changed by the components and then by the patches."""
+    """An overlay of these folders below k8s/, changed by the components and then by the patches.
+
+    `fields` are further fields of its kustomization.
+    """
     with tempfile.TemporaryDirectory(prefix="inferq-kustomize-") as folder:
 
         def relative(paths: Iterable[str]) -> list[str]:
@@ -84,11 +86,10 @@ def render_with(
         around = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
-            "namespace": "inferq",
-            "images": [{"name": f"inferq-{image.target}", "newTag": "test"} for image in images()],
             "resources": relative(resources),
             "components": relative(component_paths),
             "patches": [{"patch": patch} for patch in patches],
+            **fields,
         }
         Path(folder, "kustomization.yaml").write_text(yaml.safe_dump(around), "utf-8")
         return _kustomize(Path(folder))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.k8s.manifests import Manifest, components, overlays, render
+from tests.images.dockerfile import images
+from tests.k8s.manifests import Manifest, components, overlays, render, render_anew
 
 
 def main() -> None:
@@ -18,7 +19,11 @@ def main() -> None:
     known: set[str] = set()
     for path in overlays():
         known |= _write(folder / f"{Path(path).name}.yaml", render(path))
-    rest = {_text(each): each for path in components() for each in render(path)}
+    whole = {
+        "namespace": "inferq",
+        "images": [{"name": f"inferq-{image.target}", "newTag": "check"} for image in images()],
+    }
+    rest = {_text(each): each for path in components() for each in render_anew(path, **whole)}
     _write(folder / "rest.yaml", [each for text, each in rest.items() if text not in known])
 
 
