@@ -26,7 +26,7 @@ from inferq.storage import StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.workers import WorkerRegistry
 
 _MOST_PATCHES = 20
-"""The most patches of one round: with the default interval at most 40 a second."""
+"""The most patches of one round: with the default interval at most 80 a second."""
 _STUCK_SECONDS = 120.0
 _LONGEST_PAUSE_SECONDS = 30.0
 

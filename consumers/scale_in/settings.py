@@ -11,7 +11,7 @@ class ScaleInSettings(ProbeSettings):
     """How the scale-in guard works."""
 
     scale_in_interval: float = Field(
-        0.5,
+        0.25,
         gt=0,
         le=60,
         description="Seconds between two readings of the workers' heartbeats by `inferq scale-in-guard`.",

@@ -27,9 +27,11 @@ from inferq.storage.tracks import TrackRecords
 from inferq.storage.workers import HEARTBEAT_SECONDS, WorkerRegistry
 
 _LOOK_SECONDS = 1.0
-"""From one look to the next. An idle worker that takes a task looks at once."""
+"""The shortest time between two heartbeats, unless the worker turns busy or idle: that is sent at once."""
 _IDLE_SECONDS = 0.2
 """How long a worker has no task before it says so: between two tasks of a backlog it is not idle."""
+_REST_SECONDS = 0.05
+"""The shortest time between two looks: tasks may come and go by the thousand."""
 _GPU_SECONDS = 10.0
 """How often the driver is asked for the memory of the GPUs."""
 
@@ -44,7 +46,7 @@ class _Counts(NamedTuple):
 
 
 class Heartbeat(threading.Thread):
-    """Sends a heartbeat every few seconds, within a second of a change, and at once when an idle worker is busy."""
+    """Sends a heartbeat every few seconds, within a second of a change, and at once if it turns busy or idle."""
 
     def __init__(self, services: WorkerServices, slots: Sequence[Slot], gpus: Gpus) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -80,27 +82,25 @@ class Heartbeat(threading.Thread):
         said: WorkerInfo | None = None
         said_at, failed = float("-inf"), False
         while not self._stopped.is_set():
+            self._services.hand_changed.clear()
             try:
-                self._services.task_taken.clear()
                 info = self.info()
                 if said is not None and said.busy and not info.busy:
                     self._stopped.wait(_IDLE_SECONDS)
                     info = self.info()
-                if (info != said or time.monotonic() - said_at >= HEARTBEAT_SECONDS) and self._beat(info):
+                if _is_due(info, said, time.monotonic() - said_at) and self._beat(info):
                     said, said_at = info, time.monotonic()
             except Exception:
                 if not failed:  # once, not each second
                     _log.exception("cannot send heartbeats; still retrying")
                 failed = True
-            if said is None or said.busy:
-                self._stopped.wait(_LOOK_SECONDS)
-            else:
-                self._services.task_taken.wait(_LOOK_SECONDS)
+            self._stopped.wait(_REST_SECONDS)
+            self._services.hand_changed.wait(_LOOK_SECONDS)
 
     def stop(self) -> None:
         """Remove the worker from the registry and end the thread."""
         self._stopped.set()
-        self._services.task_taken.set()
+        self._services.hand_changed.set()
         if self.is_alive():
             self.join(5)
         self._beat_track()
@@ -171,6 +171,13 @@ class Heartbeat(threading.Thread):
             {(task_type, lane): count for lane, count in (now - before).items()}
             for now, before in zip(counts, self._reported, strict=True)
         )
+
+
+def _is_due(info: WorkerInfo, said: WorkerInfo | None, seconds: float) -> bool:
+    """Whether to send a heartbeat, so many `seconds` after the last one."""
+    if said is None or bool(info.busy) != bool(said.busy):
+        return True
+    return seconds >= (HEARTBEAT_SECONDS if info == said else _LOOK_SECONDS)
 
 
 def _task(run: TaskRun) -> TaskInHand | None:

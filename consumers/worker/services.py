@@ -58,8 +58,8 @@ class WorkerServices:
     scratch: ScratchFolder
     cache: ResultCache | None = None
     consumer_priority: int = 0
-    task_taken: threading.Event = field(default_factory=threading.Event)
-    """Set whenever a slot takes a task; the heartbeat clears it."""
+    hand_changed: threading.Event = field(default_factory=threading.Event)
+    """Set whenever a slot takes a task or has ended one; the heartbeat clears it."""
     lease_renewer: LeaseRenewer = field(default_factory=LeaseRenewer)
     track_figures: TrackFigures = field(default_factory=TrackFigures)
     _stopping: threading.Event = field(default_factory=threading.Event)

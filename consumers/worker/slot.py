@@ -278,13 +278,14 @@ class _SlotThread(threading.Thread):
         self.taken[lane] += 1
         with self._supervisor.lease() as lease, processing(delivery) as span:
             self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, span.context)
-            self._services.task_taken.set()
+            self._services.hand_changed.set()
             outcome = self.in_hand.complete()
             span.set("inferq.outcome", outcome)
         if outcome == "given_back":
             self.requeued[lane] += 1
         self.in_hand = None
         self.ended_at = time.monotonic()
+        self._services.hand_changed.set()
 
 
 def _warm_up(task_type: TaskType) -> None:

@@ -49,7 +49,7 @@ class FakeServices:
         self.task_type = SimpleNamespace(name="echo")
         self.waits: list[str] = []
         self.consumer_priority = -7
-        self.task_taken = threading.Event()
+        self.hand_changed = threading.Event()
 
     def pauses(self) -> list[str]:
         return self.waits
@@ -121,7 +121,7 @@ def test_deliveries_are_counted_once_however_often_redis_fails(
     assert (found.taken_of("echo", "high"), found.taken_of("echo", "normal"), found.workers) == (1, 6, ())
 
 
-def test_an_idle_worker_reports_a_task_at_once(
+def test_a_worker_reports_at_once_that_it_is_busy_or_idle(
     services: FakeServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeats, "_LOOK_SECONDS", 600.0)
@@ -131,8 +131,11 @@ def test_an_idle_worker_reports_a_task_at_once(
     beat.start()
     eventually(lambda: [worker.state for worker in registry.read().workers] == ["idle"])
     slot.busy = True
-    services.task_taken.set()
+    services.hand_changed.set()
     eventually(lambda: [worker.state for worker in registry.read().workers] == ["busy"])
+    slot.busy = False
+    services.hand_changed.set()
+    eventually(lambda: [worker.state for worker in registry.read().workers] == ["idle"])
     beat.stop()
     assert not beat.is_alive()
 
@@ -153,6 +156,7 @@ def test_between_two_tasks_of_a_backlog_a_worker_is_not_idle(
         def busy(self, _busy: bool) -> None: ...
 
     monkeypatch.setattr(heartbeats, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeats, "_REST_SECONDS", 0.0)
     beat = heartbeat(services, Slot())
     said: list[int] = []
 
