@@ -8,7 +8,8 @@
 #   facefusion              the preview on the CPU
 #   echo                    the echo worker, which checks a deployment
 #   callbacks               delivers callbacks and feeds batches; with the argument `beat`, starts nightly runs;
-#                           with `monitor`, reads the figures of queues and workers
+#                           with `monitor`, reads the figures of queues and workers; with `scale-in-guard`, keeps
+#                           Kubernetes from removing busy workers
 #   gateway                 the HTTP gateway; also built without --target
 #
 # ocr-gpu and ner-gpu also need --build-arg PADDLE_INDEX=URL: the package index with Paddle's builds for GPUs.
@@ -119,7 +120,7 @@ COPY --from=build-echo /opt/inferq /opt/inferq
 ENTRYPOINT ["inferq", "worker", "echo"]
 
 FROM build AS build-callbacks
-RUN pip install -c constraints.txt '.[worker,jobs,otel]'
+RUN pip install -c constraints.txt '.[worker,jobs,kubernetes,otel]'
 FROM consumer AS callbacks
 COPY --from=build-callbacks /opt/inferq /opt/inferq
 # For the temporary files of batches.
