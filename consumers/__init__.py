@@ -12,7 +12,8 @@ callbacks          delivers callbacks
 batches            feeds batches and assembles their results
 nightly            starts nightly runs and reports their nights
 monitor            figures of queues, workers, batches and nights
-jobs               the Celery worker that runs the three above
+scale_in           keeps Kubernetes from removing busy workers
+jobs               the Celery worker that runs callbacks, batches and nightly
 probes             where a process serves its probes, and the metrics of the jobs
 """
 
