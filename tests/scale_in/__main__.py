@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.conftest import RabbitMQ, Redis
 from tests.scale_in import first_result
-from tests.scale_in.cluster import programs
+from tests.scale_in.cluster import forks, programs
 from tests.scale_in.run import VARIANTS, Row, play
 
 
@@ -42,7 +42,7 @@ def main() -> int:
                     rabbitmq=rabbitmq,
                     redis_url=redis.url,
                     folder=logs,
-                    start=programs(logs),
+                    start=forks(logs) if given.fork else programs(logs),
                     say=lambda text: print(text, flush=True),
                 )
                 rows.append(row)
@@ -100,6 +100,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="a run in several parts: gather its rows here"
+    )
+    parser.add_argument(
+        "--fork", action="store_true", help="fork workers from a process that has imported inferq"
     )
     parser.add_argument("--keep", action="store_true", help="keep the logs")
     return parser.parse_args()

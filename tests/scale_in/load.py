@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-_RATES = (0.15, 0.5, 1.2)
+_RATES = (0.15, 0.6, 1.3)
 """Tasks a second in a phase."""
-_PHASE_SECONDS = (4.0, 10.0)
-_MEDIAN_SECONDS = 2.5
-_LONGEST_SECONDS = 15.0
+_PHASE_SECONDS = (4.0, 9.0)
+_MEDIAN_SECONDS = 1.5
+_LONGEST_SECONDS = 12.0
 
 
 @dataclass(frozen=True)

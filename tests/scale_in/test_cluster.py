@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+from inferq.broker import BrokerSettings, Publisher, task_message, topology_for
+from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
-from tests.scale_in.cluster import forks
+from tests.scale_in.cluster import Cluster, forks
+from tests.scale_in.kubernetes_api import ApiServer
 from tests.scale_in.rules import Pod, Scaler, Timing, removal_order
-from tests.scale_in.run import play
+from tests.waiting import eventually
 
 
-def test_with_the_guard_no_busy_worker_is_removed_while_another_one_is_idle(
-    shared_rabbitmq: RabbitMQ, redis_url: str, tmp_path: Path
+def test_of_three_real_workers_the_busy_one_stays(
+    shared_rabbitmq: RabbitMQ, fresh_amqp_url: str, redis_url: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    row = play(
-        "guard and order",
-        1,
-        scale_ins=2,
-        rabbitmq=shared_rabbitmq,
-        redis_url=redis_url.removesuffix("/0") + "/8",
-        folder=folder,
-        start=forks(folder),
+    env = os.environ | {
+        "INFERQ_AMQP_URL": fresh_amqp_url,
+        "INFERQ_REDIS_URL": redis_url.removesuffix("/0") + "/8",
+        "INFERQ_STORE_URL": (tmp_path / "store").as_uri(),
+        "INFERQ_SCRATCH_DIR": str(tmp_path),
+        "INFERQ_OLDEST_FIRST": "true",
+    }
+    publisher = Publisher(
+        BrokerSettings(amqp_url=fresh_amqp_url), name="test", topology=topology_for(["echo"])
     )
-    assert row.scale_ins >= 2
-    assert row.avoidable == 0, row.notes
-    assert row.patches > 0
-    assert row.results == row.tasks > 0
+    publisher.start()
+    with ApiServer() as api, closing(publisher):
+        vhost = fresh_amqp_url.rpartition("/")[2]
+        cluster = Cluster(forks(tmp_path), api, Fixed(3), shared_rabbitmq.management, vhost, env)
+        guard = cluster.start_guard(api.write_kubeconfig(tmp_path / "kubeconfig"))
+
+        def stepped(condition: Callable[[], bool]) -> bool:
+            cluster.step()
+            return condition()
+
+        def states() -> list[str]:
+            """What the guard made of each pod."""
+            costs = [api.cost(pod.name) for pod in cluster.live]
+            return sorted(
+                "none" if cost is None else "busy" if int(cost) >= 100 else "idle" for cost in costs
+            )
+
+        try:
+            eventually(lambda: stepped(lambda: states() == ["idle"] * 3))
+            body = {"task_id": "long", "task_type": "echo", "delay": 600}
+            publisher.publish(task_message(parse_task(body))).result(30)
+            eventually(lambda: stepped(lambda: states() == ["busy", "idle", "idle"]))
+            (busy,) = (name for name, taken in cluster.busy(cluster.live).items() if taken)
+            cluster.scaler = Fixed(1)
+            cluster.step()
+            assert [pod.name for pod in cluster.live] == [busy]
+            assert cluster.scale_ins[-1].removed == 2
+            assert cluster.scale_ins[-1].busy == 0
+            eventually(lambda: stepped(lambda: len(cluster.pods) == 1), "the end of the idle pods")
+        finally:
+            cluster.close()
+            guard.terminate()
+            assert guard.wait(30) == 0
+
+
+class Fixed(Scaler):
+    """As many pods as the test says."""
+
+    def __init__(self, replicas: int) -> None:
+        super().__init__(Timing(), replicas)
+        self.replicas = replicas
+
+    def due(self, now: float) -> bool:
+        return False
 
 
 def test_a_replica_set_removes_pods_in_its_published_order() -> None:
