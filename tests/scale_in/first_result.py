@@ -21,6 +21,7 @@ from tests.scale_in.kubernetes_api import ApiServer
 from tests.scale_in.rules import Scaler, Timing
 
 ROOT = Path(__file__).parents[2]
+PLUGIN = ROOT / "tests" / "plugin"
 TIMING = Timing(cooldown=10.0)
 """KEDA's and the HPA's times, but for the cooldown, which only lasts."""
 _LOAD_SECONDS = 20
@@ -31,6 +32,7 @@ _LIMIT_SECONDS = 180.0
 
 def measure(task_type: str, rabbitmq: RabbitMQ, redis_url: str, folder: Path) -> str:
     """The steps of some rounds, and the bare engine's seconds between them, as a table in Markdown."""
+    sys.path.insert(0, str(PLUGIN))
     bare, steps = [], []
     for number in range(_ROUNDS):
         bare.append(_bare(task_type))
@@ -65,10 +67,9 @@ def task_of(task_type: str) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    plugin = str(ROOT / "tests" / "plugin")
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([plugin, str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(PLUGIN), str(ROOT)]),
         "FAULTY_LOAD_SECONDS": str(_LOAD_SECONDS),
         "INFERQ_WARMUP": "0",
     }
