@@ -399,6 +399,44 @@ _ONE_TYPE = Board(
         ),
     ),
     Row(
+        "Tracks, if workers have one (INFERQ_TRACK)",
+        Panel(
+            "Attempts that fail",
+            [
+                Query(
+                    'sum by (track) (rate(inferq_worker_tasks_total{track!="",'
+                    f'outcome=~"failed|retried",{_TYPE}}}{_RATE})) '
+                    f'/ sum by (track) (rate(inferq_worker_tasks_total{{track!="",'
+                    f'outcome=~"succeeded|failed|retried",{_TYPE}}}{_RATE}))',
+                    "{{track}}",
+                )
+            ],
+            unit="percentunit",
+            text="Of all attempts of the track, also those that are retried.",
+        ),
+        Panel(
+            "Attempts per second",
+            [
+                Query(
+                    f'sum by (track) (rate(inferq_worker_tasks_total{{track!="",{_TYPE}}}{_RATE}))',
+                    "{{track}}",
+                )
+            ],
+            unit="reqps",
+        ),
+        Panel(
+            "Engine seconds, median",
+            [
+                Query(
+                    "histogram_quantile(0.5, sum by (track, le) (rate("
+                    f'inferq_worker_stage_seconds_bucket{{track!="",stage="inference",{_TYPE}}}{_RATE})))',
+                    "{{track}}",
+                )
+            ],
+            unit="s",
+        ),
+    ),
+    Row(
         "Seconds per task that succeeded",
         *(
             Panel(

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from inferq.consumers.worker.settings import WorkerSettings
+from inferq.schemas import InstallationError
 from tests.k8s.manifests import K8S, Manifest, kustomization, of_kind, render, render_with
 
 CANARY, BLUE_GREEN = "components/canary", "components/gateway-blue-green"
@@ -72,6 +74,13 @@ def folder(path: Path, resources: list[str], **more: Any) -> str:
     }
     (path / "kustomization.yaml").write_text(yaml.safe_dump(content))
     return str(path)
+
+
+@pytest.mark.parametrize("track", ["Canary", "a b", "x" * 33, "v1.2"])
+def test_a_track_is_a_short_label(track: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERQ_TRACK", track)
+    with pytest.raises(InstallationError, match="INFERQ_TRACK"):
+        WorkerSettings.load()
 
 
 def test_nothing_scales_or_protects_a_canary(tmp_path: Path) -> None:
