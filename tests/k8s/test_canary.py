@@ -11,7 +11,7 @@ import yaml
 
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import InstallationError
-from tests.k8s.manifests import K8S, Manifest, kustomization, of_kind, render, render_with
+from tests.k8s.manifests import K8S, Manifest, kustomization, of_kind, render_with
 
 CANARY, BLUE_GREEN = "components/canary", "components/gateway-blue-green"
 GREEN = "registry.example.com/inferq-gateway:0.2.0"
@@ -30,8 +30,23 @@ spec: {{template: {{spec: {{containers: [{{name: gateway, image: "{GREEN}"}}]}}}
 """The patches of an overlay that rolls out the gateway of the other colour."""
 
 
-def deployment(path: str, name: str) -> Manifest:
-    return of_kind(render(path), "Deployment")[name]
+def deployment(name: str, resource: str, *components: str) -> Manifest:
+    return of_kind(render_with(components, [resource]), "Deployment")[name]
+
+
+@pytest.fixture(scope="module")
+def stable() -> Manifest:
+    return deployment("worker-ocr", "workers/ocr")
+
+
+@pytest.fixture(scope="module")
+def canary() -> Manifest:
+    return deployment("worker-ocr-canary", "workers/ocr", CANARY)
+
+
+@pytest.fixture(scope="module")
+def both_gateways() -> tuple[Manifest, ...]:
+    return render_with([BLUE_GREEN], ["base"])
 
 
 def without_track(manifest: Manifest) -> dict[str, Any]:
@@ -41,8 +56,9 @@ def without_track(manifest: Manifest) -> dict[str, Any]:
     return found
 
 
-def test_a_canary_is_a_worker_of_its_own_with_a_fixed_number_of_pods() -> None:
-    stable, canary = deployment("workers/ocr", "worker-ocr"), deployment(CANARY, "worker-ocr-canary")
+def test_a_canary_is_a_worker_of_its_own_with_a_fixed_number_of_pods(
+    stable: Manifest, canary: Manifest
+) -> None:
     assert "replicas" not in stable["spec"]
     assert canary["spec"]["replicas"] == 1
     for labels in (
@@ -54,8 +70,8 @@ def test_a_canary_is_a_worker_of_its_own_with_a_fixed_number_of_pods() -> None:
     assert without_track(canary) == without_track(stable)
 
 
-def test_each_worker_says_its_pods_track() -> None:
-    for worker in (deployment("workers/ocr", "worker-ocr"), deployment(CANARY, "worker-ocr-canary")):
+def test_each_worker_says_its_pods_track(stable: Manifest, canary: Manifest) -> None:
+    for worker in (stable, canary):
         env = {each["name"]: each for each in worker["spec"]["template"]["spec"]["containers"][0]["env"]}
         source = env["INFERQ_TRACK"]["valueFrom"]["fieldRef"]["fieldPath"]
         assert source == "metadata.labels['inferq.dev/track']"
@@ -112,21 +128,25 @@ def test_the_canary_of_production_has_its_own_image_beside_the_stable_one(tmp_pa
     }
 
 
-def test_the_gateways_of_both_colours_differ_in_nothing_but_colour_and_image() -> None:
-    (blue, green), _ = gateways(render(BLUE_GREEN))
-    (gateway,) = (each for name, each in of_kind(render("base"), "Deployment").items() if name == "gateway")
+def test_the_gateways_of_both_colours_differ_in_nothing_but_colour_and_image(
+    both_gateways: tuple[Manifest, ...],
+) -> None:
+    (blue, green), _ = gateways(both_gateways)
+    gateway = deployment("gateway", "base")
     for color, found in (("blue", blue), ("green", green)):
         assert found["metadata"]["labels"] == {**gateway["metadata"]["labels"], "inferq.dev/color": color}
         labels = found["spec"]["selector"]["matchLabels"]
         assert labels == {**gateway["spec"]["selector"]["matchLabels"], "inferq.dev/color": color}
         assert found["spec"]["template"]["metadata"]["labels"] == labels
         assert found["spec"]["template"]["spec"] == gateway["spec"]["template"]["spec"]
-    assert "gateway" not in of_kind(render(BLUE_GREEN), "Deployment")
+    assert "gateway" not in of_kind(both_gateways, "Deployment")
 
 
-def test_the_service_sends_requests_to_one_colour_that_an_overlay_can_change() -> None:
-    for patches, color, image in (((), "blue", "inferq-gateway"), (SWITCH, "green", GREEN)):
-        found = render_with([BLUE_GREEN], ["base"], patches)
+def test_the_service_sends_requests_to_one_colour_that_an_overlay_can_change(
+    both_gateways: tuple[Manifest, ...],
+) -> None:
+    switched = render_with([BLUE_GREEN], ["base"], SWITCH)
+    for found, color, image in ((both_gateways, "blue", "inferq-gateway:test"), (switched, "green", GREEN)):
         both, service = gateways(found)
         assert service["spec"]["selector"]["inferq.dev/color"] == color
         served = [

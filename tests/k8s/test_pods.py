@@ -310,10 +310,10 @@ def test_priority_classes_exist_and_workers_displace_nobody() -> None:
     assert classes["inferq-worker"]["value"] < classes["inferq-service"]["value"]
 
 
-def test_only_an_autoscaler_sets_the_number_of_workers() -> None:
+def test_only_an_autoscaler_sets_the_number_of_workers_and_a_canary_has_a_fixed_one() -> None:
     for pod in workers():
-        if pod.labels["inferq.dev/track"] == "stable":
-            assert "replicas" not in pod.owner["spec"], pod.name
+        fixed = pod.template["metadata"]["labels"]["inferq.dev/track"] == "canary"
+        assert ("replicas" in pod.owner["spec"]) == fixed, pod.name
 
 
 def test_a_node_is_not_emptied_under_a_worker() -> None:
