@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,28 @@ class Stage:
     parent: str
     instructions: tuple[tuple[str, str], ...]
 
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The commands of its RUN instructions."""
+        return tuple(arguments for word, arguments in self.instructions if word == "RUN")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its own ENV instructions set."""
+        return _environment(self.instructions)
+
 
 @dataclass(frozen=True)
 class Image:
     """A target's finished image.
 
-    `history` holds the instructions of its stage and of those below it, the lowest first. `installs` holds the
-    arguments of each `pip install` in the build stage whose environment it copies.
+    `history` holds the instructions of its stage and of those below it, the lowest first. `builds` holds the RUN
+    commands of the stage that installs inferq for it into /opt/inferq.
     """
 
     target: str
     history: tuple[tuple[str, str], ...]
-    installs: tuple[tuple[str, ...], ...]
+    builds: tuple[str, ...]
 
     def last(self, keyword: str) -> str:
         """The arguments of the instruction that counts; empty if the image has none."""
@@ -45,6 +55,22 @@ class Image:
         ]
 
     @property
+    def installs(self) -> tuple[tuple[str, ...], ...]:
+        """The arguments of each `pip install` of its environment."""
+        found = re.findall(r"\bpip install ([^&]+)", " && ".join(self.builds))
+        return tuple(tuple(shlex.split(install)) for install in found)
+
+    @property
+    def packages(self) -> frozenset[str]:
+        """The Debian packages that it installs."""
+        found = re.findall(
+            r"apt-get install ([^&]+)", " && ".join(text for word, text in self.history if word == "RUN")
+        )
+        return frozenset(
+            word for install in found for word in shlex.split(install) if not word.startswith("-")
+        )
+
+    @property
     def entry_point(self) -> tuple[str, ...]:
         return tuple(json.loads(self.last("ENTRYPOINT")))
 
@@ -55,13 +81,13 @@ class Image:
 
     @property
     def environment(self) -> dict[str, str]:
-        pairs = (part for word, arguments in self.history if word == "ENV" for part in shlex.split(arguments))
-        return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+        return _environment(self.history)
 
 
 def stages() -> dict[str, Stage]:
     """The stages by name, in the file's order."""
     found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    current: list[tuple[str, str]] = []
     for word, arguments in _instructions():
         if word == "FROM":
             parent, _, name = arguments.partition(" AS ")
@@ -71,23 +97,26 @@ def stages() -> dict[str, Stage]:
     return {name: Stage(name, parent, tuple(steps)) for name, (parent, steps) in found.items()}
 
 
+def build_arguments() -> dict[str, str]:
+    """The build arguments with their defaults, which are empty for those without one."""
+    pairs = [arguments.partition("=") for word, arguments in _instructions() if word == "ARG"]
+    return {name: default for name, _, default in pairs}
+
+
 def images() -> list[Image]:
     """Every target that starts something, by name."""
     known = stages()
     finished = (
         name for name, stage in known.items() if any(w == "ENTRYPOINT" for w, _ in stage.instructions)
     )
-    return [_image(name, known) for name in sorted(finished)]
+    return [
+        Image(name, tuple(_history(name, known)), known[f"build-{name}"].runs) for name in sorted(finished)
+    ]
 
 
-def _image(target: str, known: dict[str, Stage]) -> Image:
-    history = _history(target, known)
-    sources = re.findall(
-        r"--from=(\S+)", " ".join(arguments for word, arguments in history if word == "COPY")
-    )
-    runs = [arguments for source in sources for word, arguments in _history(source, known) if word == "RUN"]
-    installs = re.findall(r"pip install ([^&]+)", " && ".join(runs))
-    return Image(target, tuple(history), tuple(tuple(shlex.split(install)) for install in installs))
+def _environment(instructions: Iterable[tuple[str, str]]) -> dict[str, str]:
+    pairs = (part for word, arguments in instructions if word == "ENV" for part in shlex.split(arguments))
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def _history(name: str, known: dict[str, Stage]) -> list[tuple[str, str]]:
