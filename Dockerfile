@@ -39,7 +39,7 @@ COPY . .
 # Every finished image: an unprivileged user and folders that it may write to.
 FROM base AS runtime
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-RUN mkdir /scratch /weights && chown 65532:65532 /scratch /weights
+RUN mkdir /data /scratch /weights && chown 65532:65532 /data /scratch /weights
 USER 65532:65532
 STOPSIGNAL SIGTERM
 

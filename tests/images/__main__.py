@@ -6,7 +6,7 @@ machine or another extra happens to have, and that the entry point accepts its s
 takes ten times as long. For a GPU:
 
 - Paddle's builds for GPUs are in an index of Paddle's own, and need gigabytes: the build for the CPU stands in.
-- pip takes the build of torch that it finds.
+- torch comes with CUDA's libraries.
 - `uv` resolves what pip would install on Linux with the builds for GPUs, as far as they are on PyPI.
 - FaceFusion itself is not installed: its sources are not on PyPI.
 - Where no GPU is, `--check` has to say so.

@@ -37,6 +37,8 @@ BASE = frozenset(
 )
 # The NVIDIA container runtime brings the driver's libraries.
 DRIVER = frozenset({"libcuda.so.1", "libnvidia-ml.so.1"})
+# NVIDIA's plug-ins for clusters are loaded only where their network is.
+PLUG_INS = ("nvshmem_transport_", "nvshmem_bootstrap_", "libcufile_rdma")
 OF_PACKAGES = {"libgomp1": frozenset({"libgomp.so.1"}), "curl": frozenset[str](), "ffmpeg": frozenset[str]()}
 
 
@@ -59,7 +61,7 @@ def missing(environment: Path, packages: frozenset[str]) -> dict[str, list[str]]
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*.so*"):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and not path.name.startswith(PLUG_INS):
             yield path
 
 

@@ -1,0 +1,1 @@
+"""compose.yaml and its files, checked without Docker."""
