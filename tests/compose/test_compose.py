@@ -325,3 +325,14 @@ def test_grafana_reads_the_boards_from_where_they_are_mounted() -> None:
         assert (
             mounts[f"/etc/grafana/provisioning/{kind}/inferq.yaml"] == f"./deploy/compose/grafana/{kind}.yaml"
         )
+
+
+def test_the_page_names_every_variable_volume_and_service() -> None:
+    page = (ROOT / "docs/deploy/compose.md").read_text("utf-8")
+    rows = {
+        cell for line in page.splitlines() if line.startswith("|") for cell in re.findall("`([^`]+)`", line)
+    }
+    assert variables().keys() | {"COMPOSE_PROFILES"} <= rows
+    assert {f"inferq_{volume}" for volume in project()["volumes"]} <= rows
+    assert {name for name in SERVICES if not name.endswith("-gpu")} <= rows
+    assert project()["name"] == "inferq"
