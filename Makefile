@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo up quick test coverage test-engines test-lowest test-newest chaos chaos-quick scale-in \
-	lint docs bench ocr-quality observe generate image-check release-check clean system prometheus nginx
+	lint docs bench ocr-quality observe generate image-check compose-check release-check clean system prometheus nginx
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -97,6 +97,9 @@ ocr-quality: .make/run ## measure what OCR reads of pictures that are hard for R
 
 image-check: .make/test ## install what each container image installs, and start it; writes docs/images.md
 	@$(BIN)/python -m tests.images $(ARGS)
+
+compose-check: .make/test | system ## start what compose.yaml starts, without containers, and have a task done
+	@$(BIN)/python -m tests.compose $(ARGS)
 
 generate: .make/lint ## write the generated files: published schemas, synchronous client, boards, PrometheusRule
 	@$(BIN)/python -P -m inferq.schemas.publish docs/schemas
@@ -222,12 +225,12 @@ endef
 system:
 	@$(SUDO_OR_SAY)
 	missing=()
-	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick scale-in bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_AMQP_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick scale-in compose-check bench,$(MAKECMDGOALS))" ]; then
 		compgen -G '/usr/lib/rabbitmq/bin/rabbitmq-server' >/dev/null \
 			|| compgen -G '/usr/lib/rabbitmq/lib/*/sbin/rabbitmq-server' >/dev/null \
 			|| [ -x "$${RABBITMQ_HOME:-/opt/rabbitmq}/sbin/rabbitmq-server" ] || missing+=(rabbitmq-server)
 	fi
-	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick scale-in bench,$(MAKECMDGOALS))" ]; then
+	if [ -z "$${INFERQ_REDIS_URL:-}" ] || [ "$(filter demo test test-lowest test-newest chaos chaos-quick scale-in compose-check bench,$(MAKECMDGOALS))" ]; then
 		command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing+=(redis-server)
 	fi
 	if [ $${#missing[@]} -gt 0 ]; then apt "$${missing[@]}"; fi
