@@ -108,6 +108,7 @@ def faults(manifest: dict[str, Any]) -> Iterator[str]:
         for error in jsonschema.Draft202012Validator(SPECS[api, kind]).iter_errors(manifest.get("spec", {})):
             yield f"{'.'.join(['spec', *map(str, error.absolute_path)])}: {error.message}"
     elif api in MODELS and (model := getattr(import_module(MODELS[api]), kind, None)) is not None:
+        manifest = _with_units(manifest)
         try:
             parsed = model.model_validate(manifest)
         except ValueError as error:
@@ -124,6 +125,17 @@ def faults(manifest: dict[str, Any]) -> Iterator[str]:
                 yield error.message
     else:
         yield f"no schema for {api} {kind}: add one to tests/k8s/schemas.py"
+
+
+def _with_units(value: Any, place: str = "") -> Any:
+    """Give quantities such as `2` a unit: pydantic reads `2` as a number, and then has no text to check."""
+    if isinstance(value, list):
+        return [_with_units(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if place in {"requests", "limits"}:
+        return {name: f"{each}m" if str(each).isdigit() else each for name, each in value.items()}
+    return {name: _with_units(each, name) for name, each in value.items()}
 
 
 def _lost(given: Any, kept: Any, place: str) -> Iterator[str]:
