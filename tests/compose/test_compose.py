@@ -302,12 +302,15 @@ def test_redis_wants_its_password_and_drops_no_key(compose_redis: int) -> None:
     assert client.config_get("appendonly")["appendonly"] == "yes"
 
 
-def test_prometheus_reads_every_part(promtool: Callable[..., str], tmp_path: Path) -> None:
-    config = yaml.safe_load((FILES / "prometheus.yml").read_text("utf-8"))
-    (job,) = config["scrape_configs"]
+def test_prometheus_reads_every_part() -> None:
+    (job,) = yaml.safe_load((FILES / "prometheus.yml").read_text("utf-8"))["scrape_configs"]
     assert job["job_name"] == "inferq"
     read = {name: search["port"] for search in job["dns_sd_configs"] for name in search["names"]}
     assert read == {name: int(IMAGES[target(service)].last("EXPOSE")) for name, service in PARTS.items()}
+
+
+def test_prometheus_accepts_its_configuration(promtool: Callable[..., str], tmp_path: Path) -> None:
+    config = yaml.safe_load((FILES / "prometheus.yml").read_text("utf-8"))
     mounts = dict(volume.split(":")[1::-1] for volume in SERVICES["prometheus"]["volumes"])
     assert config["rule_files"] == ["/etc/prometheus/rules.yaml"]
     config["rule_files"] = [str(ROOT / mounts["/etc/prometheus/rules.yaml"])]
