@@ -18,12 +18,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from inferq.consumers.machine import gpu_fault
 from tests.images.dockerfile import ROOT, Image, images, stages
 from tests.images.libraries import missing
 
@@ -73,6 +75,9 @@ def main() -> int:
                 f"{image.target}: starts, {checked.size / 1e6:.0f} MB, {checked.packages} packages",
                 flush=True,
             )
+    shutil.rmtree(
+        ROOT / "build", ignore_errors=True
+    )  # setuptools leaves it, and a later wheel would take from it
     complete = found.keys() == (set(names) or known.keys())
     if complete and not names:
         PAGE.write_text(page([known[name] for name in found], found), "utf-8")
@@ -142,7 +147,7 @@ def _on_this_machine(command: str, folder: Path, base: Path) -> str:
 
 def _start(image: Image, folder: Path) -> None:
     command = [folder / "bin" / image.entry_point[0], *image.entry_point[1:], *image.arguments, "--check"]
-    if image.environment.get("INFERQ_DEVICE") != "cuda" or Path("/proc/driver/nvidia").exists():
+    if image.environment.get("INFERQ_DEVICE") != "cuda" or gpu_fault(0) is None:
         _run(command, image, folder, "does not start")
         return
     try:
