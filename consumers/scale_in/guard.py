@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from kubernetes.client import ApiClient, ApiException, CoordinationV1Api, CoreV1Api
 from prometheus_client import make_wsgi_app
@@ -45,6 +45,16 @@ class _Stopped(Exception):
     """`stop` was called."""
 
 
+class _Refusal(NamedTuple):
+    """How often in a row a pod could not be patched, and when to try again."""
+
+    times: int
+    retry_at: float
+
+
+_NEVER = _Refusal(0, float("-inf"))
+
+
 class ScaleInGuard:
     """Keeps the deletion costs of the workers' pods of one namespace, until `stop`.
 
@@ -72,6 +82,7 @@ class ScaleInGuard:
         self._pods = WorkerPods(self._api, namespace, self.metrics)
         self._lease = Lease(CoordinationV1Api(client), namespace, identity, clock=clock)
         self._redis_fault: str | None = "the first reading of Redis"
+        self._refusals: dict[str, _Refusal] = {}
         self._failures = 0
         self._resumes = float("-inf")
         self._last_round = clock()
@@ -129,9 +140,12 @@ class ScaleInGuard:
         self.metrics.count(pods, statements)
         if not leads or self._clock() < self._resumes:
             return
-        due = patches(pods, statements)
-        done = all(self._patch(patch) for patch in due[:_MOST_PATCHES]) and len(due) <= _MOST_PATCHES
-        if done and self._redis_fault is None and not self._pods.failing:
+        wanted = patches(pods, statements)
+        self._refusals = {patch.pod.uid: self._refusal(patch) for patch in wanted}
+        due = [patch for patch in wanted if self._clock() >= self._refusal(patch).retry_at]
+        due.sort(key=lambda patch: self._refusal(patch).times)
+        done = all(self._patch(patch) for patch in due[:_MOST_PATCHES]) and len(wanted) <= _MOST_PATCHES
+        if done and len(due) == len(wanted) and self._redis_fault is None and not self._pods.failing:
             self.metrics.last_success.set_to_current_time()
 
     def _listen(self) -> None:
@@ -142,6 +156,9 @@ class ScaleInGuard:
             self._redis_fault = str(error)
         else:
             self._redis_fault = None
+
+    def _refusal(self, patch: Patch) -> _Refusal:
+        return self._refusals.get(patch.pod.uid, _NEVER)
 
     def _patch(self, patch: Patch) -> bool:
         """Make a patch. False: make no more in this round."""
@@ -168,17 +185,18 @@ class ScaleInGuard:
         if outcome == "gone":
             self._pods.forget(patch.pod.name, patch.pod.uid)
             return True
-        if outcome == "conflict":
-            return (
-                True  # another pod has its name, as the watch is about to tell, or the next round tries again
-            )
-        if self._failures == 0:
+        # One pod that cannot be patched must not keep the others waiting.
+        times = self._refusal(patch).times + 1
+        self._refusals[patch.pod.uid] = _Refusal(times, self._clock() + backoff(times, base=1.0))
+        # After a conflict another pod has its name, as the watch is about to tell.
+        if times == 1 and outcome != "conflict":
             advice = "; see the guard's Role and ValidatingAdmissionPolicy" if outcome == "refused" else ""
             _log.warning(
                 "pod %s cannot be patched: %s; still retrying%s", patch.pod.name, reason_of(error), advice
             )
-        self._pause_patches(retry_after(error))
-        return False
+        if outcome == "failed":
+            self._pause_patches(retry_after(error))
+        return outcome != "failed"
 
     def _pause_patches(self, asked: float | None) -> None:
         self._failures += 1

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from inferq.consumers.scale_in import guard as guards
 from inferq.consumers.scale_in import lease as leases
 from inferq.consumers.scale_in import pods as watches
 from inferq.consumers.scale_in.api import connect
+from inferq.schemas.monitor import TaskInHand
 from inferq.storage import StorageSettings
 from tests.conftest import Node
 from tests.scale_in.conftest import Site
@@ -104,6 +106,30 @@ def test_a_patch_that_fails_is_made_again(
     eventually(lambda: site.api.cost("b") == "100")
     patches = site.guards[0].metrics.patches
     assert patches[outcome]._value.get() == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("status", [422, 500])
+def test_a_pod_that_cannot_be_patched_keeps_no_other_waiting(
+    site: Site, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(guards, "backoff", lambda times, **_: 0.05 * times)
+    site.api.fail("PATCH", "/pods/a", status, count=1000)
+    for name in ("a", "b", "c"):
+        site.api.add_pod(name)
+    # The first to be patched is that of the longest run.
+    task = TaskInHand(
+        tenant="t", task_id="i", priority="normal", since=datetime.now(UTC) - timedelta(hours=1)
+    )
+    site.say("a", busy=True, tasks=(task,))
+    site.say("b", busy=True)
+    site.say("c")
+    guard = site.guard()
+    eventually(lambda: site.costs("a", "b") == [None, "100"])
+    assert not guard.metrics.last_success._value.get()
+    site.api.faults.clear()
+    eventually(lambda: site.api.cost("a") == "108")
+    eventually(lambda: guard.metrics.last_success._value.get())
+    assert len(site.api.patches(status)) < 30
 
 
 def test_the_api_server_says_how_long_to_wait(site: Site) -> None:
