@@ -9,6 +9,7 @@ fields that we use stand below, from the operators' API references. A resource w
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -110,7 +111,8 @@ def faults(manifest: dict[str, Any]) -> Iterator[str]:
     elif api in MODELS and (model := getattr(import_module(MODELS[api]), kind, None)) is not None:
         manifest = _with_units(manifest)
         try:
-            parsed = model.model_validate(manifest)
+            # Strictly: it would take the quantity "2" for a number, and then fail.
+            parsed = model.model_validate_json(json.dumps(manifest), strict=True)
         except ValueError as error:
             yield str(error)
         else:
