@@ -7,6 +7,7 @@ batch        submitting a batch: whether it can work, and its start
 nightly      starts the batches of `schedules.toml` at their times
 up           runs all parts on one machine: `inferq up`
 capacity     how many workers a load needs, and what it costs
+demand       how many workers the tasks that wait now need
 descriptors  the limit of open files of a process
 """
 
