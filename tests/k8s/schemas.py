@@ -92,6 +92,7 @@ SPECS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 utils.schema_contents = functools.cache(utils.schema_contents)
+utils.all_versions = functools.cache(utils.all_versions)
 
 
 def versions() -> list[str]:

@@ -18,7 +18,18 @@ import yaml
 from inferq.producer.cli import app
 from inferq.producer.cli.settings import _models, variables
 from inferq.schemas import Settings
-from tests.k8s.manifests import K8S, ROOT, TYPES, Manifest, kubectl, of_kind, overlays, render, targets
+from tests.k8s.manifests import (
+    K8S,
+    ROOT,
+    TYPES,
+    Manifest,
+    components,
+    kubectl,
+    of_kind,
+    overlays,
+    render,
+    targets,
+)
 from tests.k8s.test_pods import image_of, pods
 from tests.monitoring.exported import OF_OTHERS, declared
 from tests.rights.page import read_page
@@ -322,7 +333,12 @@ def test_a_key_that_keda_does_not_read_is_found() -> None:
     assert trigger_faults({"type": "rabbitmq", "metadata": right}) == ["missing key mode"]
 
 
-# Commands of the page and of the script.
+# The page and the script.
+
+
+def test_the_page_names_every_component() -> None:
+    page = PAGES[1].read_text("utf-8")
+    assert [path for path in components() if f"`{Path(path).name}`" not in page] == []
 
 
 def test_the_page_and_the_script_name_what_the_overlay_try_has() -> None:
