@@ -146,7 +146,7 @@ def test_the_service_sends_requests_to_one_colour_that_an_overlay_can_change(
     both_gateways: tuple[Manifest, ...],
 ) -> None:
     switched = render_with([BLUE_GREEN], ["base"], SWITCH)
-    for found, color, image in ((both_gateways, "blue", "inferq-gateway:test"), (switched, "green", GREEN)):
+    for found, color, image in ((both_gateways, "blue", "inferq-gateway"), (switched, "green", GREEN)):
         both, service = gateways(found)
         assert service["spec"]["selector"]["inferq.dev/color"] == color
         served = [
