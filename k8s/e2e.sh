@@ -48,10 +48,10 @@ k apply -k k8s/overlays/try
 k wait --for=condition=Complete --timeout=10m job/bucket
 available deployment --all
 
-k port-forward service/gateway 18000:80 >/dev/null &
+k port-forward service/gateway 8000:80 >/dev/null &
 forward=$!
 INFERQ_API_KEY=$(sed -n 's/^INFERQ_API_KEY=//p' "$work/key")
-export INFERQ_API_KEY INFERQ_API_URL=http://127.0.0.1:18000
+export INFERQ_API_KEY INFERQ_API_URL=http://127.0.0.1:8000
 for _ in $(seq 60); do
     curl --silent --fail "$INFERQ_API_URL/readyz" >/dev/null && break
     sleep 1

@@ -157,6 +157,19 @@ def test_an_overlay_names_every_image_with_a_tag() -> None:
                 assert not container["image"].endswith(":latest"), pod.name
 
 
+def test_services_beside_inferq_have_the_version_that_compose_starts() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text("utf-8"))
+    started = {each["image"] for each in compose["services"].values()}
+    used = {
+        pod.spec["containers"][0]["image"]
+        for pod in pods()
+        if pod.target == "overlays/try" and not pod.component
+    }
+    names = {image.partition(":")[0] for image in started}
+    assert {"rabbitmq", "chrislusf/seaweedfs"} <= names
+    assert {image for image in used if image.partition(":")[0] in names} <= started
+
+
 # Metrics.
 
 
