@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-_RATES = (0.15, 0.6, 1.3)
-"""Tasks a second in a phase."""
-_PHASE_SECONDS = (4.0, 9.0)
+_PHASES = ((1.6, 3.0, 6.0), (0.3, 8.0, 12.0))
+"""Phases that take turns: tasks a second, and how long at least and at most."""
 _MEDIAN_SECONDS = 1.5
 _LONGEST_SECONDS = 12.0
 
@@ -25,13 +25,12 @@ class PlannedTask:
 def draw(seed: int) -> Iterator[PlannedTask]:
     """Tasks without end, in the order in which they fall due. Tasks arrive while workers are removed, too."""
     random = Random(f"scale-in {seed}")
-    due = phase_ends = 0.0
-    rate, number = _RATES[-1], 0
-    while True:
-        due += random.expovariate(rate)
-        if due > phase_ends:
-            phase_ends = due + random.uniform(*_PHASE_SECONDS)
-            rate = random.choice(_RATES)
-        seconds = min(_LONGEST_SECONDS, _MEDIAN_SECONDS * random.lognormvariate(0, 0.8))
-        yield PlannedTask(f"s{seed}-{number:04d}", due, round(seconds, 2))
-        number += 1
+    begins, numbers = 0.0, itertools.count()
+    for rate, least, most in itertools.cycle(_PHASES):
+        ends = begins + random.uniform(least, most)
+        due = begins + random.expovariate(rate)
+        while due < ends:
+            seconds = min(_LONGEST_SECONDS, _MEDIAN_SECONDS * random.lognormvariate(0, 0.8))
+            yield PlannedTask(f"s{seed}-{next(numbers):04d}", due, round(seconds, 2))
+            due += random.expovariate(rate)
+        begins = ends
