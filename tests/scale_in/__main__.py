@@ -39,6 +39,7 @@ def main() -> int:
                     variant,
                     seed,
                     scale_ins=given.scale_ins,
+                    most_seconds=given.most_seconds,
                     rabbitmq=rabbitmq,
                     redis_url=redis.url,
                     folder=logs,
@@ -95,6 +96,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="only this one; may be repeated")
     parser.add_argument("--scale-ins", type=int, default=40, metavar="N", help="so many of each seed (40)")
+    parser.add_argument(
+        "--most-seconds", type=float, default=600.0, help="at most so long for each seed (600)"
+    )
     parser.add_argument(
         "--first-result", metavar="TYPE", help="measure from zero to the first result, and back"
     )
