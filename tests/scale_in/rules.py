@@ -72,7 +72,7 @@ def _logarithm(seconds: float) -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of KEDA and the HPA in seconds; the defaults are theirs, and those of k8s/components/keda."""
+    """The times of KEDA and the HPA in seconds; the defaults are those of k8s/components/keda, but for the cooldown."""
 
     poll: float = 5.0
     cooldown: float = 60.0
