@@ -15,6 +15,7 @@ from inferq.broker import connect, job_message
 from inferq.consumers.callbacks.delivery import Job
 from inferq.consumers.callbacks.settings import CallbackSettings
 from inferq.schemas import InstallationError
+from inferq.schemas.errors import EXIT_CONFIG
 from tests.callbacks.conftest import TENANT, Caller, Receiver, callback, hang, in_turn, say
 from tests.certificates import certificate
 from tests.jobs.test_unreadable import put, unreadable
@@ -242,5 +243,5 @@ def test_what_is_no_network_is_told_in_words_and_once(monkeypatch: pytest.Monkey
 
 
 def test_a_bad_setting_ends_the_process(caller: Caller) -> None:
-    assert caller.start("--check", ready=False, INFERQ_CALLBACK_TIMEOUT="0").wait(20) == 1
+    assert caller.start("--check", ready=False, INFERQ_CALLBACK_TIMEOUT="0").wait(60) == EXIT_CONFIG
     assert "INFERQ_CALLBACK_TIMEOUT" in caller.log.read_text()

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from inferq.schemas import installed_types
+from inferq.schemas.errors import EXIT_CONFIG
 from tests.conftest import RabbitMQ
 from tests.installation import inferq, installation
 
@@ -150,7 +151,7 @@ def test_a_wrong_setting_ends_the_worker_with_one_line(installed: dict[str, str]
 @pytest.mark.skipif("sentiment" in installed_types(), reason="the example is installed here, too")
 def test_without_it_the_type_is_unknown(installed: dict[str, str]) -> None:
     run = inferq(installed | {"PYTHONPATH": ""}, "worker", "sentiment")
-    assert run.returncode == 1
+    assert run.returncode == EXIT_CONFIG
     assert "'sentiment' is not known here; known are:" in run.stderr
 
 

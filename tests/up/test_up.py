@@ -197,8 +197,9 @@ def test_starter_that_goes_away_before_all_is_ready_takes_everything_along(
 
 
 def test_while_up_lasts_as_long_as_its_block_and_exports_what_boards_and_rules_use(
-    data: Path, services: None
+    data: Path, services: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("INFERQ_TRACK", "stable")
     data.mkdir()
     schedule = '[a]\ncron = "0 1 * * *"\nsource = "s3://scans/in/"\ntask_type = "ocr"\n'
     (data / "schedules.toml").write_text(schedule)

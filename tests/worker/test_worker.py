@@ -15,6 +15,7 @@ import pytest
 
 from inferq.broker import DeadLetters, connect
 from inferq.schemas import PRIORITIES, Result, parse_task
+from inferq.schemas.errors import EXIT_CONFIG
 from inferq.storage import ResultStore, StorageSettings, open_store
 from tests.waiting import eventually
 from tests.worker.conftest import DripServer, Site, WorkerProcess, starts
@@ -425,7 +426,7 @@ def test_two_slots_work_at_the_same_time(site: Site, tmp_path: Path) -> None:
 def test_bad_settings_are_named(site: Site) -> None:
     worker = WorkerProcess(site, "echo", {"INFERQ_SLOTS": "many", "INFERQ_LANES": "urgent"})
     site.workers.append(worker)
-    assert worker.process.wait(20) == 1
+    assert worker.process.wait(60) == EXIT_CONFIG
     said = worker.log.read_text()
     assert "INFERQ_SLOTS" in said
     assert "INFERQ_LANES" in said
