@@ -8,6 +8,8 @@ nightly      starts the batches of `schedules.toml` at their times
 up           runs all parts on one machine: `inferq up`
 capacity     how many workers a load needs, and what it costs
 demand       how many workers the tasks that wait now need
+canary, canary_outputs
+             whether a canary does as well as the stable track, and whether they give the same outputs
 descriptors  the limit of open files of a process
 """
 

@@ -8,6 +8,7 @@ fetch            fetching inputs by URL
 nightly_runs     the runs of a nightly schedule
 callbacks        the records of callbacks
 workers          the registry of workers
+tracks           the attempts of each track, to compare them
 figures          the monitor's figures, for the gateway
 webhook_secrets  the secrets that callbacks are signed with
 json_file        a private JSON file that many processes change

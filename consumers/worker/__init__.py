@@ -9,6 +9,7 @@ computation        fetching a task's inputs, computing it, and when to stop
 records            the results, failures, retries and dead letters that a delivery leaves behind
 endings            puts an end on record, once, and reports it
 attempt_report     what the log, the trace and the metrics say of an attempt
+track_figures      how the attempts of a track ended, for the registry
 refusal            messages that are no task, and deliveries that fail unexpectedly
 notifier           a task's callbacks, handed over to the queue that delivers them
 engine_supervisor  a slot's engine process between tasks, and the leases by which one task holds it

@@ -8,6 +8,7 @@ callbacks, secrets   callbacks, and the secrets that sign them
 listen, listener     `inferq listen`, a receiver of callbacks for development
 listener_settings    its settings
 usage, plan          what tenants used; how many workers a load needs
+canary               `inferq canary`: a new version against the old one
 dead                 list, redrive and purge dead letters
 nightly              nightly runs, and beat
 server, keys         the gateway, and its API keys

@@ -34,6 +34,7 @@ from inferq.broker.celery_app import celery_app
 from inferq.consumers.jobs.worker import Consuming, application, work
 from inferq.consumers.probes.settings import ProbeSettings
 from inferq.schemas import InstallationError, Outage
+from inferq.schemas.errors import EXIT_CONFIG
 from tests.celery_worker import working
 from tests.certificates import certificate
 from tests.conftest import RabbitMQ
@@ -154,10 +155,10 @@ def test_a_process_with_a_setting_that_its_jobs_cannot_use_does_not_start(
 ) -> None:
     env = {"INFERQ_AMQP_URL": "amqp://guest:guest@127.0.0.1:1", setting: value}
     checked = inferq_here(env, "callbacks", "--queues", "batches", "--check")
-    assert (checked.returncode, setting in checked.stderr) == (1, True), checked.stderr
+    assert (checked.returncode, setting in checked.stderr) == (EXIT_CONFIG, True), checked.stderr
     process = ForkedPart("callbacks", "--queues", "batches", env=os.environ | env, log=tmp_path / "log")
     ended, log = process.wait(60), (tmp_path / "log").read_text()
-    assert (ended, setting in log) == (1, True), log
+    assert (ended, setting in log) == (EXIT_CONFIG, True), log
 
 
 def test_the_installed_jobs_are_those_of_the_queues() -> None:
