@@ -1,14 +1,19 @@
-"""What the network policies of the component let through."""
+"""What network policies and the ingress let through."""
 
 from __future__ import annotations
 
 import ipaddress
 import random
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from inferq.producer.gateway.app import create_app
+from inferq.producer.gateway.settings import GatewaySettings
+from inferq.storage import StorageSettings
 from tests.k8s.manifests import Manifest, of_kind, render
 
 PARTS = ("worker", "gateway", "callbacks", "batches", "beat", "monitor")
@@ -94,6 +99,42 @@ def callers(part: str) -> set[tuple[object, str]]:
         for rule in rules(labels(part), "ingress")
         for port in rule["ports"]
         for peer in rule["from"]
+    }
+
+
+def ingress() -> Manifest:
+    return of_kind(render("components/ingress"), "Ingress")["gateway"]
+
+
+def test_the_ingress_leads_to_every_route_that_asks_for_a_key_and_to_no_other(tmp_path: Path) -> None:
+    (rule,) = ingress()["spec"]["rules"]
+    paths = {each["path"]: each["pathType"] for each in rule["http"]["paths"]}
+    assert paths == {"/v1": "Prefix", "/openapi.json": "Exact"}
+    storage = StorageSettings(store_url=(tmp_path / "store").as_uri(), redis_url="redis://127.0.0.1:1/0")
+    publisher: Any = SimpleNamespace()
+    settings = GatewaySettings(api_keys_file=tmp_path / "keys.json")
+    app = create_app(settings=settings, storage=storage, publisher=publisher)
+    routes = set(app.openapi()["paths"])
+    assert "/v1/tasks" in routes
+    outside = {route for route in routes if not route.startswith("/v1/")}
+    assert outside == {"/healthz", "/readyz", "/metrics"}
+
+
+def test_the_ingress_lets_uploads_and_long_requests_through() -> None:
+    annotations = ingress()["metadata"]["annotations"]
+    prefix = "nginx.ingress.kubernetes.io/"
+    settings = GatewaySettings()
+    for size in (annotations[f"{prefix}proxy-body-size"], annotations["nginx.org/client-max-body-size"]):
+        assert size.endswith("m")
+        assert int(size[:-1]) * 2**20 >= settings.max_upload_bytes + 2**20
+    for timeout in (annotations[f"{prefix}proxy-read-timeout"], annotations["nginx.org/proxy-read-timeout"]):
+        assert int(timeout.removesuffix("s")) >= 300 > settings.events_heartbeat
+    assert (annotations[f"{prefix}proxy-buffering"], annotations["nginx.org/proxy-buffering"]) == (
+        "off",
+        "False",
+    )
+    assert {host for tls in ingress()["spec"]["tls"] for host in tls["hosts"]} == {
+        rule["host"] for rule in ingress()["spec"]["rules"]
     }
 
 
