@@ -87,9 +87,12 @@ def test_names_are_resolved_by_the_clusters_dns_only() -> None:
     peers = [
         peer for rule in rules(labels("worker"), "egress") for peer in rule["to"] if "podSelector" in peer
     ]
-    assert {next(iter(peer["podSelector"]["matchLabels"].values())) for peer in peers} == {
-        "kube-dns", "rabbitmq", "valkey", "seaweedfs",
-    }  # fmt: skip
+    selectors = [peer["podSelector"] for peer in peers]
+    names = {name for each in selectors for name in each.get("matchLabels", {}).values()}
+    names |= {
+        name for each in selectors for rule in each.get("matchExpressions", []) for name in rule["values"]
+    }
+    assert names == {"kube-dns", "rabbitmq", "redis", "valkey", "seaweedfs"}
 
 
 def callers(part: str) -> set[tuple[object, str]]:
