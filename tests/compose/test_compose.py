@@ -262,6 +262,11 @@ def test_the_passwords_are_never_committed_and_in_no_image() -> None:
     ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
     assert "/.env" in ignored
     assert (ROOT / ".dockerignore").read_text("utf-8").splitlines()[0] == "*"
+    if (ROOT / ".git").exists():  # a file that was added before it was ignored stays
+        tracked = subprocess.run(
+            ["git", "ls-files", ".env"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert tracked.stdout == ""
 
 
 def test_rabbitmq_lets_a_worker_hold_its_task() -> None:
