@@ -36,13 +36,12 @@ _BUSY = re.compile(r"^inferq_worker_busy_slots (\S+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class ScaleIn:
-    """Pods that were removed at one moment: how many, how many of them were busy, and how many were so while one that
-    stayed was idle."""
+    """Pods that were removed at one moment (POSIX seconds), and the ready ones that stayed."""
 
     at: float
-    removed: int
-    busy: int
-    avoidable: int
+    removed: tuple[str, ...]
+    stayed: tuple[str, ...]
+    costs: Mapping[str, int]
 
 
 @dataclass
@@ -157,7 +156,6 @@ class Cluster:
     def _remove(self, count: int) -> None:
         """Choose as a ReplicaSet does, by what the API server has at this moment."""
         live = self.live
-        before = self.busy(live)
         candidates = [
             Pod(
                 pod.name, pod.uid, "node", ready_at=pod.ready_at, created_at=pod.created_at,
@@ -166,24 +164,16 @@ class Cluster:
             for pod in live
         ]  # fmt: skip
         chosen = {pod.name for pod in removal_order(candidates, time.monotonic())[:count]}
-        victims = [pod for pod in live if pod.name in chosen]
-        for pod in victims:
-            self.api.begin_deletion(pod.name)
-            pod.process.send_signal(signal.SIGTERM)
-            pod.killed_at = time.monotonic()
-        stay = [pod for pod in live if pod.name not in chosen and pod.ready_at is not None]
-        after = self.busy(stay)
-        idle = sum(not before[pod.name] and not after[pod.name] for pod in stay)
-        busy = [pod for pod in victims if before[pod.name]]
-        if stay:
-            found = ScaleIn(time.monotonic(), len(victims), len(busy), min(idle, len(busy)))
-            self.scale_ins.append(found)
-            if found.avoidable:
-                costs = {pod.name: pod.cost for pod in candidates}
-                self.events.append(
-                    (found.at, f"avoidable: {chosen} of {before}, then {after}, costs {costs}")
-                )
-        self.events.append((time.monotonic(), f"{len(victims)} removed"))
+        stayed = tuple(pod.name for pod in live if pod.name not in chosen and pod.ready_at is not None)
+        costs = {pod.name: pod.cost for pod in candidates}
+        if stayed:
+            self.scale_ins.append(ScaleIn(time.time(), tuple(chosen), stayed, costs))
+        for pod in live:
+            if pod.name in chosen:
+                self.api.begin_deletion(pod.name)
+                pod.process.send_signal(signal.SIGTERM)
+                pod.killed_at = time.monotonic()
+        self.events.append((time.monotonic(), f"{count} removed"))
 
     def _reap(self, now: float) -> None:
         for pod in [pod for pod in self.pods if pod.killed_at is not None]:

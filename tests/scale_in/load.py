@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-_PHASES = ((1.6, 3.0, 6.0), (0.3, 8.0, 12.0))
+_PHASES = ((1.5, 2.0, 4.0), (0.2, 9.0, 13.0))
 """Phases that take turns: tasks a second, and how long at least and at most."""
 _MEDIAN_SECONDS = 1.5
 _LONGEST_SECONDS = 12.0

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from inferq.broker import BrokerSettings, Publisher, task_message, topology_for
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
-from tests.scale_in.cluster import Cluster, Start, result_of
+from tests.scale_in.cluster import Cluster, ScaleIn, Start, result_of
 from tests.scale_in.kubernetes_api import ApiServer
 from tests.scale_in.load import PlannedTask, draw
 from tests.scale_in.rules import Scaler, Timing
@@ -40,6 +42,7 @@ class Row:
     removed: int
     busy: int
     avoidable: int
+    settled: int
     tasks: int
     results: int
     repeated: int
@@ -96,8 +99,7 @@ def play(
                 known = len(cluster.scale_ins)
                 cluster.step()
                 if len(cluster.scale_ins) > known and len(cluster.scale_ins) % 10 == 0:
-                    avoidable = sum(each.avoidable for each in cluster.scale_ins)
-                    say(f"{variant}, seed {seed}: {len(cluster.scale_ins)} scale-ins, {avoidable} avoidable")
+                    say(f"{variant}, seed {seed}: {len(cluster.scale_ins)} scale-ins")
                 time.sleep(_STEP_SECONDS)
             end = time.monotonic() + _DRAIN_SECONDS
             while time.monotonic() < end and (cluster.pods or _left(store, sent)):
@@ -110,23 +112,69 @@ def play(
                 guard.terminate()
                 guard.wait(30)
         results = [result_of(store, each.name) for each in sent]
+        runs = [Run.of(found) for found in results if found is not None]
+        judged = [judge(each, runs) for each in cluster.scale_ins]
         row = Row(
             variant=variant,
             seed=seed,
             scale_ins=len(cluster.scale_ins),
-            removed=sum(each.removed for each in cluster.scale_ins),
-            busy=sum(each.busy for each in cluster.scale_ins),
-            avoidable=sum(each.avoidable for each in cluster.scale_ins),
+            removed=sum(len(each.removed) for each in cluster.scale_ins),
+            busy=sum(each.busy for each in judged),
+            avoidable=sum(each.avoidable for each in judged),
+            settled=sum(each.settled for each in judged),
             tasks=len(sent),
             results=sum(found is not None for found in results),
             repeated=sum(found is not None and found["attempts"] > 1 for found in results),
             pods=cluster.started,
             patches=len(api.patches()),
             seconds=round(time.monotonic() - began, 1),
-            notes=[text for _, text in cluster.events if text.startswith("avoidable")],
+            notes=[each.note for each in judged if each.avoidable],
         )
     shutil.rmtree(store, ignore_errors=True)
     return row
+
+
+class Run(NamedTuple):
+    """A run, by its result: its worker, and when it began and ended (POSIX seconds)."""
+
+    worker: str
+    began: float
+    ended: float
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Run:
+        moments = (datetime.fromisoformat(result[name]).timestamp() for name in ("started_at", "finished_at"))
+        return cls(result["worker"], *moments)
+
+
+class Judged(NamedTuple):
+    """Of the pods that were removed at one moment, the busy ones: all, those that were removed while another pod was
+    idle, and those while one had been idle for a second: a cost is about half a second behind."""
+
+    busy: int
+    avoidable: int
+    settled: int
+    note: str
+
+
+def judge(scale_in: ScaleIn, runs: Sequence[Run]) -> Judged:
+    """Judge a choice by all runs, which are known afterwards."""
+
+    def idle_for(pod: str) -> float:
+        own = [run for run in runs if run.worker == pod]
+        if any(run.began <= scale_in.at < run.ended for run in own):
+            return 0.0
+        return min((scale_in.at - run.ended for run in own if run.ended <= scale_in.at), default=math.inf)
+
+    idle = {pod: idle_for(pod) for pod in (*scale_in.removed, *scale_in.stayed)}
+    busy = sum(not idle[pod] for pod in scale_in.removed)
+    others = [idle[pod] for pod in scale_in.stayed]
+    return Judged(
+        busy,
+        min(busy, sum(seconds > 0 for seconds in others)),
+        min(busy, sum(seconds >= 1 for seconds in others)),
+        f"of {scale_in.costs} were removed {scale_in.removed}; seconds idle: {idle}",
+    )
 
 
 @contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from inferq.broker import BrokerSettings, Publisher, task_message, topology_for
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
-from tests.scale_in.cluster import Cluster, forks
+from tests.scale_in.cluster import Cluster, ScaleIn, forks
 from tests.scale_in.kubernetes_api import ApiServer
 from tests.scale_in.rules import Pod, Scaler, Timing, removal_order
+from tests.scale_in.run import Run, judge
 from tests.waiting import eventually
 
 
@@ -55,8 +57,7 @@ def test_of_three_real_workers_the_busy_one_stays(
             cluster.scaler = Fixed(1)
             cluster.step()
             assert [pod.name for pod in cluster.live] == [busy]
-            assert cluster.scale_ins[-1].removed == 2
-            assert cluster.scale_ins[-1].busy == 0
+            assert len(cluster.scale_ins[-1].removed) == 2
             eventually(lambda: stepped(lambda: len(cluster.pods) == 1), "the end of the idle pods")
         finally:
             cluster.close()
@@ -73,6 +74,15 @@ class Fixed(Scaler):
 
     def due(self, now: float) -> bool:
         return False
+
+
+def test_a_choice_is_judged_by_what_all_workers_did_at_its_moment() -> None:
+    runs = [Run("a", 0, 5), Run("a", 8, 12), Run("b", 0, 9.5), Run("c", 0, 6)]
+    choice = ScaleIn(at=10, removed=("a",), stayed=("b",), costs={})
+    assert judge(choice, runs)[:3] == (1, 1, 0), "b ended its task half a second ago"
+    assert judge(replace(choice, stayed=("b", "c")), runs)[:3] == (1, 1, 1)
+    assert judge(replace(choice, removed=("c",), stayed=("a", "b")), runs)[:3] == (0, 0, 0)
+    assert judge(replace(choice, removed=("a", "b"), stayed=("never",)), runs)[:3] == (1, 1, 1)
 
 
 def test_a_replica_set_removes_pods_in_its_published_order() -> None:
