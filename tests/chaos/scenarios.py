@@ -528,8 +528,9 @@ SCENARIOS: tuple[Scenario, ...] = (
         "pods",
         "pods deleted at random (`SIGTERM`, and `SIGKILL` after 0.2, 1 or 20 s of grace), and rolling updates",
         delete_pods,
-        _load(600, 45, busy=1.6),
-        _load(80, 8, busy=1.6),
+        # Long enough that the end of the grace finds some of them running.
+        _load(200, 45, busy=2.2),
+        _load(40, 8, busy=2.0),
         Needs(workers=3),
     ),
     Scenario(
