@@ -29,6 +29,7 @@ from inferq.producer.up.rabbitmq import USER, RabbitNode, RabbitPorts
 from inferq.producer.up.redis import RedisServer
 from inferq.storage import ObjectInfo, ObjectStore
 from inferq.storage.objects.s3 import s3_client
+from tests.logged import log_kept
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -70,6 +71,12 @@ def pytest_configure(config: pytest.Config) -> None:
                 pytest.skip("starts a process")
 
         sys.addaudithook(skip)
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:
+    with log_kept():
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -22,6 +20,7 @@ from inferq.producer.gateway.keys import KeyFile
 from inferq.producer.up.part import free_ports
 from tests.conftest import RabbitMQ
 from tests.forked import ForkedPart
+from tests.logged import log_kept
 from tests.waiting import eventually, takes_work
 
 
@@ -40,7 +39,7 @@ def inferq_here(env: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     status: object = 0
     load_services.cache_clear()  # a process has one environment; this one has many
-    with pytest.MonkeyPatch.context() as patch, _log_kept(), redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, log_kept(), redirect_stdout(out), redirect_stderr(err):
         for name, value in env.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["inferq", *arguments])
@@ -50,26 +49,6 @@ def inferq_here(env: dict[str, str], *arguments: str) -> subprocess.CompletedPro
             status = ended.code
     said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(arguments, int(str(status or 0)), said, complained)
-
-
-@contextmanager
-def _log_kept() -> Iterator[None]:
-    """Undo at the end what a part's `start_log` changes in this process: later tests read their own logs."""
-    root, ours = logging.getLogger(), logging.getLogger("inferq")
-    handlers, levels = root.handlers[:], (root.level, ours.level)
-    names = ("logThreads", "logProcesses", "logMultiprocessing")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(logging, name, getattr(logging, name))
-        patch.setattr(sys, "excepthook", sys.excepthook)
-        patch.setattr(threading, "excepthook", threading.excepthook)
-        try:
-            yield
-        finally:
-            logging.captureWarnings(False)
-            root.handlers[:] = handlers
-            root.setLevel(levels[0])
-            ours.setLevel(levels[1])
 
 
 @contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from inferq.schemas.logs import PartFormatter
 
@@ -33,3 +37,23 @@ def logged(name: str, level: int = logging.DEBUG) -> Iterator[list[dict[str, Any
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+@contextmanager
+def log_kept() -> Iterator[None]:
+    """Undo at the end what a part's `start_log` changes in this process: later tests read their own logs."""
+    root, ours = logging.getLogger(), logging.getLogger("inferq")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    names = ("logThreads", "logProcesses", "logMultiprocessing")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(logging, name, getattr(logging, name))
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setattr(threading, "excepthook", threading.excepthook)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.handlers[:] = handlers
+            root.setLevel(levels[0])
+            ours.setLevel(levels[1])
