@@ -43,9 +43,9 @@ RUN mkdir /data /scratch /weights && chown 65532:65532 /data /scratch /weights
 USER 65532:65532
 STOPSIGNAL SIGTERM
 
-# Every image but the gateway: scratch space, and probes on port 9000.
+# Every image but the gateway: scratch space, also for temporary files of libraries, and probes on port 9000.
 FROM runtime AS consumer
-ENV HOME=/scratch INFERQ_PROBE_HOST=0.0.0.0 INFERQ_PROBE_PORT=9000
+ENV HOME=/scratch TMPDIR=/scratch INFERQ_PROBE_HOST=0.0.0.0 INFERQ_PROBE_PORT=9000
 VOLUME ["/scratch"]
 WORKDIR /scratch
 EXPOSE 9000
@@ -185,8 +185,6 @@ FROM build AS build-callbacks
 RUN pip install -c constraints.txt '.[worker,jobs,kubernetes,otel]' && $SBOM
 FROM consumer AS callbacks
 COPY --from=build-callbacks /opt/inferq /opt/inferq
-# For the temporary files of batches.
-ENV TMPDIR=/scratch
 ENTRYPOINT ["inferq"]
 CMD ["callbacks"]
 
