@@ -49,6 +49,29 @@ _REMOTE = _object(("key",), key=_TEXT, property=_TEXT)
 _ANTI_AFFINITY = _object(
     ("topologyKey",), topologyKey=_TEXT, labelSelector=_object(("matchLabels",), matchLabels=_LABELS)
 )
+_CONTAINERS = {
+    "type": "array",
+    "items": _object(
+        ("name",),
+        name={"enum": ["rabbitmq", "setup-container"]},
+        securityContext=_object(
+            allowPrivilegeEscalation={"type": "boolean"},
+            capabilities=_object(drop={"type": "array", "items": _TEXT}),
+        ),
+    ),
+}
+_POD_CONTEXTS = _object(
+    ("containers",),
+    securityContext=_object(
+        runAsNonRoot={"type": "boolean"},
+        runAsUser={"type": "integer"},
+        runAsGroup={"type": "integer"},
+        fsGroup={"type": "integer"},
+        seccompProfile=_object(("type",), type={"enum": ["RuntimeDefault", "Localhost", "Unconfined"]}),
+    ),
+    initContainers=_CONTAINERS,
+    containers=_CONTAINERS,
+)
 
 SPECS: dict[tuple[str, str], dict[str, Any]] = {
     ("rabbitmq.com/v1beta1", "RabbitmqCluster"): _object(
@@ -62,6 +85,7 @@ SPECS: dict[tuple[str, str], dict[str, Any]] = {
             )
         ),
         rabbitmq=_object(additionalConfig=_TEXT),
+        override=_object(statefulSet=_object(spec=_object(template=_object(spec=_POD_CONTEXTS)))),
     ),
     ("rabbitmq.com/v1beta1", "User"): _object(
         ("rabbitmqClusterReference",),
