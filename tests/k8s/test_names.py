@@ -260,7 +260,7 @@ def test_the_script_of_the_overlay_try_makes_its_secrets(tmp_path: Path) -> None
         text=True,
         check=True,
     )
-    assert re.search(r"^INFERQ_API_KEY=iq_\w+", done.stderr, re.MULTILINE)
+    assert re.search(r"^INFERQ_API_KEY=iq_[\w-]+$", done.stderr, re.MULTILINE)
     made = {each["metadata"]["name"]: each for each in yaml.safe_load_all(done.stdout)}
     assert {each["metadata"]["namespace"] for each in made.values()} == {"inferq"}
     wanted = wanted_secrets(render("overlays/try"), "overlays/try")
