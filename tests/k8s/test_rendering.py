@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from inferq.schemas import installed_types
-from tests.k8s.manifests import TYPES, of_kind, overlays, render, targets
+from tests.k8s.manifests import TYPES, components, kustomization, of_kind, overlays, render, targets
 
 
 @pytest.mark.parametrize("path", targets())
@@ -13,6 +13,13 @@ def test_it_renders(path: str) -> None:
     names = [(each["kind"], each["metadata"]["name"]) for each in render(path)]
     assert names
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", components())
+def test_a_component_merges_no_settings(path: str) -> None:
+    """Components run after the generators of their overlay, which could not set these settings any more."""
+    generators = kustomization(path).get("configMapGenerator", [])
+    assert [each["name"] for each in generators if each.get("behavior")] == []
 
 
 def test_every_task_type_of_ours_has_a_worker() -> None:
