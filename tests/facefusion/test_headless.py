@@ -30,7 +30,7 @@ MakeEngine = Callable[[str], FacefusionEngine]
 
 @pytest.fixture
 def make_engine(home: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
-    """An engine on the stand-in, which behaves as it is told and needs no GPU."""
+    """An engine on the stand-in, whose faults a test chooses; it needs no GPU."""
     monkeypatch.setattr("inferq.consumers.facefusion.engine.gpu_fault", lambda number: None)
     monkeypatch.setenv("INFERQ_FACEFUSION_BACKEND", "facefusion")
     monkeypatch.setenv("INFERQ_FACEFUSION_HOME", str(home))

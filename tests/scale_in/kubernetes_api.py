@@ -1,7 +1,7 @@
 """A stand-in of the Kubernetes API server, over HTTP: pods and leases of one namespace.
 
 It lists with a resourceVersion and selectors of labels, watches with bookmarks and 410 for what is compacted, merges
-patches, refuses conflicts, and fails as it is told (https://kubernetes.io/docs/reference/using-api/api-concepts/).
+patches, refuses conflicts, and fails if a test asks for it (https://kubernetes.io/docs/reference/using-api/api-concepts/).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it was answered."""
+    """A request and its answer."""
 
     method: str
     path: str
@@ -186,7 +186,7 @@ class ApiServer:
             return self._objects["leases"].get("scale-in-guard")
 
     def compact(self) -> None:
-        """Forget all events: who watches from before is told that this is too old (410)."""
+        """Forget all events. A watch from before ends with 410, too old."""
         with self._changed:
             self._version += 1
             self._floor = self._version

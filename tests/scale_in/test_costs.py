@@ -82,7 +82,7 @@ def test_a_busy_pod_is_never_chosen_while_an_idle_one_exists(
             assert idle_and_others == sorted(idle_and_others), "every idle pod goes first"
             busy_or_not = [
                 state == "busy" for pod, state in zip(order, states, strict=True)
-                # One that said that it was busy, and is silent since, stays as protected as it was.
+                # A worker that was busy and is silent since keeps its cost.
                 if not (state == "unknown" and pod.cost >= BUSY_COST)
             ]  # fmt: skip
             assert busy_or_not == sorted(busy_or_not), "what is unknown goes before what is busy"
