@@ -12,6 +12,7 @@ callbacks          delivers callbacks
 batches            feeds batches and assembles their results
 nightly            starts nightly runs and reports their nights
 monitor            figures of queues, workers, batches and nights
+rounds             the rounds of monitor and scale_in, until a signal
 scale_in           keeps Kubernetes from removing busy workers
 jobs               the Celery worker that runs callbacks, batches and nightly
 probes             where a process serves its probes, and the metrics of the jobs

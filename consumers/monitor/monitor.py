@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from inferq.consumers.monitor.settings import MonitorSettings
 from inferq.consumers.monitor.source import Reading, Source, Unknown
 from inferq.consumers.monitor.stats import make_stats
 from inferq.consumers.monitor.waiting import Arrivals, Waiting
+from inferq.consumers.rounds import Rounds
 from inferq.schemas import PRIORITIES, Outage, installed_types
 from inferq.schemas.monitor import Lane, Service, Stats
 from inferq.schemas.probe_server import ProbeServer, Readiness
@@ -39,10 +38,6 @@ _MOST_TYPES = 200
 _WAITING = TypeAdapter(dict[str, Arrivals])
 
 _log = logging.getLogger(__name__)
-
-
-class _Stopped(Exception):
-    """`stop` was called."""
 
 
 class _RedisFigures(NamedTuple):
@@ -64,7 +59,7 @@ class Monitor:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._rounds = Rounds()
         self._index = StatusIndex.from_settings(storage)
         self._kept = MonitorFigures(self._index)
         registry = WorkerRegistry(self._index)
@@ -128,11 +123,7 @@ class Monitor:
         if self.probes is not None:
             self.probes.start()
         try:
-            with suppress(_Stopped):
-                while True:
-                    began = time.monotonic()
-                    self.round()
-                    self._pause(self._settings.monitor_interval - (time.monotonic() - began))
+            self._rounds.run(self.round, self._settings.monitor_interval)
         finally:
             if self.probes is not None:
                 self.probes.close()
@@ -144,12 +135,7 @@ class Monitor:
 
     def stop(self) -> None:
         """End `run` after the present round. A signal handler may call it."""
-        self._stops.put(None)
-
-    def _pause(self, seconds: float) -> None:
-        with suppress(queue.Empty):
-            self._stops.get(timeout=max(0.0, seconds))
-            raise _Stopped
+        self._rounds.stop()
 
     def readiness(self) -> Readiness:
         """Ready after the first round, unless a service is unavailable. Unknown does not count as unavailable."""

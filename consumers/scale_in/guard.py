@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from kubernetes.client import ApiClient, ApiException, CoordinationV1Api, CoreV1
 from prometheus_client import make_wsgi_app
 
 from inferq.broker import backoff
+from inferq.consumers.rounds import Rounds
 from inferq.consumers.scale_in.api import API_ERRORS, REQUEST_SECONDS, reason_of, retry_after
 from inferq.consumers.scale_in.costs import COST_ANNOTATION, Patch, patches
 from inferq.consumers.scale_in.hearing import Hearing
@@ -39,10 +38,6 @@ _OUTCOMES: dict[int, PatchOutcome] = {
 }
 
 _log = logging.getLogger(__name__)
-
-
-class _Stopped(Exception):
-    """`stop` was called."""
 
 
 class _Refusal(NamedTuple):
@@ -74,7 +69,7 @@ class ScaleInGuard:
         self._settings = settings
         self._namespace = namespace
         self._clock = clock
-        self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._rounds = Rounds(clock=clock)
         self.metrics = GuardMetrics()
         self._index = StatusIndex.from_settings(storage)
         self._hearing = Hearing(WorkerRegistry(self._index), clock=clock)
@@ -103,16 +98,7 @@ class ScaleInGuard:
         if self.probes is not None:
             self.probes.start()
         try:
-            with suppress(_Stopped):
-                while True:
-                    began = self._clock()
-                    try:
-                        self.round()
-                    except Exception:
-                        _log.exception("a round ended by an unexpected error; still retrying")
-                        self._pause_patches(None)
-                    self._last_round = self._clock()
-                    self._wait(self._settings.scale_in_interval - (self._clock() - began))
+            self._rounds.run(self._try_round, self._settings.scale_in_interval)
         finally:
             self._lease.release()
             self._pods.stop()
@@ -121,12 +107,15 @@ class ScaleInGuard:
 
     def stop(self) -> None:
         """End `run` after the present round. A signal handler may call it."""
-        self._stops.put(None)
+        self._rounds.stop()
 
-    def _wait(self, seconds: float) -> None:
-        with suppress(queue.Empty):
-            self._stops.get(timeout=max(0.0, seconds))
-            raise _Stopped
+    def _try_round(self) -> None:
+        try:
+            self.round()
+        except Exception:
+            _log.exception("a round ended by an unexpected error; still retrying")
+            self._pause_patches(None)
+        self._last_round = self._clock()
 
     def round(self) -> None:
         """Read what is known, and make the patches that are due."""
