@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import NamedTuple
 
+from inferq.producer.demand import Backlog
+
 TASK_SECONDS = 64 / 1839.63
 """A NER task of 64 texts: `inferq, queue to stored result` in RESULTS.md, one slot."""
 SPREAD = 0.5
@@ -108,10 +110,7 @@ def demand(target: float) -> Wish:
     """The rule of GET /v1/demand: the workers with which every waiting task starts within `target` seconds."""
 
     def wish(_now: int, seen: Seen) -> float:
-        within = target if seen.oldest <= target else target**2 / seen.oldest
-        runs = within / TASK_SECONDS
-        left = max(0, seen.waiting - math.floor(seen.in_hand * runs))
-        return min(seen.waiting + seen.in_hand, seen.in_hand + math.ceil(left / (math.floor(runs) + 1)))
+        return Backlog(seen.waiting, seen.in_hand, oldest=seen.oldest, seconds=TASK_SECONDS).slots(target)
 
     return wish
 
