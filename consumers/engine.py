@@ -1,14 +1,14 @@
 """The engine protocol: the class that an engine derives from, and the context of a run.
 
 An engine lives in its own process, which owns the GPU and the model. The process calls
-`load` → `warm_up` → `run` for each task → `close`, all on one thread.
+`load` → `warm_up` → `run` for each task, or `run_batch` for several → `close`, all on one thread.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -112,7 +112,13 @@ class Engine(ABC, Generic[TaskT]):
 
     A method may raise InvalidTask (the input will never work: no retry) or TransientFailure (another attempt may
     work: a retry). Any other exception is retried too, and logged with its stack.
+
+    An engine that computes several small tasks faster together than one by one sets `batch_size` above 1, as a class
+    attribute or in `load`, and implements `run_batch`. `run` stays: it computes a task that has no company.
     """
+
+    batch_size: int = 1
+    """The most tasks that one `run_batch` takes; 1 if the engine has none. INFERQ_BATCH_SIZE can lower it."""
 
     @abstractmethod
     def load(self) -> EngineInfo:
@@ -128,6 +134,20 @@ class Engine(ABC, Generic[TaskT]):
     @abstractmethod
     def run(self, task: TaskT, context: Context) -> BaseModel | Mapping[str, Any]:
         """Compute one task, and return the output of its type."""
+
+    def batch_key(self, task: TaskT) -> Hashable:  # noqa: ARG002
+        """Which tasks go together: those with equal keys. By default all do."""
+        return None
+
+    def run_batch(
+        self, tasks: Sequence[TaskT], contexts: Sequence[Context]
+    ) -> Sequence[BaseModel | Mapping[str, Any] | Exception]:
+        """Compute several tasks of one `batch_key`, and return an output for each, in their order.
+
+        Each task has its own context. An exception in place of an output fails that task alone. If the call itself
+        raises, no task is charged with an attempt: `run` computes each of them alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a batch_size above 1 and no run_batch")
 
     def close(self) -> None:
         """Release the model and the device. A second call does nothing. Optional."""
