@@ -3,6 +3,7 @@
 worker             the process: its slots, signals, probes
 slot               a slot's threads, each of which consumes deliveries and brings them to their end
 task_run           one delivery from its arrival to its acknowledgement: the story
+attempt            one attempt of its task: decided, computed, recorded, or failed
 decision           run, retry, dead-letter, …: pure functions from facts to a decision
 preparation        the facts before a run, early fetching, and the record that it begins
 computation        fetching a task's inputs, computing it, and when to stop

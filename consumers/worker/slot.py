@@ -12,7 +12,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from inferq.broker import BrokerSettings, Consumer, Delivery, topology_for, work_queue
-from inferq.broker.spans import processing
 from inferq.consumers.runtime.process import RunAborted
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor
 from inferq.consumers.worker.services import GracePassed, WorkerServices
@@ -276,11 +275,10 @@ class _SlotThread(threading.Thread):
             return
         lane = self._lane_of[delivery.queue]
         self.taken[lane] += 1
-        with self._supervisor.lease() as lease, processing(delivery) as span:
-            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane, span.context)
+        with self._supervisor.lease() as lease:
+            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane)
             self._services.hand_changed.set()
             outcome = self.in_hand.complete()
-            span.set("inferq.outcome", outcome)
         if outcome == "given_back":
             self.requeued[lane] += 1
         self.in_hand = None
