@@ -1,7 +1,10 @@
 """Engine processes: starting one, talking to it, and ending it.
 
 process        the worker's end of an engine process
+runs           what a run calls, and how it ends without an answer
+group          a group of jobs that is computed in batches, as the worker sees it
 child          the engine process itself
+computing      computes one task, or the tasks of a group in batches
 channel        messages over a socket, each with a deadline
 messages       what goes over the channel
 output         what it prints and logs, line by line in the worker's log

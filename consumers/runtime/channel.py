@@ -10,9 +10,10 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterable
 
 LARGEST_BYTES = 16 * 1024 * 1024
-"""The largest message. The longest regular one is an output with a few thousand artifacts."""
+"""The largest message of an engine. The longest regular one is an output with a few thousand artifacts."""
 
 _LENGTH = struct.Struct(">I")
 _READ_BYTES = 256 * 1024
@@ -25,9 +26,11 @@ class Unreadable(ValueError):
 class Channel:
     """One end of a pair of sockets. One thread at a time may send, and one may receive."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, *, largest: int = LARGEST_BYTES) -> None:
+        """`largest`: the bytes of the largest message that may come."""
         end.setblocking(False)
         self._socket = end
+        self._largest = largest
         self._received = bytearray()
         self._ended = False
         self._readable, self._writable = select.poll(), select.poll()
@@ -58,8 +61,12 @@ class Channel:
 
         After an error the channel is of no more use: a part of the message may have been sent.
         """
+        self.send_all((message,), timeout)
+
+    def send_all(self, messages: Iterable[bytes], timeout: float | None = None) -> None:
+        """As `send`, several messages at once."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        left = memoryview(_LENGTH.pack(len(message)) + message)
+        left = memoryview(b"".join(part for text in messages for part in (_LENGTH.pack(len(text)), text)))
         while left:
             try:
                 left = left[self._socket.send(left) :]
@@ -75,8 +82,8 @@ class Channel:
         if len(self._received) < _LENGTH.size:
             return None
         size: int = _LENGTH.unpack_from(self._received)[0]
-        if size > LARGEST_BYTES:
-            raise Unreadable(f"it announced a message of {size} bytes; the limit is {LARGEST_BYTES}")
+        if size > self._largest:
+            raise Unreadable(f"it announced a message of {size} bytes; the limit is {self._largest}")
         return size
 
     def _fill(self) -> bool:

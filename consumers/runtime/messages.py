@@ -6,6 +6,8 @@ output follows its line unquoted, so that it is serialized and parsed once only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,17 +51,44 @@ class Run(_Message):
     time_limit: float = 300.0
 
 
+@dataclass(frozen=True)
+class Job:
+    """A task (its JSON) of a group, with its scratch folder, its inputs, and its time limit in seconds."""
+
+    task: str
+    scratch: str
+    inputs: Mapping[str, FileRef] = field(default_factory=dict)
+    time_limit: float = 300.0
+
+
+class RunGroup(_Message):
+    """Compute these tasks, in batches of at most `most`. A job's place is its position in `jobs`."""
+
+    kind: Literal["group"] = "group"
+    jobs: tuple[Job, ...]
+    most: int
+
+
 class Abort(_Message):
-    """Stop the run at the next opportunity."""
+    """Stop the run, or the jobs of a group at these places, at the next opportunity."""
 
     kind: Literal["abort"] = "abort"
+    places: tuple[int, ...] = (0,)
 
 
 class Ready(_Message):
-    """Loaded and warmed up."""
+    """Loaded and warmed up. `batch_size`: the most tasks that the engine computes together."""
 
     kind: Literal["ready"] = "ready"
     engine: EngineInfo
+    batch_size: int = 1
+
+
+class BatchBegun(_Message):
+    """The engine now computes the jobs of a group at these places, together."""
+
+    kind: Literal["begun"] = "begun"
+    places: tuple[int, ...]
 
 
 class LoadFailed(_Message):
@@ -72,9 +101,10 @@ class LoadFailed(_Message):
 
 
 class Progress(_Message):
-    """How far the run is."""
+    """How far the run is. `place`: the job's place in its group."""
 
     kind: Literal["progress"] = "progress"
+    place: int = 0
     fraction: float
     note: str
 
@@ -82,19 +112,27 @@ class Progress(_Message):
 class Done(_Message):
     """The run's output and the artifacts that it wrote; `seconds` is the time that the engine took.
 
-    The output is JSON text, which neither side parses; None if it is an artifact.
+    The output is JSON text, which neither side parses; None if it is an artifact. `place`: the job's place in its
+    group. `batch_size`: how many jobs the engine computed together; `seconds` is the time for all of them.
     """
 
     kind: Literal["done"] = "done"
+    place: int = 0
+    batch_size: int = 1
     output: bytes | None = Field(None, exclude=True)
     artifacts: dict[str, FileRef] = {}
     seconds: float
 
 
 class Failed(_Message):
-    """The run failed. `out_of_memory`: the machine's or a GPU's memory ran out, and may be fragmented now."""
+    """The run failed. `out_of_memory`: the machine's or a GPU's memory ran out, and may be fragmented now.
+
+    `place`, `batch_size` and `seconds` as in Done.
+    """
 
     kind: Literal["failed"] = "failed"
+    place: int = 0
+    batch_size: int = 1
     code: str
     message: str
     invalid: bool
@@ -103,32 +141,54 @@ class Failed(_Message):
 
 
 class Aborted(_Message):
-    """The run stopped because it was asked to."""
+    """The run stopped because it was asked to, or the job was left out of its batch."""
 
     kind: Literal["aborted"] = "aborted"
+    place: int = 0
 
 
-FromWorker = Annotated[Prepare | Run | Abort, Field(discriminator="kind")]
-FromEngine = Annotated[Ready | LoadFailed | Progress | Done | Failed | Aborted, Field(discriminator="kind")]
+class Alone(_Message):
+    """The batch failed as a whole: compute this job alone. The batch costs it no attempt."""
 
-_from_worker: TypeAdapter[Prepare | Run | Abort] = TypeAdapter(FromWorker)
-_from_engine: TypeAdapter[Ready | LoadFailed | Progress | Done | Failed | Aborted] = TypeAdapter(FromEngine)
+    kind: Literal["alone"] = "alone"
+    place: int = 0
+    reason: Literal["engine_died", "time_limit", "out_of_memory", "raised"]
+    message: str
+
+
+_WorkerMessage = Prepare | Run | RunGroup | Abort
+_EngineMessage = Ready | LoadFailed | BatchBegun | Progress | Done | Failed | Aborted | Alone
+
+FromWorker = Annotated[_WorkerMessage, Field(discriminator="kind")]
+FromEngine = Annotated[_EngineMessage, Field(discriminator="kind")]
+
+_from_worker: TypeAdapter[_WorkerMessage] = TypeAdapter(FromWorker)
+_from_engine: TypeAdapter[_EngineMessage] = TypeAdapter(FromEngine)
 
 
 def send(pipe: Channel, message: BaseModel, timeout: float | None = None) -> None:
     """Send a message. Raises OSError if the other process is gone, TimeoutError if it does not read in time."""
+    pipe.send(_line(message), timeout)
+
+
+def send_all(pipe: Channel, messages: Iterable[BaseModel]) -> None:
+    """Send messages at once: the other process wakes once for all of them. Raises OSError if it is gone."""
+    pipe.send_all(map(_line, messages))
+
+
+def _line(message: BaseModel) -> bytes:
     line = to_json(message).encode()  # an engine's message may hold lone surrogates
     if isinstance(message, Done) and message.output is not None:
         line += b"\n" + message.output
-    pipe.send(line, timeout)
+    return line
 
 
-def from_worker(pipe: Channel) -> Prepare | Run | Abort:
+def from_worker(pipe: Channel) -> _WorkerMessage:
     """The next message of the worker; waits for it. Raises EOFError if the worker is gone."""
     return _from_worker.validate_json(pipe.receive())
 
 
-def from_engine(pipe: Channel) -> Ready | LoadFailed | Progress | Done | Failed | Aborted:
+def from_engine(pipe: Channel) -> _EngineMessage:
     """The message of the engine process that has come: see `Channel.poll`.
 
     Raises EOFError if the process is gone, Unreadable if it sent something else, TimeoutError if nothing came.

@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Literal
 
 from inferq.consumers.runtime.channel import Channel, Unreadable
+from inferq.consumers.runtime.group import Fault, GroupRun
 from inferq.consumers.runtime.memory import EngineMemory, MemoryLimits
 from inferq.consumers.runtime.messages import (
     Abort,
@@ -22,68 +22,46 @@ from inferq.consumers.runtime.messages import (
     Done,
     Failed,
     FileRef,
+    Job,
     LoadFailed,
     Prepare,
     Progress,
     Ready,
     Run,
+    RunGroup,
     from_engine,
     send,
 )
 from inferq.consumers.runtime.output import EngineOutput
 from inferq.consumers.runtime.process_tree import kill_engine, start_engine
+from inferq.consumers.runtime.runs import (
+    LOOK_SECONDS,
+    SEND_SECONDS,
+    AbortReason,
+    BatchHooks,
+    EngineDied,
+    OverTime,
+    RunAborted,
+    RunHooks,
+)
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
+
+__all__ = [
+    "LOOK_SECONDS", "AbortReason", "BatchHooks", "EngineDied", "EngineProcess", "Job", "OverTime", "RunAborted",
+    "RunHooks", "Wear",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
-AbortReason = Literal["cancelled", "shutdown"]
-
-LOOK_SECONDS = 0.25
-"""How often a run, a download or a wait checks whether it is cancelled, over time, or shutting down."""
-
 _WAIT_SECONDS = 0.01
 """How often a process that should end is checked."""
-
-_SEND_SECONDS = 5.0
-"""How long an engine process may take to make room for a message; all of them together fit into its buffer."""
 
 _KILL_SECONDS = 30.0
 """How long a killed process may take to end; one that hangs in a driver may never do."""
 
 
-class EngineDied(TransientFailure):
-    """The engine process ended during a run: it crashed, or the system killed it for its memory."""
-
-    code = "engine_died"
-
-
-class OverTime(TransientFailure):
-    """The run was stopped at its time limit."""
-
-    code = "time_limit"
-
-
-class RunAborted(Exception):
-    """The run was stopped on request. `reason` distinguishes a user's cancel from a shutdown."""
-
-    def __init__(self, reason: AbortReason) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 Wear = Literal["max_tasks", "memory", "out_of_memory"]
 """Why a working engine process is replaced: its number of tasks, its growth, or memory that ran out in a run."""
-
-
-@dataclass(frozen=True)
-class RunHooks:
-    """Called during a run, a few times a second, from the run's thread.
-
-    `progress` gets the fraction done and a note. `abort` says why the run has to stop, if it has to.
-    """
-
-    progress: Callable[[float, str], None]
-    abort: Callable[[], AbortReason | None]
 
 
 class EngineProcess:
@@ -113,6 +91,7 @@ class EngineProcess:
         self._run_began: float | None = None
         self._run_due: float | None = None
         self.info: EngineInfo | None = None
+        self.batch_size = 1
         self.tasks = 0
         self.worn: Wear | None = None
 
@@ -185,7 +164,7 @@ class EngineProcess:
             raise TransientFailure("the engine process was not started", code="engine_load_failed")
         try:
             while not pipe.poll(LOOK_SECONDS):
-                self._check_lives(pipe)
+                self._check_lives()
                 if stopping():
                     raise RunAborted("shutdown")
                 if time.monotonic() > deadline:
@@ -208,7 +187,7 @@ class EngineProcess:
         match answer:
             case Ready(engine=info):
                 self._memory.check_loaded()
-                self.info = info
+                self.info, self.batch_size = info, answer.batch_size
                 return info
             case LoadFailed(permanent=True):
                 raise InstallationError(answer.message, code=answer.code)
@@ -227,7 +206,7 @@ class EngineProcess:
         if self._pipe is not None and time.monotonic() > self._answered_at + self._idle_seconds:
             self._prepared = task
             with suppress(OSError):  # the run will tell
-                send(self._pipe, Prepare(task=task), _SEND_SECONDS)
+                send(self._pipe, Prepare(task=task), SEND_SECONDS)
 
     def run(
         self,
@@ -251,7 +230,7 @@ class EngineProcess:
         try:
             prepared, self._prepared = task == self._prepared, None
             body = None if prepared else task
-            self._run_began, self._run_due = (now := time.monotonic()), now + time_limit + abort_grace
+            self._begin_run(time_limit + abort_grace)
             self._give(pipe, Run(task=body, scratch=scratch, inputs=dict(inputs), time_limit=time_limit))
             answer = self._await(pipe, watch, time_limit, abort_grace)
         except (RunAborted, OverTime):
@@ -268,21 +247,63 @@ class EngineProcess:
         finally:
             self._run_began = self._run_due = None
             output.end_run()
-        self._answered_at = time.monotonic()
-        self.tasks += 1
-        if isinstance(answer, Failed) and answer.out_of_memory:
-            self.worn = "out_of_memory"
-        elif self._memory.has_grown():
-            self.worn = "memory"
+        self._end_run(1, out_of_memory=isinstance(answer, Failed) and answer.out_of_memory)
         return answer
 
-    def _give(self, pipe: Channel, run: Run) -> None:
+    def run_batch(self, jobs: Sequence[Job], *, watch: BatchHooks, abort_grace: float, most: int) -> None:
+        """Compute the jobs of a group in batches of at most `most`; `watch.ended` gets the end of each.
+
+        `abort_grace` in seconds. Raises only what the hooks raise. See `usable` for whether the process is gone.
+        """
+        pipe, output = self._pipe, self._output
+        run = GroupRun(jobs, watch, abort_grace, look=self._look, begin=self._begin_run)
+        if pipe is None or output is None:
+            run.give_up("engine_died", "the engine process is not running")
+            return
+        self._prepared = None
+        output.begin_run()
+        fault: Fault = "engine_died"
         try:
-            send(pipe, run, _SEND_SECONDS)
+            self._begin_run(SEND_SECONDS)
+            self._give(pipe, RunGroup(jobs=tuple(jobs), most=most))
+            message = (
+                None if run.follow(pipe) else "the engine process was killed: it did not stop when asked to"
+            )
+        except (EngineDied, Unreadable) as error:
+            message = f"the engine process was killed: {error}"
+        except TransientFailure as error:  # it takes too much memory
+            fault, message = "out_of_memory", error.message
+        except (EOFError, OSError):
+            message = f"the engine process ended during the run ({self._ending()})"
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            self._run_began = self._run_due = None
+            output.end_run()
+        if message is not None:
+            self.kill()
+            run.give_up(fault, message)
+        self._end_run(run.answered, out_of_memory=run.out_of_memory)
+
+    def _begin_run(self, seconds: float) -> None:
+        """A run, or a batch, begins; it is overdue after `seconds`."""
+        self._run_began = time.monotonic()
+        self._run_due = self._run_began + seconds
+
+    def _end_run(self, tasks: int, *, out_of_memory: bool) -> None:
+        self._answered_at = time.monotonic()
+        self.tasks += tasks
+        if out_of_memory:
+            self.worn = "out_of_memory"
+        elif self._pipe is not None and self._memory.has_grown():
+            self.worn = "memory"
+
+    def _give(self, pipe: Channel, run: Run | RunGroup) -> None:
+        try:
+            send(pipe, run, SEND_SECONDS)
         except TimeoutError as error:
-            raise EngineDied(
-                f"the engine process did not take the task within {_SEND_SECONDS:g} s"
-            ) from error
+            raise EngineDied(f"the engine process did not take the task within {SEND_SECONDS:g} s") from error
 
     def _await(self, pipe: Channel, watch: RunHooks, time_limit: float, abort_grace: float) -> Done | Failed:
         now = time.monotonic()
@@ -300,8 +321,7 @@ class EngineProcess:
                         raise EngineDied(f"the engine process said {unexpected.kind!r} during a run")
             now = time.monotonic()
             if next_look <= now < deadline:
-                self._check_lives(pipe)
-                self._watch_memory()
+                self._look()
                 if (reason := watch.abort()) is not None:
                     finished = self._stop(pipe, abort_grace)
                     if finished is not None and time.monotonic() < deadline:
@@ -311,10 +331,7 @@ class EngineProcess:
                 next_look = now + LOOK_SECONDS
             if now >= deadline:
                 self._stop(pipe, abort_grace)
-                raise OverTime(
-                    f"the run was stopped at its time limit of {time_limit:g} s; submit a smaller task, "
-                    "or one with a larger time_limit (at most the worker's INFERQ_MAX_TIME_LIMIT)"
-                )
+                raise OverTime(time_limit)
 
     def _stop(self, pipe: Channel, abort_grace: float) -> Done | Failed | None:
         """Ask the engine to stop, and kill it if it does not within `abort_grace` seconds.
@@ -333,12 +350,14 @@ class EngineProcess:
         self.kill()
         return None
 
-    def _check_lives(self, pipe: Channel) -> None:
+    def _check_lives(self) -> None:
         """Raises EOFError if the process ended and its pipe is read: a fork of it may keep the pipe open."""
-        if not self.alive and not pipe.poll():
+        if not self.alive and self._pipe is not None and not self._pipe.poll():
             raise EOFError
 
-    def _watch_memory(self) -> None:
+    def _look(self) -> None:
+        """Raises EOFError as `_check_lives`, TransientFailure (code `out_of_memory`) if it takes too much memory."""
+        self._check_lives()
         try:
             self._memory.check_run()
         except TransientFailure:

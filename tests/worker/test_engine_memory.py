@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from inferq.consumers.runtime.child import _failed, out_of_memory
+from inferq.consumers.runtime.computing import _failed, out_of_memory
 from inferq.consumers.runtime.memory import EngineMemory, MemoryLimits, memory_of
 from inferq.schemas import InvalidTask, TransientFailure, get_type
 from inferq.schemas.memory import total_memory
