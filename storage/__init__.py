@@ -32,6 +32,7 @@ from inferq.storage.objects.results import ResultStore, UnreadableResult, cache_
 from inferq.storage.objects.store import BadObjectKey, ObjectInfo, ObjectNotFound, ObjectStore, StoreOutage
 from inferq.storage.objects.watch import StoreWatch
 from inferq.storage.settings import StorageSettings
+from inferq.storage.status.command_group import CommandGroup
 from inferq.storage.status.index import Begun, StatusIndex, StatusOutage
 from inferq.storage.webhook_secrets import WebhookSecrets, WebhookSettings
 
@@ -43,6 +44,7 @@ __all__ = [
     "BatchStore",
     "Begun",
     "CallbackRecords",
+    "CommandGroup",
     "Fetched",
     "Fetcher",
     "IndexLost",

@@ -11,12 +11,14 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from inferq.storage.objects.store import (
     CHUNK_BYTES,
@@ -31,7 +33,10 @@ from inferq.storage.objects.store import (
     check_key,
     check_prefix,
     clean_type,
+    side_by_side,
 )
+
+T = TypeVar("T")
 
 _TYPE_ATTRIBUTE = "user.inferq.content_type"
 _STALE_SECONDS = 86400.0
@@ -40,6 +45,10 @@ _NO_ATTRIBUTES = (errno.ENOTSUP, errno.EPERM, errno.E2BIG)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _PLACE_TRIES = 500  # each takes microseconds
+_MOST_OPEN = 64
+"""The most files of one call that are open at once."""
+_SYNC_THREADS = 4
+"""Each sync flushes the disk's cache; the kernel merges flushes that are requested at the same time."""
 
 
 class LocalStore(ObjectStore):
@@ -88,23 +97,47 @@ class LocalStore(ObjectStore):
         return self._put(key, path, data, content_type)
 
     def _put(self, key: str, path: str, data: bytes | BinaryIO, content_type: str) -> ObjectInfo:
-        with self._temporary(key, data, clean_type(content_type)) as (temporary, info):
+        content_type = clean_type(content_type)
+        with self._temporaries([(key, data)], content_type) as (temporary,):
+            try:
+                info = _info(key, os.stat(temporary), content_type)
+            except OSError as error:
+                raise self._outage(error) from error
             self._place(key, os.replace, temporary, path)
         return info
 
     def create(self, key: str, data: bytes, *, content_type: str) -> bool:
-        path = self._base + check_key(key)
+        return self._create([(key, data)], clean_type(content_type))[0]
+
+    def create_many(self, items: Sequence[tuple[str, bytes]], *, content_type: str) -> Sequence[bool]:
+        for key, _ in items:
+            check_key(key)
+        created: list[bool] = []
+        for start in range(0, len(items), _MOST_OPEN):
+            created += self._create(items[start : start + _MOST_OPEN], clean_type(content_type))
+        return created
+
+    def _create(self, items: Sequence[tuple[str, bytes]], content_type: str) -> Sequence[bool]:
+        paths = [self._base + check_key(key) for key, _ in items]
         self._check_identity(writing=True)
-        # Usually the key is the first in its folder. A folder made before the file is synced is in the file
-        # system's journal before the file, so its own entry needs no sync.
-        with suppress(OSError):
-            os.mkdir(os.path.dirname(path))
-        with self._temporary(key, data, clean_type(content_type)) as (temporary, _):
-            try:
-                self._place(key, self._link, temporary, path)
-            except FileExistsError:
-                return False
-        return True
+        for path in paths:
+            # Usually the key is the first in its folder. A folder made before the file is synced is in the file
+            # system's journal before the file, so its own entry needs no sync.
+            with suppress(OSError):
+                os.mkdir(os.path.dirname(path))
+        created: list[bool] = []
+        changed: list[str] = []
+        with self._temporaries(items, content_type) as temporaries:
+            for (key, _), temporary, path in zip(items, temporaries, paths, strict=True):
+                try:
+                    changed += self._move(key, self._link, temporary, path)
+                    created.append(True)
+                except FileExistsError:
+                    # Its creator may not have synced it yet, or may have failed to.
+                    changed.append(os.path.dirname(path))
+                    created.append(False)
+            self._sync_folders(changed)
+        return created
 
     def get(self, key: str) -> bytes:
         with self._reading(key):
@@ -192,7 +225,7 @@ class LocalStore(ObjectStore):
 
     def ping(self) -> None:
         self._check_identity(writing=True)
-        with self._temporary("ping", b"inferq", "") as (temporary, _):
+        with self._temporaries([("ping", b"inferq")], "") as (temporary,):
             if self._linked:
                 return
             # Checked once: without it, the first result would show that `create` fails here.
@@ -253,7 +286,7 @@ class LocalStore(ObjectStore):
             raise self._outage(error) from error
 
     def _identify(self) -> None:
-        with self._temporary("identity", secrets.token_hex(16).encode(), "") as (temporary, _):
+        with self._temporaries([("identity", secrets.token_hex(16).encode())], "") as (temporary,):
             with suppress(FileExistsError):  # another process was faster: its identity counts
                 self._place("identity", self._link, temporary, self._identity_path)
         self._identity, self._identity_file = self._read_identity(), self._stat_identity()
@@ -265,24 +298,36 @@ class LocalStore(ObjectStore):
         )
 
     @contextmanager
-    def _temporary(
-        self, key: str, data: bytes | BinaryIO, content_type: str
-    ) -> Iterator[tuple[str, ObjectInfo]]:
-        """A temporary file with `data`, beside the objects; deleted when the block ends."""
-        temporary = f"{self._scratch}/{self._token}-{os.getpid()}-{next(self._serial)}"
-        descriptor = self._open(temporary)
+    def _temporaries(
+        self, items: Sequence[tuple[str, bytes | BinaryIO]], content_type: str
+    ) -> Iterator[Sequence[str]]:
+        """A temporary file, beside the objects, for the data of each key; deleted when the block ends.
+
+        With `fsync` they are on the disk before the block begins.
+        """
+        temporaries: list[str] = []
+        descriptors: list[int] = []
         try:
             try:
-                chunks = [data] if isinstance(data, bytes) else iter(lambda: data.read(CHUNK_BYTES), b"")
-                for chunk in chunks:  # an error of reading is the caller's, an error of writing an outage
-                    self._write(descriptor, chunk)
-                info = self._finish(descriptor, key, content_type)
+                for key, data in items:
+                    temporary = f"{self._scratch}/{self._token}-{os.getpid()}-{next(self._serial)}"
+                    descriptors.append(self._open(temporary))
+                    temporaries.append(temporary)
+                    chunks = [data] if isinstance(data, bytes) else iter(partial(data.read, CHUNK_BYTES), b"")
+                    for chunk in chunks:  # an error of reading is the caller's, an error of writing an outage
+                        self._write(descriptors[-1], chunk)
+                    if content_type and content_type != _implied_type(key):
+                        self._keep_type(descriptors[-1], content_type)
+                if self._fsync:
+                    self._sync_files(descriptors)
             finally:
-                os.close(descriptor)
-            yield temporary, info
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            yield temporaries
         finally:
-            with suppress(OSError):
-                os.unlink(temporary)
+            for temporary in temporaries:
+                with suppress(OSError):
+                    os.unlink(temporary)
 
     def _open(self, temporary: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -313,35 +358,64 @@ class LocalStore(ObjectStore):
         except OSError as error:
             raise self._outage(error) from error
 
-    def _finish(self, descriptor: int, key: str, content_type: str) -> ObjectInfo:
+    def _keep_type(self, descriptor: int, content_type: str) -> None:
         try:
-            if content_type and content_type != _implied_type(key):
-                _keep_type(descriptor, content_type)
-            if self._fsync:
-                os.fsync(descriptor)
-            return _info(key, os.fstat(descriptor), content_type)
+            os.setxattr(descriptor, _TYPE_ATTRIBUTE, content_type.encode())
+        except OSError as error:
+            if error.errno not in _NO_ATTRIBUTES:
+                raise self._outage(error) from error
+
+    def _sync_files(self, descriptors: Sequence[int]) -> None:
+        try:
+            if len(descriptors) > 1:
+                # Starts to write all of them, so that they share the first sync's commit of the journal.
+                for descriptor in descriptors:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._for_each(os.fsync, descriptors)
         except OSError as error:
             raise self._outage(error) from error
 
+    def _sync_folders(self, folders: Iterable[str]) -> None:
+        if not self._fsync:
+            return
+        try:
+            self._for_each(_sync_folder, list(dict.fromkeys(folders)))
+        except OSError as error:
+            raise self._outage(error) from error
+
+    def _for_each(self, sync: Callable[[T], None], things: Sequence[T]) -> None:
+        if len(things) < _SYNC_THREADS:
+            for thing in things:
+                sync(thing)
+            return
+
+        def some(first: int) -> None:
+            for thing in things[first::_SYNC_THREADS]:
+                sync(thing)
+
+        side_by_side(self._threads, [partial(some, first) for first in range(_SYNC_THREADS)])
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="local store")
+
     def _place(self, key: str, move: Callable[[str, str], None], temporary: str, path: str) -> None:
         """Move a temporary file into place. Raises FileExistsError if `move` does."""
+        self._sync_folders(self._move(key, move, temporary, path))
+
+    def _move(self, key: str, move: Callable[[str, str], None], temporary: str, path: str) -> Sequence[str]:
+        """Move a temporary file into place; return the folders to sync. Raises FileExistsError if `move` does."""
         folder = os.path.dirname(path)
         changed = [folder]
         try:
             for _ in range(_PLACE_TRIES):
                 try:
                     move(temporary, path)
-                    break
+                    return changed
                 except FileNotFoundError:
                     if path != self._identity_path:
                         self._check_identity()
                     changed += self._make_folder(folder)  # may repeat: delete() removes empty folders
-            else:
-                raise StoreOutage(f"the local store cannot write {path}: its folder keeps disappearing")
-            if self._fsync:
-                # At the end: most file systems commit them together, so only the first sync waits.
-                for entry in changed:
-                    _sync_folder(entry)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             if isinstance(error, FileExistsError) and error.filename == temporary and not os.path.isdir(path):
                 raise
@@ -350,6 +424,7 @@ class LocalStore(ObjectStore):
             ) from error
         except OSError as error:
             raise self._outage(error) from error
+        raise StoreOutage(f"the local store cannot write {path}: its folder keeps disappearing")
 
     def _link(self, temporary: str, path: str) -> None:
         # A rename without replacing is no substitute: SMB, for example, checks that only on the client.
@@ -435,14 +510,6 @@ def _sync_folder(folder: str) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _keep_type(descriptor: int, content_type: str) -> None:
-    try:
-        os.setxattr(descriptor, _TYPE_ATTRIBUTE, content_type.encode())
-    except OSError as error:
-        if error.errno not in _NO_ATTRIBUTES:
-            raise
 
 
 def _implied_type(key: str) -> str:

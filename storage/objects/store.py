@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from inferq.schemas import InferqError, Outage
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
 Pieces = Generator[bytes, None, None]
@@ -87,6 +90,20 @@ class ObjectStore(ABC):
     def create(self, key: str, data: bytes, *, content_type: str) -> bool:
         """Store an object unless the key exists. Of several concurrent callers, exactly one gets True."""
 
+    def create_many(self, items: Sequence[tuple[str, bytes]], *, content_type: str) -> Sequence[bool]:
+        """The same for many keys and their data, in less time: what `create` returns for each, in order.
+
+        Raises the error of one that fails; each of the others may have been stored or not.
+        """
+        return [self.create(key, data, content_type=content_type) for key, data in items]
+
+    def side_by_side(self, calls: Sequence[Callable[[], T]]) -> Sequence[T]:
+        """Make calls that use this store, at the same time if each waits for the network; what each returns.
+
+        Raises the error of one that fails; none is in progress any more.
+        """
+        return [call() for call in calls]
+
     @abstractmethod
     def get(self, key: str) -> bytes:
         """The whole object. Raises ObjectNotFound."""
@@ -132,6 +149,17 @@ class ObjectStore(ABC):
     @abstractmethod
     def ping(self) -> None:
         """Raises StoreOutage if the store cannot be used; the message says why and what to do."""
+
+
+def side_by_side(threads: ThreadPoolExecutor, calls: Sequence[Callable[[], T]]) -> Sequence[T]:
+    """Make the calls on the threads and wait for all of them. Raises the error of one that fails."""
+    futures = [threads.submit(call) for call in calls]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def vanished(store: ObjectStore, key: str) -> StoreOutage:

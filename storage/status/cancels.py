@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from inferq.schemas import TaskStatus
+from inferq.storage.status.command_group import CommandGroup
 from inferq.storage.status.fields import as_text, micros, read_status
 from inferq.storage.status.keys import record_key
 from inferq.storage.status.script_calls import ScriptCalls
@@ -36,8 +39,27 @@ class Cancels(ScriptCalls):
         With `run`, also renews the lease of that run: this is a run's only sign of life. With `running` it takes the
         lease of a task in progress that has none: the run began without Redis.
         """
-        arguments = [batch_id or "", "" if line is None else line, run, int(running)]
+        arguments = _check(batch_id, line, run, running)
         return bool(self._change("cancel_requested", tenant, task_id, arguments))
+
+    def cancel_requested_pipelined(
+        self,
+        tenant: str,
+        task_id: str,
+        batch_id: str | None = None,
+        line: int | None = None,
+        *,
+        run: str = "",
+        running: bool = False,
+        group: CommandGroup | None = None,
+    ) -> Callable[[], bool]:
+        """Like `cancel_requested`, but the request is only sent, or added to `group`.
+
+        Calling the result waits for the reply.
+        """
+        arguments = _check(batch_id, line, run, running)
+        answer = self._start("cancel_requested", tenant, task_id, arguments, group)
+        return lambda: bool(answer())
 
     def untaken_cancel(self, tenant: str, task_id: str, seconds: float) -> str | None:
         """The digest of a task whose cancel was requested `seconds` ago or earlier; None for any other task."""
@@ -48,3 +70,7 @@ class Cancels(ScriptCalls):
         if 0 <= age < seconds * 1e6:  # negative: the clock was ahead
             return None
         return str(as_text(digest)) or None
+
+
+def _check(batch_id: str | None, line: int | None, run: str, running: bool) -> Sequence[Any]:
+    return [batch_id or "", "" if line is None else line, run, int(running)]

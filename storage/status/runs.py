@@ -10,6 +10,7 @@ from typing import Any
 
 from inferq.schemas import SCHEMA_VERSION, ErrorInfo, Event, Result, State, Task
 from inferq.schemas.encoding import clean, to_json
+from inferq.storage.status.command_group import CommandGroup
 from inferq.storage.status.fields import as_text, event_json, micros, place_of, task_fields
 from inferq.storage.status.keys import record_key
 from inferq.storage.status.script_calls import ScriptCalls
@@ -56,8 +57,9 @@ class Runs(ScriptCalls):
         silence: float = 0.0,
         repeats: bool = True,
         trace_id: str | None = None,
+        group: CommandGroup | None = None,
     ) -> Callable[[], Begun]:
-        """Record that a run begins. The request is sent; calling the result waits for the reply.
+        """Record that a run begins. The request is sent, or added to `group`; calling the result waits for the reply.
 
         Work can go on in between. A task whose digest differs from the recorded one changes nothing. `run`
         names the run: a repeated call counts it once. The run does not begin while another one holds the task's
@@ -83,6 +85,7 @@ class Runs(ScriptCalls):
                 round(silence * 1000),
                 int(repeats),
             ],
+            group,
         )
 
         def begun() -> Begun:
@@ -173,15 +176,20 @@ class Runs(ScriptCalls):
         return bool(self._change("ended", result.tenant, result.task_id, self._end(result)))
 
     def ended_pipelined(
-        self, result: Result, output: bytes | None = None, *, engine_seconds: float | None = None
+        self,
+        result: Result,
+        output: bytes | None = None,
+        *,
+        engine_seconds: float | None = None,
+        group: CommandGroup | None = None,
     ) -> Callable[[], bool]:
-        """Like `ended`, but the request is only sent: calling the result waits for the reply.
+        """Like `ended`, but the request is only sent, or added to `group`: calling the result waits for the reply.
 
         `output` is the output as JSON text, if the result leaves it out. With `engine_seconds` the task counts in the
         tenant's usage, if this call ends it.
         """
         arguments = self._end(result, output, engine_seconds)
-        answer = self._start("ended", result.tenant, result.task_id, arguments)
+        answer = self._start("ended", result.tenant, result.task_id, arguments, group)
         return lambda: bool(answer())
 
     def _end(
