@@ -3,7 +3,8 @@
 topology          exchanges and queues, and how they differ from the broker's
 connection        a connection on a thread of its own, which reconnects
 publisher         publishing with confirms
-consumer          consuming with prefetch=1 from the lanes of one task type
+consumer          consuming from the lanes of one task type, one delivery at a time or a group
+pipelined_channel a channel that sends each method at once
 messages          tasks, retries and dead letters as AMQP messages
 retry             the retry levels
 dead              listing, redriving and purging dead letters

@@ -128,8 +128,8 @@ class BrokerThread:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._loan = threading.Condition()
-        self._asked = False  # another thread wants the loop
-        self._lent = False  # another thread has the loop
+        self._asked = 0  # the thread that wants the loop; 0: none
+        self._lent = 0  # the thread that has the loop; 0: the connection's own
         self._turning = False  # it is turning the loop now
         self._turned = False  # it has turned the loop since the last check
         self._ended = False
@@ -194,24 +194,33 @@ class BrokerThread:
     def _borrow(self, timeout: float) -> bool:
         """Borrow the loop for one `_turn`. Returns False if it stayed unavailable for `timeout` seconds.
 
-        Only one thread may borrow.
+        Only one thread may borrow at a time.
         """
+        me = threading.get_ident()
         with self._loan:
-            if not self._lent:
-                self._asked = True
+            if self._lent != me:
+                self._asked = me
+                if self._lent and not self._turning:
+                    self._lent = 0
+                    self._loan.notify_all()
                 loop = self._loop
                 if loop is not None and self._ready.is_set():
                     loop.add_callback_threadsafe(_nothing)
-                self._loan.wait_for(lambda: self._lent, timeout)
-                self._asked = False
-            self._turning = self._lent
-            return self._lent
+                self._loan.wait_for(lambda: self._lent == me, timeout)
+                if self._asked == me:
+                    self._asked = 0
+            if self._lent != me:
+                return False
+            self._turning = True
+            return True
 
     def _borrow_again(self) -> bool:
         """Borrow the loop for one `_turn` if it is still lent to this thread."""
         with self._loan:
-            self._turning = self._lent
-            return self._lent
+            if self._lent != threading.get_ident():
+                return False
+            self._turning = True
+            return True
 
     def _turn(self, function: Callable[[], None] = _nothing, *, limit: float = _TICK_SECONDS) -> None:
         """Run `function`, then handle the next traffic, waiting up to `limit` seconds for it."""
@@ -228,15 +237,15 @@ class BrokerThread:
             self._error, self._ended = error, True
         with self._loan:
             self._turning, self._turned = False, True
-            if self._ended:
-                self._lent = False
+            if self._ended or self._asked:
+                self._lent = 0
                 self._loan.notify_all()
 
     def _take_back(self) -> None:
         """End an idle loan because the connection has work to do."""
         with self._loan:
             if self._lent and not self._turning:
-                self._lent = False
+                self._lent = 0
                 self._loan.notify_all()
 
     def _later(self, seconds: float, function: Callable[[], None]) -> None:
@@ -307,13 +316,13 @@ class BrokerThread:
             while not self._ended:
                 with self._loan:
                     if self._asked and self._ready.is_set():
-                        self._asked, self._lent, self._turned = False, True, True
+                        self._lent, self._asked, self._turned = self._asked, 0, True
                         self._loan.notify_all()
                     while self._lent:
                         self._turned = False
                         self._loan.wait(_LOAN_SECONDS)
                         if not self._turning and not self._turned:
-                            self._lent = False
+                            self._lent = 0
                 if not self._ended:
                     loop.poll()
                     loop.process_timeouts()
