@@ -50,10 +50,11 @@ _EARLY_SECONDS = 1.0
 class Consumer(BrokerThread):
     """Gives deliveries from `queues`, which lists the most urgent lane first.
 
-    Each lane delivers up to `group` messages ahead of their acks. `next` and `next_group` belong to one thread at a
-    time; any thread may settle. None of these calls waits for the network, except for a delivery. RabbitMQ delivers
-    to the free consumers of the highest `priority`, from LEAST_PRIORITY to 0. With `low_priority`, it delivers here
-    only if no normal consumer is free.
+    A subscription delivers up to `group` messages ahead of their acks. With a larger `window`, further deliveries are
+    taken while some are in hand, `window` in all: the next group can be prepared meanwhile. `next` and `next_group`
+    belong to one thread at a time; any thread may settle. None of these calls waits for the network, except for a
+    delivery. RabbitMQ delivers to the free consumers of the highest `priority`, from LEAST_PRIORITY to 0. With
+    `low_priority`, it delivers here only if no normal consumer is free.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Consumer(BrokerThread):
             raise ValueError("a group is at least one delivery")
         super().__init__(settings, name=f"{name} consumer", topology=topology)
         self._lanes = tuple(queues)
-        self._group = group
+        self._group = self._window = group
         self._priority = priority
         self._always_low_priority = low_priority
         self._low_priority = self._subscribed_low_priority = low_priority
@@ -81,7 +82,8 @@ class Consumer(BrokerThread):
         self._inbox: deque[Delivery] = deque()  # all of one lane
         self._unsettled: dict[int, int] = {}  # the lane of each delivery tag in hand or in the inbox
         self._epoch = 0
-        self._tags: dict[str, str] = {}
+        self._tags: dict[str, list[str]] = {}  # the subscriptions of each lane
+        self._brought: dict[int, str] = {}  # the subscription of each delivery that is not settled
         self._wanted = False  # a thread waits for a delivery, and none has come
         self._accepting = False  # the last call that decides it asked for more
         self._lane: int | None = None  # the lane that delivers; None: the first one that does
@@ -95,6 +97,10 @@ class Consumer(BrokerThread):
         self._stopped = threading.Event()
         self._settled = threading.Condition()
         self._settling: set[object] = set()
+
+    def use_window(self, group: int, window: int) -> None:
+        """Set how many deliveries a subscription brings, and how many may be in hand in all. Before `start`."""
+        self._group, self._window = group, max(group, window)
 
     @property
     def idle_seconds(self) -> float | None:
@@ -227,7 +233,7 @@ class Consumer(BrokerThread):
         """
         self._low_priority = low_priority or self._always_low_priority
         as_wanted = self._wanted and self._subscribed_low_priority == self._low_priority
-        if self._group > 1 and self._unsettled:
+        if self._window > 1 and self._unsettled:
             as_wanted = False  # it may be time for another lane
         if not self._inbox and not as_wanted and not self._stopped.is_set():
             self._wanted = self._accepting = True
@@ -284,6 +290,7 @@ class Consumer(BrokerThread):
         """Forget the channel that is lost: RabbitMQ redelivers what was not settled."""
         self._inbox.clear()
         self._unsettled.clear()
+        self._brought.clear()
         self._tags.clear()
         self._uncertain.clear()
         self._waiting.clear()
@@ -302,7 +309,13 @@ class Consumer(BrokerThread):
 
     def _subscribe_soon(self) -> None:
         """Subscribe to the other lanes unless the lane in hand goes on delivering."""
-        if self._unsettled and self._lane is not None and self._lanes[self._lane] in self._tags:
+        as_wanted = self._subscribed_low_priority == self._low_priority or self._window == self._group
+        if (
+            self._unsettled
+            and self._lane is not None
+            and self._delivers(self._lanes[self._lane])
+            and as_wanted
+        ):
             self._later(_SETTLE_SECONDS, self._unless_changed(self._subscribe_all))
         else:
             self._subscribe_all()
@@ -312,13 +325,13 @@ class Consumer(BrokerThread):
         wire = self._wire
         if wire is None or not wire.is_open or not self._wanted or self._inbox:
             return
-        if self._stopped.is_set() or len(self._unsettled) >= self._group:
+        if self._stopped.is_set() or len(self._unsettled) + self._group > self._window:
             return
         if self._subscribed_low_priority != self._low_priority:
             self._unsubscribe()
             self._subscribed_low_priority = self._low_priority
         self._lane = None
-        missing = [name for name in self._lanes if name not in self._tags]
+        missing = [name for name in self._lanes if not self._delivers(name)]
         if not missing:
             if self._idle_since is None and not self._unsettled:
                 self._idle_since = time.monotonic()
@@ -334,6 +347,15 @@ class Consumer(BrokerThread):
 
             wire.count(missing, counted)
 
+    def _delivers(self, name: str) -> bool:
+        """Whether a subscription to the lane may deliver more before anything is settled."""
+        tags = self._tags.get(name)
+        if tags is None:
+            return False
+        if len(self._brought) < self._group * len(tags):
+            return True
+        return sum(tag in tags for tag in self._brought.values()) < self._group * len(tags)
+
     def _subscribe(self, wire: PipelinedChannel, names: Sequence[str]) -> None:
         """Subscribe to these lanes, and then to the others unless one of these delivers.
 
@@ -346,14 +368,15 @@ class Consumer(BrokerThread):
             arguments["x-priority"] = priority
 
         def subscribed() -> None:
-            if len(self._tags) < len(self._lanes):
+            if not all(map(self._delivers, self._lanes)):
                 wire.count([names[-1]], lambda _counts: go_on())
             else:
                 go_on()
 
         for name in names:
             then = subscribed if name == names[-1] else None
-            self._tags[name] = wire.consume(name, self._deliver_from(name), arguments=arguments, then=then)
+            tag = wire.consume(name, self._deliver_from(name), arguments=arguments, then=then)
+            self._tags.setdefault(name, []).append(tag)
 
     def _deliver_from(self, name: str) -> OnMessage:
         lane, epoch = self._lanes.index(name), self._epoch
@@ -362,10 +385,11 @@ class Consumer(BrokerThread):
             consumer_tag: str, method: spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes
         ) -> None:
             wanted = self._wanted if self._lane is None else self._lane == lane
-            if not wanted or self._tags.get(name) != consumer_tag:
+            if not wanted or consumer_tag not in self._tags.get(name, ()):
                 # A race: another lane was faster, or this subscription is cancelled.
                 self._nack(self._wire, [_tag(method)])
             else:
+                self._brought[_tag(method)] = consumer_tag
                 self._take(lane, delivery_from(name, epoch, method, properties, body))
 
         return deliver
@@ -387,7 +411,7 @@ class Consumer(BrokerThread):
             self._unsent = True
 
     def _cancelling(self, wire: PipelinedChannel, names: Sequence[str]) -> list[amqp_object.Method]:
-        return wire.cancelling([self._tags.pop(name) for name in names])
+        return wire.cancelling([tag for name in names for tag in self._tags.pop(name)])
 
     def _unsubscribe(self) -> None:
         wire = self._wire
@@ -413,6 +437,7 @@ class Consumer(BrokerThread):
     def _nack(self, wire: PipelinedChannel | None, tags: Sequence[int]) -> None:
         for tag in tags:
             self._unsettled.pop(tag, None)
+            self._brought.pop(tag, None)
         if wire is not None and tags:
             wire.send([spec.Basic.Nack(delivery_tag=tag, requeue=True) for tag in tags])
 
@@ -477,7 +502,7 @@ class Consumer(BrokerThread):
         wire.get(name, got, lambda: self._get_from(wire, lane, counts, above + 1))
 
     def _finish_in_lane(self, wire: PipelinedChannel) -> None:
-        full = len(self._unsettled) >= self._group
+        full = self._lane is not None and not self._delivers(self._lanes[self._lane])
         if self._subscribed_low_priority != self._low_priority:
             self._unsubscribe()  # before the acks admit the next delivery
         self._send_acks(wire)
@@ -499,6 +524,8 @@ class Consumer(BrokerThread):
 
     def _ack(self, wire: PipelinedChannel, tags: Sequence[int]) -> None:
         tags = [tag for tag in tags if self._unsettled.pop(tag, None) is not None]
+        for tag in tags:
+            self._brought.pop(tag, None)
         if tags:
             wire.send(_acks(tags, self._unsettled))
 
@@ -509,7 +536,7 @@ class Consumer(BrokerThread):
 
     def _cancelled(self, frame: pika.frame.Method[Any]) -> None:
         # The queue was deleted or lost its node: reconnect, which declares and subscribes again.
-        queue = next((q for q, tag in self._tags.items() if tag == frame.method.consumer_tag), "a queue")
+        queue = next((q for q, tags in self._tags.items() if frame.method.consumer_tag in tags), "a queue")
         _log.warning("%s: RabbitMQ cancelled the subscription to %s; subscribing again", self.name, queue)
         if self._connection is not None:
             with suppress(Exception):

@@ -42,6 +42,7 @@ class PipelinedChannel:
         self._counting: deque[Callable[[int], None]] = deque()
         self._subscribing: dict[str, Callable[[], None]] = {}
         self._cancelled: deque[str] = deque()
+        self._cancel_later: set[str] = set()
         self._on_empty: Callable[[], None] | None = None
         channel.add_callback(self._counted, [spec.Queue.DeclareOk], one_shot=False)
         channel.add_callback(self._subscribed, [spec.Basic.ConsumeOk], one_shot=False)
@@ -79,12 +80,21 @@ class PipelinedChannel:
         return tag
 
     def cancelling(self, tags: Sequence[str]) -> list[amqp_object.Method]:
-        """The methods that cancel these subscriptions, for `send`."""
+        """The methods that cancel these subscriptions, for `send`.
+
+        A subscription that is not confirmed yet is cancelled once it is: RabbitMQ 3.10 ends the whole connection with
+        an internal error if the cancel overtakes its own confirmation.
+        """
+        self._cancel_later.update(tag for tag in tags if tag in self._subscribing)
         for tag in tags:
             self._cancelled.append(tag)
             if len(self._cancelled) > _CANCELLED_TAGS:
                 self._consumers.pop(self._cancelled.popleft(), None)
-        return [spec.Basic.Cancel(tag, nowait=True) for tag in tags]  # type: ignore[arg-type]
+        return [
+            spec.Basic.Cancel(tag, nowait=True)  # type: ignore[arg-type]
+            for tag in tags
+            if tag not in self._cancel_later
+        ]
 
     def count(self, queues: Sequence[str], then: Callable[[list[int]], None]) -> None:
         """Ask for the number of messages that wait in each of the queues: one round trip for all.
@@ -111,7 +121,11 @@ class PipelinedChannel:
             self._counting.popleft()(int(frame.method.message_count))
 
     def _subscribed(self, frame: pika.frame.Method[Any]) -> None:
-        then = self._subscribing.pop(str(frame.method.consumer_tag), None)
+        tag = str(frame.method.consumer_tag)
+        then = self._subscribing.pop(tag, None)
+        if tag in self._cancel_later:
+            self._cancel_later.discard(tag)
+            self.send(self.cancelling([tag]))
         if then is not None:
             then()
 

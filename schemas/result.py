@@ -91,6 +91,11 @@ class Result(Record):
     cached: bool = Field(
         False, description="Whether the result cache answered, from another task of the tenant."
     )
+    batch_size: int = Field(
+        1,
+        ge=1,
+        description="How many tasks the engine computed together; `timings.inference` is this one's share.",
+    )
     redrives: int = Field(0, ge=0, description="How often the task was redriven before it ended.")
     trace_id: str | None = Field(None, description="The trace of the task, in 32 hexadecimal digits.")
     version: int = Field(SCHEMA_VERSION, ge=1, description="The version of this form; 1 if absent.")

@@ -3,6 +3,7 @@
 worker             the process: its slots, signals, probes
 slot               a slot's threads, each of which consumes deliveries and brings them to their end
 task_run           one delivery from its arrival to its acknowledgement: the story
+task_group         several deliveries of one lane, together
 attempt            one attempt of its task: decided, computed, recorded, or failed
 decision           run, retry, dead-letter, …: pure functions from facts to a decision
 preparation        the facts before a run, early fetching, and the record that it begins
@@ -14,6 +15,7 @@ track_figures      how the attempts of a track ended, for the registry
 refusal            messages that are no task, and deliveries that fail unexpectedly
 notifier           a task's callbacks, handed over to the queue that delivers them
 engine_supervisor  a slot's engine process between tasks, and the leases by which one task holds it
+batch_limit        how many tasks an engine computes together, after memory ran out
 engine_clock       what the engine's seconds go to: computing, or waiting for what
 waiting_line       first come, first served
 services           what all slots share, and how an unavailable service is waited for

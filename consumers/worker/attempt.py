@@ -50,6 +50,7 @@ from inferq.schemas import (
     TransientFailure,
     tracing,
 )
+from inferq.storage import CommandGroup
 
 _log = logging.getLogger(__name__)
 
@@ -187,13 +188,13 @@ class Attempt:
         error: InferqError
         match answer:
             case Done():
-                timings["inference"] = answer.seconds
+                timings["inference"] = answer.seconds / answer.batch_size
                 self.success = self._succeeded(answer)
                 return None
             case RunAborted():
                 return self.cancelled()
             case Failed():
-                timings["inference"] = answer.seconds
+                timings["inference"] = answer.seconds / answer.batch_size
                 kind = InvalidTask if answer.invalid else TransientFailure
                 error = kind(answer.message, code=answer.code)
             case _:
@@ -218,11 +219,19 @@ class Attempt:
             timings=Timings(**{name: value for name, value in timings.items() if value is not None}),
             engine=self._engine_lease.info,
             cached=self.computation.cached,
+            batch_size=done.batch_size,
         )
         return Success(result, done.output)
 
+    def report(self, success: Success, kept: Result, group: CommandGroup) -> None:
+        """Report a success by the record that is kept, without waiting: the status index is told by the `group`."""
+        result, output = success
+        engine_seconds = self.computation.engine_seconds
+        self._endings.saved(result, kept, output, engine_seconds=engine_seconds, group=group)
+
     def recorded(self, result: Result, kept: Result) -> Outcome:
         """After the `result` is recorded and reported; `kept` is what is on record, perhaps an earlier run's."""
+        self._endings.notifier.settle()
         try:
             self._tidy_up(result, kept)
         except (GracePassed, RunAborted):

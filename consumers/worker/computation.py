@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from inferq.broker import Consumer, Delivery
-from inferq.consumers.runtime.messages import Done, Failed, FileRef
+from inferq.consumers.runtime.messages import Done, Failed, FileRef, Job
 from inferq.consumers.runtime.process import LOOK_SECONDS, AbortReason, RunAborted, RunHooks
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs, fetch_inputs
@@ -18,6 +19,7 @@ from inferq.consumers.worker.notifier import Notifier
 from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import Task, tracing
 from inferq.schemas.tracing import Span
+from inferq.storage import CommandGroup
 
 
 class Computation:
@@ -79,7 +81,7 @@ class Computation:
         Raises EngineDied and OverTime, RunAborted if the run has to stop, and NotStarted as `checkpoint`.
         """
         with tracing.span("inference") as span:
-            answer = self._from_cache(inputs) or self._compute(inputs)
+            answer = self.from_cache(inputs) or self._compute(inputs)
             self._note_answer(span, answer)
             return answer
 
@@ -87,12 +89,22 @@ class Computation:
         """Why the run has to stop; None if it may go on. Renews the run's lease."""
         if self._services.grace_passed:
             return "shutdown"
+        self._notice_lost_message()
+        with self._renewing:
+            return "cancelled" if self._cancel_requested() else None
+
+    def ask_cancelled(self, group: CommandGroup) -> Callable[[], bool]:
+        """The same without waiting: once the group is sent, calling the result says whether it is cancelled."""
+        self._notice_lost_message()
+        self._renewed_at = time.monotonic()
+        reply = self._ask_cancelled(group)
+        return lambda: bool(self._services.best_effort(reply))
+
+    def _notice_lost_message(self) -> None:
         if self._held and not self._consumer.holds(self._delivery):
             # RabbitMQ delivers it again while this run goes on: a lost connection is not a lost run.
             self._held = False
             self.release_run(keep_lease=True)
-        with self._renewing:
-            return "cancelled" if self._cancel_requested() else None
 
     def checkpoint(self) -> None:
         """For the waits before the engine computes: `require_message`, and raise RunAborted if the run has to stop."""
@@ -131,18 +143,20 @@ class Computation:
                 self._cancel_requested()
 
     def _cancel_requested(self) -> bool:
+        self._renewed_at = time.monotonic()
+        return bool(self._services.best_effort(lambda: self._ask_cancelled(None)()))
+
+    def _ask_cancelled(self, group: CommandGroup | None) -> Callable[[], bool]:
         task = self._task
-        cancel_requested = partial(
-            self._services.status.cancel_requested,
+        return self._services.status.cancel_requested_pipelined(
             task.tenant,
             task.task_id,
             task.batch_id,
             task.batch_line,
             run=self._run,
             running=self.running,
+            group=group,
         )
-        self._renewed_at = time.monotonic()
-        return bool(self._services.best_effort(cancel_requested))
 
     def release_run(self, *, keep_lease: bool = False) -> None:
         """Say that this run is not orphaned, now that another worker may get the task.
@@ -159,7 +173,8 @@ class Computation:
         )
         self._services.best_effort(released)
 
-    def _from_cache(self, inputs: dict[str, FileRef]) -> Done | None:
+    def from_cache(self, inputs: dict[str, FileRef]) -> Done | None:
+        """The answer of the result cache; None if it has none."""
         cache, engine = self._services.cache, self._engine_lease.info
         if cache is None or engine is None:
             return None
@@ -173,7 +188,7 @@ class Computation:
         return found
 
     def _compute(self, inputs: dict[str, FileRef]) -> Done | Failed:
-        services, task = self._services, self._task
+        services = self._services
         began = time.monotonic()
         try:
             with self._engine_lease.computing():
@@ -181,15 +196,28 @@ class Computation:
                     self._delivery.body.decode(),
                     self._scratch,
                     inputs,
-                    watch=RunHooks(self._progress, self.abort_reason),
-                    time_limit=min(
-                        task.time_limit or services.task_type.time_limit, services.settings.max_time_limit
-                    ),
+                    watch=RunHooks(self.progress, self.abort_reason),
+                    time_limit=self._time_limit,
                     abort_grace=services.settings.abort_grace,
                 )
         finally:
-            self.engine_seconds = time.monotonic() - began
-            services.metrics.computed(task.tenant, task.task_type, self.engine_seconds)
+            self.computed(time.monotonic() - began)
+
+    def job(self, inputs: dict[str, FileRef]) -> Job:
+        """The task for an engine process that computes it together with others."""
+        return Job(self._delivery.body.decode(), self._scratch, inputs, self._time_limit)
+
+    def computed(self, seconds: float) -> None:
+        """The engine computed for so long; in a batch, this is the task's share."""
+        self.engine_seconds = seconds
+        self._services.metrics.computed(self._task.tenant, self._task.task_type, seconds)
+
+    @property
+    def _time_limit(self) -> float:
+        return min(
+            self._task.time_limit or self._services.task_type.time_limit,
+            self._services.settings.max_time_limit,
+        )
 
     def _note_answer(self, span: Span, answer: Done | Failed) -> None:
         engine = self._engine_lease.info
@@ -201,7 +229,8 @@ class Computation:
         if isinstance(answer, Failed):
             span.fail(answer.code)
 
-    def _progress(self, fraction: float, note: str) -> None:
+    def progress(self, fraction: float, note: str) -> None:
+        """Report the progress of the run."""
         task, delivery = self._task, self._delivery
         if tracing.on():
             tracing.current().event("progress", {"inferq.progress": fraction, "inferq.note": note})

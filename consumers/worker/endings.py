@@ -16,6 +16,7 @@ from inferq.consumers.worker.notifier import Notifier
 from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import CallbackEvent, Result, Task, tracing
 from inferq.schemas.trace_context import TraceContext
+from inferq.storage import CommandGroup
 
 
 class Endings:
@@ -69,12 +70,24 @@ class Endings:
         with tracing.span("record"):
             save = partial(self._services.results.save, result, output)
             kept = self._services.retry_until_available("object store", save)
-            if kept is not result:
-                self.report(kept, digest=result.digest)
-                return kept
-            self._services.metrics.ended(result)
-            self.report(kept, output, digest=result.digest, engine_seconds=engine_seconds)
+            self.saved(result, kept, output, engine_seconds=engine_seconds)
             return kept
+
+    def saved(
+        self,
+        result: Result,
+        kept: Result,
+        output: bytes | None = None,
+        *,
+        engine_seconds: float,
+        group: CommandGroup | None = None,
+    ) -> None:
+        """Report an end that was to be recorded by what is kept. With a `group`, as in `report`."""
+        if kept is not result:
+            self.report(kept, digest=result.digest, group=group)
+            return
+        self._services.metrics.ended(result)
+        self.report(kept, output, digest=result.digest, engine_seconds=engine_seconds, group=group)
 
     def report(
         self,
@@ -83,19 +96,23 @@ class Endings:
         *,
         digest: str | None,
         engine_seconds: float | None = None,
+        group: CommandGroup | None = None,
     ) -> None:
         """Report an end that is on record: to the status index and, if it is this task's own, to its owner.
 
-        With `engine_seconds` it counts in the tenant's usage.
+        With `engine_seconds` it counts in the tenant's usage. With a `group`, the status index is told once that is
+        sent, and the owner's message is confirmed once the notifier settles.
         """
         services = self._services
-        ended = partial(services.status.ended_pipelined, kept, output, engine_seconds=engine_seconds)
+        ended = partial(
+            services.status.ended_pipelined, kept, output, engine_seconds=engine_seconds, group=group
+        )
         reply = services.best_effort(ended)
         if reply is not None:
             self._replies.append(reply)
         # While Redis answers. Another task's record under this id is not this task's to report.
         if kept.digest == digest:
-            self.notifier.ended(kept, output)
+            self.notifier.ended(kept, output, wait=group is None)
 
     def wait_for_replies(self) -> None:
         """Read the answers of the status index, which came while other work went on."""

@@ -17,14 +17,14 @@ _FIRST: tuple[Step, ...] = ("computing", "input", "task", "result")
 class EngineClock:
     """Counts the seconds in which a slot's engine is loaded, by what the engine does or waits for.
 
-    A slot has one or two `threads`. If they do different things, the first of `computing`, `input`, `task`, `result`
-    counts: with two threads, an upload keeps the engine waiting only while neither of them can bring it a task.
+    A slot has one thread or, after `join`, two. If they do different things, the first of `computing`, `input`, `task`,
+    `result` counts: with two, an upload keeps the engine waiting only while neither of them can bring it a task.
     """
 
-    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._threads: dict[Step, int] = {"computing": 0, "input": 0, "task": threads, "result": 0}
+        self._threads: dict[Step, int] = {"computing": 0, "input": 0, "task": 1, "result": 0}
         self._seconds: dict[Step, float] = dict.fromkeys(_FIRST, 0.0)
         self._loaded = False
         self._state: Step | None = None
@@ -34,6 +34,12 @@ class EngineClock:
         """Say whether an engine is loaded from now on."""
         with self._lock:
             self._loaded = loaded
+            self._count()
+
+    def join(self) -> None:
+        """A further thread brings tasks from now on."""
+        with self._lock:
+            self._threads["task"] += 1
             self._count()
 
     def move(self, before: Step, after: Step) -> None:

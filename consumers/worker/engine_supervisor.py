@@ -6,12 +6,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from inferq.broker import backoff
 from inferq.consumers.runtime.memory import MemoryLimits
 from inferq.consumers.runtime.process import EngineProcess, Wear
+from inferq.consumers.worker.batch_limit import BatchLimit
 from inferq.consumers.worker.engine_clock import Step
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.waiting_line import Place, WaitingLine
@@ -34,8 +35,7 @@ class EngineSupervisor:
     that started it.
     """
 
-    def __init__(self, name: str, services: WorkerServices, *, threads: int = 1) -> None:
-        """`threads`: how many threads of the slot bring tasks."""
+    def __init__(self, name: str, services: WorkerServices) -> None:
         settings = services.settings
         self._name = name
         self._services = services
@@ -45,8 +45,9 @@ class EngineSupervisor:
         self._successor: EngineProcess | None = None
         self._successor_limit = 0.0
         self._successor_reason: Wear | None = None
+        self._batches = BatchLimit()
         self.engine = self._new_engine()
-        self.clock = services.metrics.add_engine(services.task_type.name, threads)
+        self.clock = services.metrics.add_engine(services.task_type.name)
         self.ready = False
         self.reload_requested = threading.Event()
 
@@ -64,6 +65,31 @@ class EngineSupervisor:
     def busy(self) -> bool:
         """Whether a task is in hand."""
         return self.tasks_in_hand > 0
+
+    @property
+    def group_size(self) -> int:
+        """The most tasks that the engine computes together now: its own limit, the settings', and memory's."""
+        wanted = self._services.settings.batch_size
+        own = self.engine.batch_size
+        return self._batches.within(own if wanted is None else min(own, wanted))
+
+    def note_batches(self, sizes: Mapping[int, int], *, out_of_memory: bool) -> None:
+        """How many tasks were computed in batches of each size, and whether memory ran out for a batch."""
+        limit = self.group_size
+        for size, tasks in sizes.items():
+            self._batches.worked(size)
+            self._services.metrics.batches(
+                self._services.task_type.name, size, math.ceil(tasks / size), limit
+            )
+        if out_of_memory:
+            self._batches.shrink(limit)
+            _log.warning(
+                "%s: out of memory in a batch; at most %d tasks together now", self._name, self.group_size
+            )
+
+    def note_single(self) -> None:
+        """A task was computed by itself: with batches of one, memory may suffice for more again."""
+        self._batches.worked(1)
 
     def wait_busy(self, timeout: float) -> bool:
         """Wait, at most `timeout` seconds, until a task is in hand."""
@@ -246,9 +272,12 @@ class EngineLease:
         """Whether another task is in hand besides this one."""
         return self._supervisor.tasks_in_hand > 1
 
-    def acquire(self, timeout: float = 0) -> bool:
-        """Whether the engine is the task's within `timeout` seconds. Raises NotStarted if it cannot run."""
-        if self._place.acquire(timeout):
+    def acquire(self, timeout: float = 0, *, alone: bool = False) -> bool:
+        """Whether the engine is the task's within `timeout` seconds. Raises NotStarted if it cannot run.
+
+        With `alone`, no other task of the slot is begun and unfinished then: if the worker ends, it was this one.
+        """
+        if self._place.acquire(timeout, alone=alone):
             try:
                 self._supervisor.prepare_for_run()
             except BaseException:
@@ -269,12 +298,27 @@ class EngineLease:
         self._place.release()
         self._turn_to("result")
 
+    def finish(self) -> None:
+        """What was computed has come to its end."""
+        self._place.finish()
+
+    @property
+    def group_size(self) -> int:
+        """The most tasks that the engine computes together now."""
+        return self._supervisor.group_size
+
+    def note_batches(self, sizes: Mapping[int, int], *, out_of_memory: bool) -> None:
+        """How many tasks were computed in batches of each size, and whether memory ran out for a batch."""
+        self._supervisor.note_batches(sizes, out_of_memory=out_of_memory)
+
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """For the time in which the engine computes the task."""
+    def computing(self, tasks: int = 1) -> Iterator[None]:
+        """For the time in which the engine computes the task, or several."""
         self._turn_to("computing")
         try:
             yield
+            if tasks == 1:
+                self._supervisor.note_single()
         finally:
             if not self.engine.usable:
                 self._supervisor.clock.load(False)

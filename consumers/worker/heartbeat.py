@@ -127,6 +127,7 @@ class Heartbeat(threading.Thread):
             update={
                 "state": state,
                 "busy": busy,
+                "consumers": sum(slot.consumers for slot in self._slots),
                 "in_hand": dict(Counter(run.lane for run in in_hand)),
                 "tasks": tuple(task for run in in_hand if (task := _task(run)) is not None),
                 "engine": next((slot.engine for slot in self._slots if slot.engine is not None), None),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +79,9 @@ class WorkerMetrics:
     unleased_runs: Counter = field(init=False)
     _tasks: Children[Counter] = field(init=False)
     _stages: Children[Histogram] = field(init=False)
+    _batch_sizes: Children[Histogram] = field(init=False)
+    _batch_fill: Children[Histogram] = field(init=False)
+    _batch_waits: Children[Histogram] = field(init=False)
     _failures: Children[Counter] = field(init=False)
     _dead_letters: Children[Counter] = field(init=False)
     _cache_requests: Children[Counter] = field(init=False)
@@ -93,6 +96,9 @@ class WorkerMetrics:
 
         def count(name: str, metric: str, text: str, labels: list[str], **bounds: BoundedLabel) -> None:
             add(name, Children(Counter(metric, text, labels, registry=registry), **bounds))
+
+        def observe(name: str, metric: str, text: str, buckets: Sequence[float]) -> None:
+            add(name, Children(Histogram(metric, text, ["task_type"], buckets=buckets, registry=registry)))
 
         registry = self.registry
         registry.register(self._engine_time)
@@ -150,6 +156,24 @@ class WorkerMetrics:
             ),
         )
         add("_stages", Children(self.stage_seconds))
+        observe(
+            "_batch_sizes",
+            "inferq_worker_batch_size",
+            "Tasks that the engine computed together, of each batch.",
+            (2, 4, 8, 16, 32, 64, 128, 256),
+        )
+        observe(
+            "_batch_fill",
+            "inferq_worker_batch_fill_ratio",
+            "Tasks in a batch, divided by the most that it could have had.",
+            (0.1, 0.25, 0.5, 0.75, 1.0),
+        )
+        observe(
+            "_batch_waits",
+            "inferq_worker_batch_wait_seconds",
+            "Seconds from the arrival of a group's first task until the engine computes the group.",
+            SECONDS,
+        )
         add("busy_slots", Gauge("inferq_worker_busy_slots", "Slots with a task in hand.", registry=registry))
         add(
             "ready_slots",
@@ -253,9 +277,19 @@ class WorkerMetrics:
         """Count the seconds that an engine computed for a tenant."""
         self._tenant_seconds(tenant, task_type).inc(seconds)
 
-    def add_engine(self, task_type: str, threads: int) -> EngineClock:
-        """The clock of a further engine, which `threads` threads bring its tasks."""
+    def batches(self, task_type: str, size: int, count: int, most: int) -> None:
+        """Count `count` batches of `size` tasks, where `most` would have been taken."""
+        for _ in range(count):
+            self._batch_sizes(task_type).observe(size)
+            self._batch_fill(task_type).observe(size / most)
+
+    def batch_waited(self, task_type: str, seconds: float) -> None:
+        """Count the seconds that a batch's first task was in hand before the engine computed the batch."""
+        self._batch_waits(task_type).observe(seconds)
+
+    def add_engine(self, task_type: str) -> EngineClock:
+        """The clock of a further engine."""
         self._dead_letters(task_type)  # 0 from the start: Prometheus counts no rise from an absent series
-        clock = EngineClock(threads)
+        clock = EngineClock()
         self._engine_time.clocks.append((task_type, clock))
         return clock

@@ -64,7 +64,7 @@ class Notifier:
         self._events = events
         self._trace = trace
         self._trace_id = trace.trace_id if trace is not None else None
-        self._started: tuple[Message, Future[None]] | None = None
+        self._unconfirmed: list[tuple[Message, Future[None]]] = []
         self._next_progress = 0.0
         self._reported_percent = 0
 
@@ -78,7 +78,7 @@ class Notifier:
         )  # fmt: skip
         event = Event(type="task.started", timestamp=at, data=data)
         with self._sending(task_callback(event, self._url, redrives, attempt)) as message:
-            self._started = message, self._publish_pipelined(message)
+            self._unconfirmed.append((message, self._publish_pipelined(message)))
 
     def progress(
         self, task: Task, fraction: float, note: str, *, attempt: int, redrives: int, at: datetime
@@ -105,26 +105,27 @@ class Notifier:
         with self._sending(task_callback(event, self._url, redrives, attempt, percent)) as message:
             self._publish_pipelined(message)
 
-    def ended(self, kept: Result, output: bytes | None = None) -> None:
+    def ended(self, kept: Result, output: bytes | None = None, *, wait: bool = True) -> None:
         """Report how the task ended, by the record that is kept; returns once the broker has the message.
 
-        `output` is the output as JSON text, if the record leaves it out.
+        `output` is the output as JSON text, if the record leaves it out. Without `wait`, `settle` waits.
         """
         self.settle()
         if self._url is not None and "completed" in self._events:
             with self._sending(end_callback(kept, self._url, output)) as message:
-                self._publish(message)
+                if wait:
+                    self._publish(message)
+                else:
+                    self._unconfirmed.append((message, self._publish_pipelined(message)))
 
     def settle(self) -> None:
         """Make sure that the broker has what was sent without waiting."""
-        if self._started is None:
-            return
-        message, confirmed = self._started
-        self._started = None
-        try:
-            confirmed.result()
-        except Outage:
-            self._publish(message)
+        unconfirmed, self._unconfirmed = self._unconfirmed, []
+        for message, confirmed in unconfirmed:
+            try:
+                confirmed.result()
+            except Outage:
+                self._publish(message)
 
     @contextmanager
     def _sending(self, callback: Callback) -> Iterator[Message]:

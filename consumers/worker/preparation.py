@@ -24,6 +24,7 @@ from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
 from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import Task, tracing
+from inferq.storage import CommandGroup
 
 
 class Preparation:
@@ -60,24 +61,28 @@ class Preparation:
         self.started_at = started_at
         self.has_task_lease = False
 
+    def first_facts(self) -> Facts:
+        """What the task and its delivery say."""
+        return Facts(
+            task=self._task,
+            digest=self._digest,
+            type_name=self._services.task_type.name,
+            redrives=self._delivery.redrives,
+            now=self.started_at,
+            deliveries=self._delivery.deliveries,
+            waits=self._delivery.waits,
+        )
+
     def facts(self) -> tuple[Facts, Future[Inputs] | None]:
         """The facts that decide whether to run, and the inputs if they were fetched early.
 
         Raises NotStarted, GracePassed and UnreadableResult.
         """
         services, task, delivery = self._services, self._task, self._delivery
-        facts = Facts(
-            task=task,
-            digest=self._digest,
-            type_name=services.task_type.name,
-            redrives=delivery.redrives,
-            now=self.started_at,
-            deliveries=delivery.deliveries,
-            waits=delivery.waits,
-        )
+        facts = self.first_facts()
         # A download must not keep the engine from a task that is ready for it.
         fetches_first = services.settings.take_ahead and bool(task.inputs())
-        if not fetches_first and self._engine_lease.acquire():
+        if not fetches_first and self._engine_lease.acquire(alone=delivery.redelivered):
             # The engine reads the task, and the store is asked, while Redis answers.
             facts, fetched = self._gather_and_fetch(facts, self._begin())
         else:
@@ -86,10 +91,7 @@ class Preparation:
             facts, fetched = self._gather_and_fetch(facts, lambda facts: facts)
             if isinstance(before_run(facts), Run) and not failed_to_fetch(fetched):
                 self.await_engine()
-            facts = self._begin_now(facts)
-            if facts.ended is None and facts.orphaned_runs is None:
-                # The index did not count the run: another copy of the task may have ended meanwhile.
-                facts = replace(facts, ended=self._load_end())
+            facts = self.begin(facts)()
         if facts.other_run and delivery.redelivered and facts.ended is None:
             facts = self._watch_other_run(facts)
         return facts, fetched
@@ -101,7 +103,7 @@ class Preparation:
                 if self._services.stopping:
                     raise NotStarted("the worker is stopping")
                 self._computation.require_message()
-                if self._engine_lease.acquire(LOOK_SECONDS):
+                if self._engine_lease.acquire(LOOK_SECONDS, alone=self._delivery.redelivered):
                     return True
                 if self._computation.abort_reason() == "cancelled":
                     return False
@@ -111,11 +113,28 @@ class Preparation:
         if self._begun:
             self._computation.release_run()
 
+    def begin(self, facts: Facts, group: CommandGroup | None = None) -> Callable[[], Facts]:
+        """The run begins now, with the facts that are known. Calling the result completes them by the index's reply.
+
+        With a `group`, the request is sent with the group.
+        """
+        self.started_at = datetime.now(UTC)
+        with_record = self._begin(group)
+
+        def completed() -> Facts:
+            complete = with_record(replace(facts, now=self.started_at))
+            if complete.ended is None and complete.orphaned_runs is None:
+                # The index did not count the run: another copy of the task may have ended meanwhile.
+                complete = replace(complete, ended=self._load_end())
+            return complete
+
+        return completed
+
     def _begin_now(self, facts: Facts) -> Facts:
         self.started_at = datetime.now(UTC)
         return self._begin()(replace(facts, now=self.started_at))
 
-    def _begin(self) -> Callable[[Facts], Facts]:
+    def _begin(self, group: CommandGroup | None = None) -> Callable[[Facts], Facts]:
         """Record in the status index that a run begins. Returns a function that adds the index's reply."""
         services, task, delivery = self._services, self._task, self._delivery
         reply = None
@@ -136,9 +155,10 @@ class Preparation:
                     silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
                     repeats=delivery.waits >= MAX_WAITS,
                     trace_id=self._trace_id,
+                    group=group,
                 )
             )
-            if first and self._engine_lease.held:
+            if first and group is None and self._engine_lease.held:
                 self._engine_lease.engine.prepare(delivery.body.decode())
 
         def with_record(facts: Facts) -> Facts:

@@ -75,6 +75,7 @@ class Records:
         timings: Timings,
         engine: EngineInfo | None,
         cached: bool,
+        batch_size: int = 1,
     ) -> Result:
         """The result of a task that was computed, or answered from the cache; its output goes beside it."""
         return Result(
@@ -96,6 +97,7 @@ class Records:
             finished_at=datetime.now(UTC),
             digest=digest,
             cached=cached,
+            batch_size=batch_size,
             redrives=self.delivery.redrives,
             trace_id=self.trace_id,
         )

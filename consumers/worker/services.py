@@ -35,6 +35,9 @@ _STORE = "object store"
 
 STORE_LOOK_SECONDS = 60.0
 """How often an idle worker checks that the object store takes writes. Each check costs a few requests."""
+_BACKGROUND_CALLS = 16
+"""How many inputs and artifacts a slot transfers side by side at most."""
+
 _IDLE_LOOK_SECONDS = 10.0
 """How often an idle worker checks that Redis accepts writes: no task tells it."""
 
@@ -71,8 +74,9 @@ class WorkerServices:
     _background: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        at_a_time = self.settings.slots * (2 if self.settings.take_ahead else 1)
-        self._background = ThreadPoolExecutor(at_a_time, thread_name_prefix="background")
+        self._background = ThreadPoolExecutor(
+            self.settings.slots * _BACKGROUND_CALLS, thread_name_prefix="background"
+        )
         self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
         self.metrics.without_redis.set_function(
             lambda: float(self.status.unavailable_for is not None and self.redis_patience_left == 0)
@@ -160,7 +164,7 @@ class WorkerServices:
                 self.metrics.paused.labels(service).set(0)
 
     def in_background(self, call: Callable[[], T]) -> Future[T]:
-        """Make a call on another thread. Each slot thread has one such call at a time."""
+        """Make a call on another thread, soon."""
         return self._background.submit(copy_context().run, call)
 
     def best_effort(self, call: Callable[[], T]) -> T | None:

@@ -40,6 +40,19 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         description="Whether a slot takes a second task while its engine computes the first, unless another "
         "worker is idle. The slot then fetches inputs and stores results while the engine computes.",
     )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="The most tasks that an engine computes together (default: the engine's own number, 1 for those "
+        "that compute one at a time). A slot then has at most two such batches in hand.",
+    )
+    batch_wait: float = Field(
+        0.005,
+        ge=0,
+        le=60,
+        description="Seconds between two looks for tasks that can join a batch while it waits for its engine. The "
+        "engine waits no longer than this for a batch that could grow; 0: a batch does not grow.",
+    )
     oldest_first: bool = Field(
         False,
         description="Whether idle workers get tasks in the order in which they started. Without it they take turns. "

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 
 from inferq.broker import BrokerSettings, Consumer, Delivery, topology_for, work_queue
 from inferq.consumers.runtime.process import RunAborted
-from inferq.consumers.worker.engine_supervisor import EngineSupervisor
+from inferq.consumers.worker.engine_supervisor import EngineLease, EngineSupervisor
 from inferq.consumers.worker.services import GracePassed, WorkerServices
+from inferq.consumers.worker.task_group import TaskGroup
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import (
     EngineInfo,
@@ -42,29 +44,50 @@ _STUCK_SECONDS = 30.0
 
 
 class Slot:
-    """One engine process and the thread that brings it tasks, or two threads if tasks are taken ahead."""
+    """One engine process, one consumer, and two threads that bring deliveries to their ends, each a group at a time.
+
+    The second thread works only if tasks are taken ahead: because the settings say so, or because the engine computes
+    several tasks together, so that a batch can form while another is computed.
+    """
 
     def __init__(self, number: int, services: WorkerServices, broker: BrokerSettings) -> None:
         self.name = name = f"slot {number}"
-        names = [name, f"{name} ahead"] if services.settings.take_ahead else [name]
-        self._supervisor = supervisor = EngineSupervisor(name, services, threads=len(names))
+        task_type, settings = services.task_type, services.settings
+        lanes = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
+        self._consumer = consumer = Consumer(
+            broker,
+            list(lanes),
+            name=f"{settings.worker_name}/{number}",
+            topology=topology_for([task_type.name]),
+            priority=services.consumer_priority,
+        )
+        self._supervisor = supervisor = EngineSupervisor(name, services)
+
+        def close() -> None:
+            consumer.close()
+            supervisor.close()
+
         # The threads end together, since the engine ends with the thread that started it.
-        finished = threading.Barrier(len(names), action=supervisor.close)
+        finished = threading.Barrier(2, action=close)
+        receiving = threading.Lock()
         self._threads = [
-            _SlotThread(each, services, broker, supervisor, finished, ahead=each != name) for each in names
+            _SlotThread(each, services, consumer, receiving, lanes, supervisor, finished, ahead=each != name)
+            for each in (name, f"{name} ahead")
         ]
 
     @property
     def waiting_for(self) -> str | None:
         """What keeps this slot from taking a task; None if nothing does."""
         if not self._supervisor.ready:
-            return f"{self._threads[0].name}: the engine is loading"
-        return next((reason for thread in self._threads if (reason := thread.waiting_for)), None)
+            return f"{self.name}: the engine is loading"
+        if not self._consumer.connected:
+            return f"{self.name}: {self._consumer.last_error or 'RabbitMQ'}"
+        return None
 
     @property
     def consumers(self) -> int:
-        """The most consumers that it has of one lane."""
-        return len(self._threads)
+        """The most consumers that it has of one lane: one for what is in hand, and one for what is taken ahead."""
+        return sum(thread.works for thread in self._threads)
 
     @property
     def busy(self) -> bool:
@@ -74,7 +97,7 @@ class Slot:
     @property
     def idle_seconds(self) -> float:
         """How long it has been free for a task and got none; 0 while it has one, or can take none."""
-        free = self._threads[0].idle_seconds
+        free = self._consumer.idle_seconds
         if free is None or self.busy:
             return 0.0
         return min(free, *(time.monotonic() - thread.ended_at for thread in self._threads))
@@ -91,8 +114,8 @@ class Slot:
 
     @property
     def disconnected(self) -> bool:
-        """Whether one of its threads is disconnected and reconnecting."""
-        return any(thread.disconnected for thread in self._threads)
+        """Whether it is disconnected and reconnecting."""
+        return not self._consumer.connected and self._consumer.last_error is not None
 
     @property
     def engine(self) -> EngineInfo | None:
@@ -102,7 +125,7 @@ class Slot:
     @property
     def in_hand(self) -> list[TaskRun]:
         """The deliveries that it has taken and not settled."""
-        return [run for thread in self._threads if (run := thread.in_hand) is not None]
+        return [run for thread in self._threads for run in tuple(thread.in_hand)]
 
     @property
     def taken(self) -> Mapping[Priority, int]:
@@ -152,8 +175,7 @@ class Slot:
 
     def stop_consuming(self) -> None:
         """Take no more tasks; those in hand go on."""
-        for thread in self._threads:
-            thread.stop_consuming()
+        self._consumer.stop()
 
     def reload(self) -> None:
         """Load a new engine beside the running one, and swap between two tasks."""
@@ -161,17 +183,19 @@ class Slot:
 
 
 class _SlotThread(threading.Thread):
-    """One consumer, and the thread that brings each of its deliveries to its end.
+    """A thread that takes deliveries and brings them to their ends: one at a time, or a group of them.
 
-    A thread that is `ahead` asks for a task only while the other one has a task in hand, and with a lower
-    consumer priority, so that idle workers come first. Tasks therefore reach the engine in the queue's order.
+    One thread receives at a time. While the other one has deliveries in hand, it asks with a lower consumer priority,
+    so that idle workers come first. A thread that is `ahead` asks only then. `works`: whether it takes any tasks.
     """
 
     def __init__(
         self,
         name: str,
         services: WorkerServices,
-        broker: BrokerSettings,
+        consumer: Consumer,
+        receiving: threading.Lock,
+        lanes: Mapping[str, Priority],
         supervisor: EngineSupervisor,
         finished: threading.Barrier,
         *,
@@ -182,41 +206,15 @@ class _SlotThread(threading.Thread):
         self._supervisor = supervisor
         self._finished = finished
         self._ahead = ahead
-        task_type, settings = services.task_type, services.settings
-        self._lane_of = {work_queue(task_type.name, lane): lane for lane in settings.lanes}
-        self._consumer = Consumer(
-            broker,
-            list(self._lane_of),
-            name=f"{settings.worker_name}/{name.removeprefix('slot ')}",
-            topology=topology_for([task_type.name]),
-            priority=services.consumer_priority,
-            low_priority=ahead,
-        )
+        self._consumer = consumer
+        self._receiving = receiving
+        self._lane_of = lanes
         self.fatal: InferqError | None = None
-        self.in_hand: TaskRun | None = None
-        self.taken: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
-        self.requeued: dict[Priority, int] = dict.fromkeys(settings.lanes, 0)
+        self.works = not ahead
+        self.in_hand: list[TaskRun] = []
+        self.taken = Counter[Priority]()
+        self.requeued = Counter[Priority]()
         self.ended_at = float("-inf")
-
-    @property
-    def idle_seconds(self) -> float | None:
-        """How long it has been subscribed without a delivery; None while it is not, or has one."""
-        return self._consumer.idle_seconds
-
-    @property
-    def disconnected(self) -> bool:
-        """Whether it is disconnected and reconnecting."""
-        return not self._consumer.connected and self._consumer.last_error is not None
-
-    @property
-    def waiting_for(self) -> str | None:
-        """What keeps it from taking a task; None if nothing does."""
-        if not self._consumer.connected:
-            return f"{self.name}: {self._consumer.last_error or 'RabbitMQ'}"
-        return None
-
-    def stop_consuming(self) -> None:
-        self._consumer.stop()
 
     def run(self) -> None:
         try:
@@ -229,7 +227,6 @@ class _SlotThread(threading.Thread):
             _log.exception("%s: ended by an unexpected error", self.name)
             self._fail(InferqError(f"{self.name} was ended by {type(error).__name__}: {error}"))
         finally:
-            self._consumer.close()
             self._finished.wait()
 
     def _fail(self, error: InferqError) -> None:
@@ -244,46 +241,82 @@ class _SlotThread(threading.Thread):
                 if services.stopping:
                     return
                 services.sleep(_READY_LOOK_SECONDS)
+            if not (services.settings.take_ahead or self._supervisor.group_size > 1):
+                return
+            self._supervisor.clock.join()
+            self.works = True
         else:
             self._supervisor.restore()
         services.wait_for_store()
         services.best_effort(services.status.warm_up)  # an unavailable Redis is waited for from here on
-        _warm_up(services.task_type)
-        self._consumer.start()
+        if not self._ahead:
+            _warm_up(services.task_type)
+            size = self._supervisor.group_size
+            ahead = services.settings.take_ahead or size > 1
+            self._consumer.use_window(size, 2 * size if ahead else size)
+            self._consumer.start()
         while not services.stopping:
             if not self._supervisor.usable:
                 self._consumer.pause()
                 self._supervisor.restore()
-            delivery = self._next_delivery()
-            if delivery is not None:
-                self._complete(delivery)
+            deliveries = self._next_deliveries()
+            if deliveries:
+                self._complete(deliveries)
             else:
                 self._supervisor.look()
                 services.look_for_redis()
                 services.look_at_store(self._consumer.pause)
 
-    def _next_delivery(self) -> Delivery | None:
-        if self._ahead and not self._supervisor.busy:
-            self._consumer.pause()
-            if not self._supervisor.wait_busy(_IDLE_LOOK_SECONDS):
-                return None
-        return self._consumer.next(_IDLE_LOOK_SECONDS, low_priority=self._supervisor.busy)
+    def _next_deliveries(self) -> list[Delivery]:
+        supervisor = self._supervisor
+        if self._ahead and not supervisor.wait_busy(_IDLE_LOOK_SECONDS):
+            return []
+        if not self._receiving.acquire(timeout=_IDLE_LOOK_SECONDS):
+            return []
+        try:
+            return self._consumer.next_group(
+                _IDLE_LOOK_SECONDS, most=supervisor.group_size, wait=0, low_priority=supervisor.busy
+            )
+        finally:
+            self._receiving.release()
 
-    def _complete(self, delivery: Delivery) -> None:
+    def _complete(self, deliveries: list[Delivery]) -> None:
         if self._services.stopping:
-            self._consumer.requeue(delivery)
+            self._consumer.requeue_all(deliveries)
             return
-        lane = self._lane_of[delivery.queue]
-        self.taken[lane] += 1
         with self._supervisor.lease() as lease:
-            self.in_hand = TaskRun(self._services, self._consumer, lease, delivery, lane)
+            runs = self._take(lease, deliveries)
             self._services.hand_changed.set()
-            outcome = self.in_hand.complete()
-        if outcome == "given_back":
-            self.requeued[lane] += 1
-        self.in_hand = None
+            if len(runs) == 1:
+                runs[0].complete()
+            else:
+                TaskGroup(self._services, self._consumer, lease, runs, partial(self._more, lease)).complete()
+        for run in self.in_hand:
+            if run.outcome == "given_back":
+                self.requeued[run.lane] += 1
+        self.in_hand = []
         self.ended_at = time.monotonic()
         self._services.hand_changed.set()
+
+    def _more(self, lease: EngineLease, most: int) -> list[TaskRun]:
+        """What has arrived since, at most so many."""
+        if not self._receiving.acquire(blocking=False):
+            return []
+        try:
+            deliveries = self._consumer.next_group(0, most=most, wait=0, low_priority=True)
+        finally:
+            self._receiving.release()
+        return self._take(lease, deliveries)
+
+    def _take(self, lease: EngineLease, deliveries: list[Delivery]) -> list[TaskRun]:
+        runs = [
+            TaskRun(self._services, self._consumer, lease, delivery, self._lane_of[delivery.queue])
+            for delivery in deliveries
+        ]
+        for run in runs:
+            self.taken[run.lane] += 1
+        self.in_hand += runs
+        return runs
 
 
 def _warm_up(task_type: TaskType) -> None:

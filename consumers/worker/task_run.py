@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from contextvars import copy_context
 from datetime import UTC, datetime
+from functools import partial
 
 from structlog.contextvars import bind_contextvars
 
@@ -56,7 +57,8 @@ class TaskRun:
     """Brings one delivery to its end. `complete` always settles it, whatever happens on the way.
 
     A step of the story returns the outcome, or None if the story goes on; `take` takes it. `task` is None until the
-    message is read. `joined`: its group holds the engine and releases it.
+    message is read. `joined`: its group holds the engine and releases it. `closed`: it is
+    settled, and nothing is left to do.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class TaskRun:
         self.arrived_at = datetime.now(UTC)
         self.outcome: Outcome | None = None
         self.joined = False
+        self.closed = False
         self._why = ""
         self._report = AttemptReport(services, delivery)
         self.attempt: Attempt | None = None
@@ -108,7 +111,8 @@ class TaskRun:
 
     def complete(self) -> Outcome:
         """Do everything that this delivery needs, settle it, and log its end."""
-        self.take(self.read)
+        if self.attempt is None:
+            self.take(self.read)
         self.take_attempt(Attempt.alone)
         return self.settle()
 
@@ -116,6 +120,15 @@ class TaskRun:
         """Take a step, unless the run has ended. What the step raises ends it."""
         if self.outcome is None:
             self.outcome = self._context.run(self._take, step)
+
+    @property
+    def may_end_workers(self) -> bool:
+        """Whether a worker may have died of it before, as far as is known: it shares no batch then."""
+        task = self.task
+        if not self.delivery.redelivered or task is None:
+            return False
+        begun = partial(self._services.status.has_begun, task.tenant, task.task_id)
+        return self._services.best_effort(begun) is not False
 
     def take_attempt(self, step: Callable[[Attempt], Outcome | None]) -> None:
         """The same for a step of the attempt."""
@@ -175,6 +188,7 @@ class TaskRun:
                 more=self._engine_lease.usable and self._services.takes_more,
                 low_priority=self._engine_lease.shared,
             )
+        self._engine_lease.finish()
         self.close(outcome)
         return outcome
 
@@ -190,6 +204,7 @@ class TaskRun:
 
     def close(self, outcome: Outcome) -> None:
         """After the delivery is settled: what nobody waits for."""
+        self.closed = True
         self._context.run(self._close, outcome)
 
     def _close(self, outcome: Outcome) -> None:

@@ -83,6 +83,7 @@ class Place:
 
     def __init__(self, line: WaitingLine) -> None:
         self._line = line
+        self._unfinished = False
         self.waits = True
 
     @property
@@ -90,16 +91,20 @@ class Place:
         """Whether the line is held by this place."""
         return self._line._holder is self
 
-    def acquire(self, timeout: float = 0) -> bool:
-        """Hold the line if its turn comes within `timeout` seconds; it goes on waiting otherwise."""
+    def acquire(self, timeout: float = 0, *, alone: bool = False) -> bool:
+        """Hold the line if its turn comes within `timeout` seconds; it goes on waiting otherwise.
+
+        With `alone`, its turn comes only after every place that held the line before has finished.
+        """
         line = self._line
         with line._changed:
             if line._holder is self:
                 return True
             self.waits = True
-            if not line._changed.wait_for(self._is_next, timeout):
+            if not line._changed.wait_for(lambda: self._is_next(alone), timeout):
                 return False
             line._holder = self
+            self._unfinished = True
             self.waits = False
             return True
 
@@ -114,8 +119,16 @@ class Place:
         self.step_aside()
         self._line._let_go(self)
 
-    def _is_next(self) -> bool:
+    def finish(self) -> None:
+        """What the place held the line for has come to its end."""
+        with self._line._changed:
+            self._unfinished = False
+            self._line._changed.notify_all()
+
+    def _is_next(self, alone: bool) -> bool:
         line = self._line
         if line._holder is not None or line._urgent:
+            return False
+        if alone and any(place._unfinished for place in line._places if place is not self):
             return False
         return next(place for place in line._places if place.waits) is self

@@ -101,6 +101,11 @@ class Runs(ScriptCalls):
 
         return begun
 
+    def has_begun(self, tenant: str, task_id: str) -> bool:
+        """Whether a run of the task began and neither ended nor was requeued: its worker may have died."""
+        (runs,) = self.read(("HGET", record_key(tenant, task_id), "l"))
+        return bool(runs)
+
     def lease(self, tenant: str, task_id: str) -> str:
         """The task's lease, even of a silent run: its text changes with each sign of life. Empty if there is none."""
         (lease,) = self.read(("HGET", record_key(tenant, task_id), "h"))

@@ -163,7 +163,7 @@ def test_the_metrics_of_workers_say_what_a_task_takes(
     files = []
     for number, computing in enumerate((2.0, 4.0)):
         metrics = WorkerMetrics()
-        clock = metrics.add_engine("ocr", 1)
+        clock = metrics.add_engine("ocr")
         monkeypatch.setattr(clock, "_clock", lambda: now[0])
         clock.load(True)
         for step, then, seconds in (

@@ -21,7 +21,7 @@ from inferq.producer.nightly.metrics import BeatMetrics
 
 def _worker() -> CollectorRegistry:
     metrics = WorkerMetrics(track="canary")
-    metrics.add_engine("echo", 1)
+    metrics.add_engine("echo")
     metrics.registry.register(Gpus(lambda: {"0": 1}))
     return metrics.registry
 

@@ -73,12 +73,14 @@ class FakeLease:
         self.shared = shared
         self.engine = engine
 
-    def acquire(self, _timeout: float = 0) -> bool:
+    def acquire(self, *_: object, **__: object) -> bool:
         self.held = True
         return True
 
     def step_aside(self) -> None:
         return
+
+    finish = step_aside
 
     def release(self) -> None:
         self.held = False

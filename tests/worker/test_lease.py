@@ -177,14 +177,14 @@ class Engine:
         self._busy = busy
         self.runs = 0
 
-    def acquire(self, _timeout: float = 0) -> bool:
+    def acquire(self, *_: object, **__: object) -> bool:
         self.held, self._busy = not self._busy, False
         return self.held
 
     def release(self) -> None:
         self.held = False
 
-    step_aside = release
+    step_aside = finish = release
 
     def prepare(self, _task: str) -> None:
         return

@@ -39,13 +39,13 @@ class Engine:
         self.engine = self
         self._answer = answer
 
-    def acquire(self, _timeout: float = 0) -> bool:
+    def acquire(self, *_: object, **__: object) -> bool:
         return True
 
     def release(self) -> None:
         return
 
-    step_aside = release
+    step_aside = finish = release
 
     def prepare(self, _task: str) -> None:
         return
@@ -142,7 +142,7 @@ def test_each_end_is_counted_with_its_code_and_each_failed_attempt_with_its_stag
 
 
 def test_each_dead_letter_is_counted_also_that_of_a_task_that_was_sent_back(bench: Bench) -> None:
-    bench.services.metrics.add_engine("echo", 1)
+    bench.services.metrics.add_engine("echo")
     counted = partial(bench.counted, "inferq_worker_dead_letters_total")
     assert counted() == {(): 0.0}  # a rise from an absent series counts nothing
     bench.complete(INVALID)
@@ -199,7 +199,7 @@ class Time:
 
 def test_the_seconds_of_an_engine_are_those_of_its_task() -> None:
     time = Time()
-    clock = EngineClock(1, time)
+    clock = EngineClock(time)
     time.now += 100  # no engine is loaded: nothing counts
     clock.load(True)
     for seconds, before, after in (
@@ -226,7 +226,8 @@ def test_with_two_threads_an_engine_waits_for_the_task_that_comes_first(
     first: Any, second: Any, counted: Any
 ) -> None:
     time = Time()
-    clock = EngineClock(2, time)
+    clock = EngineClock(time)
+    clock.join()
     clock.load(True)
     clock.move("task", first)
     clock.move("task", second)
