@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing as mp
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +101,92 @@ def test_with_fsync_file_and_folders_are_synced_before_the_call_returns(
     assert synced == []
 
 
+def test_many_are_on_the_disk_before_any_shows_and_their_names_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("t/3/r", b"kept")
+    done: list[tuple[str, str]] = []  # each sync once it is done, each link before it is
+    real_sync, real_link = os.fsync, os.link
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        real_sync(descriptor)
+        done.append(("sync", os.path.relpath(path, tmp_path)))
+
+    def link(source: str, target: str) -> None:
+        done.append(("link", os.path.relpath(source, tmp_path)))
+        real_link(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
+    store.create_many([(f"t/{number}/r", b"data") for number in range(9)], content_type="text/plain")
+    files, links, folders = done[:9], done[9:18], done[18:]
+    assert sorted(files) == sorted(("sync", path) for _, path in links)
+    assert {act for act, _ in links} == {"link"}
+    # Also the folder of the object that was there: another process may not have synced it yet.
+    assert sorted(folders) == [("sync", f"t/{number}") for number in range(9)]
+    done.clear()
+    LocalStore(tmp_path, fsync=False).create_many([("t/a/r", b""), ("t/b/r", b"")], content_type="text/plain")
+    assert [act for act, _ in done] == ["link", "link"]
+
+
+def test_an_object_that_another_left_unsynced_is_synced_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LocalStore(tmp_path, fsync=False).put("t/1/r", b"kept")
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), tmp_path))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not LocalStore(tmp_path).create("t/1/r", b"later", content_type="text/plain")
+    assert synced[1:] == ["t/1"]
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("where", ["open", "write", "fsync", "fsync of a folder", "link"])
+def test_a_fault_among_many_leaves_nothing_half_visible_and_a_repeat_completes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, after: int
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("t/warm", b"data" * 1000)
+    name, of_folder, calls = where.split()[0], "folder" in where, itertools.count()
+    real = getattr(os, name)
+
+    def fail(*arguments: Any, **more: Any) -> object:
+        counts = name != "fsync" or stat.S_ISDIR(os.fstat(arguments[0]).st_mode) == of_folder
+        if counts and next(calls) == after:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments, **more)
+
+    items = [(f"t/{number}/r", b"data" * 1000) for number in range(9)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fail)
+        with pytest.raises(StoreOutage, match="Input/output error"):
+            store.create_many(items, content_type="text/plain")
+    seen = {info.key for info in store.list("t/") if info.key != "t/warm"}
+    assert {store.get(key) for key in seen} <= {b"data" * 1000}
+    assert len(seen) == (9 if of_folder else after if name == "link" else 0)
+    assert list((tmp_path / ".inferq/partial").iterdir()) == []
+    created = store.create_many(items, content_type="text/plain")
+    assert [key for (key, _), new in zip(items, created, strict=True) if not new] == sorted(seen)
+    assert len(list(store.list())) == 10
+
+
+def test_many_are_created_with_few_open_files(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 100, hard))
+    try:
+        created = store.create_many([(f"{n}/r", b"") for n in range(300)], content_type="text/plain")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert list(created) == [True] * 300
+
+
 @pytest.mark.parametrize(
     ("number", "says"),
     [
@@ -175,6 +264,9 @@ USES: dict[str, Callable[[LocalStore], object]] = {
     "put": lambda store: store.put("a/new", b""),
     "put in a new folder": lambda store: store.put("new/new", b""),
     "create": lambda store: store.create("a/new", b"", content_type="text/plain"),
+    "create many": lambda store: store.create_many(
+        [("a/new", b""), ("b/new", b"")], content_type="text/plain"
+    ),
     "delete": lambda store: store.delete("a/b"),
     "ping": lambda store: store.ping(),
 }

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -113,6 +113,7 @@ def test_bad_keys_are_refused_by_every_method(store: ObjectStore, key: str) -> N
     calls: list[Callable[[], object]] = [
         lambda: store.put(key, b""),
         lambda: store.create(key, b"", content_type="text/plain"),
+        lambda: store.create_many([("good", b""), (key, b"")], content_type="text/plain"),
         lambda: store.get(key),
         lambda: store.stream(key),
         lambda: store.stat(key),
@@ -174,6 +175,31 @@ def test_of_fifty_racing_creators_one_wins_and_its_bytes_stand(store: ObjectStor
     assert [type(outcome) for outcome in won] == [bool] * 50, won
     assert sum(map(bool, won)) == 1
     assert store.get("tasks/t/1/result.json") == bodies[won.index(True)]
+
+
+def test_many_are_created_as_one_after_the_other(store: ObjectStore) -> None:
+    store.put("tasks/t/2/r", b"kept")
+    items = [(f"tasks/t/{number}/r", f"data {number}".encode()) for number in range(40)]
+    items += [("tasks/t/5/r", b"later"), ("tasks/t/2/r", b"later"), ("tasks/t/41/r", b"")]
+    created = store.create_many(items, content_type="text/plain")
+    assert list(created) == [number not in (2, 40, 41) for number in range(43)]
+    for number, (key, data) in enumerate(items):
+        assert store.get(key) == (b"kept" if key == "tasks/t/2/r" else items[5][1] if number == 40 else data)
+    assert store.stat("tasks/t/41/r").content_type == "text/plain"
+    assert len(list(store.list())) == 41
+    assert list(store.create_many([], content_type="text/plain")) == []
+
+
+@_BOUNDED
+def test_of_racing_creators_of_many_one_wins_each(store: ObjectStore, race: Race) -> None:
+    def create(writer: int) -> object:
+        return store.create_many([(f"k/{n}", b"%d" % writer) for n in range(5)], content_type="text/plain")
+
+    store.put("warm", b"")
+    won: list[Sequence[bool]] = race(6, create)  # type: ignore[assignment]
+    for number in range(5):
+        (winner,) = [writer for writer in range(6) if won[writer][number]]
+        assert store.get(f"k/{number}") == b"%d" % winner
 
 
 def test_readers_never_see_half_of_a_replaced_object(store: ObjectStore, race: Race) -> None:

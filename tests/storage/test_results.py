@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inferq.schemas import Artifact, ErrorInfo, InvalidTask, Result
@@ -24,7 +26,7 @@ from inferq.storage import (
     upload_key,
 )
 from inferq.storage.objects.local import LocalStore
-from inferq.storage.objects.store import check_key
+from inferq.storage.objects.store import check_key, side_by_side
 
 Race = Callable[[int, Callable[[int], object]], list[object]]
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -124,6 +126,142 @@ def test_a_success_among_racing_failures_stands(results: ResultStore, race: Race
     loaded = results.load("default", "t1")
     assert loaded
     assert loaded.worker == "w5"
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed"])
+def test_a_save_whose_reply_was_lost_is_the_callers_own_when_it_is_repeated(
+    results: ResultStore, monkeypatch: pytest.MonkeyPatch, store: ObjectStore, status: str
+) -> None:
+    def lose(method: str) -> None:
+        real = getattr(store, method)
+
+        def call(*arguments: Any, **more: Any) -> object:
+            monkeypatch.setattr(store, method, real)
+            real(*arguments, **more)
+            raise StoreOutage("no reply")
+
+        monkeypatch.setattr(store, method, call)
+
+    for redrives, method in ((0, "create"), (1, "put")):
+        if status == "succeeded" and redrives:
+            return
+        mine = result(status, redrives=redrives, output={"text": "\ud83d"} if status == "succeeded" else None)
+        lose(method)
+        with pytest.raises(StoreOutage):
+            results.save(mine)
+        assert results.save(mine) is mine
+        assert results.save_many([(mine, None)])[0] is mine
+        assert results.save(result(status, worker="another", redrives=redrives)) is not mine
+
+
+def test_a_failure_that_supersedes_another_is_its_callers_own(results: ResultStore) -> None:
+    results.save(result("failed"))
+    later = result("failed", redrives=1)
+    assert results.save(later) is later
+
+
+def one_by_one(
+    results: ResultStore, ends: list[tuple[Result, bytes | None]]
+) -> list[Result | UnreadableResult]:
+    kept: list[Result | UnreadableResult] = []
+    for end, output in ends:
+        try:
+            kept.append(results.save(end, output))
+        except UnreadableResult as error:
+            kept.append(error)
+    return kept
+
+
+class _SideBySide(LocalStore):
+    """A folder that is used like S3."""
+
+    def side_by_side(self, calls: Sequence[Callable[[], Any]]) -> Sequence[Any]:
+        with ThreadPoolExecutor(4) as threads:
+            return side_by_side(threads, calls)
+
+
+ENDS = st.builds(
+    lambda task_id, status, worker, redrives, digest, output: (
+        result(status, task_id=task_id, worker=worker, redrives=redrives, digest=digest),
+        output if status == "succeeded" else None,
+    ),
+    task_id=st.sampled_from(["a", "b", "c", "unreadable"]),
+    status=st.sampled_from(["succeeded", "succeeded", "failed", "cancelled"]),
+    worker=st.sampled_from(["w1", "w2"]),
+    redrives=st.integers(0, 2),
+    digest=st.sampled_from([None, "d" * 64]),
+    output=st.sampled_from([None, b'{"text": 1}', b'"\\ud83d"']),
+)
+
+
+examples = itertools.count()
+
+
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    earlier=st.lists(ENDS, max_size=3),
+    ends=st.lists(ENDS, min_size=2, max_size=9),
+    bad=st.sampled_from(["result", "failure"]),
+)
+def test_many_are_saved_as_one_after_the_other(
+    tmp_path: Path,
+    earlier: list[tuple[Result, bytes | None]],
+    ends: list[tuple[Result, bytes | None]],
+    bad: str,
+) -> None:
+    seen = []
+    for make, many in ((LocalStore, False), (LocalStore, True), (_SideBySide, True)):
+        store = make(tmp_path / str(next(examples)), fsync=False)
+        results = ResultStore(store)
+        store.put(f"tasks/default/unreadable/{bad}.json", b"{}")
+        one_by_one(results, earlier)
+        kept = results.save_many(ends) if many else one_by_one(results, ends)
+        own = [one is end for one, (end, _) in zip(kept, ends, strict=True)]
+        readable = [None if isinstance(one, UnreadableResult) else one for one in kept]
+        seen.append((readable, own, {key: store.get(key) for key in keys(store)}))
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+
+
+def test_many_are_loaded_in_order_and_an_unreadable_one_takes_its_place(
+    results: ResultStore, store: ObjectStore
+) -> None:
+    first, third = result("succeeded", task_id="1"), result("failed", task_id="3")
+    results.save_many([(first, None), (third, None)])
+    store.put("tasks/default/2/result.json", b"{}")
+    loaded = results.load_many([("default", task_id) for task_id in "3210"] + [("other", "1")])
+    assert [*loaded[:1], *loaded[2:]] == [third, first, None, None]
+    assert isinstance(loaded[1], UnreadableResult)
+
+
+def test_an_outage_is_of_all_that_are_saved_or_loaded_together(
+    results: ResultStore, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [
+        (result("failed" if number > 3 else "succeeded", task_id=str(number)), None) for number in range(6)
+    ]
+    real = store.get
+
+    def fail(key: str, *_: object, **__: object) -> bytes:
+        if "/4/" in key:
+            raise StoreOutage("away")
+        return real(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "create", fail)
+        patch.setattr(store, "create_many", lambda items, **_: [True] * len(items))
+        with pytest.raises(StoreOutage, match="away"):
+            results.save_many(ends)
+    kept = results.save_many(ends)
+    assert [one is end for one, (end, _) in zip(kept, ends, strict=True)] == [True] * 6
+    monkeypatch.setattr(store, "get", fail)
+    with pytest.raises(StoreOutage, match="away"):
+        results.load_many([("default", str(number)) for number in range(6)])
 
 
 def test_what_is_not_a_result_is_said_to_be_so(results: ResultStore, store: ObjectStore) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from botocore.exceptions import NoCredentialsError
 from inferq.schemas import Outage, TransientFailure
 from inferq.storage import Fetched, Fetcher, LocalStore, ObjectNotFound, StorageSettings, StoreOutage
 from inferq.storage.objects import s3 as s3_module
+from inferq.storage.objects import store as store_module
 from inferq.storage.objects.s3 import CredentialsRefused, S3Refused, S3Store
 from tests.certificates import certificate
 
@@ -108,6 +111,41 @@ def test_a_conflict_with_another_writer_is_tried_again(moody: Moody, moody_store
     assert moody_store.create("k", b"x", content_type="text/plain") is True
 
 
+def test_many_are_created_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, together = S3Store("bucket"), threading.Barrier(16)
+
+    def create(key: str, data: bytes, *, content_type: str) -> bool:
+        together.wait(10)  # passes only with 16 at once
+        return key != "3"
+
+    monkeypatch.setattr(store, "create", create)
+    created = store.create_many([(str(number), b"") for number in range(32)], content_type="text/plain")
+    assert list(created) == [number != 3 for number in range(32)]
+
+
+def test_when_one_of_many_fails_none_is_still_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, in_progress, waited_for = S3Store("bucket"), set(), threading.Event()
+
+    def create(key: str, data: bytes, *, content_type: str) -> bool:
+        in_progress.add(key)
+        if key != "0":
+            assert waited_for.wait(10)
+        in_progress.remove(key)
+        if key == "0":
+            raise StoreOutage("away")
+        return True
+
+    def wait(futures: Sequence[Future[bool]]) -> object:
+        waited_for.set()
+        return concurrent.futures.wait(futures)
+
+    monkeypatch.setattr(store, "create", create)
+    monkeypatch.setattr(store_module, "wait", wait)
+    with pytest.raises(StoreOutage, match="away"):
+        store.create_many([(str(number), b"") for number in range(40)], content_type="text/plain")
+    assert in_progress == set()
+
+
 def test_endless_conflicts_are_an_outage(moody: Moody, moody_store: S3Store) -> None:
     moody.answers = [(409, "ConditionalRequestConflict")] * 6
     with pytest.raises(StoreOutage, match="ConditionalRequestConflict"):
@@ -159,6 +197,7 @@ CALLS: dict[str, Callable[[S3Store], object]] = {
     "list": lambda store: list(store.list("k")),
     "put": lambda store: store.put("k", b""),
     "create": lambda store: store.create("k", b"", content_type="text/plain"),
+    "create many": lambda store: store.create_many([("k", b"")], content_type="text/plain"),
     "delete": lambda store: store.delete("k"),
     "ping": lambda store: store.ping(),
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from inferq.schemas import (
     InstallationError,
     Task,
 )
-from inferq.storage import BatchIndex, CallbackRecords, StatusIndex, StatusOutage, StorageSettings
+from inferq.storage import BatchIndex, Begun, CallbackRecords, StatusIndex, StatusOutage, StorageSettings
 from inferq.storage.objects.local import LocalStore
 from inferq.storage.status.keys import record_key
 from tests.storage.conftest import RedisServer
@@ -333,6 +334,148 @@ def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next(index: StatusIn
     assert ending() is True
     assert known(index, second).state == "succeeded"
     assert index.ended_pipelined(end(second))() is False
+
+
+class Sent:
+    """How many script calls each packet to Redis has; the connection breaks after `cut_after` replies."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.packets: list[int] = []
+        self.cut_after = math.inf
+        self._replies = 0
+        send, read = redis.Connection.send_packed_command, redis.Connection.read_response
+
+        def sending(connection: Any, packed: Any, **more: Any) -> None:
+            if calls := b"".join(packed).count(b"EVALSHA"):
+                self.packets.append(calls)
+            send(connection, packed, **more)
+
+        def reading(connection: Any, **more: Any) -> Any:
+            self._replies += 1
+            if self._replies > self.cut_after:
+                self.cut_after = math.inf
+                connection.disconnect()
+                raise redis.ConnectionError("cut")
+            return read(connection, **more)
+
+        monkeypatch.setattr(redis.Connection, "send_packed_command", sending)
+        monkeypatch.setattr(redis.Connection, "read_response", reading)
+
+
+def begin_group(index: StatusIndex, tasks: Sequence[Task]) -> Sequence[Callable[[], Begun]]:
+    group, now = index.group(), datetime.now(UTC)
+    replies = [
+        index.begin_pipelined(
+            task,
+            attempt=1,
+            redrives=0,
+            worker="w",
+            started_at=now,
+            digest=task.digest(),
+            run="r",
+            group=group,
+        )
+        for task in tasks
+    ]
+    group.send()
+    return replies
+
+
+def end_group(index: StatusIndex, tasks: Sequence[Task]) -> Sequence[Callable[[], bool]]:
+    group = index.group()
+    replies = [index.ended_pipelined(end(task), engine_seconds=1.0, group=group) for task in tasks]
+    group.send()
+    return replies
+
+
+def test_a_group_goes_in_one_packet_and_each_command_has_its_own_reply(
+    index: StatusIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [job(f"t{number}") for number in range(4)]
+    index.warm_up()
+    index.submit(tasks[1])
+    index.request_cancel("default", "t2")
+    sent = Sent(monkeypatch)
+    begins = begin_group(index, tasks)
+    assert sent.packets == [4]
+    begun = [begins[number]() for number in (2, 0, 3, 1)]
+    assert [each.cancel_requested for each in begun] == [True, False, False, False]
+    assert [each.digest for each in begun] == [None, None, None, tasks[1].digest()]
+    group = index.group()
+    cancels = [
+        index.cancel_requested_pipelined("default", task.task_id, run="r", group=group) for task in tasks
+    ]
+    group.send()
+    assert [cancel() for cancel in cancels] == [False, False, True, False]
+    assert index.cancel_requested_pipelined("default", "t2")() is True
+    assert [ended() for ended in end_group(index, tasks)] == [True] * 4
+    assert sent.packets == [4, 4, 1, 4]
+    assert {known(index, task).state for task in tasks} == {"succeeded"}
+
+
+@pytest.mark.parametrize("replies", range(4))
+def test_a_group_that_is_cut_off_after_some_replies_is_completed_by_whole_calls(
+    index: StatusIndex, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, replies: int
+) -> None:
+    tasks, today = [job(f"t{number}") for number in range(4)], datetime.now(UTC).date()
+    index.warm_up()
+    sent = Sent(monkeypatch)
+    sent.cut_after = replies
+    begun = [begin() for begin in begin_group(index, tasks)]
+    assert {(each.state, each.orphaned_runs, each.other_run) for each in begun} == {("running", 0, "")}
+    assert sent.packets == [4] + [1] * (4 - replies)
+    sent = Sent(monkeypatch)
+    sent.cut_after = replies
+    assert [ended() for ended in end_group(index, tasks)] == [True] * 4
+    assert {known(index, task).state for task in tasks} == {"succeeded"}
+    usage = index.usage({datetime.now(UTC).date(), today})
+    assert [(each.tasks, each.engine_seconds) for each in usage] == [(4, 4.0)]
+
+
+def test_a_group_whose_scripts_redis_lost_is_completed_by_whole_calls(
+    index: StatusIndex, redis_client: redis.Redis
+) -> None:
+    tasks = [job(f"t{number}") for number in range(3)]
+    redis_client.script_flush()
+    assert {begin().state for begin in begin_group(index, tasks)} == {"running"}
+
+
+def test_replies_of_a_group_that_nobody_read_are_not_taken_for_later_ones(
+    own_redis: RedisServer, doomed: StatusIndex
+) -> None:
+    tasks = [job(f"t{number}") for number in range(3)]
+    doomed.warm_up()
+    doomed.submit(tasks[2])
+    own_redis.freeze(True)  # so that the replies come after the connection went back to the pool
+    forgotten = begin_group(doomed, tasks[:2])
+    del forgotten
+    (later,) = begin_group(doomed, tasks[2:])
+    own_redis.freeze(False)
+    assert later().digest == tasks[2].digest()
+
+
+def test_a_command_of_a_group_that_was_not_sent_is_made_by_its_whole_call(index: StatusIndex) -> None:
+    group = index.group()
+    ended = index.ended_pipelined(end(job()), group=group)
+    assert index.get("default", "t1") is None
+    assert ended() is True
+    assert known(index, job()).state == "succeeded"
+    index.group().send()
+
+
+def test_a_group_without_redis_is_an_outage_of_each_and_its_calls_work_again_later(
+    own_redis: RedisServer, doomed: StatusIndex
+) -> None:
+    tasks = [job(f"t{number}") for number in range(2)]
+    doomed.warm_up()
+    own_redis.kill()
+    endings = end_group(doomed, tasks)
+    for ending in endings:
+        with pytest.raises(StatusOutage):
+            ending()
+    own_redis.start()
+    eventually(lambda: _answers(doomed))
+    assert [ending() for ending in endings] == [True, True]
 
 
 def test_an_answer_is_fetched_on_any_thread(index: StatusIndex) -> None:
