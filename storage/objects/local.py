@@ -370,7 +370,8 @@ class LocalStore(ObjectStore):
             if len(descriptors) > 1:
                 # Starts to write all of them, so that they share the first sync's commit of the journal.
                 for descriptor in descriptors:
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    with suppress(OSError):  # only a hint
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self._for_each(os.fsync, descriptors)
         except OSError as error:
             raise self._outage(error) from error
