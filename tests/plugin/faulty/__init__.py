@@ -11,7 +11,8 @@ from inferq.schemas import InputUrl, Options, Task, TaskType, always
 Fault = Literal[
     "none", "crash", "exit", "kill_worker", "hang", "hang_hard", "invalid", "transient", "error", "memory",
     "artifact", "missing_artifact", "progress", "big", "bad_output", "noise", "gate", "gpu_memory", "swell",
-    "grow", "illegible", "stumble", "cut_and_die", "cut_and_stay", "endless_message",
+    "grow", "illegible", "stumble", "cut_and_die", "cut_and_stay", "endless_message", "batch_error",
+    "batch_memory",
 ]  # fmt: skip
 
 
@@ -27,6 +28,10 @@ class FaultyOptions(Options):
     """The file for the pid of a daemon that the run leaves: in a session of its own, its parent gone."""
     helpers: str | None = None
     """The file for the pids of the processes that the run leaves: a fork of the engine, and a program."""
+    key: str | None = None
+    """Which tasks go together in a batch: those with the same key."""
+    fits: int = 1
+    """The largest batch for which the memory lasts, with the fault `batch_memory`."""
 
 
 class FaultyTask(Task):

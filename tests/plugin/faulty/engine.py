@@ -7,7 +7,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class FaultyEngine(Engine[FaultyTask]):
         self._kept: list[bytes] = []
 
     def load(self) -> EngineInfo:
+        self.batch_size = int(os.environ.get("FAULTY_BATCH_SIZE", "1"))
         switch = os.environ.get("FAULTY_LOAD")
         if switch and Path(switch).is_file():
             match Path(switch).read_text().strip():
@@ -145,6 +146,25 @@ class FaultyEngine(Engine[FaultyTask]):
                 return {"wrong": 1}
         value = context.inputs["file_url"].path.read_text() if context.inputs else "fine"
         return {"value": value}
+
+    def batch_key(self, task: FaultyTask) -> str | None:
+        return task.options.key
+
+    def run_batch(
+        self, tasks: Sequence[FaultyTask], contexts: Sequence[Context]
+    ) -> list[Mapping[str, Any] | Exception]:
+        for task in tasks:
+            if task.fault == "batch_error":
+                raise RuntimeError("a bug")
+            if task.fault == "batch_memory" and len(tasks) > task.options.fits:
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return [self._output_or_error(task, context) for task, context in zip(tasks, contexts, strict=True)]
+
+    def _output_or_error(self, task: FaultyTask, context: Context) -> Mapping[str, Any] | Exception:
+        try:
+            return self.run(task, context)
+        except Exception as error:
+            return error
 
 
 def _forked() -> int:
