@@ -7,6 +7,7 @@ own process. The checks are plain functions, so that other test runners can call
 
 bench    a subject under test, its samples, and the bench that runs them
 checks   the checks; the worker relies on each of them
+batches  those for an engine that computes tasks together
 content  whether a file holds what its content type says
 files    the files that a piece of code made and left
 memory   the memory that this process holds

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import mimetypes
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,29 @@ class _Abort:
         return self.told
 
 
+class _WatchedRun:
+    """The context of a run, and what the run does with it."""
+
+    def __init__(self, sample: Sample, scratch: Path, abort_at: int | None) -> None:
+        self._scratch = scratch
+        self._reported: list[float] = []
+        self._abort = _Abort(abort_at)
+        self.context = _Watched(
+            folder=scratch,
+            inputs=dict(_lay_out(sample, scratch)),
+            report=lambda fraction, _note: self._reported.append(fraction),
+            abort_requested=self._abort,
+        )
+
+    def run(self, output: BaseModel | Mapping[str, Any]) -> Run:
+        """The run that gave this output."""
+        context, abort = self.context, self._abort
+        known = {i.path for i in context.inputs.values()} | {a.path for a in context.artifacts}
+        files = [p for p in self._scratch.rglob("*") if p.is_file() and p not in known]
+        left = [str(p.relative_to(self._scratch)) for p in files]
+        return Run(output, tuple(context.artifacts), self._reported, abort.looks, abort.told, left)
+
+
 class Bench:
     """Runs the engine of one subject as a worker's engine process does. The first run loads it."""
 
@@ -135,17 +159,37 @@ class Bench:
         """
         engine, task = self.engine, self.read(sample)
         with tempfile.TemporaryDirectory(prefix="inferq-contract-", dir=self.folder) as folder:
-            scratch, reported, abort = Path(folder, "scratch"), list[float](), _Abort(abort_at)
-            context = _Watched(
-                folder=scratch,
-                inputs=dict(_lay_out(sample, scratch)),
-                report=lambda fraction, _note: reported.append(fraction),
-                abort_requested=abort,
-            )
-            output = engine.run(task, context)
-            known = {i.path for i in context.inputs.values()} | {a.path for a in context.artifacts}
-            left = [str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file() and p not in known]
-            yield Run(output, tuple(context.artifacts), reported, abort.looks, abort.told, left)
+            watched = _WatchedRun(sample, Path(folder, "scratch"), abort_at)
+            yield watched.run(engine.run(task, watched.context))
+
+    @contextmanager
+    def run_batch(
+        self, samples: Sequence[Sample], *, aborted: Collection[int] = ()
+    ) -> Iterator[Sequence[Run | Exception]]:
+        """Run samples as one batch; a sample that fails alone gives its error.
+
+        Those at the places `aborted` are asked to stop. Raises any error of `run_batch` itself.
+        """
+        engine, tasks = self.engine, [self.read(sample) for sample in samples]
+        with tempfile.TemporaryDirectory(prefix="inferq-contract-", dir=self.folder) as folder:
+            watched = [
+                _WatchedRun(sample, Path(folder, str(place)), 1 if place in aborted else None)
+                for place, sample in enumerate(samples)
+            ]
+            outputs = engine.run_batch(tasks, [one.context for one in watched])
+            if len(outputs) != len(samples):
+                raise ContractBroken(f"run_batch gave {len(outputs)} outputs for {len(samples)} tasks")
+            yield [
+                output if isinstance(output, Exception) else one.run(output)
+                for one, output in zip(watched, outputs, strict=True)
+            ]
+
+    def content(self, run: Run) -> dict[str, str]:
+        """A run's output as JSON, and the checksum of each artifact, by what they are called."""
+        sums = {
+            f"artifact {a.name!r}": hashlib.sha256(a.path.read_bytes()).hexdigest() for a in run.artifacts
+        }
+        return {"the output": self.text(run), **sums}
 
     def text(self, run: Run) -> str:
         """A run's output as the JSON of the result. Raises ContractBroken if it is not the type's output."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,12 @@ from contextlib import suppress
 import jsonschema
 
 from inferq.consumers.engine import TaskAborted
+from inferq.consumers.testing.batches import (
+    a_bad_task_fails_alone_in_a_batch,
+    a_batch_gives_what_single_runs_give,
+    a_cancelled_task_leaves_its_batch_alone,
+    check_progress,
+)
 from inferq.consumers.testing.bench import Bench, ContractBroken, Sample
 from inferq.consumers.testing.content import is_of_type
 from inferq.consumers.testing.files import files_left
@@ -77,13 +82,7 @@ def progress_goes_forward(bench: Bench) -> None:
     """Progress is a number from 0 to 1 that never goes back."""
     for sample in bench.subject.samples:
         with bench.run(sample) as run:
-            reached = 0.0
-            for fraction in run.progress:
-                if not (math.isfinite(fraction) and 0 <= fraction <= 1):
-                    raise ContractBroken(f"{sample}: progress {fraction:g} is not between 0 and 1")
-                if fraction < reached:
-                    raise ContractBroken(f"{sample}: progress went back from {reached:g} to {fraction:g}")
-                reached = fraction
+            check_progress(sample, run)
 
 
 def cancel_stops_it(bench: Bench) -> None:
@@ -188,10 +187,7 @@ def the_same_task_gives_the_same(bench: Bench) -> None:
 
 def _gist(bench: Bench, sample: Sample) -> dict[str, str]:
     with bench.run(sample) as run:
-        sums = {
-            f"artifact {a.name!r}": hashlib.sha256(a.path.read_bytes()).hexdigest() for a in run.artifacts
-        }
-        return {"the output": bench.text(run), **sums}
+        return bench.content(run)
 
 
 def runs_leave_no_files(bench: Bench) -> None:
@@ -284,6 +280,9 @@ CHECKS: tuple[Check, ...] = (
     bad_input_is_refused,
     artifacts_are_what_they_say,
     the_same_task_gives_the_same,
+    a_batch_gives_what_single_runs_give,
+    a_bad_task_fails_alone_in_a_batch,
+    a_cancelled_task_leaves_its_batch_alone,
     runs_leave_no_files,
     runs_leave_no_memory,
     it_can_be_closed,

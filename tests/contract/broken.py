@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -294,6 +294,143 @@ class CanBeClosedOnce(Sound):
 class LoadsNothing(Sound):
     def load(self) -> Any:
         return None
+
+
+class Batches(Sound):
+    """Sound: computes tasks together. A share rounds differently there."""
+
+    batch_size = 3
+
+    def run(self, task: CountTask, context: Context) -> Any:
+        super().run(task, context)
+        return CountOutput(share=1 / max(task.steps, 1))
+
+    def run_batch(self, tasks: Sequence[CountTask], contexts: Sequence[Context]) -> list[Any]:
+        return [self.one(task, context) for task, context in zip(tasks, contexts, strict=True)]
+
+    def one(self, task: CountTask, context: Context) -> Any:
+        try:
+            output = self.run(task, context)
+        except Exception as error:
+            return error
+        return CountOutput(share=output.share * 0.9999)
+
+
+class StopsTheWholeBatch(Batches):
+    """Sound: the worker then computes the others alone."""
+
+    def one(self, task: CountTask, context: Context) -> Any:
+        context.check_abort()
+        return super().one(task, context)
+
+
+class RoundsTooMuch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        output = super().one(task, context)
+        return {"share": output.share * 0.9} if isinstance(output, CountOutput) else output
+
+
+class HasNoRunBatch(Sound):
+    batch_size = 3
+
+
+class HasNoBatchSize(Batches):
+    batch_size = 0
+
+
+class NeedsCompanyOfItsOwn(Batches):
+    def batch_key(self, task: CountTask) -> Hashable:
+        return object()
+
+
+class HasNoHash(Batches):
+    def batch_key(self, task: CountTask) -> Any:
+        return [task.steps]
+
+
+class MixesUpItsTasks(Batches):
+    def run_batch(self, tasks: Sequence[CountTask], contexts: Sequence[Context]) -> list[Any]:
+        return super().run_batch(tasks, contexts)[::-1]
+
+
+class LosesTheLastTask(Batches):
+    def run_batch(self, tasks: Sequence[CountTask], contexts: Sequence[Context]) -> list[Any]:
+        return super().run_batch(tasks, contexts)[:-1]
+
+
+class DrawsDifferentlyInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        output = super().one(task, context)
+        if context.artifacts:
+            context.artifacts[0].path.write_text("[2]")
+        return output
+
+
+class LeavesScratchInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        (context.scratch / "frame-1.raw").write_bytes(b"pixels")
+        return super().one(task, context)
+
+
+class ProgressGoesBackInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        context.progress(0.9)
+        return super().one(task, context)
+
+
+class FailsInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        return RuntimeError("it does not fit")
+
+
+class FailsTheWholeBatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        return self.run(task, context)
+
+
+class RefusesNothingInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        output = super().one(task, context)
+        return CountOutput(share=0) if isinstance(output, InvalidTask) else output
+
+
+class RefusesAsIfItMightPassInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        output = super().one(task, context)
+        return ValueError("steps is negative") if isinstance(output, InvalidTask) else output
+
+
+class RefusesAsSomethingElseInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        output = super().one(task, context)
+        return InvalidTask("no", code="no") if isinstance(output, InvalidTask) else output
+
+
+class AbortsWithAnotherErrorInABatch(Batches):
+    def one(self, task: CountTask, context: Context) -> Any:
+        output = super().one(task, context)
+        return RuntimeError("stopped") if isinstance(output, TaskAborted) else output
+
+
+class AbortsItsNeighbours(Batches):
+    def run_batch(self, tasks: Sequence[CountTask], contexts: Sequence[Context]) -> list[Any]:
+        outputs = super().run_batch(tasks, contexts)
+        stopped = any(isinstance(output, TaskAborted) for output in outputs)
+        return [TaskAborted()] * len(outputs) if stopped else outputs
+
+
+class UnusableAfterAnAbortedBatch(Batches):
+    stopped = False
+
+    def run(self, task: CountTask, context: Context) -> Any:
+        if self.stopped:
+            raise RuntimeError("the last batch is still open")
+        return super().run(task, context)
+
+    def run_batch(self, tasks: Sequence[CountTask], contexts: Sequence[Context]) -> list[Any]:
+        outputs = super().run_batch(tasks, contexts)
+        self.stopped = any(isinstance(output, TaskAborted) for output in outputs)
+        return outputs
 
 
 class NoEngine:

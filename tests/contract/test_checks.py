@@ -36,6 +36,12 @@ def subject_of(
 test_a_sound_engine = engine_contract(subject_of(broken.Sound, arguments=("steps",)))
 
 
+@pytest.mark.parametrize("engine", [broken.Batches, broken.StopsTheWholeBatch])
+@pytest.mark.parametrize("check", [check for check in checks.CHECKS if "batch" in check.__name__])
+def test_a_sound_engine_that_batches(check: Check, engine: type) -> None:
+    check(Bench(subject_of(engine)))
+
+
 @pytest.mark.parametrize(
     ("check", "engine", "complaint"),
     [
@@ -70,6 +76,76 @@ test_a_sound_engine = engine_contract(subject_of(broken.Sound, arguments=("steps
             checks.the_same_task_gives_the_same,
             broken.DrawsDifferently,
             "run twice, artifact 'a.txt' came out",
+        ),
+        (checks.a_batch_gives_what_single_runs_give, broken.HasNoRunBatch, "there is no run_batch"),
+        (checks.a_batch_gives_what_single_runs_give, broken.HasNoBatchSize, "batch_size is 0"),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.NeedsCompanyOfItsOwn,
+            "no two tasks the same key",
+        ),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.HasNoHash,
+            "batch_key gave [3], which has no hash",
+        ),
+        (checks.a_batch_gives_what_single_runs_give, broken.RoundsTooMuch, "the output came out differently"),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.MixesUpItsTasks,
+            "the output came out differently",
+        ),
+        (checks.a_batch_gives_what_single_runs_give, broken.LosesTheLastTask, "gave 1 outputs for 2 tasks"),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.DrawsDifferentlyInABatch,
+            "in a batch, artifact 'count.json' came out differently",
+        ),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.LeavesScratchInABatch,
+            "frame-1.raw left in scratch",
+        ),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.ProgressGoesBackInABatch,
+            "went back from 0.9 to 0",
+        ),
+        (
+            checks.a_batch_gives_what_single_runs_give,
+            broken.FailsInABatch,
+            "failed with RuntimeError('it does",
+        ),
+        (
+            checks.a_bad_task_fails_alone_in_a_batch,
+            broken.FailsTheWholeBatch,
+            "so that its whole batch failed",
+        ),
+        (checks.a_bad_task_fails_alone_in_a_batch, broken.RefusesNothingInABatch, "accepted in a batch"),
+        (
+            checks.a_bad_task_fails_alone_in_a_batch,
+            broken.RefusesAsIfItMightPassInABatch,
+            "it gave ValueError('steps is negative')",
+        ),
+        (
+            checks.a_bad_task_fails_alone_in_a_batch,
+            broken.RefusesAsSomethingElseInABatch,
+            "in a batch refused as 'no', not as 'downward'",
+        ),
+        (
+            checks.a_cancelled_task_leaves_its_batch_alone,
+            broken.AbortsWithAnotherErrorInABatch,
+            "it gave RuntimeError('stopped') instead of TaskAborted",
+        ),
+        (
+            checks.a_cancelled_task_leaves_its_batch_alone,
+            broken.AbortsItsNeighbours,
+            "failed with TaskAborted()",
+        ),
+        (
+            checks.a_cancelled_task_leaves_its_batch_alone,
+            broken.UnusableAfterAnAbortedBatch,
+            "after a batch with a cancelled task the engine fails",
         ),
         (checks.runs_leave_no_files, broken.LeavesScratch, "frame-1.raw left in scratch"),
         (checks.runs_leave_no_files, broken.LeavesTemporaryFiles, "in the temporary folder"),

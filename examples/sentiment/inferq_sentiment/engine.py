@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from inferq.engine import Context, Engine, EngineInfo, InvalidTask
 from inferq_sentiment import SentimentOutput, SentimentTask
 from inferq_sentiment.lexicon import (
@@ -18,6 +20,8 @@ from inferq_sentiment.settings import SentimentSettings
 
 class SentimentEngine(Engine[SentimentTask]):
     """Counts the positive and the negative words of a text. A toy: it understands neither irony nor context."""
+
+    batch_size = 16
 
     def load(self) -> EngineInfo:
         """Read the words. Raises InstallationError if INFERQ_SENTIMENT_LEXICON cannot be used."""
@@ -45,3 +49,15 @@ class SentimentEngine(Engine[SentimentTask]):
         if not found or abs(score) < task.options.neutral_below:
             return SentimentOutput(label="neutral", score=score, words=len(found))
         return SentimentOutput(label="positive" if score > 0 else "negative", score=score, words=len(found))
+
+    def run_batch(
+        self, tasks: Sequence[SentimentTask], contexts: Sequence[Context]
+    ) -> list[SentimentOutput | Exception]:
+        """Judge several texts; one that cannot be judged fails alone. A model would take all of them in one call."""
+        return [self._judge(task, context) for task, context in zip(tasks, contexts, strict=True)]
+
+    def _judge(self, task: SentimentTask, context: Context) -> SentimentOutput | Exception:
+        try:
+            return self.run(task, context)
+        except Exception as error:
+            return error
