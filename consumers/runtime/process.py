@@ -264,7 +264,6 @@ class EngineProcess:
         output.begin_run()
         fault: Fault = "engine_died"
         try:
-            self._begin_run(SEND_SECONDS)
             self._give(pipe, RunGroup(jobs=tuple(jobs), most=most))
             message = (
                 None if run.follow(pipe) else "the engine process was killed: it did not stop when asked to"

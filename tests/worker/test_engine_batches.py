@@ -21,11 +21,21 @@ from pydantic import BaseModel
 from inferq.consumers.echo import EchoOutput, EchoTask
 from inferq.consumers.echo.engine import EchoEngine
 from inferq.consumers.engine import Context, TaskAborted
+from inferq.consumers.runtime import group
 from inferq.consumers.runtime.channel import LARGEST_BYTES, Channel
 from inferq.consumers.runtime.computing import compute_group
 from inferq.consumers.runtime.group import GroupRun
 from inferq.consumers.runtime.memory import MemoryLimits
-from inferq.consumers.runtime.messages import Alone, Done, Failed, Job, RunGroup, from_worker, send
+from inferq.consumers.runtime.messages import (
+    Alone,
+    BatchBegun,
+    Done,
+    Failed,
+    Job,
+    RunGroup,
+    from_worker,
+    send,
+)
 from inferq.consumers.runtime.process import AbortReason, BatchHooks, EngineProcess, RunAborted
 from inferq.schemas import InvalidTask, TransientFailure, get_type
 from tests.waiting import eventually
@@ -86,22 +96,30 @@ class Talk:
         self.progress: list[int] = []
         self.overdue_after: list[float] = []
 
+    def start(
+        self, *, aborts: Aborts = dict, abort_grace: float = 20, look: Callable[[], None] = lambda: None
+    ) -> GroupRun:
+        begun = time.monotonic()
+
+        def look_or_fail() -> None:
+            assert time.monotonic() < begun + 30, "it takes too long"
+            look()
+
+        hooks = BatchHooks(lambda place, *_: self.progress.append(place), aborts, self._end)
+        begin = self.overdue_after.append
+        self.run = GroupRun(self.jobs, hooks, abort_grace, look=look_or_fail, begin=begin)
+        return self.run
+
     def follow(
         self, *, aborts: Aborts = dict, most: int = 32, abort_grace: float = 20, look: Any = lambda: None
     ) -> bool:
         near, far = map(Channel, socket.socketpair())
-        self.run = GroupRun(
-            self.jobs,
-            BatchHooks(lambda place, *_: self.progress.append(place), aborts, self._end),
-            abort_grace,
-            look=look,
-            begin=self.overdue_after.append,
-        )
+        self.start(aborts=aborts, abort_grace=abort_grace, look=look)
         with closing(far), ThreadPoolExecutor(1) as pool:
             send(near, RunGroup(jobs=tuple(self.jobs), most=most))
-            group = from_worker(far)
-            assert isinstance(group, RunGroup)
-            computed = pool.submit(compute_group, self.engine, get_type("echo"), group, far)
+            message = from_worker(far)
+            assert isinstance(message, RunGroup)
+            computed = pool.submit(compute_group, self.engine, get_type("echo"), message, far)
             try:
                 stopped = self.run.follow(near)
             finally:
@@ -333,6 +351,32 @@ def test_the_shortest_time_limit_of_a_batch_is_its_own_and_the_next_one_begins()
     assert talk.codes() == ["Alone: time_limit", "Alone: time_limit", "b1", "b2"]
     assert engine.limits == [0.1, 40]
     assert {20.1, 60} <= set(talk.overdue_after)  # each with the time to stop
+
+
+def test_an_engine_that_forms_no_batch_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine(Scripted):
+        def batch_key(self, task: EchoTask) -> Hashable:
+            self.steps.acquire(timeout=60)
+            return super().batch_key(task)
+
+    monkeypatch.setattr(group, "SEND_SECONDS", 0.1)
+    talk = Talk(Engine(), [job("a1", 0.1), job("b1")])
+    assert not talk.follow()
+    assert talk.codes() == ["Alone: time_limit"] * 2
+
+
+def test_the_time_between_two_batches_is_not_that_of_the_first() -> None:
+    near, far = map(Channel, socket.socketpair())
+    talk = Talk(Scripted(), [job("a1", 0.2), job("b1")])
+
+    def compute(place: int) -> None:
+        send(far, BatchBegun(places=(place,)))
+        send(far, Done(place=place, output=b'{"payload": "fine"}', seconds=0))
+
+    with closing(near), closing(far):
+        compute(0)
+        assert talk.start(look=lambda: compute(1)).follow(near)
+    assert talk.codes() == ["fine", "fine"]
 
 
 def test_a_batch_of_one_beyond_its_time_limit_has_failed() -> None:
