@@ -247,7 +247,7 @@ class TaskGroup:
         asked = {
             place: member.attempt.computation.ask_cancelled(group)
             for place, member in enumerate(members)
-            if member.run.outcome is None and not isinstance(member.answer, RunAborted)
+            if member.run.outcome is None and member.answer is None
         }
         self._services.best_effort(group.send)
         return {place: "cancelled" for place, cancelled in asked.items() if cancelled()}
