@@ -2,6 +2,8 @@
 
 engine        two pictures in, one out, with any of the backends
 backend       the protocol of face swappers
+resident      FaceFusion, loaded once for all tasks
+driver        serves swaps in FaceFusion's own Python
 headless      FaceFusion, one headless run per task
 group_runner  runs a command in a process group, and kills the group when the caller ends
 preview       swaps faces by their landmarks, without a face-swapping model

@@ -17,6 +17,7 @@ from inferq.consumers.facefusion.settings import FacefusionSettings
 from inferq.consumers.machine import gpu_fault
 from inferq.consumers.media.decoder import DecodedFile, Decoder
 from inferq.consumers.media.pictures import RgbImage
+from inferq.consumers.weights.cache import model_folder
 from inferq.engine import Context, Engine
 from inferq.schemas import EngineInfo, InstallationError, InvalidTask
 
@@ -120,12 +121,26 @@ def load_backend(settings: FacefusionSettings) -> Backend:
                 "or give this worker a GPU",
                 code="device_unavailable",
             )
+        providers = settings.facefusion_providers.split(",")
+        if settings.facefusion_resident:
+            from inferq.consumers.facefusion.resident import ResidentBackend
+
+            return ResidentBackend(
+                home=settings.facefusion_home,
+                python=settings.facefusion_python,
+                providers=providers,
+                models=settings.facefusion_model_dir and model_folder(settings.facefusion_model_dir),
+            )
+        if settings.facefusion_model_dir is not None:
+            raise InstallationError(
+                "INFERQ_FACEFUSION_MODEL_DIR needs INFERQ_FACEFUSION_RESIDENT=true: a FaceFusion that starts for each "
+                "task uses the weights in its own folder",
+                code="engine_misconfigured",
+            )
         from inferq.consumers.facefusion.headless import HeadlessBackend
 
         return HeadlessBackend(
-            home=settings.facefusion_home,
-            python=settings.facefusion_python,
-            providers=settings.facefusion_providers.split(","),
+            home=settings.facefusion_home, python=settings.facefusion_python, providers=providers
         )
     if settings.device != "cpu":
         raise InstallationError(

@@ -1,8 +1,8 @@
 """Runs a command in a process group of its own, and kills that group when its caller ends.
 
 The caller starts this file by its path and passes a pipe as standard input, to which it writes nothing. The pipe
-closes when the engine closes it or when the engine's process ends. This file imports only the standard library, so
-that it starts fast.
+closes when the engine closes it or when the engine's process ends. The command inherits the descriptors that the
+caller passed on. This file imports only the standard library, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def main() -> None:
                 os._exit(1)
 
     process = subprocess.Popen(
-        sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_the_runner
+        sys.argv[1:],
+        stdin=subprocess.DEVNULL,
+        close_fds=False,
+        process_group=0,
+        preexec_fn=die_with_the_runner,
     )
 
     def end_the_group() -> None:

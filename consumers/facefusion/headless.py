@@ -31,11 +31,11 @@ from inferq.schemas import (
     expand_home,
 )
 
-_LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.1
 """How often a run checks whether it has to stop, in seconds."""
 _START_SECONDS = 180
 """Seconds that FaceFusion may take to print its version; it imports its frameworks first."""
-_KEPT_LINES = 40
+KEPT_LINES = 40
 """The number of output lines that are kept, the last ones; errors quote them."""
 _LONGEST_LINE = 2000
 _SAME = 2
@@ -86,8 +86,8 @@ class HeadlessBackend:
 
         `providers` are its execution providers. Raises InstallationError if it is missing or cannot run.
         """
-        self._home = _checked_home(home)
-        self._python = _find_python(self._home, python)
+        self._home = checked_home(home)
+        self._python = find_python(self._home, python)
         self._providers = tuple(providers)
         self.info = EngineInfo(
             name="facefusion",
@@ -107,52 +107,30 @@ class HeadlessBackend:
         folder = context.scratch / "facefusion"
         folder.mkdir()
         try:
-            # Pass both as upright, lossless PNG; FaceFusion needs an output of the target's format.
-            for name, picture in (("source", source), ("target", target)):
-                Image.fromarray(picture).save(folder / f"{name}.png", compress_level=1)
-            output = folder / "output.png"
+            write_pictures(folder, source, target)
             code, lines = self._run(self._command(folder, face), folder, context)
-            failure = judge(code, output.is_file() and output.stat().st_size > 0, lines)
+            failure = judge(code, wrote_output(folder), lines)
             if failure is not None:
                 raise failure
-            return Swap(_swapped(output, target))
+            return Swap(swapped_picture(folder, target))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _command(self, folder: Path, face: FaceChoice) -> list[str]:
-        if face == "all":
-            chosen = ["many"]
-        elif face == "largest":
-            chosen = ["one"]
-        else:
-            # 0.05 is the smallest distance that FaceFusion accepts: only the selected face is this near.
-            chosen = [
-                "reference",
-                "--reference-face-position",
-                str(face),
-                "--reference-face-distance",
-                "0.05",
-            ]
         # Each run has its own folder of jobs: runs that share one take each other's jobs.
         return [
-            *(self._python, "facefusion.py", "headless-run"),
-            *("-s", str(folder / "source.png"), "-t", str(folder / "target.png")),
-            *("-o", str(folder / "output.png")),
-            *("--processors", "face_swapper"),
-            *("--face-selector-order", "large-small", "--face-selector-mode", *chosen),
-            *("--execution-providers", *self._providers),
-            *("--jobs-path", str(folder / "jobs"), "--temp-path", str(folder / "temp")),
-            *("--log-level", "info"),
+            *(self._python, "facefusion.py", *base_arguments(self._providers)),
+            *picture_arguments(folder, face),
+            *("--jobs-path", str(folder / "jobs")),
         ]
 
     def _run(self, command: Sequence[str], folder: Path, context: Context) -> tuple[int, list[str]]:
         """The exit status of a command, and the last lines of its output."""
-        (folder / "temp").mkdir()
-        lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        lines: deque[str] = deque(maxlen=KEPT_LINES)
         process = subprocess.Popen(
             [sys.executable, "-I", str(group_runner.__file__), *command],
             cwd=self._home,
-            env=_environment(folder / "temp"),
+            env=environment(folder / "temp"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -165,7 +143,45 @@ class HeadlessBackend:
                     context.progress(*progress)
             return process.wait(), list(lines)
         finally:
-            _end(process)
+            end_process(process)
+
+
+def base_arguments(providers: Sequence[str]) -> list[str]:
+    """The arguments of FaceFusion that are the same for each picture."""
+    return [
+        *("headless-run", "--processors", "face_swapper"),
+        *("--execution-providers", *providers),
+        *("--log-level", "info"),
+    ]
+
+
+def picture_arguments(folder: Path, face: FaceChoice) -> list[str]:
+    """The arguments of FaceFusion for the pictures in `folder`."""
+    if face == "all":
+        chosen = ["many"]
+    elif face == "largest":
+        chosen = ["one"]
+    else:
+        # 0.05 is the smallest distance that FaceFusion accepts: only the selected face is this near.
+        chosen = ["reference", "--reference-face-position", str(face), "--reference-face-distance", "0.05"]
+    return [
+        *("-s", str(folder / "source.png"), "-t", str(folder / "target.png")),
+        *("-o", str(folder / "output.png"), "--temp-path", str(folder / "temp")),
+        *("--face-selector-order", "large-small", "--face-selector-mode", *chosen),
+    ]
+
+
+def write_pictures(folder: Path, source: RgbImage, target: RgbImage) -> None:
+    """Write both as upright, lossless PNG; FaceFusion needs an output of the target's format."""
+    (folder / "temp").mkdir()
+    for name, picture in (("source", source), ("target", target)):
+        Image.fromarray(picture).save(folder / f"{name}.png", compress_level=1)
+
+
+def wrote_output(folder: Path) -> bool:
+    """Whether FaceFusion wrote a picture."""
+    output = folder / "output.png"
+    return output.is_file() and output.stat().st_size > 0
 
 
 def judge(code: int, has_output: bool, lines: Sequence[str]) -> InferqError | None:
@@ -175,7 +191,7 @@ def judge(code: int, has_output: bool, lines: Sequence[str]) -> InferqError | No
     includes its content filter, which prints nothing.
     """
     said = "\n".join(lines)
-    last = " | ".join(line for line in lines[-5:] if line)[-800:] or "nothing"
+    last = last_words(lines)
     if code == 0 and has_output:
         return None
     if "no source face detected" in said.lower():
@@ -211,6 +227,11 @@ def judge(code: int, has_output: bool, lines: Sequence[str]) -> InferqError | No
     return TransientFailure(f"FaceFusion failed with status {code}; its output: {last}", code="engine_error")
 
 
+def last_words(lines: Sequence[str]) -> str:
+    """The last of these lines, for an error."""
+    return " | ".join(line for line in lines[-5:] if line)[-800:] or "nothing"
+
+
 def read_progress(line: str) -> tuple[float, str] | None:
     """The progress from 0 to 1 and the current step, if a line of FaceFusion's output shows them; else None."""
     for stage in _STAGES:
@@ -226,26 +247,36 @@ def _output_lines(process: subprocess.Popen[bytes], context: Context) -> Iterato
     if process.stdout is None:
         raise RuntimeError("the process was started without a pipe")
     descriptor = process.stdout.fileno()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     poller = select.poll()
     poller.register(descriptor, select.POLLIN | select.POLLHUP)
-    rest = ""
+    splitter = LineSplitter()
     while True:
         context.check_abort()
-        if not poller.poll(_LOOK_SECONDS * 1000):
+        if not poller.poll(LOOK_SECONDS * 1000):
             continue
         data = os.read(descriptor, 65536)
-        # Progress bars end with a carriage return instead of a newline.
-        *whole, rest = re.split(r"[\r\n]+", rest + decoder.decode(data, final=not data))
-        rest = rest[-_LONGEST_LINE:]
-        yield from (line.strip()[:_LONGEST_LINE] for line in whole if line.strip())
+        yield from splitter.feed(data)
         if not data:
-            if rest.strip():
-                yield rest.strip()
             return
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+class LineSplitter:
+    """Splits output into lines. Progress bars end with a carriage return instead of a newline."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that these bytes complete, without blank ones. No bytes are the end of the output."""
+        *whole, rest = re.split(r"[\r\n]+", self._rest + self._decoder.decode(data, final=not data))
+        if not data:
+            whole, rest = [*whole, rest], ""
+        self._rest = rest[-_LONGEST_LINE:]
+        return [line.strip()[:_LONGEST_LINE] for line in whole if line.strip()]
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
     """End all processes of the run: the group runner kills the whole group when its pipe closes."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
@@ -258,11 +289,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _swapped(output: Path, target: RgbImage) -> RgbImage:
+def swapped_picture(folder: Path, target: RgbImage) -> RgbImage:
     """The picture that FaceFusion wrote. Raises InvalidTask if it is the unchanged target."""
     height, width = target.shape[:2]
     try:
-        with open_picture(output, PixelLimit(4 * width * height, "nothing")) as picture:
+        with open_picture(folder / "output.png", PixelLimit(4 * width * height, "nothing")) as picture:
             swapped = picture.decode()
     except InvalidTask as error:
         raise TransientFailure(
@@ -277,13 +308,14 @@ def _differs_by(one: RgbImage, other: RgbImage) -> int:
     return int((np.maximum(one, other) - np.minimum(one, other)).max())
 
 
-def _environment(temporary: Path) -> dict[str, str]:
-    """This process's environment without inferq's settings, which include passwords. TMPDIR is `temporary`."""
+def environment(temporary: Path | None = None) -> dict[str, str]:
+    """This process's environment without inferq's settings, which include passwords. `temporary` sets TMPDIR."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
-    return {**kept, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    kept.update({"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"})
+    return kept if temporary is None else {**kept, "TMPDIR": str(temporary)}
 
 
-def _checked_home(home: Path | None) -> Path:
+def checked_home(home: Path | None) -> Path:
     if home is None:
         raise InstallationError(
             "INFERQ_FACEFUSION_HOME is not set: set it to FaceFusion's folder (a clone of "
@@ -305,7 +337,7 @@ def _checked_home(home: Path | None) -> Path:
     return home
 
 
-def _find_python(home: Path, setting: str | None) -> str:
+def find_python(home: Path, setting: str | None) -> str:
     own = home / ".venv" / "bin" / "python"
     wanted = setting or (str(own) if own.is_file() else "python3")
     found = shutil.which(expand_home("INFERQ_FACEFUSION_PYTHON", Path(wanted)))
@@ -325,7 +357,7 @@ def _version(home: Path, python: str) -> str:
         answer = subprocess.run(
             asked,
             cwd=home,
-            env={**_environment(home), "TMPDIR": os.environ.get("TMPDIR", "/tmp")},  # noqa: S108
+            env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_START_SECONDS,

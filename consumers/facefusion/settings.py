@@ -26,6 +26,17 @@ class FacefusionSettings(EngineSettings):
         description="The Python (3.12 or later) of FaceFusion's own environment; the default is "
         "`.venv/bin/python` in its folder, else `python3`.",
     )
+    facefusion_resident: bool = Field(
+        True,
+        description="Whether FaceFusion stays loaded, and serves one task after another. `false` starts it anew for "
+        "each task.",
+    )
+    facefusion_model_dir: Path | None = Field(
+        None,
+        description="A folder with all of FaceFusion's weights and their `.hash` files, or `weights:NAME` for an "
+        "entry of the weights' manifest. FaceFusion then downloads none. Without this setting it uses "
+        "`.assets/models` in its folder.",
+    )
     facefusion_providers: str = Field(
         "cuda",
         pattern=r"^[a-z][a-z0-9]*(,[a-z][a-z0-9]*)*$",

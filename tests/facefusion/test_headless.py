@@ -19,7 +19,7 @@ import pytest
 
 from inferq.consumers.engine import TaskAborted
 from inferq.consumers.facefusion.engine import FacefusionEngine
-from inferq.consumers.facefusion.headless import HeadlessBackend, judge, read_progress
+from inferq.consumers.facefusion.headless import HeadlessBackend, judge, read_progress, swapped_picture
 from inferq.consumers.media.decoder import Decoder
 from inferq.schemas import InstallationError, InvalidTask, TransientFailure
 from tests.facefusion.conftest import COLLINS, HOPPER, Runner, pixels
@@ -33,6 +33,7 @@ def make_engine(home: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -
     """An engine on the stand-in, whose faults a test chooses; it needs no GPU."""
     monkeypatch.setattr("inferq.consumers.facefusion.engine.gpu_fault", lambda number: None)
     monkeypatch.setenv("INFERQ_FACEFUSION_BACKEND", "facefusion")
+    monkeypatch.setenv("INFERQ_FACEFUSION_RESIDENT", "false")
     monkeypatch.setenv("INFERQ_FACEFUSION_HOME", str(home))
     monkeypatch.setenv("INFERQ_FACEFUSION_PYTHON", sys.executable)
 
@@ -292,7 +293,5 @@ def test_progress_is_read_from_the_output(line: str, expected: tuple[float, str]
 
 
 def test_an_output_of_another_size_is_taken_as_it_is(home: Path, runner: Runner) -> None:
-    from inferq.consumers.facefusion.headless import _swapped
-
-    output = runner.file(np.zeros((50, 40, 3), np.uint8))
-    assert _swapped(output, np.zeros((25, 20, 3), np.uint8)).shape == (50, 40, 3)
+    runner.file(np.zeros((50, 40, 3), np.uint8)).rename(home / "output.png")
+    assert swapped_picture(home, np.zeros((25, 20, 3), np.uint8)).shape == (50, 40, 3)
