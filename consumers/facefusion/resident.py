@@ -53,6 +53,8 @@ from inferq.schemas import (
 _STOP_SECONDS = 0.5
 """Seconds that FaceFusion gets to end a swap that has to stop; then its process is killed."""
 _EXIT_SECONDS = 5.0
+_LOAD_SECONDS = 300.0
+"""A process that loads for longer is replaced when a task that waits for it has to stop."""
 _REFUSED = 3
 """The error code of FaceFusion's workflow if its content filter refuses the target."""
 
@@ -141,7 +143,7 @@ class ResidentBackend:
     @property
     def _driver(self) -> _DriverProcess:
         if self._process is None:
-            raise RuntimeError("FaceFusion was closed")
+            self._process = self._start()
         return self._process
 
     def _start(self) -> _DriverProcess:
@@ -152,7 +154,8 @@ class ResidentBackend:
     def _replace(self) -> None:
         """Start another driver. It loads while the worker ends the task."""
         self.close()
-        self._process = self._start()
+        with suppress(OSError):  # the next task tries again
+            self._process = self._start()
 
     def _ensure_loaded(self, context: Context) -> None:
         """Wait until the models are loaded. A driver that ended between two tasks is replaced."""
@@ -165,7 +168,9 @@ class ResidentBackend:
         try:
             self._wait_loaded(context.check_abort)
         except TaskAborted:
-            raise  # it goes on loading for the next task
+            if self._driver.age > _LOAD_SECONDS:  # else it goes on loading for the next task
+                self._replace()
+            raise
         except InferqError as error:
             self._replace()
             raise TransientFailure(error.message, code=error.code) from error
@@ -245,6 +250,7 @@ class _DriverProcess:
 
     def __init__(self, command: Sequence[str], models: Sequence[str], home: Path) -> None:
         self.loaded = False
+        self._began = time.monotonic()
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._splitter = LineSplitter()
         self._received = b""
@@ -274,6 +280,11 @@ class _DriverProcess:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def age(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self._began
 
     def send(self, request: Mapping[str, object]) -> None:
         """Send a request. If the driver has ended, `answer` says so."""

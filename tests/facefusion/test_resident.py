@@ -271,6 +271,20 @@ def test_a_task_that_is_to_stop_does_not_wait_for_the_models(swap: Swapper) -> N
     assert len(swap.standin.noted("loaded")) == 1
 
 
+def test_facefusion_that_hangs_while_it_loads_is_replaced(
+    swap: Swapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap.standin.does("hang in load")
+    swap.backend._replace()
+    first = swap.standin.pids()
+    monkeypatch.setattr("inferq.consumers.facefusion.resident._LOAD_SECONDS", 0.0)
+    swap.standin.does("swap")
+    with pytest.raises(TaskAborted):
+        swap(abort=lambda: True)
+    assert all(gone(process) for process in first)
+    swap()
+
+
 def test_facefusion_that_ends_between_two_tasks_costs_no_task(swap: Swapper) -> None:
     swap()
     (process,) = {call["pid"] for call in swap.standin.noted("state")}

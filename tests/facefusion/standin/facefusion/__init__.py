@@ -172,6 +172,10 @@ class FaceSwapper:
 
     def get_inference_pool(self) -> dict[str, Session]:
         match behaviour():
+            case "hang in load":
+                (HOME / "pids.new").write_text(str(os.getpid()))
+                (HOME / "pids.new").rename(HOME / "pids")
+                time.sleep(600)
             case "cannot load":
                 say("Loading model face.onnx failed")
                 os._exit(1)
