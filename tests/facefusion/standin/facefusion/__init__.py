@@ -223,6 +223,7 @@ def conditional_process() -> int:
     note(state=STATE, faces=FACES, source=len(source))
     if analyse_image(STATE["target_path"]):
         return 3
+    FaceSwapper().get_inference_pool()
     error = process(behaviour(), STATE["target_path"], STATE["output_path"])
     if STATE["video_memory_strategy"] != "tolerant":
         POOL.clear()
