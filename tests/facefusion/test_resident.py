@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -97,6 +98,26 @@ def own(tmp_path: Path) -> StandIn:
     return StandIn(tmp_path / "home")
 
 
+@pytest.fixture
+def use(own: StandIn, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FacefusionEngine]:
+    """Makes engines with these settings. Their decoder is loaded."""
+
+    def use(**settings: str) -> FacefusionEngine:
+        given = {
+            "backend": "facefusion",
+            "home": str(own.folder),
+            "python": sys.executable,
+            "providers": "cpu",
+        }
+        for name, value in (given | settings).items():
+            monkeypatch.setenv(f"INFERQ_FACEFUSION_{name.upper()}", value)
+        engine = FacefusionEngine()
+        engine._decoder = decoder
+        return engine
+
+    return use
+
+
 def gone(process: int) -> bool:
     try:
         return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
@@ -139,15 +160,10 @@ def test_each_task_has_arguments_of_its_own(swap: Swapper) -> None:
 
 
 def test_the_engine_keeps_it_loaded_by_default(
-    own: StandIn, runner: Runner, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    own: StandIn, runner: Runner, use: Callable[..., FacefusionEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFERQ_API_KEY", "secret")
-    monkeypatch.setenv("INFERQ_FACEFUSION_BACKEND", "facefusion")
-    monkeypatch.setenv("INFERQ_FACEFUSION_HOME", str(own.folder))
-    monkeypatch.setenv("INFERQ_FACEFUSION_PYTHON", sys.executable)
-    monkeypatch.setenv("INFERQ_FACEFUSION_PROVIDERS", "cpu")
-    engine = FacefusionEngine()
-    engine._decoder = decoder
+    engine = use()
     engine.load()
     run = runner(engine, COLLINS, HOPPER)
     assert isinstance(engine._backend, ResidentBackend)
@@ -360,19 +376,33 @@ def test_weights_of_another_folder_are_used_where_the_setting_names_it(
     ]
 
 
-def test_the_old_way_refuses_weights_of_another_folder(
-    own: StandIn, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+def test_weights_come_verified_from_the_manifest(
+    own: StandIn, tmp_path: Path, use: Callable[..., FacefusionEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {
-        "BACKEND": "facefusion",
-        "HOME": str(own.folder),
-        "PROVIDERS": "cpu",
-        "RESIDENT": "false",
-        "MODEL_DIR": "/weights",
-    }.items():
-        monkeypatch.setenv(f"INFERQ_FACEFUSION_{name}", value)
+    monkeypatch.setenv("INFERQ_WEIGHTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("INFERQ_WEIGHTS_MANIFEST", str(tmp_path / "weights.toml"))
+    (tmp_path / "face.onnx").write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "weights.toml").write_text(
+        f'[faces]\nversion = "1"\nsource = "{tmp_path.as_uri()}"\n'
+        f'[faces.files."face.onnx"]\nsize = 7\nsha256 = "{sha256}"\n'
+    )
+    engine = use(model_dir="weights:faces")
+    engine.load()
+    engine._backend.close()
+    (call,) = own.noted("weights")
+    assert Path(call["weights"]).read_bytes() == b"weights"
+    assert Path(call["weights"]).is_relative_to(tmp_path / "cache")
+    (tmp_path / "cache" / "faces" / "1" / "face.onnx").write_bytes(b"Weights")
+    (tmp_path / "face.onnx").write_bytes(b"WEIGHTS")
+    with pytest.raises(InferqError, match="SHA-256"):
+        use(model_dir="weights:faces").load()
+    assert len(own.noted("weights")) == 1
+
+
+def test_the_old_way_refuses_weights_of_another_folder(use: Callable[..., FacefusionEngine]) -> None:
     with pytest.raises(InstallationError, match="INFERQ_FACEFUSION_MODEL_DIR needs"):
-        FacefusionEngine().load()
+        use(resident="false", model_dir="/weights").load()
 
 
 @pytest.mark.parametrize(
