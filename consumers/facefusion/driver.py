@@ -83,6 +83,7 @@ class Driver:
         self._swapping = threading.Event()
         self._stopped = threading.Event()
         self._program: Any = None
+        self._workflow: Any = None
 
     def serve(self) -> None:
         """Answer requests. The process ends when the socket closes."""
@@ -151,6 +152,9 @@ class Driver:
             self._refuse("weights")
         for _ in self._sessions():
             pass
+        # A FaceFusion that lacks one of these functions fails here, not with each task.
+        self._forget()
+        self._workflow = core.conditional_process
         return str(_part("metadata").get("version"))
 
     def _apply(self, arguments: Sequence[str]) -> None:
@@ -171,7 +175,7 @@ class Driver:
             yield from module.get_inference_pool().values()
 
     def _warm_up(self) -> bool:
-        """Run each model once on zeros: on a GPU, the first run chooses the kernels."""
+        """Run each model once on zeros: on a GPU, the first run chooses the kernels. Failures are only printed."""
         numpy = importlib.import_module("numpy")
         for session in self._sessions():
             # The first dimension counts pictures, and often has no fixed size.
@@ -180,18 +184,20 @@ class Driver:
                 for each in session.get_inputs()
             }
             if all(isinstance(size, int) for shape in shapes.values() for size in shape):
-                session.run(None, {name: numpy.zeros(shape, "float32") for name, shape in shapes.items()})
+                try:
+                    session.run(None, {name: numpy.zeros(shape, "float32") for name, shape in shapes.items()})
+                except Exception:
+                    traceback.print_exc()
         return True
 
     def _swap(self, arguments: list[str]) -> int:
         """Run FaceFusion's workflow once, as `headless-run` does. Gives its error code, 0 for success."""
-        core = _part("core")
         _part("process_manager").end()
         self._forget()
         self._apply(arguments)
-        if not core.common_pre_check():
+        if not _part("core").common_pre_check():
             self._refuse("content filter")
-        error = _ENDED_EARLY if self._stopped.is_set() else int(core.conditional_process())
+        error = _ENDED_EARLY if self._stopped.is_set() else int(self._workflow())
         self._swapping.clear()
         return error
 
@@ -201,13 +207,8 @@ class Driver:
         It remembers pictures and the content filter's verdicts by path, and faces by a checksum of 32 bits. So
         another picture at the same path would get an earlier verdict, and memory would grow.
         """
-        for module, name in (
-            ("content_analyser", "analyse_image"),
-            ("vision", "read_static_image"),
-            ("vision", "read_static_video_frame"),
-        ):
-            if cached := getattr(getattr(_part(module), name, None), "cache_clear", None):
-                cached()
+        _part("content_analyser").analyse_image.cache_clear()
+        _part("vision").read_static_image.cache_clear()
         _part("face_store").clear_faces()
 
 

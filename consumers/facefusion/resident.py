@@ -202,30 +202,31 @@ class ResidentBackend:
 
     def _unready(self, reason: str) -> InstallationError | TransientFailure:
         """The error for a driver that refuses to load."""
-        said = f"FaceFusion in {self._home}: {{}}; its output: {last_words(tuple(self._driver.lines))}"
+        said = f"its output: {last_words(tuple(self._driver.lines))}"
         match reason:
             case "content filter":
                 return InstallationError(
-                    said.format("its content filter was changed, restore facefusion/content_analyser.py"),
+                    f"the content filter of FaceFusion in {self._home} was changed: restore "
+                    f"facefusion/content_analyser.py; {said}",
                     code="engine_misconfigured",
                 )
             case "weights" if self._models is None:
                 return TransientFailure(
-                    said.format(
-                        "weights are missing or damaged, and cannot be downloaded: run "
-                        "`python facefusion.py force-download`"
-                    ),
+                    f"weights of FaceFusion in {self._home} are missing or damaged, and cannot be downloaded: run "
+                    f"`python facefusion.py force-download` there; {said}",
                     code="weights_unavailable",
                 )
             case "weights":
                 return InstallationError(
-                    said.format(f"weights in {self._models} are missing or do not match their .hash files"),
+                    f"weights of FaceFusion in {self._models} are missing, or do not match their .hash files; {said}",
                     code="engine_misconfigured",
                 )
             case "dependencies":
-                return InstallationError(said.format("install curl and ffmpeg"), code="engine_not_loadable")
+                return InstallationError(
+                    f"FaceFusion needs curl and ffmpeg: install them; {said}", code="engine_not_loadable"
+                )
         return InstallationError(
-            said.format("a value in its facefusion.ini is wrong"), code="engine_misconfigured"
+            f"a value in {self._home}/facefusion.ini is wrong; {said}", code="engine_misconfigured"
         )
 
 

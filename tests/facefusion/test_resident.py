@@ -141,6 +141,18 @@ def test_one_process_swaps_for_all_tasks_and_keeps_its_models(own: StandIn, tmp_
     assert gone(process)
 
 
+def test_a_model_that_cannot_be_warmed_up_does_not_keep_it_from_starting(
+    own: StandIn, tmp_path: Path
+) -> None:
+    own.does("no warm-up")
+    backend = own.backend()
+    backend.warm_up()
+    assert "RuntimeError: wrong shape" in backend._driver.lines
+    own.does("swap")
+    Swapper(own, backend, tmp_path / "run")()
+    backend.close()
+
+
 def test_each_task_has_arguments_of_its_own(swap: Swapper) -> None:
     for face in (2, "all", "largest"):
         swap(face=cast("FaceChoice", face))
@@ -335,7 +347,7 @@ backend.swap(picture, picture, "largest", context)
 @pytest.mark.parametrize(
     ("behaviour", "kind", "code", "said"),
     [
-        ("no ffmpeg", InstallationError, "engine_not_loadable", "install curl and ffmpeg.*FFMpeg"),
+        ("no ffmpeg", InstallationError, "engine_not_loadable", "curl and ffmpeg: install.*FFMpeg"),
         ("bad configuration", InstallationError, "engine_misconfigured", "facefusion.ini"),
         ("filter changed", InstallationError, "engine_misconfigured", "content_analyser.py"),
         ("no weights", TransientFailure, "weights_unavailable", "force-download.*inswapper_128_fp16"),
