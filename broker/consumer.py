@@ -92,6 +92,7 @@ class Consumer(BrokerThread):
         self._waiting: list[tuple[object, list[int]]] = []  # acks that wait for the look above
         self._looking = False
         self._early: tuple[int, float, list[int]] | None = None  # lane, time and counts of an early look
+        self._urgent: set[str] = set()  # the lanes that held messages when `urgent_waits` last looked
         self._unsent = False
         self._idle_since: float | None = None
         self._stopped = threading.Event()
@@ -208,6 +209,23 @@ class Consumer(BrokerThread):
         if self._lane:  # the lane with the number 0 has none above
             self._perform(self._look_early)
 
+    def urgent_waits(self, queue: str) -> bool:
+        """Whether a message waited in a lane above `queue` when this was last asked. It begins the next look."""
+        above = self._lanes[: self._lanes.index(queue)]
+        if not above:
+            return False
+
+        def counted(counts: list[int]) -> None:
+            self._urgent = {name for name, count in zip(above, counts, strict=True) if count}
+
+        def look() -> None:
+            if self._wire is not None and self._wire.is_open:
+                self._wire.count(above, counted)
+
+        urgent = not self._urgent.isdisjoint(above)
+        self._perform(look)
+        return urgent
+
     def pause(self) -> None:
         """Unsubscribe until the next call of `next`, and requeue what has arrived."""
         self._wanted = self._accepting = False
@@ -293,6 +311,7 @@ class Consumer(BrokerThread):
         self._brought.clear()
         self._tags.clear()
         self._uncertain.clear()
+        self._urgent.clear()
         self._waiting.clear()
         self._lane = self._early = self._idle_since = None
         self._looking = False
@@ -404,6 +423,7 @@ class Consumer(BrokerThread):
         if lane == self._lane:
             return
         self._lane, self._early = lane, None
+        self._urgent.discard(delivery.queue)
         self._uncertain.update(name for name in self._lanes[:lane] if name in self._tags)
         others = [name for name in self._tags if name != delivery.queue]
         if others and self._wire is not None:

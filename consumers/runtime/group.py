@@ -146,12 +146,16 @@ class GroupRun:
             )
 
     def _abort(self, pipe: Channel, reasons: Mapping[int, AbortReason]) -> None:
-        asked = {place: reason for place, reason in reasons.items() if place in self._open}
+        asked = {
+            place: reason
+            for place, reason in reasons.items()
+            if place in self._open and not (reason == "urgent" and place in self._computing)
+        }
         shutdown = "shutdown" in asked.values() and not self._shutting_down
         if asked:
             self._ask_to_stop(pipe, self._unanswered if shutdown else asked)
         for place, reason in asked.items():
-            if reason == "cancelled":
+            if reason != "shutdown":
                 self._end(place, RunAborted(reason))
         if shutdown:
             self._shutting_down = True

@@ -9,7 +9,8 @@ from typing import Literal
 from inferq.consumers.runtime.messages import Alone, Done, Failed
 from inferq.schemas import TransientFailure
 
-AbortReason = Literal["cancelled", "shutdown"]
+AbortReason = Literal["cancelled", "shutdown", "urgent"]
+"""`urgent`: a more urgent task waits, so that those of a group whose batch has not begun are to give way."""
 
 LOOK_SECONDS = 0.25
 """How often a run, a download or a wait checks whether it is cancelled, over time, or shutting down."""
@@ -60,7 +61,7 @@ class BatchHooks:
     """Called while a group of jobs is computed, from the run's thread. A job is named by its place in the group.
 
     `progress` gets the place, the fraction done and a note. `aborts`, called a few times a second, names the jobs
-    that have to stop; a shutdown of one stops all. `ended` is called once for each job, as soon as its end is known.
+    that have to stop; a shutdown of one stops all, and an urgent task none whose batch has begun. `ended` is called once for each job, as soon as its end is known.
     """
 
     progress: Callable[[int, float, str], None]

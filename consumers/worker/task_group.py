@@ -150,6 +150,8 @@ class TaskGroup:
         """End a run that has to stop: by a cancel for good, else it is given back."""
         if aborted.reason == "cancelled":
             member.run.take_attempt(lambda attempt: attempt.conclude(aborted))
+        elif aborted.reason == "urgent":
+            member.run.take(partial(_raise, NotStarted("a more urgent task waits")))
         else:
             member.run.take(partial(_raise, aborted))
 
@@ -250,7 +252,11 @@ class TaskGroup:
             if member.run.outcome is None and member.answer is None
         }
         self._services.best_effort(group.send)
-        return {place: "cancelled" for place, cancelled in asked.items() if cancelled()}
+        reasons: dict[int, AbortReason] = {}
+        if self._consumer.urgent_waits(self.runs[0].delivery.queue):
+            reasons = dict.fromkeys(asked, "urgent")
+        reasons.update((place, "cancelled") for place, cancelled in asked.items() if cancelled())
+        return reasons
 
     # After the engine is free.
 

@@ -79,8 +79,9 @@ def test_a_slot_is_idle_only_while_it_could_take_a_task(monkeypatch: pytest.Monk
 
     def idle(*, subscribed: float | None, busy: bool = False, ended: tuple[float, ...] = (0.0,)) -> float:
         slot = Slot.__new__(Slot)
-        threads: Any = [SimpleNamespace(idle_seconds=subscribed, ended_at=at) for at in ended]
+        threads: Any = [SimpleNamespace(ended_at=at) for at in ended]
         slot._threads, slot._supervisor = threads, SimpleNamespace(busy=busy)  # type: ignore[assignment]
+        slot._consumer = SimpleNamespace(idle_seconds=subscribed)  # type: ignore[assignment]
         return slot.idle_seconds
 
     assert idle(subscribed=7) == 7

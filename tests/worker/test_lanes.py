@@ -34,7 +34,7 @@ def unharmed(site: Site, results: Sequence[Result]) -> None:
 def test_a_high_task_overtakes_two_hundred_low_ones(site: Site) -> None:
     low = [publish(site, "low", 0.05) for _ in range(200)]
     for _ in range(2):
-        site.worker("echo")
+        site.worker("echo", INFERQ_BATCH_SIZE="1")
     eventually(lambda: site.depth("inference.echo.low") < 190)
     for _ in range(3):
         high = publish(site, "high", 0)
@@ -47,6 +47,19 @@ def test_a_high_task_overtakes_two_hundred_low_ones(site: Site) -> None:
         # Each worker may have had its next one on the way already.
         assert len(before) <= 2, "low tasks started before a high one that was waiting"
         assert site.depth("inference.echo.low") > 20, "there was no backlog left to overtake"
+    unharmed(site, started(site, low))
+
+
+def test_groups_of_low_tasks_give_way_to_a_high_one_between_two_batches(site: Site) -> None:
+    low = [publish(site, "low", 0.05) for _ in range(200)]  # a delay has no company in its batch
+    site.worker("echo")
+    eventually(lambda: site.depth("inference.echo.low") <= 140)  # two groups in hand
+    high = publish(site, "high", 0)
+    published = datetime.now(UTC)
+    urgent = site.ended(high)
+    ended = [r for r in (site.results.load("default", i) for i in low) if r is not None]
+    before = [r for r in ended if published < r.finished_at < _start(urgent)]
+    assert len(before) < 32, "more than a group of low tasks came before a high one that was waiting"
     unharmed(site, started(site, low))
 
 

@@ -105,6 +105,7 @@ class Bench:
         self.requeued: list[int] = []
         self.deliveries: dict[int, Delivery] = {}
         self.tags = iter(range(1, 10_000))
+        self.urgent = False
 
     def publish(self, message: Message, **_: object) -> Future[None]:
         self.sent.append(message)
@@ -137,6 +138,9 @@ class Bench:
         return self.deliveries[tag]
 
     # The consumer.
+
+    def urgent_waits(self, _queue: str) -> bool:
+        return self.urgent
 
     def holds(self, _delivery: Delivery) -> bool:
         return True
@@ -308,6 +312,17 @@ def test_a_worker_that_stops_gives_a_waiting_group_back(bench: Bench) -> None:
     runs = bench.complete([bench.delivery("computed") for _ in range(2)], Busy(bench.services))
     assert [run.outcome for run in runs] == ["given_back"] * 2
     assert len(bench.requeued) == 2
+
+
+def test_a_group_that_waits_gives_way_to_a_more_urgent_task(bench: Bench) -> None:
+    bench.urgent = True
+
+    class Busy(Engine):
+        def acquire(self, *_: object, **__: object) -> bool:
+            return False
+
+    runs = bench.complete([bench.delivery("computed") for _ in range(2)], Busy(bench.services))
+    assert [run.outcome for run in runs] == ["given_back"] * 2
 
 
 def test_a_batch_whose_grace_period_is_over_is_given_back(bench: Bench) -> None:
