@@ -60,8 +60,9 @@ class RunHooks:
 class BatchHooks:
     """Called while a group of jobs is computed, from the run's thread. A job is named by its place in the group.
 
-    `progress` gets the place, the fraction done and a note. `aborts`, called a few times a second, names the jobs
-    that have to stop; a shutdown of one stops all, and an urgent task none whose batch has begun. `ended` is called once for each job, as soon as its end is known.
+    `progress` gets the place, the fraction done and a note. `aborts`, called a few times a second, names the jobs that
+    have to stop; a shutdown of one stops all, and an urgent task none whose batch has begun. `ended` is called once
+    for each job, as soon as its end is known.
     """
 
     progress: Callable[[int, float, str], None]

@@ -28,6 +28,9 @@ from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import InvalidTask, Result, TransientFailure
 from inferq.storage import CommandGroup, UnreadableResult
 
+_NO_INPUTS: Future[Inputs] = Future()
+_NO_INPUTS.set_result(Inputs({}, 0.0))
+
 
 @dataclass
 class _Member:
@@ -38,10 +41,6 @@ class _Member:
     facts: Facts
     fetched: Future[Inputs] | None = None
     answer: Answer | Alone | None = None
-
-    @property
-    def wants_inputs(self) -> bool:
-        return bool(self.attempt.task.inputs()) and isinstance(before_run(self.facts), Run)
 
 
 class TaskGroup:
@@ -116,7 +115,16 @@ class TaskGroup:
                 member.run.take(partial(_raise, end))
             else:
                 member.facts = replace(member.facts, ended=end)
-        wanting = [member for member in admitted if member.run.outcome is None and member.wants_inputs]
+        # Otherwise a worker with a full disk would spend the attempts of task after task.
+        self._services.retry_until_available(
+            "scratch folder", self._services.scratch.check, self._services.unless_stopping
+        )
+        wanting = []
+        for member in admitted:
+            if not member.attempt.task.inputs():
+                member.fetched = _NO_INPUTS
+            elif member.run.outcome is None and isinstance(before_run(member.facts), Run):
+                wanting.append(member)
         for fetched in [self._services.in_background(partial(self._fetch, member)) for member in wanting]:
             fetched.result()
 
