@@ -7,7 +7,8 @@ ocr, ner, facefusion, acestep, echo
                    the task types that inferq brings, each a folder that nothing imports
 media, weights     what engines share: reading pictures, and model weights
 testing            the tests that every engine has to pass (public as inferq.testing)
-machine            the memory of the machine or container
+machine            processes that end with their parent, and what the driver says of a GPU
+gpu_memory         a share of a GPU's memory for each engine
 callbacks          delivers callbacks
 batches            feeds batches and assembles their results
 nightly            starts nightly runs and reports their nights

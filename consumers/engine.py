@@ -11,13 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from inferq.schemas import EngineInfo, Settings, Task
+from inferq.schemas import EngineInfo, InstallationError, Settings, Task
 
 TaskT = TypeVar("TaskT", bound=Task)
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""A number format that an engine computes in."""
 
 
 class EngineSettings(Settings):
@@ -28,11 +31,39 @@ class EngineSettings(Settings):
         pattern=r"^(cpu|gpu|cuda(:[0-9]+)?)$",
         description="What engines compute on: `cpu`, `gpu` (the first), `cuda` or `cuda:N`.",
     )
+    gpu_memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The share of a GPU's memory that the engine of one slot may allocate, such as `0.4` (default: "
+        "no limit). A worker whose slots would take more than 1 together does not start.",
+    )
+    precision: Precision | None = Field(
+        None,
+        description="The number format that engines compute in: `fp32`, `fp16`, `bf16` or `int8` (default: the "
+        "engine's own). An engine that does not have it does not start.",
+    )
 
     @property
     def gpu(self) -> int | None:
         """The number of the GPU that the engine needs; None if it computes on the CPU."""
         return None if self.device == "cpu" else int(self.device.partition(":")[2] or 0)
+
+    def pick_precision(self, offered: Sequence[Precision], engine: str) -> Precision:
+        """The precision to compute in: INFERQ_PRECISION, by default the first of `offered`.
+
+        `engine` names the engine and its device in the error. Raises InstallationError if INFERQ_PRECISION is not
+        among those offered.
+        """
+        if self.precision is None:
+            return offered[0]
+        if self.precision not in offered:
+            raise InstallationError(
+                f"INFERQ_PRECISION={self.precision}, but {engine} has only {', '.join(offered)}: set one of these, "
+                "or leave INFERQ_PRECISION out",
+                code="bad_settings",
+            )
+        return self.precision
 
 
 class TaskAborted(Exception):

@@ -33,3 +33,14 @@ def gpu_fault(number: int) -> str | None:
     if number < count.value:
         return None
     return f"there is no GPU {number} here: the NVIDIA driver has {count.value}, numbered from 0"
+
+
+def gpu_memory_bytes(number: int) -> int:
+    """The memory of the GPU with this number, or of the part of it that CUDA sees here. See `gpu_fault` first."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    driver.cuInit(0)
+    driver.cuDeviceGet(ctypes.byref(device), number)
+    if code := driver.cuDeviceTotalMem_v2(ctypes.byref(size), device):
+        raise OSError(f"the NVIDIA driver does not say how much memory GPU {number} has: error {code}")
+    return size.value

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from inferq.consumers.engine import ArtifactFile, Context, Engine, EngineSettings, InputFile, TaskAborted
+from inferq.consumers.engine import (
+    ArtifactFile,
+    Context,
+    Engine,
+    EngineSettings,
+    InputFile,
+    Precision,
+    TaskAborted,
+)
+from inferq.consumers.gpu_memory import limit_paddle_memory, limit_torch_memory, onnxruntime_cuda_options
 from inferq.schemas import (
     EngineInfo,
     InferqError,
@@ -38,12 +47,16 @@ __all__ = [
     "InvalidTask",
     "LoadedWeights",
     "Options",
+    "Precision",
     "Settings",
     "Task",
     "TaskAborted",
     "TaskType",
     "TransientFailure",
+    "limit_paddle_memory",
+    "limit_torch_memory",
     "model_folder",
+    "onnxruntime_cuda_options",
     "use_weights",
 ]
 

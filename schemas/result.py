@@ -41,6 +41,11 @@ class EngineInfo(Record):
     model: str
     device: str
     weights: tuple[str, ...] = Field((), description="The named weights in use, as `name version`.")
+    precision: str | None = Field(
+        None,
+        description="The number format of the computation: `fp32`, `fp16`, `bf16` or `int8`; null if the engine "
+        "does not say.",
+    )
 
 
 OUTPUT_ARTIFACT = "output.json"

@@ -78,13 +78,25 @@ def load_backend(settings: AceStepSettings) -> Backend:
     another one.
     """
     if settings.acestep_backend == "diffusers":
-        from inferq.consumers.acestep.pipeline import DiffusersBackend
+        from inferq.consumers.acestep.pipeline import DTYPES, DiffusersBackend, offered
 
+        engine = f"ACE-Step on {settings.device}"
+        precision = settings.pick_precision(offered(settings.device), engine)
+        if settings.acestep_dtype is not None:
+            named = next(name for name, dtype in DTYPES.items() if dtype == settings.acestep_dtype)
+            if settings.precision not in {None, named}:
+                raise InstallationError(
+                    f"INFERQ_PRECISION={settings.precision} and INFERQ_ACESTEP_DTYPE={settings.acestep_dtype} differ: "
+                    "leave INFERQ_ACESTEP_DTYPE out",
+                    code="bad_settings",
+                )
+            precision = named
         return DiffusersBackend(
             model_dir=settings.acestep_model_dir and model_folder(settings.acestep_model_dir),
             device=settings.device,
-            dtype=settings.acestep_dtype,
+            precision=precision,
             cpu_offload=settings.acestep_cpu_offload,
+            gpu_memory_fraction=settings.gpu_memory_fraction,
         )
     if settings.device != "cpu":
         raise InstallationError(
@@ -92,6 +104,7 @@ def load_backend(settings: AceStepSettings) -> Backend:
             "INFERQ_ACESTEP_BACKEND=diffusers, or INFERQ_DEVICE=cpu for this worker",
             code="device_unavailable",
         )
+    settings.pick_precision(["fp32"], "the preview")
     from inferq.consumers.acestep.preview import PreviewBackend
 
     return PreviewBackend()

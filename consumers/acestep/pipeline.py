@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from inferq.consumers.acestep import AceStepTask
 from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio, frames_of
-from inferq.engine import Context
+from inferq.engine import Context, Precision, limit_torch_memory
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 _TURBO_STEPS, _STEPS = 8, 50
@@ -30,6 +30,16 @@ _DENOISED = 0.9
 """The progress of a run after its last denoising step; decoding is the rest."""
 
 
+DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The name in torch of each precision that the pipeline has."""
+
+
+def offered(device: str) -> list[Precision]:
+    """The precisions that the pipeline has on `device`, its own choice first."""
+    # diffusers warns of fp16 on a CPU: torch does not have all of its operations.
+    return ["fp32", "bf16"] if device == "cpu" else ["bf16", "fp16", "fp32"]
+
+
 class DiffusersBackend:
     """ACE-Step with its weights loaded."""
 
@@ -40,12 +50,14 @@ class DiffusersBackend:
         *,
         model_dir: Path | None,
         device: str,
-        dtype: Literal["bfloat16", "float16", "float32"] | None,
+        precision: Precision,
         cpu_offload: bool,
+        gpu_memory_fraction: float | None = None,
     ) -> None:
         """Loads the weights in `model_dir` onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`).
 
-        Raises InstallationError if the packages, the weights or the device is missing.
+        `precision` is one of `offered(device)`, `gpu_memory_fraction` the most of the GPU's memory that torch may
+        allocate. Raises InstallationError if the packages, the weights or the device is missing.
         """
         folder = _check_folder(model_dir)
         self._torch, pipeline = _import()
@@ -55,7 +67,8 @@ class DiffusersBackend:
                 "INFERQ_ACESTEP_CPU_OFFLOAD needs a GPU: set INFERQ_DEVICE to one, or turn the offload off",
                 code="bad_settings",
             )
-        numbers = dtype or ("float32" if place == "cpu" else "bfloat16")
+        limit_torch_memory(self._torch, place, gpu_memory_fraction)
+        numbers = DTYPES[precision]
         self._pipeline = _load(pipeline, folder, getattr(self._torch, numbers))
         if cpu_offload:
             self._pipeline.enable_model_cpu_offload(gpu_id=int(place.partition(":")[2]))
@@ -74,6 +87,7 @@ class DiffusersBackend:
             version=version("diffusers"),
             model=folder.name,
             device=f"{place} ({numbers}{', offloaded' if cpu_offload else ''})",
+            precision=precision,
         )
 
     def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:

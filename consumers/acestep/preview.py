@@ -25,7 +25,7 @@ class PreviewBackend:
     ai = False
 
     def __init__(self) -> None:
-        self.info = EngineInfo(name="preview", version="1", model="none", device="cpu")
+        self.info = EngineInfo(name="preview", version="1", model="none", device="cpu", precision="fp32")
 
     def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
         """The piece for a prompt and a seed. It ignores lyrics, steps and guidance."""

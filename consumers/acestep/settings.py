@@ -25,8 +25,8 @@ class AceStepSettings(EngineSettings):
     )
     acestep_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None,
-        description="The number format of ACE-Step's computation; the default is `bfloat16` on a GPU, `float32` "
-        "on the CPU.",
+        description="The number format of ACE-Step's computation, as INFERQ_PRECISION and under torch's names; the "
+        "default is `bfloat16` on a GPU, `float32` on the CPU.",
     )
     acestep_cpu_offload: bool = Field(
         False,

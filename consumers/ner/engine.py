@@ -127,6 +127,7 @@ def load_backend(settings: NerSettings) -> Backend:
     device = settings.device
     if settings.ner_device == "cpu" or (settings.ner_device == "gpu" and device == "cpu"):
         device = settings.ner_device
+    settings.pick_precision(["fp32"], f"NER with {settings.ner_backend}")
     if settings.ner_backend == "paddlenlp":
         from inferq.consumers.ner.taskflow import TaskflowBackend
 
@@ -136,6 +137,7 @@ def load_backend(settings: NerSettings) -> Backend:
             batch_size=settings.ner_batch_size,
             threads=len(os.sched_getaffinity(0)),
             model_dir=settings.ner_model_dir and model_folder(settings.ner_model_dir),
+            gpu_memory_fraction=settings.gpu_memory_fraction,
         )
     if device != "cpu":
         raise InstallationError(

@@ -46,7 +46,9 @@ class LacBackend:
         # A word begins at a "-B" tag, or at an "O" tag that follows another tag.
         self._begins = np.array([name.endswith("-B") for name in names])
         self._outside = np.array([name == "O" for name in names])
-        self.info = EngineInfo(name="lac", version=_version(), model="lac_small", device="cpu")
+        self.info = EngineInfo(
+            name="lac", version=_version(), model="lac_small", device="cpu", precision="fp32"
+        )
 
     def read(self, pieces: Sequence[str]) -> list[list[Span]]:
         """The names among the words of each piece."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inferq.consumers.ner.backend import LAC_TYPES, Span
+from inferq.engine import limit_paddle_memory
 from inferq.schemas import EngineInfo, InstallationError
 
 _WORDTAG_TYPES = {
@@ -52,13 +53,16 @@ class TaskflowBackend:
         batch_size: int,
         threads: int,
         model_dir: Path | None,
+        gpu_memory_fraction: float | None = None,
     ) -> None:
         """Loads the model of `mode` onto `device`, from `model_dir` or PaddleNLP's cache.
 
-        `device` is `cpu`, `gpu`, `cuda` or `cuda:N`. Raises InstallationError if a library, the weights or
+        `device` is `cpu`, `gpu`, `cuda` or `cuda:N`, `gpu_memory_fraction` the most of the GPU's memory that paddle
+        may allocate. Raises InstallationError if a library, the weights or
         the device is missing.
         """
         number = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
+        limit_paddle_memory(None if number < 0 else number, gpu_memory_fraction)
         _check_device(number)
         self._mode = mode
         parameters: dict[str, Any] = {
@@ -75,6 +79,7 @@ class TaskflowBackend:
             version=_version(),
             model=_MODELS[mode],
             device="cpu" if number < 0 else f"gpu:{number}",
+            precision="fp32",
         )
 
     def read(self, pieces: Sequence[str]) -> list[list[Span]]:

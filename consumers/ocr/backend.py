@@ -33,7 +33,13 @@ _SHORTEST_SIDE = 320
 """Pages are padded to at least this many pixels a side: detectors find nothing on smaller ones."""
 
 
-_OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "resourceexhausted", "alloc_failed")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "failed to allocate memory",
+    "is smaller than requested bytes",
+    "resourceexhausted",
+    "alloc_failed",
+)
 
 
 class Backend(Protocol):

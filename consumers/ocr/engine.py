@@ -112,21 +112,31 @@ def load_backend(settings: OcrSettings) -> Backend:
     """
     threads = settings.ocr_threads or len(os.sched_getaffinity(0))
     if settings.ocr_backend == "paddleocr":
-        from inferq.consumers.ocr.paddle import PaddleBackend
+        from inferq.consumers.ocr.paddle import PaddleBackend, offered
 
+        on = settings.ocr_device or settings.device
+        precisions = offered(settings.device, settings.ocr_device)
         return PaddleBackend(
             device=settings.device,
             computes_with=settings.ocr_device,
             threads=threads,
             model_dir=settings.ocr_model_dir and model_folder(settings.ocr_model_dir),
             detect_megapixels=settings.ocr_detect_megapixels,
+            precision=settings.pick_precision(precisions, f"PaddleOCR on {on}"),
+            gpu_memory_fraction=settings.gpu_memory_fraction,
         )
+    settings.pick_precision(["fp32"], "RapidOCR")
     from inferq.consumers.ocr.rapid import RapidBackend
 
     device = settings.device
     if settings.ocr_device == "cpu" or (settings.ocr_device == "gpu" and device == "cpu"):
         device = settings.ocr_device
-    return RapidBackend(device=device, threads=threads, detect_megapixels=settings.ocr_detect_megapixels)
+    return RapidBackend(
+        device=device,
+        threads=threads,
+        detect_megapixels=settings.ocr_detect_megapixels,
+        gpu_memory_fraction=settings.gpu_memory_fraction,
+    )
 
 
 def _sample_page() -> RgbPage:

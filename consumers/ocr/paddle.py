@@ -26,6 +26,7 @@ from inferq.consumers.ocr.backend import (
     pad,
     turn,
 )
+from inferq.engine import Precision, limit_paddle_memory, onnxruntime_cuda_options
 from inferq.schemas import EngineInfo, InstallationError
 
 _ROLES = {"_det": "text_detection", "_rec": "text_recognition", "_textline_ori": "textline_orientation"}
@@ -49,16 +50,22 @@ class PaddleBackend:
         threads: int,
         model_dir: Path | None,
         detect_megapixels: float,
+        precision: Precision = "fp32",
+        gpu_memory_fraction: float | None = None,
     ) -> None:
         """Loads the models.
 
         `device` is `cpu`, `gpu`, `cuda` or `cuda:N`. `computes_with` overrides it (`cpu`, `gpu`) or selects
-        onnxruntime on that device. Raises InstallationError if a library, a model or the device is missing.
+        onnxruntime on that device. `precision` is one of `offered` for them; `gpu_memory_fraction` is the most of
+        the GPU's memory that the framework may allocate. Raises InstallationError if a library, a model or the
+        device is missing.
         """
         self._detect_megapixels = detect_megapixels
         on_onnxruntime = computes_with == "onnxruntime"
-        on_gpu = computes_with == "gpu" or (computes_with != "cpu" and device != "cpu")
+        on_gpu = _on_gpu(device, computes_with)
         place = f"gpu:{gpu_number(device)}" if on_gpu else "cpu"
+        if not on_onnxruntime:
+            limit_paddle_memory(gpu_number(device) if on_gpu else None, gpu_memory_fraction)
         models = _find_models(model_dir) if model_dir is not None else {}
         if models:
             # All models are in a folder, so PaddleOCR need not check its download hosts.
@@ -72,7 +79,11 @@ class PaddleBackend:
                 "use_textline_orientation": not models or "textline_orientation" in models,
                 "text_recognition_batch_size": 16 if on_gpu else 1,
                 "device": place,
-                **_engine(models, on_onnxruntime=on_onnxruntime, on_gpu=on_gpu, threads=threads),
+                **(
+                    _onnxruntime(gpu_number(device) if on_gpu else None, gpu_memory_fraction, threads)
+                    if on_onnxruntime
+                    else _paddle(models, precision, on_gpu=on_gpu, threads=threads)
+                ),
             },
             check=lambda: _check_device(place, models, on_onnxruntime=on_onnxruntime),
         )
@@ -81,6 +92,7 @@ class PaddleBackend:
             version=version("paddleocr"),
             model="+".join(models[role].name for role in _ROLES.values() if role in models) or "default",
             device=f"{place} (onnxruntime)" if on_onnxruntime else place,
+            precision=precision,
         )
 
     def read(self, page: RgbPage) -> list[Line]:
@@ -144,12 +156,44 @@ def _load(parameters: dict[str, Any], *, check: Callable[[], None]) -> Any:
         ) from error
 
 
-def _engine(models: dict[str, _Model], *, on_onnxruntime: bool, on_gpu: bool, threads: int) -> dict[str, Any]:
-    if on_onnxruntime:
-        return {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": threads}}
-    if on_gpu:
+def offered(device: str, computes_with: Literal["cpu", "gpu", "onnxruntime"] | None) -> list[Precision]:
+    """The precisions that PaddleOCR has there, its own choice first."""
+    if computes_with == "onnxruntime":
+        return ["fp32"]  # the precision of the weights' files
+    if _on_gpu(device, computes_with):
+        return ["fp32", "fp16"]
+    # On another CPU, oneDNN computes in fp32 without an error.
+    return ["fp32", "bf16"] if _has_bf16() else ["fp32"]
+
+
+def _on_gpu(device: str, computes_with: Literal["cpu", "gpu", "onnxruntime"] | None) -> bool:
+    return computes_with == "gpu" or (computes_with != "cpu" and device != "cpu")
+
+
+def _has_bf16() -> bool:
+    """Whether oneDNN computes in bf16 on this CPU: paddle's condition is AVX-512."""
+    try:
+        return "avx512bw" in Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return False
+
+
+def _onnxruntime(gpu: int | None, gpu_memory_fraction: float | None, threads: int) -> dict[str, Any]:
+    config: dict[str, Any] = {"intra_op_num_threads": threads}
+    if gpu is not None and gpu_memory_fraction is not None:
+        config["provider_options"] = onnxruntime_cuda_options(gpu, gpu_memory_fraction, sessions=len(_ROLES))
+    return {"engine": "onnxruntime", "engine_config": config}
+
+
+def _paddle(models: dict[str, _Model], precision: Precision, *, on_gpu: bool, threads: int) -> dict[str, Any]:
+    if on_gpu and precision == "fp32":
         return {"engine": "paddle"}
-    static: dict[str, Any] = {"cpu_threads": threads, "run_mode": "mkldnn"}
+    if on_gpu:
+        return {"engine": "paddle", "engine_config": {"paddle_static": {"run_mode": f"paddle_{precision}"}}}
+    static: dict[str, Any] = {
+        "cpu_threads": threads,
+        "run_mode": "mkldnn" if precision == "fp32" else f"mkldnn_{precision}",
+    }
     if models and all((model.folder / "inference.pdmodel").exists() for model in models.values()):
         # Paddle 3.3 cannot run these older programs on oneDNN through its new program representation
         # (ConvertPirAttribute2RuntimeAttribute is not supported).

@@ -38,19 +38,32 @@ from inferq.consumers.ocr.direction import (
     ways,
 )
 from inferq.consumers.ocr.long_lines import joined, parts
+from inferq.engine import onnxruntime_cuda_options
 from inferq.schemas import EngineInfo, InstallationError
 
 _CERTAIN = 0.9
 """The minimum score at which the orientation classifier's answer counts."""
 
 
+_MODELS = 3
+"""Detection, orientation, recognition: each has a session of onnxruntime."""
+
+
 class RapidBackend:
     """PP-OCRv6 small: detection, orientation, recognition."""
 
-    def __init__(self, *, device: str, threads: int, detect_megapixels: float) -> None:
+    def __init__(
+        self,
+        *,
+        device: str,
+        threads: int,
+        detect_megapixels: float,
+        gpu_memory_fraction: float | None = None,
+    ) -> None:
         """Loads the models onto `device` (`cpu`, `gpu`, `cuda`, `cuda:N`).
 
-        Raises InstallationError if RapidOCR, its weights or the device is missing.
+        `gpu_memory_fraction` is the most of the GPU's memory that onnxruntime may allocate. Raises InstallationError
+        if RapidOCR, its weights or the device is missing.
         """
         self._detect_megapixels = detect_megapixels
         on_gpu = device != "cpu"
@@ -70,8 +83,10 @@ class RapidBackend:
         }
         if on_gpu:
             parameters["EngineConfig.onnxruntime.use_cuda"] = True
-            parameters["EngineConfig.onnxruntime.cuda_ep_cfg.device_id"] = gpu_number(device)
-            parameters["EngineConfig.onnxruntime.cuda_ep_cfg.cudnn_conv_algo_search"] = "HEURISTIC"
+            options = onnxruntime_cuda_options(gpu_number(device), gpu_memory_fraction, sessions=_MODELS)
+            options["cudnn_conv_algo_search"] = "HEURISTIC"
+            for name, value in options.items():
+                parameters[f"EngineConfig.onnxruntime.cuda_ep_cfg.{name}"] = value
         self._ocr = _load(parameters)
         providers = self._ocr.text_det.session.session.get_providers()
         if on_gpu and "CUDAExecutionProvider" not in providers:
@@ -81,7 +96,11 @@ class RapidBackend:
                 code="device_unavailable",
             )
         self.info = EngineInfo(
-            name="rapidocr", version=version("rapidocr"), model="PP-OCRv6_small", device=device
+            name="rapidocr",
+            version=version("rapidocr"),
+            model="PP-OCRv6_small",
+            device=device,
+            precision="fp32",
         )
 
     def read(self, page: RgbPage) -> list[Line]:

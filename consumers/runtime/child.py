@@ -34,6 +34,7 @@ from inferq.consumers.runtime.process_tree import adopt_descendants
 from inferq.consumers.runtime.settings import EngineProcessSettings
 from inferq.consumers.weights.cache import weights_in_use
 from inferq.schemas import (
+    EngineInfo,
     InferqError,
     InstallationError,
     InvalidTask,
@@ -72,6 +73,7 @@ def _serve(task_type: TaskType, pipe: Channel) -> None:
     try:
         engine = engine_class(task_type)()
         info = engine.load().model_copy(update={"weights": weights_in_use()})
+        _check_precision(task_type, info)
         for _ in range(EngineProcessSettings.load().warmup):
             engine.warm_up()
         read_task(json.dumps({"task_type": task_type.name}))  # parsing the first task is slow
@@ -129,6 +131,17 @@ def device_fault(task_type: TaskType) -> str | None:
     if not isinstance(settings, EngineSettings) or settings.gpu is None:
         return None
     return gpu_fault(settings.gpu)
+
+
+def _check_precision(task_type: TaskType, engine: EngineInfo) -> None:
+    """Raises InstallationError if the engine did not heed INFERQ_PRECISION, as one that does not know it."""
+    settings = task_type.settings.load() if task_type.settings is not None else None
+    if isinstance(settings, EngineSettings) and settings.precision not in {None, engine.precision}:
+        raise InstallationError(
+            f"INFERQ_PRECISION={settings.precision}, but {engine.name} computes in "
+            f"{engine.precision or 'a precision that it does not name'}: leave INFERQ_PRECISION out",
+            code="bad_settings",
+        )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ _OUT_OF_MEMORY_SIGNS = (
     "resourceexhausted",
     "resource_exhausted",
     "failed to allocate memory",  # onnxruntime
+    "is smaller than requested bytes",  # the same at the limit of its arena
     "can't allocate memory",  # torch on a CPU
     "_status_alloc_failed",  # cuBLAS, cuDNN
 )

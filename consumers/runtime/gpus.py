@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,11 +19,15 @@ from inferq.schemas.monitor import GpuMemory
 _PATIENCE_SECONDS = 1.0
 """How long a scrape waits for the driver. One that hangs must not take the other metrics along."""
 
+_LATELY_SECONDS = 2.0
+"""Of which time the shares of processes are. The driver takes a sample in one sixth of a second to one second."""
+
 
 class _Families(NamedTuple):
     utilization: GaugeMetricFamily
     memory: GaugeMetricFamily
     of_engines: GaugeMetricFamily
+    engines_busy: GaugeMetricFamily
 
 
 class Gpus(Collector):
@@ -94,6 +99,11 @@ class Gpus(Collector):
             "GPU memory that the engine of a slot uses.",
             labels=["gpu", "slot"],
         )
+        own_time = GaugeMetricFamily(
+            "inferq_gpu_process_utilization_ratio",
+            "Share of the GPU's time that the engine of a slot used lately.",
+            labels=["gpu", "slot"],
+        )
         pynvml.nvmlInit()
         try:
             slots = {pid: slot for slot, root in self._engines().items() for pid in _with_children(root)}
@@ -105,15 +115,22 @@ class Gpus(Collector):
                     memory.add_metric([gpu, "used"], info.used)
                     memory.add_metric([gpu, "free"], info.free)
                 used: dict[str, int] = {}
+                busy: dict[str, float] = {}
+                shares = _shares_of_time(handle)
                 for process in _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ():
-                    if process.pid in slots and process.usedGpuMemory is not None:
-                        slot = slots[process.pid]
+                    if (slot := slots.get(process.pid)) is None:
+                        continue
+                    if process.usedGpuMemory is not None:
                         used[slot] = used.get(slot, 0) + process.usedGpuMemory
+                    if shares is not None:
+                        busy[slot] = min(1.0, busy.get(slot, 0.0) + shares.get(process.pid, 0.0))
                 for slot, count in used.items():
                     own.add_metric([gpu, slot], count)
+                for slot, share in busy.items():
+                    own_time.add_metric([gpu, slot], share)
         finally:
             pynvml.nvmlShutdown()
-        return _Families(utilization, memory, own)
+        return _Families(utilization, memory, own, own_time)
 
 
 def _ask(call: Callable[[Any], Any], handle: Any) -> Any:
@@ -122,6 +139,20 @@ def _ask(call: Callable[[Any], Any], handle: Any) -> Any:
         return call(handle)
     except pynvml.NVMLError:
         return None
+
+
+def _shares_of_time(handle: Any) -> dict[int, float] | None:
+    """Each process's share of the GPU's latest time, by process id; None if the driver does not say.
+
+    A process that did not use the GPU since then is left out.
+    """
+    since = int((time.time() - _LATELY_SECONDS) * 1e6)
+    try:
+        samples = pynvml.nvmlDeviceGetProcessUtilization(handle, since)
+    except pynvml.NVMLError as error:
+        nobody = error.value in {pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_SUCCESS}
+        return {} if nobody else None
+    return {sample.pid: sample.smUtil / 100 for sample in sorted(samples, key=lambda one: one.timeStamp)}
 
 
 def _with_children(pid: int) -> Sequence[int]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from inferq.broker import BrokerSettings
+from inferq.consumers.gpu_memory import require_room
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import InstallationError, InvalidTask, TaskType, get_type, tracing
 from inferq.schemas.logs import start_log
@@ -34,6 +35,8 @@ def worker(
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
     start_log("worker", task_type=task_type)
     engine_type, broker, storage = _installed(task_type), BrokerSettings.load(), StorageSettings.load()
+    engine_settings = engine_type.settings.load() if engine_type.settings is not None else None
+    require_room([engine_settings] * settings.slots)
     if check:
         tracing.wanted()
         _check_engine(engine_type)

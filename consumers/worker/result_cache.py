@@ -25,6 +25,9 @@ from inferq.storage import ObjectNotFound, ObjectStore, ResultStore, UnreadableR
 _FORM = 2
 """Part of each key, so that a change in how keys or entries are made finds no old ones."""
 
+_NO_MATTER = {"gpu_memory_fraction"}
+"""Settings that never change an output."""
+
 _NUMBER = re.compile(r":\d+")
 
 _log = logging.getLogger(__name__)
@@ -151,7 +154,7 @@ def result_key(
 
     That is its type and the type's own fields, the options with their defaults, and the inputs' `contents`
     (SHA-256 and content type by field) instead of their URLs. Also the engine's name, version, model, named
-    weights, kind of device and settings, and the `version` of the type's distribution.
+    weights, kind of device, precision and settings, and the `version` of the type's distribution.
     """
     own = set(type(task).model_fields) - set(Task.model_fields) - set(contents)
     said: dict[str, JsonValue] = {
@@ -162,9 +165,15 @@ def result_key(
         "inputs": {name: list(content) for name, content in contents.items()},
         "version": version,
         # All GPUs of a machine compute the same output; a CPU may not.
-        "engine": [engine.name, engine.version, engine.model, _NUMBER.sub("", engine.device)],
+        "engine": [
+            engine.name,
+            engine.version,
+            engine.model,
+            _NUMBER.sub("", engine.device),
+            engine.precision,
+        ],
         "weights": list(engine.weights),
-        "settings": settings.model_dump(mode="json") if settings is not None else None,
+        "settings": settings.model_dump(mode="json", exclude=_NO_MATTER) if settings is not None else None,
     }
     canonical = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

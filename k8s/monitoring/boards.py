@@ -271,14 +271,28 @@ _OVERVIEW = Board(
         ),
         Panel(
             "GPUs: utilisation",
-            [Query("avg by (instance, gpu) (inferq_gpu_utilization_ratio)", "{{instance}} {{gpu}}")],
+            [
+                Query("avg by (instance, gpu) (inferq_gpu_utilization_ratio)", "{{instance}} {{gpu}}"),
+                Query(
+                    "avg by (instance, gpu, slot) (inferq_gpu_process_utilization_ratio)",
+                    "{{instance}} {{gpu}}, slot {{slot}}",
+                ),
+            ],
             width=12,
             unit="percentunit",
             most=1,
         ),
         Panel(
             "GPUs: memory in use",
-            [Query('max by (instance, gpu) (inferq_gpu_memory_bytes{state="used"})', "{{instance}} {{gpu}}")],
+            [
+                Query(
+                    'max by (instance, gpu) (inferq_gpu_memory_bytes{state="used"})', "{{instance}} {{gpu}}"
+                ),
+                Query(
+                    "max by (instance, gpu, slot) (inferq_gpu_process_memory_bytes)",
+                    "{{instance}} {{gpu}}, slot {{slot}}",
+                ),
+            ],
             width=12,
             unit="bytes",
         ),

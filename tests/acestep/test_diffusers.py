@@ -143,9 +143,18 @@ def test_base_weights_are_guided(tmp_path_factory: pytest.TempPathFactory, run: 
     assert np.array_equal(guided, run(engine, acestep_task(options={"steps": 2})).sound)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_it_computes_with_the_numbers_asked_for(turbo: Path, run: Runner, dtype: str) -> None:
-    engine = load(turbo, INFERQ_ACESTEP_DTYPE=dtype)
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("INFERQ_ACESTEP_DTYPE", "bfloat16", "bfloat16"),
+        ("INFERQ_ACESTEP_DTYPE", "float32", "float32"),
+        ("INFERQ_PRECISION", "bf16", "bfloat16"),
+    ],
+)
+def test_it_computes_with_the_numbers_asked_for(
+    turbo: Path, run: Runner, name: str, value: str, dtype: str
+) -> None:
+    engine = load(turbo, **{name: value})
     assert str(engine._backend._pipeline.transformer.dtype) == f"torch.{dtype}"  # type: ignore[attr-defined]
     assert len(run(engine, acestep_task()).sound) == 96000
 
@@ -192,6 +201,23 @@ def test_it_runs_on_a_gpu(turbo: Path, run: Runner, offload: str) -> None:
     first = run(engine, acestep_task()).sound
     assert np.array_equal(first, run(engine, acestep_task()).sound)
     assert len(first) == 96000
+
+
+@pytest.mark.gpu
+def test_it_keeps_to_its_share_of_the_gpus_memory(turbo: Path, run: Runner) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    engine = load(turbo, INFERQ_DEVICE="cuda", INFERQ_GPU_MEMORY_FRACTION="0.2")
+    try:
+        assert len(run(engine, acestep_task()).sound) == 96000
+        size = torch.cuda.get_device_properties(0).total_memory
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(int(0.21 * size), dtype=torch.uint8, device="cuda")
+        torch.empty(int(0.1 * size), dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_runs_leave_no_tensors_and_no_files(engine: AceStepEngine, run: Runner, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from inferq.consumers.acestep.engine import AceStepEngine
-from inferq.consumers.acestep.pipeline import DiffusersBackend
+from inferq.consumers.acestep.pipeline import DiffusersBackend, offered
 from inferq.consumers.engine import TaskAborted
 from inferq.schemas import InstallationError, TransientFailure
 from tests.acestep.conftest import Runner, acestep_task
@@ -93,9 +93,14 @@ def weights(folder: Path, *, name: str = "weights", without: str = "", kind: str
     return root
 
 
-def backend(folder: Path | None, *, device: str = "cpu", dtype: Any = None, **more: Any) -> DiffusersBackend:
+def backend(
+    folder: Path | None, *, device: str = "cpu", precision: Any = None, **more: Any
+) -> DiffusersBackend:
     return DiffusersBackend(
-        model_dir=folder, device=device, dtype=dtype, cpu_offload=more.get("cpu_offload", False)
+        model_dir=folder,
+        device=device,
+        precision=precision or offered(device)[0],
+        cpu_offload=more.get("cpu_offload", False),
     )
 
 
@@ -144,7 +149,7 @@ def test_the_gpu_asked_for_is_the_gpu_used(stand_in: type[StandIn], tmp_path: Pa
     loaded = backend(folder, device="cuda:1")
     assert loaded._pipeline.place == "cuda:1"
     assert stand_in.loaded["dtype"] == "bfloat16"
-    assert backend(folder, device="gpu", dtype="float16").info.device == "cuda:0 (float16)"
+    assert backend(folder, device="gpu", precision="fp16").info.device == "cuda:0 (float16)"
     offloaded = backend(folder, device="cuda:1", cpu_offload=True)
     assert offloaded._pipeline.place == ("offload", 1)
     assert offloaded.info.device == "cuda:1 (bfloat16, offloaded)"

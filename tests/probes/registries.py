@@ -54,6 +54,7 @@ def install_a_gpu(patch: pytest.MonkeyPatch) -> None:
     answers = {
         "Init": None, "Shutdown": None, "DeviceGetCount": 1, "DeviceGetHandleByIndex": 0,
         "DeviceGetUtilizationRates": SimpleNamespace(gpu=50),
+        "DeviceGetProcessUtilization": [SimpleNamespace(pid=1, timeStamp=1, smUtil=40)],
         "DeviceGetMemoryInfo": SimpleNamespace(used=1, free=2),
         "DeviceGetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=1)],
     }  # fmt: skip

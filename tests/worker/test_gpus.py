@@ -28,6 +28,8 @@ class Driver:
     busy: list[int] = field(default_factory=lambda: [75, 0])
     used: list[int] = field(default_factory=lambda: [3 * GIB, 1 << 20])
     processes: list[dict[int, int | None]] = field(default_factory=lambda: [{}, {}])
+    samples: list[list[tuple[int, int, int]]] = field(default_factory=lambda: [[], []])
+    """Of each GPU: a process, the microseconds after the time that was asked for, and its share in percent."""
     failing: dict[str, int] = field(default_factory=dict)
     calls: int = 0
 
@@ -41,6 +43,10 @@ class Driver:
             "DeviceGetMemoryInfo": lambda number: SimpleNamespace(
                 used=self.used[number], free=80 * GIB - self.used[number], total=80 * GIB
             ),
+            "DeviceGetProcessUtilization": lambda number, since: [
+                SimpleNamespace(pid=pid, timeStamp=since + age, smUtil=percent)
+                for pid, age, percent in self.samples[number]
+            ],
             "DeviceGetComputeRunningProcesses": lambda number: [
                 SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes[number].items()
             ],
@@ -100,6 +106,25 @@ def test_memory_is_that_of_the_slots_own_processes(driver: Driver, child: int) -
     assert {key: value for key, value in found.items() if key[0] == "process_memory_bytes"} == {
         ("process_memory_bytes", "0", "0"): 3 * GIB
     }
+
+
+def test_a_slot_has_the_latest_share_of_its_processes(driver: Driver, child: int) -> None:
+    own = os.getpid()
+    driver.processes = [{own: GIB, child: GIB, 1: GIB}, {own: GIB}]
+    driver.samples = [[(own, 2, 30), (child, 1, 20), (own, 1, 90), (1, 1, 40)], []]
+    gpus = Gpus(lambda: {"0": own})
+
+    def found() -> dict[tuple[str, ...], float]:
+        return {key: value for key, value in scraped(gpus).items() if key[0] == "process_utilization_ratio"}
+
+    assert found() == {
+        ("process_utilization_ratio", "0", "0"): 0.5,
+        ("process_utilization_ratio", "1", "0"): 0.0,
+    }
+    driver.failing["DeviceGetProcessUtilization"] = pynvml.NVML_ERROR_NOT_FOUND  # nobody used it
+    assert set(found().values()) == {0.0}
+    driver.failing["DeviceGetProcessUtilization"] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    assert found() == {}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ class EngineSettings(Settings):
     threads: int = 1
 
 
+class Shared(EngineSettings):
+    gpu_memory_fraction: float | None = None
+
+
 ENGINE = EngineInfo(name="lac", version="1", model="small", device="cpu", weights=("lac 3",))
 
 
@@ -50,6 +54,7 @@ def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
     assert set(same) == {key()}
     first, second = (ENGINE.model_copy(update={"device": f"cuda:{number} (bfloat16)"}) for number in (0, 1))
     assert key(engine=first) == key(engine=second)
+    assert key(settings=Shared()) == key(settings=Shared(gpu_memory_fraction=0.5))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,7 @@ def test_the_same_work_has_the_same_key_whoever_asks_for_it() -> None:
                 {"model": "large"},
                 {"weights": ("lac 4",)},
                 {"device": "cuda:0"},
+                {"precision": "bf16"},
             )
         ),
     ],
