@@ -218,6 +218,12 @@ def _observe(ground: Site, share: int, say: Say) -> None:
         say(f"| {name} | {' | '.join(row)} |")
 
 
+def _gpu(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.gpu import simulated
+
+    simulated(ground, share, say)
+
+
 def _beside_bare(say: Say, what: str, unit: str, how: str, rates: Rates) -> None:
     say(f"## {what}, {unit} per second: the whole system against the bare engine in a loop")
     say("")
@@ -260,6 +266,7 @@ PARTS: dict[str, Callable[[Site, int, Say], None]] = {
     "warmup": _warmup,
     "feed": _feed,
     "observe": _observe,
+    "gpu": _gpu,
 }
 
 
