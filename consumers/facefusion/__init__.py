@@ -5,6 +5,7 @@ backend       the protocol of face swappers
 resident      FaceFusion, loaded once for all tasks
 driver        serves swaps in FaceFusion's own Python
 headless      FaceFusion, one headless run per task
+precision     FaceFusion's face swappers by precision
 group_runner  runs a command in a process group, and kills the group when the caller ends
 preview       swaps faces by their landmarks, without a face-swapping model
 landmarks     finds faces and their landmarks

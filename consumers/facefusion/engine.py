@@ -121,15 +121,28 @@ def load_backend(settings: FacefusionSettings) -> Backend:
                 "or give this worker a GPU",
                 code="device_unavailable",
             )
+        if settings.gpu is not None and settings.gpu_memory_fraction is not None:
+            raise InstallationError(
+                "INFERQ_GPU_MEMORY_FRACTION cannot limit FaceFusion, which has no such option: leave it out for this "
+                "worker",
+                code="bad_settings",
+            )
+        from inferq.consumers.facefusion.headless import HeadlessBackend, checked_home
+        from inferq.consumers.facefusion.precision import pick_swapper
+
+        home = checked_home(settings.facefusion_home)
+        models = settings.facefusion_model_dir and model_folder(settings.facefusion_model_dir)
+        swapper = pick_swapper(settings, models or home / ".assets" / "models")
         providers = settings.facefusion_providers.split(",")
         if settings.facefusion_resident:
             from inferq.consumers.facefusion.resident import ResidentBackend
 
             return ResidentBackend(
-                home=settings.facefusion_home,
+                home=home,
                 python=settings.facefusion_python,
                 providers=providers,
-                models=settings.facefusion_model_dir and model_folder(settings.facefusion_model_dir),
+                models=models,
+                swapper=swapper,
             )
         if settings.facefusion_model_dir is not None:
             raise InstallationError(
@@ -137,10 +150,8 @@ def load_backend(settings: FacefusionSettings) -> Backend:
                 "task uses the weights in its own folder",
                 code="engine_misconfigured",
             )
-        from inferq.consumers.facefusion.headless import HeadlessBackend
-
         return HeadlessBackend(
-            home=settings.facefusion_home, python=settings.facefusion_python, providers=providers
+            home=home, python=settings.facefusion_python, providers=providers, swapper=swapper
         )
     if settings.device != "cpu":
         raise InstallationError(
@@ -148,6 +159,7 @@ def load_backend(settings: FacefusionSettings) -> Backend:
             "INFERQ_FACEFUSION_BACKEND=facefusion, or INFERQ_DEVICE=cpu for this worker",
             code="device_unavailable",
         )
+    settings.pick_precision(["fp32"], "the preview")
     try:
         from inferq.consumers.facefusion.preview import PreviewBackend
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from inferq.consumers.facefusion import FaceChoice, group_runner
 from inferq.consumers.facefusion.backend import Swap, no_face_found
+from inferq.consumers.facefusion.precision import SWAPPERS
 from inferq.consumers.media.pictures import PixelLimit, RgbImage, open_picture
 from inferq.engine import Context
 from inferq.schemas import (
@@ -81,19 +82,23 @@ class HeadlessBackend:
 
     preview = False
 
-    def __init__(self, *, home: Path | None, python: str | None, providers: Sequence[str]) -> None:
+    def __init__(
+        self, *, home: Path | None, python: str | None, providers: Sequence[str], swapper: str | None = None
+    ) -> None:
         """Locates FaceFusion in `home` and runs it with `python` to get its version.
 
-        `providers` are its execution providers. Raises InstallationError if it is missing or cannot run.
+        `providers` are its execution providers, `swapper` its face swapper, by default that of its own
+        configuration. Raises InstallationError if FaceFusion is missing or cannot run.
         """
         self._home = checked_home(home)
         self._python = find_python(self._home, python)
-        self._providers = tuple(providers)
+        self._arguments = base_arguments(providers, swapper)
         self.info = EngineInfo(
             name="facefusion",
             version=_version(self._home, self._python),
-            model="face_swapper",
+            model=swapper or "face_swapper",
             device=",".join(providers),
+            precision=SWAPPERS[swapper] if swapper is not None else None,
         )
 
     def warm_up(self) -> None:
@@ -119,7 +124,7 @@ class HeadlessBackend:
     def _command(self, folder: Path, face: FaceChoice) -> list[str]:
         # Each run has its own folder of jobs: runs that share one take each other's jobs.
         return [
-            *(self._python, "facefusion.py", *base_arguments(self._providers)),
+            *(self._python, "facefusion.py", *self._arguments),
             *picture_arguments(folder, face),
             *("--jobs-path", str(folder / "jobs")),
         ]
@@ -146,10 +151,11 @@ class HeadlessBackend:
             end_process(process)
 
 
-def base_arguments(providers: Sequence[str]) -> list[str]:
+def base_arguments(providers: Sequence[str], swapper: str | None = None) -> list[str]:
     """The arguments of FaceFusion that are the same for each picture."""
+    chosen = ["--face-swapper-model", swapper] if swapper is not None else []
     return [
-        *("headless-run", "--processors", "face_swapper"),
+        *("headless-run", "--processors", "face_swapper", *chosen),
         *("--execution-providers", *providers),
         *("--log-level", "info"),
     ]
@@ -316,6 +322,7 @@ def environment(temporary: Path | None = None) -> dict[str, str]:
 
 
 def checked_home(home: Path | None) -> Path:
+    """The absolute path of FaceFusion's folder. Raises InstallationError if it is not there."""
     if home is None:
         raise InstallationError(
             "INFERQ_FACEFUSION_HOME is not set: set it to FaceFusion's folder (a clone of "

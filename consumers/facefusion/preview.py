@@ -33,7 +33,11 @@ class PreviewBackend:
         self._finder = FaceFinder()
         self._triangles = triangulate(mesh_edges())
         self.info = EngineInfo(
-            name="preview", version=version("mediapipe"), model="mediapipe-face-mesh", device="cpu"
+            name="preview",
+            version=version("mediapipe"),
+            model="mediapipe-face-mesh",
+            device="cpu",
+            precision="fp32",
         )
 
     def warm_up(self) -> None:

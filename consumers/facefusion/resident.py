@@ -39,6 +39,7 @@ from inferq.consumers.facefusion.headless import (
     write_pictures,
     wrote_output,
 )
+from inferq.consumers.facefusion.precision import SWAPPERS
 from inferq.consumers.media.pictures import RgbImage
 from inferq.engine import Context, TaskAborted
 from inferq.schemas import (
@@ -67,18 +68,25 @@ class ResidentBackend:
     preview = False
 
     def __init__(
-        self, *, home: Path | None, python: str | None, providers: Sequence[str], models: Path | None = None
+        self,
+        *,
+        home: Path | None,
+        python: str | None,
+        providers: Sequence[str],
+        models: Path | None = None,
+        swapper: str | None = None,
     ) -> None:
         """Starts FaceFusion in `home` with `python`, and loads its models.
 
         `providers` are its execution providers. `models` is a folder with all weights; by default FaceFusion uses
-        its own, and downloads those that are missing. Raises InstallationError if it cannot run here, and
-        TransientFailure if another start may work.
+        its own, and downloads those that are missing. `swapper` is its face swapper, by default that of its
+        own configuration. Raises InstallationError if it cannot run here, and TransientFailure if another start may
+        work.
         """
         self._home = checked_home(home)
         self._models = models and expand_home("INFERQ_FACEFUSION_MODEL_DIR", models).absolute()
         # With `tolerant`, FaceFusion keeps its models from one picture to the next.
-        self._arguments = [*base_arguments(providers), "--video-memory-strategy", "tolerant"]
+        self._arguments = [*base_arguments(providers, swapper), "--video-memory-strategy", "tolerant"]
         self._command = [find_python(self._home, python), str(driver.__file__)]
         self._process: _DriverProcess | None = self._start()
         try:
@@ -87,7 +95,11 @@ class ResidentBackend:
             self.close()
             raise
         self.info = EngineInfo(
-            name="facefusion", version=version, model="face_swapper", device=",".join(providers)
+            name="facefusion",
+            version=version,
+            model=swapper or "face_swapper",
+            device=",".join(providers),
+            precision=SWAPPERS[swapper] if swapper is not None else None,
         )
 
     def warm_up(self) -> None:
