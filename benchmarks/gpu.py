@@ -107,7 +107,7 @@ def through_a_worker(
         total(after, name) - total(before, name)
         for name in ("inferq_engine_busy_seconds_total", "inferq_engine_alive_seconds_total")
     )
-    sizes = [getattr(result, "batch_size", None) or 1 for result in ended]
+    sizes = [result.batch_size for result in ended]
     during = [samples for _, samples in scraped[1:]]
     return Measured(
         rate=len(ended) / seconds,
