@@ -57,10 +57,22 @@ def kill_workers(site: Site) -> None:
 
 def kill_engines(site: Site) -> None:
     for _ in site.moments(every=1.0):
-        engines = site.random.choice(site.workers).children()
-        if engines:
-            with site.fault("engine killed"), suppress(ProcessLookupError):
-                os.kill(site.random.choice(engines), signal.SIGKILL)
+        _kill_engine(site)
+
+
+def _kill_engine(site: Site) -> None:
+    engines = site.random.choice(site.workers).children()
+    if engines:
+        with site.fault("engine killed"), suppress(ProcessLookupError):
+            os.kill(site.random.choice(engines), signal.SIGKILL)
+
+
+def kill_workers_and_engines(site: Site) -> None:
+    for _ in site.moments(every=2.0):
+        if site.random.random() < 0.5:
+            site.kill(site.random.choice(site.workers), "worker")
+        else:
+            _kill_engine(site)
 
 
 def suspend_workers(site: Site) -> None:
@@ -418,6 +430,23 @@ SCENARIOS: tuple[Scenario, ...] = (
         _load(600, 36),
         _load(150, 8),
         Needs(callbacks=True),
+    ),
+    Scenario(
+        "batches",
+        "tasks computed in batches of up to 8, some of which fail, are invalid or crash the engine; `kill -9` of "
+        "workers and of engine processes",
+        kill_workers_and_engines,
+        _load(900, 36, busy=3.0, transient=20, invalid=20, crash=8, poison=3),
+        _load(200, 8, busy=3.0, transient=8, invalid=8, crash=2),
+        Needs(callbacks=True, batch_size=8),
+    ),
+    Scenario(
+        "taken-ahead",
+        "tasks taken ahead; `kill -9` of workers and of engine processes",
+        kill_workers_and_engines,
+        _load(600, 30, transient=10, crash=6),
+        _load(100, 6, transient=4),
+        Needs(ahead=True),
     ),
     Scenario(
         "engine-kills",

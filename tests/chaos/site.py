@@ -108,6 +108,7 @@ class Needs:
     `gateway`: the tasks are submitted there, and it is asked about them. `inputs`: each task has an input, by a URL
     of one of these schemes. `batch`: lines of a batch that is fed beside the other tasks. `batches`: the process
     that feeds batches runs. `dropping`: RabbitMQ may drop any task. `helpers`: engines start programs and daemons.
+    `batch_size`: how many tasks an engine computes together. `ahead`: whether workers take tasks ahead.
     """
 
     workers: int = 2
@@ -121,6 +122,8 @@ class Needs:
     batches: bool = False
     dropping: bool = False
     helpers: bool = False
+    batch_size: int = 1
+    ahead: bool = False
 
 
 class Site:
@@ -195,6 +198,8 @@ class Site:
             "INFERQ_SCRATCH_DIR": str(self.folder),
             "INFERQ_GRACE_SECONDS": "10",
             "INFERQ_SLOTS": str(self._needs.slots),
+            "INFERQ_TAKE_AHEAD": str(self._needs.ahead).lower(),
+            "WITNESS_BATCH_SIZE": str(self._needs.batch_size),
             "WITNESS_LEDGER": str(self.ledger.path),
         }
         self.workers = [
