@@ -62,10 +62,14 @@ class Health:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether the process is ready, and what it waits for. A worker may be ready and wait."""
+    """Whether the process is ready, and what it waits for. A worker may be ready and wait.
+
+    `notes`: what else a person should know.
+    """
 
     ready: bool
     waiting_for: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ProbeServer:
@@ -112,10 +116,12 @@ def _probes(
             case "/healthz":
                 now = health()
                 good = not now.faults
-                content: object = {"healthy": good, "faults": now.faults, "running": now.running}
+                content: dict[str, object] = {"healthy": good, "faults": now.faults, "running": now.running}
             case "/readyz":
                 state = readiness()
                 good, content = state.ready, {"ready": state.ready, "waiting_for": state.waiting_for}
+                if state.notes:
+                    content["notes"] = state.notes
             case _:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [f"There are {paths}.\n".encode()]

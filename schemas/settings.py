@@ -52,7 +52,7 @@ class Settings(BaseSettings):
             # A value may have several faults, one for each type that it could have. Their places within the
             # value are named in terms of the model, which means nothing to the person who sets a variable.
             faults = dict.fromkeys(
-                f"{prefix}{fault['loc'][0] if fault['loc'] else ''}".upper()
+                f"{prefix}{str(fault['loc'][0]).removeprefix(prefix) if fault['loc'] else ''}".upper()
                 + f": {_EXPECTED.get(fault['type'], fault['msg'])}"
                 for fault in error.errors(include_url=False, include_input=False)
             )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 from inferq.broker import backoff
 from inferq.consumers.runtime.memory import MemoryLimits
@@ -16,12 +17,22 @@ from inferq.consumers.worker.batch_limit import BatchLimit
 from inferq.consumers.worker.engine_clock import Step
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.waiting_line import Place, WaitingLine
-from inferq.schemas import InstallationError, TransientFailure
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 _log = logging.getLogger(__name__)
 
 _WATCHDOG_SECONDS = 10.0
 """How far a run may be beyond its time limit and `abort_grace` before the watchdog kills the engine."""
+
+
+_LOAD_LOOK_SECONDS = 0.01
+"""How often a task that waits for its engine to load checks whether it is loaded."""
+
+EngineState = Literal["unloaded", "loading", "loaded"]
+"""Whether there is an engine process, and whether it has loaded. A loaded one may have ended since."""
+
+Unload = Literal["idle"]
+"""Why a loaded engine was unloaded."""
 
 
 class NotStarted(Exception):
@@ -31,8 +42,9 @@ class NotStarted(Exception):
 class EngineSupervisor:
     """Owns a slot's engine process. One task holds it at a time; between tasks it is restarted or replaced.
 
-    The thread that restores the engine must outlive it: the kernel ends an engine together with the thread
-    that started it.
+    The engine loads before the first task, or, with INFERQ_LOAD=lazy or after INFERQ_IDLE_UNLOAD, for the task that
+    needs it. Every thread that calls `restore`, `look` or `acquire` must outlive the engine: the kernel ends the
+    engine together with the thread that started it.
     """
 
     def __init__(self, name: str, services: WorkerServices) -> None:
@@ -48,13 +60,18 @@ class EngineSupervisor:
         self._batches = BatchLimit()
         self.engine = self._new_engine()
         self.clock = services.metrics.add_engine(services.task_type.name)
-        self.ready = False
+        self.state: EngineState = "unloaded"
+        self.ready = settings.engine_load == "lazy"
+        """Whether the slot may take tasks: the engine is loaded, or loads for the next task."""
         self.reload_requested = threading.Event()
+        self._idle_unload = settings.idle_unload or math.inf
+        self._used_at = self._load_began = 0.0
+        self._load_error: InstallationError | None = None
 
     @property
     def usable(self) -> bool:
-        """Whether the engine can take another run, as far as is known."""
-        return self.ready and self.engine.usable
+        """Whether the engine can take another run, or can load for one, as far as is known."""
+        return self.ready and (self.state != "loaded" or self.engine.usable)
 
     @property
     def tasks_in_hand(self) -> int:
@@ -105,19 +122,35 @@ class EngineSupervisor:
             finally:
                 lease.release()
                 self.clock.move(lease.step, "task")
+                self._used_at = time.monotonic()
 
     def look(self) -> None:
-        """Replace the engine if that is due, unless a task holds it or waits for it."""
+        """Replace or unload the engine if that is due, unless a task holds it or waits for it."""
         with self._line.hold_if_idle() as held:
-            if held:
-                self.prepare_for_run()
+            if not held:
+                return
+            match self.state:
+                case "unloaded":
+                    self.reload_requested.clear()  # the next load takes the new weights
+                case "loading":
+                    self._load_within(0)
+                case "loaded" if not self.busy and time.monotonic() - self._used_at >= self._idle_unload:
+                    self._unload("idle")
+                case "loaded":
+                    self.prepare_for_run()
 
-    def prepare_for_run(self) -> None:
-        """Swap in a successor that is ready, and notice an engine that died while idle. Its holder calls this."""
+    def prepare_for_run(self, timeout: float = 0) -> bool:
+        """Swap in a successor that is ready, and notice an engine that died while idle. Its holder calls this.
+
+        Loads the engine if it is unloaded. Gives whether it is loaded within `timeout` seconds.
+        """
+        if self.state != "loaded":
+            return self._load_within(timeout)
         self._swap()
         if not self.engine.alive:  # that costs no task an attempt
             self.engine.kill()
             self.clock.load(False)
+        return True
 
     def restore(self) -> None:
         """Load an engine if there is no usable one, and retry until it loads.
@@ -125,7 +158,9 @@ class EngineSupervisor:
         Raises InstallationError if it can never load here, RunAborted or GracePassed if the worker stops.
         """
         with self._line.hold_first():
-            if self.engine.usable:
+            if self._load_error is not None:
+                raise self._load_error
+            if self.usable:
                 return
             if self.engine.worn is not None:
                 self._count_replacement(self.engine.worn)
@@ -145,19 +180,19 @@ class EngineSupervisor:
         """End the engine, and a successor that is loading."""
         self.ready = False
         self.clock.load(False)
+        if self.state == "loading":
+            self.engine.kill()  # it would not notice soon that its pipe is closed
         self.engine.close()
         self._drop_successor()
 
     def _load(self) -> None:
         services = self._services
-        self.ready = False
+        self.ready, self.state = False, "unloaded"
         self.clock.load(False)
         self._drop_successor()  # two engines may not fit into the GPU's memory
         failures = 0
         while True:
-            began = time.monotonic()
-            self.engine.close()
-            self.engine.spawn()
+            self._start()
             try:
                 info = self.engine.wait_ready(
                     limit=services.settings.start_limit, stopping=lambda: services.stopping
@@ -168,13 +203,65 @@ class EngineSupervisor:
                 wait = backoff(failures)
                 _log.error("%s: %s; next start in %.1f s", self._name, error, wait)
                 services.sleep(wait)
-        self.ready = True
+        self._note_loaded(info)
+
+    def _load_within(self, seconds: float) -> bool:
+        """Whether the engine, which loads for a task, is loaded within `seconds`.
+
+        If it cannot load, the slot takes no task until `restore` has loaded it.
+        """
+        limit = self._services.settings.start_limit
+        deadline = time.monotonic() + seconds
+        if not self.ready:
+            return False
+        try:
+            if self.state == "unloaded":
+                self.reload_requested.clear()
+                self._start()
+                self.state = "loading"
+            while not self.engine.has_answered:
+                if time.monotonic() - self._load_began > limit:
+                    raise TransientFailure(
+                        f"the engine was not ready within {limit:g} s; if it needs longer, raise INFERQ_START_LIMIT",
+                        code="engine_slow_start",
+                    )
+                if (left := deadline - time.monotonic()) <= 0:
+                    return False
+                time.sleep(min(left, _LOAD_LOOK_SECONDS))
+            self._note_loaded(self.engine.wait_ready(limit=1))
+        except InstallationError as error:
+            self._load_error = error
+        except (TransientFailure, OSError) as error:
+            _log.error("%s: %s", self._name, error)
+        else:
+            return True
+        self.ready, self.state = False, "unloaded"
+        self.engine.kill()
+        return False
+
+    def _start(self) -> None:
+        self._load_began = time.monotonic()
+        self.engine.close()
+        self.engine.spawn()
+
+    def _note_loaded(self, info: EngineInfo) -> None:
+        self.ready, self.state = True, "loaded"
+        self._used_at = now = time.monotonic()
         self.clock.load(True)
-        services.metrics.engine_starts.inc()
+        self._services.metrics.engine_starts.inc()
         _log.info(
             "%s: %s %s on %s is ready after %.1f s",
-            self._name, info.name, info.version, info.device, time.monotonic() - began,
+            self._name, info.name, info.version, info.device, now - self._load_began,
         )  # fmt: skip
+
+    def _unload(self, reason: Unload) -> None:
+        """End the engine process; the next task loads the engine again."""
+        _log.info("%s: unloading the engine: %s", self._name, reason)
+        self.state = "unloaded"
+        self.clock.load(False)
+        self._services.metrics.engine_unloads.labels(reason).inc()
+        self._drop_successor()
+        self.engine.close()
 
     def _swap(self) -> None:
         """Start a successor if one is requested or due, and replace the engine by it once it is ready."""
@@ -259,12 +346,12 @@ class EngineLease:
 
     @property
     def held(self) -> bool:
-        """Whether the engine is this task's now."""
-        return self._place.holds
+        """Whether the engine is this task's now, and loaded."""
+        return self._place.holds and self._supervisor.state == "loaded"
 
     @property
     def usable(self) -> bool:
-        """Whether the engine can take another run, as far as is known."""
+        """Whether the engine can take another run, or can load for one, as far as is known."""
         return self._supervisor.usable
 
     @property
@@ -273,13 +360,15 @@ class EngineLease:
         return self._supervisor.tasks_in_hand > 1
 
     def acquire(self, timeout: float = 0, *, alone: bool = False) -> bool:
-        """Whether the engine is the task's within `timeout` seconds. Raises NotStarted if it cannot run.
+        """Whether the engine is the task's, and loaded, within `timeout` seconds.
 
-        With `alone`, no other task of the slot is begun and unfinished then: if the worker ends, it was this one.
+        An unloaded engine begins to load. Raises NotStarted if the engine cannot run, or cannot load. With `alone`, no
+        other task of the slot is begun and unfinished then: if the worker ends, it was this one.
         """
+        deadline = time.monotonic() + timeout
         if self._place.acquire(timeout, alone=alone):
             try:
-                self._supervisor.prepare_for_run()
+                self._supervisor.prepare_for_run(max(0.0, deadline - time.monotonic()))
             except BaseException:
                 self._place.release()
                 raise
@@ -291,7 +380,8 @@ class EngineLease:
 
     def step_aside(self) -> None:
         """Let later tasks use the engine, until `acquire` is called again: the place in line stays."""
-        self._place.step_aside()
+        self._place.release()
+        self._place.finish()  # the engine was at most loading for it
 
     def release(self) -> None:
         """Let another task use the engine, if it is held: this one needs it no more."""

@@ -68,10 +68,12 @@ class WorkerMetrics:
     stage_seconds: Histogram = field(init=False)
     busy_slots: Gauge = field(init=False)
     ready_slots: Gauge = field(init=False)
+    loaded_engines: Gauge = field(init=False)
     paused: Gauge = field(init=False)
     engine_starts: Counter = field(init=False)
     engine_deaths: Counter = field(init=False)
     engine_replacements: Counter = field(init=False)
+    engine_unloads: Counter = field(init=False)
     engine_lines_dropped: Counter = field(init=False)
     without_redis: Gauge = field(init=False)
     status_outages: Counter = field(init=False)
@@ -177,7 +179,15 @@ class WorkerMetrics:
         add("busy_slots", Gauge("inferq_worker_busy_slots", "Slots with a task in hand.", registry=registry))
         add(
             "ready_slots",
-            Gauge("inferq_worker_ready_slots", "Slots with a loaded engine.", registry=registry),
+            Gauge(
+                "inferq_worker_ready_slots",
+                "Slots whose engine is loaded, or loads for the next task.",
+                registry=registry,
+            ),
+        )
+        add(
+            "loaded_engines",
+            Gauge("inferq_worker_loaded_engines", "Slots with a loaded engine.", registry=registry),
         )
         add(
             "paused",
@@ -206,6 +216,15 @@ class WorkerMetrics:
             Counter(
                 "inferq_engine_replacements",
                 "Engine processes replaced, by the reason: max_tasks, memory (it grew), out_of_memory.",
+                ["reason"],
+                registry=registry,
+            ),
+        )
+        add(
+            "engine_unloads",
+            Counter(
+                "inferq_engine_unloads",
+                "Engine processes ended until a task needs them again, by the reason: idle.",
                 ["reason"],
                 registry=registry,
             ),

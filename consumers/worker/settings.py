@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import NoDecode
@@ -83,6 +83,17 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         gt=0,
         description="Seconds without a task in hand and without one waiting, after which the worker exits with "
         "status 0 (default: never). For Kubernetes Jobs; what restarts its containers would restart it.",
+    )
+    engine_load: Literal["eager", "lazy"] = Field(
+        "eager",
+        validation_alias="INFERQ_LOAD",  # `load` is a method of all settings
+        description="When a worker loads its engine: before it takes tasks (`eager`), or for its first task (`lazy`).",
+    )
+    idle_unload: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds without a task after which an engine's process ends, which frees the GPU (default: "
+        "never). The next task loads the engine again.",
     )
     start_limit: float = Field(
         600.0, gt=0, description="Seconds that an engine may take to load and warm up."

@@ -14,7 +14,7 @@ from functools import partial
 
 from inferq.broker import BrokerSettings, Consumer, Delivery, topology_for, work_queue
 from inferq.consumers.runtime.process import RunAborted
-from inferq.consumers.worker.engine_supervisor import EngineLease, EngineSupervisor
+from inferq.consumers.worker.engine_supervisor import EngineLease, EngineState, EngineSupervisor
 from inferq.consumers.worker.services import GracePassed, WorkerServices
 from inferq.consumers.worker.task_group import TaskGroup
 from inferq.consumers.worker.task_run import TaskRun
@@ -109,8 +109,13 @@ class Slot:
 
     @property
     def loading(self) -> bool:
-        """Whether its engine is not loaded yet, or loads again."""
+        """Whether it takes no task before its engine is loaded."""
         return not self._supervisor.ready
+
+    @property
+    def engine_state(self) -> EngineState:
+        """Whether its engine is loaded, loads, or was unloaded."""
+        return self._supervisor.state
 
     @property
     def disconnected(self) -> bool:

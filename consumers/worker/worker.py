@@ -91,6 +91,9 @@ class Worker:
         self.metrics.registry.register(gpus)
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
         self.metrics.ready_slots.set_function(lambda: sum(not slot.loading for slot in self._slots))
+        self.metrics.loaded_engines.set_function(
+            lambda: sum(slot.engine_state == "loaded" for slot in self._slots)
+        )
         self._heartbeat = heartbeat = Heartbeat(self._services, self._slots, gpus)
         # Also while a slot reconnects, which is no call of `services`.
         self.metrics.paused.labels("RabbitMQ").set_function(lambda: "RabbitMQ" in heartbeat.paused_for())
@@ -151,8 +154,11 @@ class Worker:
             self._stop(math.inf)
 
     def _engine_pids(self) -> dict[str, int]:
-        pids = {str(number): slot.engine_pid for number, slot in enumerate(self._slots)}
-        return {slot: pid for slot, pid in pids.items() if pid is not None}
+        return {
+            str(number): pid
+            for number, slot in enumerate(self._slots)
+            if slot.engine_state != "unloaded" and (pid := slot.engine_pid) is not None
+        }
 
     def _serve(self, request: Request) -> None:
         match request:
@@ -184,7 +190,9 @@ class Worker:
         return Health(faults, {name: round(s, 1) for name, s in running.items() if s is not None})
 
     def readiness(self) -> Readiness:
-        """Ready while all engines are loaded or a task is in hand. `waiting_for`: why no task is taken now.
+        """Ready while all engines are loaded, or load for the next task, or a task is in hand.
+
+        `waiting_for`: why no task is taken now. `notes`: which engines are unloaded.
 
         Of several pods, Kubernetes deletes one that is not ready first. So a worker stays ready while it waits for a
         service: it may hold a result that it cannot store yet.
@@ -194,4 +202,13 @@ class Worker:
         waiting += self._services.pauses()
         if self._services.stopping:
             waiting.append("the worker is shutting down")
-        return Readiness(ready, tuple(waiting))
+        notes = (
+            ()
+            if not ready
+            else tuple(
+                f"{slot.name}: the engine is unloaded: idle"
+                for slot in self._slots
+                if slot.engine_state == "unloaded"
+            )
+        )
+        return Readiness(ready, tuple(waiting), notes)

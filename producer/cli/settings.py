@@ -43,7 +43,8 @@ def variables(*, plugins: bool = True) -> list[Variable]:
             continue
         prefix = str(model.model_config.get("env_prefix", ""))
         for name, field in model.model_fields.items():
-            variable = f"{prefix}{name}".upper()
+            alias = field.validation_alias
+            variable = alias if isinstance(alias, str) else f"{prefix}{name}".upper()
             if variable in found:
                 continue
             found[variable] = Variable(variable, _default(field), field.description or "")

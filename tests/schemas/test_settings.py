@@ -6,6 +6,7 @@ import pytest
 
 from inferq.broker import BrokerSettings
 from inferq.consumers.probes.settings import ProbeSettings
+from inferq.consumers.worker.settings import WorkerSettings
 from inferq.producer.client.settings import ClientSettings
 from inferq.producer.gateway.settings import GatewaySettings
 from inferq.schemas import InstallationError
@@ -22,6 +23,14 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch, empty: st
     assert StorageSettings.load().s3_endpoint_url is None
     assert ClientSettings.load().api_key is None
     assert BrokerSettings.load().amqp_ca_file is None
+
+
+def test_a_variable_whose_name_is_no_field_is_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERQ_LOAD", "lazy")
+    assert WorkerSettings.load().engine_load == "lazy"
+    monkeypatch.setenv("INFERQ_LOAD", "late")
+    with pytest.raises(InstallationError, match=r"^INFERQ_LOAD: "):
+        WorkerSettings.load()
 
 
 def test_an_empty_url_of_a_server_does_not_mean_the_local_one(monkeypatch: pytest.MonkeyPatch) -> None:

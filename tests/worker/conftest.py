@@ -149,8 +149,11 @@ class WorkerProcess:
         return self.engine_pids()[0]
 
     def engine_pids(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for file in children for pid in file.read_text().split()]
+        pids: list[int] = []
+        for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+                pids += map(int, file.read_text().split())
+        return pids
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
         self.process.send_signal(number)

@@ -16,6 +16,7 @@ from inferq.consumers.runtime.process import EngineProcess
 from inferq.consumers.worker.decision import MAX_DELIVERIES
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
 from inferq.consumers.worker.metrics import WorkerMetrics
+from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import parse_task
 from tests.conftest import RabbitMQ
 from tests.waiting import consistently, eventually
@@ -144,13 +145,11 @@ def test_no_task_is_kept_for_an_engine_that_is_still_loading(site: Site, tmp_pat
 def test_a_new_engine_that_cannot_be_started_leaves_the_old_one_in_place(
     monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
-    settings = SimpleNamespace(
-        engine_memory_limit=None, engine_recycle_memory=None, engine_max_tasks=None, start_limit=1
-    )
     services = SimpleNamespace(
-        settings=settings, task_type=SimpleNamespace(name="faulty"), metrics=WorkerMetrics()
+        settings=WorkerSettings(), task_type=SimpleNamespace(name="faulty"), metrics=WorkerMetrics()
     )
     supervisor = EngineSupervisor("slot", cast(Any, services))
+    supervisor.state = "loaded"
 
     def spawn(_process: EngineProcess) -> None:
         raise fault

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from inferq.consumers.worker import engine_supervisor
-from inferq.consumers.worker.engine_supervisor import EngineSupervisor
+from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
 from inferq.consumers.worker.metrics import WorkerMetrics
-from inferq.schemas import EngineInfo
+from inferq.consumers.worker.settings import WorkerSettings
+from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 
 class FakeProcess:
     """An engine process that loads at once, or never if it is a successor."""
 
     made: list[FakeProcess]
+    fault: Exception | None = None
+    """Why it cannot load."""
 
     def __init__(self, *_arguments: object, **_named: object) -> None:
         self.usable = self.alive = self.killed = self.has_answered = False
@@ -27,11 +31,13 @@ class FakeProcess:
         self.alive = True
 
     def wait_ready(self, **_arguments: object) -> EngineInfo:
+        if self.fault is not None:
+            raise self.fault
         self.usable = True
         return EngineInfo(name="fake", version="1", model="none", device="cpu")
 
     def close(self) -> None:
-        self.usable = self.alive = False
+        self.usable = self.alive = self.has_answered = False
 
     def kill(self) -> None:
         self.usable = self.alive = False
@@ -39,16 +45,42 @@ class FakeProcess:
 
 
 @pytest.fixture
-def supervisor(monkeypatch: pytest.MonkeyPatch) -> EngineSupervisor:
+def supervise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineSupervisor]:
     FakeProcess.made = []
     monkeypatch.setattr(engine_supervisor, "EngineProcess", FakeProcess)
-    settings = SimpleNamespace(
-        engine_memory_limit=None, engine_recycle_memory=None, engine_max_tasks=None, start_limit=600
-    )
-    services = SimpleNamespace(
-        settings=settings, task_type=SimpleNamespace(name="fake"), metrics=WorkerMetrics(), stopping=False
-    )
-    return EngineSupervisor("slot", cast(Any, services))
+
+    def begin(**settings: object) -> EngineSupervisor:
+        services = SimpleNamespace(
+            settings=WorkerSettings().model_copy(update=settings),
+            task_type=SimpleNamespace(name="fake"),
+            metrics=WorkerMetrics(),
+            stopping=False,
+        )
+        return EngineSupervisor("slot", cast(Any, services))
+
+    return begin
+
+
+@pytest.fixture
+def supervisor(supervise: Callable[..., EngineSupervisor]) -> EngineSupervisor:
+    return supervise()
+
+
+@pytest.fixture
+def lazy(supervise: Callable[..., EngineSupervisor]) -> EngineSupervisor:
+    return supervise(engine_load="lazy", idle_unload=60)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the supervisor, which sleeps for nothing else."""
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(engine_supervisor, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    return now
 
 
 def test_an_engine_is_not_loaded_beside_a_successor_of_the_one_that_died(
@@ -126,3 +158,107 @@ def test_the_clock_goes_on_with_the_successor_of_an_engine_that_died_in_its_last
     assert supervisor.engine is successor
     now[0] += 5
     assert supervisor.clock.seconds()["task"] == 5
+
+
+def test_a_lazy_engine_loads_for_its_first_task_which_can_look_up_meanwhile(
+    lazy: EngineSupervisor, now: list[float]
+) -> None:
+    lazy.restore()
+    (engine,) = FakeProcess.made
+    assert (lazy.usable, engine.alive) == (True, False)
+    with lazy.lease() as lease:
+        assert not lease.acquire()
+        assert not lease.acquire(0.25)
+        assert now == [1000.25]
+        assert (engine.alive, lease.held) == (True, False)
+        engine.has_answered = True
+        assert lease.acquire(0.25)
+        assert lease.held
+    assert len(FakeProcess.made) == 1
+
+
+def test_an_engine_that_loads_is_kept_though_its_task_is_cancelled(
+    lazy: EngineSupervisor, now: list[float]
+) -> None:
+    with lazy.lease() as lease:
+        lease.acquire()
+    (engine,) = FakeProcess.made
+    lazy.look()
+    assert lazy.state == "loading"
+    engine.has_answered = True
+    lazy.look()
+    assert lazy.state == "loaded"
+
+
+def test_an_idle_engine_is_unloaded_and_the_next_task_loads_it_again(
+    lazy: EngineSupervisor, now: list[float]
+) -> None:
+    (engine,) = FakeProcess.made
+    with lazy.lease() as lease:
+        lease.acquire()
+        engine.has_answered = True
+        assert lease.acquire()
+        now[0] += 100
+        lazy.look()
+        assert engine.alive
+        lease.release()
+        now[0] += 100
+        lazy.look()
+        assert engine.alive, "a task is in hand"
+    now[0] += 59
+    lazy.look()
+    assert engine.alive
+    now[0] += 1
+    lazy.look()
+    assert (lazy.state, lazy.usable, engine.alive) == ("unloaded", True, False)
+    assert unloads(lazy) == 1
+    lazy.reload_requested.set()
+    lazy.look()
+    assert not lazy.reload_requested.is_set()
+    with lazy.lease() as lease:
+        assert not lease.acquire()
+        engine.has_answered = True
+        assert lease.acquire()
+    assert len(FakeProcess.made) == 1, "nothing was loaded beside it"
+
+
+def test_an_idle_engine_stays_by_default(supervisor: EngineSupervisor, now: list[float]) -> None:
+    supervisor.restore()
+    now[0] += 1e6
+    supervisor.look()
+    assert supervisor.engine.alive
+
+
+@pytest.mark.parametrize("fault", [TransientFailure("no memory"), InstallationError("no weights")])
+def test_a_task_whose_engine_does_not_load_does_not_start(
+    lazy: EngineSupervisor, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    (engine,) = FakeProcess.made
+    monkeypatch.setattr(FakeProcess, "fault", fault)
+    with lazy.lease() as lease:
+        assert not lease.acquire()
+        engine.has_answered = True
+        with pytest.raises(NotStarted):
+            lease.acquire()
+    assert (lazy.ready, lazy.usable, engine.killed) == (False, False, True)
+    monkeypatch.setattr(FakeProcess, "fault", None)
+    if isinstance(fault, InstallationError):
+        with pytest.raises(InstallationError):
+            lazy.restore()
+        return
+    lazy.restore()
+    assert (lazy.ready, lazy.state) == (True, "loaded")
+
+
+def test_a_load_that_takes_too_long_ends(lazy: EngineSupervisor, now: list[float]) -> None:
+    with lazy.lease() as lease:
+        assert not lease.acquire(600)
+        with pytest.raises(NotStarted):
+            lease.acquire(1)
+    assert FakeProcess.made[0].killed
+
+
+def unloads(supervisor: EngineSupervisor, reason: str = "idle") -> float | None:
+    return cast(Any, supervisor)._services.metrics.registry.get_sample_value(
+        "inferq_engine_unloads_total", {"reason": reason}
+    )  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from inferq.broker import BrokerSettings
+from inferq.consumers.worker.engine_supervisor import EngineState
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.consumers.worker.worker import Worker
 from inferq.schemas import get_type
@@ -23,6 +24,8 @@ class FakeSlot:
     loading: bool = False
     busy: bool = False
     disconnected: bool = False
+    engine_state: EngineState = "loaded"
+    name: str = "slot 0"
 
     @property
     def in_hand(self) -> list[object]:
@@ -85,3 +88,13 @@ def test_a_connection_that_is_lost_is_a_pause(worker: Worker) -> None:
     assert metric(worker, "inferq_worker_paused", service="RabbitMQ") == 0
     slot.disconnected = True
     assert metric(worker, "inferq_worker_paused", service="RabbitMQ") == 1
+
+
+def test_a_worker_whose_idle_engine_is_unloaded_is_ready_and_says_so(worker: Worker) -> None:
+    give(worker, FakeSlot(engine_state="unloaded"))
+    readiness = worker.readiness()
+    assert (readiness.ready, readiness.waiting_for) == (True, ())
+    assert readiness.notes == ("slot 0: the engine is unloaded: idle",)
+    assert metric(worker, "inferq_worker_loaded_engines") == 0
+    give(worker, FakeSlot(loading=True, engine_state="unloaded"))
+    assert worker.readiness().notes == ()
