@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -40,19 +40,26 @@ class Hearing:
 
 
 def statements(workers: Iterable[WorkerInfo], now: datetime) -> dict[str, Statement]:
-    """The statement of each worker by its name. Of two with one name, the one that started last lives."""
-    latest: dict[str, WorkerInfo] = {}
+    """The statement of each worker by its name. Of two with one name, the one that started last lives.
+
+    A worker for several task types has several heartbeats, which started at the same time.
+    """
+    latest: dict[str, list[WorkerInfo]] = {}
     for worker in workers:
         known = latest.get(worker.name)
-        if known is None or worker.since >= known.since:
-            latest[worker.name] = worker
-    return {
-        name: Statement(
-            # A paused worker may have a task in hand, which waits for S3 with a result.
-            busy=worker.busy > 0 or bool(worker.in_hand),
-            work_seconds=sum(max(0.0, (now - task.since).total_seconds()) for task in worker.tasks),
-            priority=worker.consumer_priority,
-            age=worker.seen_seconds_ago or 0.0,
-        )
-        for name, worker in latest.items()
-    }
+        if known is None or worker.since > known[0].since:
+            latest[worker.name] = [worker]
+        elif worker.since == known[0].since:
+            known.append(worker)
+    return {name: _statement(of_types, now) for name, of_types in latest.items()}
+
+
+def _statement(of_types: Sequence[WorkerInfo], now: datetime) -> Statement:
+    tasks = [task for worker in of_types for task in worker.tasks]
+    return Statement(
+        # A paused worker may have a task in hand, which waits for S3 with a result.
+        busy=any(worker.busy > 0 or bool(worker.in_hand) for worker in of_types),
+        work_seconds=sum(max(0.0, (now - task.since).total_seconds()) for task in tasks),
+        priority=of_types[0].consumer_priority,
+        age=max(worker.seen_seconds_ago or 0.0 for worker in of_types),
+    )

@@ -17,6 +17,7 @@ notifier           a task's callbacks, handed over to the queue that delivers th
 engine_supervisor  a slot's engine process between tasks, and the leases by which one task holds it
 batch_limit        how many tasks an engine computes together, after memory ran out
 engine_clock       what the engine's seconds go to: computing, or waiting for what
+loaded_engines     at most so many engines are loaded: the least recently used one makes room
 waiting_line       first come, first served
 services           what all slots share, and how an unavailable service is waited for
 inputs, scratch    input files, and the folder for them

@@ -19,29 +19,41 @@ app = typer.Typer()
 
 @app.command()
 def worker(
-    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="The task type to work for.")],
+    task_types: Annotated[
+        str,
+        typer.Argument(metavar="TYPE", help="The task type to work for, or several, separated by commas."),
+    ],
     lanes: Annotated[str | None, typer.Option(help="The priorities to serve, e.g. high,normal.")] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Tasks at a time, one engine process each.")
+        int | None, typer.Option(min=1, help="Tasks of a type at a time, one engine process each.")
+    ] = None,
+    max_loaded: Annotated[
+        int | None, typer.Option(min=1, help="The most engine processes that are loaded at a time.")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only see that settings and installation are in order, and end.")
     ] = False,
 ) -> None:
-    """Compute the tasks of one type, until SIGTERM. SIGHUP loads the engine anew."""
+    """Compute tasks of one or more types, until SIGTERM. SIGHUP loads the engines anew."""
     from inferq.consumers.worker.worker import Worker
 
-    given = {"lanes": lanes, "slots": slots}
+    given = {"lanes": lanes, "slots": slots, "max_loaded": max_loaded}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
-    start_log("worker", task_type=task_type)
-    engine_type, broker, storage = _installed(task_type), BrokerSettings.load(), StorageSettings.load()
-    engine_settings = engine_type.settings.load() if engine_type.settings is not None else None
-    require_room([engine_settings] * settings.slots)
+    names = list(dict.fromkeys(name.strip() for name in task_types.split(",")))
+    start_log("worker", task_type=",".join(names))
+    types, broker, storage = (
+        [_installed(name) for name in names],
+        BrokerSettings.load(),
+        StorageSettings.load(),
+    )
+    loaded = [each.settings.load() if each.settings is not None else None for each in types]
+    require_room([each for each in loaded for _ in range(settings.slots)], at_once=settings.max_loaded)
     if check:
         tracing.wanted()
-        _check_engine(engine_type)
+        for task_type in types:
+            _check_engine(task_type)
         return
-    running = Worker(engine_type, settings, broker, storage)
+    running = Worker(types, settings, broker, storage)
     asked = 0
 
     def stop(_number: int, _frame: object) -> None:

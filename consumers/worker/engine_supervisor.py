@@ -13,6 +13,7 @@ from typing import Literal
 from inferq.broker import backoff
 from inferq.consumers.runtime.memory import MemoryLimits
 from inferq.consumers.runtime.process import EngineProcess, Wear
+from inferq.consumers.runtime.runs import LOOK_SECONDS, RunAborted
 from inferq.consumers.worker.batch_limit import BatchLimit
 from inferq.consumers.worker.engine_clock import Step
 from inferq.consumers.worker.services import WorkerServices
@@ -24,15 +25,19 @@ _log = logging.getLogger(__name__)
 _WATCHDOG_SECONDS = 10.0
 """How far a run may be beyond its time limit and `abort_grace` before the watchdog kills the engine."""
 
-
 _LOAD_LOOK_SECONDS = 0.01
 """How often a task that waits for its engine to load checks whether it is loaded."""
 
 EngineState = Literal["unloaded", "loading", "loaded"]
 """Whether there is an engine process, and whether it has loaded. A loaded one may have ended since."""
 
-Unload = Literal["idle"]
-"""Why a loaded engine was unloaded."""
+Unload = Literal["idle", "room", "reload", "max_tasks"]
+"""Why a loaded engine is unloaded: it has no task, another one needs the room, or it is to be loaded anew."""
+
+_CLOSE_SECONDS = 5.0
+"""How long an engine has to close itself."""
+_ROOM_SECONDS = 1.0
+"""How long it has if another engine's task waits for that."""
 
 
 class NotStarted(Exception):
@@ -42,9 +47,9 @@ class NotStarted(Exception):
 class EngineSupervisor:
     """Owns a slot's engine process. One task holds it at a time; between tasks it is restarted or replaced.
 
-    The engine loads before the first task, or, with INFERQ_LOAD=lazy or after INFERQ_IDLE_UNLOAD, for the task that
-    needs it. Every thread that calls `restore`, `look` or `acquire` must outlive the engine: the kernel ends the
-    engine together with the thread that started it.
+    The engine loads before the first task, or, with INFERQ_LOAD=lazy or after it was unloaded, for the task that
+    needs it. Of the worker's engines, only so many are loaded as `LoadedEngines` allows. Every thread that calls
+    `restore`, `look` or `acquire` must outlive the engine: the kernel ends it together with the thread that started it.
     """
 
     def __init__(self, name: str, services: WorkerServices) -> None:
@@ -61,11 +66,13 @@ class EngineSupervisor:
         self.engine = self._new_engine()
         self.clock = services.metrics.add_engine(services.task_type.name)
         self.state: EngineState = "unloaded"
-        self.ready = settings.engine_load == "lazy"
+        self._room = services.loaded_engines.add(self.make_room)
+        self._limited = services.loaded_engines.limited
+        self.ready = settings.engine_load == "lazy" or self._limited
         """Whether the slot may take tasks: the engine is loaded, or loads for the next task."""
         self.reload_requested = threading.Event()
         self._idle_unload = settings.idle_unload or math.inf
-        self._used_at = self._load_began = 0.0
+        self._load_began = 0.0
         self._load_error: InstallationError | None = None
 
     @property
@@ -122,7 +129,11 @@ class EngineSupervisor:
             finally:
                 lease.release()
                 self.clock.move(lease.step, "task")
-                self._used_at = time.monotonic()
+                self.note_used()
+
+    def note_used(self) -> None:
+        """The engine is not idle now, and a task in hand may be followed by the next one."""
+        self._room.used_at = time.monotonic()
 
     def look(self) -> None:
         """Replace or unload the engine if that is due, unless a task holds it or waits for it."""
@@ -134,23 +145,38 @@ class EngineSupervisor:
                     self.reload_requested.clear()  # the next load takes the new weights
                 case "loading":
                     self._load_within(0)
-                case "loaded" if not self.busy and time.monotonic() - self._used_at >= self._idle_unload:
-                    self._unload("idle")
                 case "loaded":
-                    self.prepare_for_run()
+                    idle = not self.busy and time.monotonic() - self._room.used_at >= self._idle_unload
+                    reason = "idle" if idle else self._unload_reason()
+                    if reason is not None:
+                        self._unload(reason)
+                    else:
+                        self._keep()
 
     def prepare_for_run(self, timeout: float = 0) -> bool:
-        """Swap in a successor that is ready, and notice an engine that died while idle. Its holder calls this.
+        """Load the engine if it is unloaded, or see to the one that is loaded. The task that holds it calls this.
 
-        Loads the engine if it is unloaded. Gives whether it is loaded within `timeout` seconds.
+        Gives whether it is loaded within `timeout` seconds.
         """
+        if self.state == "loaded" and (reason := self._unload_reason()) is not None:
+            self._unload(reason)
         if self.state != "loaded":
             return self._load_within(timeout)
-        self._swap()
-        if not self.engine.alive:  # that costs no task an attempt
-            self.engine.kill()
-            self.clock.load(False)
+        self._keep()
         return True
+
+    def make_room(self) -> bool:
+        """Unload the engine, unless a task holds it or waits for it; gives whether that was done. For any thread."""
+        with self._line.hold_if_idle() as held:
+            if not held or self.state != "loaded":
+                return False
+            self._unload("room", _ROOM_SECONDS)
+            return True
+
+    def withdraw(self) -> None:
+        """Ask no more for an engine that is not loaded, unless a task waits for it."""
+        if self._limited and self._line.idle:
+            self._room.withdraw()
 
     def restore(self) -> None:
         """Load an engine if there is no usable one, and retry until it loads.
@@ -183,6 +209,8 @@ class EngineSupervisor:
         if self.state == "loading":
             self.engine.kill()  # it would not notice soon that its pipe is closed
         self.engine.close()
+        self._room.leave()
+        self._room.withdraw()
         self._drop_successor()
 
     def _load(self) -> None:
@@ -192,6 +220,9 @@ class EngineSupervisor:
         self._drop_successor()  # two engines may not fit into the GPU's memory
         failures = 0
         while True:
+            while not self._room.ask(LOOK_SECONDS):
+                if services.stopping:
+                    raise RunAborted("shutdown")
             self._start()
             try:
                 info = self.engine.wait_ready(
@@ -199,6 +230,7 @@ class EngineSupervisor:
                 )
                 break
             except TransientFailure as error:
+                self._room.leave()
                 failures += 1
                 wait = backoff(failures)
                 _log.error("%s: %s; next start in %.1f s", self._name, error, wait)
@@ -216,6 +248,8 @@ class EngineSupervisor:
             return False
         try:
             if self.state == "unloaded":
+                if not self._room.ask(seconds):
+                    return False
                 self.reload_requested.clear()
                 self._start()
                 self.state = "loading"
@@ -237,6 +271,7 @@ class EngineSupervisor:
             return True
         self.ready, self.state = False, "unloaded"
         self.engine.kill()
+        self._room.leave()
         return False
 
     def _start(self) -> None:
@@ -246,22 +281,43 @@ class EngineSupervisor:
 
     def _note_loaded(self, info: EngineInfo) -> None:
         self.ready, self.state = True, "loaded"
-        self._used_at = now = time.monotonic()
+        seconds = time.monotonic() - self._load_began
+        self._room.note_loaded(seconds)
         self.clock.load(True)
         self._services.metrics.engine_starts.inc()
         _log.info(
             "%s: %s %s on %s is ready after %.1f s",
-            self._name, info.name, info.version, info.device, now - self._load_began,
+            self._name, info.name, info.version, info.device, seconds,
         )  # fmt: skip
 
-    def _unload(self, reason: Unload) -> None:
+    def _keep(self) -> None:
+        """Swap in a successor that is ready, and notice an engine that died while idle."""
+        self._swap()
+        if not self.engine.alive:  # that costs no task an attempt
+            self.engine.kill()
+            self.clock.load(False)
+
+    def _unload_reason(self) -> Unload | None:
+        """Why to unload the engine before its next task, where two may not be loaded side by side."""
+        if not self._limited:
+            return None
+        if self._room.must_yield():
+            return "room"
+        if self.reload_requested.is_set():
+            return "reload"
+        return "max_tasks" if self.engine.tasks >= self._max_tasks else None
+
+    def _unload(self, reason: Unload, seconds: float = _CLOSE_SECONDS) -> None:
         """End the engine process; the next task loads the engine again."""
         _log.info("%s: unloading the engine: %s", self._name, reason)
         self.state = "unloaded"
         self.clock.load(False)
         self._services.metrics.engine_unloads.labels(reason).inc()
         self._drop_successor()
-        self.engine.close()
+        try:
+            self.engine.close(seconds)
+        finally:
+            self._room.leave()
 
     def _swap(self) -> None:
         """Start a successor if one is requested or due, and replace the engine by it once it is ready."""
@@ -382,10 +438,12 @@ class EngineLease:
         """Let later tasks use the engine, until `acquire` is called again: the place in line stays."""
         self._place.release()
         self._place.finish()  # the engine was at most loading for it
+        self._supervisor.withdraw()
 
     def release(self) -> None:
         """Let another task use the engine, if it is held: this one needs it no more."""
         self._place.release()
+        self._supervisor.withdraw()
         self._turn_to("result")
 
     def finish(self) -> None:
@@ -410,6 +468,7 @@ class EngineLease:
             if tasks == 1:
                 self._supervisor.note_single()
         finally:
+            self._supervisor.note_used()
             if not self.engine.usable:
                 self._supervisor.clock.load(False)
             self._turn_to("result")

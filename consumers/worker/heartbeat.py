@@ -46,9 +46,14 @@ class _Counts(NamedTuple):
 
 
 class Heartbeat(threading.Thread):
-    """Sends a heartbeat every few seconds, within a second of a change, and at once if it turns busy or idle."""
+    """Sends a heartbeat every few seconds, within a second of a change, and at once if it turns busy or idle.
 
-    def __init__(self, services: WorkerServices, slots: Sequence[Slot], gpus: Gpus) -> None:
+    A worker for several task types sends one for each, all with the same `since` (when it started).
+    """
+
+    def __init__(
+        self, services: WorkerServices, slots: Sequence[Slot], gpus: Gpus, since: datetime | None = None
+    ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         host, pid = socket.gethostname(), os.getpid()
         self.worker_id = f"{host}-{pid}-{secrets.token_hex(3)}"
@@ -75,7 +80,7 @@ class Heartbeat(threading.Thread):
             consumer_priority=services.consumer_priority,
             busy=0,
             version=version("inferq"),
-            since=datetime.now(UTC),
+            since=since or datetime.now(UTC),
         )
 
     def run(self) -> None:

@@ -224,7 +224,8 @@ class WorkerMetrics:
             "engine_unloads",
             Counter(
                 "inferq_engine_unloads",
-                "Engine processes ended until a task needs them again, by the reason: idle.",
+                "Engine processes ended until a task needs them again, by the reason: idle, room (another one "
+                "needs it), reload, max_tasks.",
                 ["reason"],
                 registry=registry,
             ),

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from inferq.broker import Publisher, backoff
 from inferq.consumers.worker.lease_renewer import LeaseRenewer
+from inferq.consumers.worker.loaded_engines import LoadedEngines
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
@@ -48,7 +49,7 @@ class GracePassed(Exception):
 
 @dataclass
 class WorkerServices:
-    """The services of one worker. Safe from all its slots' threads."""
+    """The services of a worker for one of its types. Safe from all slots' threads."""
 
     settings: WorkerSettings
     task_type: TaskType
@@ -63,6 +64,7 @@ class WorkerServices:
     consumer_priority: int = 0
     hand_changed: threading.Event = field(default_factory=threading.Event)
     """Set whenever a slot takes a task or has ended one; the heartbeat clears it."""
+    loaded_engines: LoadedEngines = field(default_factory=LoadedEngines)
     lease_renewer: LeaseRenewer = field(default_factory=LeaseRenewer)
     track_figures: TrackFigures = field(default_factory=TrackFigures)
     _stopping: threading.Event = field(default_factory=threading.Event)

@@ -95,6 +95,12 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
         description="Seconds without a task after which an engine's process ends, which frees the GPU (default: "
         "never). The next task loads the engine again.",
     )
+    max_loaded: int | None = Field(
+        None,
+        ge=1,
+        description="The most engine processes of a worker that are loaded at a time (default: all). With fewer than "
+        "it has slots, engines load for tasks, and the least recently used one is unloaded for that.",
+    )
     start_limit: float = Field(
         600.0, gt=0, description="Seconds that an engine may take to load and warm up."
     )

@@ -23,6 +23,12 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds the line or waits for it."""
+        with self._changed:
+            return self._holder is None and not self._urgent and not any(p.waits for p in self._places)
+
     @contextmanager
     def enter(self) -> Iterator[Place]:
         """A new place, behind all others."""
@@ -47,7 +53,7 @@ class WaitingLine:
     def hold_if_idle(self) -> Iterator[bool]:
         """Hold the line if nobody holds it or waits for it; gives whether that is so."""
         with self._changed:
-            idle = self._holder is None and not self._urgent and not any(p.waits for p in self._places)
+            idle = self.idle
             if idle:
                 self._holder = self
         try:

@@ -1,4 +1,4 @@
-"""The worker: one light process that takes one task at a time per slot and has it computed.
+"""The worker: one light process that takes tasks of one or several types and has them computed, in slots.
 
 The life of a delivery: parse → already ended, cancelled or expired? → fetch the inputs → run in the slot's
 engine process → upload the artifacts → write `result.json` once → status → ack.
@@ -10,8 +10,10 @@ import logging
 import math
 import queue
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Literal
 
 from prometheus_client import make_wsgi_app
@@ -21,6 +23,8 @@ from inferq.broker.consumer import LEAST_PRIORITY
 from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.runtime.process_tree import adopt_orphans, end_orphans
 from inferq.consumers.worker.heartbeat import Heartbeat
+from inferq.consumers.worker.lease_renewer import LeaseRenewer
+from inferq.consumers.worker.loaded_engines import LoadedEngines
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.scratch import ScratchFolder
@@ -49,7 +53,7 @@ def priority_by_age(started: datetime) -> int:
 
 
 class Worker:
-    """Works for one task type until `stop`.
+    """Works for its task types until `stop`. Each type has its own slots and its own heartbeat.
 
     `stop` and `reload` may be called from any thread. Signal handlers put into `requests`, which `run` serves: in
     a handler, a lock that the interrupted code holds would block for ever.
@@ -57,36 +61,55 @@ class Worker:
 
     def __init__(
         self,
-        task_type: TaskType,
+        task_types: Sequence[TaskType],
         settings: WorkerSettings,
         broker: BrokerSettings,
         storage: StorageSettings,
     ) -> None:
-        self._task_type = task_type
         self._settings = settings
-        self._broker = broker
         self.metrics = WorkerMetrics(tenants=settings.metrics_tenants, track=settings.track)
         self.metrics.registry.register(SpansDropped())
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         store = open_store(storage)
         results = ResultStore(store)
         self._publisher = Publisher(
-            broker, name=settings.worker_name, topology=topology_for([task_type.name])
+            broker,
+            name=settings.worker_name,
+            topology=topology_for([task_type.name for task_type in task_types]),
         )
-        self._services = WorkerServices(
-            settings=settings,
-            task_type=task_type,
-            store=store,
-            results=results,
-            fetcher=Fetcher(store, storage),
-            status=StatusIndex.from_settings(storage),
-            publisher=self._publisher,
-            metrics=self.metrics,
-            scratch=ScratchFolder(settings.scratch_dir),
-            cache=ResultCache(task_type, store, results) if settings.result_cache else None,
-            consumer_priority=priority_by_age(datetime.now(UTC)) if settings.oldest_first else 0,
-        )
-        self._slots = [Slot(number, self._services, broker) for number in range(settings.slots)]
+        self._status = StatusIndex.from_settings(storage)
+        self._scratch = ScratchFolder(settings.scratch_dir)
+        fetcher, started = Fetcher(store, storage), datetime.now(UTC)
+        engines, most = settings.slots * len(task_types), settings.max_loaded
+        loaded_engines = LoadedEngines() if most is None or most >= engines else LoadedEngines(most)
+        lease_renewer = LeaseRenewer()
+        self._services = [
+            WorkerServices(
+                settings=settings,
+                task_type=task_type,
+                store=store,
+                results=results,
+                fetcher=fetcher,
+                status=self._status,
+                publisher=self._publisher,
+                metrics=self.metrics,
+                scratch=self._scratch,
+                cache=ResultCache(task_type, store, results) if settings.result_cache else None,
+                consumer_priority=priority_by_age(started) if settings.oldest_first else 0,
+                loaded_engines=loaded_engines,
+                lease_renewer=lease_renewer,
+            )
+            for task_type in task_types
+        ]
+        numbers = iter(range(engines))
+        slots = [
+            [Slot(number, services, broker) for number in islice(numbers, settings.slots)]
+            for services in self._services
+        ]
+        self._slots = [slot for of_type in slots for slot in of_type]
+        if len(task_types) > 1:  # log lines name slots
+            for task_type, of_type in zip(task_types, slots, strict=True):
+                _log.info("%s: %s", task_type.name, ", ".join(slot.name for slot in of_type))
         gpus = Gpus(self._engine_pids)
         self.metrics.registry.register(gpus)
         self.metrics.busy_slots.set_function(lambda: sum(slot.busy for slot in self._slots))
@@ -94,9 +117,14 @@ class Worker:
         self.metrics.loaded_engines.set_function(
             lambda: sum(slot.engine_state == "loaded" for slot in self._slots)
         )
-        self._heartbeat = heartbeat = Heartbeat(self._services, self._slots, gpus)
+        self._heartbeats = [
+            Heartbeat(services, of_type, gpus, started)
+            for services, of_type in zip(self._services, slots, strict=True)
+        ]
         # Also while a slot reconnects, which is no call of `services`.
-        self.metrics.paused.labels("RabbitMQ").set_function(lambda: "RabbitMQ" in heartbeat.paused_for())
+        self.metrics.paused.labels("RabbitMQ").set_function(
+            lambda: any(slot.disconnected for slot in self._slots)
+        )
         self._next_watch = 0.0
         self.probes: ProbeServer | None = None
         if settings.probe_port is not None:
@@ -111,9 +139,10 @@ class Worker:
     def run(self) -> None:
         """Work until stopped. Raises InstallationError if the engine or the Redis here cannot be used."""
         adopt_orphans()
-        self._services.status.require_supported()
+        self._status.require_supported()
         self._publisher.start()
-        self._heartbeat.start()  # first: the monitor calls consumers without a heartbeat unknown
+        for heartbeat in self._heartbeats:  # first: the monitor calls consumers without a heartbeat unknown
+            heartbeat.start()
         for slot in self._slots:
             slot.start()
         if self.probes is not None:
@@ -123,12 +152,14 @@ class Worker:
                 with suppress(queue.Empty):
                     self._serve(self.requests.get(timeout=0.2))
                 self._watch()
+                self._stop_together()
                 self._stop_if_idle()
         finally:
             self.stop(hurry=True)
-            self._heartbeat.stop()
+            for heartbeat in self._heartbeats:
+                heartbeat.stop()
             self._publisher.close()
-            self._services.scratch.close()
+            self._scratch.close()
             end_orphans()
             if self.probes is not None:
                 self.probes.close()
@@ -144,9 +175,18 @@ class Worker:
                 slot.watch()
             end_orphans()
 
+    @property
+    def _stopping(self) -> bool:
+        return any(services.stopping for services in self._services)
+
+    def _stop_together(self) -> None:
+        """An error that ends one type's slots ends the worker."""
+        if self._stopping and not all(services.stopping for services in self._services):
+            self.stop()
+
     def _stop_if_idle(self) -> None:
         limit = self._settings.exit_idle
-        if limit is None or self._services.stopping:
+        if limit is None or self._stopping:
             return
         if all(slot.idle_seconds >= limit for slot in self._slots):
             _log.info("no task for %g s (INFERQ_EXIT_IDLE): the worker exits", limit)
@@ -174,7 +214,8 @@ class Worker:
         self._stop(0.0 if hurry else self._settings.grace_seconds)
 
     def _stop(self, grace: float) -> None:
-        self._services.stop(grace)
+        for services in self._services:
+            services.stop(grace)
         for slot in self._slots:
             slot.stop_consuming()
 
@@ -199,8 +240,8 @@ class Worker:
         """
         ready = not any(slot.loading for slot in self._slots) or any(slot.in_hand for slot in self._slots)
         waiting = [reason for slot in self._slots if (reason := slot.waiting_for)]
-        waiting += self._services.pauses()
-        if self._services.stopping:
+        waiting += dict.fromkeys(pause for services in self._services for pause in services.pauses())
+        if self._stopping:
             waiting.append("the worker is shutting down")
         notes = (
             ()
@@ -208,7 +249,7 @@ class Worker:
             else tuple(
                 f"{slot.name}: the engine is unloaded: idle"
                 for slot in self._slots
-                if slot.engine_state == "unloaded"
+                if slot.engine_state == "unloaded" and not slot.in_hand
             )
         )
         return Readiness(ready, tuple(waiting), notes)

@@ -68,7 +68,7 @@ HELP = {
         "up": "Start everything, with a private RabbitMQ and Redis.",
         "down": "Stop `inferq up`, and wait for its end.",
         "gateway": "Serve the HTTP interface, until SIGTERM.",
-        "worker": "Compute the tasks of one type, until SIGTERM.",
+        "worker": "Compute tasks of one or more types, until SIGTERM.",
         "callbacks": "Deliver callbacks and feed batches, until SIGTERM.",
         "beat": "Start nightly runs when they are due, until SIGTERM.",
         "monitor": "Read figures of queues and workers, until SIGTERM.",

@@ -195,6 +195,16 @@ def test_what_a_worker_says() -> None:
     assert heard(slots=3, busy=2, tasks=[task(10), task(20)]).work_seconds == 30
 
 
+def test_a_worker_for_several_types_is_busy_while_one_of_them_is() -> None:
+    ocr = worker(task_type="ocr", busy=1, tasks=[task(10)])
+    ner = worker(task_type="ner", worker_id="another")
+    assert (
+        statements([ocr, ner], NOW)["pod"]
+        == statements([ner, ocr], NOW)["pod"]
+        == Statement(True, 10, age=2.0)
+    )
+
+
 def test_of_a_container_that_restarted_only_the_new_process_counts() -> None:
     old, new = worker(busy=1, state="busy"), worker(since=NOW)
     assert not statements([old, new], NOW)["pod"].busy

@@ -15,6 +15,7 @@ from inferq.broker import connect
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.consumers.worker.decision import MAX_DELIVERIES
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
+from inferq.consumers.worker.loaded_engines import LoadedEngines
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import parse_task
@@ -146,7 +147,10 @@ def test_a_new_engine_that_cannot_be_started_leaves_the_old_one_in_place(
     monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     services = SimpleNamespace(
-        settings=WorkerSettings(), task_type=SimpleNamespace(name="faulty"), metrics=WorkerMetrics()
+        settings=WorkerSettings(),
+        task_type=SimpleNamespace(name="faulty"),
+        metrics=WorkerMetrics(),
+        loaded_engines=LoadedEngines(),
     )
     supervisor = EngineSupervisor("slot", cast(Any, services))
     supervisor.state = "loaded"

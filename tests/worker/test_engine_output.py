@@ -20,6 +20,7 @@ from structlog.contextvars import bound_contextvars
 from inferq.consumers.runtime.output import BURST_LINES, LINE_CHARACTERS, EngineOutput
 from inferq.consumers.runtime.process import EngineProcess
 from inferq.consumers.worker.engine_supervisor import EngineSupervisor
+from inferq.consumers.worker.loaded_engines import LoadedEngines
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import get_type
@@ -143,7 +144,9 @@ def test_a_flood_is_cut_and_counted(engine: Engine, lines: list[dict[str, Any]])
 
 def test_the_worker_counts_the_lines_of_its_engines_that_are_left_out() -> None:
     metrics = WorkerMetrics()
-    services: Any = SimpleNamespace(settings=WorkerSettings(), metrics=metrics, task_type=get_type("echo"))
+    services: Any = SimpleNamespace(
+        settings=WorkerSettings(), metrics=metrics, task_type=get_type("echo"), loaded_engines=LoadedEngines()
+    )
     EngineSupervisor("slot 0", services).engine._lines_dropped(3)
     assert metrics.registry.get_sample_value("inferq_engine_output_lines_dropped_total") == 3
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from inferq.consumers.worker import engine_supervisor
-from inferq.consumers.worker.engine_supervisor import EngineSupervisor, NotStarted
+from inferq.consumers.worker.engine_supervisor import EngineLease, EngineSupervisor, NotStarted
+from inferq.consumers.worker.loaded_engines import LoadedEngines
 from inferq.consumers.worker.metrics import WorkerMetrics
 from inferq.consumers.worker.settings import WorkerSettings
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
@@ -28,7 +29,7 @@ class FakeProcess:
         FakeProcess.made.append(self)
 
     def spawn(self) -> None:
-        self.alive = True
+        self.alive, self.tasks = True, 0
 
     def wait_ready(self, **_arguments: object) -> EngineInfo:
         if self.fault is not None:
@@ -36,7 +37,7 @@ class FakeProcess:
         self.usable = True
         return EngineInfo(name="fake", version="1", model="none", device="cpu")
 
-    def close(self) -> None:
+    def close(self, _seconds: float = 5.0) -> None:
         self.usable = self.alive = self.has_answered = False
 
     def kill(self) -> None:
@@ -49,11 +50,12 @@ def supervise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineSupervisor
     FakeProcess.made = []
     monkeypatch.setattr(engine_supervisor, "EngineProcess", FakeProcess)
 
-    def begin(**settings: object) -> EngineSupervisor:
+    def begin(loaded_engines: LoadedEngines | None = None, **settings: object) -> EngineSupervisor:
         services = SimpleNamespace(
             settings=WorkerSettings().model_copy(update=settings),
             task_type=SimpleNamespace(name="fake"),
             metrics=WorkerMetrics(),
+            loaded_engines=loaded_engines or LoadedEngines(),
             stopping=False,
         )
         return EngineSupervisor("slot", cast(Any, services))
@@ -256,6 +258,117 @@ def test_a_load_that_takes_too_long_ends(lazy: EngineSupervisor, now: list[float
         with pytest.raises(NotStarted):
             lease.acquire(1)
     assert FakeProcess.made[0].killed
+
+
+def test_two_engines_of_which_one_may_be_loaded_take_turns(
+    supervise: Callable[..., EngineSupervisor], now: list[float]
+) -> None:
+    limit = LoadedEngines(1, lambda: now[0])
+    one, other = supervise(limit), supervise(limit)
+    assert (one.ready, other.ready) == (True, True), "they load for their first tasks"
+    with one.lease() as lease, other.lease() as waits:
+        assert loads(lease)
+        assert not waits.acquire()
+        now[0] += 100
+        assert not waits.acquire()
+        assert one.state == "loaded", "it computes"
+        lease.release()
+        with one.lease() as behind:
+            assert not behind.acquire(), "the turn of its engine is over"
+            assert unloads(one, "room") == 1
+            assert loads(waits)
+            now[0] += 100
+            assert not behind.acquire()
+            waits.release()
+            assert loads(behind)
+    assert (one.state, other.state) == ("loaded", "unloaded")
+    assert unloads(other, "room") == 1
+
+
+def test_an_engine_whose_task_has_just_been_computed_is_not_idle(
+    supervise: Callable[..., EngineSupervisor], now: list[float]
+) -> None:
+    limit = LoadedEngines(1, lambda: now[0])
+    one, other = supervise(limit), supervise(limit)
+    with one.lease() as lease, other.lease() as waits:
+        lease.acquire()
+        now[0] += 100
+        assert loads(lease), "after 100 s, for which its turn lasts"
+        with lease.computing():
+            now[0] += 10
+        lease.release()
+        assert not waits.acquire()
+        assert one.state == "loaded", "its next task may be on the way"
+        now[0] += 1
+        assert loads(waits), "none came while its result was stored"
+
+
+def test_a_task_that_fetches_its_input_keeps_no_other_engine_from_loading(
+    supervise: Callable[..., EngineSupervisor], now: list[float]
+) -> None:
+    limit = LoadedEngines(1, lambda: now[0])
+    one, fetching, third = supervise(limit), supervise(limit), supervise(limit)
+    with one.lease() as lease, fetching.lease() as first, third.lease() as second:
+        assert loads(lease)
+        assert not first.acquire()
+        first.step_aside()
+        assert not second.acquire()
+        now[0] += 100
+        lease.release()
+        assert loads(second)
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_room_keeps_no_other_engine_from_loading(
+    supervise: Callable[..., EngineSupervisor], now: list[float]
+) -> None:
+    limit = LoadedEngines(1, lambda: now[0])
+    one, cancelled, third = supervise(limit), supervise(limit), supervise(limit)
+    with one.lease() as lease, third.lease() as waits:
+        assert loads(lease)
+        with cancelled.lease() as gone:
+            assert not gone.acquire()
+        now[0] += 100
+        lease.release()
+        assert loads(waits)
+
+
+def test_an_engine_that_does_not_load_makes_room(
+    supervise: Callable[..., EngineSupervisor], monkeypatch: pytest.MonkeyPatch, now: list[float]
+) -> None:
+    limit = LoadedEngines(1, lambda: now[0])
+    broken, other = supervise(limit), supervise(limit)
+    with broken.lease() as lease, other.lease() as waits:
+        lease.acquire()
+        assert not waits.acquire()
+        with monkeypatch.context() as patched, pytest.raises(NotStarted):
+            patched.setattr(FakeProcess, "fault", TransientFailure("no memory"))
+            loads(lease)
+        assert loads(waits)
+
+
+@pytest.mark.parametrize("due", ["reload", "max_tasks"])
+def test_where_the_number_is_limited_an_engine_ends_before_the_next_one_loads(
+    supervise: Callable[..., EngineSupervisor], now: list[float], due: str
+) -> None:
+    supervisor = supervise(LoadedEngines(1, lambda: now[0]), engine_max_tasks=3)
+    with supervisor.lease() as lease:
+        assert loads(lease)
+    if due == "reload":
+        supervisor.reload_requested.set()
+    else:
+        supervisor.engine.tasks = 3
+    supervisor.look()
+    assert (supervisor.state, len(FakeProcess.made)) == ("unloaded", 1)
+    assert unloads(supervisor, due) == 1
+    supervisor.look()
+    assert supervisor.state == "unloaded", "no task needs it"
+
+
+def loads(lease: EngineLease) -> bool:
+    """Have the engine loaded for the task, unless another one is; gives whether the task holds it."""
+    if not lease.acquire() and lease.engine.alive:
+        cast(Any, lease.engine).has_answered = True
+    return lease.acquire()
 
 
 def unloads(supervisor: EngineSupervisor, reason: str = "idle") -> float | None:

@@ -30,7 +30,7 @@ def start(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Wo
 
     def begin(**settings: Any) -> tuple[Worker, threading.Thread]:
         chosen = worker_module.WorkerSettings(scratch_dir=site.folder, warmup=0, **settings)
-        worker = Worker(get_type("echo"), chosen, site.broker, storage)
+        worker = Worker([get_type("echo")], chosen, site.broker, storage)
         thread = threading.Thread(target=worker.run, daemon=True)
         thread.start()
         return worker, thread
@@ -51,7 +51,7 @@ def test_a_task_that_arrives_at_that_moment_is_neither_lost_nor_charged_an_attem
     site: Site, start: Callable[..., tuple[Worker, threading.Thread]], arrives: str
 ) -> None:
     worker, thread = start(exit_idle=0.2, grace_seconds=0)
-    stop, tasks = worker._services.stop, list[str]()
+    stop, tasks = worker._services[0].stop, list[str]()
 
     def stop_as_a_task_arrives(grace: float) -> None:
         if arrives == "after it stops" or tasks:
@@ -62,7 +62,7 @@ def test_a_task_that_arrives_at_that_moment_is_neither_lost_nor_charged_an_attem
                 eventually(lambda: (s := site.state(tasks[0])) and s.state == "running")
                 stop(grace)
 
-    worker._services.stop = stop_as_a_task_arrives  # type: ignore[method-assign]
+    worker._services[0].stop = stop_as_a_task_arrives  # type: ignore[method-assign]
     eventually(lambda: not thread.is_alive(), "the end of the worker")
     if arrives == "after it stops":
         eventually(lambda: site.depth(NORMAL) == 1, "the task is in its queue again")

@@ -40,11 +40,11 @@ class FakeSlot:
 def worker(tmp_path: Path) -> Iterator[Worker]:
     settings = WorkerSettings(scratch_dir=tmp_path)
     worker = Worker(
-        get_type("echo"), settings, BrokerSettings(), StorageSettings(store_url=tmp_path.as_uri())
+        [get_type("echo")], settings, BrokerSettings(), StorageSettings(store_url=tmp_path.as_uri())
     )
     yield worker
-    worker._services.status.close()
-    worker._services.scratch.close()
+    worker._status.close()
+    worker._scratch.close()
 
 
 def give(worker: Worker, *slots: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_worker_is_ready_with_its_engines_loaded_or_a_task_in_hand(
 
 def test_a_worker_that_waits_for_a_service_is_ready_and_names_it(worker: Worker) -> None:
     give(worker, FakeSlot())
-    worker._services._pauses["object store"] = "it only reads"
+    worker._services[0]._pauses["object store"] = "it only reads"
     readiness = worker.readiness()
     assert (readiness.ready, readiness.waiting_for) == (True, ("object store: it only reads",))
 
