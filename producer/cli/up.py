@@ -39,6 +39,12 @@ def up(
             help="Task types to start a worker for, separated by commas (default: all whose engines are installed)."
         ),
     ] = None,
+    max_loaded: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="One worker for all --types, with at most so many engines loaded at a time."
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once everything is ready; `inferq down` stops it.")
     ] = False,
@@ -49,9 +55,11 @@ def up(
     from inferq.producer.up.foreground import UpOptions, run_until_stopped
     from inferq.producer.up.plan import choose_types
 
+    if max_loaded is not None and types is None:
+        raise typer.BadParameter("it needs --types: the types whose engines share the GPU")
     screen = Screen(console, data, detach=detach)
     try:
-        options = UpOptions(data, port, choose_types(types), required=types is not None)
+        options = UpOptions(data, port, choose_types(types), types is not None, max_loaded)
         if detach:
             screen.ready(start_detached(options, report=screen.report))
         else:

@@ -75,6 +75,7 @@ def _start(options: UpOptions, *, bound: bool) -> tuple[socket.socket, subproces
         "port": options.port,
         "types": options.types,
         "required": options.required,
+        "max_loaded": options.max_loaded,
         "bound": bound,
     }
     log = _log_file(options)
@@ -134,7 +135,9 @@ def main(arguments: list[str]) -> int:
     channel = socket.socket(fileno=int(arguments[0]))
     os.set_inheritable(channel.fileno(), False)
     order = json.loads(arguments[1])
-    options = UpOptions(Path(order["data"]), order["port"], tuple(order["types"]), order["required"])
+    options = UpOptions(
+        Path(order["data"]), order["port"], tuple(order["types"]), order["required"], order["max_loaded"]
+    )
     start_log("up")
     state = _Starter(channel, bound=order["bound"])
     try:

@@ -22,13 +22,15 @@ FEW_DESCRIPTORS = 1024
 class UpOptions:
     """The options of `inferq up`. `types` are checked names; a `port` of 0 takes a free one.
 
-    Unless all types are `required`, those whose engines cannot start are left out.
+    Unless all types are `required`, those whose engines cannot start are left out. With `max_loaded`, one worker
+    serves all types.
     """
 
     data: Path
     port: int
     types: tuple[str, ...]
     required: bool = True
+    max_loaded: int | None = None
 
 
 def run_until_stopped(
@@ -61,7 +63,13 @@ async def _run_until_stopped(
     extend: Callable[[DataFolder, Plan], Plan] | None,
 ) -> None:
     limit = raise_descriptor_limit()  # the parts inherit it
-    plan = make_plan(folder, port=options.port, types=options.types, required=options.required)
+    plan = make_plan(
+        folder,
+        port=options.port,
+        types=options.types,
+        required=options.required,
+        max_loaded=options.max_loaded,
+    )
     if extend is not None:
         plan = extend(folder, plan)
     if limit < FEW_DESCRIPTORS:

@@ -77,15 +77,24 @@ def choose_types(names: str | None) -> tuple[str, ...]:
     return chosen
 
 
-def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: bool = True) -> Plan:
+def make_plan(
+    folder: DataFolder,
+    *,
+    port: int,
+    types: Sequence[str],
+    required: bool = True,
+    max_loaded: int | None = None,
+) -> Plan:
     """Prepare `folder` (which the caller holds) for the gateway on `port` and a worker for each type.
 
-    Unless all workers are `required`, they are optional parts.
+    Unless all workers are `required`, they are optional parts. With `max_loaded`, one worker serves all types, and so
+    many of its engines are loaded at a time.
     A `port` of 0 takes a free one and keeps it. If the environment names a broker, a Redis or an object store, that
     one is used instead of a private one. Raises InferqError (`port_taken`, `not_answering`) and InstallationError.
     """
     schedules = _schedules(folder)
-    probed = (*types, *_JOB_PARTS, "monitor", *(["beat"] if schedules else []))
+    served = types if max_loaded is None else [",".join(types)]
+    probed = (*served, *_JOB_PARTS, "monitor", *(["beat"] if schedules else []))
     names = [*_RABBIT_PORTS, "redis", *(f"probe-{name}" for name in probed)]
     if port == 0:
         names.append("gateway")
@@ -152,7 +161,8 @@ def make_plan(folder: DataFolder, *, port: int, types: Sequence[str], required: 
     # The parts write to files, and this process may have a terminal.
     env = os.environ | {"INFERQ_LOG_FORMAT": LogSettings.load().form} | variables
     parts.append(_gateway(port, env, services))
-    workers = [_worker(name, ports[f"probe-{name}"], env, services) for name in types]
+    limit = {} if max_loaded is None else {"INFERQ_MAX_LOADED": str(max_loaded)}
+    workers = [_worker(name, ports[f"probe-{name}"], {**env, **limit}, services) for name in served]
     parts += [replace(worker, optional=not required) for worker in workers]
     # So that callbacks of this folder's owner reach `inferq listen` on this machine.
     env = {"INFERQ_CALLBACK_LOOPBACK_TENANTS": TENANT} | env
@@ -186,10 +196,10 @@ def _gateway(port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     )
 
 
-def _worker(task_type: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
+def _worker(types: str, port: int, env: Mapping[str, str], needs: tuple[str, ...]) -> Part:
     return Part(
-        name=f"{_WORKER}{task_type}",
-        argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "worker", task_type),
+        name=f"{_WORKER}{types}",
+        argv=(sys.executable, "-P", "-m", "inferq.producer.cli", "worker", types),
         env={**env, "INFERQ_PROBE_HOST": LOOPBACK, "INFERQ_PROBE_PORT": str(port)},
         probe=lambda: http_ready(port),
         needs=needs,

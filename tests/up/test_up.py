@@ -362,6 +362,17 @@ def test_types_are_checked_and_each_is_started_once() -> None:
         assert refused.value.code == "unknown_task_type"
 
 
+def test_one_worker_serves_all_types_where_few_engines_may_be_loaded(data: Path, services: None) -> None:
+    folder = DataFolder(data)
+    folder.hold()
+    plan = make_plan(folder, port=0, types=("echo", "ocr"), max_loaded=1)
+    (worker,) = [part for part in plan.parts if part.name.startswith("worker-")]
+    assert worker.argv[-2:] == ("worker", "echo,ocr")
+    assert worker.env["INFERQ_MAX_LOADED"] == "1"
+    assert plan.facts["workers"] == "echo, ocr"
+    folder.release()
+
+
 def test_workers_of_all_types_are_optional_and_those_left_out_are_named(data: Path, services: None) -> None:
     folder = DataFolder(data)
     folder.hold()
