@@ -100,8 +100,17 @@ class Consumer(BrokerThread):
         self._settling: set[object] = set()
 
     def use_window(self, group: int, window: int) -> None:
-        """Set how many deliveries a subscription brings, and how many may be in hand in all. Before `start`."""
+        """Set how many deliveries a subscription brings, and how many may be in hand in all.
+
+        Only before `start`, or after `pause` and before the next call.
+        """
         self._group, self._window = group, max(group, window)
+
+        def on_thread() -> None:
+            if self._channel is not None and self._channel.is_open:
+                self._channel.basic_qos(prefetch_count=self._group)  # for the subscriptions to come
+
+        self._perform(on_thread)
 
     @property
     def idle_seconds(self) -> float | None:

@@ -37,7 +37,7 @@ _IDLE_LOOK_SECONDS = 0.5
 """How long an idle thread waits for a task before it checks on its engine."""
 
 _READY_LOOK_SECONDS = 0.1
-"""How often a thread that takes tasks ahead checks whether the first engine is ready."""
+"""How often a thread that takes tasks ahead checks whether an engine was loaded."""
 
 _STUCK_SECONDS = 30.0
 """How far a run may be beyond its limit before its slot counts as stuck; the watchdog has acted by then."""
@@ -216,6 +216,7 @@ class _SlotThread(threading.Thread):
         self._lane_of = lanes
         self.fatal: InferqError | None = None
         self.works = not ahead
+        self._group = 1
         self.in_hand: list[TaskRun] = []
         self.taken = Counter[Priority]()
         self.requeued = Counter[Priority]()
@@ -242,7 +243,7 @@ class _SlotThread(threading.Thread):
     def _serve(self) -> None:
         services = self._services
         if self._ahead:
-            while not self._supervisor.ready:
+            while self._supervisor.engine.info is None:  # how many tasks it computes together is not known
                 if services.stopping:
                     return
                 services.sleep(_READY_LOOK_SECONDS)
@@ -256,14 +257,16 @@ class _SlotThread(threading.Thread):
         services.best_effort(services.status.warm_up)  # an unavailable Redis is waited for from here on
         if not self._ahead:
             _warm_up(services.task_type)
-            size = self._supervisor.group_size
-            ahead = services.settings.take_ahead or size > 1
-            self._consumer.use_window(size, 2 * size if ahead else size)
+            self._use_window()
             self._consumer.start()
         while not services.stopping:
             if not self._supervisor.usable:
                 self._consumer.pause()
                 self._supervisor.restore()
+            if not self._ahead and self._supervisor.group_size > self._group:
+                with self._receiving:  # the engine was loaded for a task, and takes more together
+                    self._consumer.pause()
+                    self._use_window()
             deliveries = self._next_deliveries()
             if deliveries:
                 self._complete(deliveries)
@@ -271,6 +274,12 @@ class _SlotThread(threading.Thread):
                 self._supervisor.look()
                 services.look_for_redis()
                 services.look_at_store(self._consumer.pause)
+
+    def _use_window(self) -> None:
+        """Have as many deliveries in hand as the engine computes together, and as many ahead."""
+        self._group = size = self._supervisor.group_size
+        ahead = self._services.settings.take_ahead or size > 1
+        self._consumer.use_window(size, 2 * size if ahead else size)
 
     def _next_deliveries(self) -> list[Delivery]:
         supervisor = self._supervisor

@@ -82,6 +82,14 @@ def test_a_worker_serves_two_types_with_one_engine_loaded_at_a_time(site: Site, 
     assert worker.stop() == 0
 
 
+def test_tasks_are_batched_once_the_engine_was_loaded(site: Site) -> None:
+    site.worker("echo", INFERQ_LOAD="lazy")
+    first = site.publish({"task_type": "echo", "delay": 1})
+    others = [site.publish({"task_type": "echo", "payload": n}) for n in range(8)]
+    assert site.ended(first).batch_size == 1
+    assert max(site.ended(task).batch_size for task in others) > 1
+
+
 def test_an_engine_that_can_never_load_ends_the_worker_of_several_types(site: Site, tmp_path: Path) -> None:
     switch = tmp_path / "switch"
     switch.write_text("installation")
