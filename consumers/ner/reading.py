@@ -48,6 +48,8 @@ class Reading:
 
     def original(self, span: Span) -> Span:
         """The span in the original text."""
+        if isinstance(self.places, range):  # nothing was left out
+            return span
         return replace(span, start=self.places[span.start], end=self.places[span.end - 1] + 1)
 
 
@@ -61,7 +63,7 @@ def reading(text: str) -> Reading:
         characters = characters or list(text)
         gap = "\n" if tag["block"] or tag["skipped"] else ""
         characters[tag.start() : tag.end()] = [gap, *[""] * (len(tag[0]) - 1)]
-    for place in _wrapped(text):
+    for place in _wrapped(text) if "\n" in text else ():
         characters = characters or list(text)
         characters[place] = ""
     if characters is None:

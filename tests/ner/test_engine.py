@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from inferq.consumers.ner.engine import NerEngine, load_backend
 from inferq.consumers.ner.settings import NerSettings
 from inferq.consumers.runtime.messages import Done, Failed, FileRef
 from inferq.consumers.runtime.process import EngineProcess, RunHooks
-from inferq.schemas import EngineInfo, InstallationError
+from inferq.schemas import EngineInfo, InstallationError, InvalidTask
 from tests.ner.conftest import check, named, ner_task
 from tests.ner.gold import sentences
 from tests.ner.quality import measure
@@ -196,26 +197,118 @@ def test_an_abort_is_seen_before_anything_is_computed(
         engine.run(ner_task(text=TEXT), make_context(abort=lambda: True))
 
 
+class Watching:
+    """A model that notes its batches, and finds a person at the start of each piece."""
+
+    info = EngineInfo(name="watching", version="1", model="none", device="cpu")
+    window = 512
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def read(self, pieces: Sequence[str]) -> list[list[Span]]:
+        self.seen.append([len(piece) for piece in pieces])
+        return [[Span(0, 1, "PER", "x", 0.5)] for _ in pieces]
+
+
 def test_batches_are_bounded_in_sentences_and_in_characters(make_context: Callable[..., Context]) -> None:
-    seen: list[list[int]] = []
-
-    class Watching:
-        info = EngineInfo(name="watching", version="1", model="none", device="cpu")
-        window = 512
-
-        def read(self, pieces: Sequence[str]) -> list[list[Span]]:
-            seen.append([len(piece) for piece in pieces])
-            return [[Span(0, 1, "PER", "x", 0.5)] for _ in pieces]
-
-    engine = NerEngine(backend=Watching())
+    model = Watching()
+    engine = NerEngine(backend=model)
     text = "甲" * 3000 + "。" + "".join("乙" * (n % 40 + 1) + "。" for n in range(1000))
     output = engine.run(ner_task(text=text), make_context())
     check(output, text)
     assert output.texts[0].entities[0].score == 0.5
+    seen = model.seen
     assert sum(map(sum, seen)) == len(text)
     assert max(map(len, seen)) == 64
     assert max(len(lengths) * max(lengths) for lengths in seen) <= 8192
     assert sum(len(lengths) * max(lengths) for lengths in seen) < 1.3 * len(text)
+
+
+TASKS = st.fixed_dictionaries(
+    {
+        "texts": st.lists(
+            st.sampled_from(GOLD) | ANYTHING.map(lambda text: f"{text}甲"), min_size=1, max_size=3
+        )
+    },
+    optional={"options": st.just({"dictionary": {"PLACE": ["北京", "在"]}})},
+)
+
+
+@given(st.lists(TASKS, min_size=2, max_size=6))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tasks_computed_together_give_what_each_gives_alone(
+    engine: NerEngine, make_context: Callable[..., Context], given_tasks: list[dict[str, Any]]
+) -> None:
+    tasks = [ner_task(**fields) for fields in given_tasks]
+    together = engine.run_batch(tasks, [make_context() for _ in tasks])
+    assert together == [engine.run(task, make_context()) for task in tasks]
+
+
+def test_tasks_of_one_sentence_fill_one_batch_of_the_model(make_context: Callable[..., Context]) -> None:
+    model = Watching()
+    engine = NerEngine(backend=model)
+    tasks = [ner_task(text=text) for text in GOLD[:64]]
+    assert engine.batch_size == 64
+    assert len({engine.batch_key(task) for task in tasks}) == 1
+    outputs = engine.run_batch(tasks, [make_context() for _ in tasks])
+    assert [len(lengths) for lengths in model.seen] == [64]
+    for task, output in zip(tasks, outputs, strict=True):
+        assert isinstance(output, NerOutput)
+        check(output, task.text or "")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"text": "甲" * 1025}, {"texts": ["甲"] * 9}, {"texts": ["甲" * 520] * 2}, {"text_url": "data:,x"}],
+    ids=["long", "many", "long together", "file"],
+)
+def test_a_task_that_would_hold_up_others_goes_alone(engine: NerEngine, fields: dict[str, Any]) -> None:
+    small, large = ner_task(text="甲" * 1024), ner_task(**fields)
+    assert engine.batch_key(small) == engine.batch_key(ner_task(texts=["甲"] * 8))
+    assert engine.batch_key(large) != engine.batch_key(small)
+    assert engine.batch_key(large) != engine.batch_key(ner_task(**fields, tenant="another"))
+
+
+def test_a_bad_task_and_a_cancelled_one_cost_the_others_nothing(make_context: Callable[..., Context]) -> None:
+    model = Watching()
+    engine = NerEngine(NerSettings(ner_max_characters=300), backend=model)
+    text = "。".join(f"{number}" for number in range(100))
+    reports: list[tuple[float, str]] = []
+    outcomes = engine.run_batch(
+        [ner_task(text="甲" * 301), ner_task(text=text), ner_task(text=text), ner_task(text="甲")],
+        [
+            make_context(),
+            make_context(abort=lambda: len(model.seen) == 2),
+            make_context(reports=reports),
+            make_context(abort=lambda: True),
+        ],
+    )
+    sentences_read = sum(map(len, model.seen))
+    invalid, cancelled, whole, never_begun = outcomes
+    assert isinstance(invalid, InvalidTask)
+    assert invalid.code == "text_too_long"
+    assert isinstance(cancelled, TaskAborted)
+    assert isinstance(never_begun, TaskAborted)
+    assert whole == engine.run(ner_task(text=text), make_context())
+    assert 100 < sentences_read < 200  # those of the cancelled task that were left were not read
+    fractions = [fraction for fraction, _ in reports]
+    assert fractions == sorted(fractions)
+    assert all(0 < fraction < 1 for fraction in fractions)
+
+
+def test_a_task_that_raises_in_a_batch_fails_alone(
+    make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(text: str) -> list[Span]:
+        if text == "乙":
+            raise ZeroDivisionError
+        return []
+
+    monkeypatch.setattr("inferq.consumers.ner.engine.iso_dates", find)
+    tasks = [ner_task(text=text) for text in ("甲", "乙", "丙")]
+    outcomes = NerEngine(backend=Watching()).run_batch(tasks, [make_context() for _ in tasks])
+    assert [type(outcome) for outcome in outcomes] == [NerOutput, ZeroDivisionError, NerOutput]
 
 
 def test_two_runs_leave_no_files_and_no_memory(
