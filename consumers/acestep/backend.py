@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,11 +28,20 @@ class Backend(Protocol):
     ai: bool
     """Whether an AI model makes the music."""
 
-    def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
-        """The music in blocks of any size, `frames_of(task.duration)` frames in all, below full scale.
+    batch_size: int
+    """The most tasks that one `compose` takes."""
 
-        The same task and seed give the same audio. Reports progress. Raises inferq.engine.TaskAborted if the
-        run has to stop, and inferq.schemas.TransientFailure if the model's output is not valid audio.
+    def batch_key(self, task: AceStepTask) -> Hashable:
+        """The tasks with equal keys go together in one `compose`."""
+
+    def compose(
+        self, tasks: Sequence[AceStepTask], seeds: Sequence[int], contexts: Sequence[Context]
+    ) -> Sequence[Iterator[Audio]]:
+        """Each task's music in blocks of any size, `frames_of(task.duration)` frames in all, below full scale.
+
+        The same task and seed give the same audio, whatever the other tasks are. Reports progress. Raises
+        inferq.engine.TaskAborted if all runs have to stop, and inferq.schemas.TransientFailure if the model's output
+        is not valid audio; so do the iterators, for one task.
         """
 
 

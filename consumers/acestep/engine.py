@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 from inferq.consumers.acestep import AceStepOutput, AceStepTask
 from inferq.consumers.acestep.audio import CONTENT_TYPES, AudioFile
-from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Backend, frames_of
+from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio, Backend, frames_of
 from inferq.consumers.acestep.settings import AceStepSettings
 from inferq.consumers.acestep.waveform import Waveform
 from inferq.consumers.weights.cache import model_folder
@@ -25,24 +26,51 @@ class AceStepEngine(Engine[AceStepTask]):
     def load(self) -> EngineInfo:
         """Load the backend that INFERQ_ACESTEP_BACKEND names."""
         self._loaded = load_backend(self._settings)
+        self.batch_size = self._loaded.batch_size
         return self._loaded.info
 
     def warm_up(self) -> None:
         """Generate one second: libraries choose kernels and allocate memory on the first run."""
         task = AceStepTask(task_id="warm-up", task_type="acestep", prompt="a second to warm up", duration=1.0)
         nobody = Context(Path(), {}, report=lambda *_: None, abort_requested=lambda: False)
-        for _ in self._backend.compose(task, 0, nobody):
+        (blocks,) = self._backend.compose([task], [0], [nobody])
+        for _ in blocks:
             pass
+
+    def batch_key(self, task: AceStepTask) -> Hashable:
+        """The key of the backend."""
+        return self._backend.batch_key(task)
 
     def run(self, task: AceStepTask, context: Context) -> AceStepOutput:
         """Generate the music, its file and its waveform picture."""
-        seed = task.seed if task.seed is not None else secrets.randbelow(2**32)
+        (outcome,) = self.run_batch([task], [context])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def run_batch(
+        self, tasks: Sequence[AceStepTask], contexts: Sequence[Context]
+    ) -> list[AceStepOutput | Exception]:
+        """Generate the music of several tasks together, then the files of one after another."""
+        seeds = [task.seed if task.seed is not None else secrets.randbelow(2**32) for task in tasks]
+        outcomes: list[AceStepOutput | Exception] = []
+        made = self._backend.compose(tasks, seeds, contexts)
+        for task, seed, context, blocks in zip(tasks, seeds, contexts, made, strict=True):
+            try:
+                outcomes.append(self._write(task, seed, context, blocks))
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _write(
+        self, task: AceStepTask, seed: int, context: Context, blocks: Iterator[Audio]
+    ) -> AceStepOutput:
         frames = frames_of(task.duration)
         suffix = task.options.format
         path = context.artifact(f"audio.{suffix}", CONTENT_TYPES[suffix])
         waveform = Waveform(frames)
         with AudioFile(path, suffix) as file:
-            for block in self._backend.compose(task, seed, context):
+            for block in blocks:
                 context.check_abort()
                 waveform.add(file.write(block))
         if file.frames != frames:

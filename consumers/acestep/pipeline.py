@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from inferq.consumers.acestep import AceStepTask
 from inferq.consumers.acestep.backend import CHANNELS, SAMPLE_RATE, Audio, frames_of
-from inferq.engine import Context, Precision, limit_torch_memory
+from inferq.engine import Context, Precision, TaskAborted, limit_torch_memory
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 _TURBO_STEPS, _STEPS = 8, 50
@@ -29,6 +30,10 @@ _BLOCK = 1 << 20
 _DENOISED = 0.9
 """The progress of a run after its last denoising step; decoding is the rest."""
 
+
+_BATCH = 8
+_BATCH_SECONDS = 600
+"""The most seconds of music in a batch: no more than in the longest piece, so that memory suffices for both."""
 
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The name in torch of each precision that the pipeline has."""
@@ -79,9 +84,14 @@ class DiffusersBackend:
                 f"the weights in {folder} generate audio at {self._pipeline.sample_rate} Hz, not {SAMPLE_RATE}",
                 code="bad_model_dir",
             )
-        # Decoding ten minutes at once takes more memory than the model; tiles of 20 s take less.
+        # Decoding ten minutes at once takes more memory than the model; tiles of 20 s take less. The pieces of a batch
+        # are decoded one after another.
         self._pipeline.vae.enable_tiling()
+        self._pipeline.vae.enable_slicing()
+        _mask_padding(self._pipeline)
         self._pipeline.set_progress_bar_config(disable=True)
+        # At full size, a CPU takes 89 s for 10 s of music: in a batch, each piece would only wait for all of them.
+        self.batch_size = 1 if place == "cpu" else _BATCH
         self.info = EngineInfo(
             name="diffusers",
             version=version("diffusers"),
@@ -90,32 +100,39 @@ class DiffusersBackend:
             precision=precision,
         )
 
-    def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
-        """The model's music, cut to the exact number of frames.
+    def batch_key(self, task: AceStepTask) -> Hashable:
+        """Pieces of one duration, steps and guidance go together; a long piece goes alone."""
+        if _BATCH * task.duration > _BATCH_SECONDS:
+            return task.tenant, task.task_id
+        return task.duration, *self._parameters(task)
 
-        The seed's noise is drawn on the CPU, so that it is the same on every device.
+    def compose(
+        self, tasks: Sequence[AceStepTask], seeds: Sequence[int], contexts: Sequence[Context]
+    ) -> list[Iterator[Audio]]:
+        """The model's music for tasks of one `batch_key`, cut to the exact number of frames.
+
+        Each seed's noise is drawn on the CPU, so that it is the same on every device.
         """
-        turbo = self._pipeline.is_turbo
-        steps = task.options.steps or (_TURBO_STEPS if turbo else _STEPS)
-        # Turbo weights have guidance distilled into them; the pipeline warns about any other value.
-        guidance = 1.0 if turbo else task.options.guidance or _GUIDANCE
-        context.check_abort()
-        context.progress(0.0, "reading the prompt")
+        steps, guidance = self._parameters(tasks[0])
+        _check_abort(contexts)
+        for context in contexts:
+            context.progress(0.0, "reading the prompt")
 
         def after_step(_: Any, step: int, __: float, ___: dict[str, Any]) -> dict[str, Any]:
-            context.progress(_DENOISED * (step + 1) / steps, f"step {step + 1} of {steps}")
+            for context in contexts:
+                context.progress(_DENOISED * (step + 1) / steps, f"step {step + 1} of {steps}")
             # The pipeline's own flag, `_interrupt`, would still decode the unfinished result.
-            context.check_abort()
+            _check_abort(contexts)
             return {}
 
         try:
             made = self._pipeline(
-                prompt=task.prompt,
-                lyrics=task.lyrics or "",
-                audio_duration=task.duration,
+                prompt=[task.prompt for task in tasks],
+                lyrics=[task.lyrics or "" for task in tasks],
+                audio_duration=tasks[0].duration,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                generator=self._torch.Generator("cpu").manual_seed(seed),
+                generator=[self._torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 callback_on_step_end=after_step,
                 max_text_length=_MOST_TOKENS,
                 max_lyric_length=_MOST_TOKENS,
@@ -124,10 +141,51 @@ class DiffusersBackend:
         finally:
             # After an abort, the pipeline does not free its hooks itself; freeing them twice is harmless.
             self._pipeline.maybe_free_model_hooks()
-        frames = frames_of(task.duration)
-        audio = _check_audio(made, frames)
-        for begin in range(0, frames, _BLOCK):
-            yield np.ascontiguousarray(audio[:, begin : min(begin + _BLOCK, frames)].T)
+        frames = frames_of(tasks[0].duration)
+        return [_blocks(piece[:, :frames]) for piece in _check_audio(made, len(tasks), frames)]
+
+    def _parameters(self, task: AceStepTask) -> tuple[int, float]:
+        """The steps, and the guidance scale."""
+        turbo = self._pipeline.is_turbo
+        steps = task.options.steps or (_TURBO_STEPS if turbo else _STEPS)
+        # Turbo weights have guidance distilled into them; the pipeline warns about any other value.
+        return steps, 1.0 if turbo else task.options.guidance or _GUIDANCE
+
+
+def _check_abort(contexts: Sequence[Context]) -> None:
+    """Raises TaskAborted if all runs should stop. The music of a run that stops alone is made and thrown away."""
+    if all(context.should_abort() for context in contexts):
+        raise TaskAborted
+
+
+def _mask_padding(pipeline: Any) -> None:
+    """Hide the padding of a batch's shorter texts from the transformer, whose music would depend on it.
+
+    The pipeline pads the texts of a batch to the longest one and gives its transformer no mask. The text encoder
+    has none either, but it reads from left to right: padding on the right does not reach a text before it.
+    """
+    pipeline.tokenizer.padding_side = "right"
+    mask: Any = None
+
+    def keep_mask(_: Any, __: Any, encoded: tuple[Any, Any]) -> None:
+        nonlocal mask
+        mask = None if encoded[1].all() else encoded[1][:, None, None, :]
+
+    def add_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if mask is None:
+            return args, kwargs
+        # With guidance, the batch stands here twice: with its texts, and without.
+        times = len(kwargs["hidden_states"]) // len(mask)
+        return args, {**kwargs, "encoder_attention_mask": mask.repeat(times, 1, 1, 1)}
+
+    pipeline.condition_encoder.register_forward_hook(keep_mask)
+    for layer in pipeline.transformer.layers:
+        layer.register_forward_pre_hook(add_mask, with_kwargs=True)
+
+
+def _blocks(piece: NDArray[np.float32]) -> Iterator[Audio]:
+    for begin in range(0, piece.shape[1], _BLOCK):
+        yield np.ascontiguousarray(piece[:, begin : begin + _BLOCK].T)
 
 
 def _check_folder(folder: Path | None) -> Path:
@@ -206,15 +264,15 @@ def _load(pipeline: Any, folder: Path, dtype: Any) -> Any:
         ) from error
 
 
-def _check_audio(made: Any, frames: int) -> Audio:
-    """The pipeline's audio, `(1, 2, n) float32`, as `(2, n)` with n at least `frames`.
+def _check_audio(made: Any, count: int, frames: int) -> NDArray[np.float32]:
+    """The pipeline's audio, `(count, 2, n) float32` with n at least `frames`.
 
     Raises TransientFailure (`bad_audio`) for another shape.
     """
     audio = np.asarray(made, np.float32)
-    if audio.ndim != 3 or audio.shape[:2] != (1, CHANNELS) or audio.shape[2] < frames:
+    if audio.ndim != 3 or audio.shape[:2] != (count, CHANNELS) or audio.shape[2] < frames:
         raise TransientFailure(
-            f"ACE-Step returned audio of shape {audio.shape} instead of (1, {CHANNELS}, {frames})",
+            f"ACE-Step returned audio of shape {audio.shape} instead of ({count}, {CHANNELS}, {frames})",
             code="bad_audio",
         )
-    return np.asarray(audio[0])
+    return audio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,12 +23,23 @@ class PreviewBackend:
     """Plans a piece from the prompt, writes its score and plays it, in 1/50 of the piece's duration."""
 
     ai = False
+    batch_size = 1
 
     def __init__(self) -> None:
         self.info = EngineInfo(name="preview", version="1", model="none", device="cpu", precision="fp32")
 
-    def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
-        """The piece for a prompt and a seed. It ignores lyrics, steps and guidance."""
+    def batch_key(self, task: AceStepTask) -> Hashable:  # noqa: ARG002
+        """All pieces are alike: each is made as its blocks are asked for."""
+        return None
+
+    def compose(
+        self, tasks: Sequence[AceStepTask], seeds: Sequence[int], contexts: Sequence[Context]
+    ) -> list[Iterator[Audio]]:
+        """The piece for each prompt and seed. It ignores lyrics, steps and guidance."""
+        return [self._play(*one) for one in zip(tasks, seeds, contexts, strict=True)]
+
+    @staticmethod
+    def _play(task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
         frames = frames_of(task.duration)
         rng = np.random.default_rng([seed, *hashlib.sha256(task.prompt.encode()).digest()])
         score = write_score(read_prompt(task.prompt, rng), frames, rng)

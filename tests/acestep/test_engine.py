@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -224,13 +224,19 @@ class Fixed:
     """A backend that gives what it was given."""
 
     ai = True
+    batch_size = 1
 
     def __init__(self, *blocks: Audio) -> None:
         self.info = EngineInfo(name="fixed", version="1", model="none", device="cpu")
         self._blocks = blocks
 
-    def compose(self, task: AceStepTask, seed: int, context: Context) -> Iterator[Audio]:
-        yield from self._blocks
+    def batch_key(self, task: AceStepTask) -> None:
+        return None
+
+    def compose(
+        self, tasks: Sequence[AceStepTask], seeds: Sequence[int], contexts: Sequence[Context]
+    ) -> list[Iterator[Audio]]:
+        return [iter(self._blocks) for _ in tasks]
 
 
 def engine_with(*blocks: Audio) -> AceStepEngine:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from inferq.consumers.acestep import AceStepOutput
 from inferq.consumers.acestep.engine import AceStepEngine
 from inferq.consumers.acestep.pipeline import DiffusersBackend, offered
 from inferq.consumers.engine import TaskAborted
@@ -23,19 +24,27 @@ PARTS = ("vae", "text_encoder", "tokenizer", "transformer", "condition_encoder",
 
 
 class StandIn:
-    """In AceStepPipeline's place: keeps what it is asked, and gives noise of the generator's seed."""
+    """In AceStepPipeline's place: keeps what it is asked, and gives noise of the generators' seeds."""
 
     loaded: ClassVar[dict[str, Any]] = {}
     is_turbo = True
     sample_rate = 48000
     shape: tuple[int, ...] | None = None
+    bad_piece: int | None = None
 
     def __init__(self) -> None:
         self.asked: dict[str, Any] = {}
         self.place: Any = None
         self.freed = 0
         self.tiled = False
-        self.vae = SimpleNamespace(enable_tiling=lambda: setattr(self, "tiled", True))
+        self.sliced = False
+        self.vae = SimpleNamespace(
+            enable_tiling=lambda: setattr(self, "tiled", True),
+            enable_slicing=lambda: setattr(self, "sliced", True),
+        )
+        self.tokenizer = SimpleNamespace(padding_side="left")
+        self.condition_encoder = SimpleNamespace(register_forward_hook=lambda _: None)
+        self.transformer = SimpleNamespace(layers=[])
 
     @classmethod
     def from_pretrained(cls, folder: Path, **asked: Any) -> StandIn:
@@ -61,8 +70,12 @@ class StandIn:
             assert callback_on_step_end(self, step, 0.5, {}) == {}
         # Like the real one, in whole latents of 1920 frames.
         frames = -(-round(asked["audio_duration"] * 48000) // 1920) * 1920
-        noise = np.random.default_rng(asked["generator"]).uniform(-0.5, 0.5, self.shape or (1, 2, frames))
-        return SimpleNamespace(audios=noise.astype(np.float32))
+        if self.shape:
+            return SimpleNamespace(audios=np.zeros(self.shape, np.float32))
+        noise = [np.random.default_rng(seed).uniform(-0.5, 0.5, (2, frames)) for seed in asked["generator"]]
+        if self.bad_piece is not None:
+            noise[self.bad_piece][:] = np.nan
+        return SimpleNamespace(audios=np.array(noise, np.float32))
 
 
 @pytest.fixture
@@ -114,14 +127,15 @@ def test_the_task_reaches_the_pipeline(stand_in: type[StandIn], tmp_path: Path, 
     loaded = backend(weights(tmp_path))
     made = run(engine_with(loaded), acestep_task("calm piano", duration=1.01, seed=7))
     asked = loaded._pipeline.asked
-    assert (asked["prompt"], asked["lyrics"], asked["audio_duration"]) == ("calm piano", "", 1.01)
-    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["generator"]) == (8, 1.0, 7)
+    assert (asked["prompt"], asked["lyrics"], asked["audio_duration"]) == (["calm piano"], [""], 1.01)
+    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["generator"]) == (8, 1.0, [7])
     assert len(made.sound) == 48480
     assert (made.output.preview, made.output.ai) == (False, True)
     assert loaded._pipeline.tiled
+    assert loaded._pipeline.sliced
     run(engine_with(loaded), acestep_task(lyrics=" la\nla ", options={"steps": 3, "guidance": 4}))
     asked = loaded._pipeline.asked
-    assert (asked["lyrics"], asked["num_inference_steps"], asked["guidance_scale"]) == ("la\nla", 3, 1.0)
+    assert (asked["lyrics"], asked["num_inference_steps"], asked["guidance_scale"]) == (["la\nla"], 3, 1.0)
 
 
 def test_other_weights_take_more_steps_and_guidance(
@@ -136,6 +150,82 @@ def test_other_weights_take_more_steps_and_guidance(
     )
     run(engine_with(loaded), acestep_task(options={"guidance": 1}))
     assert loaded._pipeline.asked["guidance_scale"] == 1
+
+
+def test_tasks_of_one_length_are_made_together_and_sound_as_if_alone(
+    stand_in: type[StandIn], tmp_path: Path, run: Runner
+) -> None:
+    loaded = backend(weights(tmp_path), device="gpu")
+    engine = engine_with(loaded)
+    tasks = [
+        acestep_task("calm piano", duration=1, seed=1),
+        acestep_task("loud drums", duration=1, seed=2, lyrics="la la", options={"format": "flac"}),
+        acestep_task("slow strings", duration=1, seed=None),
+    ]
+    reports: list[list[tuple[float, str]]] = [[], [], []]
+    contexts = [run.context(told, lambda: False) for told in reports]
+    outputs = engine.run_batch(tasks, contexts)
+    asked = loaded._pipeline.asked
+    assert asked["prompt"] == ["calm piano", "loud drums", "slow strings"]
+    assert asked["lyrics"] == ["", "la la", ""]
+    for task, context, output, told in zip(tasks, contexts, outputs, reports, strict=True):
+        assert isinstance(output, AceStepOutput)
+        alone = run(engine, task.model_copy(update={"seed": output.seed}))
+        assert output == alone.output
+        assert [a.name for a in context.artifacts] == [a.name for a in alone.context.artifacts]
+        for artifact, own in zip(context.artifacts, alone.context.artifacts, strict=True):
+            assert artifact.path.read_bytes() == own.path.read_bytes()
+        assert told == alone.reports
+
+
+def test_only_short_pieces_of_one_length_go_together(stand_in: type[StandIn], tmp_path: Path) -> None:
+    folder = weights(tmp_path)
+    loaded = backend(folder, device="gpu")
+
+    def key(**fields: Any) -> Any:
+        return loaded.batch_key(acestep_task(**fields))
+
+    assert (loaded.batch_size, backend(folder).batch_size) == (8, 1)
+    assert key(duration=75) == key(duration=75, seed=9, options={"steps": 8, "guidance": 3, "format": "mp3"})
+    assert key(duration=75) != key(duration=74)
+    assert key(duration=75) != key(duration=75, options={"steps": 7})
+    assert key(duration=76) != key(duration=76, task_id="another")
+    assert key(duration=76) != key(duration=76, tenant="another")
+    loaded._pipeline.is_turbo = False
+    assert key(duration=75) == key(duration=75, options={"steps": 50, "guidance": 7})
+    assert key(duration=75) != key(duration=75, options={"guidance": 3})
+
+
+def test_a_cancelled_task_and_bad_sound_cost_the_others_nothing(
+    stand_in: type[StandIn], tmp_path: Path, run: Runner
+) -> None:
+    loaded = backend(weights(tmp_path))
+    loaded._pipeline.bad_piece = 1
+    reports: list[tuple[float, str]] = []
+    tasks = [acestep_task(duration=1, seed=seed) for seed in (1, 2, 3)]
+    contexts = [
+        run.context(reports, lambda: len(reports) > 3),
+        run.context([], lambda: False),
+        run.context([], lambda: False),
+    ]
+    cancelled, bad, made = engine_with(loaded).run_batch(tasks, contexts)
+    assert isinstance(cancelled, TaskAborted)
+    assert isinstance(bad, TransientFailure)
+    assert bad.code == "bad_audio"
+    assert isinstance(made, AceStepOutput)
+    assert made.seed == 3
+
+
+def test_a_batch_whose_tasks_are_all_cancelled_stops_at_the_next_step(
+    stand_in: type[StandIn], tmp_path: Path, run: Runner
+) -> None:
+    reports: list[tuple[float, str]] = []
+    contexts = [run.context(reports, lambda: len(reports) > 3) for _ in range(2)]
+    loaded = backend(weights(tmp_path))
+    with pytest.raises(TaskAborted):
+        engine_with(loaded).run_batch([acestep_task(), acestep_task()], contexts)
+    assert reports[-1][1] == "step 1 of 8"
+    assert loaded._pipeline.freed == 1
 
 
 def test_weights_are_read_from_the_folder_and_nowhere_else(stand_in: type[StandIn], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def plan(prompt: str, seed: int = 0) -> Plan:
 
 def compose(context: Context, prompt: str, duration: float, seed: int = 1) -> NDArray[np.float32]:
     task = acestep_task(prompt, duration=duration)
-    return np.concatenate(list(PreviewBackend().compose(task, seed, context)))
+    return np.concatenate(list(PreviewBackend().compose([task], [seed], [context])[0]))
 
 
 @pytest.fixture

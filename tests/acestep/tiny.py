@@ -49,7 +49,9 @@ def make_weights(folder: Path, *, turbo: bool) -> Path:
                 **heads,
             )
         ).eval(),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token=_END, pad_token=_END),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokens, eos_token=_END, pad_token=_END, padding_side="left"
+        ),
         transformer=AceStepTransformer1DModel(
             hidden_size=_WIDTH,
             intermediate_size=64,
