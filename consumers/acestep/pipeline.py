@@ -30,7 +30,6 @@ _BLOCK = 1 << 20
 _DENOISED = 0.9
 """The progress of a run after its last denoising step; decoding is the rest."""
 
-
 _BATCH = 8
 _BATCH_SECONDS = 600
 """The most seconds of music in a batch: no more than in the longest piece, so that memory suffices for both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -41,14 +42,19 @@ _OUT_OF_MEMORY = (
     "alloc_failed",
 )
 
+GPU_BATCH = 8
+"""The most pages that a backend on a GPU reads together. A CPU reads them no faster: see RapidBackend."""
+
 
 class Backend(Protocol):
     """An OCR library with its models loaded."""
 
     info: EngineInfo
+    batch_size: int
+    """The most pages that `read` takes; 1 if it reads several no faster than one after another."""
 
-    def read(self, page: RgbPage) -> list[Line]:
-        """The lines on a page, in any order; boxes in pixels of `page`.
+    def read(self, pages: Sequence[RgbPage]) -> list[list[Line]]:
+        """The lines on each page, in any order; boxes in pixels of the page.
 
         Raises inferq.schemas.TransientFailure (`out_of_memory`) if the GPU has too little free memory now.
         """
@@ -136,14 +142,16 @@ def gpu_number(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
-def out_of_memory(error: BaseException, height: int, width: int) -> TransientFailure | None:
-    """The failure to raise if a library's error on a page says that the GPU ran out of memory; else None."""
+def out_of_memory(error: BaseException, pages: Sequence[RgbPage]) -> TransientFailure | None:
+    """The failure to raise if a library's error on pages says that the GPU ran out of memory; else None."""
+    height, width = max((page.shape[:2] for page in pages), key=math.prod)
+    what = "a page" if len(pages) == 1 else f"{len(pages)} pages, the largest"
     cause: BaseException | None = error
     while cause is not None:
         said = f"{type(cause).__name__} {cause}".lower()
         if any(sign in said for sign in _OUT_OF_MEMORY):
             return TransientFailure(
-                f"the GPU has too little free memory for a page of {width}×{height} pixels",
+                f"the GPU has too little free memory for {what} of {width}×{height} pixels",
                 code="out_of_memory",
             )
         cause = cause.__cause__

@@ -170,7 +170,7 @@ def inferq_reader() -> Reader:
                 Image.fromarray(page).save(file.name)
                 with open_document(Path(file.name)) as document:
                     page = document.page(1)
-        lines = reading_order([line for line in backend.read(page) if line.score >= 0.5])
+        lines = reading_order([line for line in backend.read([page])[0] if line.score >= 0.5])
         return [(line.text, np.array(line.box)) for line in lines]
 
     return read

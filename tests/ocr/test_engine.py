@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from inferq.consumers.engine import Context, TaskAborted
-from inferq.consumers.ocr import Line, OcrOutput
+from inferq.consumers.ocr import Line, OcrOutput, OcrTask
 from inferq.consumers.ocr.backend import cut, detection_scale, out_of_memory
 from inferq.consumers.ocr.engine import OcrEngine, load_backend
 from inferq.consumers.ocr.settings import OcrSettings
@@ -234,13 +235,120 @@ class Fixed:
 
     info = EngineInfo(name="fixed", version="1", model="none", device="cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int = 1) -> None:
+        self.batch_size = batch_size
+        self.read_together: list[int] = []
         self.shapes: list[tuple[int, ...]] = []
 
-    def read(self, page: np.ndarray) -> list[Line]:
-        self.shapes.append(page.shape)
-        return [Line(text="b", score=0.9, box=((0, 50), (9, 50), (9, 60), (0, 60))),
-                Line(text="a", score=0.9, box=((0, 10), (9, 10), (9, 20), (0, 20)))]  # fmt: skip
+    def read(self, pages: Sequence[np.ndarray]) -> list[list[Line]]:
+        self.read_together.append(len(pages))
+        self.shapes += [page.shape for page in pages]
+        lines = [Line(text="b", score=0.9, box=((0, 50), (9, 50), (9, 60), (0, 60))),
+                 Line(text="a", score=0.9, box=((0, 10), (9, 10), (9, 20), (0, 20)))]  # fmt: skip
+        return [lines for _ in pages]
+
+
+def picture(path: Path, text: str, quarter: int = 0) -> Path:
+    page = Image.new("RGB", (320, 56), "white")
+    ImageDraw.Draw(page).text((16, 12), text, font=ImageFont.load_default(24), fill="black")
+    page.rotate(quarter, expand=True).save(path)
+    return path
+
+
+def test_pages_read_together_give_what_each_gives_alone(
+    engine: OcrEngine,
+    make_context: Callable[..., Context],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths = [
+        picture(tmp_path / "a.png", "Harbour 42"),
+        picture(tmp_path / "b.png", "Upside down", 180),
+        picture(tmp_path / "c.png", ""),
+    ]
+    tasks = [ocr_task(), ocr_task(min_score=0), ocr_task()]
+    alone = [engine.run(task, make_context(path)) for task, path in zip(tasks, paths, strict=True)]
+    assert [output.text for output in alone] == ["Harbour 42", "Upside down", ""]
+    monkeypatch.setattr(engine._backend, "batch_size", 3)
+    assert engine.run_batch(tasks, [make_context(path) for path in paths]) == alone
+
+
+@pytest.mark.parametrize(("batch_size", "together"), [(1, [1] * 7), (4, [4, 3]), (8, [7])])
+def test_pages_of_several_tasks_are_read_together(
+    make_context: Callable[..., Context], tmp_path: Path, batch_size: int, together: list[int]
+) -> None:
+    make_document(tmp_path / "a.tiff")
+    small = picture(tmp_path / "b.png", "")
+    backend = Fixed(batch_size)
+    with closing(OcrEngine(backend=backend)) as engine:
+        outputs = engine.run_batch(
+            [ocr_task(), ocr_task(pages="2-3"), ocr_task()],
+            [make_context(tmp_path / "a.tiff"), make_context(tmp_path / "a.tiff"), make_context(small)],
+        )
+    assert [[page.page for page in output.pages] for output in outputs if isinstance(output, OcrOutput)] == [
+        [1, 2, 3, 4], [2, 3], [1],
+    ]  # fmt: skip
+    assert backend.read_together == together
+
+
+def test_large_pages_are_not_collected(
+    make_context: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferq.consumers.ocr.engine._BATCH_PIXELS", 3 * 320 * 56)
+    path = picture(tmp_path / "a.png", "")
+    backend = Fixed(8)
+    with closing(OcrEngine(backend=backend)) as engine:
+        engine.run_batch([ocr_task()] * 4, [make_context(path) for _ in range(4)])
+    assert backend.read_together == [3, 1]
+
+
+def test_a_bad_file_and_a_cancelled_task_cost_the_others_nothing(
+    make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    good = picture(tmp_path / "a.png", "")
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:100])
+    reports: list[tuple[float, str]] = []
+    backend = Fixed(8)
+    with closing(OcrEngine(backend=backend)) as engine:
+        invalid, cancelled, decoded, read = engine.run_batch(
+            [ocr_task()] * 4,
+            [
+                make_context(bad),
+                make_context(good, abort=lambda: True),
+                make_context(good, reports, lambda: bool(reports)),
+                make_context(good),
+            ],
+        )
+    assert isinstance(invalid, InvalidTask)
+    assert invalid.code == "truncated_image"
+    assert isinstance(cancelled, TaskAborted)
+    assert isinstance(decoded, TaskAborted)  # cancelled once its page was decoded: it is not read
+    assert isinstance(read, OcrOutput)
+    assert read.text == "a\nb"
+    assert backend.read_together == [1]
+
+
+@pytest.mark.parametrize(
+    ("url", "together"),
+    [
+        ("https://example.com/a.png", True),
+        ("https://example.com/scan?of=a.pdf", True),
+        ("https://example.com/a.PDF", False),
+        ("https://example.com/a.tif?x=1", False),
+        ("data:application/pdf;base64,AA==", False),
+        ("data:image/png;base64,AA==", True),
+    ],
+)
+def test_documents_go_alone(url: str, *, together: bool) -> None:
+    engine = OcrEngine(backend=Fixed(8))
+
+    def key(task_id: str, url: str, **options: Any) -> Hashable:
+        task = {"task_id": task_id, "task_type": "ocr", "image_url": url, "options": options}
+        return engine.batch_key(OcrTask.model_validate(task))
+
+    assert (key("one", url) == key("two", url)) is together
+    assert (key("one", url) == key("two", "https://example.com/b.jpg", annotated=True)) is together
 
 
 def test_more_pages_than_one_task_may_read_are_refused(
@@ -350,7 +458,7 @@ def test_ocr_may_have_a_device_of_its_own() -> None:
     ],
 )
 def test_a_gpu_out_of_memory_is_worth_another_attempt(error: Exception) -> None:
-    failure = out_of_memory(error, 3000, 2000)
+    failure = out_of_memory(error, [np.zeros((3000, 2000, 3), np.uint8)])
     assert isinstance(failure, TransientFailure)
     assert failure.code == "out_of_memory"
     assert "2000×3000" in failure.message
@@ -359,7 +467,7 @@ def test_a_gpu_out_of_memory_is_worth_another_attempt(error: Exception) -> None:
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
     engine: OcrEngine, make_context: Callable[..., Context], invoice: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert out_of_memory(ValueError("a bad shape"), 1, 1) is None
+    assert out_of_memory(ValueError("a bad shape"), [np.zeros((1, 1, 3), np.uint8)]) is None
 
     def fail(error: Exception) -> None:
         def detect(_: object) -> object:

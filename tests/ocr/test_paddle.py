@@ -119,6 +119,16 @@ def test_both_backends_say_the_same_of_a_page(
 
 
 @with_paddleocr
+def test_pages_read_together_give_what_each_gives_alone(paddle_engine: OcrEngine, heading: Sample) -> None:
+    page = np.asarray(heading.image)
+    pages = [page, np.full((200, 300, 3), 255, np.uint8), page[100:, 200:]]
+    backend = paddle_engine._backend
+    alone = [backend.read([page])[0] for page in pages]
+    assert [len(lines) > 0 for lines in alone] == [True, False, True]
+    assert backend.read(pages) == alone
+
+
+@with_paddleocr
 def test_a_blank_page_has_no_lines(
     paddle_engine: OcrEngine, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
@@ -252,7 +262,7 @@ def make_models(folder: Path, *names: str, file: str = "inference.json") -> Path
 
 def test_boxes_begin_where_the_text_begins(stand_in: type[StandIn], tmp_path: Path) -> None:
     models = make_models(tmp_path, "s_det", "s_rec", "s_textline_ori")
-    lines = backend(models, device="cpu", computes_with="cpu").read(np.zeros((400, 600, 3), np.uint8))
+    lines = backend(models, device="cpu", computes_with="cpu").read([np.zeros((400, 600, 3), np.uint8)])[0]
     assert stand_in.asked["use_textline_orientation"] is True
     assert {line.text: line.box[0] for line in lines} == {
         "upright": (100, 20),
@@ -263,9 +273,47 @@ def test_boxes_begin_where_the_text_begins(stand_in: type[StandIn], tmp_path: Pa
     assert lines[1].score == 1
 
 
+def test_lines_of_several_pages_are_recognized_together_and_return_to_their_pages(
+    stand_in: type[StandIn], tmp_path: Path
+) -> None:
+    loaded = backend(
+        make_models(tmp_path, "s_det", "s_rec", "s_textline_ori"), device="gpu", computes_with=None
+    )
+    assert loaded.batch_size == 8
+    wide = [[10, 10], [90, 10], [90, 20], [10, 20]]
+    narrow = [[10, 50], [30, 50], [30, 60], [10, 60]]
+    found = iter([[wide, narrow], [], [narrow]])
+    read: list[list[tuple[int, ...]]] = []
+
+    def recognize(lines: list[np.ndarray], **_: Any) -> list[dict[str, Any]]:
+        read.append([line.shape[:2] for line in lines])
+        return [{"rec_text": f"{line.shape[1]} {line[0, 0, 0]}", "rec_score": 0.9} for line in lines]
+
+    loaded._ocr.paddlex_pipeline._pipeline = SimpleNamespace(
+        use_textline_orientation=True,
+        get_text_det_params=lambda side, kind: {"limit_side_len": side, "limit_type": kind},
+        text_det_model=lambda images, **_: [{"dt_polys": next(found)} for _ in images],
+        _sort_boxes=lambda boxes: boxes,
+        _crop_by_polys=lambda image, boxes: [
+            image[box[0][1] : box[2][1], box[0][0] : box[1][0]] for box in boxes
+        ],
+        textline_orientation_model=lambda _: [{"class_ids": [way]} for way in (0, 1, 1)],
+        rotate_image=lambda lines, flips: [
+            np.rot90(line, 2 * flip) for line, flip in zip(lines, flips, strict=True)
+        ],
+        text_rec_model=recognize,
+    )
+    pages = [np.full((400, 600, 3), shade, np.uint8) for shade in (1, 2, 3)]
+    lines = loaded.read(pages)
+    assert read == [[(10, 20), (10, 20), (10, 80)]]
+    assert [[line.text for line in page] for page in lines] == [["80 1", "20 1"], [], ["20 3"]]
+    # The second and the third line stand on their heads.
+    assert [[line.box[0] < line.box[2] for line in page] for page in lines] == [[True, False], [], [False]]
+
+
 def test_large_pages_are_searched_at_a_smaller_scale(stand_in: type[StandIn], tmp_path: Path) -> None:
     models = make_models(tmp_path, "s_det", "s_rec")
-    backend(models, device="cpu", computes_with="cpu").read(np.zeros((4000, 5000, 3), np.uint8))
+    backend(models, device="cpu", computes_with="cpu").read([np.zeros((4000, 5000, 3), np.uint8)])
     assert stand_in.asked["use_textline_orientation"] is False
     assert stand_in.predicted["text_det_limit_type"] == "max"
     assert stand_in.predicted["text_det_limit_side_len"] == pytest.approx(2500, rel=0.01)
@@ -296,11 +344,11 @@ def test_a_gpu_out_of_memory_is_worth_another_attempt(stand_in: type[StandIn], t
     loaded = backend(make_models(tmp_path, "s_det", "s_rec"), device="gpu", computes_with=None)
     stand_in.error = MemoryError("ResourceExhaustedError: Out of memory error on GPU 0.")
     with pytest.raises(TransientFailure) as caught:
-        loaded.read(np.zeros((40, 60, 3), np.uint8))
+        loaded.read([np.zeros((40, 60, 3), np.uint8)])
     assert caught.value.code == "out_of_memory"
     stand_in.error = ValueError("else")
     with pytest.raises(ValueError, match="else"):
-        loaded.read(np.zeros((40, 60, 3), np.uint8))
+        loaded.read([np.zeros((40, 60, 3), np.uint8)])
 
 
 def test_weights_that_do_not_load_are_said(stand_in: type[StandIn], tmp_path: Path) -> None:
