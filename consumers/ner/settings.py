@@ -31,7 +31,8 @@ class NerSettings(EngineSettings):
         64,
         ge=1,
         le=4096,
-        description="The number of sentences that NER computes together; memory grows in proportion.",
+        description="The number of sentences that NER computes together, and the most tasks of a batch; memory grows "
+        "in proportion.",
     )
     ner_max_characters: int = Field(
         100_000,
