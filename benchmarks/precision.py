@@ -114,7 +114,7 @@ def ocr() -> None:
     backend = RapidBackend(device="cpu", threads=1, detect_megapixels=5.0)
 
     def read(page: NDArray[np.uint8]) -> list[tuple[str, NDArray[np.float64]]]:
-        lines = reading_order([line for line in backend.read(page) if line.score >= 0.5])
+        lines = reading_order([line for line in backend.read([page])[0] if line.score >= 0.5])
         return [(line.text, np.array(line.box)) for line in lines]
 
     print(f"| weights | {' | '.join(rows)} | mean score |\n| --- |{' ---: |' * (len(rows) + 1)}")
@@ -136,7 +136,7 @@ def ocr() -> None:
                 for path in PAGES:
                     page = np.array(Image.open(path).convert("RGB"))
                     expected = path.with_suffix(".txt").read_text("utf-8").splitlines()
-                    lines = backend.read(page)
+                    lines = backend.read([page])[0]
                     scores += [line.score for line in lines]
                     right += len({line.text for line in lines} & set(expected))
                     total += len(expected)
@@ -159,7 +159,7 @@ def acestep() -> None:
 
     def made(backend: DiffusersBackend, seed: int) -> NDArray[np.float64]:
         task = AceStepTask(task_id="a", task_type="acestep", prompt="calm piano and strings", duration=5.0)
-        return np.concatenate(list(backend.compose(task, seed, context))).astype(np.float64)
+        return np.concatenate(list(backend.compose([task], [seed], [context])[0])).astype(np.float64)
 
     def ratio(sound: NDArray[np.float64], exact: NDArray[np.float64]) -> float:
         """Signal to error in dB."""
