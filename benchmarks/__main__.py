@@ -78,14 +78,17 @@ def _drain(ground: Site, share: int, say: Say) -> None:
         Inferq(ground, ahead=True),
         Inferq(ground),
         Inferq(ground, lanes="high,normal,low"),
+        Inferq(ground, batch=32),
+        Inferq(ground, lanes="high,normal,low", batch=32),
         celery := Celery(ground),
         Dramatiq(ground),
     ]
     rates = drain_rates(contestants, count=2_000 // share, rounds=3)
-    say("## Draining through one worker, one task at a time, result recorded")
+    say("## Draining through one worker, result recorded")
     say("")
     say(
-        "inferq: quorum queue, prefetch=1, engine in a process of its own, status in Redis, result as a file:"
+        "inferq: quorum queue, engine in a process of its own, status in Redis, result as a file, one task at a time "
+        "where nothing else is said:"
     )
     say("with fsync (the default), and without, because the others' Redis does not wait for the disk.")
     say("Celery: quorum queue, late acks, prefork, result in Redis. Dramatiq: classic queue, one thread.")
@@ -100,14 +103,15 @@ def _latency(ground: Site, share: int, say: Say) -> None:
     from benchmarks.measure import idle_latencies
 
     contestants = [
-        Inferq(ground), Inferq(ground, lanes="high,normal,low"), Celery(ground), Dramatiq(ground),
+        Inferq(ground), Inferq(ground, lanes="high,normal,low"), Inferq(ground, batch=32),
+        celery := Celery(ground), Dramatiq(ground),
     ]  # fmt: skip
     found = idle_latencies(contestants, count=100 // share, rounds=4)
     say("## Idle latency: from before the publish to the start of the task's body")
     say("")
     p50 = {name: statistics.median(seconds) * 1000 for name, seconds in found.items()}
     p95 = {name: statistics.quantiles(seconds, n=20)[-1] * 1000 for name, seconds in found.items()}
-    reference = contestants[2].name
+    reference = celery.name
     say("| | p50 ms | p95 ms | p50, times Celery's |")
     say("| --- | ---: | ---: | ---: |")
     for name in found:
@@ -121,6 +125,17 @@ def _ocr(ground: Site, share: int, say: Say) -> None:
 
     rates = units_per_second(ground, "ocr", ocr_pages(4), rounds=16 if share == 1 else 1)
     _beside_bare(say, "OCR", "pages", "Rounds of four pages per side", rates)
+    # Leaves a core to all the others, as an engine on a GPU does.
+    os.environ["INFERQ_OCR_THREADS"] = "1"
+    try:
+        rates = units_per_second(
+            ground, "ocr", ocr_pages(4), rounds=16 if share == 1 else 1, INFERQ_TAKE_AHEAD="true"
+        )
+    finally:
+        del os.environ["INFERQ_OCR_THREADS"]
+    say("")
+    how = "The same with one engine thread on both sides, and tasks taken ahead"
+    _beside_bare(say, "OCR with one thread", "pages", how, rates)
 
 
 def _ner(ground: Site, share: int, say: Say) -> None:
@@ -128,6 +143,54 @@ def _ner(ground: Site, share: int, say: Say) -> None:
 
     rates = units_per_second(ground, "ner", ner_batches(20), rounds=16 if share == 1 else 2)
     _beside_bare(say, "NER", "texts", "Rounds of 20 tasks with 64 texts each per side", rates)
+    say("")
+    _small_ner(ground, share, say)
+
+
+def _small_ner(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.engines import ner_batches, units_per_second
+
+    single, rounds = ner_batches(640, texts=1), 8 if share == 1 else 1
+    together = units_per_second(ground, "ner", single, bare_work=ner_batches(10), rounds=rounds)
+    alone = units_per_second(
+        ground, "ner", single, bare_work=ner_batches(10), rounds=rounds, INFERQ_BATCH_SIZE="1"
+    )
+    say("## NER, one text a task: batches of up to 64 tasks, beside one task at a time")
+    say("")
+    say("Rounds of 640 tasks, alternating with the bare engine, which gets its texts in batches of 64.")
+    say("")
+    say("| | texts/s | of the bare engine | times one task at a time |")
+    say("| --- | ---: | ---: | ---: |")
+    for name, rates in (("inferq, in batches", together), ("inferq, INFERQ_BATCH_SIZE=1", alone)):
+        gain = rates.ratio / alone.ratio
+        say(f"| {name} | {rates.whole:,.0f} | {rates.ratio:.3f} | {gain:.2f} |")
+    say(f"| the engine in a `for` loop, 64 texts a call | {together.bare:,.0f} | 1 | |")
+
+
+def _distance(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.distance import ROUND_TRIP_SECONDS, drain, far_away
+
+    with far_away(ground) as far:
+        near = dict(far) | {"INFERQ_AMQP_URL": ground.amqp_url, "INFERQ_S3_ENDPOINT_URL": far["NEAR_S3"]}
+        one, ahead = {"INFERQ_BATCH_SIZE": "1"}, {"INFERQ_BATCH_SIZE": "1", "INFERQ_TAKE_AHEAD": "true"}
+        say(f"## A worker {ROUND_TRIP_SECONDS * 1000:.0f} ms away from its broker and from S3")
+        say("")
+        say(
+            "Tasks on all three lanes. A round trip to RabbitMQ and to a stand-in for S3 takes that long, by a proxy."
+        )
+        say("")
+        say("| | tasks/s, empty tasks | engine busy, tasks of 0.1 s |")
+        say("| --- | ---: | ---: |")
+        for name, place, settings in (
+            ("near, one task at a time", near, one),
+            ("far, one task at a time", far, one),
+            ("far, tasks taken ahead", far, ahead),
+            ("far, batches of 32", far, {}),
+        ):
+            given = {**place, **settings}
+            empty = drain(ground, given, "clock", (640 if settings == {} else 120) // min(share, 2))
+            long = drain(ground, given, "echo", 200 // min(share, 2), delay=0.1)
+            say(f"| {name} | {empty.rate:,.1f} | {long.busy:.3f} |")
 
 
 def _warmup(ground: Site, share: int, say: Say) -> None:
@@ -266,6 +329,7 @@ PARTS: dict[str, Callable[[Site, int, Say], None]] = {
     "warmup": _warmup,
     "feed": _feed,
     "observe": _observe,
+    "distance": _distance,
     "gpu": _gpu,
 }
 

@@ -44,11 +44,21 @@ class Contestant(ABC):
 class Inferq(Contestant):
     """inferq. `lanes` are the worker's priorities; `fsync`: whether results wait for the disk.
 
-    `ahead`: whether the worker prefetches a second task during a run.
+    `ahead`: whether the worker prefetches a second task during a run. `batch`: how many tasks the engine computes
+    together.
     """
 
-    def __init__(self, site: Site, *, lanes: str = "normal", fsync: bool = True, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        lanes: str = "normal",
+        fsync: bool = True,
+        ahead: bool = False,
+        batch: int = 1,
+    ) -> None:
         notes = ["one lane" if "," not in lanes else "three lanes"]
+        notes += [f"batches of {batch}"] * (batch > 1)
         notes += ["tasks taken ahead"] * ahead + ["results without fsync"] * (not fsync)
         self.name = ", ".join(["inferq", *notes])
         self._site = site
@@ -56,6 +66,7 @@ class Inferq(Contestant):
             "INFERQ_LANES": lanes,
             "INFERQ_STORE_FSYNC": str(fsync).lower(),
             "INFERQ_TAKE_AHEAD": str(ahead).lower(),
+            "INFERQ_BATCH_SIZE": str(batch),
         }
         self._results = site.results()
         self._numbers = itertools.count()

@@ -56,11 +56,20 @@ def ner_batches(count: int, texts: int = 64) -> list[Work]:
     return [Work({"texts": given}, units=texts)] * count
 
 
-def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds: int) -> Rates:
+def units_per_second(
+    site: Site,
+    type_name: str,
+    work: Sequence[Work],
+    *,
+    rounds: int,
+    bare_work: Sequence[Work] | None = None,
+    **settings: str,
+) -> Rates:
     """Compare the whole system with the bare engine, in short alternating rounds.
 
     Both sides run the same engine in a process each; while one computes, the other is idle in memory. The two
-    sides of a round run within seconds of each other, so a slow phase hardly changes the ratio.
+    sides of a round run within seconds of each other, so a slow phase hardly changes the ratio. `bare_work`: how the
+    bare engine gets the same units, if not by the same tasks. `settings` are the worker's.
     """
     whole, bare = [], []
     units = sum(item.units for item in work)
@@ -68,7 +77,7 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
     stored_inputs(site, work)
     publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
     publisher.start()
-    with bare_engine(type_name) as run, site.inferq_worker(type_name, INFERQ_LANES="normal"):
+    with bare_engine(type_name) as run, site.inferq_worker(type_name, INFERQ_LANES="normal", **settings):
         for round_number in range(-1, rounds):  # the first round is a warm-up
             ids = [new_task_id() for _ in work]
             sent = [
@@ -87,7 +96,7 @@ def units_per_second(site: Site, type_name: str, work: Sequence[Work], *, rounds
             first = min(r.started_at for r in ended if r.started_at)
             seconds = (max(r.finished_at for r in ended) - first).total_seconds()
             began = time.perf_counter()
-            for item in work:
+            for item in bare_work or work:
                 run(item)
             bare_seconds = time.perf_counter() - began
             if round_number >= 0:

@@ -33,7 +33,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.engines import Work, bare_engine
-from benchmarks.site import wait_until
+from benchmarks.site import s3_stand_in, wait_until
 from inferq.producer.up import orphan_reaper
 from inferq.producer.up.part import Part, free_ports
 from inferq.producer.up.process import spawn, stop
@@ -66,14 +66,6 @@ max_in_flight = 200
 """
 _FAULTS = ((20, "feeder"), (40, "worker-0"), (60, "redis"), (80, "rabbitmq"))
 """The faults: percentage of the pages after which a part ends, and the part."""
-_MOTO = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
 
 
 def page_text(number: int, rows: int) -> list[str]:
@@ -173,20 +165,7 @@ class Ground:
 def _ground(workers: int, *, take_ahead: bool) -> Iterator[Ground]:
     with tempfile.TemporaryDirectory(prefix="inferq-night-") as name, ExitStack() as stack:
         folder = Path(name)
-        os.environ |= {
-            "AWS_ACCESS_KEY_ID": "bench",
-            "AWS_SECRET_ACCESS_KEY": "bench",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-        moto = subprocess.Popen(
-            [sys.executable, "-c", _MOTO],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        stack.callback(moto.wait)
-        stack.callback(moto.kill)
-        endpoint = f"http://127.0.0.1:{int(moto.stdout.readline())}"  # type: ignore[union-attr]
+        endpoint = stack.enter_context(s3_stand_in())
         schedules = folder / "schedules.toml"
         schedules.write_text(_SCHEDULES)
         node = RabbitNode.prepare(folder / "rabbitmq", RabbitPorts(*free_ports(5)))

@@ -82,6 +82,37 @@ class Site:
         return self.process(*argv, **settings)
 
 
+_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def s3_stand_in() -> Iterator[str]:
+    """The address of a stand-in for S3 during the block. Its credentials are in the environment from now on."""
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    moto = subprocess.Popen(
+        [sys.executable, "-c", _MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"http://127.0.0.1:{int(moto.stdout.readline())}"  # type: ignore[union-attr]
+    finally:
+        moto.kill()
+        moto.wait()
+
+
 @contextmanager
 def site() -> Iterator[Site]:
     """A site that exists during the block."""
