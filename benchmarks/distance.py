@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from benchmarks.site import Site, s3_stand_in
 from inferq.broker import Publisher, task_message, topology_for
 from inferq.schemas import PRIORITIES, new_task_id, parse_task
-from inferq.storage import ResultStore, StorageSettings, open_store
+from inferq.storage import ResultStore, StatusIndex, StorageSettings, open_store
 from inferq.storage.objects.s3 import s3_client
 
 ROUND_TRIP_SECONDS = 0.05
@@ -48,15 +48,18 @@ def drain(site: Site, settings: Mapping[str, str], type_name: str, count: int, *
         store_url=settings["INFERQ_STORE_URL"], s3_endpoint_url=settings["NEAR_S3"], redis_url=site.redis_url
     )
     results = ResultStore(open_store(storage))
+    index = StatusIndex.from_settings(storage)
     publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
     publisher.start()
     publisher.wait_connected(20)
     ids = [new_task_id() for _ in range(count)]
     for number, task_id in enumerate(ids):
         lane = PRIORITIES[number * len(PRIORITIES) // count]
-        task = {"task_id": task_id, "task_type": type_name, "priority": lane, **fields}
-        publisher.publish(task_message(parse_task(task))).result(20)
+        task = parse_task({"task_id": task_id, "task_type": type_name, "priority": lane, **fields})
+        index.submit(task)  # as the gateway does
+        publisher.publish(task_message(task)).result(20)
     publisher.close()
+    index.close()
     with site.inferq_worker(type_name, **settings):
         ended = []
         for task_id in ids:

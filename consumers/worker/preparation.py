@@ -88,7 +88,7 @@ class Preparation:
         else:
             # The run begins once the engine is this task's. Everything that needs no engine is done before.
             self._engine_lease.step_aside()
-            facts, fetched = self._gather_and_fetch(facts, lambda facts: facts)
+            facts, fetched = self._gather_and_fetch(facts, _as_is)
             if isinstance(before_run(facts), Run) and not failed_to_fetch(fetched):
                 self.await_engine()
             facts = self.begin(facts)()
@@ -197,6 +197,13 @@ class Preparation:
 
         Mostly there is no earlier result. The inputs are None if there are none, or if no run will need them.
         """
+        if self._services.store.remote:
+            # The index may spare the round trip.
+            facts = with_record(facts)
+            with_record = _as_is
+            if self._is_new(facts):
+                fetches = facts.task.inputs() and isinstance(before_run(facts), Run)
+                return facts, self._computation.fetch_early() if fetches else None
         if not facts.task.inputs():
             # Another thread would cost a small task more than it saves.
             ended = self._load_end()
@@ -205,6 +212,26 @@ class Preparation:
         facts = with_record(facts)
         fetched = self._computation.fetch_early() if isinstance(before_run(facts), Run) else None
         return replace(facts, ended=looked_up.result()), fetched
+
+    def _is_new(self, facts: Facts) -> bool:
+        """Whether the task has no earlier end: the index knows it, and knows of no run before this one."""
+        if not self.may_be_new:
+            return False
+        if facts.recorded_digest is not None:
+            return facts.recorded_digest == self._digest and facts.orphaned_runs == 0
+        task = self._task
+        are_new = partial(self._services.status.are_new, [(task.tenant, task.task_id, self._digest)])
+        return self._services.best_effort(are_new) == [True]
+
+    @property
+    def may_be_new(self) -> bool:
+        """Whether its delivery is the first one of the task, as far as RabbitMQ knows."""
+        delivery = self._delivery
+        return not delivery.redelivered and delivery.attempt == 1 and delivery.redrives == 0
+
+
+def _as_is(facts: Facts) -> Facts:
+    return facts
 
 
 def failed_to_fetch(fetched: Future[Inputs] | None) -> bool:

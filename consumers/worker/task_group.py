@@ -74,6 +74,7 @@ class TaskGroup:
         self._together(self._begin)
         self._together(self._compute)
         self._lease.release()
+        self._consumer.look_early()
         self._together(self._record)
         self._settle()
 
@@ -107,10 +108,11 @@ class TaskGroup:
         self._members += admitted
         if not admitted:
             return
-        tasks = [(member.attempt.task.tenant, member.attempt.task.task_id) for member in admitted]
+        looked_up = self._may_have_ended(admitted)
+        tasks = [(member.attempt.task.tenant, member.attempt.task.task_id) for member in looked_up]
         load = partial(self._services.results.load_many, tasks)
         ends = self._services.retry_until_available("object store", load, self._services.unless_stopping)
-        for member, end in zip(admitted, ends, strict=True):
+        for member, end in zip(looked_up, ends, strict=True):
             if isinstance(end, Exception):
                 member.run.take(partial(_raise, end))
             else:
@@ -127,6 +129,16 @@ class TaskGroup:
                 wanting.append(member)
         for fetched in [self._services.in_background(partial(self._fetch, member)) for member in wanting]:
             fetched.result()
+
+    def _may_have_ended(self, members: Sequence[_Member]) -> Sequence[_Member]:
+        """Those whose earlier end is to be looked for. Where that is a round trip, the index may spare it."""
+        candidates = [member for member in members if member.attempt.preparation.may_be_new]
+        if not (self._services.store.remote and candidates):
+            return members
+        tasks = [(m.facts.task.tenant, m.facts.task.task_id, m.facts.digest) for m in candidates]
+        are_new = self._services.best_effort(partial(self._services.status.are_new, tasks)) or []
+        new = {member.run for member, is_new in zip(candidates, are_new, strict=False) if is_new}
+        return [member for member in members if member.run not in new]
 
     def _fetch(self, member: _Member) -> None:
         def fetch() -> None:

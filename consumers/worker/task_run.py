@@ -171,8 +171,12 @@ class TaskRun:
 
     def _release_engine(self) -> None:
         """The engine is free for the next task before anything waits for a service."""
-        if not self.joined:
-            self._engine_lease.release()
+        if self.joined:
+            return
+        computed = self._engine_lease.held
+        self._engine_lease.release()
+        if computed:
+            self._consumer.look_early()
 
     # The end.
 

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -58,6 +59,8 @@ _FILE = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PAR
 _STREAM = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
 _THREADS = 16
 """The most requests that one store makes side by side; its client has connections for four times as many."""
+_SMALL_BYTES = 1 << 20
+"""A body up to this size is sent without asking first, as almost every result is."""
 _CONFLICT_TRIES = 6
 _PAGE_KEYS = 1000
 """The most keys in one answer to a listing."""
@@ -87,7 +90,7 @@ _CREDENTIAL_FAULTS = {
 def s3_client(endpoint_url: str | None = None) -> S3Client:
     """A client with few retries and short timeouts. boto3 finds the credentials and the region."""
     session = boto3.Session()  # the default session is not thread-safe
-    return session.client(
+    client = session.client(
         "s3",
         endpoint_url=endpoint_url,
         region_name=session.region_name or "us-east-1",
@@ -103,6 +106,15 @@ def s3_client(endpoint_url: str | None = None) -> S3Client:
             response_checksum_validation="when_required",
         ),
     )
+    client.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
+    return client
+
+
+def _send_at_once(params: dict[str, Any], **_: object) -> None:
+    """boto3 asks whether a body may come before it sends it. For a small one that costs more than a refusal."""
+    body = params.get("body")
+    if isinstance(body, BytesIO) and body.getbuffer().nbytes <= _SMALL_BYTES:
+        params["headers"].pop("Expect", None)
 
 
 class S3Refused(StoreOutage):
@@ -119,6 +131,8 @@ class CredentialsRefused(StoreOutage):
 
 class S3Store(ObjectStore):
     """Objects in one bucket, below `prefix`."""
+
+    remote = True
 
     def __init__(
         self,

@@ -72,6 +72,9 @@ class ObjectStore(ABC):
     threads. Creating an instance touches neither disk nor network.
     """
 
+    remote = False
+    """Whether each call costs a round trip over a network."""
+
     @abstractmethod
     def put(
         self,

@@ -101,6 +101,16 @@ class Runs(ScriptCalls):
 
         return begun
 
+    def are_new(self, tasks: Sequence[tuple[str, str, str]]) -> Sequence[bool]:
+        """Which of the tasks (tenant, id, digest) are on record as submitted, and never began: none has ended."""
+        records = self.read(
+            *(("HMGET", record_key(tenant, task_id), "d", "s") for tenant, task_id, _ in tasks)
+        )
+        return [
+            [as_text(value) for value in record] == [digest, "queued"]
+            for record, (_, _, digest) in zip(records, tasks, strict=True)
+        ]
+
     def has_begun(self, tenant: str, task_id: str) -> bool:
         """Whether a run of the task began and neither ended nor was requeued: its worker may have died."""
         (runs,) = self.read(("HGET", record_key(tenant, task_id), "l"))

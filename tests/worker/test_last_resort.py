@@ -118,6 +118,7 @@ def settled(
         ),
         requeue=lambda _delivery: done.append("requeue"),
         holds=lambda _delivery: held,
+        look_early=lambda: None,
     )
     lease = FakeLease(shared, SimpleNamespace(usable=True, info=None, prepare=prepare, run=run))
     TaskRun(services, cast(Any, consumer), cast(Any, lease), delivery, "normal").complete()

@@ -213,7 +213,10 @@ class Bench:
         """Bring a delivery to its end, and give how often the engine ran. `delivered` says whether RabbitMQ still
         knows the message as this worker's."""
         consumer = SimpleNamespace(
-            ack=lambda *_, **__: None, requeue=lambda _: None, holds=lambda _: self.delivered
+            ack=lambda *_, **__: None,
+            requeue=lambda _: None,
+            holds=lambda _: self.delivered,
+            look_early=lambda: None,
         )
         engine = Engine(run, busy)
         TaskRun(self.services, cast(Any, consumer), cast(Any, engine), delivery, "normal").complete()

@@ -82,7 +82,9 @@ class Bench:
             routing_key="task_type.echo.normal", headers={"x-attempt": attempt, "x-redrives": redrives},
             redelivered=False,
         )  # fmt: skip
-        consumer = SimpleNamespace(ack=lambda *_, **__: None, requeue=lambda _: None, holds=lambda _: True)
+        consumer = SimpleNamespace(
+            ack=lambda *_, **__: None, requeue=lambda _: None, holds=lambda _: True, look_early=lambda: None
+        )
         TaskRun(self.services, cast(Any, consumer), cast(Any, Engine(answer)), delivery, "normal").complete()
 
     def counted(self, name: str) -> dict[tuple[str, ...], float]:

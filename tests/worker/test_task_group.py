@@ -139,6 +139,9 @@ class Bench:
 
     # The consumer.
 
+    def look_early(self) -> None:
+        return
+
     def urgent_waits(self, _queue: str) -> bool:
         return self.urgent
 
