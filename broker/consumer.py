@@ -1,10 +1,10 @@
 """Consumes from the lanes of one task type, the most urgent first: one delivery at a time, or a group of one lane.
 
 An idle consumer subscribes to all its lanes. The first delivery cancels the subscriptions of the other lanes, and the
-subscription that stays brings up to `group` deliveries. When deliveries are settled, the consumer asks the higher
-lanes for their message counts (one round trip for all); only then do the acks admit more of the same lane. If a
-higher lane holds a message, the consumer takes that one next and requeues what it has not given out yet. A delivery
-of another lane that arrives meanwhile is requeued at once. With one lane, prefetch does all this.
+subscription that stays brings up to `group` deliveries. With the acks the consumer asks the higher lanes for their
+message counts, in the same write: the counts arrive before what the acks admit, and nothing is given out before that.
+If a higher lane holds a message, the consumer takes it and requeues what it has not given out. A delivery of another
+lane that arrives meanwhile is requeued at once. With one lane, prefetch does all this.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _SETTLE_SECONDS = 0.02
 
 _EARLY_SECONDS = 1.0
 """How old the answer of an early look may be when the ack uses it."""
+
+_NEAR_SECONDS = 0.005
+"""A round trip up to which looking early would cost more than it saves, in seconds."""
 
 
 class Consumer(BrokerThread):
@@ -87,11 +90,17 @@ class Consumer(BrokerThread):
         self._wanted = False  # a thread waits for a delivery, and none has come
         self._accepting = False  # the last call that decides it asked for more
         self._lane: int | None = None  # the lane that delivers; None: the first one that does
-        self._uncertain: set[str] = set()
+        self._backlog: dict[str, int] = {}  # the messages that waited in each lane at its last count
+        self._on_the_way = 0  # deliveries of the lane that its last count did not include
+        self._counted_at = float("-inf")  # when all lanes were counted
+        self._cancelled_in: dict[
+            str, int
+        ] = {}  # the change that cancelled a lane, until RabbitMQ has read it
+        self._uncertain: set[str] = set()  # lanes whose count may not include a message
         self._changes = 0
-        self._waiting: list[tuple[object, list[int]]] = []  # acks that wait for the look above
-        self._looking = False
-        self._early: tuple[int, float, list[int]] | None = None  # lane, time and counts of an early look
+        self._looking = False  # at the counts of the higher lanes
+        self._deciding = False  # whether a higher lane comes next: nothing is given out meanwhile
+        self._looked_at = float("-inf")  # when an early look began whose answer no ack has used
         self._urgent: set[str] = set()  # the lanes that held messages when `urgent_waits` last looked
         self._unsent = False
         self._idle_since: float | None = None
@@ -175,17 +184,15 @@ class Consumer(BrokerThread):
 
         def on_thread() -> None:
             wire, tags = self._open(deliveries)
-            if wire is None or not tags:
-                self._end_settling(settling)
-                self._subscribe_all()
-            elif not more or self._stopped.is_set():
+            if not more or self._stopped.is_set():
                 self._unsubscribe()
-                self._ack(wire, tags)
-                self._end_settling(settling)
+                if wire is not None and tags:
+                    wire.send(self._acks(tags))
+            elif wire is None or not tags:
+                self._subscribe_all()
             else:
-                self._waiting.append((settling, tags))
-                if not self._looking:
-                    self._ack_in_order(wire)
+                self._ack_and_look(wire, tags)
+            self._end_settling(settling)
 
         if not self._perform(on_thread):
             self._end_settling(settling)
@@ -201,9 +208,8 @@ class Consumer(BrokerThread):
 
         def on_thread() -> None:
             wire, tags = self._open(deliveries)
-            if wire is not None and tags:
-                self._unsubscribe()
-                self._nack(wire, tags)
+            self._unsubscribe()
+            self._nack(wire, tags)
             self._end_settling(settling)
 
         if not self._perform(on_thread):
@@ -212,10 +218,13 @@ class Consumer(BrokerThread):
     def look_early(self) -> None:
         """Look at the higher lanes now, for the next ack: call this when only storing is left to do.
 
-        A message that reaches a higher lane between this look and the ack is found by the look after: one group of a
-        lower lane may pass it.
+        The ack then takes from a higher lane at once, a round trip sooner. A message that reaches a higher lane
+        between this look and the ack is found by the look after: one group of a lower lane may pass it.
         """
-        if self._lane:  # the lane with the number 0 has none above
+        lane, wire = self._lane, self._wire
+        if lane is None or wire is None or wire.round_trip <= _NEAR_SECONDS:
+            return
+        if lane > 0 or (self._window > 1 and self._is_drained(lane)):
             self._perform(self._look_early)
 
     def urgent_waits(self, queue: str) -> bool:
@@ -256,7 +265,7 @@ class Consumer(BrokerThread):
     def _wait_for_delivery(self, end: float, low_priority: bool) -> bool:
         """Whether the inbox holds a delivery by the time `end`.
 
-        While acks wait for the look above, what has arrived is not given out: a higher lane may come first.
+        After an ack nothing is given out before the look at the higher lanes has ended: one of them may come first.
         """
         self._low_priority = low_priority or self._always_low_priority
         as_wanted = self._wanted and self._subscribed_low_priority == self._low_priority
@@ -265,7 +274,7 @@ class Consumer(BrokerThread):
         if not self._inbox and not as_wanted and not self._stopped.is_set():
             self._wanted = self._accepting = True
             self._perform(self._subscribe_soon)
-        while self._settling or not self._inbox:
+        while self._settling or self._deciding or not self._inbox:
             left = end - time.monotonic()
             if left <= 0:
                 return False
@@ -319,11 +328,14 @@ class Consumer(BrokerThread):
         self._unsettled.clear()
         self._brought.clear()
         self._tags.clear()
+        self._backlog.clear()
+        self._counted_at = float("-inf")
+        self._cancelled_in.clear()
         self._uncertain.clear()
         self._urgent.clear()
-        self._waiting.clear()
-        self._lane = self._early = self._idle_since = None
-        self._looking = False
+        self._lane = self._idle_since = None
+        self._looked_at = float("-inf")
+        self._looking = self._deciding = False
         self._changes += 1
 
     def _open(self, deliveries: Sequence[Delivery]) -> tuple[PipelinedChannel | None, list[int]]:
@@ -331,22 +343,33 @@ class Consumer(BrokerThread):
         wire = self._wire
         if wire is None or not wire.is_open:
             return None, []
-        return wire, [d.tag for d in deliveries if d.epoch == self._epoch and d.tag in self._unsettled]
+        mine = {d.tag: None for d in deliveries if d.epoch == self._epoch and d.tag in self._unsettled}
+        return wire, list(mine)
 
     # Subscribing.
 
     def _subscribe_soon(self) -> None:
-        """Subscribe to the other lanes unless the lane in hand goes on delivering."""
+        """Subscribe to the other lanes, but give the lane in hand time to deliver if it may hold more.
+
+        Usually the same lane delivers next; subscribing to all lanes first would delay that.
+        """
+        wire, lane = self._wire, self._lane
         as_wanted = self._subscribed_low_priority == self._low_priority or self._window == self._group
-        if (
-            self._unsettled
-            and self._lane is not None
-            and self._delivers(self._lanes[self._lane])
-            and as_wanted
-        ):
-            self._later(_SETTLE_SECONDS, self._unless_changed(self._subscribe_all))
-        else:
+        if wire is None or lane is None or not as_wanted or not self._delivers(self._lanes[lane]):
             self._subscribe_all()
+            return
+        if not self._is_drained(lane):
+            wait = max(_SETTLE_SECONDS, 2 * wire.round_trip)
+            self._later(wait, self._unless_changed(self._subscribe_all))
+        elif self._counted_at > time.monotonic() - _EARLY_SECONDS:
+            self._subscribe_all()
+        else:
+            self._count(wire, self._lanes, self._unless_changed(self._subscribe_soon))
+
+    def _is_drained(self, lane: int) -> bool:
+        """Whether it seems that nothing waits in a lane, but in a lower one."""
+        own, *below = (self._backlog.get(name, 0) for name in self._lanes[lane:])
+        return own <= 0 and any(below)
 
     def _subscribe_all(self) -> None:
         """Subscribe to the lanes, the most urgent first, until one delivers."""
@@ -358,22 +381,49 @@ class Consumer(BrokerThread):
         if self._subscribed_low_priority != self._low_priority:
             self._unsubscribe()
             self._subscribed_low_priority = self._low_priority
-        self._lane = None
         missing = [name for name in self._lanes if not self._delivers(name)]
         if not missing:
             if self._idle_since is None and not self._unsettled:
                 self._idle_since = time.monotonic()
-        elif len(missing) == 1:
-            self._subscribe(wire, missing)
+        elif len(missing) == 1 or self._counted_at > time.monotonic() - _EARLY_SECONDS:
+            self._subscribe(wire, self._down_to_first(missing))
         else:
             self._changes += 1
-            changes = self._changes
+            go_on = self._unless_changed(lambda: self._subscribe(wire, self._down_to_first(missing)))
+            self._count(wire, missing, go_on)
 
-            def counted(counts: list[int]) -> None:
-                if changes == self._changes:
-                    self._subscribe(wire, _down_to_first(missing, counts))
+    def _count(
+        self,
+        wire: PipelinedChannel,
+        names: Sequence[str],
+        then: Callable[[], None],
+        *,
+        before: Sequence[amqp_object.Method] = (),
+    ) -> None:
+        """Count the messages in these lanes and then go on."""
+        began = time.monotonic()
 
-            wire.count(missing, counted)
+        def counted(counts: list[int]) -> None:
+            self._backlog.update(zip(names, counts, strict=True))
+            if len(names) == len(self._lanes):
+                self._counted_at = began
+            lane = self._lane
+            if (
+                lane is not None
+                and (tags := self._tags.get(self._lanes[lane]))
+                and self._lanes[lane] in names
+            ):
+                # If messages wait in spite of the subscription, it has brought as many as it may.
+                held = sum(each == lane for each in self._unsettled.values())
+                self._on_the_way = max(0, self._group * len(tags) - held)
+            then()
+
+        wire.count(names, counted, before=before)
+
+    def _down_to_first(self, names: Sequence[str]) -> Sequence[str]:
+        """The lanes down to the first one that holds a message; all if none does."""
+        first = next((n for n, name in enumerate(names) if self._backlog.get(name)), len(names))
+        return names[: first + 1]
 
     def _delivers(self, name: str) -> bool:
         """Whether a subscription to the lane may deliver more before anything is settled."""
@@ -390,6 +440,9 @@ class Consumer(BrokerThread):
         The count is a barrier: its reply comes after a delivery, if the last of these lanes holds one.
         """
         self._changes += 1
+        if self._lane is None or names != [self._lanes[self._lane]]:
+            self._lane = None
+        self._uncertain.difference_update(names)
         go_on = self._unless_changed(self._subscribe_all)
         arguments = {"x-consumer-timeout": HOLD_SECONDS * 1000}
         if priority := _LOW_PRIORITY if self._subscribed_low_priority else self._priority:
@@ -415,6 +468,7 @@ class Consumer(BrokerThread):
             wanted = self._wanted if self._lane is None else self._lane == lane
             if not wanted or consumer_tag not in self._tags.get(name, ()):
                 # A race: another lane was faster, or this subscription is cancelled.
+                self._uncertain.add(name)
                 self._nack(self._wire, [_tag(method)])
             else:
                 self._brought[_tag(method)] = consumer_tag
@@ -426,18 +480,35 @@ class Consumer(BrokerThread):
         """Put a delivery into the inbox. The first one of its lane cancels the subscriptions of the others."""
         self._unsettled[delivery.tag] = lane
         self._inbox.append(delivery)
+        if self._on_the_way > 0 and lane == self._lane:
+            self._on_the_way -= 1
+        else:
+            self._backlog[delivery.queue] = max(0, self._backlog.get(delivery.queue, 0) - 1)
         self._changes += 1
         self._wanted = False
         self._idle_since = None
         if lane == self._lane:
             return
-        self._lane, self._early = lane, None
+        self._lane, self._on_the_way, self._looked_at = lane, 0, float("-inf")
         self._urgent.discard(delivery.queue)
-        self._uncertain.update(name for name in self._lanes[:lane] if name in self._tags)
         others = [name for name in self._tags if name != delivery.queue]
         if others and self._wire is not None:
             self._wire.send(self._cancelling(self._wire, others))
             self._unsent = True
+            if above := [name for name in others if name in self._lanes[:lane]]:
+                self._await_cancel(self._wire, above)
+
+    def _await_cancel(self, wire: PipelinedChannel, names: Sequence[str]) -> None:
+        """Find out when RabbitMQ has read the cancels: a delivery that it sent before comes before the next count."""
+        change = self._changes
+        self._cancelled_in.update(dict.fromkeys(names, change))
+
+        def read(_counts: list[int]) -> None:
+            for name in names:
+                if self._cancelled_in.get(name) == change:
+                    del self._cancelled_in[name]
+
+        wire.count(names[:1], read)
 
     def _cancelling(self, wire: PipelinedChannel, names: Sequence[str]) -> list[amqp_object.Method]:
         return wire.cancelling([tag for name in names for tag in self._tags.pop(name)])
@@ -447,7 +518,8 @@ class Consumer(BrokerThread):
         if wire is None or not wire.is_open:
             return
         self._changes += 1
-        self._lane = self._early = self._idle_since = None
+        self._lane = self._idle_since = None
+        self._looked_at = float("-inf")
         if self._tags:
             wire.send(self._cancelling(wire, list(self._tags)))
 
@@ -473,90 +545,94 @@ class Consumer(BrokerThread):
     # Looking above.
 
     def _look_early(self) -> None:
-        wire, lane = self._wire, self._lane
-        if wire is None or not wire.is_open or not lane or self._looking:
+        wire = self._wire
+        if wire is None or not wire.is_open or self._lane is None or self._looking or self._deciding:
             return
+        self._look(wire, [])
+
+    def _look(self, wire: PipelinedChannel, acks: Sequence[amqp_object.Method]) -> None:
+        """Count the messages above; in groups, in all lanes, since that tells where to go on if this one is empty."""
         began = time.monotonic()
 
-        def counted(counts: list[int]) -> None:
+        def looked() -> None:
             self._looking = False
-            self._early = (lane, began, counts)
-            if self._waiting:
-                self._ack_in_order(wire)
+            if self._deciding:
+                self._get_from(wire)
+            else:
+                self._looked_at = began
 
         self._looking = True
-        wire.count(self._lanes[:lane], counted)
+        self._uncertain.update(self._cancelled_in)
+        self._count(wire, self._lanes if self._window > 1 else self._lanes[: self._lane], looked, before=acks)
 
-    def _ack_in_order(self, wire: PipelinedChannel) -> None:
-        """Send the acks that wait, once the higher lanes are asked for messages.
-
-        Acks of another lane than the one that delivers now admit nothing and need no look. A lane whose subscription
-        was cancelled since the last look is asked by `basic.get`, whatever its count: it may have sent a message
-        that we requeued, and the count does not yet show that. `basic.get` writes a command to the queue's log, so
-        the others are not asked by it.
-        """
-        lane = self._lane
-        if not lane or not any(self._unsettled.get(tag) == lane for _, tags in self._waiting for tag in tags):
-            self._finish_in_lane(wire)
+    def _ack_and_look(self, wire: PipelinedChannel, tags: Sequence[int]) -> None:
+        """Send the acks, and ask the higher lanes for messages unless an early look has."""
+        if self._subscribed_low_priority != self._low_priority:
+            self._unsubscribe()  # before the acks admit the next delivery
+        acks = self._acks(tags)
+        if self._deciding or not self._lane:
+            wire.send(acks)
+            if not self._deciding:
+                self._go_on()
             return
-        early, self._early = self._early, None
-        if early is None or early[0] != lane or early[1] < time.monotonic() - _EARLY_SECONDS:
-            self._looking = True
-            wire.count(self._lanes[:lane], lambda counts: self._get_from(wire, lane, counts))
+        self._deciding = True
+        looked_at, self._looked_at = self._looked_at, float("-inf")
+        if self._looking:
+            wire.send(acks)
+        elif looked_at > time.monotonic() - _EARLY_SECONDS:
+            self._get_from(wire)
+            wire.send(acks)
         else:
-            self._looking = True
-            self._get_from(wire, lane, early[2])
+            self._look(wire, acks)
 
-    def _get_from(self, wire: PipelinedChannel, lane: int, counts: Sequence[int], first: int = 0) -> None:
-        """Take a message from the highest lane that has one, unless another worker is faster, and send the acks."""
-        above = next((n for n in range(first, lane) if counts[n] or self._lanes[n] in self._uncertain), None)
-        if self._lane != lane or above is None:
-            self._finish_in_lane(wire)
+    def _get_from(self, wire: PipelinedChannel, first: int = 0) -> None:
+        """Take a message from the highest lane that has one, unless another worker is faster.
+
+        A lane that sent a message which we requeued, or may have sent one, is asked by `basic.get`: the count may not
+        yet show that message. `basic.get` writes a command to the queue's log, so the others are not asked by it.
+        """
+        names = self._lanes
+        above = next(
+            (
+                lane
+                for lane in range(first, self._lane or 0)
+                if self._backlog.get(names[lane]) or names[lane] in self._uncertain
+            ),
+            None,
+        )
+        if above is None:
+            self._deciding = False
+            self._go_on()
             return
-        name, epoch = self._lanes[above], self._epoch
+        name, epoch = names[above], self._epoch
         self._uncertain.discard(name)
 
         def got(method: spec.Basic.GetOk, properties: pika.BasicProperties, body: bytes) -> None:
+            self._deciding = False
             if not self._accepting:
                 self._nack(wire, [_tag(method)])
-                self._finish_in_lane(wire)
                 return
-            # Cancel before the acks, so that the lower lane delivers nothing more.
             self._requeue_inbox()
-            self._send_acks(wire)
             self._take(above, delivery_from(name, epoch, method, properties, body))
             if self._group > 1:
                 self._subscribe(wire, [name])
 
-        wire.get(name, got, lambda: self._get_from(wire, lane, counts, above + 1))
+        wire.get(name, got, lambda: self._get_from(wire, above + 1))
 
-    def _finish_in_lane(self, wire: PipelinedChannel) -> None:
-        full = self._lane is not None and not self._delivers(self._lanes[self._lane])
-        if self._subscribed_low_priority != self._low_priority:
-            self._unsubscribe()  # before the acks admit the next delivery
-        self._send_acks(wire)
+    def _go_on(self) -> None:
+        """After acks: wait in the lane, or subscribe to the others."""
         if self._inbox:
             return
-        if full and len(self._lanes) > 1 and self._lane is not None and self._lanes[self._lane] in self._tags:
-            # Usually the same lane delivers next; subscribing to all lanes first would delay that.
-            self._later(_SETTLE_SECONDS, self._unless_changed(self._subscribe_all))
+        if len(self._lanes) > 1:
+            self._subscribe_soon()
         else:
             self._subscribe_all()
 
-    def _send_acks(self, wire: PipelinedChannel) -> None:
-        """Send the acks that wait, in one write."""
-        self._looking = False
-        waiting, self._waiting = self._waiting, []
-        self._ack(wire, [tag for _, tags in waiting for tag in tags])
-        for settling, _ in waiting:
-            self._end_settling(settling)
-
-    def _ack(self, wire: PipelinedChannel, tags: Sequence[int]) -> None:
-        tags = [tag for tag in tags if self._unsettled.pop(tag, None) is not None]
+    def _acks(self, tags: Sequence[int]) -> list[spec.Basic.Ack]:
         for tag in tags:
+            del self._unsettled[tag]
             self._brought.pop(tag, None)
-        if tags:
-            wire.send(_acks(tags, self._unsettled))
+        return _acks(tags, self._unsettled)
 
     def _unless_changed(self, function: Callable[[], None]) -> Callable[[], None]:
         """`function`, made to do nothing if a delivery arrives or the subscriptions change before it is called."""
@@ -570,12 +646,6 @@ class Consumer(BrokerThread):
         if self._connection is not None:
             with suppress(Exception):
                 self._connection.close(320, "consumer cancelled")
-
-
-def _down_to_first(names: Sequence[str], counts: Sequence[int]) -> Sequence[str]:
-    """The lanes down to the first one that holds a message; all if none does."""
-    first = next((n for n, count in enumerate(counts) if count), len(names))
-    return names[: first + 1]
 
 
 def _acks(tags: Sequence[int], unsettled: Iterable[int]) -> list[spec.Basic.Ack]:

@@ -8,6 +8,7 @@ https://www.rabbitmq.com/docs/channels
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ class PipelinedChannel:
         self._cancelled: deque[str] = deque()
         self._cancel_later: set[str] = set()
         self._on_empty: Callable[[], None] | None = None
+        self.round_trip = 0.0
+        """About how long a reply takes, in seconds; 0 before the first count."""
         channel.add_callback(self._counted, [spec.Queue.DeclareOk], one_shot=False)
         channel.add_callback(self._subscribed, [spec.Basic.ConsumeOk], one_shot=False)
         channel.add_callback(self._got_nothing, [spec.Basic.GetEmpty], one_shot=False)
@@ -96,20 +99,31 @@ class PipelinedChannel:
             if tag not in self._cancel_later
         ]
 
-    def count(self, queues: Sequence[str], then: Callable[[list[int]], None]) -> None:
+    def count(
+        self,
+        queues: Sequence[str],
+        then: Callable[[list[int]], None],
+        *,
+        before: Sequence[amqp_object.Method] = (),
+    ) -> None:
         """Ask for the number of messages that wait in each of the queues: one round trip for all.
 
-        It uses passive declarations, which the leader of a quorum queue answers from memory.
+        It uses passive declarations, which the leader of a quorum queue answers from memory. The methods of `before`
+        follow in the same write: the counts come before what they cause.
         """
         counts: list[int] = []
+        began = time.monotonic()
 
         def counted(count: int) -> None:
             counts.append(count)
             if len(counts) == len(queues):
+                # A reply may have waited until it was read, so the shorter time counts.
+                elapsed = time.monotonic() - began
+                self.round_trip = min(elapsed, 1.1 * (self.round_trip or elapsed))
                 then(counts)
 
         self._counting.extend([counted] * len(queues))
-        self.send([spec.Queue.Declare(queue=queue, passive=True) for queue in queues])
+        self.send([*(spec.Queue.Declare(queue=queue, passive=True) for queue in queues), *before])
 
     def get(self, queue: str, got: OnGet, empty: Callable[[], None]) -> None:
         """Take one message from a queue. One call at a time."""

@@ -80,8 +80,9 @@ def test_an_urgent_task_overtakes_what_is_not_given_out(
 
 
 def test_an_early_look_is_good_for_one_ack(
-    submit: Callable[..., None], consume: Callable[..., Consumer]
+    submit: Callable[..., None], consume: Callable[..., Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("inferq.broker.consumer._NEAR_SECONDS", 0)
     for n in range(3):
         submit(f"low{n}", "low")
     consumer = consume()
