@@ -2,5 +2,6 @@
 
 manifest  names, versions, sources and checksums of files, and the signature
 cache     the cache that the processes of a machine share
+stamps    which files of the cache were verified, so that a start need not read them again
 cli       the command `inferq weights`
 """

@@ -1,10 +1,11 @@
-"""The cache of model weights: processes share it, and verify its files before each load.
+"""The cache of model weights: processes share it, and verify before each load the files that may have changed.
 
 The manifest (inferq.consumers.weights.manifest) lists all weights, with the size and the SHA-256 of each file.
 
     <cache>/<name>/<version>/           the files, complete
     <cache>/<name>/<version>.partial/   the files and parts that are fetched so far
     <cache>/<name>/<version>.lock       locked exclusively during a fetch, shared during use
+    <cache>/.verified-UID/              which files were verified (inferq.consumers.weights.stamps)
 
 The kernel releases these locks when their process ends, also after a crash.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field
@@ -33,6 +34,7 @@ from inferq.consumers.weights.manifest import (
     check_signature,
     read_manifest,
 )
+from inferq.consumers.weights.stamps import Figures, Stamps, figures
 from inferq.schemas import Settings, TransientFailure, expand_home
 
 _CHUNK_BYTES = 1 << 20
@@ -57,6 +59,11 @@ class WeightsSettings(Settings):
         None,
         description="The ed25519 public key (a PEM file) that verifies the manifest's signature. Without it, "
         "signatures are not checked.",
+    )
+    weights_check: Literal["changed", "always"] = Field(
+        "changed",
+        description="Which cached files are read and compared with the manifest before each load: those that "
+        "`changed` since they were last compared, or `always` all.",
     )
 
 
@@ -139,7 +146,7 @@ class WeightsCache:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if (folder := self._folder(name, weights.version)).is_dir():
-                    self._check(folder, name, weights)
+                    self._check(folder, name, weights, trusted=self._settings.weights_check == "changed")
                     break
             except BaseException:
                 lock.close()
@@ -166,13 +173,15 @@ class WeightsCache:
                     self._set_aside(lock, folder)
                 else:
                     return folder
-            partial = self._folder(name, weights.version, _PARTIAL)
+            partial, verified = self._folder(name, weights.version, _PARTIAL), {}
             for path, file in weights.files.items():
-                self._fetch(_join(weights.source, path), partial / path, file, progress)
+                found = self._fetch(_join(weights.source, path), partial / path, file, progress)
+                verified[path] = (file.sha256, found)
             with _disk(partial):
                 _flush(partial)
                 partial.rename(folder)
                 _flush(folder.parent)
+            Stamps(self._root, name, weights.version).save(verified)
         return folder
 
     def verify(self, name: str) -> None:
@@ -199,6 +208,7 @@ class WeightsCache:
                     continue
                 for stage in (_COMPLETE, _PARTIAL):
                     shutil.rmtree(self._folder(name, version, stage), ignore_errors=True)
+                Stamps(self._root, name, version).forget()
                 gone.append(version)
         return gone
 
@@ -233,14 +243,22 @@ class WeightsCache:
             # Never remove lock files: another process may have opened the file, and would then lock a deleted one.
             return path.open("ab")
 
-    def _check(self, folder: Path, name: str, weights: Weights) -> None:
+    def _check(self, folder: Path, name: str, weights: Weights, *, trusted: bool = False) -> None:
+        """Raises WeightsRefused for a file that does not match. `trusted`: stamps spare reading unchanged files."""
+        stamps = Stamps(self._root, name, weights.version)
+        known = stamps.load() if trusted else {}
+        verified = {}
         for path, wanted in weights.files.items():
-            fault = _fault(folder / path, wanted)
-            if fault:
+            found = _check_file(folder / path, wanted, known.get(path))
+            if isinstance(found, str):
+                stamps.forget()
                 raise WeightsRefused(
-                    f"weights {name} {weights.version}: {folder / path} {fault}; "
+                    f"weights {name} {weights.version}: {folder / path} {found}; "
                     f"fetch it again: inferq weights pull {name}"
                 )
+            verified[path] = (wanted.sha256, found)
+        if verified != known:
+            stamps.save(verified)
 
     def _set_aside(self, lock: BinaryIO, folder: Path) -> None:
         """Make a complete version with bad files a partial one, so that the next fetch repairs it."""
@@ -256,44 +274,57 @@ class WeightsCache:
             shutil.rmtree(partial, ignore_errors=True)
             folder.rename(partial)
 
-    def _fetch(self, url: str, path: Path, wanted: WeightsFile, progress: Callable[[int], None]) -> None:
+    def _fetch(self, url: str, path: Path, wanted: WeightsFile, progress: Callable[[int], None]) -> Figures:
+        """Fetch what is missing of a file, and gives its figures. What is fetched is hashed on its way to the disk."""
         with _disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             have = path.stat().st_size if path.exists() else 0
-            if have == wanted.size and _fault(path, wanted) is None:
+            if have == wanted.size and not isinstance(found := _check_file(path, wanted), str):
                 progress(have)
-                return
+                return found
             if have >= wanted.size:
                 path.unlink(missing_ok=True)
                 have = 0
-            with path.open("ab") as file:
-                self._append(url, file, have, wanted.size, progress)
+            with path.open("a+b") as file:
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256") if have else hashlib.sha256()
+                digest = self._append(url, file, digest, have, wanted.size, progress)
                 file.flush()
                 os.fsync(file.fileno())
-        fault = _fault(path, wanted)
+                status = os.fstat(file.fileno())
+        fault = _fault_of(status.st_size, wanted) or _fault_of_content(digest.hexdigest(), wanted)
         if fault:
-            if path.stat().st_size >= wanted.size:
+            if status.st_size >= wanted.size:
                 path.unlink()  # a short file can be continued; a wrong one cannot
             raise WeightsRefused(f"{url} {fault}: correct the source or the manifest")
+        return figures(status)
 
     def _append(
-        self, url: str, file: IO[bytes], have: int, size: int, progress: Callable[[int], None]
-    ) -> None:
+        self,
+        url: str,
+        file: IO[bytes],
+        digest: Any,
+        have: int,
+        size: int,
+        progress: Callable[[int], None],
+    ) -> Any:
+        """Append the rest of a file, of which `digest` has seen `have` bytes. Gives the digest of all of it."""
         with self._open(url) as source:
             if have:
                 try:
                     source.seek(have)
                 except io.UnsupportedOperation:  # the server does not support ranges: start again
                     file.truncate(0)
-                    self._append(url, file, 0, size, progress)
-                    return
+                    return self._append(url, file, hashlib.sha256(), 0, size, progress)
                 progress(have)
             left = size + 1 - have  # one byte more reveals a file that is too long, without fetching it all
             while left > 0 and (piece := source.read(min(_CHUNK_BYTES, left))):
                 with _disk(Path(file.name)):
                     file.write(piece)
+                digest.update(piece)
                 progress(len(piece))
                 left -= len(piece)
+        return digest
 
     def _read(self, where: str) -> bytes:
         if "://" not in where:
@@ -343,20 +374,30 @@ def _disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _fault(path: Path, wanted: WeightsFile) -> str | None:
-    """The fault of a file; None if it matches."""
+def _check_file(path: Path, wanted: WeightsFile, known: tuple[str, Figures] | None = None) -> Figures | str:
+    """The figures of a file that matches, or its fault. A file that is as `known` is not read."""
     try:
-        size = path.stat().st_size
+        file = path.open("rb")
     except FileNotFoundError:
         return "is missing"
-    if size != wanted.size:
-        more = " or more" if size > wanted.size else ""
-        return f"has {size}{more} bytes instead of {wanted.size}"
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wanted.sha256:
-        return f"has the SHA-256 {found} instead of {wanted.sha256}"
-    return None
+    with file:
+        status = os.fstat(file.fileno())
+        if fault := _fault_of(status.st_size, wanted):
+            return fault
+        if known == (wanted.sha256, figures(status)):
+            return figures(status)
+        return _fault_of_content(hashlib.file_digest(file, "sha256").hexdigest(), wanted) or figures(status)
+
+
+def _fault_of(size: int, wanted: WeightsFile) -> str | None:
+    if size == wanted.size:
+        return None
+    more = " or more" if size > wanted.size else ""
+    return f"has {size}{more} bytes instead of {wanted.size}"
+
+
+def _fault_of_content(sha256: str, wanted: WeightsFile) -> str | None:
+    return None if sha256 == wanted.sha256 else f"has the SHA-256 {sha256} instead of {wanted.sha256}"
 
 
 def _join(source: str, path: str) -> str:
