@@ -22,7 +22,6 @@ trace_context           the place in a trace that travels with requests and mess
 tracing                 spans of a part, for OpenTelemetry
 trace_export            how spans are recorded and exported; imported only while tracing is on
 trace_metrics           the metric of a part's tracing
-standard_streams        standard streams that the parent process may have closed
 """
 
 from inferq.schemas.batch import (

@@ -1,6 +1,7 @@
 """Engine processes: starting one, talking to it, and ending it.
 
 process        the worker's end of an engine process
+start          starts engine processes, the first one before the worker imports anything else
 runs           what a run calls, and how it ends without an answer
 group          a group of jobs that is computed in batches, as the worker sees it
 child          the engine process itself

@@ -42,7 +42,7 @@ from inferq.schemas import (
     TaskType,
     get_type,
 )
-from inferq.schemas.standard_streams import open_standard_streams
+from inferq.standard_streams import open_standard_streams
 
 _log = logging.getLogger(__name__)
 

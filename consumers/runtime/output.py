@@ -50,8 +50,9 @@ class EngineOutput:
     `dropped` is called with the number of lines that were not logged. Lines have the context of the task that runs.
     """
 
-    def __init__(self, dropped: Callable[[int], object]) -> None:
-        self._pipe, self.writer = os.pipe()
+    def __init__(self, dropped: Callable[[int], object], ends: tuple[int, int] | None = None) -> None:
+        """`ends`: the pipe of a process that has started already."""
+        self._pipe, self.writer = ends or os.pipe()
         os.set_blocking(self._pipe, False)
         self._dropped = dropped
         self._lock = threading.Lock()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +31,7 @@ from inferq.consumers.runtime.messages import (
     send,
 )
 from inferq.consumers.runtime.output import EngineOutput
-from inferq.consumers.runtime.process_tree import kill_engine, start_engine
+from inferq.consumers.runtime.process_tree import kill_engine
 from inferq.consumers.runtime.runs import (
     LOOK_SECONDS,
     SEND_SECONDS,
@@ -44,6 +42,7 @@ from inferq.consumers.runtime.runs import (
     RunAborted,
     RunHooks,
 )
+from inferq.consumers.runtime.start import start
 from inferq.schemas import EngineInfo, InstallationError, TransientFailure
 
 __all__ = [
@@ -122,19 +121,10 @@ class EngineProcess:
                 "driver or on a file system, and keeps its GPU memory; restart the machine",
                 code="engine_unkillable",
             )
-        near, far = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "inferq.consumers.runtime.child", self._type_name]
-        self._output = output = EngineOutput(self._lines_dropped)
-        try:
-            with far:
-                self._process = start_engine(
-                    [*command, str(far.fileno()), str(os.getpid())],
-                    pass_fds=[far.fileno()],
-                    output=output.writer,
-                )
-        finally:
-            output.start()
-        self._pipe = Channel(near)
+        started = start(self._type_name)
+        self._process, self._pipe = started.process, Channel(started.channel)
+        self._output = EngineOutput(self._lines_dropped, started.output)
+        self._output.start()
         self._memory.watch(self._process.pid)
 
     @property

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferq.broker import BrokerSettings
-from inferq.consumers.gpu_memory import require_room
-from inferq.consumers.worker.settings import WorkerSettings
-from inferq.schemas import InstallationError, InvalidTask, TaskType, get_type, tracing
-from inferq.schemas.logs import start_log
-from inferq.storage import StorageSettings
+from inferq.consumers.runtime.start import start_ahead
+
+if TYPE_CHECKING:
+    from inferq.schemas import TaskType
 
 app = typer.Typer()
 
@@ -35,11 +34,20 @@ def worker(
     ] = False,
 ) -> None:
     """Compute tasks of one or more types, until SIGTERM. SIGHUP loads the engines anew."""
+    names = list(dict.fromkeys(name.strip() for name in task_types.split(",")))
+    if not check and max_loaded is None and _loads_at_start():
+        for name in names:
+            start_ahead(name)  # it loads while this process imports all that follows
+    from inferq.broker import BrokerSettings
+    from inferq.consumers.gpu_memory import require_room
+    from inferq.consumers.worker.settings import WorkerSettings
     from inferq.consumers.worker.worker import Worker
+    from inferq.schemas import tracing
+    from inferq.schemas.logs import start_log
+    from inferq.storage import StorageSettings
 
     given = {"lanes": lanes, "slots": slots, "max_loaded": max_loaded}
     settings = WorkerSettings.load(**{name: value for name, value in given.items() if value is not None})
-    names = list(dict.fromkeys(name.strip() for name in task_types.split(",")))
     start_log("worker", task_type=",".join(names))
     types, broker, storage = (
         [_installed(name) for name in names],
@@ -68,8 +76,17 @@ def worker(
         running.run()
 
 
+def _loads_at_start() -> bool:
+    """Whether the environment lets all engines load at once. The settings themselves would take long to import."""
+    return os.environ.get("INFERQ_LOAD", "").strip() in ("", "eager") and not os.environ.get(
+        "INFERQ_MAX_LOADED"
+    )
+
+
 def _installed(task_type: str) -> TaskType:
     """The installed type of that name. Raises InstallationError."""
+    from inferq.schemas import InstallationError, InvalidTask, get_type
+
     try:
         return get_type(task_type)
     except InvalidTask as error:
@@ -79,6 +96,7 @@ def _installed(task_type: str) -> TaskType:
 def _check_engine(task_type: TaskType) -> None:
     """Import the engine, as its own process would, and ask for its GPU. Raises InstallationError."""
     from inferq.consumers.runtime.child import device_fault, engine_class
+    from inferq.schemas import InstallationError
 
     try:
         engine = engine_class(task_type)

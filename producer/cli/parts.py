@@ -7,8 +7,6 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 _GROUP = "inferq.commands"
@@ -113,6 +111,9 @@ class LazyGroup(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as typer's own, it prints
         """Print the commands by group, one line each, so that all of them fit on a screen."""
+        from rich.console import Console
+        from rich.table import Table
+
         listed = {name for group in HELP.values() for name in group}
         others = {name: first_sentence(self.commands[name]) for name in self.commands if name not in listed}
         table = Table.grid(padding=(0, 2), pad_edge=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +36,15 @@ class Variable:
 def variables(*, plugins: bool = True) -> list[Variable]:
     """Every variable of every part that is installed, in alphabetical order."""
     # Loading the commands and the types loads the settings that they and their engines read.
-    list(Parts().values())
+    parts = Parts()
+    modules = [part.module for part in parts.data.values()]
+    list(parts.values())
+    for (
+        module
+    ) in modules:  # a command may import its settings, in the module `settings` beside it, when it runs
+        settings_module = f"{module.rpartition('.')[0]}.settings"
+        if find_spec(settings_module) is not None:
+            import_module(settings_module)
     foreign = {t.settings for t in installed_types().values() if t.distribution != DISTRIBUTION}
     found: dict[str, Variable] = {}
     # Sorted by name, because the order of loading is arbitrary.

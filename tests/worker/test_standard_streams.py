@@ -9,7 +9,7 @@ import pytest
 
 _STREAMS = """
 import os, socket
-from inferq.schemas.standard_streams import open_standard_streams
+from inferq.standard_streams import open_standard_streams
 open_standard_streams()
 listener = socket.socket()
 print("lost"), os.write(1, b"lost"), os.write(2, b"lost"), os.read(0, 1)
