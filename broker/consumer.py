@@ -111,15 +111,10 @@ class Consumer(BrokerThread):
     def use_window(self, group: int, window: int) -> None:
         """Set how many deliveries a subscription brings, and how many may be in hand in all.
 
-        Only before `start`, or after `pause` and before the next call.
+        Only before the first call of `next` or `next_group`, or after `pause` and before the next call.
         """
         self._group, self._window = group, max(group, window)
-
-        def on_thread() -> None:
-            if self._channel is not None and self._channel.is_open:
-                self._channel.basic_qos(prefetch_count=self._group)  # for the subscriptions to come
-
-        self._perform(on_thread)
+        self._perform(self._set_prefetch)
 
     @property
     def idle_seconds(self) -> float | None:
@@ -309,11 +304,16 @@ class Consumer(BrokerThread):
         assert self._connection is not None  # noqa: S101
         self._epoch += 1
         self._forget()
-        channel.basic_qos(prefetch_count=self._group)
         channel.add_on_cancel_callback(self._cancelled)
         self._wire = PipelinedChannel(self._connection, channel)
+        self._set_prefetch()
         if self._wanted:
             self._subscribe_all()
+
+    def _set_prefetch(self) -> None:
+        """For the subscriptions that follow: pika would send it after them, if it waits for a reply."""
+        if self._wire is not None and self._wire.is_open:
+            self._wire.send([spec.Basic.Qos(prefetch_count=self._group)])
 
     def _lost(self) -> None:
         self._wire = None

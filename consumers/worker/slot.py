@@ -242,6 +242,9 @@ class _SlotThread(threading.Thread):
 
     def _serve(self) -> None:
         services = self._services
+        if not self._ahead:
+            self._consumer.start()  # it connects while the engine loads, and takes no task before `next_group`
+            _warm_up(services.task_type)
         if self._ahead:
             while self._supervisor.engine.info is None:  # how many tasks it computes together is not known
                 if services.stopping:
@@ -256,9 +259,7 @@ class _SlotThread(threading.Thread):
         services.wait_for_store()
         services.best_effort(services.status.warm_up)  # an unavailable Redis is waited for from here on
         if not self._ahead:
-            _warm_up(services.task_type)
             self._use_window()
-            self._consumer.start()
         while not services.stopping:
             if not self._supervisor.usable:
                 self._consumer.pause()

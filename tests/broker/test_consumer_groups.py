@@ -42,6 +42,18 @@ def test_a_group_is_what_waits_up_to_the_most_that_is_asked_for(
     assert waiting(settings) == 0
 
 
+def test_a_window_may_be_set_once_the_engine_says_its_batch_size(
+    submit: Callable[..., None], consume: Callable[..., Consumer]
+) -> None:
+    """A consumer connects while the engine loads."""
+    for n in range(3):
+        submit(f"t{n}")
+    consumer = consume(("normal",))
+    consumer.wait_connected(10)
+    consumer.use_window(3, 6)
+    assert names(consumer.next_group(10, most=3, wait=5)) == ["t0", "t1", "t2"]
+
+
 def test_lanes_come_in_order_and_a_group_is_of_one_lane(
     submit: Callable[..., None], consume: Callable[..., Consumer]
 ) -> None:

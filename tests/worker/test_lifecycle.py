@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -114,6 +115,12 @@ def test_sighup_swaps_the_engine_between_tasks_and_keeps_the_old_one_if_the_new_
     assert site.ended(site.publish({})).engine.version == "2"  # type: ignore[union-attr]
 
 
+def connections_to(amqp_url: str, pid: int) -> int:
+    """How many connections a process has to the broker."""
+    found = psutil.Process(pid).net_connections("tcp")
+    return sum(bool(one.raddr) and one.raddr.port == urlsplit(amqp_url).port for one in found)
+
+
 def test_a_worker_is_ready_only_after_its_warm_up_runs(site: Site, tmp_path: Path) -> None:
     noted, gate = tmp_path / "noted", tmp_path / "gate"
     worker = WorkerProcess(
@@ -127,6 +134,8 @@ def test_a_worker_is_ready_only_after_its_warm_up_runs(site: Site, tmp_path: Pat
     eventually(lambda: "the engine is loading" in worker.get("/readyz").text)
     assert site.state(task) is None
     assert noted.read_text().count("warm-up") == 1
+    # The publisher's connection, and the consumer's: it opens while the engine loads.
+    eventually(lambda: connections_to(site.broker.amqp_url, worker.process.pid) == 2)
     gate.touch()
     worker.wait_ready()
     assert site.ended(task).status == "succeeded"
