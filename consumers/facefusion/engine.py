@@ -46,8 +46,8 @@ class FacefusionEngine(Engine[FacefusionTask]):
 
     def load(self) -> EngineInfo:
         """Load the backend that INFERQ_FACEFUSION_BACKEND names."""
-        self._loaded = load_backend(self._settings)
-        self._decoder.start()
+        with self._decoder.starting():
+            self._loaded = load_backend(self._settings)
         return self._loaded.info
 
     def warm_up(self) -> None:

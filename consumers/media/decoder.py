@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -77,6 +78,16 @@ class Decoder:
                 env=environment,
             )
         self._pipe = Connection(near.detach())
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Start the server process, which imports what it needs during the block. A block that fails ends it."""
+        self.start()
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def open(
         self, path: Path, *, seconds: float = 3 * PAGE_SECONDS, check: Callable[[], None] = lambda: None

@@ -69,14 +69,19 @@ class OcrEngine(Engine[OcrTask]):
 
     def load(self) -> EngineInfo:
         """Load the library that INFERQ_OCR_BACKEND names onto the device that INFERQ_DEVICE names."""
-        self._loaded = load_backend(self._settings)
+        with self._decoder.starting():
+            self._loaded = load_backend(self._settings)
         self.batch_size = self._loaded.batch_size
-        self._decoder.start()
         return self._loaded.info
 
     def warm_up(self) -> None:
-        """Read a generated page: libraries choose kernels and allocate memory on their first page."""
-        self._backend.read([_sample_page()])
+        """Read a generated picture: libraries load code and allocate memory with the first one.
+
+        A GPU also chooses kernels for a size, so it gets a whole page. On a CPU, a page would delay the first task by
+        as long as a task takes, and save nothing that one line does not.
+        """
+        lines = 1 if self._backend.info.device == "cpu" else 12
+        self._backend.read([_sample_page(lines)])
 
     def batch_key(self, task: OcrTask) -> Hashable:
         """Pictures go together, whatever their options. A document may have many pages, so it goes alone."""
@@ -226,10 +231,10 @@ def load_backend(settings: OcrSettings) -> Backend:
     )
 
 
-def _sample_page() -> RgbPage:
-    picture = Image.new("RGB", (1240, 1000), "white")
+def _sample_page(lines: int) -> RgbPage:
+    picture = Image.new("RGB", (1240, 100 + 75 * lines), "white")
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(28)
-    for row in range(12):
+    for row in range(lines):
         pen.text((80, 60 + 75 * row), f"{row}: a line to warm up with, 0123456789", font=font, fill="black")
     return np.array(picture, np.uint8)
