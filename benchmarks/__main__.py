@@ -211,6 +211,25 @@ def _warmup(ground: Site, share: int, say: Say) -> None:
         say(f"| {name} | {first:,.1f} | {later:,.1f} | {statistics.median(ratios):.2f} | {max(ratios):.2f} |")
 
 
+def _from_zero(ground: Site, share: int, say: Say) -> None:
+    from benchmarks.starts import WORK, from_zero
+
+    say("## The first result from zero: from the start of a process, compared with the bare engine")
+    say("")
+    say(
+        "The bare engine is a new interpreter that loads it and computes one task. The worker's task waits in the"
+    )
+    say("queue; it connects, warms its engine up, and stores the result. Medians of starts that take turns.")
+    say("")
+    say("| | bare engine, s | worker, s | times the bare engine |")
+    say("| --- | ---: | ---: | ---: |")
+    for name in WORK:
+        found = from_zero(ground, name, rounds=5 if share == 1 else 1)
+        bare, worker = (statistics.median(seconds) for seconds in zip(*map(astuple, found), strict=True))
+        ratio = statistics.median(each.worker / each.bare for each in found)
+        say(f"| {name} | {bare:.2f} | {worker:.2f} | {ratio:.2f} |")
+
+
 def _feed(ground: Site, share: int, say: Say) -> None:
     from benchmarks.contestants import Celery
     from benchmarks.feed import feed
@@ -326,6 +345,7 @@ PARTS: dict[str, Callable[[Site, int, Say], None]] = {
     "latency": _latency,
     "ocr": _ocr,
     "ner": _ner,
+    "from-zero": _from_zero,
     "warmup": _warmup,
     "feed": _feed,
     "observe": _observe,

@@ -1,8 +1,10 @@
-"""The duration of the first task after a start, compared with later ones."""
+"""What a start costs: the first result from zero, and the first task of a ready worker compared with later ones."""
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -37,6 +39,40 @@ class Start:
 
     first: float
     later: float
+
+
+@dataclass(frozen=True)
+class FromZero:
+    """Seconds from the start of a process to its first answer: of the bare engine, and of a worker."""
+
+    bare: float
+    worker: float
+
+
+def from_zero(site: Site, type_name: str, *, rounds: int, **settings: str) -> Sequence[FromZero]:
+    """Start the bare engine and a worker in turn, `rounds` times. The worker's task waits in its queue already."""
+    work, results, found = WORK[type_name], site.results(), []
+    stored_inputs(site, [work])
+    publisher = Publisher(site.broker(), name="bench", topology=topology_for([type_name]))
+    publisher.start()
+    files = [f"{name}={path}" for name, path in work.files.items()]
+    for _ in range(rounds):
+        task_id = new_task_id()
+        task = task_of(type_name, task_id, work)
+        command = [sys.executable, "-P", "-m", "benchmarks.bare", task.model_dump_json(exclude_unset=True)]
+        began = time.monotonic()
+        subprocess.run([*command, *files], env=site.environment(), check=True, capture_output=True)
+        bare = time.monotonic() - began
+        publisher.publish(task_message(task)).result(20)
+        began = time.monotonic()
+        with site.inferq_worker(type_name, **settings):
+            while (result := results.load("default", task_id)) is None:
+                time.sleep(0.01)
+            found.append(FromZero(bare, time.monotonic() - began))
+        if result.status != "succeeded":
+            raise RuntimeError(f"{task_id}: {result.error}")
+    publisher.close()
+    return found
 
 
 def starts(site: Site, type_name: str, *, rounds: int, later: int) -> Sequence[Start]:

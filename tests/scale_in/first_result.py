@@ -71,7 +71,6 @@ def _environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(PLUGIN), str(ROOT)]),
         "FAULTY_LOAD_SECONDS": str(_LOAD_SECONDS),
-        "INFERQ_WARMUP": "0",
     }
 
 
