@@ -172,7 +172,7 @@ def _distance(ground: Site, share: int, say: Say) -> None:
 
     with far_away(ground) as far:
         near = dict(far) | {"INFERQ_AMQP_URL": ground.amqp_url, "INFERQ_S3_ENDPOINT_URL": far["NEAR_S3"]}
-        one, ahead = {"INFERQ_BATCH_SIZE": "1"}, {"INFERQ_BATCH_SIZE": "1", "INFERQ_TAKE_AHEAD": "true"}
+        one = {"INFERQ_BATCH_SIZE": "1"}
         say(f"## A worker {ROUND_TRIP_SECONDS * 1000:.0f} ms away from its broker and from S3")
         say("")
         say(
@@ -184,7 +184,8 @@ def _distance(ground: Site, share: int, say: Say) -> None:
         for name, place, settings in (
             ("near, one task at a time", near, one),
             ("far, one task at a time", far, one),
-            ("far, tasks taken ahead", far, ahead),
+            ("far, INFERQ_TAKE_AHEAD=1", far, one | {"INFERQ_TAKE_AHEAD": "1"}),
+            ("far, INFERQ_TAKE_AHEAD=2", far, one | {"INFERQ_TAKE_AHEAD": "2"}),
             ("far, batches of 32", far, {}),
         ):
             given = {**place, **settings}

@@ -17,8 +17,8 @@ _FIRST: tuple[Step, ...] = ("computing", "input", "task", "result")
 class EngineClock:
     """Counts the seconds in which a slot's engine is loaded, by what the engine does or waits for.
 
-    A slot has one thread or, after `join`, two. If they do different things, the first of `computing`, `input`, `task`,
-    `result` counts: with two, an upload keeps the engine waiting only while neither of them can bring it a task.
+    A slot has one thread, and one more after each `join`. If they do different things, the first of `computing`,
+    `input`, `task`, `result` counts: an upload keeps the engine waiting only while no other thread can bring a task.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -35,10 +35,13 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
     slots: int = Field(
         1, ge=1, le=64, description="Tasks that run at a time. Each slot has its own engine process."
     )
-    take_ahead: bool = Field(
-        False,
-        description="Whether a slot takes a second task while its engine computes the first, unless another "
-        "worker is idle. The slot then fetches inputs and stores results while the engine computes.",
+    take_ahead: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="How many tasks a slot takes while its engine computes another, unless another worker is idle. The "
+        "slot then fetches inputs and stores results while the engine computes. Over a slow network set 2. `true` is "
+        "1, `false` is 0. An engine that computes several tasks together takes at least one batch ahead.",
     )
     batch_size: int | None = Field(
         None,
@@ -149,6 +152,12 @@ class WorkerSettings(ProbeSettings, EngineProcessSettings):
     @classmethod
     def _as_kubernetes_writes_it(cls, value: Any) -> Any:
         return f"{value}B" if isinstance(value, str) and value.endswith("i") else value
+
+    @field_validator("take_ahead", mode="before")
+    @classmethod
+    def _as_number(cls, value: Any) -> Any:
+        words = {"true": 1, "yes": 1, "on": 1, "false": 0, "no": 0, "off": 0}
+        return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
     @field_validator("lanes", mode="before")
     @classmethod

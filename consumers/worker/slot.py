@@ -44,10 +44,10 @@ _STUCK_SECONDS = 30.0
 
 
 class Slot:
-    """One engine process, one consumer, and two threads that bring deliveries to their ends, each a group at a time.
+    """One engine process, one consumer, and threads that bring deliveries to their ends, each a group at a time.
 
-    The second thread works only if tasks are taken ahead: because the settings say so, or because the engine computes
-    several tasks together, so that a batch can form while another is computed.
+    All but the first thread work only if tasks are taken ahead: because the settings say so, or because the engine
+    computes several tasks together, so that a batch can form while another is computed.
     """
 
     def __init__(self, number: int, services: WorkerServices, broker: BrokerSettings) -> None:
@@ -68,11 +68,12 @@ class Slot:
             supervisor.close()
 
         # The threads end together, since the engine ends with the thread that started it.
-        finished = threading.Barrier(2, action=close)
+        ahead = [f"{name} ahead {n}" for n in range(1, max(settings.take_ahead, 1) + 1)]
+        finished = threading.Barrier(1 + len(ahead), action=close)
         receiving = threading.Lock()
         self._threads = [
             _SlotThread(each, services, consumer, receiving, lanes, supervisor, finished, ahead=each != name)
-            for each in (name, f"{name} ahead")
+            for each in (name, *ahead)
         ]
 
     @property
@@ -190,7 +191,7 @@ class Slot:
 class _SlotThread(threading.Thread):
     """A thread that takes deliveries and brings them to their ends: one at a time, or a group of them.
 
-    One thread receives at a time. While the other one has deliveries in hand, it asks with a lower consumer priority,
+    One thread receives at a time. While another one has deliveries in hand, it asks with a lower consumer priority,
     so that idle workers come first. A thread that is `ahead` asks only then. `works`: whether it takes any tasks.
     """
 
@@ -279,8 +280,8 @@ class _SlotThread(threading.Thread):
     def _use_window(self) -> None:
         """Have as many deliveries in hand as the engine computes together, and as many ahead."""
         self._group = size = self._supervisor.group_size
-        ahead = self._services.settings.take_ahead or size > 1
-        self._consumer.use_window(size, 2 * size if ahead else size)
+        ahead = max(self._services.settings.take_ahead, int(size > 1))
+        self._consumer.use_window(size, size * (1 + ahead))
 
     def _next_deliveries(self) -> list[Delivery]:
         supervisor = self._supervisor
