@@ -21,6 +21,8 @@ def begin_run(
     silence: float = 0.0,
     repeats: bool = True,
     trace_id: str | None = None,
+    work: str | None = None,
+    work_silence: float = 10.0,
 ) -> Begun:
     """Record that a run of the task begins."""
     return status.begin_pipelined(
@@ -34,4 +36,6 @@ def begin_run(
         silence=silence,
         repeats=repeats,
         trace_id=trace_id,
+        work=work,
+        work_silence=work_silence,
     )()

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from inferq.consumers.worker.decision import (
     Retry,
     Run,
     WaitForOtherRun,
+    WaitForSameWork,
     after_failure,
     before_run,
     id_conflict,
@@ -109,7 +109,10 @@ class Attempt:
             outcome = self.conclude(self.compute(fetched))
         if outcome is None and self.success is not None:
             result, output = self.success
-            kept = self._endings.record(result, output, engine_seconds=self.computation.engine_seconds)
+            kept = self._endings.record(
+                result, output,
+                engine_seconds=self.computation.engine_seconds, before_report=partial(self.keep_in_cache, result),
+            )  # fmt: skip
             outcome = self.recorded(result, kept)
         return outcome
 
@@ -122,7 +125,8 @@ class Attempt:
             self._release_engine()
         match verdict:
             case Run():
-                if not (self._engine_lease.held or failed_to_fetch(fetched) or preparation.await_engine()):
+                needs_engine = not (failed_to_fetch(fetched) or computation.cached)
+                if needs_engine and not (self._engine_lease.held or preparation.await_engine()):
                     return self.cancelled()
                 computation.require_message()  # another worker may have begun it
                 computation.running = True
@@ -148,6 +152,14 @@ class Attempt:
                 # First the copy, then the ack: the task never depends on the other run alone.
                 self._endings.publish(self._records.waiting(verdict, digest=self._digest))
                 return "duplicate"
+            case WaitForSameWork():
+                _log.debug(
+                    "%s: another task's run computes the same; looking for its result in %d s",
+                    self._records.name, verdict.seconds,
+                )  # fmt: skip
+                services.metrics.looked_up(task.task_type, "waited")
+                self._endings.publish(self._records.waiting(verdict, digest=self._digest))
+                return "waiting"
             case Cancel():
                 return self.cancelled()
             case Expire(error):
@@ -223,6 +235,18 @@ class Attempt:
         )
         return Success(result, done.output)
 
+    def keep_in_cache(self, result: Result, kept: Result) -> None:
+        """Put a success into the cache, before its end is reported: then others no longer wait for this run."""
+        cache, computation = self._services.cache, self.computation
+        if cache is None or computation.cache_key is None or computation.cached or kept is not result:
+            return
+        try:
+            cache.keep(result, computation.cache_key)
+        except Outage as error:  # a later task is computed, and that is all
+            _log.debug("%s: not put into the result cache: %s", self._records.name, error)
+        except Exception:
+            _log.exception("%s: not put into the result cache", self._records.name)
+
     def report(self, success: Success, kept: Result, group: CommandGroup) -> None:
         """Report a success by the record that is kept, without waiting: the status index is told by the `group`."""
         result, output = success
@@ -247,14 +271,11 @@ class Attempt:
         return "skipped"
 
     def _tidy_up(self, result: Result, kept: Result) -> None:
-        """Delete artifacts that no record names, and put the result into the cache."""
-        services, computation = self._services, self.computation
+        """Delete artifacts that no record names."""
+        services = self._services
         if kept is not result and result.artifacts:
             discard = partial(services.results.discard, result.tenant, result.task_id, run=self._token)
             services.retry_until_available("object store", discard)
-        if services.cache is not None and computation.cache_key and kept is result and not computation.cached:
-            with suppress(Outage):  # a later task is computed, and that is all
-                services.cache.keep(result, computation.cache_key)
         services.metrics.observe(result.task_type, result.timings)
 
     def _upload(self, name: str, file: FileRef) -> Artifact:
@@ -289,6 +310,9 @@ class Attempt:
             engine_died=engine_died,
         )
         self._report.count_failure(error.code)
+        if (work := self.computation.cache_key) is not None:
+            # What fails again and again must not hold up those that wait for it.
+            self._services.best_effort(partial(self._services.status.work_failed, self.task.tenant, work))
         match verdict:
             case Retry():
                 return self._retry(verdict)

@@ -18,11 +18,11 @@ from inferq.schemas.logs import fields
 _log = logging.getLogger(__name__)
 
 Outcome = Literal[
-    "succeeded", "failed", "cancelled", "skipped", "retried", "given_back", "deferred", "duplicate"
+    "succeeded", "failed", "cancelled", "skipped", "retried", "given_back", "deferred", "duplicate", "waiting"
 ]
 """How a delivery ended, as the metric `inferq_worker_tasks_total` says it. `given_back` is a requeue; `deferred`
 is a task that waits for a worker of another version; `duplicate` is a copy that waits while another run of its task is
-in progress."""
+in progress; `waiting` is a task that waits for another one's run, which computes the same."""
 
 
 class AttemptReport:

@@ -59,6 +59,8 @@ class Computation:
         self.running = False
         self.cache_key: str | None = None
         self.cached = False
+        self._found: Done | None = None
+        self._looked_up = False
         self.engine_seconds = 0.0
 
     def fetch(self) -> Inputs:
@@ -175,17 +177,37 @@ class Computation:
 
     def from_cache(self, inputs: dict[str, FileRef]) -> Done | None:
         """The answer of the result cache; None if it has none."""
+        if not self._looked_up and (self.cached or self._key(inputs) is not None):
+            self._looked_up = True
+            found = self.cached or self.find()
+            self._services.metrics.looked_up(self._task.task_type, "hit" if found else "miss")
+        return self._found
+
+    def find(self) -> bool:
+        """Whether the result cache has the answer now, by the `cache_key`."""
+        cache, key = self._services.cache, self.cache_key
+        if cache is None or key is None:
+            return False
+        find = partial(cache.find, self._task.tenant, key, Path(self._scratch))
+        self._found = self._services.retry_until_available("object store", find, self.checkpoint)
+        self.cached = self._found is not None
+        return self.cached
+
+    def work(self, fetched: Future[Inputs] | None) -> str | None:
+        """What the run is to compute, by the `cache_key`; None if the cache has answered it, or never can."""
+        if self.cached or (fetched is None and self._task.inputs()):
+            return None
+        return self._key({} if fetched is None else fetched.result().files)
+
+    @property
+    def may_be_cached(self) -> bool:
+        """Whether the result cache is on and may have the answer."""
+        return self._services.cache is not None and self._services.cache.may_have(self._task)
+
+    def _key(self, inputs: dict[str, FileRef]) -> str | None:
         cache, engine = self._services.cache, self._engine_lease.info
-        if cache is None or engine is None:
-            return None
-        self.cache_key = cache.key(self._task, inputs, engine)
-        if self.cache_key is None:
-            return None
-        find = partial(cache.find, self._task.tenant, self.cache_key, Path(self._scratch))
-        found = self._services.retry_until_available("object store", find, self.checkpoint)
-        self.cached = found is not None
-        self._services.metrics.looked_up(self._task.task_type, hit=self.cached)
-        return found
+        self.cache_key = None if cache is None or engine is None else cache.key(self._task, inputs, engine)
+        return self.cache_key
 
     def _compute(self, inputs: dict[str, FileRef]) -> Done | Failed:
         services = self._services
@@ -197,7 +219,7 @@ class Computation:
                     self._scratch,
                     inputs,
                     watch=RunHooks(self.progress, self.abort_reason),
-                    time_limit=self._time_limit,
+                    time_limit=self.time_limit,
                     abort_grace=services.settings.abort_grace,
                 )
         finally:
@@ -205,7 +227,7 @@ class Computation:
 
     def job(self, inputs: dict[str, FileRef]) -> Job:
         """The task for an engine process that computes it together with others."""
-        return Job(self._delivery.body.decode(), self._scratch, inputs, self._time_limit)
+        return Job(self._delivery.body.decode(), self._scratch, inputs, self.time_limit)
 
     def computed(self, seconds: float) -> None:
         """The engine computed for so long; in a batch, this is the task's share."""
@@ -213,7 +235,8 @@ class Computation:
         self._services.metrics.computed(self._task.tenant, self._task.task_type, seconds)
 
     @property
-    def _time_limit(self) -> float:
+    def time_limit(self) -> float:
+        """Seconds that the engine may compute."""
         return min(
             self._task.time_limit or self._services.task_type.time_limit,
             self._services.settings.max_time_limit,

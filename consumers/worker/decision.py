@@ -60,6 +60,13 @@ class WaitForOtherRun:
 
 
 @dataclass(frozen=True)
+class WaitForSameWork:
+    """A run of another task computes the same: look in `seconds` for its result, as the same attempt."""
+
+    seconds: int
+
+
+@dataclass(frozen=True)
 class Defer:
     """Put the same attempt off for `seconds`: a worker of another version may read the task."""
 
@@ -104,6 +111,11 @@ MAX_WAITS = 3
 
 Then it runs, because a purge of the queue may have deleted the later message."""
 
+SAME_WORK_PATIENCE = 1.0
+"""Seconds after the beginning of a run in which another task waits for it in its worker, without the engine.
+
+The shortest retry level is far longer than a small task takes. A slot waits at most this long for each such run."""
+
 _ENDS_WORKERS = (
     "it most likely ends its worker; find out why the workers ended (out of memory?), fix that, "
     "then redrive the task"
@@ -118,7 +130,8 @@ class Facts:
     `orphaned_runs`: how many runs of this attempt began in a row and neither ended nor were requeued, by the
     status index; None if it did not count this run. `deliveries`: how often the broker delivered this copy before.
     `other_run`: the lease of another run that is in progress, empty if there is none. `past`: a later attempt or
-    redrive is on record; `waits`: how often in a row this copy waited for that one.
+    redrive is on record; `waits`: how often in a row this copy waited for that one. `same_work`: for how many seconds
+    the run of another task has computed the same; None if none does.
     """
 
     task: Task
@@ -134,9 +147,12 @@ class Facts:
     other_run: str = ""
     past: bool = False
     waits: int = 0
+    same_work: float | None = None
 
 
-def before_run(facts: Facts) -> Run | AlreadyDone | WaitForOtherRun | Cancel | Expire | DeadLetter:
+def before_run(
+    facts: Facts,
+) -> Run | AlreadyDone | WaitForOtherRun | WaitForSameWork | Cancel | Expire | DeadLetter:
     """Whether to run a delivery, and if not, what else to do with it."""
     task = facts.task
     if task.task_type != facts.type_name:
@@ -173,6 +189,9 @@ def before_run(facts: Facts) -> Run | AlreadyDone | WaitForOtherRun | Cancel | E
                 f"the task expired at {task.expires_at.isoformat()} before it was started", code="expired"
             )
         )
+    if facts.same_work is not None:
+        # A long run is looked for less often: 1000 tasks may wait for it.
+        return WaitForSameWork(retry_level(1 if facts.same_work < retry_level(2) else 2))
     # This copy was delivered `deliveries` times; further runs are those of other copies, which may still run.
     lost = min(facts.orphaned_runs or 0, facts.deliveries)
     if lost >= MAX_ORPHANED_RUNS:

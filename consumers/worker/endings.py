@@ -61,15 +61,24 @@ class Endings:
         load = partial(self._services.results.load, tenant, task_id)
         return self._services.retry_until_available("object store", load, checkpoint)
 
-    def record(self, result: Result, output: bytes | None = None, *, engine_seconds: float = 0.0) -> Result:
+    def record(
+        self,
+        result: Result,
+        output: bytes | None = None,
+        *,
+        engine_seconds: float = 0.0,
+        before_report: Callable[[Result], None] | None = None,
+    ) -> Result:
         """Write how the task ended, once, and report what is kept: the first record wins.
 
         `output` is the output as JSON text, which the result leaves out. `engine_seconds` counts for the tenant's
-        usage if the result is the first one.
+        usage if the result is the first one. `before_report` is called with what is kept. It raises nothing.
         """
         with tracing.span("record"):
             save = partial(self._services.results.save, result, output)
             kept = self._services.retry_until_available("object store", save)
+            if before_report is not None:
+                before_report(kept)
             self.saved(result, kept, output, engine_seconds=engine_seconds)
             return kept
 

@@ -111,7 +111,7 @@ class WorkerMetrics:
             "_tasks",
             "inferq_worker_tasks",
             "Deliveries settled, by outcome: succeeded, failed, cancelled, retried, skipped, given_back, "
-            "deferred, duplicate.",
+            "deferred, duplicate, waiting.",
             ["task_type", "outcome", *track],
         )
         count(
@@ -130,7 +130,7 @@ class WorkerMetrics:
         count(
             "_cache_requests",
             "inferq_cache_requests",
-            "Tasks looked up in the result cache, by outcome: hit, miss.",
+            "Tasks looked up in the result cache, by outcome: hit, miss, waited.",
             ["task_type", "outcome"],
         )
         count(
@@ -289,9 +289,9 @@ class WorkerMetrics:
         """Count a dead letter that was sent."""
         self._dead_letters(task_type).inc()
 
-    def looked_up(self, task_type: str, *, hit: bool) -> None:
+    def looked_up(self, task_type: str, outcome: Literal["hit", "miss", "waited"]) -> None:
         """Count a task that was looked up in the result cache."""
-        self._cache_requests(task_type, "hit" if hit else "miss").inc()
+        self._cache_requests(task_type, outcome).inc()
 
     def computed(self, tenant: str, task_type: str, seconds: float) -> None:
         """Count the seconds that an engine computed for a tenant."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,9 +15,11 @@ from inferq.consumers.worker.computation import Computation
 from inferq.consumers.worker.decision import (
     LEASE_SECONDS,
     MAX_WAITS,
+    SAME_WORK_PATIENCE,
     TAKE_OVER_SECONDS,
     Facts,
     Run,
+    WaitForSameWork,
     before_run,
 )
 from inferq.consumers.worker.endings import Endings
@@ -26,12 +29,16 @@ from inferq.consumers.worker.services import WorkerServices
 from inferq.schemas import Task, tracing
 from inferq.storage import CommandGroup
 
+SAME_WORK_LOOK_SECONDS = 0.1
+"""How often the result cache is looked into while a run of another task computes the same."""
+
 
 class Preparation:
     """Prepares one run; `run` is its token.
 
     `started_at` is the time of the run's latest beginning. `has_task_lease` says whether the status index gave the
-    run the lease of its task.
+    run the lease of its task. `patience_ends`: until when (monotonic) a run of another task that computes the same is
+    waited for on the spot.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Preparation:
         self._begun = False
         self.started_at = started_at
         self.has_task_lease = False
+        self.patience_ends = float("-inf")
 
     def first_facts(self) -> Facts:
         """What the task and its delivery say."""
@@ -80,8 +88,10 @@ class Preparation:
         """
         services, task, delivery = self._services, self._task, self._delivery
         facts = self.first_facts()
-        # A download must not keep the engine from a task that is ready for it.
-        fetches_first = services.settings.take_ahead and bool(task.inputs())
+        # A download must not keep the engine from a task that is ready for it. The cache knows a task by its inputs.
+        fetches_first = bool(task.inputs()) and (
+            services.settings.take_ahead or self._computation.may_be_cached
+        )
         if not fetches_first and self._engine_lease.acquire(alone=delivery.redelivered):
             # The engine reads the task, and the store is asked, while Redis answers.
             facts, fetched = self._gather_and_fetch(facts, self._begin())
@@ -91,9 +101,11 @@ class Preparation:
             facts, fetched = self._gather_and_fetch(facts, _as_is)
             if isinstance(before_run(facts), Run) and not failed_to_fetch(fetched):
                 self.await_engine()
-            facts = self.begin(facts)()
+            facts = self.begin(facts, fetched)()
         if facts.other_run and delivery.redelivered and facts.ended is None:
             facts = self._watch_other_run(facts)
+        elif isinstance(before_run(facts), WaitForSameWork):
+            facts = self._await_same_work(facts, fetched)
         return facts, fetched
 
     def await_engine(self) -> bool:
@@ -113,13 +125,15 @@ class Preparation:
         if self._begun:
             self._computation.release_run()
 
-    def begin(self, facts: Facts, group: CommandGroup | None = None) -> Callable[[], Facts]:
+    def begin(
+        self, facts: Facts, fetched: Future[Inputs] | None, group: CommandGroup | None = None
+    ) -> Callable[[], Facts]:
         """The run begins now, with the facts that are known. Calling the result completes them by the index's reply.
 
         With a `group`, the request is sent with the group.
         """
         self.started_at = datetime.now(UTC)
-        with_record = self._begin(group)
+        with_record = self._begin(fetched, group)
 
         def completed() -> Facts:
             complete = with_record(replace(facts, now=self.started_at))
@@ -134,7 +148,9 @@ class Preparation:
         self.started_at = datetime.now(UTC)
         return self._begin()(replace(facts, now=self.started_at))
 
-    def _begin(self, group: CommandGroup | None = None) -> Callable[[Facts], Facts]:
+    def _begin(
+        self, fetched: Future[Inputs] | None = None, group: CommandGroup | None = None
+    ) -> Callable[[Facts], Facts]:
         """Record in the status index that a run begins. Returns a function that adds the index's reply."""
         services, task, delivery = self._services, self._task, self._delivery
         reply = None
@@ -155,6 +171,9 @@ class Preparation:
                     silence=TAKE_OVER_SECONDS if delivery.redelivered else LEASE_SECONDS,
                     repeats=delivery.waits >= MAX_WAITS,
                     trace_id=self._trace_id,
+                    work=None if failed_to_fetch(fetched) else self._computation.work(fetched),
+                    work_seconds=self._computation.time_limit + 60,
+                    work_silence=LEASE_SECONDS,
                     group=group,
                 )
             )
@@ -164,8 +183,10 @@ class Preparation:
         def with_record(facts: Facts) -> Facts:
             begun = services.call_or_skip(reply) if reply else None
             if begun is None:
-                return replace(facts, other_run="", past=False)
-            self.has_task_lease = not (begun.other_run or begun.past)
+                return replace(facts, other_run="", past=False, same_work=None)
+            self.has_task_lease = not (begun.other_run or begun.past or begun.same_work is not None)
+            if begun.same_work is not None:
+                self.patience_ends = time.monotonic() + SAME_WORK_PATIENCE - begun.same_work
             return replace(
                 facts,
                 recorded_digest=begun.digest,
@@ -173,6 +194,7 @@ class Preparation:
                 orphaned_runs=begun.orphaned_runs,
                 other_run=begun.other_run,
                 past=begun.past,
+                same_work=begun.same_work,
             )
 
         return with_record
@@ -189,6 +211,18 @@ class Preparation:
             facts = self._begin_now(facts)
         # It may have ended meanwhile.
         return replace(facts, ended=self._load_end())
+
+    def _await_same_work(self, facts: Facts, fetched: Future[Inputs] | None) -> Facts:
+        """Wait a moment for the answer of the run that computes the same, and begin with it.
+
+        The engine is free meanwhile. The run has not begun, so a cancel need not wait for it.
+        """
+        self._engine_lease.release()
+        while not self._computation.find():
+            if time.monotonic() >= self.patience_ends or self._services.stopping:
+                return facts
+            self._services.sleep(SAME_WORK_LOOK_SECONDS, self._computation.checkpoint)
+        return self.begin(facts, fetched)()
 
     def _gather_and_fetch(
         self, facts: Facts, with_record: Callable[[Facts], Facts]

@@ -17,7 +17,7 @@ from inferq.broker import (
     retry_message,
     waiting_message,
 )
-from inferq.consumers.worker.decision import Defer, Retry, WaitForOtherRun
+from inferq.consumers.worker.decision import Defer, Retry, WaitForOtherRun, WaitForSameWork
 from inferq.schemas import (
     Artifact,
     EngineInfo,
@@ -167,11 +167,11 @@ class Records:
             self.delivery, type_name=self.type_name, priority=self.lane, seconds=defer.seconds
         )
 
-    def waiting(self, wait: WaitForOtherRun, *, digest: str) -> Message:
-        """The same attempt, for a retry level: another run of the task is in progress, or due."""
+    def waiting(self, wait: WaitForOtherRun | WaitForSameWork, *, digest: str) -> Message:
+        """The same attempt, for a retry level: another run of the task, or of the same work, is in progress."""
         return waiting_message(
             self.delivery, type_name=self.type_name, priority=self.lane, seconds=wait.seconds, digest=digest,
-            waits=wait.waits,
+            waits=wait.waits if isinstance(wait, WaitForOtherRun) else 0,
         )  # fmt: skip
 
     def dead_letter(self, error: InferqError, *, digest: str | None = None) -> Message:

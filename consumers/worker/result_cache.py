@@ -63,9 +63,13 @@ class ResultCache:
         self._store = store
         self._results = results
 
+    def may_have(self, task: Task) -> bool:
+        """Whether the task's result can be reused."""
+        return not self._unpinned and self._task_type.cacheable(task)
+
     def key(self, task: Task, inputs: Mapping[str, FileRef], engine: EngineInfo) -> str | None:
         """The key of a task with its inputs fetched; None if its result cannot be reused."""
-        if self._unpinned or not self._task_type.cacheable(task):
+        if not self.may_have(task):
             return None
         contents = {name: [note.sha256, note.content_type] for name, note in inputs.items()}
         return result_key(task, contents, engine, self._settings, self._version)

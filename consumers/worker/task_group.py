@@ -2,7 +2,8 @@
 
 The story of `task_run`, told for a group: what costs a round trip, a flush or a call of the engine is done once for
 all. Each task still decides, fails, is cancelled and is recorded by itself. A task that began before and never ended is
-computed alone: it may end its worker, and neighbours must not be blamed for that.
+computed alone: it may end its worker, and neighbours must not be blamed for that. With the result
+cache, one of those that ask for the same is computed, and the others take its result.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from inferq.consumers.runtime.messages import Alone, Done, Failed, Job
 from inferq.consumers.runtime.runs import LOOK_SECONDS, AbortReason, BatchHooks, RunAborted
 from inferq.consumers.worker.attempt import Answer, Attempt, Success
 from inferq.consumers.worker.attempt_report import Outcome
-from inferq.consumers.worker.decision import Facts, Run, before_run
+from inferq.consumers.worker.decision import Facts, Run, WaitForSameWork, before_run
 from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
+from inferq.consumers.worker.preparation import SAME_WORK_LOOK_SECONDS
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import InvalidTask, Result, TransientFailure
@@ -34,13 +36,14 @@ _NO_INPUTS.set_result(Inputs({}, 0.0))
 
 @dataclass
 class _Member:
-    """A run of the group, and what is known of it so far."""
+    """A run of the group, and what is known of it so far. `follows`: another run computes the same."""
 
     run: TaskRun
     attempt: Attempt
     facts: Facts
     fetched: Future[Inputs] | None = None
     answer: Answer | Alone | None = None
+    follows: bool = False
 
 
 class TaskGroup:
@@ -76,6 +79,7 @@ class TaskGroup:
         self._lease.release()
         self._consumer.look_early()
         self._together(self._record)
+        self._together(self._follow)
         self._settle()
 
     def _together(self, step: Callable[[], None]) -> None:
@@ -178,22 +182,27 @@ class TaskGroup:
     def _begin(self) -> None:
         """Record that the runs begin, in one round trip, and end those that are not to be computed."""
         group = self._services.status.group()
-        begun = [(member, member.attempt.preparation.begin(member.facts, group)) for member in self._open]
+        begun = [
+            (member, member.attempt.preparation.begin(member.facts, member.fetched, group))
+            for member in self._open
+        ]
         self._services.best_effort(group.send)
         for member, reply in begun:
             member.run.take(partial(self._decide, member, reply))
 
     def _decide(self, member: _Member, reply: Callable[[], Facts]) -> Outcome | None:
         member.facts = reply()
+        member.follows = isinstance(before_run(member.facts), WaitForSameWork)
+        if member.follows:
+            return None  # its answer is due once the others are on record
         return member.attempt.decide(member.facts, member.fetched)
 
     # While the engine is theirs.
 
     def _compute(self) -> None:
         """Have the tasks computed together. What fails a whole batch is no task's fault: each runs alone then."""
-        members = self._open
+        members = [member for member in self._open if not member.follows]
         jobs: list[Job] = []
-        computing: list[_Member] = []
         for member in members:
             member.run.take(partial(self._give, member, jobs))
         computing = [member for member in members if member.run.outcome is None and member.answer is None]
@@ -297,6 +306,12 @@ class TaskGroup:
             return
         save = partial(self._services.results.save_many, [success for _, success in done])
         kept = self._services.retry_until_available("object store", save)
+        keeping = [
+            self._services.in_background(partial(member.attempt.keep_in_cache, success.result, record))
+            for (member, success), record in zip(done, kept, strict=True)
+            if record is success.result and member.attempt.computation.may_be_cached
+        ]
+        wait(keeping)
         group = self._services.status.group()
         for (member, success), record in zip(done, kept, strict=True):
             member.run.take(partial(self._report, member, success, record, group))
@@ -304,6 +319,36 @@ class TaskGroup:
         for (member, success), record in zip(done, kept, strict=True):
             if not isinstance(record, UnreadableResult):
                 member.run.take(partial(member.attempt.recorded, success.result, record))
+
+    def _follow(self) -> None:
+        """Answer the tasks whose work another run has done by now, of this group or elsewhere; the rest look later."""
+        followers = [member for member in self._open if member.follows]
+        while True:
+            waiting = [member for member in followers if not member.attempt.computation.cached]
+            wait([self._services.in_background(partial(self._look, member)) for member in waiting])
+            patient = [
+                member
+                for member in waiting
+                if member.run.outcome is None
+                and not member.attempt.computation.cached
+                and time.monotonic() < member.attempt.preparation.patience_ends
+            ]
+            if not patient or self._services.stopping:
+                break
+            self._services.sleep(SAME_WORK_LOOK_SECONDS)
+        for member in followers:
+            if not member.attempt.computation.cached:
+                member.run.take(partial(member.attempt.decide, member.facts, member.fetched))
+        self._begin()
+        for member in self._open:
+            member.run.take(partial(self._give, member, []))
+        self._record()
+
+    def _look(self, member: _Member) -> None:
+        def look() -> None:
+            member.attempt.computation.find()
+
+        member.run.take(look)
 
     def _conclude(self, member: _Member) -> None:
         answer = member.answer

@@ -8,6 +8,11 @@ def record_key(tenant: str, task_id: str) -> str:
     return f"inferq:t:{tenant}:{task_id}"
 
 
+def flight_key(tenant: str, work: str) -> str:
+    """The key that names the run that computes `work`."""
+    return f"inferq:flight:{tenant}:{work}"
+
+
 def batch_key(tenant: str, batch_id: str) -> str:
     """The key of a batch's hash."""
     return f"inferq:batch:{tenant}:{batch_id}"

@@ -12,11 +12,14 @@ from inferq.schemas import SCHEMA_VERSION, ErrorInfo, Event, Result, State, Task
 from inferq.schemas.encoding import clean, to_json
 from inferq.storage.status.command_group import CommandGroup
 from inferq.storage.status.fields import as_text, event_json, micros, place_of, task_fields
-from inferq.storage.status.keys import record_key
+from inferq.storage.status.keys import flight_key, record_key
 from inferq.storage.status.script_calls import ScriptCalls
 from inferq.storage.status.usage import spent_on
 
 _MAX_NOTE = 500
+
+FAILED_WORK_SECONDS = 60
+"""How long nobody waits for work that failed: each task computes it for itself."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Begun:
     each sign of life of that run. Empty: this run has begun.
 
     `past`: a later attempt or redrive of the task is on record, so that this run has not begun.
+
+    `same_work`: for how many seconds a run of another task has computed the same work, so that this one has not
+    begun; None if none does.
     """
 
     cancel_requested: bool
@@ -39,6 +45,7 @@ class Begun:
     orphaned_runs: int | None = None
     other_run: str = ""
     past: bool = False
+    same_work: float | None = None
 
 
 class Runs(ScriptCalls):
@@ -57,6 +64,9 @@ class Runs(ScriptCalls):
         silence: float = 0.0,
         repeats: bool = True,
         trace_id: str | None = None,
+        work: str | None = None,
+        work_seconds: float = 60.0,
+        work_silence: float = 0.0,
         group: CommandGroup | None = None,
     ) -> Callable[[], Begun]:
         """Record that a run begins. The request is sent, or added to `group`; calling the result waits for the reply.
@@ -65,6 +75,10 @@ class Runs(ScriptCalls):
         names the run: a repeated call counts it once. The run does not begin while another one holds the task's
         lease, unless that gave no sign of life for `silence` seconds. `cancel_requested` renews the lease.
         `repeats`: whether it begins although a later attempt is on record.
+
+        `work` names what the task asks for: its key in the result cache. The run does not begin either while the run of
+        another task of the tenant computes the same, unless that gave no sign of life for `work_silence` seconds. Else
+        others wait for this run until it ends or loses its lease, and `work_seconds` at most.
         """
         event = event_json(
             "task.started", task, "running",
@@ -84,12 +98,15 @@ class Runs(ScriptCalls):
                 run,
                 round(silence * 1000),
                 int(repeats),
+                work or "",
+                max(1, round(work_seconds)),
+                round(work_silence * 1000),
             ],
             group,
         )
 
         def begun() -> Begun:
-            recorded, cancel, state, lost, other_run, past = answer()
+            recorded, cancel, state, lost, other_run, past, same_work = answer()
             return Begun(
                 cancel_requested=bool(cancel),
                 digest=recorded or None,
@@ -97,6 +114,7 @@ class Runs(ScriptCalls):
                 orphaned_runs=None if lost < 0 else lost,
                 other_run=other_run,
                 past=bool(past),
+                same_work=None if same_work < 0 else same_work / 1000,
             )
 
         return begun
@@ -110,6 +128,10 @@ class Runs(ScriptCalls):
             [as_text(value) for value in record] == [digest, "queued"]
             for record, (_, _, digest) in zip(records, tasks, strict=True)
         ]
+
+    def work_failed(self, tenant: str, work: str) -> None:
+        """The work failed: for FAILED_WORK_SECONDS, whoever asks for it computes it and waits for nobody."""
+        self.write(lambda redis: redis.set(flight_key(tenant, work), "failed", ex=FAILED_WORK_SECONDS))
 
     def has_begun(self, tenant: str, task_id: str) -> bool:
         """Whether a run of the task began and neither ended nor was requeued: its worker may have died."""

@@ -20,6 +20,9 @@ it with its hash, unless the gateway submits the task only now.
 What tenants used (see inferq.storage.status.usage) is a hash for each UTC day under `inferq:usage:<day>`, with the
 fields `<tenant>:<type>:succeeded`, `:failed`, `:cancelled`, `:retried` (attempts), and `:us` (microseconds of engines).
 
+`inferq:flight:<tenant>:<key>` names the run that computes what the result cache will have under this key (see
+flight.lua).
+
 A task with a line in a batch has a hash only while it runs or waits for a retry. Otherwise the batch's bitmaps have
 its line as fed, succeeded, failed or cancelled (see inferq.storage.batches.scripts).
 """
@@ -36,6 +39,7 @@ BATCH_LINES = _HERE / "batch_lines"
 
 _RECORD = (_HERE / "head", BATCH_LINES, _HERE / "record")
 _LEASE = _HERE / "lease"
+_FLIGHT = _HERE / "flight"
 _TASK = _HERE / "task"
 _BY_WORKER = _HERE / "by_worker"
 _USAGE = _HERE / "usage"
@@ -44,7 +48,7 @@ SOURCES = {
     "submit": read_lua(*_RECORD, _TASK, _HERE / "submit"),
     "confirm": read_lua(*_RECORD, _TASK, _HERE / "confirm"),
     "forget": read_lua(*_RECORD, _HERE / "forget"),
-    "begin": read_lua(*_RECORD, _LEASE, _BY_WORKER, _TASK, _HERE / "begin"),
+    "begin": read_lua(*_RECORD, _LEASE, _FLIGHT, _BY_WORKER, _TASK, _HERE / "begin"),
     "released": read_lua(*_RECORD, _LEASE, _HERE / "released"),
     "progress": read_lua(*_RECORD, _HERE / "progress"),
     "retrying": read_lua(*_RECORD, _LEASE, _USAGE, _BY_WORKER, _TASK, _HERE / "retrying"),

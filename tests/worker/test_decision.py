@@ -25,6 +25,7 @@ from inferq.consumers.worker.decision import (
     Retry,
     Run,
     WaitForOtherRun,
+    WaitForSameWork,
     after_failure,
     after_unreadable,
     before_run,
@@ -157,6 +158,12 @@ def test_a_copy_of_an_earlier_attempt_waits_longer_and_longer_for_the_later_one(
     assert decide(task(), past=True, waits=2, other_run="1 run") == WaitForOtherRun(RETRY_LEVELS[0])
 
 
+def test_work_that_another_task_has_in_progress_is_waited_for_longer_once_it_takes_long() -> None:
+    waits = [decide(task(), same_work=seconds) for seconds in (0.0, 29.9, 30.0, 7200.0)]
+    assert waits == [WaitForSameWork(seconds) for seconds in (5, 5, 30, 30)]
+    assert decide(task(), same_work=1.0, other_run="1 run") == WaitForOtherRun(RETRY_LEVELS[0])
+
+
 def test_what_was_given_back_often_is_no_poison_where_the_runs_are_counted() -> None:
     own = task().digest()
     assert decide(task(), deliveries=1000, recorded_digest=own, orphaned_runs=0) == Run()
@@ -257,6 +264,7 @@ def facts(draw: st.DrawFn) -> Facts:
         other_run=draw(st.sampled_from(["", "", "1 run"])),
         past=draw(st.booleans()),
         waits=draw(st.integers(0, MAX_WAITS)),
+        same_work=draw(st.sampled_from([None, None, 0.5])),
     )
 
 
@@ -274,7 +282,9 @@ def is_poison(verdict: object) -> bool:
 def test_the_same_facts_lead_to_the_same_decision(known: Facts) -> None:
     first, second = before_run(known), before_run(known)
     assert type(first) is type(second)
-    assert isinstance(first, Run | AlreadyDone | WaitForOtherRun | Cancel | Expire | DeadLetter)
+    assert isinstance(
+        first, Run | AlreadyDone | WaitForOtherRun | WaitForSameWork | Cancel | Expire | DeadLetter
+    )
 
 
 @given(facts())
@@ -336,7 +346,7 @@ def test_nothing_runs_that_is_cancelled_expired_poison_or_in_the_wrong_place(kno
 def test_what_nothing_speaks_against_runs(known: Facts) -> None:
     clean = replace(
         known, type_name="echo", ended=None, recorded_digest=None, cancel_requested=False, orphaned_runs=0,
-        deliveries=0, task=task(), other_run="", past=False,
+        deliveries=0, task=task(), other_run="", past=False, same_work=None,
     )  # fmt: skip
     assert before_run(clean) == Run()
 
@@ -361,9 +371,9 @@ def test_more_lost_runs_or_deliveries_never_make_a_poison_task_run(
 def test_a_cancel_is_heeded_unless_the_task_has_ended_or_is_not_the_one_meant(known: Facts) -> None:
     asked = replace(known, cancel_requested=True)
     verdict = before_run(asked)
-    if isinstance(before_run(replace(known, cancel_requested=False)), Run | Expire) or is_poison(
-        before_run(replace(known, cancel_requested=False))
-    ):
+    if isinstance(
+        before_run(replace(known, cancel_requested=False)), Run | Expire | WaitForSameWork
+    ) or is_poison(before_run(replace(known, cancel_requested=False))):
         assert verdict == Cancel()
     else:
         assert isinstance(verdict, AlreadyDone | DeadLetter | WaitForOtherRun)
