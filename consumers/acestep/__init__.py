@@ -53,6 +53,11 @@ class AceStepOptions(Options):
     format: AudioFormat = Field(
         "wav", description="The audio format: `wav` or `flac` with 16 bits, or `mp3` in its highest quality."
     )
+    reuse: bool = Field(
+        False,
+        description="Whether a task without a seed may get the music of an equal task from the result cache. It "
+        "needs workers with `INFERQ_RESULT_CACHE`.",
+    )
 
 
 class AceStepTask(Task):
@@ -92,6 +97,11 @@ class AceStepOutput(BaseModel):
     ai: bool = Field(description="Whether an AI model made the music.")
 
 
+def _may_be_reused(task: Task) -> bool:
+    # Without a seed, each run draws one, so its output differs.
+    return isinstance(task, AceStepTask) and (task.seed is not None or task.options.reuse)
+
+
 task_type = TaskType(
     name="acestep",
     task=AceStepTask,
@@ -100,8 +110,7 @@ task_type = TaskType(
     arguments=("prompt",),
     # A GPU generates ten minutes of music in well under a minute. A CPU is too slow to be useful.
     time_limit=1800.0,
-    # Without a seed, each run draws one, so its output differs.
-    cacheable=lambda task: isinstance(task, AceStepTask) and task.seed is not None,
+    cacheable=_may_be_reused,
     summary="generates music from a description",
     settings=AceStepSettings,
 )

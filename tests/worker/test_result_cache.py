@@ -108,11 +108,13 @@ def test_what_a_folder_without_a_version_holds_is_not_cached(
     assert (cache.key(task, {}, ENGINE) is not None) == cached
 
 
-def test_only_a_seed_makes_music_the_same_again() -> None:
+def test_only_a_seed_makes_music_the_same_again_unless_its_owner_takes_any() -> None:
     music = {"task_id": "t", "task_type": "acestep", "prompt": "calm piano"}
     cacheable = get_type("acestep").cacheable
     assert not cacheable(parse_task(music))
     assert cacheable(parse_task({**music, "seed": 1}))
+    assert cacheable(parse_task({**music, "options": {"reuse": True}}))
+    assert not cacheable(parse_task({**music, "options": {"reuse": False}}))
     assert not get_type("echo").cacheable(parse_task({"task_id": "t", "task_type": "echo"}))
 
 
