@@ -108,6 +108,9 @@ class Batch(BaseModel):
         return f"{self.batch_id}.{line}"
 
 
+_CACHED = "How many of those that succeeded were answered by the result cache."
+
+
 class CountsNow(Record):
     """The number of lines of a batch in each state. A count is None while it is counted again.
 
@@ -121,6 +124,7 @@ class CountsNow(Record):
     failed: int | None = None
     cancelled: int | None = None
     invalid: int | None = None
+    cached: int | None = Field(None, description=_CACHED)
 
     @property
     def done(self) -> int | None:
@@ -138,6 +142,7 @@ class BatchCounts(CountsNow):
     failed: int = 0
     cancelled: int = 0
     invalid: int = 0
+    cached: int = Field(0, description=_CACHED)
 
     @property
     def ended(self) -> int:

@@ -53,7 +53,8 @@ _LineEnd = EndState | Literal["invalid"]
 
 @dataclass
 class _Tally:
-    """How many lines ended in each state, and how many failed or were invalid for each reason."""
+    """How many lines ended in each state or were answered by the result cache, and the reasons of those that failed or
+    were invalid."""
 
     total: int = 0
     pages: int | None = None
@@ -193,7 +194,7 @@ class Assembly:
         # A listing cannot find tasks with ids of their own; Redis may know them.
         standing = self._services.index.look(*self._name) if source.own_ids else None
         if standing is not None and standing.known:
-            for state in (*get_args(EndState), "invalid"):
+            for state in (*get_args(EndState), "invalid", "cached"):
                 tally.ends[state] = getattr(standing.counts, state)
             return
         prefix = f"{self._batch.batch_id}."
@@ -251,12 +252,13 @@ class Assembly:
         kept = result.model_dump(
             mode="json",
             exclude_defaults=True,
-            include={"artifacts", "attempts", "timings", "metadata", "finished_at"},
+            include={"artifacts", "attempts", "timings", "metadata", "finished_at", "cached"},
         )
         for artifact in kept.get("artifacts", ()):
             artifact["url"] = artifact_url(self._services.storage.api_url, result.task_id, artifact["name"])
         if result.status == "succeeded":
             tally.ends["succeeded"] += 1
+            tally.ends["cached"] += result.cached
             return {**about, "status": "succeeded", "output": result.output, **kept}, True
         error = result.error or ErrorInfo(code="unknown", message="", retryable=True)
         tally.add(result.status, error.code)

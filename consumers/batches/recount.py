@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from inferq.consumers.batches.services import BatchServices
 from inferq.consumers.batches.tasks import task_of
@@ -23,7 +23,7 @@ _PASSED_AT_ONCE = 50_000
 
 T = TypeVar("T")
 
-Ends = dict[EndState, list[int]]
+Ends = dict[EndState | Literal["cached"], list[int]]
 
 
 class Recount:
@@ -150,21 +150,25 @@ class Recount:
     def _look_up(self, ids: Iterable[tuple[int, str]]) -> Ends:
         """The lines that have ended, by state, from their results."""
 
-        def state(pair: tuple[int, str]) -> tuple[int, EndState | None]:
+        def state(pair: tuple[int, str]) -> tuple[int, EndState | None, bool]:
             line, task_id = pair
             try:
                 result = self._services.results.load(self._batch.tenant, task_id)
             except UnreadableResult:
-                return line, "failed"  # the worker dead-letters the task, too
+                return line, "failed", False  # the worker dead-letters the task, too
             if result is None:
-                return line, None
-            return line, result.status if belongs(result, self._batch, line) else "failed"
+                return line, None, False
+            if not belongs(result, self._batch, line):
+                return line, "failed", False
+            return line, result.status, result.cached
 
-        ends: Ends = {"succeeded": [], "failed": [], "cancelled": []}
+        ends: Ends = {"succeeded": [], "failed": [], "cancelled": [], "cached": []}
         with ThreadPoolExecutor(self._services.settings.batch_readers) as threads:
-            for line, end in threads.map(state, list(ids)):
+            for line, end, cached in threads.map(state, list(ids)):
                 if end is not None:
                     ends[end].append(line)
+                if cached:
+                    ends["cached"].append(line)
         return ends
 
     def _list(self, cursor: Cursor) -> None:
@@ -184,7 +188,11 @@ class Recount:
 
     def _mark(self, ends: Ends) -> None:
         for state, lines in ends.items():
-            if lines:
+            if not lines:
+                continue
+            if state == "cached":
+                self._services.index.mark(*self._name, state, lines)
+            else:
                 self._services.index.ends(*self._name, state, lines)
 
     @property

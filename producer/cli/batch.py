@@ -273,6 +273,8 @@ def _note(status: BatchStatus) -> str:
         parts.append(f"{counts.invalid} invalid")
     if counts.cancelled:
         parts.append(f"{counts.cancelled} cancelled")
+    if counts.cached:
+        parts.append(f"{counts.cached} from the cache")
     if status.rate is not None:
         parts.append(f"{status.rate:.1f}/s")
     if status.seconds_left is not None and not status.ended:
@@ -294,6 +296,8 @@ def _show(status: BatchStatus) -> None:
         ("cancelled", counts.cancelled),
         ("invalid", counts.invalid),
     ]
+    if counts.cached:
+        rows.append(("from the cache", counts.cached))
     if status.rate is not None:
         rows.append(("rate", f"{status.rate:.1f}/s"))
     if status.seconds_left is not None and not status.ended:

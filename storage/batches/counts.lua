@@ -1,6 +1,6 @@
 local function counts()
   local found = {}
-  for _, state in ipairs({'fed', 'succeeded', 'failed', 'cancelled', 'invalid'}) do
+  for _, state in ipairs({'fed', 'succeeded', 'failed', 'cancelled', 'invalid', 'cached'}) do
     found[#found + 1] = redis.call('BITCOUNT', bits(state, batch))
   end
   return found

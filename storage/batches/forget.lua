@@ -1,6 +1,6 @@
 local holder = redis.call('GET', lease)
 if holder and ARGV[6] ~= '' and holder ~= ARGV[6] then return -1 end
-for _, state in ipairs({'fed', 'succeeded', 'failed', 'cancelled', 'invalid'}) do
+for _, state in ipairs({'fed', 'succeeded', 'failed', 'cancelled', 'invalid', 'cached'}) do
   redis.call('DEL', bits(state, batch))
 end
 redis.call('HDEL', key, 'open', 'then', 'before')

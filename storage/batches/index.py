@@ -137,7 +137,7 @@ class BatchIndex:
                 raise IndexLost
             case [-1]:
                 raise LeaseLost
-        _, cancel, all_fed, succeeded, failed, cancelled, all_invalid = reply
+        _, cancel, all_fed, succeeded, failed, cancelled, all_invalid, _ = reply
         return Step(bool(cancel), all_fed, succeeded + failed + cancelled, all_invalid)
 
     def ends(self, tenant: str, batch_id: str, state: EndState, lines: Sequence[int]) -> None:
@@ -162,9 +162,9 @@ class BatchIndex:
             raise LeaseLost
 
     def mark(
-        self, tenant: str, batch_id: str, state: Literal["fed", "invalid"], lines: Iterable[int]
+        self, tenant: str, batch_id: str, state: Literal["fed", "invalid", "cached"], lines: Iterable[int]
     ) -> None:
-        """Mark lines before `open`."""
+        """Mark lines: before `open`, or as answered by the result cache."""
         self._run("mark", tenant, batch_id, [state, *_runs(lines)])
 
     def set_state(self, tenant: str, batch_id: str, state: BatchState, error: str | None = None) -> None:
@@ -189,7 +189,7 @@ class BatchIndex:
         if not record:
             return None
         fields = dict(zip(record[::2], record[1::2], strict=True))
-        running, fed, succeeded, failed, cancelled, invalid = numbers or [0] * 6
+        running, fed, succeeded, failed, cancelled, invalid, cached = numbers or [0] * 7
         ended = succeeded + failed + cancelled
         return Standing(
             known=bool(numbers),
@@ -208,6 +208,7 @@ class BatchIndex:
                 failed=failed,
                 cancelled=cancelled,
                 invalid=invalid,
+                cached=min(cached, succeeded),
             ),
             rate=_rate(fields.get("before") or fields.get("then"), ended),
             stall=_read_stall(fields.get("q"), fields.get("fa")),

@@ -8,7 +8,7 @@ A batch is a hash under `inferq:batch:<tenant>:<batch>`:
     chain slice the current feeding
     then before the two latest samples of `<microseconds> <ended>`, for the rate
 and a bitmap per state, `inferq:bits:<state>:<tenant>:<batch>` with the states fed, succeeded, failed,
-cancelled and invalid; a line's bit is its number minus one. `inferq:lease:<tenant>:<batch>` names its feeder.
+cancelled, invalid and cached; a line's bit is its number minus one. `inferq:lease:<tenant>:<batch>` names its feeder.
 """
 
 from __future__ import annotations

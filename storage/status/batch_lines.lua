@@ -5,7 +5,7 @@ local function bits(state, batch) return 'inferq:bits:' .. state .. ':' .. tenan
 
 local function keep_batch(batch)
   for _, key in ipairs({batch_key(batch), bits('fed', batch), bits('succeeded', batch), bits('failed', batch),
-      bits('cancelled', batch), bits('invalid', batch)}) do
+      bits('cancelled', batch), bits('invalid', batch), bits('cached', batch)}) do
     redis.call('EXPIRE', key, retention)
   end
 end

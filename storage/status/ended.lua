@@ -1,5 +1,6 @@
 local attempts, redrives, state, started, finished = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
 local worker, failure, event, call, day, micros = ARGV[15], ARGV[16], ARGV[17], ARGV[18], ARGV[19], ARGV[20]
+local cached = ARGV[21] == '1'
 local ends = state == 'succeeded' and SUCCEEDED + ENDED or order_of(redrives, MAX_ATTEMPT, ENDED)
 if known and redis.call('HGET', key, 'k') == call then return 1 end
 if conflict then return 0 end
@@ -14,6 +15,7 @@ if line ~= '' then
   end
   -- Ignore a line that the batch may not have: its feeder reads the object store.
   if tonumber(line) <= tonumber(redis.call('HGET', batch_key(batch), 'n') or 0) then
+    if cached then redis.call('SETBIT', bits('cached', batch), tonumber(line) - 1, 1) end
     if end_line(batch, line, state) == 0 then return 0 end
     keep_batch(batch)
   elseif not known then

@@ -251,4 +251,5 @@ class Runs(ScriptCalls):
             to_json(Event.of_result(result, output)),
             secrets.token_hex(6),
             *spent_on(result.finished_at, engine_seconds),
+            int(result.cached),
         ]

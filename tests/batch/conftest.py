@@ -100,7 +100,8 @@ class BatchSite:
 
 
 class QuickWorker(threading.Thread):
-    """Ends the tasks in the queue as a worker does, without an engine: what fails is said by the payload."""
+    """Ends the tasks in the queue as a worker does, without an engine. The payload says which ones fail (`fail`), and
+    which ones the result cache answers (`again`)."""
 
     def __init__(self, site: BatchSite) -> None:
         super().__init__(daemon=True)
@@ -146,6 +147,7 @@ class QuickWorker(threading.Thread):
                     task_id=task.task_id, task_type=task.task_type, tenant=task.tenant, status="succeeded",
                     output={"payload": payload}, attempts=1, batch_id=task.batch_id,
                     batch_line=task.batch_line, metadata=task.metadata, finished_at=now, digest=task.digest(),
+                    cached=payload == "again",
                 )  # fmt: skip
             kept = results.save(ended)
         if self.tells_redis:

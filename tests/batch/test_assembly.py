@@ -121,6 +121,19 @@ def test_a_batch_of_a_later_version_is_fed_by_what_this_one_knows(
     assert site.finish(batch).counts.succeeded == 3
 
 
+def test_the_lines_that_the_result_cache_answered_are_counted_and_marked(
+    site: BatchSite, worker: QuickWorker
+) -> None:
+    payload = b'{"payload": "%s"}\n'
+    batch = site.batch(b"".join(payload % word for word in (b"new", b"again", b"again", b"fail")))
+    summary = site.finish(batch)
+    assert (summary.counts.succeeded, summary.counts.failed, summary.counts.cached) == (3, 1, 2)
+    assert [line.get("cached") for line in site.output(batch)] == [None, True, True]
+    standing = site.services.index.look("default", batch.batch_id)
+    assert standing is not None
+    assert standing.counts.cached == 2
+
+
 @pytest.mark.parametrize(("task_id", "segment"), [("..", "%2E%2E"), ("scan:1", "scan:1")])
 def test_an_artifacts_url_in_the_output_is_safe_for_any_id(
     site: BatchSite, tmp_path: Path, task_id: str, segment: str

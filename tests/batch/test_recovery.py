@@ -146,17 +146,33 @@ def test_all_that_is_in_flight_is_looked_up_and_the_source_is_read_once_for_it(
         site.services.results.save(
             Result.failure(task, InvalidTask("no"), attempts=1, finished_at=datetime.now(UTC))
         )
+    repeated = parse_task(
+        {
+            "task_id": "own-452",
+            "task_type": "echo",
+            "payload": 452,
+            "batch_id": batch.batch_id,
+            "batch_line": 452,
+        }
+    )
+    site.services.results.save(
+        Result(
+            task_id="own-452", task_type="echo", tenant="default", status="succeeded", attempts=1, cached=True,
+            batch_id=batch.batch_id, batch_line=452, finished_at=datetime.now(UTC), digest=repeated.digest(),
+        )
+    )  # fmt: skip
     read, lines_of = [], site.services.sources.lines
     monkeypatch.setattr(site.services.sources, "lines", lambda *of: read.append(of) or lines_of(*of))
     recount = Recount(site.services, batch, source, lambda: None)
     recount.in_flight()
     standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
-    assert (standing.counts.failed, standing.counts.queued, len(read)) == (2, 498, 1)
+    assert (standing.counts.failed, standing.counts.queued, len(read)) == (2, 497, 1)
+    assert (standing.counts.succeeded, standing.counts.cached) == (1, 1)
     recount.cancel_in_flight()
     standing = site.services.index.look("default", batch.batch_id)
     assert standing is not None
-    assert (standing.counts.failed, standing.counts.cancelled, len(read)) == (2, 498, 2)
+    assert (standing.counts.failed, standing.counts.cancelled, len(read)) == (2, 497, 2)
 
 
 def test_an_id_that_another_task_has_ends_as_a_conflict(site: BatchSite, worker: QuickWorker) -> None:

@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
+from inferq.producer.cli import batch
 from inferq.producer.cli.output import duration_text, print_table
+from inferq.schemas import BatchCounts, BatchStatus
 
 
 def test_a_time_is_local_and_to_the_second(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +36,16 @@ def test_an_empty_table_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize("cached", [0, 3])
+def test_a_batch_says_how_many_of_its_lines_the_result_cache_answered(
+    capsys: pytest.CaptureFixture[str], cached: int
+) -> None:
+    status = BatchStatus(
+        batch_id="b", tenant="default", state="running", source="inferq:b.jsonl", created_at=datetime.now(UTC),
+        counts=BatchCounts(total=9, succeeded=5, cached=cached),
+    )  # fmt: skip
+    batch._show(status)
+    assert ("from the cache 3" in " ".join(capsys.readouterr().out.split())) == bool(cached)
+    assert ("3 from the cache" in batch._note(status)) == bool(cached)

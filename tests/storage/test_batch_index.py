@@ -57,13 +57,16 @@ def begin(status: StatusIndex, number: int, redrives: int = 0) -> bool:
     return begin_run(status, line(number), redrives=redrives, started_at=NOW).cancel_requested
 
 
-def end(status: StatusIndex, number: int, state: EndState, redrives: int = 0) -> None:
+def end(
+    status: StatusIndex, number: int, state: EndState, redrives: int = 0, *, cached: bool = False
+) -> None:
     task = line(number)
     error = None if state == "succeeded" else ErrorInfo(code="x", message="x", retryable=False)
     status.ended(
         Result(
             task_id=task.task_id, task_type="echo", tenant="default", status=state, attempts=1, error=error,
             batch_id="b:1", batch_line=number, finished_at=NOW, digest=task.digest(), redrives=redrives,
+            cached=cached,
         )
     )  # fmt: skip
 
@@ -111,6 +114,25 @@ def test_an_end_told_twice_counts_once_and_a_success_stands(status: StatusIndex,
     end(status, 1, "failed")
     end(status, 1, "cancelled")
     assert counts(index) == (2, 0, 1, 0, 0, 1)
+
+
+def test_lines_that_the_result_cache_answered_are_counted_once_until_they_are_counted_again(
+    status: StatusIndex, index: BatchIndex
+) -> None:
+    end(status, 1, "succeeded")
+    for _ in range(2):
+        end(status, 2, "succeeded", cached=True)
+    end(status, 1 << 31, "succeeded", cached=True)
+    standing = index.look(*B)
+    assert standing is not None
+    assert (standing.counts.succeeded, standing.counts.cached) == (2, 1)
+    index.forget(*B, high_water=6)
+    index.mark(*B, "fed", range(1, 4))
+    index.open(*B, token="t", line=6, offset=150, total=6, cancelled=False)
+    index.ends(*B, "succeeded", [1])
+    standing = index.look(*B)
+    assert standing is not None
+    assert (standing.counts.succeeded, standing.counts.cached) == (1, 0)
 
 
 def test_a_line_that_ends_before_it_is_marked_as_fed_counts(status: StatusIndex, index: BatchIndex) -> None:
