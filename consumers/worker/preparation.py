@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from inferq.broker import Delivery
-from inferq.consumers.runtime.process import LOOK_SECONDS
+from inferq.consumers.runtime.process import LOOK_SECONDS, RunAborted
 from inferq.consumers.worker.computation import Computation
 from inferq.consumers.worker.decision import (
     LEASE_SECONDS,
@@ -215,13 +215,18 @@ class Preparation:
     def _await_same_work(self, facts: Facts, fetched: Future[Inputs] | None) -> Facts:
         """Wait a moment for the answer of the run that computes the same, and begin with it.
 
-        The engine is free meanwhile. The run has not begun, so a cancel need not wait for it.
+        The engine is free meanwhile.
         """
         self._engine_lease.release()
-        while not self._computation.find():
-            if time.monotonic() >= self.patience_ends or self._services.stopping:
-                return facts
-            self._services.sleep(SAME_WORK_LOOK_SECONDS, self._computation.checkpoint)
+        try:
+            while not self._computation.find():
+                if time.monotonic() >= self.patience_ends or self._services.stopping:
+                    return facts
+                self._services.sleep(SAME_WORK_LOOK_SECONDS, self._computation.checkpoint)
+        except RunAborted as aborted:
+            if aborted.reason == "cancelled":
+                return replace(facts, cancel_requested=True)
+            raise
         return self.begin(facts, fetched)()
 
     def _gather_and_fetch(

@@ -472,7 +472,7 @@ _ONE_TYPE = Board(
             [
                 Query(
                     f'(sum(rate(inferq_cache_requests_total{{outcome="hit",{_TYPE}}}{_RATE})) or vector(0))'
-                    f" / sum(rate(inferq_cache_requests_total{{{_TYPE}}}{_RATE}))",
+                    f' / sum(rate(inferq_cache_requests_total{{outcome!="waited",{_TYPE}}}{_RATE}))',
                     "hits",
                 )
             ],

@@ -20,7 +20,7 @@ from inferq.consumers.worker import preparation
 from inferq.consumers.worker.decision import LEASE_SECONDS
 from inferq.consumers.worker.result_cache import ResultCache
 from inferq.consumers.worker.task_run import TaskRun
-from inferq.schemas import EngineInfo
+from inferq.schemas import EngineInfo, parse_task
 from inferq.schemas.types import always
 from inferq.storage import StorageSettings
 from inferq.storage.status.keys import record_key
@@ -168,6 +168,26 @@ def test_a_short_run_is_waited_for_on_the_spot(site: Site) -> None:
     first.join()
     assert (second.outcome, idle.alone, site.sent) == ("succeeded", [], [])
     assert site.cached(second)
+
+
+def test_a_task_that_waits_on_the_spot_can_be_cancelled(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "SAME_WORK_PATIENCE", 60.0)
+    waiting, idle = site.delivery("computed"), OneByOne(site)
+    task = parse_task(waiting.body)
+    site.services.status.submit(task)
+    others: list[TaskRun] = []
+
+    def compute() -> None:
+        threading.Timer(0.1, site.services.status.request_cancel, ("default", task.task_id)).start()
+        began = time.monotonic()
+        others.append(site.one(idle, waiting))
+        assert time.monotonic() - began < 1
+
+    assert site.one(OneByOne(site, compute)).outcome == "succeeded"
+    assert (others[0].outcome, idle.alone) == ("cancelled", [])
+    result = site.result(waiting)
+    assert result is not None
+    assert result.status == "cancelled"
 
 
 @pytest.mark.usefixtures("impatient")
