@@ -2,8 +2,8 @@
 
 The story of `task_run`, told for a group: what costs a round trip, a flush or a call of the engine is done once for
 all. Each task still decides, fails, is cancelled and is recorded by itself. A task that began before and never ended is
-computed alone: it may end its worker, and neighbours must not be blamed for that. With the result
-cache, one of those that ask for the same is computed, and the others take its result.
+computed alone: it may end its worker, and neighbours must not be blamed for that. With the result cache, one of those
+that ask for the same is computed, and the others take its result.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class _Member:
     facts: Facts
     fetched: Future[Inputs] | None = None
     answer: Answer | Alone | None = None
+    job: Job | None = None
     follows: bool = False
 
 
@@ -202,29 +203,35 @@ class TaskGroup:
     def _compute(self) -> None:
         """Have the tasks computed together. What fails a whole batch is no task's fault: each runs alone then."""
         members = [member for member in self._open if not member.follows]
-        jobs: list[Job] = []
-        for member in members:
-            member.run.take(partial(self._give, member, jobs))
+        if self._services.cache is None:
+            for member in members:
+                self._give(member)
+        else:
+            wait([self._services.in_background(partial(self._give, member)) for member in members])
         computing = [member for member in members if member.run.outcome is None and member.answer is None]
         if len(computing) == 1:
             self._compute_alone(computing[0])
         elif computing:
+            jobs = [member.job for member in computing if member.job is not None]
             self._compute_together(computing, jobs)
             for member in computing:
                 if member.run.outcome is None and isinstance(member.answer, Alone):
                     self._compute_alone(member)
 
-    def _give(self, member: _Member, jobs: list[Job]) -> None:
+    def _give(self, member: _Member) -> None:
         """Make the job of a task whose inputs are there, and that the cache cannot answer."""
-        attempt = member.attempt
-        try:
-            inputs = attempt.inputs(member.fetched)
-        except (InvalidTask, TransientFailure) as error:
-            member.answer = error
-            return
-        member.answer = attempt.computation.from_cache(inputs.files)
-        if member.answer is None:
-            jobs.append(attempt.computation.job(inputs.files))
+
+        def give(attempt: Attempt) -> None:
+            try:
+                inputs = attempt.inputs(member.fetched)
+            except (InvalidTask, TransientFailure) as error:
+                member.answer = error
+                return
+            member.answer = attempt.computation.from_cache(inputs.files)
+            if member.answer is None:
+                member.job = attempt.computation.job(inputs.files)
+
+        member.run.take_attempt(give)
 
     def _compute_together(self, members: Sequence[_Member], jobs: Sequence[Job]) -> None:
         hooks = BatchHooks(
@@ -323,14 +330,19 @@ class TaskGroup:
     def _follow(self) -> None:
         """Answer the tasks whose work another run has done by now, of this group or elsewhere; the rest look later."""
         followers = [member for member in self._open if member.follows]
+        if not followers:
+            return
         while True:
-            waiting = [member for member in followers if not member.attempt.computation.cached]
+            waiting = [
+                member
+                for member in followers
+                if member.run.outcome is None and not member.attempt.computation.cached
+            ]
             wait([self._services.in_background(partial(self._look, member)) for member in waiting])
             patient = [
                 member
                 for member in waiting
-                if member.run.outcome is None
-                and not member.attempt.computation.cached
+                if not member.attempt.computation.cached
                 and time.monotonic() < member.attempt.preparation.patience_ends
             ]
             if not patient or self._services.stopping:
@@ -341,7 +353,7 @@ class TaskGroup:
                 member.run.take(partial(member.attempt.decide, member.facts, member.fetched))
         self._begin()
         for member in self._open:
-            member.run.take(partial(self._give, member, []))
+            self._give(member)
         self._record()
 
     def _look(self, member: _Member) -> None:

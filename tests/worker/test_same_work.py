@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -48,9 +49,16 @@ class Site(Bench):
         self.services.cache = ResultCache(task_type, self.services.store, self.services.results)
 
     def one(self, engine: Engine, delivery: Delivery | None = None) -> TaskRun:
-        """Bring one delivery to its end."""
+        """Bring one delivery to its end, as another worker would."""
+        consumer = SimpleNamespace(
+            ack=lambda *_, **__: None, requeue=lambda _: None, holds=lambda _: True, look_early=lambda: None
+        )
         run = TaskRun(
-            self.services, cast(Any, self), cast(Any, engine), delivery or self.delivery("computed"), "normal"
+            self.services,
+            cast(Any, consumer),
+            cast(Any, engine),
+            delivery or self.delivery("computed"),
+            "normal",
         )
         run.complete()
         assert not engine.held
@@ -150,7 +158,8 @@ def test_a_result_is_in_the_cache_before_nobody_waits_for_its_run_any_more(
     assert entries == [1] * tasks
 
 
-def test_a_short_run_is_waited_for_on_the_spot(site: Site) -> None:
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_short_run_is_waited_for_on_the_spot(site: Site, tasks: int) -> None:
     computing, go_on = threading.Event(), threading.Event()
 
     def compute() -> None:
@@ -163,11 +172,30 @@ def test_a_short_run_is_waited_for_on_the_spot(site: Site) -> None:
     idle = OneByOne(site)
     threading.Timer(0.15, go_on.set).start()
     began = time.monotonic()
-    second = site.one(idle)
+    taken = [site.delivery("computed") for _ in range(tasks)]
+    later = [site.one(idle, taken[0])] if tasks == 1 else site.complete(taken, idle)
     assert time.monotonic() - began < 1
     first.join()
-    assert (second.outcome, idle.alone, site.sent) == ("succeeded", [], [])
-    assert site.cached(second)
+    assert (idle.alone, idle.batches, site.sent) == ([], [], [])
+    assert all(run.outcome == "succeeded" and site.cached(run) for run in later)
+
+
+def test_the_cache_is_asked_for_the_tasks_of_a_group_side_by_side(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = site.services.cache
+    assert cache is not None
+    find, both = cache.find, threading.Barrier(2)
+
+    def find_together(*arguments: Any) -> Done | None:
+        both.wait(5)
+        return find(*arguments)
+
+    monkeypatch.setattr(cache, "find", find_together)
+    engine = Engine(site.services)
+    runs = site.complete([site.delivery("computed"), site.delivery("fails")], engine)
+    assert [run.outcome for run in runs] == ["succeeded", "retried"]
+    assert engine.batches == [2]
 
 
 def test_a_task_that_waits_on_the_spot_can_be_cancelled(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
