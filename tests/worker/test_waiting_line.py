@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 
+from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
@@ -35,6 +36,17 @@ def test_a_place_that_steps_aside_keeps_its_turn() -> None:
         second.release()
         assert not third.acquire()
         assert first.acquire()
+
+
+def test_one_that_wants_to_be_alone_waits_until_the_others_have_finished() -> None:
+    line = WaitingLine()
+    with line.enter() as first, line.enter() as second, line.enter() as third:
+        assert first.acquire()
+        first.release()
+        assert not second.acquire(alone=True), "what the first one computed is not stored yet"
+        assert not third.acquire(), "it is not overtaken meanwhile"
+        first.finish()
+        assert second.acquire(alone=True)
 
 
 def test_the_line_is_held_first_by_those_who_maintain_it() -> None:
@@ -96,6 +108,7 @@ class Line(RuleBasedStateMachine):
         self.waiting: list[Place] = []
         self.order: list[Place] = []
         self.holder: Place | None = None
+        self.unfinished: set[Place] = set()
 
     @rule(target=places)
     def enter(self) -> Place:
@@ -106,18 +119,26 @@ class Line(RuleBasedStateMachine):
         self.waiting.append(place)
         return place
 
-    @rule(place=places)
-    def acquire(self, place: Place) -> None:
+    @rule(place=places, alone=st.booleans())
+    def acquire(self, place: Place, alone: bool) -> None:
         expected = self.holder is place
         if not expected:
             if place not in self.waiting:
                 self.waiting.append(place)
             first = next(p for p in self.order if p in self.waiting)
             expected = self.holder is None and first is place
-        assert place.acquire() == expected
+            if alone:
+                expected = expected and not self.unfinished - {place}
+        assert place.acquire(alone=alone) == expected
         if expected:
             self.holder = place
+            self.unfinished.add(place)
             self.waiting = [p for p in self.waiting if p is not place]
+
+    @rule(place=places)
+    def finish(self, place: Place) -> None:
+        place.finish()
+        self.unfinished.discard(place)
 
     @rule(place=places)
     def step_aside(self, place: Place) -> None:
@@ -135,6 +156,7 @@ class Line(RuleBasedStateMachine):
     def leave(self, place: Place) -> None:
         self.exits.pop(place).close()
         self.order.remove(place)
+        self.unfinished.discard(place)
         self.waiting = [p for p in self.waiting if p is not place]
         if self.holder is place:
             self.holder = None
