@@ -1,17 +1,17 @@
 """How messages travel: RabbitMQ's topology, connections, publishing and consuming.
 
-topology          exchanges and queues, and how they differ from the broker's
-connection        a connection on a thread of its own, which reconnects
-publisher         publishing with confirms
-consumer          consuming from the lanes of one task type, one delivery at a time or a group
-pipelined_channel a channel that sends each method at once
-messages          tasks, retries and dead letters as AMQP messages
-retry             the retry levels
-dead              listing, redriving and purging dead letters
-spans             the spans of messages, for tracing
-jobs, celery_app  light jobs: callbacks, batches, nightly runs
-errors            the errors of all these
-settings          the address of RabbitMQ, and time limits
+topology           exchanges and queues, and how they differ from the broker's
+connection         a connection on a thread of its own, which reconnects
+publisher          publishing with confirms
+consumer           consuming from the lanes of one task type, one delivery at a time or a group
+pipelined_channel  a channel that sends each method at once
+messages           tasks, retries and dead letters as AMQP messages
+retry              the retry levels
+dead               listing, redriving and purging dead letters
+spans              the spans of messages, for tracing
+jobs, celery_app   light jobs: callbacks, batches, nightly runs
+errors             the errors of all these
+settings           the address of RabbitMQ, and time limits
 """
 
 from inferq.broker.connection import connect

@@ -101,6 +101,7 @@ class Consumer(BrokerThread):
         self._looking = False  # at the counts of the higher lanes
         self._deciding = False  # whether a higher lane comes next: nothing is given out meanwhile
         self._looked_at = float("-inf")  # when an early look began whose answer no ack has used
+        self._urgent_at = float("-inf")
         self._urgent: set[str] = set()  # the lanes that held messages when `urgent_waits` last looked
         self._unsent = False
         self._idle_since: float | None = None
@@ -223,19 +224,21 @@ class Consumer(BrokerThread):
             self._perform(self._look_early)
 
     def urgent_waits(self, queue: str) -> bool:
-        """Whether a message waited in a lane above `queue` when this was last asked. It begins the next look."""
+        """Whether a message waits in a lane above `queue`, by a look a moment ago. It begins the next look."""
         above = self._lanes[: self._lanes.index(queue)]
         if not above:
             return False
 
         def counted(counts: list[int]) -> None:
             self._urgent = {name for name, count in zip(above, counts, strict=True) if count}
+            self._urgent_at = time.monotonic()
 
         def look() -> None:
             if self._wire is not None and self._wire.is_open:
                 self._wire.count(above, counted)
 
-        urgent = not self._urgent.isdisjoint(above)
+        new = time.monotonic() - self._urgent_at < _EARLY_SECONDS
+        urgent = new and not self._urgent.isdisjoint(above)
         self._perform(look)
         return urgent
 
@@ -304,6 +307,10 @@ class Consumer(BrokerThread):
         assert self._connection is not None  # noqa: S101
         self._epoch += 1
         self._forget()
+        with self._settled:
+            # What was settled before is void, also if the attempt to connect failed before it was looked at.
+            self._settling.clear()
+            self._settled.notify_all()
         channel.add_on_cancel_callback(self._cancelled)
         self._wire = PipelinedChannel(self._connection, channel)
         self._set_prefetch()

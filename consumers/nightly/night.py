@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from itertools import groupby, islice
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
@@ -165,10 +165,15 @@ def ended_between(
 ) -> Iterator[Ended]:
     """The tasks of a batch that ended after `after` and up to `until`, in constant memory.
 
+    All of them ended after the batch was created, also those that a store stamps a moment earlier: S3 cuts times to
+    seconds, and a file system to its own tick.
+
     `own_ids` are the task ids that the lines name. Every result is read. A redriven task that succeeded ended
     when it succeeded.
     """
     results = ResultStore(store)
+    if after <= batch.created_at:
+        after = datetime.min.replace(tzinfo=UTC)
 
     def last_of(records: Iterable[ObjectInfo]) -> str | None:
         """The key of a task's last record, if it was written in that time."""

@@ -160,10 +160,11 @@ class Computation:
             group=group,
         )
 
-    def release_run(self, *, keep_lease: bool = False) -> None:
+    def release_run(self, *, keep_lease: bool = False, keep_run: bool = False) -> None:
         """Say that this run is not orphaned, now that another worker may get the task.
 
-        Its lease ends, unless `keep_lease`: the run itself continues.
+        Its lease ends, unless `keep_lease`: the run itself continues. With `keep_run`, the task may have ended its
+        engine, and shares no batch from now on.
         """
         released = partial(
             self._services.status.released,
@@ -172,6 +173,7 @@ class Computation:
             redrives=self._delivery.redrives,
             run=self._run,
             keep_lease=keep_lease,
+            keep_run=keep_run,
         )
         self._services.best_effort(released)
 

@@ -44,6 +44,10 @@ class NotStarted(Exception):
     """The run has not started and will not start here; the message says why. Another worker may run the task."""
 
 
+class BatchEndedEngine(NotStarted):
+    """The engine ended while it computed the task together with others: any of them may be the cause."""
+
+
 class EngineSupervisor:
     """Owns a slot's engine process. One task holds it at a time; between tasks it is restarted or replaced.
 
@@ -97,16 +101,16 @@ class EngineSupervisor:
         own = self.engine.batch_size
         return self._batches.within(own if wanted is None else min(own, wanted))
 
-    def note_batches(self, sizes: Mapping[int, int], *, out_of_memory: bool) -> None:
-        """How many tasks were computed in batches of each size, and whether memory ran out for a batch."""
+    def note_batches(self, sizes: Mapping[int, int], *, exhausted: int = 0) -> None:
+        """How many tasks were computed in batches of each size, and for how many together memory ran out."""
         limit = self.group_size
         for size, tasks in sizes.items():
             self._batches.worked(size)
             self._services.metrics.batches(
                 self._services.task_type.name, size, math.ceil(tasks / size), limit
             )
-        if out_of_memory:
-            self._batches.shrink(limit)
+        if exhausted:
+            self._batches.shrink(min(limit, exhausted))
             _log.warning(
                 "%s: out of memory in a batch; at most %d tasks together now", self._name, self.group_size
             )
@@ -455,9 +459,9 @@ class EngineLease:
         """The most tasks that the engine computes together now."""
         return self._supervisor.group_size
 
-    def note_batches(self, sizes: Mapping[int, int], *, out_of_memory: bool) -> None:
-        """How many tasks were computed in batches of each size, and whether memory ran out for a batch."""
-        self._supervisor.note_batches(sizes, out_of_memory=out_of_memory)
+    def note_batches(self, sizes: Mapping[int, int], *, exhausted: int = 0) -> None:
+        """How many tasks were computed in batches of each size, and for how many together memory ran out."""
+        self._supervisor.note_batches(sizes, exhausted=exhausted)
 
     @contextmanager
     def computing(self, tasks: int = 1) -> Iterator[None]:

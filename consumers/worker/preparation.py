@@ -90,7 +90,9 @@ class Preparation:
         facts = self.first_facts()
         # A download must not keep the engine from a task that is ready for it. The cache knows a task by its inputs.
         fetches_first = bool(task.inputs()) and (
-            services.settings.take_ahead or self._computation.may_be_cached
+            services.settings.take_ahead
+            or self._engine_lease.group_size > 1
+            or self._computation.may_be_cached
         )
         if not fetches_first and self._engine_lease.acquire(alone=delivery.redelivered):
             # The engine reads the task, and the store is asked, while Redis answers.
@@ -120,10 +122,10 @@ class Preparation:
                 if self._computation.abort_reason() == "cancelled":
                     return False
 
-    def release_run(self) -> None:
-        """Say that the run is not orphaned, if it has begun."""
+    def release_run(self, *, keep_run: bool = False) -> None:
+        """Say that the run is not orphaned, if it has begun; `keep_run` as in `Computation.release_run`."""
         if self._begun:
-            self._computation.release_run()
+            self._computation.release_run(keep_run=keep_run)
 
     def begin(
         self, facts: Facts, fetched: Future[Inputs] | None, group: CommandGroup | None = None

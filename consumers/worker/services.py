@@ -38,6 +38,7 @@ STORE_LOOK_SECONDS = 60.0
 """How often an idle worker checks that the object store takes writes. Each check costs a few requests."""
 _BACKGROUND_CALLS = 16
 """How many inputs and artifacts a slot transfers side by side at most."""
+_ASIDE_CALLS = 4
 
 _IDLE_LOOK_SECONDS = 10.0
 """How often an idle worker checks that Redis accepts writes: no task tells it."""
@@ -74,11 +75,12 @@ class WorkerServices:
     _next_look: float = 0.0
     _next_store_look: float = 0.0
     _background: ThreadPoolExecutor = field(init=False)
+    _aside: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._background = ThreadPoolExecutor(
-            self.settings.slots * _BACKGROUND_CALLS, thread_name_prefix="background"
-        )
+        slots = self.settings.slots
+        self._background = ThreadPoolExecutor(slots * _BACKGROUND_CALLS, thread_name_prefix="background")
+        self._aside = ThreadPoolExecutor(slots * _ASIDE_CALLS, thread_name_prefix="aside")
         self.metrics.paused.labels(_REDIS).set_function(lambda: float(self.redis_patience_left > 0))
         self.metrics.without_redis.set_function(
             lambda: float(self.status.unavailable_for is not None and self.redis_patience_left == 0)
@@ -168,6 +170,10 @@ class WorkerServices:
     def in_background(self, call: Callable[[], T]) -> Future[T]:
         """Make a call on another thread, soon."""
         return self._background.submit(copy_context().run, call)
+
+    def aside(self, call: Callable[[], T]) -> Future[T]:
+        """The same for what must not wait until a download has ended."""
+        return self._aside.submit(copy_context().run, call)
 
     def best_effort(self, call: Callable[[], T]) -> T | None:
         """Make a call to the status index without waiting for Redis; None if it is unavailable."""

@@ -275,7 +275,8 @@ class _SlotThread(threading.Thread):
             else:
                 self._supervisor.look()
                 services.look_for_redis()
-                services.look_at_store(self._consumer.pause)
+                if not self._ahead:  # the other threads would go on taking tasks
+                    services.look_at_store(self._consumer.pause)
 
     def _use_window(self) -> None:
         """Have as many deliveries in hand as the engine computes together, and as many ahead."""
@@ -303,7 +304,7 @@ class _SlotThread(threading.Thread):
         with self._supervisor.lease() as lease:
             runs = self._take(lease, deliveries)
             self._services.hand_changed.set()
-            if len(runs) == 1:
+            if len(runs) == 1 and (lease.group_size == 1 or not lease.shared):
                 runs[0].complete()
             else:
                 TaskGroup(self._services, self._consumer, lease, runs, partial(self._more, lease)).complete()

@@ -8,6 +8,7 @@ that ask for the same is computed, and the others take its result.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +23,16 @@ from inferq.consumers.runtime.runs import LOOK_SECONDS, AbortReason, BatchHooks,
 from inferq.consumers.worker.attempt import Answer, Attempt, Success
 from inferq.consumers.worker.attempt_report import Outcome
 from inferq.consumers.worker.decision import Facts, Run, WaitForSameWork, before_run
-from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
+from inferq.consumers.worker.engine_supervisor import BatchEndedEngine, EngineLease, NotStarted
 from inferq.consumers.worker.inputs import Inputs
 from inferq.consumers.worker.preparation import SAME_WORK_LOOK_SECONDS
 from inferq.consumers.worker.services import WorkerServices
 from inferq.consumers.worker.task_run import TaskRun
 from inferq.schemas import InvalidTask, Result, TransientFailure
 from inferq.storage import CommandGroup, UnreadableResult
+
+_PATIENCE_SECONDS = 1.0
+"""How long a group waits for the engine before it leaves further tasks to other workers."""
 
 _NO_INPUTS: Future[Inputs] = Future()
 _NO_INPUTS.set_result(Inputs({}, 0.0))
@@ -69,6 +73,7 @@ class TaskGroup:
         self.runs = list(runs)
         self._members: list[_Member] = []
         self._next_look = time.monotonic() + LOOK_SECONDS
+        self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
         self._leaving: list[Future[None]] = []
 
     def complete(self) -> None:
@@ -132,6 +137,8 @@ class TaskGroup:
                 member.fetched = _NO_INPUTS
             elif member.run.outcome is None and isinstance(before_run(member.facts), Run):
                 wanting.append(member)
+        if wanting:
+            self._lease.step_aside()  # a download must not keep the engine from tasks that are ready for it
         for fetched in [self._services.in_background(partial(self._fetch, member)) for member in wanting]:
             fetched.result()
 
@@ -158,13 +165,18 @@ class TaskGroup:
         while self._open and not self._lease.acquire():
             if self._services.stopping:
                 raise NotStarted("the worker is stopping")
-            room = self._lease.group_size - len(self._open) if patience else 0
+            # A download of one that joins would keep the others waiting.
+            grows = patience and not any(member.attempt.task.inputs() for member in self._open)
+            room = self._lease.group_size - len(self._open) if grows else 0
             if room > 0:
                 joining = self._more(room)
                 self.runs += joining
                 self._admit(joining)
             if self._lease.acquire(patience if room > 0 else LOOK_SECONDS):
                 return
+            if room <= 0 and time.monotonic() >= self._patience_ends:
+                self._patience_ends = math.inf
+                self._consumer.pause()  # what has arrived for this slot would wait here, while other workers are idle
             if time.monotonic() >= self._next_look:
                 self._next_look = time.monotonic() + LOOK_SECONDS
                 members = self._open
@@ -214,9 +226,16 @@ class TaskGroup:
         elif computing:
             jobs = [member.job for member in computing if member.job is not None]
             self._compute_together(computing, jobs)
-            for member in computing:
-                if member.run.outcome is None and isinstance(member.answer, Alone):
-                    self._compute_alone(member)
+            self._compute_each([member for member in computing if isinstance(member.answer, Alone)])
+
+    def _compute_each(self, members: Sequence[_Member]) -> None:
+        """Compute tasks by themselves whose batch failed. What is known by then does not wait for them."""
+        for number, member in enumerate(members):
+            self._record()
+            waiting = members[number:]
+            for place, reason in self._aborts(waiting).items():
+                self._abort(waiting[place], RunAborted(reason))
+            self._compute_alone(member)
 
     def _give(self, member: _Member) -> None:
         """Make the job of a task whose inputs are there, and that the cache cannot answer."""
@@ -246,18 +265,20 @@ class TaskGroup:
             self._services.task_type.name, max(0.0, (datetime.now(UTC) - arrived).total_seconds())
         )
         with self._lease.computing(tasks=len(jobs)):
-            self._lease.engine.run_batch(
-                jobs,
-                watch=hooks,
-                abort_grace=self._services.settings.abort_grace,
-                most=self._lease.group_size,
-            )
-        wait(self._leaving)
+            try:
+                self._lease.engine.run_batch(
+                    jobs,
+                    watch=hooks,
+                    abort_grace=self._services.settings.abort_grace,
+                    most=self._lease.group_size,
+                )
+            finally:
+                wait(self._leaving)
         sizes = Counter(
             member.answer.batch_size for member in members if isinstance(member.answer, Done | Failed)
         )
-        exhausted = any(isinstance(m.answer, Alone) and m.answer.reason == "out_of_memory" for m in members)
-        self._lease.note_batches(sizes, out_of_memory=exhausted)
+        exhausted = sum(isinstance(m.answer, Alone) and m.answer.reason == "out_of_memory" for m in members)
+        self._lease.note_batches(sizes, exhausted=exhausted)
 
     def _ended(self, member: _Member, answer: Done | Failed | RunAborted | Alone) -> None:
         if isinstance(answer, Done | Failed):
@@ -265,14 +286,14 @@ class TaskGroup:
         member.answer = answer
         if isinstance(answer, RunAborted):
             # Its record does not wait for its neighbours, and they do not wait for its record.
-            self._leaving.append(self._services.in_background(partial(self._abort, member, answer)))
+            self._leaving.append(self._services.aside(partial(self._abort, member, answer)))
 
     def _compute_alone(self, member: _Member) -> None:
         """Compute a task by itself, or give it back if its batch ended the engine: it comes back as redelivered."""
 
         def compute() -> None:
             if not self._lease.usable:
-                raise NotStarted("the engine ended while it computed the task's batch")
+                raise BatchEndedEngine("the engine ended while it computed the task's batch")
             member.answer = member.attempt.compute(member.fetched)
 
         member.run.take(compute)
@@ -285,7 +306,7 @@ class TaskGroup:
         asked = {
             place: member.attempt.computation.ask_cancelled(group)
             for place, member in enumerate(members)
-            if member.run.outcome is None and member.answer is None
+            if member.run.outcome is None and (member.answer is None or isinstance(member.answer, Alone))
         }
         self._services.best_effort(group.send)
         reasons: dict[int, AbortReason] = {}
@@ -297,18 +318,31 @@ class TaskGroup:
     # After the engine is free.
 
     def _record(self) -> None:
-        """Put the successes on record together, and bring every other answer to its end."""
-        computed = self._open
-        uploading = [
-            member for member in computed if isinstance(member.answer, Done) and member.answer.artifacts
-        ]
-        rest = [member for member in computed if member not in uploading]
+        """Put the successes on record together, and bring every other answer to its end.
+
+        First what is ready: nobody's upload, retry or outage keeps the result of another.
+        """
+        done = [member for member in self._open if isinstance(member.answer, Done)]
+        uploading = [member for member in done if member.answer.artifacts]  # type: ignore[union-attr]
         uploads = [self._services.in_background(partial(self._conclude, member)) for member in uploading]
-        for member in rest:
-            self._conclude(member)
+        for member in done:
+            if member not in uploading:
+                self._conclude(member)
+        self._save([member for member in done if member not in uploading])
         for upload in uploads:
             upload.result()
-        done = [(m, m.attempt.success) for m in self._open if m.attempt.success is not None]
+        self._save(uploading)
+        for member in self._open:
+            if not isinstance(member.answer, Done):
+                self._conclude(member)
+
+    def _save(self, members: Sequence[_Member]) -> None:
+        """Write the results of these members side by side, and report them once all are durable."""
+        done = [
+            (member, member.attempt.success)
+            for member in members
+            if member.run.outcome is None and member.attempt.success is not None
+        ]
         if not done:
             return
         save = partial(self._services.results.save_many, [success for _, success in done])

@@ -31,7 +31,7 @@ from inferq.consumers.worker.decision import (
     after_unreadable,
 )
 from inferq.consumers.worker.endings import Endings
-from inferq.consumers.worker.engine_supervisor import EngineLease, NotStarted
+from inferq.consumers.worker.engine_supervisor import BatchEndedEngine, EngineLease, NotStarted
 from inferq.consumers.worker.preparation import Preparation
 from inferq.consumers.worker.records import Records
 from inferq.consumers.worker.refusal import (
@@ -97,6 +97,7 @@ class TaskRun:
         self.joined = False
         self.closed = False
         self._why = ""
+        self._may_end_engines = False
         self._report = AttemptReport(services, delivery)
         self.attempt: Attempt | None = None
 
@@ -139,6 +140,7 @@ class TaskRun:
         try:
             return self._try(step)
         except NotStarted as not_started:
+            self._may_end_engines = isinstance(not_started, BatchEndedEngine)
             return self._given_back(str(not_started))
         except (GracePassed, RunAborted):
             return self._given_back("the worker is stopping")
@@ -203,7 +205,8 @@ class TaskRun:
         if self.attempt is not None:
             self.attempt.computation.stop_renewing()
             if self.outcome == "given_back":
-                self._context.run(self.attempt.preparation.release_run)
+                release = partial(self.attempt.preparation.release_run, keep_run=self._may_end_engines)
+                self._context.run(release)
         return self.outcome
 
     def close(self, outcome: Outcome) -> None:

@@ -148,14 +148,22 @@ class Runs(ScriptCalls):
         return self.lease(tenant, task_id).partition(" ")[2]
 
     def released(
-        self, task: Task, *, attempt: int, redrives: int, run: str, keep_lease: bool = False
+        self,
+        task: Task,
+        *,
+        attempt: int,
+        redrives: int,
+        run: str,
+        keep_lease: bool = False,
+        keep_run: bool = False,
     ) -> None:
         """A run was requeued in good order: it and the runs before it are not orphaned, and its lease ends.
 
-        With `keep_lease`, only its message was lost, and the run continues. The orphaned runs stay unless `run` is the
-        latest one that began.
+        With `keep_lease`, only its message was lost, and the run continues. With `keep_run`, the run counts as one that
+        never ended: its engine died while it computed the task. The orphaned runs stay unless `run` is the latest one
+        that began.
         """
-        arguments = [attempt, redrives, run, int(keep_lease)]
+        arguments = [attempt, redrives, run, int(keep_lease), int(keep_run)]
         self._change("released", task.tenant, task.task_id, arguments)
 
     def progress(self, tenant: str, task_id: str, fraction: float, note: str | None) -> None:

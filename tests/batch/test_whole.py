@@ -37,6 +37,7 @@ def env(
     folder = tmp_path_factory.mktemp("batches")
     settings = {
         "INFERQ_STORE_FSYNC": "false",
+        "INFERQ_BATCH_SIZE": "1",  # so that a line waits in its queue while another is computed
         "INFERQ_CALLBACK_ALLOWED_NETWORKS": "127.0.0.0/8",
         "INFERQ_WEBHOOK_SECRETS_FILE": str(folder / "secrets.json"),
         "INFERQ_MAX_UPLOAD_BYTES": str(MAX_UPLOAD_BYTES),

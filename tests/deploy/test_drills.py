@@ -66,7 +66,7 @@ def test_rabbitmq_is_replaced_and_tasks_that_are_submitted_again_end_once(
     site: Site, gateway: Gateway, shared_rabbitmq: RabbitMQ
 ) -> None:
     assert {submit(gateway, task_id).status_code for task_id in TASKS} == {202}
-    worker = site.worker("echo")
+    worker = site.worker("echo", INFERQ_BATCH_SIZE="1")  # so that some are still queued when it stops
     eventually(lambda: end_of(site, gateway, TASKS[1]))
     assert worker.stop() == 0
     ended = {task_id: at for task_id in TASKS if (at := end_of(site, gateway, task_id))}

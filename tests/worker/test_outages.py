@@ -257,6 +257,8 @@ def test_a_task_that_is_cancelled_while_its_worker_waits_for_s3_is_stopped(
     site: Site, remote: RemoteStore, tmp_path: Path
 ) -> None:
     worker = site.worker(**remote.settings)
+    first = site.publish({})
+    eventually(lambda: remote.results.load("default", first))  # it consumes: it has seen that S3 takes writes
     remote.line.refuse()
     task_id = site.publish({"fault": "gate", "options": {"gate": str(tmp_path / "g")}})
     eventually(lambda: waits_for(worker, "object store"), what="a pause")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -104,7 +105,8 @@ class Pipeline:
     """In AceStepPipeline's place: keeps the number format."""
 
     is_turbo, sample_rate = True, 48000
-    vae = SimpleNamespace(enable_tiling=lambda: None)
+    vae = SimpleNamespace(enable_tiling=lambda: None, enable_slicing=lambda: None)
+    tokenizer, condition_encoder, transformer = (MagicMock() for _ in range(3))
     dtype: Any = None
 
     @classmethod

@@ -44,7 +44,7 @@ class Engine:
         self.usable = True
         self.batches: list[int] = []
         self.alone: list[str] = []
-        self.noted: list[tuple[Mapping[int, int], bool]] = []
+        self.noted: list[tuple[Mapping[int, int], int]] = []
         self._services = services
         self._fault = fault
         self._dies = dies
@@ -64,8 +64,8 @@ class Engine:
     def prepare(self, _task: str) -> None:
         return
 
-    def note_batches(self, sizes: Mapping[int, int], *, out_of_memory: bool) -> None:
-        self.noted.append((dict(sizes), out_of_memory))
+    def note_batches(self, sizes: Mapping[int, int], *, exhausted: int = 0) -> None:
+        self.noted.append((dict(sizes), exhausted))
 
     def run_batch(self, jobs: Sequence[Job], *, watch: BatchHooks, **_: object) -> None:
         assert self.held
@@ -138,6 +138,9 @@ class Bench:
         return self.deliveries[tag]
 
     # The consumer.
+
+    def pause(self) -> None:
+        self.paused = True
 
     def look_early(self) -> None:
         return
@@ -238,15 +241,19 @@ def test_what_ends_the_engine_of_a_batch_costs_none_of_its_tasks_an_attempt(
     runs = bench.complete([bench.delivery("computed") for _ in range(3)], engine)
     assert [run.outcome for run in runs] == ["given_back"] * 3
     assert bench.sent == []
-    assert engine.noted == [({}, reason == "out_of_memory")]
-    # They come back, and no run of theirs counts as orphaned: they were given back in good order.
+    assert engine.noted == [({}, 3 if reason == "out_of_memory" else 0)]
+    # They come back, and have no company: only one that ends the engine alone is charged.
     engine = Engine(bench.services)
     again = [
         bench.delivery("computed", json.loads(run.delivery.body)["task_id"], redelivered=True) for run in runs
     ]
     bench.acked, bench.requeued = [], []
-    bench.complete(again, engine)
-    assert engine.batches == [3]
+    again_runs = bench.complete(again, engine)
+    assert engine.batches == []
+    assert len(engine.alone) == 3
+    assert [run.outcome for run in again_runs] == ["succeeded"] * 3
+    results = [bench.result(delivery) for delivery in again]
+    assert [result.attempts for result in results if result is not None] == [1] * 3
 
 
 def test_only_the_task_that_ends_the_engine_alone_is_charged(bench: Bench) -> None:
@@ -268,6 +275,19 @@ def test_a_task_that_may_have_ended_a_worker_is_computed_without_company(bench: 
     assert [run.outcome for run in runs] == ["succeeded"] * 3
     assert engine.alone == [task.task_id]
     assert engine.batches == [2]
+
+
+def test_after_a_failed_batch_each_result_is_recorded_before_the_next_task_runs(bench: Bench) -> None:
+    deliveries = [bench.delivery("computed") for _ in range(3)]
+    recorded: list[int] = []
+
+    class OneByOne(Engine):
+        def run(self, task: str, *more: object, **options: object) -> Done | Failed:
+            recorded.append(sum(bench.result(delivery) is not None for delivery in deliveries))
+            return super().run(task, *more, **options)
+
+    bench.complete(deliveries, OneByOne(bench.services, "raised"))
+    assert recorded == [0, 1, 2]
 
 
 def test_tasks_that_arrive_join_while_the_group_waits_for_the_engine(bench: Bench) -> None:
