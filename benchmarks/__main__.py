@@ -189,8 +189,8 @@ def _distance(ground: Site, share: int, say: Say) -> None:
             ("far, batches of 32", far, {}),
         ):
             given = {**place, **settings}
-            empty = drain(ground, given, "clock", (640 if settings == {} else 120) // min(share, 2))
-            long = drain(ground, given, "echo", 200 // min(share, 2), delay=0.1)
+            empty = drain(ground, given, "clock", (640 if settings == {} else 60) // min(share, 2))
+            long = drain(ground, given, "echo", 100 // min(share, 2), delay=0.1)
             say(f"| {name} | {empty.rate:,.1f} | {long.busy:.3f} |")
 
 
