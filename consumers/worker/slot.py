@@ -330,9 +330,10 @@ class _SlotThread(threading.Thread):
             TaskRun(self._services, self._consumer, lease, delivery, self._lane_of[delivery.queue])
             for delivery in deliveries
         ]
+        self.in_hand += runs
         for run in runs:
             self.taken[run.lane] += 1
-        self.in_hand += runs
+            run.take(run.read)  # so that a heartbeat names the task
         return runs
 
 

@@ -108,7 +108,8 @@ class TaskGroup:
         """Read the messages, look for earlier results, and fetch the inputs side by side."""
         admitted = []
         for run in runs:
-            run.take(run.read)
+            if run.attempt is None:
+                run.take(run.read)
             if run.may_end_workers:
                 run.complete()
                 continue

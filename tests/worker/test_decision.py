@@ -390,7 +390,9 @@ def test_a_copy_waits_for_a_run_in_progress_unless_the_task_has_ended_or_is_anot
 
 @given(facts(), st.integers(5, 9))
 def test_a_redrive_gives_a_failed_task_another_chance(known: Facts, redrives: int) -> None:
-    redriven = replace(known, redrives=redrives, orphaned_runs=0, deliveries=0, other_run="", past=False)
+    redriven = replace(
+        known, redrives=redrives, orphaned_runs=0, deliveries=0, other_run="", past=False, same_work=None
+    )
     if owned(known) and known.ended is not None and known.ended.status != "succeeded":
         assert isinstance(before_run(redriven), Run | Cancel | Expire)
 
