@@ -55,6 +55,12 @@ def kill_workers(site: Site) -> None:
             site.kill(site.callbacks, "callbacks")
 
 
+def kill_workers_often(site: Site) -> None:
+    """No engine is killed here: whoever is charged with an attempt has to have failed by itself."""
+    for _ in site.moments(every=1.0):
+        site.kill(site.random.choice(site.workers), "worker")
+
+
 def kill_engines(site: Site) -> None:
     for _ in site.moments(every=1.0):
         _kill_engine(site)
@@ -433,12 +439,12 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "batches",
-        "tasks computed in batches of up to 8, some of which fail, are invalid or crash the engine; `kill -9` of "
-        "workers and of engine processes",
-        kill_workers_and_engines,
+        "tasks computed in batches of up to 8, some of which fail, are invalid or crash the engine; results in S3; "
+        "`kill -9` of workers every second",
+        kill_workers_often,
         _load(900, 36, busy=3.0, transient=20, invalid=20, crash=8, poison=3),
-        _load(200, 8, busy=3.0, transient=8, invalid=8, crash=2),
-        Needs(callbacks=True, batch_size=8),
+        _load(240, 12, busy=3.0, transient=8, invalid=8, crash=6),
+        Needs(store="s3", batch_size=8),
     ),
     Scenario(
         "taken-ahead",
