@@ -43,6 +43,9 @@ _LOW_PRIORITY = LEAST_PRIORITY - 1
 _SETTLE_SECONDS = 0.02
 """Seconds to wait for the next delivery of the same lane before subscribing to the others."""
 
+_LOW_SECONDS = 0.25
+"""How long after its last delivery a consumer with the low priority keeps it."""
+
 _EARLY_SECONDS = 1.0
 """How old the answer of an early look may be when the ack uses it."""
 
@@ -103,6 +106,7 @@ class Consumer(BrokerThread):
         self._looked_at = float("-inf")  # when an early look began whose answer no ack has used
         self._urgent_at = float("-inf")
         self._urgent: set[str] = set()  # the lanes that held messages when `urgent_waits` last looked
+        self._taken_at = float("-inf")
         self._unsent = False
         self._idle_since: float | None = None
         self._stopped = threading.Event()
@@ -174,7 +178,7 @@ class Consumer(BrokerThread):
         self, deliveries: Sequence[Delivery], *, more: bool = True, low_priority: bool = False
     ) -> None:
         """Acknowledge all of them, with one look at the higher lanes. They may be a part of a group."""
-        self._low_priority = low_priority or self._always_low_priority
+        self._low_priority = low_priority or self._stays_low
         self._wanted = self._accepting = more and not self._stopped.is_set()
         settling = self._begin_settling()
 
@@ -265,7 +269,7 @@ class Consumer(BrokerThread):
 
         After an ack nothing is given out before the look at the higher lanes has ended: one of them may come first.
         """
-        self._low_priority = low_priority or self._always_low_priority
+        self._low_priority = low_priority or self._stays_low
         as_wanted = self._wanted and self._subscribed_low_priority == self._low_priority
         if self._window > 1 and self._unsettled:
             as_wanted = False  # it may be time for another lane
@@ -282,6 +286,12 @@ class Consumer(BrokerThread):
             self._unsent = False
             self._turn(limit=0)  # send the cancels of the other lanes before the task runs
         return True
+
+    @property
+    def _stays_low(self) -> bool:
+        """Whether to go on with the low priority: a change subscribes anew, too much for each of many short tasks."""
+        recently = time.monotonic() - self._taken_at < _LOW_SECONDS
+        return self._always_low_priority or (self._subscribed_low_priority and recently)
 
     def _begin_settling(self) -> object:
         settling = object()
@@ -487,6 +497,7 @@ class Consumer(BrokerThread):
         """Put a delivery into the inbox. The first one of its lane cancels the subscriptions of the others."""
         self._unsettled[delivery.tag] = lane
         self._inbox.append(delivery)
+        self._taken_at = time.monotonic()
         if self._on_the_way > 0 and lane == self._lane:
             self._on_the_way -= 1
         else:
