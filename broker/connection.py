@@ -191,10 +191,11 @@ class BrokerThread:
         self._take_back()
         return True
 
-    def _borrow(self, timeout: float) -> bool:
+    def _borrow(self, timeout: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Borrow the loop for one `_turn`. Returns False if it stayed unavailable for `timeout` seconds.
 
-        Only one thread may borrow at a time.
+        Only one thread may borrow at a time. It gives up early once `until` holds: another thread has turned the loop.
+        Who makes it hold calls `_notice`.
         """
         me = threading.get_ident()
         with self._loan:
@@ -206,13 +207,18 @@ class BrokerThread:
                 loop = self._loop
                 if loop is not None and self._ready.is_set():
                     loop.add_callback_threadsafe(_nothing)
-                self._loan.wait_for(lambda: self._lent == me, timeout)
+                self._loan.wait_for(lambda: self._lent == me or until(), timeout)
                 if self._asked == me:
                     self._asked = 0
             if self._lent != me:
                 return False
             self._turning = True
             return True
+
+    def _notice(self) -> None:
+        """Wake a thread that waits in `_borrow`, so that it looks at its condition."""
+        with self._loan:
+            self._loan.notify_all()
 
     def _borrow_again(self) -> bool:
         """Borrow the loop for one `_turn` if it is still lent to this thread."""

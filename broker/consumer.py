@@ -276,16 +276,20 @@ class Consumer(BrokerThread):
         if not self._inbox and not as_wanted and not self._stopped.is_set():
             self._wanted = self._accepting = True
             self._perform(self._subscribe_soon)
-        while self._settling or self._deciding or not self._inbox:
+        while not self._may_give:
             left = end - time.monotonic()
             if left <= 0:
                 return False
-            if self._borrow(left):
+            if self._borrow(left, lambda: self._may_give):
                 self._turn(limit=left)
         if self._unsent and self._borrow_again():
             self._unsent = False
             self._turn(limit=0)  # send the cancels of the other lanes before the task runs
         return True
+
+    @property
+    def _may_give(self) -> bool:
+        return bool(self._inbox) and not self._settling and not self._deciding
 
     @property
     def _stays_low(self) -> bool:
@@ -303,6 +307,7 @@ class Consumer(BrokerThread):
         with self._settled:
             self._settling.discard(settling)
             self._settled.notify_all()
+        self._notice()
 
     def _perform(self, function: Callable[[], None]) -> bool:
         """Run `function` here if this thread has borrowed the loop, else on the connection's thread."""
@@ -498,6 +503,7 @@ class Consumer(BrokerThread):
         self._unsettled[delivery.tag] = lane
         self._inbox.append(delivery)
         self._taken_at = time.monotonic()
+        self._notice()
         if self._on_the_way > 0 and lane == self._lane:
             self._on_the_way -= 1
         else:
@@ -620,6 +626,7 @@ class Consumer(BrokerThread):
         )
         if above is None:
             self._deciding = False
+            self._notice()
             self._go_on()
             return
         name, epoch = names[above], self._epoch
@@ -627,6 +634,7 @@ class Consumer(BrokerThread):
 
         def got(method: spec.Basic.GetOk, properties: pika.BasicProperties, body: bytes) -> None:
             self._deciding = False
+            self._notice()
             if not self._accepting:
                 self._nack(wire, [_tag(method)])
                 return

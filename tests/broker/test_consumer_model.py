@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from pika import amqp_object, spec
 from pika.channel import Channel
 
 from inferq.broker import BrokerSettings, Consumer, Delivery
+from inferq.broker.consumer import delivery_from
 from inferq.broker.pipelined_channel import OnGet, OnMessage, PipelinedChannel
 
 LANES = ("high", "normal", "low")
@@ -362,3 +364,13 @@ class ConsumerMachine(RuleBasedStateMachine):
 
 TestConsumer = ConsumerMachine.TestCase
 TestConsumer.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_thread_that_waits_for_the_loop_is_woken_by_what_another_one_received() -> None:
+    consumer = Consumer(BrokerSettings(), LANES, name="test", group=2)
+    waiting = threading.Thread(target=lambda: consumer._borrow(60, lambda: consumer._may_give))
+    waiting.start()
+    method = spec.Basic.Deliver("1", 1)
+    consumer._take(0, delivery_from("high", 0, method, pika.BasicProperties(), b""))
+    waiting.join(30)
+    assert not waiting.is_alive()
