@@ -56,9 +56,17 @@ def kill_workers(site: Site) -> None:
 
 
 def kill_workers_often(site: Site) -> None:
-    """No engine is killed here: whoever is charged with an attempt has to have failed by itself."""
+    """Workers are killed while S3 refuses what they have computed: what was acknowledged too early is lost.
+
+    No engine is killed here: whoever is charged with an attempt has to have failed by itself.
+    """
+    site.s3.only_writes = True
     for _ in site.moments(every=1.0):
-        site.kill(site.random.choice(site.workers), "worker")
+        with site.fault("S3 answers 500"):
+            site.s3.mode = "error"
+            time.sleep(site.random.uniform(0.2, 0.6))
+            site.kill(site.random.choice(site.workers), "worker")
+            site.s3.mode = "pass"
 
 
 def kill_engines(site: Site) -> None:
@@ -439,8 +447,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "batches",
-        "tasks computed in batches of up to 8, some of which fail, are invalid or crash the engine; results in S3; "
-        "`kill -9` of workers every second",
+        "tasks computed in batches of up to 8, some of which fail, are invalid or crash the engine; `kill -9` "
+        "of workers every second, while S3 refuses their results",
         kill_workers_often,
         _load(900, 36, busy=3.0, transient=20, invalid=20, crash=8, poison=3),
         _load(240, 12, busy=3.0, transient=8, invalid=8, crash=6),
