@@ -4,6 +4,7 @@ topology           exchanges and queues, and how they differ from the broker's
 connection         a connection on a thread of its own, which reconnects
 publisher          publishing with confirms
 consumer           consuming from the lanes of one task type, one delivery at a time or a group
+lanes              which lane delivers to a consumer, and when a higher one is asked
 pipelined_channel  a channel that sends each method at once
 messages           tasks, retries and dead letters as AMQP messages
 retry              the retry levels

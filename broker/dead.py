@@ -23,8 +23,8 @@ from pika.exceptions import (
 )
 
 from inferq.broker.connection import connect
-from inferq.broker.consumer import delivery_from
 from inferq.broker.errors import BrokerUnavailable, Unroutable
+from inferq.broker.lanes import delivery_from
 from inferq.broker.messages import DEAD_PREFIX, Delivery, named_id, redriven_message
 from inferq.broker.settings import BrokerSettings
 from inferq.broker.topology import dead_queue

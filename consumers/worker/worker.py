@@ -19,7 +19,7 @@ from typing import Literal
 from prometheus_client import make_wsgi_app
 
 from inferq.broker import BrokerSettings, Publisher, topology_for
-from inferq.broker.consumer import LEAST_PRIORITY
+from inferq.broker.lanes import LEAST_PRIORITY
 from inferq.consumers.runtime.gpus import Gpus
 from inferq.consumers.runtime.process_tree import adopt_orphans, end_orphans
 from inferq.consumers.worker.heartbeat import Heartbeat

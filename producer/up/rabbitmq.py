@@ -16,7 +16,7 @@ import pika
 import pika.exceptions
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-from inferq.broker.consumer import HOLD_SECONDS
+from inferq.broker.lanes import HOLD_SECONDS
 from inferq.producer.up.part import LOOPBACK, Part, find_program, kept_secret, port_answers, private_text
 from inferq.schemas import InstallationError
 

@@ -18,7 +18,7 @@ from inferq.broker import (
     topology_for,
     work_queue,
 )
-from inferq.broker.consumer import LEAST_PRIORITY
+from inferq.broker.lanes import LEAST_PRIORITY
 from inferq.schemas import Priority, parse_task
 from tests.broker.conftest import too_deep
 from tests.conftest import RabbitMQ
@@ -209,7 +209,7 @@ def test_a_busy_consumer_leaves_other_lanes_to_an_idle_one(
 def test_tasks_go_to_the_free_consumer_of_the_highest_priority(
     submit: Callable[..., None], consume: Callable[..., Consumer], settings: BrokerSettings
 ) -> None:
-    ahead = consume(("normal",), low_priority=True)
+    ahead = consume(("normal",))
     younger = consume(("normal",), priority=LEAST_PRIORITY)
     older = consume(("normal",), priority=-3)
     connection = connect(settings, name="test")
@@ -219,7 +219,7 @@ def test_tasks_go_to_the_free_consumer_of_the_highest_priority(
         return int(channel.queue_declare(work_queue("echo", "normal"), passive=True).method.consumer_count)
 
     for count, consumer in enumerate((ahead, younger, older), 1):
-        assert consumer.next(0.02) is None
+        assert consumer.next(0.02, low_priority=consumer is ahead) is None
         eventually(lambda count=count: consumers() == count)
     connection.close()
     for n in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -17,7 +18,7 @@ from pika import amqp_object, spec
 from pika.channel import Channel
 
 from inferq.broker import BrokerSettings, Consumer, Delivery
-from inferq.broker.consumer import delivery_from
+from inferq.broker.lanes import delivery_from
 from inferq.broker.pipelined_channel import OnGet, OnMessage, PipelinedChannel
 
 LANES = ("high", "normal", "low")
@@ -204,8 +205,10 @@ class ConsumerMachine(RuleBasedStateMachine):
     def begin(self, group: int, groups: int) -> None:
         # Time passes only when something is published: what was counted before is then old.
         self.now = 0.0
-        self.clock = mock.patch("inferq.broker.consumer.time", mock.Mock(monotonic=lambda: self.now))
-        self.clock.start()
+        clock = mock.Mock(monotonic=lambda: self.now)
+        self.clock = ExitStack()
+        for module in ("consumer", "lanes"):
+            self.clock.enter_context(mock.patch(f"inferq.broker.{module}.time", clock))
         self.window = groups * group
         self.broker = Broker(group)
         self.consumer = ModelConsumer(group)
@@ -316,7 +319,7 @@ class ConsumerMachine(RuleBasedStateMachine):
         try:
             self._end_everything()
         finally:
-            self.clock.stop()
+            self.clock.close()
 
     def _end_everything(self) -> None:
         for _ in range(3 * self.published + 3):

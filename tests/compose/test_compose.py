@@ -16,7 +16,7 @@ import yaml
 from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
-from inferq.broker.consumer import HOLD_SECONDS
+from inferq.broker.lanes import HOLD_SECONDS
 from inferq.producer.cli import app
 from inferq.producer.cli.settings import variables as settings
 from inferq.producer.gateway import health
