@@ -1,10 +1,11 @@
 """The bare engine in a new interpreter: loads, and computes one task, without queue, worker, store or warm-up.
 
-`python -P -m benchmarks.bare TASK [FIELD=FILE]...`, where TASK is the task's JSON.
+`python -P -m benchmarks.bare TASK [FIELD=FILE]...`, where TASK is the task's JSON. Its inputs are files, or data URLs.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import mimetypes
 import sys
@@ -26,6 +27,11 @@ def main() -> None:
         kind = mimetypes.guess_type(name)[0] or ""
         inputs[field] = InputFile(Path(name), Path(name).stat().st_size, kind)
     with tempfile.TemporaryDirectory() as name:
+        for field, url in given.items():
+            if str(url).startswith("data:"):
+                path = Path(name) / field
+                path.write_bytes(base64.b64decode(url.partition(",")[2]))
+                inputs[field] = InputFile(path, path.stat().st_size, "image/png")
         context = Context(
             folder=Path(name) / "scratch",
             inputs=inputs,

@@ -248,7 +248,7 @@ class Attempt:
             _log.exception("%s: not put into the result cache", self._records.name)
 
     def report(self, success: Success, kept: Result, group: CommandGroup) -> None:
-        """Report a success by the record that is kept, without waiting: the status index is told by the `group`."""
+        """Report the record that is kept. Does not wait: the `group` carries the status, which is sent later."""
         result, output = success
         engine_seconds = self.computation.engine_seconds
         self._endings.saved(result, kept, output, engine_seconds=engine_seconds, group=group)

@@ -109,8 +109,8 @@ class Endings:
     ) -> None:
         """Report an end that is on record: to the status index and, if it is this task's own, to its owner.
 
-        With `engine_seconds` it counts in the tenant's usage. With a `group`, the status index is told once that is
-        sent, and the owner's message is confirmed once the notifier settles.
+        With `engine_seconds` it counts in the tenant's usage. With a `group` it does not wait: the status goes with
+        the group, and `notifier.settle` waits for the callback's confirm.
         """
         services = self._services
         ended = partial(

@@ -39,8 +39,7 @@ class Cancels(ScriptCalls):
         With `run`, also renews the lease of that run: this is a run's only sign of life. With `running` it takes the
         lease of a task in progress that has none: the run began without Redis.
         """
-        arguments = _check(batch_id, line, run, running)
-        return bool(self._change("cancel_requested", tenant, task_id, arguments))
+        return self.cancel_requested_pipelined(tenant, task_id, batch_id, line, run=run, running=running)()
 
     def cancel_requested_pipelined(
         self,

@@ -130,7 +130,7 @@ class Runs(ScriptCalls):
         ]
 
     def work_failed(self, tenant: str, work: str) -> None:
-        """The work failed: for FAILED_WORK_SECONDS, whoever asks for it computes it and waits for nobody."""
+        """The work failed. For FAILED_WORK_SECONDS, every task that asks for it is computed without waiting."""
         self.write(lambda redis: redis.set(flight_key(tenant, work), "failed", ex=FAILED_WORK_SECONDS))
 
     def has_begun(self, tenant: str, task_id: str) -> bool:

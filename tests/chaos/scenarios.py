@@ -58,7 +58,7 @@ def kill_workers(site: Site) -> None:
 def kill_workers_often(site: Site) -> None:
     """Workers are killed while S3 refuses what they have computed: what was acknowledged too early is lost.
 
-    No engine is killed here: whoever is charged with an attempt has to have failed by itself.
+    No engine is killed here, so only a task that failed by itself may lose an attempt.
     """
     site.s3.only_writes = True
     for _ in site.moments(every=1.0):

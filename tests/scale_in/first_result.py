@@ -76,7 +76,7 @@ def _environment() -> dict[str, str]:
 
 def _bare(task_type: str) -> float:
     began = time.monotonic()
-    command = [sys.executable, "-P", "-m", "tests.scale_in.bare", json.dumps(task_of(task_type))]
+    command = [sys.executable, "-P", "-m", "benchmarks.bare", json.dumps(task_of(task_type))]
     subprocess.run(command, env=_environment(), check=True, capture_output=True)
     return time.monotonic() - began
 

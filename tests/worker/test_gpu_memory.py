@@ -1,4 +1,4 @@
-"""A share of a GPU's memory: how each framework is told, with stand-ins for it and for the driver."""
+"""How each framework learns its share of a GPU's memory. The frameworks and the driver are stand-ins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_memory, "gpu_fault", lambda number: None if number < 2 else "there is no GPU 2 here"
     )
     monkeypatch.setattr(gpu_memory, "gpu_memory_bytes", lambda number: (80 * GIB, 40 * GIB)[number])
-    monkeypatch.setenv(FLAG, "as it was")  # it is put back after the test
+    monkeypatch.setenv(FLAG, "as it was")  # pytest restores it
 
 
 def engine(device: str = "cuda", **given: Any) -> EngineSettings:
